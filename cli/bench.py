@@ -1,0 +1,104 @@
+"""`llmcache bench`: measurements anyone can repeat. The figures of the README come from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcache.cli import options, printing
+
+app = typer.Typer(help="Measure this machine: medians and ratios, the contenders in turn in one process.", no_args_is_help=True)
+
+Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")]
+
+
+@app.command()
+def encode(
+    data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; may be given more than once.")],
+    model: Model = None,
+    repeats: Repeats = 3,
+    limit: Annotated[int | None, typer.Option(min=2, help="At most this many documents.")] = None,
+    batch_size: options.BatchSize = 32,
+    text_field: options.TextField = "text",
+    unit: options.Unit = "line",
+    json: options.Json = False,
+) -> None:
+    """The model alone against the cache with nothing, everything and half of the corpus known."""
+    from itertools import islice
+
+    from sentence_transformers import SentenceTransformer
+
+    from llmcache import bench
+    from llmcache.corpus import documents
+    from llmcache.demo import demo_model
+
+    loaded = SentenceTransformer(model) if model else demo_model()
+    texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
+    rows = bench.encode(loaded, texts, repeats=repeats, batch_size=batch_size)
+    base = rows[0]
+    if json:
+        found = [
+            {"name": row.name, "documents": row.documents, "seconds": row.seconds, "rate": row.rate,
+             "ratio": bench.ratio(base, row), "difference": row.difference}
+            for row in rows
+        ]  # fmt: skip
+        printing.as_json({**bench.conditions(), "data": data, "batch_size": batch_size, "rows": found})
+        return
+    printing.table(
+        ["", "documents", "documents/s", "times the model alone", "seconds (least-most)", "largest difference"],
+        [
+            [row.name, row.documents, f"{row.rate:,.0f}", f"{bench.ratio(base, row):.2f}",
+             f"{min(row.seconds):.3f}-{max(row.seconds):.3f}", f"{row.difference:.1e}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    by_name = {row.name: row for row in rows}
+    thrice = by_name["cache, each text 3 times"].median / by_name["cache, all miss"].median
+    typer.echo(f"Every text three times in one call takes {thrice:.2f} times as long as once.")
+    printing.facts(bench.conditions().items())
+
+
+@app.command()
+def index(
+    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
+    count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
+    dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
+    json: options.Json = False,
+) -> None:
+    """Recall and look-up time of the FAISS indexes on clustered vectors, queries in batches of 64."""
+    from llmcache import bench
+
+    rows = bench.index(kinds.split(","), count=count, dim=dim)
+    if json:
+        printing.as_json({**bench.conditions(), "rows": rows})
+        return
+    printing.table(
+        ["index", "vectors", "build seconds", "recall@1", "ms per query", "bytes per vector"],
+        [
+            [row["index"], row["vectors"], f"{row['build_seconds']:.1f}", f"{row['recall_at_1']:.4f}",
+             f"{row['ms_per_query']:.3f}", f"{row['bytes_per_vector']:.0f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    printing.facts(bench.conditions().items())
+
+
+@app.command(name="open")
+def open_(
+    model: Model = None,
+    count: Annotated[int, typer.Option(min=1000, help="Synthetic entries in the store.")] = 100_000,
+    repeats: Repeats = 3,
+    json: options.Json = False,
+) -> None:
+    """Time and memory from opening a large store to its first exact and its first near answer."""
+    from llmcache import bench
+    from llmcache.demo import demo_model_path
+
+    found = bench.reopen(str(Path(model) if model else demo_model_path()), count=count, repeats=repeats)
+    if json:
+        printing.as_json({**bench.conditions(), **found})
+        return
+    printing.facts([*found.items(), *bench.conditions().items()])

@@ -1,0 +1,41 @@
+"""`llmcache build`: make a store from corpora."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmcache.cli import options
+from llmcache.cli.filling import Asked, fill
+from llmcache.cli.reading import Sources
+
+
+def build(
+    corpus: options.Corpus,
+    model: options.Model,
+    store: options.StorePath,
+    namespace: options.Namespace = "default",
+    role: options.Role = None,
+    index: Annotated[str, typer.Option(help="flat, ivf-flat, ivf-sq8, ivf-pq, hnsw, or auto by size.")] = "auto",
+    fingerprint: Annotated[str, typer.Option(help="mean, or mean+attention.")] = "mean",
+    projection: Annotated[str, typer.Option(help="pca, simhash or none.")] = "pca",
+    dim: Annotated[int, typer.Option(help="Components of the PCA, or bits of the SimHash.")] = 128,
+    dtype: Annotated[str, typer.Option(help="How activations are stored: auto, float32, float16, bfloat16, int8.")] = "auto",
+    text_field: options.TextField = "text",
+    id_field: options.IdField = "id",
+    unit: options.Unit = "line",
+    stdin_format: options.StdinFormat = "jsonl",
+    skip_bad: options.SkipBad = False,
+    batch_size: options.BatchSize = 32,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Run corpora through a model once and keep what it gives, with a FAISS index over all of it.
+
+    Stopped in the middle, the same command goes on where it was. On a store that is there already it adds what is
+    missing, like `warm`.
+    """
+    settings = {"index": index, "fingerprint": fingerprint, "projection": projection, "dim": dim, "dtype": dtype}
+    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings), sources)

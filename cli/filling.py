@@ -1,0 +1,106 @@
+"""What `build` and `warm` have in common: documents through the cache, and a report of what was there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from llmcache.cli import printing
+from llmcache.cli.reading import Sources, bytes_of, progressing
+from llmcache.corpus import Reading
+from llmcache.errors import CorpusError
+from llmcache.indexes.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options that both commands share. model: None uses the one the store was made with."""
+
+    store: str
+    model: str | None
+    namespace: str
+    role: str | None
+    batch_size: int
+    dry_run: bool
+    json: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fill(asked: Asked, sources: Sources) -> None:
+    """Bring a store up to date with the corpora, and print what was there, what was added and what it took."""
+    if asked.dry_run:
+        preview(asked.store, asked.namespace, asked.role, sources, asked.json)
+        return
+    from llmcache.cache import LLMCache
+    from llmcache.config import CacheConfig
+    from llmcache.tally import Tally
+
+    reading, tally = Reading(), Tally()
+    config = CacheConfig(**asked.settings) if asked.settings else None
+    with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace) as cache:
+        before = len(cache)
+        results = cache.run(sources.documents(reading), role=asked.role, batch_size=asked.batch_size)
+        for _ in progressing(tally.counted(results), reading, bytes_of(sources.corpora), tally):
+            continue
+        if not reading.documents:
+            raise CorpusError(f"there are no documents in {', '.join(sources.corpora)}; nothing was stored")
+        if asked.model is not None or len(cache) > before:
+            cache.rebuild()
+        stats = cache.stats()
+    report(asked, reading, tally.as_dict(), {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()})
+
+
+def report(asked: Asked, reading: Reading, tally: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+    """Print what one run did."""
+    if asked.json:
+        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store})
+        return
+    bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
+    printing.facts(
+        [
+            ("documents", tally["documents"]),
+            ("were there", tally["exact"]),
+            ("computed", tally["misses"]),
+            ("entries in the store", store["entries"]),
+            ("added", store["added"]),
+            ("model seconds", store["counters"]["model_seconds"]),
+            ("seconds saved", store["counters"]["saved_seconds"]),
+            ("bytes on disk", printing.size(bank["bytes"])),
+            ("index", store["index"]),
+        ]
+    )
+    warnings(reading)
+
+
+def warnings(reading: Reading) -> None:
+    """Say on standard error what was odd about a corpus."""
+    if reading.bad:
+        first = f"; the first: {reading.errors[0]}" if reading.errors else ""
+        typer.echo(f"llmcache: {reading.bad:,} records were skipped{first}", err=True)
+    if reading.duplicate_ids:
+        typer.echo(f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True)
+
+
+def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool) -> None:
+    """Count the corpora against the store as it is; nothing is computed or written."""
+    from llmcache.tally import forecast_against
+
+    reading = Reading()
+    there = Store.open(store) if Path(store, "FORMAT").exists() else None
+    found = forecast_against(there, namespace, role, sources.documents(reading))
+    if json:
+        printing.as_json({"documents": found.documents, "distinct": found.distinct, "known": found.known})
+        return
+    printing.facts(
+        [
+            ("documents", found.documents),
+            ("distinct texts", found.distinct),
+            ("there already", found.known),
+            ("would be computed, at most", found.distinct - found.known),
+        ]
+    )
+    warnings(reading)

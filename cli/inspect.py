@@ -1,0 +1,54 @@
+"""`llmcache inspect`: whose activations a store holds, and in which files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from llmcache.cli import options, printing
+from llmcache.indexes.manifest import BankFacts, NamespaceFacts
+from llmcache.indexes.store import Store
+
+
+def inspect(store: options.StoreArgument, json: options.Json = False) -> None:
+    """Show identities, settings and files of a store. Opens the manifest, and no model."""
+    opened = Store.open(store)
+    try:
+        manifest = opened.manifest
+    finally:
+        opened.close()
+    if json:
+        spaces = {name: _space(space) for name, space in manifest.namespaces.items()}
+        printing.as_json({"generation": manifest.generation, "writer": manifest.writer, "namespaces": spaces})
+        return
+    printing.facts([("generation", manifest.generation), ("last writer", manifest.writer)])
+    for name, space in sorted(manifest.namespaces.items()):
+        typer.echo(f"\nnamespace {name}")
+        printing.facts([("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]])
+        for layer, bank in sorted(space.banks.items()):
+            printing.table(["file", "bytes", "sha256"], _files(bank), title=f"\nbank {layer}")
+
+
+def _space(space: NamespaceFacts) -> dict[str, Any]:
+    banks = {
+        layer: {
+            "dtype": bank.dtype,
+            "width": bank.width,
+            "entries": sum(one.rows for one in bank.segments),
+            "files": [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in _files(bank)],
+        }
+        for layer, bank in space.banks.items()
+    }
+    return {"identity": dict(space.identity), "config": dict(space.config), "banks": banks}
+
+
+def _files(bank: BankFacts) -> list[tuple[str, int, str]]:
+    files = [file for segment in bank.segments for file in segment.files]
+    files += [file for file in (bank.projection, bank.index and bank.index.file) if file]
+    return [(file.name, file.size, file.sha256 or "by row") for file in files]
+
+
+def _short(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,67 @@
+"""The `llmcache` command. Errors become one line and an exit code here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from llmcache.cli import bench, build, demo, inspect, run, stats, warm
+from llmcache.errors import ConfigError, LLMCacheError
+
+app = typer.Typer(
+    name="llmcache",
+    help="Cache transformer activations of document corpora: repeats cost a look-up, the rest is computed once.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+app.command()(build.build)
+app.command()(warm.warm)
+app.command()(run.run)
+app.command()(stats.stats)
+app.command()(inspect.inspect)
+app.command()(demo.demo)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def options(version: bool = typer.Option(False, "--version", help="Show the version and leave.")) -> None:
+    if version:
+        from llmcache import __version__
+
+        typer.echo(f"llmcache {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 130: stopped with Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="llmcache: %(message)s", stream=sys.stderr)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        sys.exit(stopped())
+    except typer.Abort:
+        sys.exit(stopped())
+    except ConfigError as error:
+        sys.exit(said(error, 2))
+    except LLMCacheError as error:
+        sys.exit(said(error, 1))
+    except TyperException as error:
+        sys.exit(said(f"{error.format_message()} (llmcache --help says more)", 2))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(said(f"{error.strerror or error}{where}", 1))
+
+
+def said(error: object, code: int) -> int:
+    """Print one line on standard error and give the exit code back."""
+    typer.echo("llmcache: " + " ".join(str(error).split()), err=True)
+    return code
+
+
+def stopped() -> int:
+    return said("stopped; what was committed is kept, and the same command goes on from there", 130)

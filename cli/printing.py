@@ -1,0 +1,57 @@
+"""Tables for people and JSON for scripts, on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """A plain table; numbers stand right."""
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    cells = [[said(cell) for cell in row] for row in rows]
+    for place, column in enumerate(columns):
+        numbers = all(row[place][:1].isdigit() or row[place][:1] in {"-", ""} for row in cells)
+        shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        shown.add_row(*row)
+    Console(markup=False, highlight=False, soft_wrap=False).print(shown)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """Names and values, one pair a line."""
+    listed = [(name, said(value)) for name, value in pairs]
+    width = max((len(name) for name, _ in listed), default=0)
+    for name, value in listed:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def as_json(value: Any) -> None:
+    """One JSON object."""
+    typer.echo(json.dumps(value, default=str))
+
+
+def said(value: object) -> str:
+    """A number as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Bytes, as a person reads them."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

@@ -1,0 +1,69 @@
+"""`llmcache run`: documents in, vectors and provenance out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcache.cli import options, printing
+from llmcache.cli.filling import preview, warnings
+from llmcache.cli.reading import Sources, bytes_of, progressing
+from llmcache.corpus import Reading, result_writer
+from llmcache.errors import ConfigError
+
+
+def run(
+    corpus: options.Corpus,
+    store: options.StorePath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .jsonl) or .jsonl.")],
+    tau: options.Tau = None,
+    namespace: options.Namespace = "default",
+    role: options.Role = None,
+    text_field: options.TextField = "text",
+    id_field: options.IdField = "id",
+    unit: options.Unit = "line",
+    stdin_format: options.StdinFormat = "jsonl",
+    skip_bad: options.SkipBad = False,
+    batch_size: options.BatchSize = 32,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Write one vector per document, in order, each with its tier, layer, source and similarity.
+
+    What the store has is read, the rest is computed and stored.
+    """
+    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    if dry_run:
+        preview(store, namespace, role, sources, json)
+        return
+    from llmcache.cache import LLMCache
+    from llmcache.tally import Tally
+
+    reading, tally = Reading(), Tally()
+    with LLMCache.open(store, namespace=namespace, tau=tau) as cache, result_writer(out, width=cache.width) as writer:
+        results = cache.run(sources.documents(reading), role=role, batch_size=batch_size)
+        writer.write(progressing(tally.counted(results), reading, bytes_of(corpus), tally))
+        if not tally.documents:
+            raise ConfigError(f"there are no documents in {', '.join(corpus)}; nothing was written")
+        stats = cache.stats()
+    counters = stats.counters
+    if json:
+        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
+        return
+    printing.facts(
+        [
+            ("documents", tally.documents),
+            ("exact", tally.exact),
+            ("near", tally.near),
+            ("computed", tally.misses),
+            ("model seconds", counters.model_seconds),
+            ("seconds saved", counters.saved_seconds),
+            ("cache seconds", counters.overhead_seconds),
+            ("written to", out),
+        ]
+    )
+    if tau is not None and not tally.near:
+        typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
+    warnings(reading)

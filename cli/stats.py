@@ -1,0 +1,53 @@
+"""`llmcache stats`: what a store holds and what it saved."""
+
+from __future__ import annotations
+
+from llmcache.cli import options, printing
+from llmcache.indexes.store import Store
+from llmcache.statistics import Counters, statistics
+
+
+def stats(store: options.StoreArgument, json: options.Json = False) -> None:
+    """Show what a store holds, how documents were answered, and what that saved."""
+    opened = Store.open(store)
+    try:
+        found = statistics(opened, Counters())
+    finally:
+        opened.close()
+    if json:
+        printing.as_json({"generation": found.generation, "lifetime": found.lifetime, "banks": found.as_dict()["banks"]})
+        return
+    life = found.lifetime
+    asked = life["documents"]
+    hits = 1 - life["misses"] / asked if asked else 0.0
+    printing.table(
+        ["namespace", "layer", "entries", "activations", "segments", "payload", "on disk", "index"],
+        [
+            [one.namespace, one.layer, one.entries, f"{one.dtype} x {one.width}", one.segments,
+             printing.size(one.payload_bytes), printing.size(one.bytes), one.index]
+            for one in found.banks
+        ],
+    )  # fmt: skip
+    printing.facts(
+        [
+            ("documents asked", int(asked)),
+            ("exact by text", int(life["exact_text"])),
+            ("exact by tokens", int(life["exact_tokens"])),
+            ("repeats inside a call", int(life["repeats"])),
+            ("near", int(life["near"])),
+            ("computed", int(life["misses"])),
+            ("hit rate", f"{100 * hits:.1f} %"),
+            ("not stored", int(life["not_stored"])),
+            ("damaged rows", int(life["damaged"])),
+            ("model seconds", life["model_seconds"]),
+            ("cache seconds", life["overhead_seconds"]),
+            ("seconds saved", life["saved_seconds"]),
+            ("net", _net(life["saved_seconds"] - life["overhead_seconds"], asked)),
+        ]
+    )
+
+
+def _net(seconds: float, asked: float) -> str:
+    if not asked:
+        return "nothing was asked yet"
+    return f"{seconds:.3g} seconds saved" if seconds >= 0 else f"{-seconds:.3g} seconds lost: this store costs more than it saves"

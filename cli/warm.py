@@ -1,0 +1,29 @@
+"""`llmcache warm`: add what is missing from a store."""
+
+from __future__ import annotations
+
+from llmcache.cli import options
+from llmcache.cli.filling import Asked, fill
+from llmcache.cli.reading import Sources
+
+
+def warm(
+    corpus: options.Corpus,
+    store: options.StorePath,
+    namespace: options.Namespace = "default",
+    role: options.Role = None,
+    text_field: options.TextField = "text",
+    id_field: options.IdField = "id",
+    unit: options.Unit = "line",
+    stdin_format: options.StdinFormat = "jsonl",
+    skip_bad: options.SkipBad = False,
+    batch_size: options.BatchSize = 32,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Add what a store does not have yet of these corpora, and say how many documents were there.
+
+    The model is the one the store was made with.
+    """
+    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    fill(Asked(store, None, namespace, role, batch_size, dry_run, json), sources)

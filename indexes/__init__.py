@@ -1,0 +1,1 @@
+"""The vector database under LLMCache: files, segments, FAISS indexes. Knows nothing of transformers."""

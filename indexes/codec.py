@@ -1,0 +1,50 @@
+"""How an activation's numbers are stored: float32, float16, bfloat16, or int8 with a scale per row."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+"""Names of the stored types and their bytes per number."""
+
+
+def encode(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Bytes of each row and its scale.
+
+    values: float32 [n, numbers]. Returns uint8 [n, bytes] and float32 [n] (1 except for int8).
+    bfloat16 rounds to nearest even; values that came from a bfloat16 or float16 model come back bit for bit.
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    scale = np.ones(len(values), np.float32)
+    if dtype == "float32":
+        stored: NDArray[np.generic] = values
+    elif dtype == "float16":
+        with np.errstate(over="ignore"):  # the caller looks for infinities
+            stored = values.astype(np.float16)
+    elif dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    else:
+        peak = np.abs(values).max(axis=1, initial=0.0)
+        scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+        stored = np.rint(values / scale[:, None]).astype(np.int8)
+    return stored.view(np.uint8).reshape(len(values), -1), scale
+
+
+def decode(stored: NDArray[np.uint8], scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """The inverse of `encode`. stored: contiguous uint8 [n, bytes]; returns float32 [n, numbers]."""
+    if dtype == "float32":
+        return stored.view("<f4")
+    if dtype == "float16":
+        return stored.view("<f2").astype(np.float32)
+    if dtype == "bfloat16":
+        return (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return stored.view(np.int8) * scale[:, None]
+
+
+def representable(values: NDArray[np.float32], dtype: str) -> NDArray[np.bool_]:
+    """Which rows can be stored and come back as numbers: finite, and for float16 within its range. bool [n]."""
+    limit = np.float32(65504) if dtype == "float16" else np.finfo(np.float32).max
+    with np.errstate(invalid="ignore"):
+        return (np.abs(values) <= limit).all(axis=1)

@@ -1,0 +1,298 @@
+"""Manifests: one checksummed JSON file per generation, published by put-if-absent.
+
+The highest generation that parses and verifies *is* the store. `docs/format.md` has the fields.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from llmcache.indexes.errors import (
+    CommitConflict,
+    FormatTooNew,
+    LLMCacheError,
+    SnapshotDamaged,
+    SnapshotNotFound,
+    StoreFenced,
+    StoreFull,
+)
+from llmcache.indexes.io import Folder, write_whole
+
+FORMAT = 1
+MAX_BYTES = 16 << 20
+_NAME = re.compile(r"m-(\d{12})\.json")
+_FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}\.(seg|row|var|fp|key|faiss|proj)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ROUNDS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A file that a manifest names. sha256 is None where rows carry their own checksums (.seg)."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFacts:
+    """A sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes."""
+
+    id: str
+    rows: int
+    aliases: int
+    payload: int
+    files: tuple[FileFacts, ...]
+
+    def file(self, kind: str) -> FileFacts:
+        """The segment's file with this ending."""
+        for facts in self.files:
+            if facts.name.endswith("." + kind):
+                return facts
+        raise SnapshotDamaged(f"segment {self.id} has no .{kind} file in the manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFacts:
+    """A derived FAISS file. It covers the rows of `segments`, in that order."""
+
+    kind: str
+    dim: int
+    count: int
+    segments: tuple[str, ...]
+    file: FileFacts
+
+
+@dataclass(frozen=True, slots=True)
+class BankFacts:
+    """One layer's bank. dtype is how activations are stored, rank 1 is [width], rank 2 is [tokens, width]."""
+
+    dtype: str
+    width: int
+    rank: int
+    feature_width: int
+    segments: tuple[SegmentFacts, ...] = ()
+    projection: FileFacts | None = None
+    index: IndexFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceFacts:
+    """What one model has stored. identity and config are what the layer above needs to tell whose entries these are."""
+
+    identity: Mapping[str, Any]
+    config: Mapping[str, Any]
+    banks: Mapping[str, BankFacts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One generation of a store."""
+
+    generation: int = 0
+    parent: int = 0
+    created: float = 0.0
+    writer: str = ""
+    skipped: tuple[int, ...] = ()
+    namespaces: Mapping[str, NamespaceFacts] = field(default_factory=dict)
+
+    def with_bank(self, namespace: str, bank: str, facts: BankFacts) -> Manifest:
+        """The same manifest with one bank's facts replaced."""
+        old = self.namespaces[namespace]
+        new = replace(old, banks={**old.banks, bank: facts})
+        return replace(self, namespaces={**self.namespaces, namespace: new})
+
+
+# -- bytes --------------------------------------------------------------------------------------------------
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Canonical JSON, then one line with the sha256 of everything before it."""
+    body = json.dumps(
+        {"format": FORMAT, **asdict(manifest)}, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+    ).encode()
+    return body + b"\nsha256:" + hashlib.sha256(body).hexdigest().encode() + b"\n"
+
+
+def from_bytes(data: bytes, name: str) -> Manifest:
+    """Parse and check one manifest; SnapshotDamaged says what is wrong with `name`, FormatTooNew asks for an upgrade."""
+    body, line, digest = data[:-73], data[-73:-65], data[-65:-1]
+    if len(data) > MAX_BYTES or line != b"\nsha256:" or hashlib.sha256(body).hexdigest().encode() != digest:
+        raise SnapshotDamaged(f"{name} does not agree with its own checksum")
+    try:
+        return _manifest(strict_json(body))
+    except (TypeError, ValueError, KeyError, RecursionError, AttributeError) as error:
+        raise SnapshotDamaged(f"{name} is not a manifest: {type(error).__name__}: {error}") from None
+
+
+def strict_json(body: bytes) -> Any:
+    """json.loads without two of its leniencies: repeated keys, and NaN or infinity. Deep nesting is a RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number")
+
+    return json.loads(body, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > 1024:
+        raise ValueError(f"{value!r:.80} is not a short text")
+    return value
+
+
+def _file(raw: dict[str, Any]) -> FileFacts:
+    facts = FileFacts(_text(raw["name"]), _count(raw["size"]), raw["sha256"])
+    if not _FILE.fullmatch(facts.name):
+        raise ValueError(f"{facts.name!r} is not a name inside a store")
+    if facts.sha256 is not None and not _SHA256.fullmatch(_text(facts.sha256)):
+        raise ValueError(f"{facts.name} has no valid sha256")
+    return facts
+
+
+def _segment(raw: dict[str, Any]) -> SegmentFacts:
+    files = tuple(_file(one) for one in raw["files"])
+    return SegmentFacts(_text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files)
+
+
+def _index(raw: dict[str, Any]) -> IndexFacts:
+    covered = tuple(_text(one) for one in raw["segments"])
+    return IndexFacts(_text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"]))
+
+
+def _bank(raw: dict[str, Any]) -> BankFacts:
+    return BankFacts(
+        dtype=_text(raw["dtype"]),
+        width=_count(raw["width"]),
+        rank=_count(raw["rank"]),
+        feature_width=_count(raw["feature_width"]),
+        segments=tuple(_segment(one) for one in raw["segments"]),
+        projection=raw["projection"] and _file(raw["projection"]),
+        index=raw["index"] and _index(raw["index"]),
+    )
+
+
+def _manifest(raw: dict[str, Any]) -> Manifest:
+    if _count(raw["format"]) > FORMAT:
+        raise FormatTooNew(
+            f"the store has format {raw['format']}, this LLMCache reads up to {FORMAT}; upgrade: pip install -U llmcache"
+        )
+    return Manifest(
+        generation=_count(raw["generation"]),
+        parent=_count(raw["parent"]),
+        created=float(raw["created"]),
+        writer=_text(raw["writer"]),
+        skipped=tuple(_count(one) for one in raw["skipped"]),
+        namespaces={
+            _text(name): NamespaceFacts(
+                dict(space["identity"]),
+                dict(space["config"]),
+                {_text(layer): _bank(bank) for layer, bank in space["banks"].items()},
+            )
+            for name, space in raw["namespaces"].items()
+        },
+    )
+
+
+# -- generations --------------------------------------------------------------------------------------------
+
+
+def generation_name(generation: int) -> str:
+    return f"m-{generation:012d}.json"
+
+
+def generations(folder: Folder) -> list[int]:
+    """Generations that one listing shows, newest first."""
+    return sorted((int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True)
+
+
+def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
+    """The newest manifest of a listing that verifies, and the generations above it that do not.
+
+    SnapshotNotFound when the listing is empty, SnapshotDamaged when none of it verifies. A manifest of a newer
+    format is never passed over for an older one: that would undo what the newer program wrote.
+    """
+    damaged: list[int] = []
+    for generation in listed:
+        name = generation_name(generation)
+        try:
+            return from_bytes(folder.read(name, MAX_BYTES), name), damaged
+        except FormatTooNew:
+            raise
+        except (OSError, SnapshotDamaged):
+            damaged.append(generation)
+    if damaged:
+        raise SnapshotDamaged(f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
+                              f"{generation_name(damaged[0])}: restore it from a copy, or start a new store")
+    raise SnapshotNotFound(f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`")
+
+
+def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+    """Publish `change(newest manifest)` as the next generation and return it once it is durable.
+
+    The change is applied again to the new base whenever another writer was faster, so it must be a pure delta.
+    Base and number come from one directory listing: two listings would lose the update of a writer in between.
+    StoreFenced or StoreFull when a write fails; what was committed before is untouched.
+    """
+    for _ in range(_ROUNDS):
+        listed = generations(folder)
+        base, damaged = newest(folder, listed) if listed else (Manifest(), [])
+        generation = (listed[0] if listed else 0) + 1
+        new = replace(
+            change(base),
+            generation=generation,
+            parent=base.generation,
+            created=round(folder.now(), 3),
+            writer=writer,
+            skipped=tuple(sorted({*base.skipped, *damaged})),
+        )
+        if _publish(folder, f"t-{writer}-{generation}", to_bytes(new), generation_name(generation)):
+            return new
+        time.sleep(random.uniform(0, 0.02))  # two losers of one round should not meet again in the next
+    raise CommitConflict(f"{folder.path}: other writers won {_ROUNDS} rounds in a row; commit again")
+
+
+def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
+    if len(data) > MAX_BYTES:
+        raise LLMCacheError(f"a manifest of {len(data):,} bytes is over the limit; compact the store")
+    try:
+        write_whole(folder, temporary, [data])
+        try:
+            folder.link(temporary, name)
+        except FileExistsError:
+            return False
+        finally:
+            folder.remove(temporary)
+        folder.sync_folder("")
+    except OSError as error:
+        raise fenced(error) from error
+    return True
+
+
+def fenced(error: OSError) -> StoreFenced:
+    """The error for a write that failed. Never retried: after a failed fsync the kernel may call the next one a success."""
+    reason = f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return StoreFull(f"{reason}; free some space and open the store again")
+    return StoreFenced(f"{reason}; open the store again")

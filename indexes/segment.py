@@ -1,0 +1,277 @@
+"""Segments: sealed, memory-mapped files of activations with all that is needed to find and trust them.
+
+One segment is five files with one id (docs/format.md):
+
+    .seg  activations, row after row, each at a multiple of 64 bytes
+    .row  a header and one fixed-width record per row: key, checksum, where the bytes are
+    .key  pairs (text key, row key): other names under which a row is found
+    .var  token ids and source id of each row
+    .fp   the raw features that fingerprints are made of, float16 [rows, width]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.manifest import FileFacts, SegmentFacts
+
+Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
+
+ALIGN = 64
+ROW = np.dtype(
+    [
+        ("key", "<u8", (2,)),
+        ("checksum", "u1", (16,)),
+        ("offset", "<u8"),
+        ("var", "<u8"),
+        ("nbytes", "<u4"),
+        ("tokens", "<u4"),
+        ("created", "<u4"),  # seconds since the epoch
+        ("scale", "<f4"),  # int8 rows: what one step is worth
+        ("cost", "<f4"),  # seconds the model took for this row
+        ("source", "<u2"),  # bytes of the source id
+        ("flags", "<u2"),
+    ]
+)
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("record", "<u4"),
+        ("feature_width", "<u4"),
+        ("rows", "<u8"),
+        ("pitch", "<u8"),  # bytes from one row to the next where all rows are equally long, else 0
+        ("reserved", "S32"),
+    ]
+)
+ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
+_MAGIC = b"LLMCROW1"
+_CHUNK = 8 << 20
+
+
+@dataclass(slots=True)
+class Entries:
+    """Rows that are not sealed yet; the arrays share their first axis.
+
+    keys: uint64 [n, 2]. payload: one uint8 array [bytes] per row. scale, cost: float32 [n].
+    tokens: one int32 array per row. sources: the ids of the documents that made them.
+    features: float16 [n, feature width].
+    """
+
+    keys: Keys
+    payload: Sequence[NDArray[np.uint8]]
+    scale: NDArray[np.float32]
+    cost: NDArray[np.float32]
+    tokens: Sequence[NDArray[np.int32]]
+    sources: Sequence[str]
+    features: NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
+    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass."""
+    digest = xxhash.xxh3_128(key.tobytes() + payload.nbytes.to_bytes(8, "little"))
+    digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
+    return digest.digest()
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def seal(folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[Any], feature_width: int) -> SegmentFacts:
+    """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
+
+    aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
+    """
+    rows, source_bytes = _records(folder, batches)
+    header = np.zeros(1, HEADER)
+    header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
+    header["feature_width"] = feature_width
+    sizes = np.unique(rows["nbytes"])
+    header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
+    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    files: list[FileFacts] = []
+    try:
+        files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
+        files.append(write_file(folder, f"seg/{id}.row", [header.tobytes(), rows.tobytes()]))
+        files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
+        files.append(write_file(folder, f"seg/{id}.var", _variable(batches, source_bytes)))
+        files.append(write_file(folder, f"seg/{id}.fp", features))
+        folder.sync_folder("seg")
+    except BaseException:
+        for facts in files:
+            folder.remove(facts.name)
+        raise
+    return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], list[bytes]]:
+    rows = np.zeros(sum(map(len, batches)), ROW)
+    payload = [part for batch in batches for part in batch.payload]
+    tokens = [part for batch in batches for part in batch.tokens]
+    # a source id is a label for people: a longer one is cut rather than refused
+    sources = [name.encode("utf-8", "surrogatepass")[:1024] for batch in batches for name in batch.sources]
+    if len(rows):
+        rows["key"] = np.concatenate([batch.keys for batch in batches])
+        rows["scale"] = np.concatenate([batch.scale for batch in batches])
+        rows["cost"] = np.concatenate([batch.cost for batch in batches])
+    rows["nbytes"] = [part.nbytes for part in payload]
+    rows["tokens"] = [len(part) for part in tokens]
+    rows["source"] = [len(part) for part in sources]
+    rows["created"] = int(folder.now())
+    steps = np.array([_aligned(part.nbytes) for part in payload], np.uint64)
+    rows["offset"] = np.cumsum(steps) - steps
+    steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
+    rows["var"] = np.cumsum(steps) - steps
+    for row, part in zip(rows, payload, strict=True):
+        row["checksum"] = np.frombuffer(checksum(row["key"], part), np.uint8)
+    return rows, sources
+
+
+def _payload(batches: Sequence[Entries]) -> Iterator[bytes]:
+    held: list[bytes | memoryview] = []
+    size = 0
+    for batch in batches:
+        for part in batch.payload:
+            held += [part.data, bytes(_aligned(part.nbytes) - part.nbytes)]
+            size += part.nbytes
+            if size >= _CHUNK:
+                yield b"".join(held)
+                held, size = [], 0
+    yield b"".join(held)
+
+
+def _variable(batches: Sequence[Entries], sources: Sequence[bytes]) -> Iterator[bytes]:
+    names = iter(sources)
+    for batch in batches:
+        yield b"".join(ids.astype("<i4", copy=False).tobytes() + next(names) for ids in batch.tokens)
+
+
+def write_file(
+    folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, hashed: bool = True
+) -> FileFacts:
+    """Write a new file durably (`write_whole`) and give its facts, with the sha256 unless rows carry checksums."""
+    digest = hashlib.sha256()
+
+    def through() -> Iterator[bytes | memoryview]:
+        for part in parts:
+            if hashed:
+                digest.update(part)
+            yield part
+
+    size = write_whole(folder, name, through())
+    return FileFacts(name, size, digest.hexdigest() if hashed else None)
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Segment:
+    """A sealed segment, opened. `rows` and `aliases` are verified; the larger files when they are first needed."""
+
+    facts: SegmentFacts
+    folder: Folder
+    rows: NDArray[Any]  # records of ROW
+    aliases: NDArray[Any]  # records of ALIAS
+    pitch: int
+    feature_width: int
+    _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
+        """SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
+        raw = verified(folder, facts.file("row"))
+        if raw.nbytes < HEADER.itemsize:
+            raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
+        header = raw[: HEADER.itemsize].view(HEADER)[0]
+        rows = raw[HEADER.itemsize :]
+        if (
+            header["magic"] != _MAGIC
+            or header["record"] != ROW.itemsize
+            or int(header["rows"]) != facts.rows
+            or rows.nbytes != facts.rows * ROW.itemsize
+        ):
+            raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
+        aliases = verified(folder, facts.file("key"))
+        if aliases.nbytes != facts.aliases * ALIAS.itemsize:
+            raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
+        payload, raw_rows = facts.file("seg"), rows.view(ROW)
+        mapped = {"seg": folder.map(payload.name, payload.size)}
+        pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
+        if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
+            raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
+        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _file(self, kind: str) -> NDArray[np.uint8]:
+        if kind not in self._mapped:
+            self._mapped[kind] = verified(self.folder, self.facts.file(kind))
+        return self._mapped[kind]
+
+    def payload(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
+        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one view each."""
+        data = self._mapped["seg"]
+        if self.pitch and len(rows):
+            nbytes = int(self.rows["nbytes"][rows[0]])
+            table = data[: len(self.rows) * self.pitch].reshape(len(self.rows), self.pitch)
+            return table[rows, :nbytes]
+        ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
+        return [data[start : start + nbytes] for start, nbytes in ends]
+
+    def intact(self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
+        records = self.rows[rows]
+        wanted = records["checksum"].tobytes()
+        keys, sizes = records["key"], records["nbytes"].tolist()
+        return np.array(
+            [
+                part.nbytes == size and checksum(key, part) == wanted[16 * i : 16 * i + 16]
+                for i, (key, size, part) in enumerate(zip(keys, sizes, payload, strict=True))
+            ],
+            np.bool_,
+        )
+
+    def tokens(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one row."""
+        record = self.rows[row]
+        start = int(record["var"])
+        return self._file("var")[start : start + 4 * int(record["tokens"])].view("<i4")
+
+    def source(self, row: int) -> str:
+        """Id of the document that made the row."""
+        record = self.rows[row]
+        start = int(record["var"]) + 4 * int(record["tokens"])
+        return bytes(self._file("var")[start : start + int(record["source"])]).decode("utf-8", "replace")
+
+    def features(self) -> NDArray[np.float16]:
+        """float16 [rows, feature width], a view of the file."""
+        return self._file("fp").view("<f2").reshape(len(self.rows), self.feature_width)
+
+
+def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
+    """A mapped file whose size and sha256 are those of the manifest; SnapshotDamaged otherwise."""
+    try:
+        data = folder.map(facts.name, facts.size)
+    except FileNotFoundError:
+        raise SnapshotDamaged(f"{facts.name} is missing") from None
+    found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
+    if found != facts.sha256:
+        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}...")
+    return data

@@ -1,0 +1,45 @@
+"""LLMCache: a vector-database-backed cache of transformer activations for batch document pipelines.
+
+    from llmcache import LLMCache
+
+    with LLMCache.open("store/", "all-MiniLM-L6-v2") as cache:
+        vectors = cache.encode(texts)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmcache.corpus import Document
+from llmcache.errors import LLMCacheError
+
+if TYPE_CHECKING:
+    from llmcache.cache import LLMCache
+    from llmcache.config import CacheConfig
+    from llmcache.pipeline import Result
+    from llmcache.statistics import Statistics
+
+__version__ = "0.1.0"
+
+__all__ = ["CacheConfig", "Document", "LLMCache", "LLMCacheError", "Result", "Statistics", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import torch only when the cache itself is asked for, so that `llmcache --help` stays quick."""
+    if name == "LLMCache":
+        from llmcache.cache import LLMCache
+
+        return LLMCache
+    if name == "CacheConfig":
+        from llmcache.config import CacheConfig
+
+        return CacheConfig
+    if name == "Result":
+        from llmcache.pipeline import Result
+
+        return Result
+    if name == "Statistics":
+        from llmcache.statistics import Statistics
+
+        return Statistics
+    raise AttributeError(f"module 'llmcache' has no attribute {name!r}")

@@ -1,0 +1,245 @@
+"""Measurements in one process, the contenders in turn: medians and ratios, with the difference to the model beside them."""
+
+from __future__ import annotations
+
+import mmap
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache import __version__
+from llmcache.cache import LLMCache, fresh_bank
+from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
+from llmcache.identity import identify
+from llmcache.indexes.store import Store
+from llmcache.indexes.vectors import VectorIndex
+from llmcache.keys import key, key_seed, text_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender. seconds: of every repeat. difference: largest, to the model's vectors; None where there is none."""
+
+    name: str
+    documents: int
+    seconds: tuple[float, ...]
+    difference: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a repeat."""
+        return statistics.median(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Documents per second at the median."""
+        return self.documents / self.median
+
+
+def ratio(base: Row, row: Row) -> float:
+    """How many times the documents per second of `base`: the median over the repeats, each against its own neighbour."""
+    return statistics.median(
+        (one / base.documents) / (other / row.documents)
+        for one, other in zip(base.seconds, row.seconds, strict=True)
+    )
+
+
+def conditions() -> dict[str, Any]:
+    """What has to be known of the machine to read a measurement."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "llmcache": __version__,
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+# -- encode -------------------------------------------------------------------------------------------------
+
+
+def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
+    """The model alone, and the cache with nothing, everything and half of it known, in turn in one process.
+
+    Then every text three times in one call, against the unique ones. Texts that occur twice are left out.
+    """
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < 2:
+        raise ConfigError(f"the corpus has {len(texts)} different texts; a measurement needs at least 2")
+    alone = model.encode(texts, batch_size=batch_size)  # warm-up, and what the others are compared with
+    seconds: dict[str, list[float]] = {}
+    outputs: dict[str, NDArray[np.float32]] = {}
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
+        for round_ in range(repeats):
+            for name, contender in _contenders(model, texts, Path(folder) / str(round_), batch_size):
+                began = time.perf_counter()
+                outputs[name] = contender()
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+            shutil.rmtree(Path(folder) / str(round_))
+    rows = []
+    for name, found in seconds.items():
+        expected = np.concatenate([alone] * (len(outputs[name]) // len(alone)))
+        rows.append(Row(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
+    return rows
+
+
+def _contenders(
+    model: SentenceTransformer, texts: Sequence[str], folder: Path, batch_size: int
+) -> list[tuple[str, Callable[[], Any]]]:
+    """Name and measured action of each contender; what an action needs is prepared before, outside of the time."""
+    full, half, thrice = (LLMCache.open(folder / name, model) for name in ("full", "half", "thrice"))
+    half.encode(texts[::2], batch_size=batch_size)
+    half.commit()
+
+    def stored(cache: LLMCache, asked: Sequence[str]) -> Any:
+        found = cache.encode(asked, batch_size=batch_size)
+        cache.commit()
+        return found
+
+    return [
+        ("model alone", lambda: model.encode(texts, batch_size=batch_size)),
+        ("model alone, other batches", lambda: model.encode(texts, batch_size=max(1, batch_size // 2 - 1))),
+        ("cache, all miss", lambda: stored(full, texts)),
+        ("cache, all hit", lambda: full.encode(texts, batch_size=batch_size)),
+        ("cache, half hit", lambda: stored(half, texts)),
+        ("cache, each text 3 times", lambda: stored(thrice, [*texts] * 3)),
+    ]
+
+
+# -- index --------------------------------------------------------------------------------------------------
+
+
+def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[np.float32]:
+    """Unit vectors around random centres, like documents around topics; float32 [count, dim]."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((clusters, dim))
+    points = centres[random.integers(0, clusters, count)] + 0.6 * random.standard_normal((count, dim))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[dict[str, Any]]:
+    """Recall@1 against exact search and milliseconds per query of some index kinds, on clustered vectors."""
+    vectors = clustered(count, dim, seed=0)
+    random = np.random.default_rng(1)
+    queries = vectors[random.integers(0, count, 2048)] + 0.05 * random.standard_normal((2048, dim)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    best = np.concatenate([(block @ vectors.T).argmax(axis=1) for block in np.split(queries, 16)])
+    rows = []
+    for kind in kinds:
+        began = time.perf_counter()
+        built = VectorIndex.build(vectors, kind=kind)
+        build_seconds = time.perf_counter() - began
+        built.nearest(queries[:batch], 1)
+        times, found = [], []
+        for start in range(0, len(queries), batch):
+            began = time.perf_counter()
+            ids, _ = built.nearest(queries[start : start + batch], 1)
+            times.append(time.perf_counter() - began)
+            found.append(ids[:, 0])
+        rows.append(
+            {
+                "index": kind,
+                "vectors": count,
+                "dim": dim,
+                "build_seconds": build_seconds,
+                "recall_at_1": float((np.concatenate(found) == best).mean()),
+                "ms_per_query": 1e3 * statistics.median(times) / batch,
+                "bytes_per_vector": len(built.to_bytes()) / count,
+            }
+        )
+    return rows
+
+
+# -- open ---------------------------------------------------------------------------------------------------
+
+
+def reopen(model_name: str, *, count: int = 100_000, repeats: int = 3) -> dict[str, Any]:
+    """Seconds from opening a store of `count` synthetic entries to its first exact and first near hit, and memory.
+
+    Every opening is a process of its own, which loads the model first; neither that nor the imports are counted.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
+        _synthetic(model_name, Path(folder), count)
+        runs = []
+        for _ in range(repeats):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                runs.append(process.submit(opened, model_name, folder).result())
+    return {
+        "entries": count,
+        **{name: statistics.median(run[name] for run in runs) for name in runs[0]},
+    }
+
+
+def _synthetic(model_name: str, folder: Path, count: int) -> None:
+    model = SentenceTransformer(model_name)
+    identity = identify(model)
+    store = Store.open(folder, create=True)
+    store.declare("default", identity.to_json(), CacheConfig().to_json())
+    bank = store.bank("default", "output", lambda: fresh_bank(model, CacheConfig()), CacheConfig().near)
+    random = np.random.default_rng(0)
+    seed = key_seed(identity.digest, "text", None, None)
+    outputs = clustered(count, bank.facts.width, seed=0)
+    features = random.standard_normal((count, bank.facts.feature_width)).astype(np.float32)
+    for start in range(0, count, 10_000):
+        block = range(start, min(start + 10_000, count))
+        raw = b"".join(key(identity.digest, "tokens", str(i).encode()) for i in block)
+        keys = np.frombuffer(raw, np.uint64).reshape(-1, 2)
+        bank.put(
+            keys,
+            outputs[block.start : block.stop],
+            tokens=[np.arange(i, i + 12, dtype=np.int32) for i in block],
+            sources=[f"document {i}" for i in block],
+            features=features[block.start : block.stop],
+            cost=np.full(len(block), 0.002, np.float32),
+        )
+        bank.alias(text_keys(seed, [f"document {i}" for i in block]).view(np.uint64), keys)
+    store.commit()
+    bank.near.rebuild()
+    store.commit()
+    store.close()
+
+
+def opened(model_name: str, folder: str) -> dict[str, float]:
+    """Open a store, ask one exact and one near question; seconds, and resident bytes per entry. Run it in a fresh process."""
+    model = SentenceTransformer(model_name)
+    model.encode(["warm-up"])
+    before, began = _resident(), time.perf_counter()
+    cache = LLMCache.open(folder, model, config=CacheConfig(tau=0.9))
+    cache.encode(["document 7"])
+    first_hit = time.perf_counter() - began
+    if cache.stats().counters.exact_text != 1:
+        raise AssertionError("the synthetic store did not answer a text that it holds")
+    exact_bytes, began = _resident() - before, time.perf_counter()
+    cache.encode(["something that no document says"])
+    near_seconds = time.perf_counter() - began
+    return {
+        "seconds_to_first_hit": first_hit,
+        "bytes_per_entry": exact_bytes / len(cache),
+        "further_seconds_to_near_lookup": near_seconds,
+        "bytes_per_entry_with_index": (_resident() - before) / len(cache),
+    }
+
+
+def _resident() -> int:
+    """Resident bytes of this process, mapped files included."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE

@@ -1,0 +1,283 @@
+"""LLMCache: the one object a user holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.config import CacheConfig
+from llmcache.encoding import finished
+from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
+from llmcache.execution import Call, Execution, compute, token_embedding
+from llmcache.fingerprint import feature_width
+from llmcache.identity import Identity, identify, load, mismatch
+from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.store import Store
+from llmcache.matching import Answers
+from llmcache.pipeline import Result, Source, results
+from llmcache.statistics import Statistics, statistics
+from llmcache.tokens import check_inputs, tokenise
+
+log = logging.getLogger("llmcache")
+
+LAYER = "output"
+CHUNK = 8192  # documents that `run` reads, answers and gives out together
+
+
+class LLMCache:
+    """A model with a store behind it: repeats cost a look-up, the rest is computed once and kept.
+
+    One per process or thread; after a fork open it again in the child.
+    """
+
+    def __init__(
+        self, store: Store, model: SentenceTransformer, identity: Identity, config: CacheConfig, namespace: str
+    ) -> None:
+        """Takes finished parts; `LLMCache.open` makes them."""
+        self.model = model
+        self.identity = identity
+        self.config = config
+        self.namespace = namespace
+        self._store = store
+        self._bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
+        self._execution = Execution(model, identity.digest, config, store, self._bank)
+        self._opened = True
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        model: SentenceTransformer | str | os.PathLike[str] | None = None,
+        *,
+        config: CacheConfig | None = None,
+        namespace: str = "default",
+    ) -> Self:
+        """Open the store in this folder, or make one, for this model.
+
+        model: a SentenceTransformer, or the name or path of one; None loads the one the store was made with.
+        config: for a new namespace, its settings. For an old one they are saved with it; what is given here holds for
+            this opening, except `fingerprint` and `dtype`, which cannot change.
+        namespace: entries of different models live in different namespaces of one store.
+        ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had.
+        """
+        if importlib.util.find_spec("faiss") is None:
+            raise FaissMissing
+        store = Store.open(path, create=model is not None)
+        try:
+            loaded, identity = _model(model, store, namespace)
+            settled = _settled(store, namespace, identity, config, loaded)
+            return cls(store, loaded, identity, settled, namespace)
+        except BaseException:
+            store.close()
+            raise
+
+    # -- embedding ------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """`SentenceTransformer.encode`, with the same arguments, result type and order.
+
+        What the output bank cannot hold goes to the model itself, past the cache (`stats().bypassed` counts it):
+        inputs that are not texts, `output_value` other than "sentence_embedding", `device`, `pool` and other keywords.
+        """
+        self._check_open()
+        model = self.model
+        single = model.is_singular_input(inputs)
+        texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+        role = others.pop("task", None)
+        cacheable = output_value == "sentence_embedding" and device is None and not others
+        if not texts or not cacheable or not all(type(text) is str for text in texts):
+            self._execution.counters.bypassed += len(texts)
+            if role:
+                others["task"] = role
+            return model.encode(
+                inputs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size, output_value=output_value,
+                show_progress_bar=show_progress_bar, precision=precision, convert_to_numpy=convert_to_numpy,
+                convert_to_tensor=convert_to_tensor, device=device, normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim, **others,
+            )  # fmt: skip
+        if batch_size <= 0:
+            raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
+        call = Call(texts, None, self._prompt(prompt, prompt_name), role, batch_size, bool(show_progress_bar))
+        answers = self._execution.answers(call)
+        return finished(
+            answers.outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
+        )  # fmt: skip
+
+    def encode_query(self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any) -> Any:
+        """`SentenceTransformer.encode_query`. A text as query and as document never share an entry."""
+        return self.encode(inputs, self._role_prompt("query", prompt_name, prompt), prompt, task="query", **others)
+
+    def encode_document(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any
+    ) -> Any:
+        """`SentenceTransformer.encode_document`. A text as query and as document never share an entry."""
+        return self.encode(inputs, self._role_prompt("document", prompt_name, prompt), prompt, task="document", **others)
+
+    def run(
+        self,
+        documents: Iterable[Source],
+        *,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        chunk: int = CHUNK,
+    ) -> Iterator[Result]:
+        """One result per document, in order, each saying where it came from.
+
+        documents: texts, `Document`s, or mappings with "text" and perhaps "id"; any iterable, read `chunk` at a time,
+            which bounds the memory. role: None, "query" or "document".
+        Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
+        """
+        if role not in {None, "query", "document"}:
+            raise ConfigError(f"role is None, 'query' or 'document', got {role!r}")
+        if role:
+            prompt_name = self._role_prompt(role, prompt_name, prompt)
+        resolved = self._prompt(prompt, prompt_name)
+
+        def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+            self._check_open()
+            return self._execution.answers(Call(texts, ids, resolved, role, batch_size))
+
+        return results(documents, answer, self._bank, LAYER, chunk)
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
+        """The prompt that SentenceTransformer.encode would put before the text."""
+        if prompt is not None:
+            return prompt
+        name = prompt_name if prompt_name is not None else self.model.default_prompt_name
+        if name is None:
+            return None
+        if prompt_name is not None and name not in self.model.prompts:
+            raise ConfigError(f"the model has no prompt {name!r}; it has {sorted(self.model.prompts)}")
+        return self.model.prompts.get(name)
+
+    def _role_prompt(self, role: str, prompt_name: str | None, prompt: str | None) -> str | None:
+        """As SentenceTransformer picks it: the given one, else the first prompt the model has for this role."""
+        if prompt_name is not None or prompt is not None:
+            return prompt_name
+        names = ("query",) if role == "query" else ("document", "passage", "corpus")
+        return next((name for name in names if name in self.model.prompts), None)
+
+    # -- the store ------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Entries in the output bank, those not committed yet included."""
+        return len(self._bank)
+
+    def commit(self) -> None:
+        """Make what was computed durable and visible to other processes.
+
+        StoreFull or StoreFenced when a write fails. Everything committed before is safe, and the cache goes on
+        serving what it has and computing the rest, without storing.
+        """
+        self._check_open()
+        self._execution.commit()
+
+    def rebuild(self) -> None:
+        """Fit the projection and build the FAISS index again, over all entries, and commit both."""
+        self._check_open()
+        self._store.commit()
+        self._bank.near.rebuild()
+        self.commit()
+
+    def stats(self) -> Statistics:
+        """What was reused and what it saved, since this opening, and what the store holds."""
+        return statistics(self._store, self._execution.counters, index=self._bank.near.kind)
+
+    def close(self) -> None:
+        """Commit and close. Closing twice is fine."""
+        if not self._opened:
+            return
+        try:
+            if self._store.writable:
+                self.commit()
+        finally:
+            self._opened = False
+            self._store.close()
+
+    def _check_open(self) -> None:
+        if not self._opened:
+            raise LLMCacheError("the cache is closed; open it again with LLMCache.open")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except LLMCacheError as second:  # the first error is the one to show
+            log.warning("%s", second)
+
+
+def _model(
+    model: SentenceTransformer | str | os.PathLike[str] | None, store: Store, namespace: str
+) -> tuple[SentenceTransformer, Identity]:
+    if model is None:
+        space = store.namespace(namespace)
+        if space is None:
+            known = ", ".join(sorted(store.manifest.namespaces)) or "none"
+            raise ConfigError(f"the store has no namespace {namespace!r} (it has {known}); say which model to use")
+        model = Identity.from_json(space.identity).name
+    if isinstance(model, SentenceTransformer):
+        return model, identify(model)
+    return load(os.fspath(model))
+
+
+def _settled(
+    store: Store, namespace: str, identity: Identity, config: CacheConfig | None, model: SentenceTransformer
+) -> CacheConfig:
+    """The settings to use, once it is certain that the namespace is this model's."""
+    if store.namespace(namespace) is None:
+        check_inputs(model)
+        store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json())
+    space = store.namespace(namespace)
+    assert space is not None
+    stored = Identity.from_json(space.identity)
+    if stored.digest != identity.digest:
+        raise mismatch(stored, identity)
+    saved = CacheConfig.from_json(space.config)
+    if config is None:
+        return saved
+    for name in ("fingerprint", "dtype"):
+        if getattr(config, name) != getattr(saved, name):
+            raise ConfigError(
+                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, asked for is "
+                f"{getattr(config, name)!r}; keep the first, or start a fresh namespace"
+            )
+    return config
+
+
+def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:
+    """Facts of an empty output bank for this model; its width and dtype are those of one computed vector."""
+    probe = next(compute(model, tokenise(model, ["a"], None, None), 1, None))
+    dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    width = feature_width(token_embedding(model), config.fingerprint)
+    return BankFacts(dtype, probe.outputs.shape[1], 1, width)

@@ -1,0 +1,92 @@
+"""The settings of a cache: one frozen dataclass, checked once, saved with the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+from typing import Literal
+
+from llmcache.indexes.codec import DTYPES
+from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.neighbours import NearChoice
+
+Index = Literal["auto", "flat", "ivf-flat", "ivf-sq8", "ivf-pq", "hnsw", "cagra", "binary-flat", "binary-ivf", "binary-hnsw"]
+Fingerprint = Literal["mean", "mean+attention"]
+Projection = Literal["pca", "simhash", "none"]
+Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+
+HIGHEST_TAU = 0.9999
+"""A fingerprint and itself give 0.9999997 to 1.0000002 in float32; repeats are found by their keys, never by tau."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Everything that changes what a cache answers, and how it keeps it.
+
+    tau: lowest cosine similarity at which a neighbour's output may be given for a new document, in (0, 0.9999].
+        None: never; only repeats are reused, and results are the model's own.
+    fingerprint: what stands for an input: "mean", the mean of its token embeddings, or "mean+attention", the same
+        and the mean again with each token weighted by the attention it draws (llmcache.fingerprint says why).
+    projection: how fingerprints are compressed: "pca" (half-whitened), "simhash" (bits), or "none".
+    dim: components of the PCA, or bits of the SimHash.
+    index: the FAISS index over the fingerprints; "auto" goes by the number of entries.
+    dtype: how activations are stored; "auto" is the model's own, which is lossless. float16 and int8 are smaller and
+        round what a hit gives back.
+    device: where the index is searched, "cpu" or "cuda".
+    commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
+    """
+
+    tau: float | None = None
+    fingerprint: Fingerprint = "mean"
+    projection: Projection = "pca"
+    dim: int = 128
+    index: Index = "auto"
+    dtype: Stored = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    commit_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not 0.0 < self.tau <= HIGHEST_TAU:
+            raise ConfigError(
+                f"tau is a cosine similarity in (0, {HIGHEST_TAU}], got {self.tau}; for repeats only, leave tau=None"
+            )
+        for name, allowed in (
+            ("fingerprint", get_args(Fingerprint)),
+            ("projection", get_args(Projection)),
+            ("index", get_args(Index)),
+            ("dtype", ("auto", *DTYPES)),
+            ("device", ("cpu", "cuda")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if type(self.dim) is not int or not 2 <= self.dim <= 4096:
+            raise ConfigError(f"dim is a whole number from 2 to 4096, got {self.dim!r}")
+        if self.projection == "simhash" and self.dim % 8:
+            raise ConfigError(f"a SimHash has whole bytes: dim must be a multiple of 8, got {self.dim}")
+        binary = self.index.startswith("binary-")
+        if self.index != "auto" and binary != (self.projection == "simhash"):
+            raise ConfigError(
+                f"index {self.index!r} does not go with projection {self.projection!r}: the binary-* indexes are for "
+                "simhash, the others for pca and none"
+            )
+        if not self.commit_seconds > 0:
+            raise ConfigError(f"commit_seconds must be above 0, got {self.commit_seconds}")
+
+    @property
+    def near(self) -> NearChoice:
+        """What of this the banks need."""
+        return NearChoice(self.index, self.projection, self.dim, self.device)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> CacheConfig:
+        """The settings saved with a store; unknown ones, of a later version, are left out."""
+        known = {one.name for one in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in raw.items() if name in known})
+        except TypeError as error:
+            raise ConfigError(f"the settings saved with the store cannot be read: {error}") from None

@@ -1,0 +1,31 @@
+"""Every error a caller may want to catch; the tree is drawn in `llmcache.indexes.errors`."""
+
+from llmcache.indexes.errors import (
+    CommitConflict,
+    ConfigError,
+    CorpusError,
+    FaissMissing,
+    ForkedStoreError,
+    FormatTooNew,
+    LLMCacheError,
+    ModelMismatch,
+    SnapshotDamaged,
+    SnapshotNotFound,
+    StoreFenced,
+    StoreFull,
+)
+
+__all__ = [
+    "CommitConflict",
+    "ConfigError",
+    "CorpusError",
+    "FaissMissing",
+    "ForkedStoreError",
+    "FormatTooNew",
+    "LLMCacheError",
+    "ModelMismatch",
+    "SnapshotDamaged",
+    "SnapshotNotFound",
+    "StoreFenced",
+    "StoreFull",
+]

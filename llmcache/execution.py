@@ -1,0 +1,202 @@
+"""The way of a call through the cache: what is known is read, the rest computed, compacted and length-sorted, and kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from llmcache.config import CacheConfig
+from llmcache.errors import LLMCacheError
+from llmcache.fingerprint import features
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.segment import Keys
+from llmcache.indexes.store import Store
+from llmcache.keys import key_seed, text_keys, token_keys
+from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.statistics import Counters
+from llmcache.tokens import TokenRows, batch, tokenise
+
+log = logging.getLogger("llmcache")
+
+Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
+
+_WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
+_COMMIT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width], on the host. seconds: of the model."""
+
+    chosen: list[int]
+    outputs: NDArray[np.float32]
+    seconds: float
+
+
+@torch.inference_mode()
+def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
+    """Sentence embeddings of all rows, batch after batch, longest first, as the model gives them (not normalised or cut)."""
+    model.eval()
+    order = np.argsort(-rows.lengths, kind="stable").tolist()
+    task = {"task": role} if role else {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        began = time.perf_counter()
+        embeddings = model(batch(model, rows, chosen), **task)["sentence_embedding"]
+        outputs = embeddings.float().cpu().numpy()
+        yield Computed(chosen, outputs, time.perf_counter() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one call asks for. ids: of the documents, to say later where an entry came from; None where there are none."""
+
+    texts: Sequence[str]
+    ids: Sequence[str] | None = None
+    prompt: str | None = None
+    role: str | None = None
+    batch_size: int = 32
+    progress: bool = False
+
+
+class Execution:
+    """Answers calls from one bank and one model, and counts how."""
+
+    def __init__(
+        self, model: SentenceTransformer, digest: bytes, config: CacheConfig, store: Store, bank: Bank
+    ) -> None:
+        """digest: of the model's identity; it goes into every key."""
+        self._model, self._digest, self._config = model, digest, config
+        self._store, self._bank = store, bank
+        self._embedding = token_embedding(model)
+        self._committed = time.monotonic()
+        self.counters = Counters()
+
+    def answers(self, call: Call) -> Answers:
+        """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
+        before, began = self.counters.model_seconds, time.perf_counter()
+        answers = Answers.empty(len(call.texts), self._bank.facts.width)
+        keys = text_keys(key_seed(self._digest, "text", call.role, call.prompt), call.texts).view(np.uint64)
+        distinct, first = first_occurrences(keys)
+        rest = self._exact(answers, distinct, self._bank.find_text(keys[distinct]))
+        self.counters.exact_text += len(distinct) - len(rest)
+        with tqdm(total=len(call.texts), desc="Documents", disable=not call.progress) as bar:
+            bar.update(len(call.texts) - len(rest))
+            rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+            for start in range(0, len(rest), _WINDOW):
+                window = rest[start : start + _WINDOW]
+                self._answer_unknown(answers, call, window, keys[window], bar)
+        repeats = np.flatnonzero(first != np.arange(len(first)))
+        answers.repeat(repeats, first[repeats])
+        self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        return answers
+
+    def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
+        """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
+        found = rows >= 0
+        lost = answers.serve(places[found], rows[found], self._bank, EXACT)
+        return places[~found | np.isin(places, places[found][lost])]
+
+    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any) -> None:
+        """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
+        tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
+        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(np.uint64)
+        distinct, first = first_occurrences(keys)
+        rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
+        todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
+        self.counters.exact_tokens += len(distinct) - len(todo)
+        bar.update(len(places) - len(todo))
+        raw = features(self._embedding, [tokens.ids[i] for i in todo], self._config.fingerprint)
+        if self._config.tau is not None and len(todo):
+            open_ = self._near(answers, places[todo], raw, self._config.tau)
+            bar.update(len(todo) - len(open_))
+            todo, raw = todo[open_], raw[open_]
+        self._compute(answers, call, places[todo], keys[todo], tokens.take(todo.tolist()), raw, bar)
+        repeats = np.flatnonzero(first != np.arange(len(first)))
+        answers.repeat(places[repeats], places[first[repeats]])
+        if self._store.writable:
+            self._bank.alias(text_keys, keys)
+
+    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32], tau: float) -> Places:
+        """Serve near matches; returns the indices into `places` that stay open."""
+        rows, similarity = near(self._bank, raw, tau)
+        found = np.flatnonzero(rows >= 0)
+        lost = answers.serve(places[found], rows[found], self._bank, NEAR)
+        answers.similarity[places[found]] = similarity[found]
+        answers.similarity[places[found[lost]]] = np.nan
+        return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
+
+    def _compute(
+        self,
+        answers: Answers,
+        call: Call,
+        places: Places,
+        keys: Keys,
+        tokens: TokenRows,
+        raw: NDArray[np.float32],
+        bar: Any,
+    ) -> None:
+        lengths = tokens.lengths.astype(np.float32)
+        for done in compute(self._model, tokens, call.batch_size, call.role):
+            chosen, where = done.chosen, places[done.chosen]
+            answers.outputs[where] = done.outputs
+            self.counters.model_seconds += done.seconds
+            self._put(
+                keys[chosen],
+                done.outputs,
+                tokens=[tokens.ids[i] for i in chosen],
+                sources=[call.ids[i] if call.ids else "" for i in where],
+                features=raw[chosen],
+                cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
+            )
+            bar.update(len(chosen))
+
+    def _put(self, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
+        """Keep a computed batch, and commit when enough waits. Whatever goes wrong here ends storing, not the inference."""
+        if not self._store.writable:
+            self.counters.not_stored += len(keys)
+            return
+        began = time.perf_counter()
+        kept = self._bank.put(keys, outputs, **entry)
+        self.counters.not_stored += int((~kept).sum())
+        waited = time.monotonic() - self._committed
+        if self._bank.pending_bytes > _COMMIT_BYTES or waited > self._config.commit_seconds:
+            try:
+                self.commit()
+            except LLMCacheError as error:
+                log.warning("%s. Going on without storing", error)
+        self.counters.store_seconds += time.perf_counter() - began
+
+    def commit(self) -> None:
+        """Commit what was put. StoreFull or StoreFenced when a write fails."""
+        self._committed = time.monotonic()
+        self._store.commit()
+        self._store.write_counters(self.counters.as_dict())
+
+    def _count(self, answers: Answers, repeats: int, seconds: float) -> None:
+        counters = self.counters
+        counters.documents += len(answers.tier)
+        counters.repeats += repeats
+        counters.near += int((answers.tier == NEAR).sum())
+        counters.misses += int((answers.tier == MISS).sum())
+        counters.damaged = self._bank.damaged
+        counters.overhead_seconds += seconds
+        counters.saved_seconds += self._bank.cost(answers.row[answers.row >= 0])
+        of_computed = int(((answers.twin >= 0) & (answers.row < 0)).sum())
+        if counters.misses:
+            counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
+
+
+def token_embedding(model: SentenceTransformer) -> torch.Tensor:
+    """The model's token embeddings, [vocabulary, width]."""
+    weight: torch.Tensor = model.transformers_model.get_input_embeddings().weight
+    return weight

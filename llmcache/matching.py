@@ -1,0 +1,90 @@
+"""What a batch of documents finds in a bank: exact by text, exact by tokens, near, or nothing.
+
+Everything is arrays over the batch; no object per document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.segment import Keys
+
+MISS, EXACT, NEAR = 0, 1, 2
+TIERS = ("miss", "exact", "near")
+"""Names of the tiers, by number."""
+
+
+@dataclass(slots=True)
+class Answers:
+    """What is known about the documents of one call; every array has one place per document.
+
+    outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact, NaN for a miss. row: int64, the bank row
+    that served it, -1 for a miss. twin: int64, for a repeat inside the call the place of its first occurrence, else -1.
+    """
+
+    outputs: NDArray[np.float32]
+    tier: NDArray[np.int8]
+    similarity: NDArray[np.float32]
+    row: NDArray[np.int64]
+    twin: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, n: int, width: int) -> Answers:
+        return cls(
+            np.zeros((n, width), np.float32),
+            np.full(n, MISS, np.int8),
+            np.full(n, np.nan, np.float32),
+            np.full(n, -1, np.int64),
+            np.full(n, -1, np.int64),
+        )
+
+    def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
+        """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
+        reading = bank.read(rows)
+        good = np.flatnonzero(reading.intact)
+        self.outputs[places[good]] = np.asarray(reading.values)[good]
+        self.tier[places[good]] = tier
+        self.row[places[good]] = rows[good]
+        if tier == EXACT:
+            self.similarity[places[good]] = 1
+        return np.flatnonzero(~reading.intact)
+
+    def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
+        self.outputs[places] = self.outputs[first]
+        self.similarity[places] = np.where(self.tier[first] == NEAR, self.similarity[first], 1)
+        self.tier[places] = np.where(self.tier[first] == NEAR, NEAR, EXACT)
+        self.row[places] = self.row[first]
+        self.twin[places] = first
+
+
+def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of the first occurrence of each key, in order, and for every place that of its first occurrence.
+
+    keys: uint64 [n, 2]. Returns int64 [distinct] and int64 [n].
+    """
+    raw = keys.tobytes()
+    seen: dict[bytes, int] = {}
+    first = np.fromiter((seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys))
+    return np.flatnonzero(first == np.arange(len(keys))), first
+
+
+def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """Rows whose key and whose token ids are those asked for, -1 elsewhere; int64 [n]."""
+    rows = bank.find(keys)
+    for i in np.flatnonzero(rows >= 0):
+        if not np.array_equal(bank.tokens(int(rows[i])), tokens[i]):
+            rows[i] = -1
+    return rows
+
+
+def near(bank: Bank, features: NDArray[np.float32], tau: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarity. int64 [n], float32 [n]."""
+    rows, similarity = bank.nearest(features, 1)
+    best, value = rows[:, 0], similarity[:, 0]
+    return np.where(value >= tau, best, -1), value

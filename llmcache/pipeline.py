@@ -1,0 +1,75 @@
+"""Batches of documents in, results with their provenance out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.corpus import Document
+from llmcache.errors import CorpusError
+from llmcache.indexes.bank import Bank
+from llmcache.matching import MISS, TIERS, Answers
+
+Source: TypeAlias = str | Document | Mapping[str, Any]
+"""A document as it may be given: a text, a Document, or a mapping with "text" and perhaps "id"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one document.
+
+    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss.
+    source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
+    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss.
+    """
+
+    id: str
+    output: NDArray[np.float32]
+    tier: str
+    layer: str | None
+    source: str | None
+    similarity: float | None
+
+
+def results(
+    documents: Iterable[Source],
+    answer: Callable[[Sequence[str], Sequence[str]], Answers],
+    bank: Bank,
+    layer: str,
+    chunk: int,
+) -> Iterator[Result]:
+    """One Result per document, in order; `chunk` documents are read, answered and given out before the next are read."""
+    stream = enumerate(documents)
+    while part := [_document(source, place) for place, source in islice(stream, chunk)]:
+        ids = [document.id for document in part]
+        answers = answer([document.text for document in part], ids)
+        for i, id in enumerate(ids):
+            yield _result(i, id, ids, answers, bank, layer)
+
+
+def _document(source: Source, place: int) -> Document:
+    if isinstance(source, Document):
+        return source
+    if isinstance(source, str):
+        return Document(str(place), source)
+    text = source.get("text") if isinstance(source, Mapping) else None
+    if not isinstance(text, str):
+        raise CorpusError(
+            f"document {place} is neither a text nor a mapping with a text under 'text' "
+            f"(it is {type(source).__name__}{f' with {sorted(source)}' if isinstance(source, Mapping) else ''})"
+        )
+    return Document(str(source.get("id", place)), text)
+
+
+def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Result:
+    tier = int(answers.tier[i])
+    if tier == MISS:
+        return Result(id, answers.outputs[i], "miss", None, None, None)
+    row, twin = int(answers.row[i]), int(answers.twin[i])
+    source = (bank.source(row) or bank.key(row)) if row >= 0 else ids[twin]
+    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]))

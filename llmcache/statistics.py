@@ -1,0 +1,105 @@
+"""What a cache did and what its store holds. Needs neither torch nor FAISS."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.store import Store
+
+
+@dataclass(slots=True)
+class Counters:
+    """Documents, by how they were answered, and seconds. Added up over openings by the store.
+
+    exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
+    not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
+    checksum. bypassed: handed to the model past the cache. overhead_seconds: everything but the model.
+    saved_seconds: what the model took when it computed what was reused now.
+    """
+
+    documents: int = 0
+    exact_text: int = 0
+    exact_tokens: int = 0
+    repeats: int = 0
+    near: int = 0
+    misses: int = 0
+    not_stored: int = 0
+    damaged: int = 0
+    bypassed: int = 0
+    model_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    store_seconds: float = 0.0
+    saved_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class BankStatistics:
+    """One bank as the manifest has it. bytes are those of the bank's files; payload is activations alone."""
+
+    namespace: str
+    layer: str
+    entries: int
+    dtype: str
+    width: int
+    segments: int
+    payload_bytes: int
+    bytes: int
+    index: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counters, and what the store holds. `lifetime` are the counters of every opening of the store, this one included."""
+
+    generation: int
+    counters: Counters
+    lifetime: dict[str, float]
+    banks: list[BankStatistics] = field(default_factory=list)
+    index: str | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of documents of this opening that cost no model time; 0 before the first one."""
+        return 1 - self.counters.misses / self.counters.documents if self.counters.documents else 0.0
+
+    @property
+    def net_seconds(self) -> float:
+        """Seconds saved, less everything the cache itself took."""
+        return self.counters.saved_seconds - self.counters.overhead_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}
+
+
+def statistics(store: Store, counters: Counters, index: str | None = None) -> Statistics:
+    """Statistics of an open store."""
+    lifetime = store.counters(without=store.writer)
+    for name, value in counters.as_dict().items():
+        lifetime[name] = lifetime.get(name, 0) + value
+    banks = [
+        _bank(namespace, layer, facts)
+        for namespace, space in sorted(store.manifest.namespaces.items())
+        for layer, facts in sorted(space.banks.items())
+    ]
+    return Statistics(store.manifest.generation, counters, lifetime, banks, index)
+
+
+def _bank(namespace: str, layer: str, facts: BankFacts) -> BankStatistics:
+    files = [file for segment in facts.segments for file in segment.files]
+    files += [file for file in (facts.projection, facts.index and facts.index.file) if file]
+    return BankStatistics(
+        namespace=namespace,
+        layer=layer,
+        entries=sum(segment.rows for segment in facts.segments),
+        dtype=facts.dtype,
+        width=facts.width,
+        segments=len(facts.segments),
+        payload_bytes=sum(segment.payload for segment in facts.segments),
+        bytes=sum(file.size for file in files),
+        index=facts.index.kind if facts.index else None,
+    )

@@ -1,0 +1,133 @@
+"""From texts to rows of token ids without padding, and from chosen rows to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.errors import ConfigError
+
+_TOKENISE = 256
+_KNOWN = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Tokenised documents without padding.
+
+    fields: for each model input ("input_ids", ...) one int32 array [tokens] per document.
+    shared: inputs that are the same for every row, such as the length of the prompt.
+    """
+
+    fields: Mapping[str, list[NDArray[np.int32]]]
+    shared: Mapping[str, Any]
+
+    @property
+    def ids(self) -> list[NDArray[np.int32]]:
+        """Token ids of each document."""
+        return self.fields["input_ids"]
+
+    def key_bytes(self) -> list[bytes]:
+        """What of each row the model sees, as bytes; equal only for rows that the model cannot tell apart."""
+        columns = [self.fields[name] for name in sorted(self.fields)]
+        if len(columns) == 1:
+            return [one.tobytes() for one in columns[0]]
+        return [
+            b"".join(len(one).to_bytes(4, "little") + one.tobytes() for one in row)
+            for row in zip(*columns, strict=True)
+        ]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each document, int64 [n]."""
+        return np.array([len(one) for one in self.ids], np.int64)
+
+    def take(self, chosen: Sequence[int]) -> TokenRows:
+        """Some of the rows, in this order."""
+        return TokenRows({name: [rows[i] for i in chosen] for name, rows in self.fields.items()}, self.shared)
+
+
+def check_inputs(model: SentenceTransformer) -> None:
+    """ConfigError unless the model takes one row of token ids and a mask per text, which is what can be cached."""
+    features = model.preprocess(["a text", "another"])
+    ids, mask = features.get("input_ids"), features.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or ids.ndim != 2:
+        raise ConfigError(
+            f"{type(model[0]).__name__} turns texts into {sorted(features)}; LLMCache needs input_ids and attention_mask "
+            "of shape [batch, tokens]. Static embeddings are faster than any cache; for flash attention set "
+            "model[0].unpad_inputs = False"
+        )
+
+
+def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+    """Token rows of some texts, in their order. Texts of like length should be neighbours: they are padded together."""
+    fields: dict[str, list[NDArray[np.int32]]] = {}
+    shared: dict[str, Any] = {}
+    task = {"task": role} if role else {}
+    for start in range(0, len(texts), _TOKENISE):
+        features = model.preprocess(list(texts[start : start + _TOKENISE]), prompt=prompt, **task)
+        padded, shared = _split(features)
+        for name, rows in _unpadded(padded).items():
+            fields.setdefault(name, []).extend(rows)
+    return TokenRows(fields or {"input_ids": []}, shared)
+
+
+def _split(features: Mapping[str, Any]) -> tuple[dict[str, NDArray[np.int32]], dict[str, Any]]:
+    shape = features["input_ids"].shape
+    padded, shared = {}, {}
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            padded[name] = value.numpy().astype(np.int32)
+        elif isinstance(value, torch.Tensor):
+            raise ConfigError(f"the model input {name!r} has shape {tuple(value.shape)}, not {tuple(shape)} like input_ids")
+        else:
+            shared[name] = value
+    return padded, shared
+
+
+def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray[np.int32]]]:
+    mask = padded["attention_mask"]
+    lengths = mask.sum(axis=1)
+    positions = np.arange(mask.shape[1])
+    if set(padded) - _KNOWN:  # inputs whose padding may carry a meaning: rows stay whole
+        spans = [(0, mask.shape[1])] * len(mask)
+    elif (mask == (positions < lengths[:, None])).all():
+        spans = [(0, n) for n in lengths.tolist()]
+    elif (mask == (positions >= mask.shape[1] - lengths[:, None])).all():
+        spans = [(mask.shape[1] - n, mask.shape[1]) for n in lengths.tolist()]
+    else:
+        spans = [(0, mask.shape[1])] * len(mask)
+    # copies: a view would keep the whole padded batch alive
+    return {
+        name: [table[i, start:end].copy() for i, (start, end) in enumerate(spans)]
+        for name, table in padded.items()
+    }
+
+
+def batch(model: SentenceTransformer, rows: TokenRows, chosen: Sequence[int]) -> dict[str, Any]:
+    """Model inputs for some of the rows: int64 [chosen, longest of them] on the model's device, and what is shared."""
+    tokenizer = model.tokenizer
+    pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    left = getattr(tokenizer, "padding_side", "right") == "left"
+    inputs: dict[str, Any] = dict(rows.shared)
+    for name, column in rows.fields.items():
+        table = _padded([column[i] for i in chosen], pads.get(name) or 0, left)
+        inputs[name] = torch.from_numpy(table).to(model.device)
+    return inputs
+
+
+def _padded(rows: Sequence[NDArray[np.int32]], pad: int, left: bool) -> NDArray[np.int64]:
+    width = max(map(len, rows))
+    table = np.full((len(rows), width), pad, np.int64)
+    for i, row in enumerate(rows):
+        if left:
+            table[i, width - len(row) :] = row
+        else:
+            table[i, : len(row)] = row
+    return table
