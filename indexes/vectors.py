@@ -1,7 +1,7 @@
 """One FAISS index over unit vectors, or over packed sign bits. FAISS types stay in here.
 
-Similarity is the cosine, in [-1, 1], higher is nearer. For sign bits (SimHash) it is cos(pi * hamming / bits), an
-estimate of the cosine between the vectors that the bits were taken from.
+Similarity is the cosine: [-1, 1], higher is nearer. For sign bits (SimHash) it is cos(pi * hamming / bits),
+an estimate of the cosine between the vectors that the bits were taken from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("llmcache")
 
 
 class _Form(NamedTuple):
-    """recipe: for FAISS' index factory; magic: the first four bytes of the serialised index; type: its FAISS class."""
+    """recipe: for FAISS' index factory; magic: first four bytes serialised; type: FAISS class then."""
 
     recipe: str
     magic: bytes
@@ -33,8 +33,8 @@ _FORMS = {
     "flat": _Form("Flat", b"IxFI", "IndexFlatIP"),
     "ivf-flat": _Form("IVF{lists},Flat", b"IwFl", "IndexIVFFlat"),
     "ivf-sq8": _Form("IVF{lists},SQ8", b"IwSq", "IndexIVFScalarQuantizer"),
-    # Four-bit codes of two components each, scanned in registers, and the best of them compared again with the full
-    # vectors. Eight-bit codes took 50 s instead of 1.5 s to train on 80,000 vectors and were slower to search.
+    # Four-bit codes of two components each, scanned in registers; the best are compared again as vectors.
+    # Eight-bit codes took 54 s instead of 1.4 s to train on 80,000 vectors, and were slower to search.
     "ivf-pq": _Form("IVF{lists},PQ{parts}x4fsr,RFlat", b"IxRF", "IndexRefineFlat"),
     "hnsw": _Form("HNSW32", b"IHNf", "IndexHNSWFlat"),
     "cagra": _Form("", b"IHc2", "IndexHNSWCagra"),
@@ -43,24 +43,27 @@ _FORMS = {
     "binary-hnsw": _Form("BHNSW32", b"IBHf", "IndexBinaryHNSW"),
 }
 KINDS = tuple(_FORMS)
-"""flat: exact. ivf-flat: exact within the lists probed. ivf-sq8: a quarter of the memory, similarities good to 0.003
-and therefore 3-7 % other answers among near ties. ivf-pq: for speed, not for memory, since it keeps the full vectors.
-hnsw: most accurate of the fast ones, slow to build. cagra: built on a GPU, searched on either. binary-*: sign bits."""
+"""flat: exact.
+ivf-flat: exact within the lists probed.
+ivf-sq8: a quarter of the memory; similarities are good to 0.002, so among neighbours closer to each other than
+that it may name the wrong one.
+ivf-pq: for speed, not for memory, since it keeps the vectors too.
+hnsw: the most accurate of the fast ones on vectors that differ; slow to build; where hundreds of vectors are
+equal, its graph falls apart and it misses others.
+cagra: built on a GPU, searched on either.
+binary-*: over sign bits."""
 
-_ON_GPU = {"flat", "ivf-flat", "ivf-sq8", "cagra"}
-_LEAST = (
-    640  # vectors to train on: 16 lists, or 16 codes of a quantiser, of 40 vectors each; FAISS asks for 39
-)
-_SAMPLE = 64  # vectors per list that k-means looks at: more moved recall by less than 0.001
-_PROBES = {"binary-ivf": 128}  # Hamming distances tie, so the nearest code is often in another list
+_GPU_KINDS = frozenset({"flat", "ivf-flat", "ivf-sq8", "cagra"})
+_LEAST = 640
+"""Vectors to train on: 16 lists, or 16 codes of a quantiser, of 40 vectors each. FAISS asks for 39."""
 _LOADING = threading.Lock()  # FAISS' limits for loading are global
 
 
 def choose_kind(n: int, *, binary: bool = False) -> str:
     """The kind of index for n vectors of some hundred components, or n codes of some hundred bits."""
-    # Measured on two cores, 128 components, batches of 64, per query. Flat: 0.15 ms at 20,000, 0.7 at 100,000;
-    # ivf-flat: 0.03 ms at 100,000, 0.44 at a million, where ivf-sq8 takes 0.13 and a quarter of the memory.
-    # Flat over 256-bit codes: 0.06 ms at 100,000, 0.7 at a million; binary-ivf: 0.07 at a million.
+    # Milliseconds per query, two cores, 128 components, batches of 64. flat: 0.15 at 20,000, 0.7 at 100,000.
+    # ivf-flat: 0.04 at 100,000, 0.44 at a million; there ivf-sq8 takes 0.13, and 0.14 GB instead of 0.52.
+    # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
     if binary:
         return "binary-flat" if n < 200_000 else "binary-ivf"
     if n < 20_000:
@@ -71,15 +74,13 @@ def choose_kind(n: int, *, binary: bool = False) -> str:
 class VectorIndex:
     """Vectors numbered 0, 1, 2, ... in the order in which they were added.
 
-    Searches may run side by side on a CPU, and one at a time on a GPU. Nothing may run beside `add`.
+    Searches may run side by side on a CPU, one at a time on a GPU. Nothing may run beside `add`.
     """
 
-    __slots__ = ("_gpu", "_index", "_kind")
+    __slots__ = ("_index", "_kind", "_on_gpu")
 
-    def __init__(self, index: Any, kind: str, device: str) -> None:
-        self._kind = kind
-        self._gpu = device == "cuda" and kind in _ON_GPU
-        self._index = _to_gpu(index) if self._gpu and kind != "cagra" else index
+    def __init__(self, index: Any, kind: str, on_gpu: bool) -> None:
+        self._index, self._kind, self._on_gpu = index, kind, on_gpu
 
     @classmethod
     def build(
@@ -87,25 +88,26 @@ class VectorIndex:
     ) -> VectorIndex:
         """An index of these vectors.
 
-        vectors: float32 [n, dim], unit L2 norm (zero vectors are near nothing), or uint8 [n, bits / 8]. Copied.
-        kind: one of KINDS, or "auto" for `choose_kind`.
+        vectors: float32 [n, dim], unit L2 norm (zeros are near nothing), or uint8 [n, bits / 8]. Copied.
+        kind: one of KINDS, or "auto" for `choose_kind`. cagra is built on a GPU whatever the device.
         device: "cpu" or "cuda"; hnsw, ivf-pq and the binary kinds stay on the CPU.
-        seed: for k-means and its sample. An hnsw built by several threads differs from build to build all the same.
-        ConfigError: unknown kind, too few vectors to train it, no GPU. ValueError: vectors that cannot be stored.
+        seed: for k-means and its sample. Graphs are built by several threads and differ all the same.
+        ConfigError: unknown kind, too few vectors to train it, no GPU. ValueError: not such vectors.
         """
         vectors = np.asarray(vectors)
         if kind == "auto":
             kind = choose_kind(len(vectors), binary=vectors.dtype == np.uint8)
-        _check_choice(kind, device)
+        on_gpu = _on_gpu(kind, "cuda" if kind == "cagra" else device)
         vectors = _checked(vectors, kind)
         if ("ivf" in kind or kind == "cagra") and len(vectors) < _LEAST:
             raise ConfigError(
                 f"an index of kind {kind!r} needs at least {_LEAST} vectors to train on, got {len(vectors)}; "
-                "use 'flat' (or 'binary-flat'), or 'auto'"
+                f"use 'auto', or {'binary-flat' if _binary(kind) else 'flat'!r}"
             )
         if kind == "cagra":
-            return cls(_cagra(vectors), kind, "cuda")
-        return cls(_trained(vectors, kind, seed), kind, device)
+            return cls(_cagra(vectors), kind, on_gpu)
+        index = _trained(vectors, kind, seed)
+        return cls(_to_gpu(index) if on_gpu else index, kind, on_gpu)
 
     @property
     def kind(self) -> str:
@@ -125,20 +127,20 @@ class VectorIndex:
         return int(self._index.ntotal)
 
     def add(self, vectors: NDArray[Any]) -> None:
-        """Append vectors, as in `build`. A cagra index is built anew each time, so give it few large pieces."""
+        """Append vectors, as in `build`. A cagra index is built anew each time: give it few large pieces."""
         vectors = _checked(vectors, self._kind, self.dim)
         if not len(vectors):
             return
         if self._kind != "cagra":
             self._index.add(vectors)
             return
-        if not self._gpu:
+        if not self._on_gpu:
             raise ConfigError("a cagra index grows only on a GPU; open it there, or build another kind")
         stored = _faiss().index_gpu_to_cpu(self._index)
         self._index = _cagra(np.concatenate([stored.storage.reconstruct_n(0, len(self)), vectors]))
 
     def nearest(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids int64 [n, k] and similarities float32 [n, k], nearest first; id -1 and similarity -inf where none.
+        """Ids int64 [n, k] and similarities float32 [n, k], nearest first; -1 and -inf where there is none.
 
         queries: float32 [n, dim], unit L2 norm, or uint8 [n, bits / 8].
         """
@@ -157,16 +159,15 @@ class VectorIndex:
         return ids, similarity
 
     def _search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if self._kind == "cagra" and self._gpu:
-            params = _faiss().SearchParametersCagra(
-                itopk_size=max(64, -(-k // 32) * 32)
-            )  # must not be below k
-            found, near = self._index.search(queries, k, params=params)
-        else:
-            found, near = self._index.search(queries, k)
-        if self.binary:
-            found = np.cos(found * (np.pi / self.dim)).astype(np.float32)
-        return found, near
+        faiss, params = _faiss(), None
+        if (
+            self._kind == "ivf-pq"
+        ):  # four-bit codes rank roughly, so 256 candidates or more are compared again
+            params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, 256 / k))
+        elif self._kind == "cagra" and self._on_gpu:
+            params = faiss.SearchParametersCagra(itopk_size=max(64, -(-k // 32) * 32))  # must not be below k
+        found, near = self._index.search(queries, k, params=params)
+        return (np.cos(found * (np.pi / self.dim)).astype(np.float32) if self.binary else found), near
 
     def to_bytes(self) -> memoryview:
         """The serialised index, for `from_bytes` on any device."""
@@ -175,7 +176,7 @@ class VectorIndex:
         if self.binary:
             return memoryview(faiss.serialize_index_binary(self._index))
         return memoryview(
-            faiss.serialize_index(faiss.index_gpu_to_cpu(self._index) if self._gpu else self._index)
+            faiss.serialize_index(faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index)
         )
 
     @classmethod
@@ -188,25 +189,20 @@ class VectorIndex:
         count: int,
         device: str = "cpu",
     ) -> VectorIndex:
-        """The index that `to_bytes` serialised, of this kind, with `count` vectors of `dim` components or bits.
+        """The index that `to_bytes` serialised, which has `count` vectors of `dim` components or bits.
 
-        SnapshotDamaged: the bytes are not such an index. Numbers inside vectors are not checked: compare a checksum
-        first. ConfigError: unknown kind, no GPU.
+        SnapshotDamaged: the bytes are no such index. Wrong numbers inside vectors go unseen: the caller has
+        compared a checksum before. ConfigError: unknown kind, no GPU.
         """
-        _check_choice(kind, device)
+        on_gpu = _on_gpu(kind, device)
         index = _deserialised(np.frombuffer(data, np.uint8), kind)
         _check_loaded(index, kind, dim, count)
         _tune(index, kind)
-        if kind == "cagra" and device == "cuda":
-            index = _to_gpu(index)
-        return cls(index, kind, device)
-
-
-# -- choices and arguments ---------------------------------------------------------------------------------------
+        return cls(_to_gpu(index) if on_gpu else index, kind, on_gpu)
 
 
 def _faiss() -> Any:
-    """The module, imported on first use: it takes 0.2 s, and a cache of exact matches does without."""
+    """The module, imported on first use: a cache of exact matches does without."""
     try:
         import faiss
     except ModuleNotFoundError as error:
@@ -220,40 +216,42 @@ def _binary(kind: str) -> bool:
     return kind.startswith("binary-")
 
 
-def _check_choice(kind: str, device: str) -> None:
+def _on_gpu(kind: str, device: str) -> bool:
+    """Whether an index of this kind goes to the GPU. ConfigError: no such kind or device."""
     if kind not in _FORMS:
         raise ConfigError(f"no index of kind {kind!r}; choose one of: auto, {', '.join(KINDS)}")
     if device not in {"cpu", "cuda"}:
         raise ConfigError(f"an index lives on 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda":
-        _check_gpu(kind)
-
-
-def _check_gpu(kind: str) -> None:
+    if device == "cpu":
+        return False
     faiss = _faiss()
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() < 1:
         raise ConfigError(
-            "device 'cuda' needs a CUDA device and a FAISS build for it, and FAISS sees none; "
+            "an index on device 'cuda' needs a CUDA device and a FAISS build for it, and FAISS sees none; "
             "install llmcache[gpu] in place of llmcache[cpu], or use device 'cpu'"
         )
-    if kind not in _ON_GPU:
+    if kind not in _GPU_KINDS:
         _say_once_that_it_stays(kind)
+    return kind in _GPU_KINDS
 
 
 @cache
 def _say_once_that_it_stays(kind: str) -> None:
-    log.warning("indexes of kind %s stay on the CPU: FAISS has no such index on a GPU", kind)
+    log.warning("indexes of kind %s stay on the CPU: FAISS has none such on a GPU", kind)
 
 
 def _checked(vectors: NDArray[Any], kind: str, dim: int | None = None) -> NDArray[Any]:
     """The vectors as FAISS takes them: C-contiguous, float32 or uint8, of the right width, finite."""
     vectors = np.asarray(vectors)
-    wanted, found = ("uint8", np.uint8) if _binary(kind) else ("float32", np.floating)
-    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, found):
-        raise ValueError(f"{kind} takes {wanted} [n, width], got {vectors.dtype} {list(vectors.shape)}")
-    width = vectors.shape[1] if dim is None else dim // 8 if _binary(kind) else dim
-    if vectors.shape[1] != width or width < 1:
-        raise ValueError(f"vectors of this index are {width} wide, got {vectors.shape[1]}")
+    wanted, family = ("uint8", np.uint8) if _binary(kind) else ("float32", np.floating)
+    if vectors.ndim != 2 or not vectors.shape[1] or not np.issubdtype(vectors.dtype, family):
+        raise ValueError(
+            f"an index of kind {kind!r} takes {wanted} [n, width], got {vectors.dtype} {vectors.shape}"
+        )
+    width = vectors.shape[1] * (8 if _binary(kind) else 1)
+    if dim not in {None, width}:
+        unit = "bits" if _binary(kind) else "components"
+        raise ValueError(f"this index holds vectors of {dim} {unit}, got vectors of {width}")
     vectors = np.ascontiguousarray(vectors, dtype=wanted)
     if not _binary(kind):
         finite = np.isfinite(vectors).all(axis=1)
@@ -262,14 +260,11 @@ def _checked(vectors: NDArray[Any], kind: str, dim: int | None = None) -> NDArra
     return vectors
 
 
-# -- building ----------------------------------------------------------------------------------------------------
-
-
 def _trained(vectors: NDArray[Any], kind: str, seed: int) -> Any:
     """A CPU index of these vectors."""
     faiss = _faiss()
     n, width = vectors.shape
-    lists = max(1, min(int(4 * n**0.5), n // 40))
+    lists = min(int(4 * n**0.5), n // 40)
     recipe = _FORMS[kind].recipe.format(lists=lists, parts=width if width % 2 else width // 2)
     if _binary(kind):
         index = faiss.index_binary_factory(8 * width, recipe)
@@ -277,7 +272,7 @@ def _trained(vectors: NDArray[Any], kind: str, seed: int) -> Any:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     if "ivf" in kind:
         _inverted(index, kind).cp.seed = seed % 2**31
-        index.train(_sampled(vectors, _SAMPLE * lists, seed))
+        index.train(_sampled(vectors, 64 * lists, seed))
     _tune(index, kind)
     index.add(vectors)
     return index
@@ -291,13 +286,12 @@ def _sampled(vectors: NDArray[Any], most: int, seed: int) -> NDArray[Any]:
 
 
 def _tune(index: Any, kind: str) -> None:
-    """Set what a search costs. Not stored: a loaded index gets the values of this version."""
-    # Recall@1 >= 0.99 on 100,000 vectors of 1,500 clusters that hardly or half overlap; see tests/test_vectors.py.
+    """Set what a search costs. Set after loading too, so that it is never what a file says."""
+    # Chosen for recall@1 >= 0.99 on 100,000 vectors of 1,500 clusters, apart or half overlapping. binary-ivf
+    # has that on clusters apart, and 0.96 on overlapping ones, where sign bits say little anyway.
     if "ivf" in kind:
         inverted = _inverted(index, kind)
-        inverted.nprobe = min(inverted.nlist, _PROBES.get(kind, 32))
-    if kind == "ivf-pq":
-        index.k_factor = 32
+        inverted.nprobe = min(inverted.nlist, 128 if _binary(kind) else 32)
     if "hnsw" in kind or kind == "cagra":
         index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
 
@@ -310,8 +304,8 @@ def _inverted(index: Any, kind: str) -> Any:
 def _to_gpu(index: Any) -> Any:
     faiss = _faiss()
     resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
-    resources.setTempMemory(256 << 20)  # for each index; the default is 1.5 GB
-    options.use_cuvs = False  # FAISS' own kernels have all the kinds; those of cuVS lack ivf-sq8
+    resources.setTempMemory(256 << 20)  # per index; left alone, each takes 1.5 GB
+    options.use_cuvs = False  # FAISS' own kernels have all our kinds; those of cuVS lack ivf-sq8
     return faiss.index_cpu_to_gpu(resources, 0, index, options)
 
 
@@ -323,9 +317,6 @@ def _cagra(vectors: NDArray[np.float32]) -> Any:
     index = faiss.GpuIndexCagra(resources, vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)  # stores them as well; its `add` would do nothing, and say nothing
     return index
-
-
-# -- loading -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -346,9 +337,7 @@ def _limited(size: int) -> Iterator[None]:
 def _deserialised(data: NDArray[np.uint8], kind: str) -> Any:
     magic = data[:4].tobytes()
     if magic != _FORMS[kind].magic:
-        raise SnapshotDamaged(
-            f"an index of kind {kind!r} begins with {_FORMS[kind].magic!r}, found {magic!r}"
-        )
+        raise SnapshotDamaged(f"expected {_FORMS[kind].magic!r} to begin a {kind} index, found {magic!r}")
     faiss = _faiss()
     load = faiss.deserialize_index_binary if _binary(kind) else faiss.deserialize_index
     try:
@@ -356,27 +345,26 @@ def _deserialised(data: NDArray[np.uint8], kind: str) -> Any:
             return load(data)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise SnapshotDamaged(f"FAISS cannot read this index of kind {kind!r}: {reason[0]}") from error
+        raise SnapshotDamaged(f"FAISS cannot read this {kind} index: {reason[0]}") from error
 
 
 def _check_loaded(index: Any, kind: str, dim: int, count: int) -> None:
     """SnapshotDamaged unless the index and all its parts are what this kind, dim and count come to."""
-    metric = (
-        1 if _binary(kind) else 0
-    )  # faiss.METRIC_L2, which binary indexes carry, and METRIC_INNER_PRODUCT
+    faiss = _faiss()
+    metric = faiss.METRIC_L2 if _binary(kind) else faiss.METRIC_INNER_PRODUCT  # Hamming counts as L2
     for part, wanted, size in _parts(index, kind, count):
+        expected = (wanted, dim, size, metric, True)
         found = (type(part).__name__, part.d, part.ntotal, part.metric_type, bool(part.is_trained))
-        if found != (wanted, dim, size, metric, True):
+        if found != expected:
             raise SnapshotDamaged(
-                f"expected in an index of kind {kind!r} (type, width, vectors, metric, trained): "
-                f"{(wanted, dim, size, metric, True)}, found {found}"
+                f"expected in a {kind} index (type, width, count, metric, trained) {expected}, found {found}"
             )
     if "ivf" in kind:
         _check_lists(_inverted(index, kind), count)
 
 
 def _parts(index: Any, kind: str, count: int) -> Iterator[tuple[Any, str, int]]:
-    """The index and those inside it, outermost first: each with the FAISS class and the size that it should have."""
+    """The index and those inside it, outermost first, each with the FAISS class and size it should have."""
     faiss = _faiss()
     downcast = faiss.downcast_IndexBinary if _binary(kind) else faiss.downcast_index
     flat = "IndexBinaryFlat" if _binary(kind) else "IndexFlatIP"
@@ -406,4 +394,4 @@ def _check_lists(inverted: Any, count: int) -> None:
             raise SnapshotDamaged(f"expected ids from 0 to {count - 1}, found {ids.min()} to {ids.max()}")
         seen[ids] = True
     if not seen.all():
-        raise SnapshotDamaged(f"expected each id once; {count - int(seen.sum())} of {count} are missing")
+        raise SnapshotDamaged(f"expected each id once, found {count - int(seen.sum())} of {count} missing")

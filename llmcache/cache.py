@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,6 +60,7 @@ class LLMCache:
         *,
         config: CacheConfig | None = None,
         namespace: str = "default",
+        tau: float | None = None,
     ) -> Self:
         """Open the store in this folder, or make one, for this model.
 
@@ -66,6 +68,7 @@ class LLMCache:
         config: for a new namespace, its settings. For an old one they are saved with it; what is given here holds for
             this opening, except `fingerprint` and `dtype`, which cannot change.
         namespace: entries of different models live in different namespaces of one store.
+        tau: for this opening, instead of the one in the settings.
         ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had.
         """
         if importlib.util.find_spec("faiss") is None:
@@ -74,6 +77,8 @@ class LLMCache:
         try:
             loaded, identity = _model(model, store, namespace)
             settled = _settled(store, namespace, identity, config, loaded)
+            if tau is not None:
+                settled = replace(settled, tau=tau)
             return cls(store, loaded, identity, settled, namespace)
         except BaseException:
             store.close()
@@ -204,6 +209,11 @@ class LLMCache:
         self._store.commit()
         self._bank.near.rebuild()
         self.commit()
+
+    @property
+    def width(self) -> int:
+        """Numbers in one output vector."""
+        return self._bank.facts.width
 
     def stats(self) -> Statistics:
         """What was reused and what it saved, since this opening, and what the store holds."""

@@ -11,17 +11,16 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, repeat
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, TypeAlias, get_args
+from typing import IO, Any, NoReturn, TypeAlias
 
 from llmcache.errors import ConfigError, CorpusError
 
-Unit: TypeAlias = Literal["line", "paragraph"]
-StreamFormat: TypeAlias = Literal["jsonl", "csv", "tsv", "txt"]
-
+UNITS = ("line", "paragraph")
+STREAM_FORMATS = ("jsonl", "csv", "tsv", "txt")  # of standard input: Parquet has its index at the end
 ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 UNDERSTOOD = ".jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) and .parquet"
 RECORD_LIMIT = 1 << 28  # bytes: a longer line is a file of another kind, and would be held in memory whole
@@ -42,9 +41,9 @@ class Document:
 class Reading:
     """What has been read so far; filled in while `documents` is iterated.
 
-    files: begun. documents: given out. bad: records left out, a rest of a file that could not be read counting as one.
-    duplicate_ids: documents whose id came before. bytes: UTF-8 bytes of the texts given out.
-    errors: messages of the first five bad records.
+    files: begun. documents: given out. duplicate_ids: of these, the ones whose id came before.
+    bytes: taken from the files, as stored; runs up to 128 KiB ahead. errors: messages of the first five bad.
+    bad: records that could not be read; a file whose rest could not be read counts as one.
     """
 
     files: int = 0
@@ -57,7 +56,6 @@ class Reading:
 
     def take(self, document: Document) -> None:
         self.documents += 1
-        self.bytes += len(document.text if document.text.isascii() else document.text.encode())
         seen = len(self._ids)
         self._ids.add(hash(document.id))  # 64 bits in place of the id: a collision only costs a wrong count
         self.duplicate_ids += len(self._ids) == seen
@@ -70,7 +68,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file to read. name begins the ids of documents that bring none; title names the file in messages."""
+    """One file to read. name begins the ids of documents that bring none; title is for messages."""
 
     path: Path | None  # None: standard input
     name: str
@@ -82,11 +80,11 @@ class _File:
 class _Fields:
     text: str
     id: str
-    unit: Unit
+    unit: str
 
 
 _Found: TypeAlias = Document | CorpusError
-"""A bad record is given as its error, not raised, because a generator that has raised cannot go on to the next one."""
+"""A bad record is given as its error, not raised: a generator that has raised cannot go on."""
 
 
 def documents(
@@ -94,32 +92,28 @@ def documents(
     *,
     text_field: str = "text",
     id_field: str = "id",
-    unit: Unit = "line",
-    stdin_format: StreamFormat = "jsonl",
+    unit: str = "line",
+    stdin_format: str = "jsonl",
     skip_bad: bool = False,
     reading: Reading | None = None,
 ) -> Iterator[Document]:
     """The documents of all sources, in the order of the sources.
 
-    sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, sorted by name, leaving
-    out hidden files, unknown endings and linked folders. Gzip is recognised by its content.
-    text_field, id_field: field of a JSON object or column of a table. A JSON line may also be the text itself. A
-    document without an id gets "<file name>:<line>" (Parquet: row), from 1, the name relative to the folder given.
+    sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, by name,
+    without hidden files, unknown endings and linked folders. Gzip is recognised by its content.
+    text_field, id_field: field of a JSON object or column of a table; a JSON line may be a bare text too.
+    A document without one gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
     unit: what a document is in a .txt file: a line that is not blank, or a paragraph between blank lines.
     stdin_format: format of standard input, which may be gzipped too.
     skip_bad: leave out what cannot be read instead of raising; `reading` counts it.
 
-    Nothing is opened before the first document is asked for, and one record at a time is in memory (Parquet: 32 rows).
-    Raises ConfigError at once for an unknown unit or stdin_format. While iterating, raises CorpusError, naming file and
-    line: before the first document for a path that does not exist or is not understood, later for a bad record.
+    Nothing is opened before the first document is asked for; in memory is one record (Parquet: 32 rows).
+    ConfigError, at once: an unknown unit or stdin_format. CorpusError, naming file and line: before the first
+    document, a path that does not exist or is not understood; later, a bad record.
     """
-    if unit not in get_args(Unit):
-        raise ConfigError(f"unit is 'line' or 'paragraph', got {unit!r}")
-    if stdin_format not in get_args(StreamFormat):
-        raise ConfigError(
-            f"standard input can be read as {', '.join(get_args(StreamFormat))}, not as {stdin_format!r}; "
-            "give another format as a file"
-        )
+    for name, value, choices in (("unit", unit, UNITS), ("stdin_format", stdin_format, STREAM_FORMATS)):
+        if value not in choices:
+            raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
     given = [sources] if isinstance(sources, str | Path) else sources
     fields = _Fields(text_field, id_field, unit)
     return _documents(given, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
@@ -128,10 +122,10 @@ def documents(
 def _documents(
     sources: Iterable[str | Path], fields: _Fields, stdin_format: str, skip_bad: bool, reading: Reading
 ) -> Iterator[Document]:
-    # all paths are looked up first: a mistyped third path should not show after an hour's work on the first two
+    # all paths are looked up first: a mistyped one should not show after an hour's work on those before it
     for file in [file for source in sources for file in _files(source, stdin_format)]:
         reading.files += 1
-        for found in _read(file, fields):
+        for found in _read(file, fields, reading):
             if isinstance(found, Document):
                 reading.take(found)
                 yield found
@@ -141,7 +135,7 @@ def _documents(
                     raise found
 
 
-# -- finding files ------------------------------------------------------------------------------------------------
+# -- finding files ----------------------------------------------------------------------------------------
 
 
 def _files(source: str | Path, stdin_format: str) -> list[_File]:
@@ -155,8 +149,7 @@ def _files(source: str | Path, stdin_format: str) -> list[_File]:
     format = _format(path.name)
     if format is None:
         raise CorpusError(
-            f"{title} has an ending that is not understood; rename it to one of {UNDERSTOOD}, or give it as "
-            "standard input with -"
+            f"{title} has none of the endings {UNDERSTOOD}; rename it, or give it through - (stdin)"
         )
     return [_File(path, _shown(path.name), title, format)]
 
@@ -167,13 +160,11 @@ def _folder(folder: Path) -> list[_File]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in [Path(root, name) for name in names if not name.startswith(".")]:
             format = _format(path.name)
-            # a link to nothing is kept, and then reported; a pipe or a socket is not, since reading it may never end
+            # a link to nothing is kept and then reported; a pipe is not, since reading it may never end
             if format is not None and (os.path.isfile(path) or not os.path.exists(path)):
                 found.append(_File(path, _shown(path.relative_to(folder)), _shown(path), format))
     if not found:
-        raise CorpusError(
-            f"the folder {_shown(folder)} holds no file that is understood; these are: {UNDERSTOOD}"
-        )
+        raise CorpusError(f"the folder {_shown(folder)} holds no file with an ending of {UNDERSTOOD}")
     return sorted(found, key=lambda file: Path(file.name).parts)
 
 
@@ -194,50 +185,60 @@ def _shown(path: str | Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-# -- reading one file ---------------------------------------------------------------------------------------------
+# -- reading one file -------------------------------------------------------------------------------------
 
 
-def _read(file: _File, fields: _Fields) -> Iterator[_Found]:
-    """Documents and errors in the order of the file; one that fails as a whole ends with the error of that."""
+def _read(file: _File, fields: _Fields, reading: Reading) -> Iterator[_Found]:
+    """Documents and errors in the order of the file; one that fails as a whole ends with an error."""
     try:
-        with _opened(file) as stream:
+        with _opened(file, reading) as stream:
             yield from READERS[file.format](file, fields, stream)
     except CorpusError as error:
         yield error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield CorpusError(
-            f"{file.title} is a gzip file that is cut short or damaged ({error}); fetch it again, or keep "
-            "what could be read with --skip-bad"
-        )
+        yield _bad(file, 0, f"is a gzip file that is cut short or damaged ({error}); fetch it again")
     except OSError as error:
-        yield CorpusError(f"{file.title} cannot be read ({error.strerror or error})")
+        yield _bad(file, 0, f"cannot be read ({error.strerror or error})")
 
 
 @contextmanager
-def _opened(file: _File) -> Iterator[IO[bytes]]:
-    with _stdin() if file.path is None else open(file.path, "rb", buffering=1 << 17) as stream:
+def _opened(file: _File, reading: Reading) -> Iterator[IO[bytes]]:
+    """The bytes of the file, unpacked."""
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(open(file.path, "rb")) if file.path else sys.stdin.buffer
+        stream: Any = stack.enter_context(io.BufferedReader(_Counted(source, reading), 1 << 17))
         head = stream.peek(8)
-        if head.startswith(b"\x1f\x8b"):
-            with gzip.GzipFile(fileobj=stream) as unpacked:
-                yield unpacked
-            return
         for mark, kind in FOREIGN.items():
             if head.startswith(mark) and kind != file.format:
                 raise CorpusError(f"{file.title} is a {kind} file by its content; unpack or rename it first")
+        if head.startswith(b"\x1f\x8b"):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
         yield stream
 
 
-@contextmanager
-def _stdin() -> Iterator[io.BufferedReader]:
-    """Standard input as bytes; left open."""
-    if sys.stdin is None:  # a service may have none
-        raise CorpusError("there is no standard input to read; give a file")
-    stream: Any = sys.stdin.buffer
-    yield stream if hasattr(stream, "peek") else io.BufferedReader(stream)
+class _Counted(io.RawIOBase):
+    """A stream whose bytes are counted as they are taken. Closing it leaves that stream open."""
+
+    def __init__(self, stream: io.BufferedReader, reading: Reading) -> None:
+        self._stream, self._reading = stream, reading
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int:
+        taken = self._stream.readinto1(buffer)
+        self._reading.bytes += taken
+        return taken
 
 
 def _lines(file: _File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number from 1 and bytes of every line. Cut at "\\n" only: JSON strings may hold U+2028 and other line ends."""
+    """Number, from 1, and bytes of every line. Cut at "\\n" only: JSON strings may hold other line ends."""
     for number in count(1):
         line = stream.readline(RECORD_LIMIT + 1)
         if not line:
@@ -358,10 +359,8 @@ def _parquet(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found
                 for text, id, number in zip(texts, ids, numbers, strict=False):
                     yield _from_scalars(file, fields, number, id, text)
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(
-            f"{file.title} is not a whole Parquet file ({str(error).splitlines()[0]}); write it again, or keep what "
-            "could be read with --skip-bad"
-        ) from error
+        why = str(error).partition("\n")[0]
+        raise _bad(file, 0, f"is not a whole Parquet file ({why}); write it again") from error
 
 
 def _from_scalars(file: _File, fields: _Fields, number: int, id: Any, text: Any) -> _Found:
@@ -380,7 +379,7 @@ READERS: dict[str, Callable[[_File, _Fields, IO[bytes]], Iterator[_Found]]] = {
 }
 
 
-# -- one record ---------------------------------------------------------------------------------------------------
+# -- one record -------------------------------------------------------------------------------------------
 
 
 def _document(file: _File, fields: _Fields, number: int, id: object, text: object) -> _Found:

