@@ -68,9 +68,10 @@ class Bank:
         segments = [piece for piece in self._pieces if isinstance(piece, Segment)]
         if not segments:
             return
-        keys = np.concatenate([segment.rows["key"] for segment in segments])
-        self._rows.extend(keys, np.arange(len(keys)))
-        aliases = np.concatenate([segment.aliases for segment in segments])
+        # newest first: of two copies of an entry the newer one is believed, the older may be the damaged one it replaced
+        keys = np.concatenate([segment.rows["key"] for segment in segments])[::-1]
+        self._rows.extend(keys, np.arange(len(keys))[::-1])
+        aliases = np.concatenate([segment.aliases for segment in segments])[::-1]
         rows = self._rows.find(aliases["row"])
         found = rows >= 0  # an alias may outlive its row
         self._texts.extend(aliases["text"][found], rows[found])

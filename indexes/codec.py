@@ -29,7 +29,7 @@ def encode(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], 
         peak = np.abs(values).max(axis=1, initial=0.0)
         scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
         stored = np.rint(values / scale[:, None]).astype(np.int8)
-    return stored.view(np.uint8).reshape(len(values), -1), scale
+    return stored.view(np.uint8).reshape(len(values), values.shape[1] * DTYPES[dtype]), scale
 
 
 def decode(stored: NDArray[np.uint8], scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -39,8 +39,11 @@ class NearChoice:
 
 
 def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
-    """Features as they are stored. Queries are rounded in the same way, so that a repeat has similarity 1."""
-    return np.clip(features, -65504, 65504).astype(np.float16)
+    """Features as they are stored. Queries are rounded in the same way, so that a repeat has similarity 1.
+
+    Features that are not numbers become zeros, which are near to nothing.
+    """
+    return np.nan_to_num(np.clip(features, -65504, 65504)).astype(np.float16)
 
 
 class Neighbours:

@@ -45,8 +45,8 @@ _FORMS = {
 KINDS = tuple(_FORMS)
 """flat: exact.
 ivf-flat: exact within the lists probed.
-ivf-sq8: a quarter of the memory; similarities are good to 0.002, so among neighbours closer to each other than
-that it may name the wrong one.
+ivf-sq8: a quarter of the memory; similarities are good to 0.002, so among neighbours closer to each other
+than that it may name the wrong one.
 ivf-pq: for speed, not for memory, since it keeps the vectors too.
 hnsw: the most accurate of the fast ones on vectors that differ; slow to build; where hundreds of vectors are
 equal, its graph falls apart and it misses others.
@@ -294,6 +294,8 @@ def _tune(index: Any, kind: str) -> None:
         inverted.nprobe = min(inverted.nlist, 128 if _binary(kind) else 32)
     if "hnsw" in kind or kind == "cagra":
         index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
+    if kind == "cagra":
+        index.num_base_level_search_entrypoints = 32  # a damaged count here made FAISS abort or hang
 
 
 def _inverted(index: Any, kind: str) -> Any:

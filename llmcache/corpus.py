@@ -250,14 +250,15 @@ def _lines(file: _File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _json_lines(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
     for number, line in _lines(file, stream):
-        if not line.strip():
+        line = line.rstrip()
+        if not line:
             continue
         try:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             yield _undecodable(file, number, error)
         except (ValueError, RecursionError) as error:
-            where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             yield _bad(file, number, f"is not JSON ({getattr(error, 'msg', error)}{where})")
         else:
             yield _from_json(file, fields, number, record)
@@ -267,7 +268,7 @@ def _from_json(file: _File, fields: _Fields, number: int, record: object) -> _Fo
     if isinstance(record, str):
         return _document(file, fields, number, None, record)
     if not isinstance(record, dict):
-        return _bad(file, number, f"is a {_kind(record)}, neither an object nor a text")
+        return _bad(file, number, f"is {_kind(record)}, neither an object nor a text")
     if fields.text not in record:
         return _missing(file, fields, number, record)
     return _document(file, fields, number, record.get(fields.id), record[fields.text])
@@ -385,10 +386,10 @@ READERS: dict[str, Callable[[_File, _Fields, IO[bytes]], Iterator[_Found]]] = {
 def _document(file: _File, fields: _Fields, number: int, id: object, text: object) -> _Found:
     """The document, or what is wrong with it; an id that is None is made from the place."""
     if not isinstance(text, str):
-        return _bad(file, number, f"has a {_kind(text)} under {fields.text!r}, not a text")
+        return _bad(file, number, f"has {_kind(text)} under {fields.text!r}, not a text")
     if not isinstance(id, str | int | None) or isinstance(id, bool):
         return _bad(
-            file, number, f"has a {_kind(id)} under {fields.id!r}, not a text or whole number (--id-field)"
+            file, number, f"has {_kind(id)} under {fields.id!r}, not a text or whole number (--id-field)"
         )
     document = Document(f"{file.name}:{number}" if id is None else str(id), text)
     try:
@@ -424,4 +425,5 @@ def _bad(file: _File, number: int, what: str) -> CorpusError:
 
 
 def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+    names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -68,6 +68,17 @@ class Call:
     progress: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Documents that the model has to compute; everything has one row per document."""
+
+    places: Places
+    text_keys: Keys
+    keys: Keys
+    tokens: TokenRows
+    features: NDArray[np.float32]
+
+
 class Execution:
     """Answers calls from one bank and one model, and counts how."""
 
@@ -120,11 +131,12 @@ class Execution:
             open_ = self._near(answers, places[todo], raw, self._config.tau)
             bar.update(len(todo) - len(open_))
             todo, raw = todo[open_], raw[open_]
-        self._compute(answers, call, places[todo], keys[todo], tokens.take(todo.tolist()), raw, bar)
+        unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
+        self._compute(answers, call, unknown, bar)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(places[repeats], places[first[repeats]])
-        if self._store.writable:
-            self._bank.alias(text_keys, keys)
+        others = np.setdiff1d(np.arange(len(places)), todo)
+        self._alias(text_keys[others], keys[others])
 
     def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32], tau: float) -> Places:
         """Serve near matches; returns the indices into `places` that stay open."""
@@ -135,30 +147,26 @@ class Execution:
         answers.similarity[places[found[lost]]] = np.nan
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
 
-    def _compute(
-        self,
-        answers: Answers,
-        call: Call,
-        places: Places,
-        keys: Keys,
-        tokens: TokenRows,
-        raw: NDArray[np.float32],
-        bar: Any,
-    ) -> None:
-        lengths = tokens.lengths.astype(np.float32)
+    def _compute(self, answers: Answers, call: Call, unknown: Unknown, bar: Any) -> None:
+        tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
         for done in compute(self._model, tokens, call.batch_size, call.role):
-            chosen, where = done.chosen, places[done.chosen]
+            chosen, where = done.chosen, unknown.places[done.chosen]
             answers.outputs[where] = done.outputs
             self.counters.model_seconds += done.seconds
             self._put(
-                keys[chosen],
+                unknown.keys[chosen],
                 done.outputs,
                 tokens=[tokens.ids[i] for i in chosen],
                 sources=[call.ids[i] if call.ids else "" for i in where],
-                features=raw[chosen],
+                features=unknown.features[chosen],
                 cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
             )
+            self._alias(unknown.text_keys[chosen], unknown.keys[chosen])
             bar.update(len(chosen))
+
+    def _alias(self, text_keys: Keys, keys: Keys) -> None:
+        if self._store.writable:
+            self._bank.alias(text_keys, keys)
 
     def _put(self, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
         """Keep a computed batch, and commit when enough waits. Whatever goes wrong here ends storing, not the inference."""

@@ -392,7 +392,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, in hex. Tied tensors are hashed once; at most four are copied at once."""
+    """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time."""
     places = {n: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
     largest = sorted(tensors, key=lambda name: -tensors[name].numel())
     distinct = {places[name]: tensors[name] for name in largest}

@@ -1,8 +1,8 @@
 """Keys: the one place where what is looked up becomes 128 bits.
 
 A key is sha256 over fields that each carry their length, cut to 16 bytes. With a secret it is HMAC-SHA256,
-and only who knows the secret can tell which key a document has. Never xxhash and never `hash`: whoever can choose
-documents could make two of them share a key.
+and only who knows the secret can tell which key a document has. Never xxhash and never `hash`: whoever can
+choose documents could make two of them share a key.
 """
 
 from __future__ import annotations

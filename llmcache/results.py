@@ -48,7 +48,7 @@ class _Provenance(NamedTuple):
 
 
 _Put: TypeAlias = Callable[[NDArray[np.float32], list[_Provenance]], None]
-"""Writes one chunk: vectors float32 [rows, width], reused afterwards, and what goes with each of them."""
+"""Writes one chunk: vectors float32 [rows, width], reused afterwards, and the rest of each row."""
 _Format: TypeAlias = Callable[[ExitStack, list[IO[bytes]], int], tuple[_Put, Callable[[], None]]]
 """From what is to be closed, the open files and the width: what writes a chunk, and what ends the files."""
 
@@ -67,8 +67,8 @@ class ResultWriter:
         for result in results:
             if result.output.shape != self._vectors.shape[1:]:
                 raise ConfigError(
-                    f"the output of {result.id!r} has shape {list(result.output.shape)}, but "
-                    f"{self._path.name} was opened for {list(self._vectors.shape[1:])}; open it with the right width"
+                    f"the output of {result.id!r} has shape {list(result.output.shape)}, but this file was "
+                    f"opened for {list(self._vectors.shape[1:])}; open it with the model's output width"
                 )
             self._vectors[len(self._provenance)] = result.output
             self._provenance.append(
@@ -136,6 +136,8 @@ def _partial(target: Path) -> Iterator[IO[bytes]]:
     """The empty "<target>.partial", open for writing; at the end closed and, unless renamed, removed."""
     if target.is_dir():
         raise CorpusError(f"{target} is a folder; give the results a name of their own")
+    if not target.parent.is_dir():
+        raise CorpusError(f"there is no folder {target.parent} to write {target.name} into; make it first")
     partial = target.with_name(target.name + ".partial")
     file = _locked(partial)
     try:

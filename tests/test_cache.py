@@ -194,6 +194,7 @@ def test_another_model_is_refused_with_both_named_and_a_fresh_namespace_is_offer
     with LLMCache.open(store, fresh_model, namespace="short") as cache:
         cache.encode(["a text"])
         assert cache.stats().counters.misses == 1
+        cache.commit()
         assert {one.namespace for one in cache.stats().banks} == {"default", "short"}
     with LLMCache.open(store, model) as cache:
         np.testing.assert_array_equal(cache.encode(["a text"]), kept)

@@ -226,8 +226,9 @@ def test_a_smaller_stored_type_rounds_the_hits_and_only_them(
 
 
 def test_not_a_number_is_returned_and_never_stored(fresh_model: SentenceTransformer, store: Path) -> None:
+    please = fresh_model.tokenizer.convert_tokens_to_ids("please")
     with torch.no_grad():
-        fresh_model.transformers_model.embeddings.word_embeddings.weight[2307] = float("nan")  # the token "please"
+        fresh_model.transformers_model.embeddings.word_embeddings.weight[please] = float("nan")
     with LLMCache.open(store, fresh_model) as cache:
         for _ in range(2):
             vectors = cache.encode(["where is my card", "where is it, please"])
