@@ -9,10 +9,15 @@ import typer
 
 from llmcache.cli import options, printing
 
-app = typer.Typer(help="Measure this machine: medians and ratios, the contenders in turn in one process.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure this machine: medians and ratios, the contenders in turn in one process.",
+    no_args_is_help=True,
+)
 
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")
+]
 
 
 @app.command()
@@ -63,7 +68,9 @@ def encode(
 
 @app.command()
 def index(
-    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
+    kinds: Annotated[
+        str, typer.Option(help="Index kinds, with commas between.")
+    ] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
     json: options.Json = False,

@@ -17,11 +17,15 @@ def build(
     store: options.StorePath,
     namespace: options.Namespace = "default",
     role: options.Role = None,
-    index: Annotated[str, typer.Option(help="flat, ivf-flat, ivf-sq8, ivf-pq, hnsw, or auto by size.")] = "auto",
+    index: Annotated[
+        str, typer.Option(help="flat, ivf-flat, ivf-sq8, ivf-pq, hnsw, or auto by size.")
+    ] = "auto",
     fingerprint: Annotated[str, typer.Option(help="mean, or mean+attention.")] = "mean",
     projection: Annotated[str, typer.Option(help="pca, simhash or none.")] = "pca",
     dim: Annotated[int, typer.Option(help="Components of the PCA, or bits of the SimHash.")] = 128,
-    dtype: Annotated[str, typer.Option(help="How activations are stored: auto, float32, float16, bfloat16, int8.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="How activations are stored: auto, float32, float16, bfloat16, int8.")
+    ] = "auto",
     text_field: options.TextField = "text",
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
@@ -36,6 +40,12 @@ def build(
     Stopped in the middle, the same command goes on where it was. On a store that is there already it adds what is
     missing, like `warm`.
     """
-    settings = {"index": index, "fingerprint": fingerprint, "projection": projection, "dim": dim, "dtype": dtype}
+    settings = {
+        "index": index,
+        "fingerprint": fingerprint,
+        "projection": projection,
+        "dim": dim,
+        "dtype": dtype,
+    }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings), sources)

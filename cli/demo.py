@@ -12,8 +12,12 @@ from llmcache.cli import options, printing
 
 
 def demo(
-    store: Annotated[Path | None, typer.Option("--store", "-s", help="Keep the store here; without it, it is temporary.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2.")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", "-s", help="Keep the store here; without it, it is temporary.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Embed a small corpus, close the store, and embed tomorrow's version of it: only what is new is computed."""

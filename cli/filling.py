@@ -51,13 +51,20 @@ def fill(asked: Asked, sources: Sources) -> None:
         if asked.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()
-    report(asked, reading, tally.as_dict(), {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()})
+    report(
+        asked,
+        reading,
+        tally.as_dict(),
+        {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()},
+    )
 
 
 def report(asked: Asked, reading: Reading, tally: Mapping[str, Any], store: Mapping[str, Any]) -> None:
     """Print what one run did."""
     if asked.json:
-        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store})
+        printing.as_json(
+            {**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store}
+        )
         return
     bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
     printing.facts(
@@ -82,7 +89,9 @@ def warnings(reading: Reading) -> None:
         first = f"; the first: {reading.errors[0]}" if reading.errors else ""
         typer.echo(f"llmcache: {reading.bad:,} records were skipped{first}", err=True)
     if reading.duplicate_ids:
-        typer.echo(f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True)
+        typer.echo(
+            f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True
+        )
 
 
 def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -65,6 +66,20 @@ def progressing(results: Iterable[T], reading: Reading, total: int | None, hits:
             now = time.monotonic()
             if now - shown > 0.2:
                 rate = count / (now - began)
-                said = f"{count:,} documents, {rate:,.0f}/s, {100 * getattr(hits, 'hit_rate', 0.0):.0f} % hits"
+                said = (
+                    f"{count:,} documents, {rate:,.0f}/s, {100 * getattr(hits, 'hit_rate', 0.0):.0f} % hits"
+                )
                 bar.update(task, completed=reading.bytes, said=said)
                 shown = now
+
+
+def bytes_of(corpora: Iterable[str]) -> int | None:
+    """Bytes of all files of the corpora, None where one of them is standard input."""
+    total = 0
+    for corpus in corpora:
+        if corpus == "-":
+            return None
+        path = Path(corpus)
+        files = path.rglob("*") if path.is_dir() else [path]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total

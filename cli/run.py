@@ -10,14 +10,17 @@ import typer
 from llmcache.cli import options, printing
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.reading import Sources, bytes_of, progressing
-from llmcache.corpus import Reading, result_writer
-from llmcache.errors import ConfigError
+from llmcache.corpus import Reading
+from llmcache.errors import CorpusError
+from llmcache.results import result_writer
 
 
 def run(
     corpus: options.Corpus,
     store: options.StorePath,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .jsonl) or .jsonl.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .jsonl) or .jsonl.")
+    ],
     tau: options.Tau = None,
     namespace: options.Namespace = "default",
     role: options.Role = None,
@@ -42,15 +45,20 @@ def run(
     from llmcache.tally import Tally
 
     reading, tally = Reading(), Tally()
-    with LLMCache.open(store, namespace=namespace, tau=tau) as cache, result_writer(out, width=cache.width) as writer:
+    with (
+        LLMCache.open(store, namespace=namespace, tau=tau) as cache,
+        result_writer(out, width=cache.width) as writer,
+    ):
         results = cache.run(sources.documents(reading), role=role, batch_size=batch_size)
         writer.write(progressing(tally.counted(results), reading, bytes_of(corpus), tally))
         if not tally.documents:
-            raise ConfigError(f"there are no documents in {', '.join(corpus)}; nothing was written")
+            raise CorpusError(f"there are no documents in {', '.join(corpus)}; nothing was written")
         stats = cache.stats()
     counters = stats.counters
     if json:
-        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
+        printing.as_json(
+            {**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()}
+        )
         return
     printing.facts(
         [

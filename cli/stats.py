@@ -15,7 +15,9 @@ def stats(store: options.StoreArgument, json: options.Json = False) -> None:
     finally:
         opened.close()
     if json:
-        printing.as_json({"generation": found.generation, "lifetime": found.lifetime, "banks": found.as_dict()["banks"]})
+        printing.as_json(
+            {"generation": found.generation, "lifetime": found.lifetime, "banks": found.as_dict()["banks"]}
+        )
         return
     life = found.lifetime
     asked = life["documents"]
@@ -50,4 +52,8 @@ def stats(store: options.StoreArgument, json: options.Json = False) -> None:
 def _net(seconds: float, asked: float) -> str:
     if not asked:
         return "nothing was asked yet"
-    return f"{seconds:.3g} seconds saved" if seconds >= 0 else f"{-seconds:.3g} seconds lost: this store costs more than it saves"
+    return (
+        f"{seconds:.3g} seconds saved"
+        if seconds >= 0
+        else f"{-seconds:.3g} seconds lost: this store costs more than it saves"
+    )

@@ -68,7 +68,7 @@ class Bank:
         segments = [piece for piece in self._pieces if isinstance(piece, Segment)]
         if not segments:
             return
-        # newest first: of two copies of an entry the newer one is believed, the older may be the damaged one it replaced
+        # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
         keys = np.concatenate([segment.rows["key"] for segment in segments])[::-1]
         self._rows.extend(keys, np.arange(len(keys))[::-1])
         aliases = np.concatenate([segment.aliases for segment in segments])[::-1]
@@ -129,7 +129,7 @@ class Bank:
             if self.facts.rank == 1:
                 table[chosen[good]] = self._vectors(payload, good, scale)
             else:
-                for i in np.flatnonzero(good):
+                for i in np.flatnonzero(good).tolist():
                     stored = np.ascontiguousarray(payload[i])[None]
                     numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
                     states[chosen[i]] = numbers.reshape(-1, self.facts.width)
@@ -137,11 +137,17 @@ class Bank:
             self._report(rows[~intact])
         return Reading(table if self.facts.rank == 1 else states, intact)
 
-    def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _vectors(
+        self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         if isinstance(payload, np.ndarray):
             block = payload if good.all() else payload[good]
         else:
-            block = np.stack([payload[i] for i in np.flatnonzero(good)]) if good.any() else np.zeros((0, 0), np.uint8)
+            block = (
+                np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
+                if good.any()
+                else np.zeros((0, 0), np.uint8)
+            )
         return codec.decode(block, scale[good], self.facts.dtype)
 
     def _report(self, rows: Rows) -> None:
@@ -225,8 +231,8 @@ class Bank:
             payload=payload,
             scale=scale,
             cost=cost[chosen],
-            tokens=[tokens[i] for i in chosen],
-            sources=[sources[i] for i in chosen],
+            tokens=[tokens[i] for i in chosen.tolist()],
+            sources=[sources[i] for i in chosen.tolist()],
             features=half(features[chosen]),
         )
         rows = np.arange(len(entries)) + len(self)

@@ -47,4 +47,4 @@ def representable(values: NDArray[np.float32], dtype: str) -> NDArray[np.bool_]:
     """Which rows can be stored and come back as numbers: finite, and for float16 within its range. bool [n]."""
     limit = np.float32(65504) if dtype == "float16" else np.finfo(np.float32).max
     with np.errstate(invalid="ignore"):
-        return (np.abs(values) <= limit).all(axis=1)
+        return np.asarray((np.abs(values) <= limit).all(axis=1), np.bool_)

@@ -119,13 +119,17 @@ class Manifest:
 def to_bytes(manifest: Manifest) -> bytes:
     """Canonical JSON, then one line with the sha256 of everything before it."""
     body = json.dumps(
-        {"format": FORMAT, **asdict(manifest)}, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+        {"format": FORMAT, **asdict(manifest)},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+        ensure_ascii=True,
     ).encode()
     return body + b"\nsha256:" + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 
 def from_bytes(data: bytes, name: str) -> Manifest:
-    """Parse and check one manifest; SnapshotDamaged says what is wrong with `name`, FormatTooNew asks for an upgrade."""
+    """Parse and check one manifest; SnapshotDamaged says what is wrong with `name`, FormatTooNew asks to upgrade."""
     body, line, digest = data[:-73], data[-73:-65], data[-65:-1]
     if len(data) > MAX_BYTES or line != b"\nsha256:" or hashlib.sha256(body).hexdigest().encode() != digest:
         raise SnapshotDamaged(f"{name} does not agree with its own checksum")
@@ -136,7 +140,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
 
 
 def strict_json(body: bytes) -> Any:
-    """json.loads without two of its leniencies: repeated keys, and NaN or infinity. Deep nesting is a RecursionError."""
+    """json.loads that refuses repeated keys, NaN and infinity. Deep nesting is a RecursionError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -173,12 +177,16 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
     files = tuple(_file(one) for one in raw["files"])
-    return SegmentFacts(_text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files)
+    return SegmentFacts(
+        _text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files
+    )
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
     covered = tuple(_text(one) for one in raw["segments"])
-    return IndexFacts(_text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"]))
+    return IndexFacts(
+        _text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"])
+    )
 
 
 def _bank(raw: dict[str, Any]) -> BankFacts:
@@ -196,7 +204,8 @@ def _bank(raw: dict[str, Any]) -> BankFacts:
 def _manifest(raw: dict[str, Any]) -> Manifest:
     if _count(raw["format"]) > FORMAT:
         raise FormatTooNew(
-            f"the store has format {raw['format']}, this LLMCache reads up to {FORMAT}; upgrade: pip install -U llmcache"
+            f"the store has format {raw['format']}, this LLMCache reads up to {FORMAT}; "
+            "upgrade: pip install -U llmcache"
         )
     return Manifest(
         generation=_count(raw["generation"]),
@@ -224,7 +233,9 @@ def generation_name(generation: int) -> str:
 
 def generations(folder: Folder) -> list[int]:
     """Generations that one listing shows, newest first."""
-    return sorted((int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True)
+    return sorted(
+        (int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True
+    )
 
 
 def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
@@ -243,9 +254,13 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
         except (OSError, SnapshotDamaged):
             damaged.append(generation)
     if damaged:
-        raise SnapshotDamaged(f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
-                              f"{generation_name(damaged[0])}: restore it from a copy, or start a new store")
-    raise SnapshotNotFound(f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`")
+        raise SnapshotDamaged(
+            f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
+            f"{generation_name(damaged[0])}: restore it from a copy, or start a new store"
+        )
+    raise SnapshotNotFound(
+        f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`"
+    )
 
 
 def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
@@ -291,8 +306,10 @@ def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
 
 
 def fenced(error: OSError) -> StoreFenced:
-    """The error for a write that failed. Never retried: after a failed fsync the kernel may call the next one a success."""
-    reason = f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
+    """The error for a write that failed. Never retried: after a failed fsync the kernel may call the next a success."""
+    reason = (
+        f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
+    )
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StoreFull(f"{reason}; free some space and open the store again")
     return StoreFenced(f"{reason}; open the store again")

@@ -43,7 +43,8 @@ def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
 
     Features that are not numbers become zeros, which are near to nothing.
     """
-    return np.nan_to_num(np.clip(features, -65504, 65504)).astype(np.float16)
+    clipped: NDArray[np.floating] = np.nan_to_num(np.clip(features, -65504, 65504))
+    return clipped.astype(np.float16)
 
 
 class Neighbours:
@@ -64,7 +65,9 @@ class Neighbours:
         """The FAISS index in use, None while none is needed."""
         return self._index.kind if self._index else None
 
-    def nearest(self, features: NDArray[np.floating], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def nearest(
+        self, features: NDArray[np.floating], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first."""
         self._catch_up()
         if self._index is None or self._projection is None or not len(features):
@@ -179,13 +182,14 @@ class Neighbours:
     # -- files ----------------------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether the index covers sealed rows only, and has grown enough since it was written to be worth a new file."""
+        """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
         sealed = all(isinstance(piece, Segment) for piece in self._pieces)
         return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved
 
     def save(self, id: str) -> tuple[FileFacts, IndexFacts]:
         """Write projection and index durably under this id; what a manifest has to say of them."""
-        assert self._index is not None and self._projection is not None
+        assert self._index is not None
+        assert self._projection is not None
         names = {int(span[0]): name for name, span in self._spans().items()}
         covered = tuple(names[row] for row in self._row_of.tolist() if row in names)
         projection = write_file(self._folder, f"idx/{id}.proj", [self._projection.to_bytes()])

@@ -34,8 +34,8 @@ class Projection:
     seed: where simhash's directions came from, 0 otherwise. For the record: the directions are stored.
     mean: float64 [width], subtracted first; empty for "none". matrix: float64 [width, dim]; empty for "none".
 
-    Features must reach `apply` rounded alike: callers round both the same way. A feature stored as float16 and the
-    same feature as a float32 query give vectors with a similarity below 1, and sometimes other sign bits.
+    Features must reach `apply` rounded alike: callers round both the same way. A feature stored as float16
+    and the same feature as a float32 query give vectors of similarity below 1, and sometimes other sign bits.
     """
 
     kind: str
@@ -51,9 +51,7 @@ class Projection:
             raise ConfigError(flaw)
         shapes = _shapes(self.kind, self.width, self.dim)
         if (self.mean.shape, self.matrix.shape) != shapes:
-            raise ConfigError(
-                f"expected mean and matrix {shapes}, got {self.mean.shape}, {self.matrix.shape}"
-            )
+            raise ConfigError(f"expected mean and matrix {shapes}, got {self.mean.shape}, {self.matrix.shape}")
 
     @classmethod
     def none(cls, width: int) -> Projection:
@@ -65,14 +63,12 @@ class Projection:
 
         features: float32 or float16 [n, width], not normalised.
         Returns float32 [n, dim], unit L2 norm, or for simhash uint8 [n, dim / 8], first bit lowest.
-        A feature of zeros, or one that projects to zero, is a zero vector, near nothing. Its code is like any.
+        A feature of zeros, or one that projects to zero, is a zero vector, near nothing. It has a code.
         ValueError: a feature is of another width, NaN or infinite.
         """
         features = _checked(features, self.width)
         packed = self.kind == "simhash"
-        vectors = np.empty(
-            (len(features), self.dim // 8 if packed else self.dim), np.uint8 if packed else np.float32
-        )
+        vectors = np.empty((len(features), self.dim // 8 if packed else self.dim), np.uint8 if packed else np.float32)
         for start in range(0, len(features), _BLOCK):
             block = features[start : start + _BLOCK].astype(np.float64)
             _check_finite(block, start)
@@ -104,9 +100,7 @@ class Projection:
         sizes = [int(np.prod(shape, dtype=object)) for shape in shapes]  # exact: damaged factors may be huge
         expected = _HEADER.size + 8 * sum(sizes)
         if len(data) != expected:
-            raise SnapshotDamaged(
-                f"a {kind} projection {width} -> {dim} has {expected} bytes, found {len(data)}"
-            )
+            raise SnapshotDamaged(f"a {kind} projection {width} -> {dim} has {expected} bytes, found {len(data)}")
         numbers = np.frombuffer(data, "<f8", offset=_HEADER.size).astype(np.float64)
         if not np.isfinite(numbers).all():
             raise SnapshotDamaged("a projection has finite numbers, found NaN or infinity")
@@ -139,8 +133,8 @@ def fit_pca(features: NDArray[np.floating], dim: int) -> Projection:
     # An eigenvector's sign is arbitrary, and differs between LAPACKs: the largest entry is made positive.
     largest = np.abs(directions).argmax(axis=0)
     directions = directions * np.sign(directions[largest, np.arange(kept)])
-    # Half-whitening: unwhitened, the first components drown the others; fully whitened, the last ones, which are
-    # mostly noise, count as much as the first.
+    # Half-whitening: unwhitened, the first components drown the others; fully whitened, the last, mostly noise,
+    # count as much as the first.
     matrix = directions / variances[:kept] ** 0.25
     return Projection(kind="pca", width=len(mean), dim=kept, mean=mean, matrix=np.ascontiguousarray(matrix))
 
@@ -193,13 +187,9 @@ def _header(data: memoryview) -> tuple[str, int, int, int]:
     if magic != _MAGIC:
         raise SnapshotDamaged(f"expected {_MAGIC!r} to begin a projection, found {magic!r}")
     if version > _VERSION:
-        raise FormatTooNew(
-            f"this projection has version {version}, this LLMCache reads {_VERSION}; upgrade llmcache"
-        )
+        raise FormatTooNew(f"this projection has version {version}, this LLMCache reads {_VERSION}; upgrade llmcache")
     if version != _VERSION or number >= len(_KINDS):
-        raise SnapshotDamaged(
-            f"a projection has version {_VERSION} and kind 0 to 2, found {version} and {number}"
-        )
+        raise SnapshotDamaged(f"a projection has version {_VERSION} and kind 0 to 2, found {version} and {number}")
     flaw = _flaw(_KINDS[number], width, dim, seed)
     if flaw:
         raise SnapshotDamaged(flaw)
@@ -209,9 +199,7 @@ def _header(data: memoryview) -> tuple[str, int, int, int]:
 def _checked(features: NDArray[np.floating], width: int) -> NDArray[np.floating]:
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] != width or features.dtype not in (np.float16, np.float32):
-        raise ValueError(
-            f"expected features float32 or float16 [n, {width}], got {features.dtype} {features.shape}"
-        )
+        raise ValueError(f"expected features float32 or float16 [n, {width}], got {features.dtype} {features.shape}")
     return features
 
 

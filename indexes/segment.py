@@ -88,7 +88,9 @@ def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def seal(folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[Any], feature_width: int) -> SegmentFacts:
+def seal(
+    folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[Any], feature_width: int
+) -> SegmentFacts:
     """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
 
     aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
@@ -99,7 +101,9 @@ def seal(folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[A
     header["feature_width"] = feature_width
     sizes = np.unique(rows["nbytes"])
     header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
-    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    features = [
+        np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size
+    ]
     files: list[FileFacts] = []
     try:
         files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
@@ -209,12 +213,18 @@ class Segment:
             raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
-            raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
+            raise SnapshotDamaged(
+                f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest"
+            )
         payload, raw_rows = facts.file("seg"), rows.view(ROW)
         mapped = {"seg": folder.map(payload.name, payload.size)}
         pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
-        if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
-            raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
+        if pitch and (
+            pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()
+        ):
+            raise SnapshotDamaged(
+                f"{facts.file('row').name} says that all rows are equally long, and they are not"
+            )
         return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
 
     def __len__(self) -> int:
@@ -235,7 +245,9 @@ class Segment:
         ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
         return [data[start : start + nbytes] for start, nbytes in ends]
 
-    def intact(self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def intact(
+        self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
         """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
         records = self.rows[rows]
         wanted = records["checksum"].tobytes()
@@ -273,5 +285,7 @@ def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
         raise SnapshotDamaged(f"{facts.name} is missing") from None
     found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
     if found != facts.sha256:
-        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}...")
+        raise SnapshotDamaged(
+            f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}..."
+        )
     return data

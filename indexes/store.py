@@ -55,7 +55,9 @@ class Store:
         if where.exists() and not where.is_dir():
             raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
         if not create and not (where / "FORMAT").exists():
-            raise SnapshotNotFound(f"there is no store in {where}; make one: llmcache build CORPUS --model M --store {where}")
+            raise SnapshotNotFound(
+                f"there is no store in {where}; make one: llmcache build CORPUS --model M --store {where}"
+            )
         if not (where / "FORMAT").exists() and where.exists():
             _refuse_strangers(where)
         try:
@@ -66,10 +68,12 @@ class Store:
             listed = manifests.generations(folder)
             manifest, damaged = manifests.newest(folder, listed) if listed else (Manifest(), [])
         except OSError as error:
-            raise LLMCacheError(f"the store {where} cannot be opened: {error.strerror}; check the path and its rights") from error
+            raise LLMCacheError(
+                f"the store {where} cannot be opened: {error.strerror}; check the path and its rights"
+            ) from error
         if damaged:
             log.warning(
-                "%s: the newest %d manifests are damaged; opened generation %d instead. What was stored since is missing",
+                "%s: the newest %d manifests are damaged; opened generation %d. What was stored since is missing",
                 where, len(damaged), manifest.generation,
             )  # fmt: skip
         return cls(folder, manifest)
@@ -85,7 +89,7 @@ class Store:
         return self.manifest.namespaces.get(name)
 
     def bank(self, namespace: str, name: str, fresh: Callable[[], BankFacts], choice: NearChoice) -> Bank:
-        """The bank of this name, opened once; an empty one with the facts that `fresh` gives where there is none yet."""
+        """The bank of this name, opened once; an empty one with the facts of `fresh` where there is none yet."""
         self._check()
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
@@ -106,7 +110,9 @@ class Store:
         def change(base: Manifest) -> Manifest:
             old = base.namespaces.get(namespace)
             banks = old.banks if old else {}
-            return replace(base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)})
+            return replace(
+                base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)}
+            )
 
         self._commit(change)
 
@@ -205,7 +211,9 @@ class Store:
 def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:
     space = base.namespaces.get(namespace)
     if space is None:
-        raise LLMCacheError(f"the namespace {namespace!r} was removed by another process; open the store again")
+        raise LLMCacheError(
+            f"the namespace {namespace!r} was removed by another process; open the store again"
+        )
     return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
 
 

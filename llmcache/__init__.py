@@ -1,9 +1,9 @@
 """LLMCache: a vector-database-backed cache of transformer activations for batch document pipelines.
 
-    from llmcache import LLMCache
+from llmcache import LLMCache
 
-    with LLMCache.open("store/", "all-MiniLM-L6-v2") as cache:
-        vectors = cache.encode(texts)
+with LLMCache.open("store/", "all-MiniLM-L6-v2") as cache:
+    vectors = cache.encode(texts)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measurements in one process, the contenders in turn: medians and ratios, with the difference to the model beside them."""
+"""Measurements in one process, the contenders in turn: medians, ratios, and the difference to the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llmcache.keys import key, key_seed, text_keys
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender. seconds: of every repeat. difference: largest, to the model's vectors; None where there is none."""
+    """One contender. seconds: of every repeat. difference: largest, to the model's vectors."""
 
     name: str
     documents: int
@@ -52,7 +52,7 @@ class Row:
 
 
 def ratio(base: Row, row: Row) -> float:
-    """How many times the documents per second of `base`: the median over the repeats, each against its own neighbour."""
+    """How many times the documents per second of `base`: median over the repeats, each against its own base."""
     return statistics.median(
         (one / base.documents) / (other / row.documents)
         for one, other in zip(base.seconds, row.seconds, strict=True)
@@ -62,7 +62,11 @@ def ratio(base: Row, row: Row) -> float:
 def conditions() -> dict[str, Any]:
     """What has to be known of the machine to read a measurement."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "llmcache": __version__,
@@ -77,7 +81,9 @@ def conditions() -> dict[str, Any]:
 # -- encode -------------------------------------------------------------------------------------------------
 
 
-def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
+def encode(
+    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32
+) -> list[Row]:
     """The model alone, and the cache with nothing, everything and half of it known, in turn in one process.
 
     Then every text three times in one call, against the unique ones. Texts that occur twice are left out.
@@ -133,14 +139,19 @@ def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[
     random = np.random.default_rng(seed)
     centres = random.standard_normal((clusters, dim))
     points = centres[random.integers(0, clusters, count)] + 0.6 * random.standard_normal((count, dim))
-    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    return points.astype(np.float32)
 
 
-def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[dict[str, Any]]:
+def index(
+    kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64
+) -> list[dict[str, Any]]:
     """Recall@1 against exact search and milliseconds per query of some index kinds, on clustered vectors."""
     vectors = clustered(count, dim, seed=0)
     random = np.random.default_rng(1)
-    queries = vectors[random.integers(0, count, 2048)] + 0.05 * random.standard_normal((2048, dim)).astype(np.float32)
+    queries = vectors[random.integers(0, count, 2048)] + 0.05 * random.standard_normal((2048, dim)).astype(
+        np.float32
+    )
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     best = np.concatenate([(block @ vectors.T).argmax(axis=1) for block in np.split(queries, 16)])
     rows = []
@@ -219,7 +230,7 @@ def _synthetic(model_name: str, folder: Path, count: int) -> None:
 
 
 def opened(model_name: str, folder: str) -> dict[str, float]:
-    """Open a store, ask one exact and one near question; seconds, and resident bytes per entry. Run it in a fresh process."""
+    """Open a store, ask an exact and a near question; seconds, and resident bytes per entry. For a fresh process."""
     model = SentenceTransformer(model_name)
     model.encode(["warm-up"])
     before, began = _resident(), time.perf_counter()

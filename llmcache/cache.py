@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.config import CacheConfig
@@ -24,6 +23,7 @@ from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
 from llmcache.pipeline import Result, Source, results
+from llmcache.prompts import resolve
 from llmcache.statistics import Statistics, statistics
 from llmcache.tokens import check_inputs, tokenise
 
@@ -40,7 +40,12 @@ class LLMCache:
     """
 
     def __init__(
-        self, store: Store, model: SentenceTransformer, identity: Identity, config: CacheConfig, namespace: str
+        self,
+        store: Store,
+        model: SentenceTransformer,
+        identity: Identity,
+        config: CacheConfig,
+        namespace: str,
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
@@ -108,16 +113,15 @@ class LLMCache:
         inputs that are not texts, `output_value` other than "sentence_embedding", `device`, `pool` and other keywords.
         """
         self._check_open()
-        model = self.model
+        model: Any = self.model
         single = model.is_singular_input(inputs)
         texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         role = others.pop("task", None)
         cacheable = output_value == "sentence_embedding" and device is None and not others
         if not texts or not cacheable or not all(type(text) is str for text in texts):
             self._execution.counters.bypassed += len(texts)
-            if role:
-                others["task"] = role
-            return model.encode(
+            past = {"query": model.encode_query, "document": model.encode_document}.get(role, model.encode)
+            return past(
                 inputs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size, output_value=output_value,
                 show_progress_bar=show_progress_bar, precision=precision, convert_to_numpy=convert_to_numpy,
                 convert_to_tensor=convert_to_tensor, device=device, normalize_embeddings=normalize_embeddings,
@@ -125,22 +129,25 @@ class LLMCache:
             )  # fmt: skip
         if batch_size <= 0:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
-        call = Call(texts, None, self._prompt(prompt, prompt_name), role, batch_size, bool(show_progress_bar))
+        resolved = self._prompt(role, prompt_name, prompt)
+        call = Call(texts, None, resolved, role, batch_size, bool(show_progress_bar))
         answers = self._execution.answers(call)
         return finished(
             answers.outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
         )  # fmt: skip
 
-    def encode_query(self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any) -> Any:
+    def encode_query(
+        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any
+    ) -> Any:
         """`SentenceTransformer.encode_query`. A text as query and as document never share an entry."""
-        return self.encode(inputs, self._role_prompt("query", prompt_name, prompt), prompt, task="query", **others)
+        return self.encode(inputs, prompt_name, prompt, task="query", **others)
 
     def encode_document(
         self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any
     ) -> Any:
         """`SentenceTransformer.encode_document`. A text as query and as document never share an entry."""
-        return self.encode(inputs, self._role_prompt("document", prompt_name, prompt), prompt, task="document", **others)
+        return self.encode(inputs, prompt_name, prompt, task="document", **others)
 
     def run(
         self,
@@ -158,11 +165,7 @@ class LLMCache:
             which bounds the memory. role: None, "query" or "document".
         Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
         """
-        if role not in {None, "query", "document"}:
-            raise ConfigError(f"role is None, 'query' or 'document', got {role!r}")
-        if role:
-            prompt_name = self._role_prompt(role, prompt_name, prompt)
-        resolved = self._prompt(prompt, prompt_name)
+        resolved = self._prompt(role, prompt_name, prompt)
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
@@ -170,23 +173,10 @@ class LLMCache:
 
         return results(documents, answer, self._bank, LAYER, chunk)
 
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
-        """The prompt that SentenceTransformer.encode would put before the text."""
-        if prompt is not None:
-            return prompt
-        name = prompt_name if prompt_name is not None else self.model.default_prompt_name
-        if name is None:
-            return None
-        if prompt_name is not None and name not in self.model.prompts:
-            raise ConfigError(f"the model has no prompt {name!r}; it has {sorted(self.model.prompts)}")
-        return self.model.prompts.get(name)
-
-    def _role_prompt(self, role: str, prompt_name: str | None, prompt: str | None) -> str | None:
-        """As SentenceTransformer picks it: the given one, else the first prompt the model has for this role."""
-        if prompt_name is not None or prompt is not None:
-            return prompt_name
-        names = ("query",) if role == "query" else ("document", "passage", "corpus")
-        return next((name for name in names if name in self.model.prompts), None)
+    def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
+        return resolve(
+            self.model.prompts, self.model.default_prompt_name, role=role, name=name, prompt=prompt
+        )
 
     # -- the store ------------------------------------------------------------------------------------------
 
@@ -237,7 +227,9 @@ class LLMCache:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -254,11 +246,18 @@ def _model(
         space = store.namespace(namespace)
         if space is None:
             known = ", ".join(sorted(store.manifest.namespaces)) or "none"
-            raise ConfigError(f"the store has no namespace {namespace!r} (it has {known}); say which model to use")
+            raise ConfigError(
+                f"the store has no namespace {namespace!r} (it has {known}); say which model to use"
+            )
         model = Identity.from_json(space.identity).name
     if isinstance(model, SentenceTransformer):
         return model, identify(model)
-    return load(os.fspath(model))
+    try:
+        return load(os.fspath(model))
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"the model {os.fspath(model)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _settled(

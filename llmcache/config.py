@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
-
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import ConfigError
 from llmcache.indexes.neighbours import NearChoice
 
-Index = Literal["auto", "flat", "ivf-flat", "ivf-sq8", "ivf-pq", "hnsw", "cagra", "binary-flat", "binary-ivf", "binary-hnsw"]
+Index = Literal[
+    "auto",
+    "flat",
+    "ivf-flat",
+    "ivf-sq8",
+    "ivf-pq",
+    "hnsw",
+    "cagra",
+    "binary-flat",
+    "binary-ivf",
+    "binary-hnsw",
+]
 Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]

@@ -102,7 +102,7 @@ def documents(
     sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, by name,
     without hidden files, unknown endings and linked folders. Gzip is recognised by its content.
     text_field, id_field: field of a JSON object or column of a table; a JSON line may be a bare text too.
-    A document without one gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
+    A document without an id gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
     unit: what a document is in a .txt file: a line that is not blank, or a paragraph between blank lines.
     stdin_format: format of standard input, which may be gzipped too.
     skip_bad: leave out what cannot be read instead of raising; `reading` counts it.
@@ -148,9 +148,7 @@ def _files(source: str | Path, stdin_format: str) -> list[_File]:
         raise CorpusError(f"{title} does not exist; give files, folders, or - for standard input")
     format = _format(path.name)
     if format is None:
-        raise CorpusError(
-            f"{title} has none of the endings {UNDERSTOOD}; rename it, or give it through - (stdin)"
-        )
+        raise CorpusError(f"{title} has none of the endings {UNDERSTOOD}; rename it, or give it through - (stdin)")
     return [_File(path, _shown(path.name), title, format)]
 
 
@@ -276,9 +274,7 @@ def _from_json(file: _File, fields: _Fields, number: int, record: object) -> _Fo
 
 def _table(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
     """CSV and TSV. strict: an open quote would otherwise take the rest of the file for one text."""
-    csv.field_size_limit(
-        max(csv.field_size_limit(), RECORD_LIMIT)
-    )  # a setting of the whole process: only raised
+    csv.field_size_limit(max(csv.field_size_limit(), RECORD_LIMIT))  # a setting of the whole process: only raised
     # undecodable bytes are kept until their row is cut out, for a line may be the middle of a row
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(file, stream))
     rows = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
@@ -301,9 +297,7 @@ def _table(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
 
 def _from_row(file: _File, fields: _Fields, number: int, header: list[str], row: list[str]) -> _Found:
     if len(row) != len(header):
-        return _bad(
-            file, number, f"has {len(row)} cells where the header has {len(header)}; is a quote missing?"
-        )
+        return _bad(file, number, f"has {len(row)} cells where the header has {len(header)}; is a quote missing?")
     text = row[header.index(fields.text)]
     if "\0" in text:
         return _bad(file, number, "holds a NUL byte; is this UTF-16 or a binary file?")
@@ -354,9 +348,7 @@ def _parquet(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found
             numbers = count(1)
             for batch in table.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
                 texts = batch.column(batch.schema.names.index(fields.text))
-                ids = (
-                    batch.column(batch.schema.names.index(fields.id)) if fields.id in names else repeat(None)
-                )
+                ids = batch.column(batch.schema.names.index(fields.id)) if fields.id in names else repeat(None)
                 for text, id, number in zip(texts, ids, numbers, strict=False):
                     yield _from_scalars(file, fields, number, id, text)
     except (pa.ArrowException, OSError) as error:
@@ -388,16 +380,12 @@ def _document(file: _File, fields: _Fields, number: int, id: object, text: objec
     if not isinstance(text, str):
         return _bad(file, number, f"has {_kind(text)} under {fields.text!r}, not a text")
     if not isinstance(id, str | int | None) or isinstance(id, bool):
-        return _bad(
-            file, number, f"has {_kind(id)} under {fields.id!r}, not a text or whole number (--id-field)"
-        )
+        return _bad(file, number, f"has {_kind(id)} under {fields.id!r}, not a text or whole number (--id-field)")
     document = Document(f"{file.name}:{number}" if id is None else str(id), text)
     try:
         _ = text.isascii() or text.encode(), document.id.encode()
     except UnicodeEncodeError:
-        return _bad(
-            file, number, "is not Unicode text: bytes that are not UTF-8, or half of a surrogate pair"
-        )
+        return _bad(file, number, "is not Unicode text: bytes that are not UTF-8, or half of a surrogate pair")
     return document
 
 
@@ -413,9 +401,7 @@ def _missing(file: _File, fields: _Fields, number: int, found: Iterable[str]) ->
 
 def _undecodable(file: _File, number: int, error: UnicodeDecodeError) -> CorpusError:
     byte = error.object[error.start]
-    return _bad(
-        file, number, f"is not UTF-8 (byte 0x{byte:02x} at place {error.start}); convert it with iconv"
-    )
+    return _bad(file, number, f"is not UTF-8 (byte 0x{byte:02x} at place {error.start}); convert it with iconv")
 
 
 def _bad(file: _File, number: int, what: str) -> CorpusError:

@@ -25,8 +25,8 @@ def finished(
 ) -> Any:
     """Cut, normalise, quantise and convert in the order in which `encode` does.
 
-    outputs: float32 [n, width], the model's vectors. Returns a numpy array, a tensor on the model's device, or a list of
-    tensors; one vector of it where the input was `single`.
+    outputs: float32 [n, width], the model's vectors. Returns a numpy array, a tensor on the model's device, or a
+    list of tensors; one vector of it where the input was `single`.
     """
     to_numpy = convert_to_numpy and not convert_to_tensor
     vectors = torch.from_numpy(outputs).to(device="cpu" if to_numpy else model.device, dtype=model.dtype)

@@ -1,4 +1,4 @@
-"""The way of a call through the cache: what is known is read, the rest computed, compacted and length-sorted, and kept."""
+"""The way of a call through the cache: what is known is read, the rest is computed in compacted batches and kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COMMIT_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width], on the host. seconds: of the model."""
+    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width]. seconds: of the model."""
 
     chosen: list[int]
     outputs: NDArray[np.float32]
@@ -43,8 +43,10 @@ class Computed:
 
 
 @torch.inference_mode()
-def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
-    """Sentence embeddings of all rows, batch after batch, longest first, as the model gives them (not normalised or cut)."""
+def compute(
+    model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None
+) -> Iterator[Computed]:
+    """Sentence embeddings of all rows, batch after batch, longest first, as the model gives them."""
     model.eval()
     order = np.argsort(-rows.lengths, kind="stable").tolist()
     task = {"task": role} if role else {}
@@ -58,7 +60,7 @@ def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one call asks for. ids: of the documents, to say later where an entry came from; None where there are none."""
+    """What one call asks for. ids: of the documents, to say later where an entry came from, or None."""
 
     texts: Sequence[str]
     ids: Sequence[str] | None = None
@@ -108,7 +110,9 @@ class Execution:
                 self._answer_unknown(answers, call, window, keys[window], bar)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
-        self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        self._count(
+            answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before)
+        )
         return answers
 
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
@@ -117,10 +121,14 @@ class Execution:
         lost = answers.serve(places[found], rows[found], self._bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])]
 
-    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any) -> None:
+    def _answer_unknown(
+        self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any
+    ) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
         tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
-        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(np.uint64)
+        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(
+            np.uint64
+        )
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
@@ -169,7 +177,7 @@ class Execution:
             self._bank.alias(text_keys, keys)
 
     def _put(self, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
-        """Keep a computed batch, and commit when enough waits. Whatever goes wrong here ends storing, not the inference."""
+        """Keep a computed batch, and commit when enough waits. A failure ends storing, not the inference."""
         if not self._store.writable:
             self.counters.not_stored += len(keys)
             return
@@ -206,5 +214,6 @@ class Execution:
 
 def token_embedding(model: SentenceTransformer) -> torch.Tensor:
     """The model's token embeddings, [vocabulary, width]."""
-    weight: torch.Tensor = model.transformers_model.get_input_embeddings().weight
+    trunk: Any = model.transformers_model
+    weight: torch.Tensor = trunk.get_input_embeddings().weight
     return weight

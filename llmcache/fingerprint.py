@@ -37,19 +37,21 @@ def features(embedding: Tensor, tokens: Sequence[NDArray[np.int32]], fingerprint
     mean = embedding_bag(ids, embedding, starts, mode="mean").float()
     if fingerprint == "mean":
         return mean.cpu().numpy()
-    vectors = embedding[ids].float().split(lengths)
+    vectors = torch.split(embedding[ids].float(), lengths)
     drawn = torch.stack([_attended(one) for one in vectors])
     # both halves at unit length: the two views of a document then weigh the same
     return torch.cat([normalize(mean, dim=1), normalize(drawn, dim=1)], dim=1).cpu().numpy()
 
 
 def _attended(vectors: Tensor) -> Tensor:
-    """Mean of the token embeddings, each weighted by the attention it draws from the others. [tokens, width] -> [width].
+    """Mean of token embeddings, each weighted by the attention it draws from the others: [tokens, width] -> [width].
 
     The attention is softmax(E E^T / sqrt(width)) over the unit-length embeddings E times sqrt(width): what an attention
     layer computes when its projections are the identity. It needs no layer of the model, and works for every model
     that has token embeddings.
     """
+    if not len(vectors):
+        return vectors.new_zeros(vectors.shape[1])
     width = vectors.shape[1]
     unit = normalize(vectors, dim=1) * width**0.25
     attention = torch.softmax(unit @ unit.T, dim=1)

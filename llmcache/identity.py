@@ -7,33 +7,35 @@ on no later one.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcache.errors import ConfigError, ModelMismatch, SnapshotDamaged
-from llmcache.keys import framed
+from llmcache.architecture import INDEXED, layer_places, layer_stacks, tensors_of, trunk_of
+from llmcache.digests import (
+    PACKAGES,
+    ModelFiles,
+    canonical,
+    described,
+    flat,
+    model_files,
+    package_version,
+    remembered_digests,
+    sha,
+    tensor_digests,
+)
+from llmcache.errors import ModelMismatch, SnapshotDamaged
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
     from torch.nn import Module
 
-_PACKAGES = ("torch", "transformers", "sentence-transformers")
 _DIGESTS = ("config", "embeddings", "head", "tokenizer")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_SETTLED_NS = 100_000_000
 
 # parts of a configuration about training, about where a model came from, or what it returns beside its states
 _VOLATILE = re.compile(
@@ -45,15 +47,6 @@ _ABOUT_HEAD = re.compile(
     r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_.*"
 )
 _ABOUT_DEPTH = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers")
-_INDEXED = re.compile(r"(?:(.+?)\.)?(\d+)\.")
-_FINAL_NORM = re.compile(r"(norm|norm_f|ln_f|final_norm|final_layer_?norm)\.[^.]+")
-
-# arguments of SentenceTransformer under which the weights still are what the folder's files say
-_HARMLESS = {
-    *("device", "prompts", "default_prompt_name", "cache_folder", "revision", "local_files_only", "token"),
-    *("truncate_dim", "similarity_fn_name", "processor_kwargs", "model_kwargs"),
-}
-_HARMLESS_MODEL = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +58,7 @@ class Identity:
     layers: per layer, digest of everything up to its end.
     head: digest of what comes after the layers, and of the modules of a SentenceTransformer.
     tokenizer: digest of its rules, not of the truncation and padding of its last call.
-    pooling: settings of the pooling module, and truncate_dim; "none" where there is none.
+    pooling: settings of the pooling module; "none" where there is none.
     max_seq_length: tokens after which a document is cut; None is no limit.
     dtype, attention: of the weights, and attention implementation; "none" where there is no such thing.
     name, revision, versions: where it came from. They are shown, never compared.
@@ -90,11 +83,11 @@ class Identity:
     @property
     def digest(self) -> bytes:
         """32 bytes, sha256 over the fields that are compared."""
-        return _sha(b"identity 1", *(_canonical([one, getattr(self, one)]) for one in _HARD))
+        return sha(b"identity 1", *(canonical([one, getattr(self, one)]) for one in _HARD))
 
     def up_to(self, layer: int) -> bytes:
         """32 bytes, equal for models that give this layer's activations alike for the same token ids."""
-        return _sha(b"layer 1", *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
+        return sha(b"layer 1", *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as str, int, None and lists."""
@@ -202,17 +195,17 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
     files: what the weights were loaded from in this very call; digests of an earlier call may then be used.
     ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
     """
-    trunk, prefix = _trunk(model)
-    tensors = _tensors(model, trunk, prefix)
-    digests = _digests(tensors) if files is None else _remembered_digests(tensors, files)
+    trunk, prefix = trunk_of(model)
+    tensors = tensors_of(model, trunk, prefix)
+    digests = tensor_digests(tensors) if files is None else remembered_digests(tensors, files)
     # adapters first: what is not in a layer must not seem to come after them
-    facts = _adapters(model) | {name: _described(tensors[name], digests[name]) for name in tensors}
+    facts = _adapters(model) | {name: described(tensors[name], digests[name]) for name in tensors}
     config = getattr(trunk, "config", None)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     limit = getattr(model, "max_seq_length", None) or getattr(tokenizer, "model_max_length", None)
     return Identity(
         model_class=type(trunk).__qualname__,
-        config=_sha(_canonical(_settings(config, _VOLATILE))).hex(),
+        config=sha(canonical(_settings(config, _VOLATILE))).hex(),
         **_parts(model, trunk, prefix, facts, tensors),
         tokenizer=_tokenizer_digest(tokenizer),
         pooling=_pooling(model),
@@ -224,42 +217,7 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
         attention=str(getattr(config, "_attn_implementation", None) or "none"),
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
-        versions=tuple((one, _version(one)) for one in _PACKAGES),
-    )
-
-
-def _trunk(model: Module) -> tuple[Module, str]:
-    """The transformers model inside, and what its tensors' names begin with."""
-    inner = getattr(model, "transformers_model", None)
-    for name, module in model.named_modules():
-        if inner is None or module is inner:
-            return module, f"{name}." if name else ""
-    raise ConfigError(
-        f"the weights are held by {type(inner).__name__}, not by torch; load with backend='torch'"
-    )
-
-
-def _tensors(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
-    found = {name: one for name, one in model.state_dict().items() if hasattr(one, "untyped_storage")}
-    if trunk is not model and _pooler_is_idle(model, trunk):
-        found = {name: one for name, one in found.items() if not name.startswith(f"{prefix}pooler.")}
-    for name, one in found.items():
-        if one.is_meta:
-            raise ConfigError(
-                f"{name} is on the meta device and has no bytes; load the model's weights first"
-            )
-    return found
-
-
-def _pooler_is_idle(model: Module, trunk: Module) -> bool:
-    """Whether nothing but the last hidden state is used.
-
-    A checkpoint without a pooler gets a random one at every load; the model would never be recognised again.
-    """
-    owner = next((one for one in model.modules() if getattr(one, "model", None) is trunk), None)
-    modes: Mapping[Any, Mapping[str, Any]] = getattr(owner, "modality_config", None) or {}
-    return bool(modes) and all(
-        mode.get("method_output_name") == "last_hidden_state" for mode in modes.values()
+        versions=tuple((one, package_version(one)) for one in PACKAGES),
     )
 
 
@@ -271,59 +229,26 @@ def _parts(
     base = f"{getattr(trunk, 'base_model_prefix', '')}."
     inside = {name.removeprefix(prefix): fact for name, fact in facts.items() if name.startswith(prefix)}
     sizes = {name: tensors[prefix + name].numel() if prefix + name in tensors else 0 for name in inside}
-    stacks = _stacks(sizes, 2 if getattr(config, "is_encoder_decoder", False) else 1)
-    places, depths = _places(list(inside), stacks)
+    stacks = layer_stacks(sizes, 2 if getattr(config, "is_encoder_decoder", False) else 1)
+    places, depths = layer_places(list(inside), stacks)
     groups: list[dict[str, bytes]] = [{} for _ in range(sum(depths) + 2)]
     for name, fact in inside.items():
         # relative names: a trunk has the same digests under a classifier and without one
-        indexed = _INDEXED.match(name)
+        indexed = INDEXED.match(name)
         short = name[indexed.end() :] if indexed and (indexed[1] or "") in stacks else name.removeprefix(base)
         groups[places[name] + 1][short] = fact
-    before, *layers, after = (_flat(group) for group in groups)
-    embeddings = _sha(before)
-    chain = [_sha(_canonical(_trunk_settings(config, depths)), embeddings)]
+    before, *layers, after = (flat(group) for group in groups)
+    embeddings = sha(before)
+    chain = [sha(canonical(_trunk_settings(config, depths)), embeddings)]
     for layer in layers:
-        chain.append(_sha(chain[-1], layer))
+        chain.append(sha(chain[-1], layer))
     rest = {name: fact for name, fact in facts.items() if not name.startswith(prefix)}
-    head = _sha(after, _flat(rest), _canonical(_modules(model)))
+    head = sha(after, flat(rest), canonical(_modules(model)))
     return {
         "embeddings": embeddings.hex(),
         "layers": tuple(one.hex() for one in chain[1:]),
         "head": head.hex(),
     }
-
-
-def _stacks(sizes: Mapping[str, int], count: int) -> list[str]:
-    """The lists of blocks that hold most numbers, in the model's order: "encoder.layer", "model.layers"."""
-    held: Counter[str] = Counter()
-    for name, size in sizes.items():
-        if indexed := _INDEXED.match(name):
-            held[indexed[1] or ""] += size
-    largest = {name for name, _ in held.most_common(count)}
-    return [name for name in held if name in largest]
-
-
-def _places(names: Sequence[str], stacks: Sequence[str]) -> tuple[dict[str, int], list[int]]:
-    """Where each tensor comes in: -1 before the layers, its layer's number, or after them; layers per stack.
-
-    Only what certainly comes late is placed late, since a mistake would let different models share layers. A
-    stack's siblings are often used inside its blocks (relative positions in MPNet and DeBERTa), in any order.
-    """
-    places: dict[str, int] = dict.fromkeys(names, -1)
-    indexed = {name: _INDEXED.match(name) for name in names}
-    depths: list[int] = []
-    for stack in stacks:
-        inside = {name: int(one[2]) for name, one in indexed.items() if one and (one[1] or "") == stack}
-        places.update({name: sum(depths) + index for name, index in inside.items()})
-        depths.append(max(inside.values()) + 1)
-        parent = stack[: stack.rfind(".") + 1]
-        last = max(i for i, name in enumerate(names) if name in inside)
-        for name in names[last + 1 :]:
-            sibling = name.startswith(parent)
-            late = _FINAL_NORM.fullmatch(name.removeprefix(parent)) if sibling else "emb" not in name
-            if late and places[name] < 0 and (sibling or stack == stacks[-1]):
-                places[name] = sum(depths)  # the head; after an encoder, the first layer of its decoder
-    return places, depths
 
 
 def _modules(model: Module) -> list[Any]:
@@ -345,14 +270,13 @@ def _described_modules(model: Module) -> list[tuple[Module, dict[str, Any]]]:
 def _pooling(model: Module) -> str:
     every = [settings for _, settings in _described_modules(model)]
     found = [f"{k}={v}" for settings in every if "pooling_mode" in settings for k, v in settings.items()]
-    if (cut := getattr(model, "truncate_dim", None)) is not None:
-        found.append(f"truncate_dim={cut}")
     return ", ".join(found) or "none"
 
 
 def _settings(config: Any, without: re.Pattern[str]) -> Any:
     """A configuration as a dict, without the names that match; sub-configurations likewise."""
-    config = config.to_dict() if hasattr(config, "to_dict") else config
+    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
+    config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
     if not isinstance(config, dict):
         return config
     return {str(k): _settings(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
@@ -372,7 +296,7 @@ def _adapters(model: Module) -> dict[str, bytes]:
     names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
     found = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     return {
-        f"{name}.adapter": _canonical([getattr(one, n, None) for n in names]) for name, one in found.items()
+        f"{name}.adapter": canonical([getattr(one, n, None) for n in names]) for name, one in found.items()
     }
 
 
@@ -388,151 +312,4 @@ def _tokenizer_digest(tokenizer: Any) -> str:
         flags = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool) and "local" not in k}
         rules = [type(tokenizer).__qualname__, tokenizer.get_vocab(), flags]
     names = ("padding_side", "truncation_side", "model_input_names", "special_tokens_map", "chat_template")
-    return _sha(_canonical([rules, [getattr(tokenizer, one, None) for one in names]])).hex()
-
-
-def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time."""
-    places = {n: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
-    largest = sorted(tensors, key=lambda name: -tensors[name].numel())
-    distinct = {places[name]: tensors[name] for name in largest}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        done = dict(zip(distinct, threads.map(_tensor_digest, distinct.values()), strict=True))
-    return {name: done[places[name]] for name in tensors}
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(_raw(tensor)).hexdigest()
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, on the host: a view if it is there and contiguous, else a copy."""
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _described(tensor: Tensor, *more: str) -> bytes:
-    return framed(*(one.encode() for one in (str(tensor.dtype), repr(tuple(tensor.shape)), *more)))
-
-
-def _flat(facts: Mapping[str, bytes]) -> bytes:
-    return framed(*(part for name in sorted(facts) for part in (name.encode(), facts[name])))
-
-
-def _sha(*parts: bytes) -> bytes:
-    return hashlib.sha256(framed(*parts)).digest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text  # addresses are others in every process
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The files of a model's folder. facts: (name, bytes, mtime ns, ctime ns, inode, device) of each."""
-
-    facts: tuple[tuple[str, int, int, int, int, int], ...]
-
-
-def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles | None:
-    """The files that SentenceTransformer will load, or None where they alone do not decide the weights.
-
-    None also while a file is younger than 0.1 s: a second change in one tick of the clock would not show.
-    """
-    known = set(arguments) <= _HARMLESS and set(arguments.get("model_kwargs") or {}) <= _HARMLESS_MODEL
-    folder = _folder(name_or_path, arguments) if known else None
-    facts = []
-    try:
-        for place, folders, names in os.walk(folder or ""):
-            folders[:] = [one for one in folders if not one.startswith(".")]
-            if "adapter_config.json" in names or any(
-                os.path.islink(os.path.join(place, one)) for one in folders
-            ):
-                return None  # an adapter's base model, or a linked folder, lies elsewhere
-            for path in (os.path.join(place, one) for one in names):
-                s = os.stat(path)
-                times = (s.st_mtime_ns, s.st_ctime_ns)
-                facts.append((os.path.relpath(path, folder), s.st_size, *times, s.st_ino, s.st_dev))
-    except OSError:
-        return None
-    settled = all(time.time_ns() - max(fact[2], fact[3]) > _SETTLED_NS for fact in facts)
-    return ModelFiles(tuple(sorted(facts))) if facts and settled else None
-
-
-def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
-    if os.path.isdir(name_or_path):
-        return name_or_path
-    from huggingface_hub import snapshot_download
-
-    name = name_or_path if "/" in name_or_path else f"sentence-transformers/{name_or_path}"
-    cache = arguments.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")
-    try:
-        return snapshot_download(
-            name, revision=arguments.get("revision"), cache_dir=cache, local_files_only=True
-        )
-    except (OSError, ValueError):
-        return None
-
-
-def _remembered_digests(tensors: Mapping[str, Tensor], files: ModelFiles) -> dict[str, str]:
-    """`_digests`, from an earlier call for the same files where there is one."""
-    key = _sha(_canonical([files.facts, [_version(one) for one in _PACKAGES]]), _glimpse(tensors)).hex()
-    try:
-        raw = json.loads((_digest_folder() / f"{key}.json").read_bytes())
-        if raw["check"] == _sha(_canonical(raw["tensors"])).hex() and set(raw["tensors"]) == set(tensors):
-            return dict(raw["tensors"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        pass  # nothing there, or nothing that can be believed
-    digests = _digests(tensors)
-    with contextlib.suppress(OSError, RuntimeError):
-        _write(
-            _digest_folder(), f"{key}.json", {"check": _sha(_canonical(digests)).hex(), "tensors": digests}
-        )
-    return digests
-
-
-def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes, and the first and last 64 numbers of each tensor.
-
-    A weight that is not in the files is drawn at random at every load; this is where it shows.
-    """
-    seen = hashlib.sha256()
-    for name, tensor in tensors.items():
-        flat = tensor.reshape(-1)
-        ends = bytes(_raw(flat[:64])), bytes(_raw(flat[-64:]))
-        seen.update(framed(name.encode(), _described(tensor), *ends))
-    return seen.digest()
-
-
-def _digest_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "llmcache" / "digests"
-
-
-def _write(folder: Path, name: str, value: Any) -> None:
-    """Mode 0600 in a folder of mode 0700, moved into place whole."""
-    for one in (folder.parent, folder):
-        one.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=folder)  # created 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_canonical(value))
-        os.replace(partial, folder / name)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    return sha(canonical([rules, [getattr(tokenizer, one, None) for one in names]])).hex()

@@ -43,7 +43,9 @@ class Answers:
             np.full(n, -1, np.int64),
         )
 
-    def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
+    def serve(
+        self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int
+    ) -> NDArray[np.int64]:
         """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
         reading = bank.read(rows)
         good = np.flatnonzero(reading.intact)
@@ -70,21 +72,28 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     """
     raw = keys.tobytes()
     seen: dict[bytes, int] = {}
-    first = np.fromiter((seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys))
+    first = np.fromiter(
+        (seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys)
+    )
     return np.flatnonzero(first == np.arange(len(keys))), first
 
 
 def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
     """Rows whose key and whose token ids are those asked for, -1 elsewhere; int64 [n]."""
     rows = bank.find(keys)
-    for i in np.flatnonzero(rows >= 0):
+    for i in np.flatnonzero(rows >= 0).tolist():
         if not np.array_equal(bank.tokens(int(rows[i])), tokens[i]):
             rows[i] = -1
     return rows
 
 
-def near(bank: Bank, features: NDArray[np.float32], tau: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarity. int64 [n], float32 [n]."""
+def near(
+    bank: Bank, features: NDArray[np.float32], tau: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarities.
+
+    Returns int64 [n] and float32 [n].
+    """
     rows, similarity = bank.nearest(features, 1)
     best, value = rows[:, 0], similarity[:, 0]
     return np.where(value >= tau, best, -1), value

@@ -43,7 +43,7 @@ def results(
     layer: str,
     chunk: int,
 ) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out before the next are read."""
+    """One Result per document, in order; `chunk` documents are read, answered and given out at a time."""
     stream = enumerate(documents)
     while part := [_document(source, place) for place, source in islice(stream, chunk)]:
         ids = [document.id for document in part]

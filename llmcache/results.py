@@ -71,9 +71,7 @@ class ResultWriter:
                     f"opened for {list(self._vectors.shape[1:])}; open it with the model's output width"
                 )
             self._vectors[len(self._provenance)] = result.output
-            self._provenance.append(
-                _Provenance(result.id, result.tier, result.layer, result.source, result.similarity)
-            )
+            self._provenance.append(_Provenance(result.id, result.tier, result.layer, result.source, result.similarity))
             self.rows += 1
             if len(self._provenance) == len(self._vectors):
                 self.flush()
@@ -157,9 +155,7 @@ def _locked(partial: Path) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise CorpusError(
-                f"another run is writing {partial}; wait for it, or choose another name"
-            ) from None
+            raise CorpusError(f"another run is writing {partial}; wait for it, or choose another name") from None
         except OSError:
             pass  # a file system without locks: two writers of one result are then not told apart
         if _is_at(file, partial):
@@ -208,10 +204,7 @@ def _parquet(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put
         "similarity": pa.float32(),
     }
     schema = pa.schema(
-        [
-            pa.field(name, kind, nullable=name in ("layer", "source", "similarity"))
-            for name, kind in kinds.items()
-        ]
+        [pa.field(name, kind, nullable=name in ("layer", "source", "similarity")) for name, kind in kinds.items()]
     )
     parquet = pq.ParquetWriter(files[0], schema, use_dictionary=["tier", "layer"])
     stack.callback(_close_quietly, parquet)  # else it would write its end into a closed file when collected

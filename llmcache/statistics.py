@@ -54,7 +54,7 @@ class BankStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters, and what the store holds. `lifetime` are the counters of every opening of the store, this one included."""
+    """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included."""
 
     generation: int
     counters: Counters

@@ -1,4 +1,4 @@
-"""Corpora against a store: counts while results pass, and a forecast before anything is computed."""
+"""What a corpus meets in a store: counted while results pass, or forecast before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from itertools import islice
 import numpy as np
 
 from llmcache.corpus import Document
+from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.store import Store
 from llmcache.keys import key_seed, text_keys
 from llmcache.matching import first_occurrences
 from llmcache.pipeline import Result
+from llmcache.prompts import resolve
 
 _BLOCK = 65_536
 
@@ -84,6 +88,6 @@ def forecast_against(
     if store is None or space is None or "output" not in space.banks:
         return forecast(documents, None, b"", role, None)
     identity = Identity.from_json(space.identity)
-    prompt = identity.prompt_for(role)
+    prompt = resolve(dict(identity.prompts), identity.default_prompt_name, role=role)
     bank = store.bank(namespace, "output", lambda: space.banks["output"], NearChoice())
     return forecast(documents, bank, identity.digest, role, prompt)

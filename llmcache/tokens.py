@@ -54,18 +54,20 @@ class TokenRows:
 
 
 def check_inputs(model: SentenceTransformer) -> None:
-    """ConfigError unless the model takes one row of token ids and a mask per text, which is what can be cached."""
+    """ConfigError unless the model takes one row of token ids and a mask per text."""
     features = model.preprocess(["a text", "another"])
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or ids.ndim != 2:
         raise ConfigError(
-            f"{type(model[0]).__name__} turns texts into {sorted(features)}; LLMCache needs input_ids and attention_mask "
+            f"{type(model[0]).__name__} turns texts into {sorted(features)}; LLMCache needs input_ids and a mask "
             "of shape [batch, tokens]. Static embeddings are faster than any cache; for flash attention set "
             "model[0].unpad_inputs = False"
         )
 
 
-def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+def tokenise(
+    model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None
+) -> TokenRows:
     """Token rows of some texts, in their order. Texts of like length should be neighbours: they are padded together."""
     fields: dict[str, list[NDArray[np.int32]]] = {}
     shared: dict[str, Any] = {}
@@ -85,7 +87,9 @@ def _split(features: Mapping[str, Any]) -> tuple[dict[str, NDArray[np.int32]], d
         if isinstance(value, torch.Tensor) and value.shape == shape:
             padded[name] = value.numpy().astype(np.int32)
         elif isinstance(value, torch.Tensor):
-            raise ConfigError(f"the model input {name!r} has shape {tuple(value.shape)}, not {tuple(shape)} like input_ids")
+            raise ConfigError(
+                f"the model input {name!r} has shape {tuple(value.shape)}, not {tuple(shape)} like input_ids"
+            )
         else:
             shared[name] = value
     return padded, shared

@@ -88,13 +88,21 @@ def test_build_warm_run_stats_inspect_do_the_main_job(
     inspected = json.loads(llmcache("inspect", store, "--json").out)
     assert inspected["namespaces"]["default"]["identity"]["name"] == model_path
     names = {file["name"] for file in inspected["namespaces"]["default"]["banks"]["output"]["files"]}
-    assert names == {str(path.relative_to(store)) for sub in ("seg", "idx") for path in (store / sub).iterdir()}
+    assert names == {
+        str(path.relative_to(store)) for sub in ("seg", "idx") for path in (store / sub).iterdir()
+    }
     assert "model_class" in llmcache("inspect", store).out
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy", ".jsonl"])
 def test_every_output_format_holds_the_vectors_in_order(
-    llmcache: Command, corpus: Path, store: Path, tmp_path: Path, model: SentenceTransformer, model_path: str, ending: str
+    llmcache: Command,
+    corpus: Path,
+    store: Path,
+    tmp_path: Path,
+    model: SentenceTransformer,
+    model_path: str,
+    ending: str,
 ) -> None:
     llmcache("build", corpus, "-m", model_path, "-s", store)
     out = tmp_path / f"out{ending}"
@@ -128,7 +136,9 @@ def test_near_matches_are_used_when_asked_for(
         llmcache("build", first, "-m", model_path, "-s", store)
 
 
-def test_a_dry_run_counts_and_writes_nothing(llmcache: Command, corpus: Path, store: Path, model_path: str) -> None:
+def test_a_dry_run_counts_and_writes_nothing(
+    llmcache: Command, corpus: Path, store: Path, model_path: str
+) -> None:
     done = llmcache("build", corpus, "-m", model_path, "-s", store, "--dry-run", "--json")
     assert json.loads(done.out) == {"documents": 4, "distinct": 3, "known": 0}
     assert not store.exists()
@@ -200,7 +210,9 @@ def test_bad_lines_can_be_skipped_and_are_counted(
     assert "2 records were skipped" in done.err
 
 
-def test_duplicate_ids_are_kept_and_said(llmcache: Command, store: Path, tmp_path: Path, model_path: str) -> None:
+def test_duplicate_ids_are_kept_and_said(
+    llmcache: Command, store: Path, tmp_path: Path, model_path: str
+) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "x", "text": "one"}\n{"id": "x", "text": "two"}\n')
     done = llmcache("build", path, "-m", model_path, "-s", store)
@@ -273,7 +285,9 @@ def test_the_demo_does_the_main_job(llmcache: Command, model_path: str) -> None:
     assert max(night["difference"] for night in (cold, warm, again)) < 1e-5
 
 
-def test_bench_prints_ratios_beside_the_difference(llmcache: Command, tmp_path: Path, model_path: str) -> None:
+def test_bench_prints_ratios_beside_the_difference(
+    llmcache: Command, tmp_path: Path, model_path: str
+) -> None:
     path = tmp_path / "c.txt"
     path.write_text("".join(f"text number {i}\n" for i in range(40)))
     done = llmcache("bench", "encode", "--data", path, "--repeats", "1", "--json")
@@ -284,7 +298,9 @@ def test_bench_prints_ratios_beside_the_difference(llmcache: Command, tmp_path: 
     assert llmcache("bench", "index", "--kinds", "flat,hnsw", "--count", "2000").code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join
+)
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     llmcache: Command, corpus: Path, store: Path, model_path: str, arguments: list[str]
 ) -> None:

@@ -209,7 +209,11 @@ def test_what_can_be_stored_comes_back_as_numbers(dtype: str, values: NDArray[np
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
-    values=arrays.arrays(np.float32, (4, 3), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing())
+    values=arrays.arrays(
+        np.float32, (4, 3), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing()
+    )
 )
-def test_a_row_with_a_value_that_is_no_number_is_never_storable(dtype: str, values: NDArray[np.float32]) -> None:
+def test_a_row_with_a_value_that_is_no_number_is_never_storable(
+    dtype: str, values: NDArray[np.float32]
+) -> None:
     assert not representable(values, dtype)[~np.isfinite(values).all(axis=1)].any()

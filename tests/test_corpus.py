@@ -80,9 +80,7 @@ def refusal(path: Path, *, text_field: str = "text", unit: str = "line") -> str:
 # -- formats ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "ending", [".jsonl", ".ndjson", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".tsv.gz", ".parquet"]
-)
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".tsv.gz", ".parquet"])
 def test_every_format_gives_the_same_documents(tmp_path: Path, ending: str) -> None:
     assert pairs_of(documents(write(tmp_path / f"corpus{ending}", PAIRS))) == PAIRS
 
@@ -181,9 +179,7 @@ def test_an_empty_file_gives_no_documents(tmp_path: Path, name: str) -> None:
 
 
 def test_gzip_is_told_by_the_content_not_the_name(tmp_path: Path) -> None:
-    packed = put(
-        tmp_path / "packed.jsonl", gzip.compress(json_lines(PAIRS[:2])) + gzip.compress(json_lines(PAIRS[2:]))
-    )
+    packed = put(tmp_path / "packed.jsonl", gzip.compress(json_lines(PAIRS[:2])) + gzip.compress(json_lines(PAIRS[2:])))
     plain = put(tmp_path / "plain.jsonl.gz", json_lines(PAIRS))
     assert pairs_of(documents(packed)) == PAIRS
     assert pairs_of(documents(plain)) == PAIRS
@@ -298,9 +294,7 @@ def test_standard_input_is_json_lines_unless_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_pipe_is_read_packed_or_not(pack: type[bytes]) -> None:
     code = "from llmcache.corpus import documents\nfor one in documents('-'): print(one.id, one.text)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=pack(json_lines(PAIRS[:1])), capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], input=pack(json_lines(PAIRS[:1])), capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a first\n", b"")
 
 
@@ -497,9 +491,7 @@ def test_a_refused_record_is_counted_too(tmp_path: Path) -> None:
 def test_a_long_file_is_not_held_in_memory(tmp_path: Path, ending: str) -> None:
     texts = [f"{i} " + "word " * 200 for i in range(10_000)]
     path = tmp_path / f"long{ending}"
-    put(path, "\n".join(texts)) if ending == ".txt" else write(
-        path, [(str(i), text) for i, text in enumerate(texts)]
-    )
+    put(path, "\n".join(texts)) if ending == ".txt" else write(path, [(str(i), text) for i, text in enumerate(texts)])
     del texts
     tracemalloc.start()
     try:

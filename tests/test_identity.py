@@ -19,9 +19,10 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-import llmcache.identity
+import llmcache.digests
+from llmcache.digests import model_files
 from llmcache.errors import ConfigError, ModelMismatch, SnapshotDamaged
-from llmcache.identity import Identity, difference, identify, load, mismatch, model_files
+from llmcache.identity import Identity, difference, identify, load, mismatch
 
 ROOT = Path(__file__).parent.parent
 MODELS = Path(os.environ.get("LLMCACHE_MODELS", ROOT.parent / "shared" / "models"))
@@ -53,13 +54,13 @@ def folder(model_path: str, tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one number, a tensor's length, whenever a tensor is hashed."""
     calls: list[int] = []
-    real = llmcache.identity._tensor_digest
+    real = llmcache.digests._tensor_digest
 
     def counted(tensor: torch.Tensor) -> str:
         calls.append(tensor.numel())
         return real(tensor)
 
-    monkeypatch.setattr(llmcache.identity, "_tensor_digest", counted)
+    monkeypatch.setattr(llmcache.digests, "_tensor_digest", counted)
     return calls
 
 
@@ -206,7 +207,6 @@ def set_epsilon(model: SentenceTransformer) -> None:
         ("tokenizer", lambda model: setattr(model.tokenizer, "model_input_names", ["input_ids"])),
         ("max_seq_length", lambda model: setattr(model, "max_seq_length", 128)),
         ("pooling", set_pooling),
-        ("pooling", lambda model: setattr(model, "truncate_dim", 128)),
         ("prompts", lambda model: model.prompts.update(query="query: ")),
         ("default_prompt_name", lambda model: setattr(model, "default_prompt_name", "query")),
         ("dtype", lambda model: model.bfloat16()),

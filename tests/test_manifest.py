@@ -55,7 +55,13 @@ def full_manifest() -> Manifest:
     files = tuple(FileFacts(f"seg/{ID}.{kind}", 640, None if kind == "seg" else SHA) for kind in KINDS)
     index = IndexFacts("flat", 128, 10, (ID,), FileFacts(f"idx/{ID}.faiss", 99, SHA))
     bank = BankFacts(
-        "float16", 384, 1, 384, (SegmentFacts(ID, 10, 12, 7680, files),), FileFacts(f"idx/{ID}.proj", 7, SHA), index
+        "float16",
+        384,
+        1,
+        384,
+        (SegmentFacts(ID, 10, 12, 7680, files),),
+        FileFacts(f"idx/{ID}.proj", 7, SHA),
+        index,
     )
     empty = BankFacts("int8", 4, 2, 8)
     space = NamespaceFacts(
@@ -101,7 +107,13 @@ COUNTS = [
     (*BANK, "projection", "size"),
 ]
 NAMES = [(*SEGMENT, "files", 1, "name"), (*BANK, "index", "file", "name"), (*BANK, "projection", "name")]
-TEXTS = [("writer",), (*BANK, "dtype"), (*SEGMENT, "id"), (*BANK, "index", "kind"), (*BANK, "index", "segments", 0)]
+TEXTS = [
+    ("writer",),
+    (*BANK, "dtype"),
+    (*SEGMENT, "id"),
+    (*BANK, "index", "kind"),
+    (*BANK, "index", "segments", 0),
+]
 MAPPINGS = [
     ("namespaces",),
     ("namespaces", "default"),
@@ -189,17 +201,31 @@ def test_the_helper_that_signs_makes_manifests_that_parse() -> None:
 @pytest.mark.parametrize("path", COUNTS, ids=lambda path: path[-1])
 @pytest.mark.parametrize(
     "raw",
-    ["-1", "1.0", "0.5", "1e3", "9007199254740992", "1e400", "true", '"1"', "null", "[]", "{}", "9" * 400, "-0.0"],
+    [
+        "-1",
+        "1.0",
+        "0.5",
+        "1e3",
+        "9007199254740992",
+        "1e400",
+        "true",
+        '"1"',
+        "null",
+        "[]",
+        "{}",
+        "9" * 400,
+        "-0.0",
+    ],
 )
 def test_a_count_that_is_no_count_is_refused(path: tuple[str | int, ...], raw: str) -> None:
-    if path == ("format",) and raw in {"9007199254740992", "9" * 400}:
-        pytest.skip("may as well be a newer format")
     refused(changed(path, raw))
 
 
 @pytest.mark.parametrize("raw", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
 @pytest.mark.parametrize("path", [("created",), ("namespaces", "default", "config", "tau")])
-def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(path: tuple[str | int, ...], raw: str) -> None:
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(
+    path: tuple[str | int, ...], raw: str
+) -> None:
     refused(changed(path, raw))
 
 
@@ -304,7 +330,7 @@ def test_a_missing_field_is_refused_wherever_it_is_missing() -> None:
             del list(every_mapping(document))[at][field]
             refused(signed(json.dumps(document).encode()))
             taken += 1
-    assert taken > 60
+    assert taken > 50
 
 
 def test_a_key_given_twice_is_refused_wherever_it_is_given() -> None:
@@ -367,7 +393,9 @@ scalars = st.one_of(
     st.text(max_size=3),
     st.sampled_from([f"seg/{ID}.row", "../x", SHA, ID, "1e400"]),
 )
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner))
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner)
+)
 
 
 @given(st.data())
@@ -376,7 +404,9 @@ def test_a_manifest_changed_anywhere_is_refused_or_can_be_written_again(data: st
     document = plain()
     inner: Any = document
     while True:
-        step: Any = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+        step: Any = data.draw(
+            st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner)))
+        )
         if not inner[step] or not isinstance(inner[step], dict | list) or data.draw(st.integers(0, 6)) == 0:
             break
         inner = inner[step]
@@ -468,7 +498,13 @@ def test_an_older_generation_is_never_changed_by_a_commit(folder: Folder) -> Non
 
 def test_names_that_only_look_like_manifests_are_passed_over(folder: Folder) -> None:
     commit(folder, "w", adding("a"))
-    for name in ("m-2.json", "m-00000000000x.json", "m-000000000002.json.bak", "xm-000000000002.json", "m-.json"):
+    for name in (
+        "m-2.json",
+        "m-00000000000x.json",
+        "m-000000000002.json.bak",
+        "xm-000000000002.json",
+        "m-.json",
+    ):
         (folder.path / name).write_bytes(b"junk")
     assert generations(folder) == [1]
 
@@ -629,7 +665,7 @@ def test_a_newer_format_is_not_passed_over_for_an_older_manifest(folder: Folder)
     assert generations(folder) == [3, 2, 1]
 
 
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM])
 def test_a_manifest_that_cannot_be_read_just_now_is_not_undone_by_a_commit(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -699,15 +735,11 @@ class Faults:
         for name in self.CALLS:
             patch.setattr(Folder, name, self._wrapped(name, getattr(Folder, name)))
 
-    @property
-    def reached(self) -> bool:
-        return len(self.calls) > self.at
-
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self.calls.append(name)
             now = len(self.calls) - 1
-            if now == self.at or (self.forever and now > self.at):
+            if now == self.at or (self.forever and now > self.at >= 0):
                 raise OSError(self.code, os.strerror(self.code))
             return real(*args)
 
@@ -717,42 +749,46 @@ class Faults:
 @pytest.mark.parametrize("forever", [False, True])
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, StoreFenced), (errno.EROFS, StoreFenced)],
+    [
+        (errno.ENOSPC, StoreFull),
+        (errno.EDQUOT, StoreFull),
+        (errno.EIO, StoreFenced),
+        (errno.EROFS, StoreFenced),
+    ],
 )
 def test_a_write_that_fails_anywhere_in_a_commit_undoes_nothing(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception], forever: bool
 ) -> None:
-    commit(folder, "w", adding("first"))
+    with monkeypatch.context() as patch:
+        calls = Faults(patch, code, -1).calls
+        commit(folder, "w", adding("first"))
+    assert len(calls) >= 5
     expected = {"first"}
-    for at in range(100):
+    for at, name in enumerate(list(calls)):
         with monkeypatch.context() as patch:
-            faults = Faults(patch, code, at, forever=forever)
-            if not (done := at > 0 and not faults.reached and at >= 5):
-                with pytest.raises(StoreFenced) as caught:
-                    commit(folder, f"w{at}", adding(f"n{at}"))
-                assert type(caught.value) is kind
-                assert os.strerror(code) in str(caught.value)
-        if done:
-            break
+            Faults(patch, code, at, forever=forever)
+            with pytest.raises(StoreFenced) as caught:
+                commit(folder, f"w{at}", adding(f"n{at}"))
+        assert type(caught.value) is kind
+        assert os.strerror(code) in str(caught.value)
         found, damaged = newest(folder, generations(folder))
         assert damaged == []
-        assert set(found.namespaces) in (expected, expected | {f"n{at}"})
-        assert (f"n{at}" in found.namespaces) == (faults.calls[at] == "sync_folder")
-        expected = set(found.namespaces)
+        # once the name is given, the generation is there, whole; only whether it outlives a power cut is not known
+        expected |= {f"n{at}"} if name == "sync_folder" else set()
+        assert set(found.namespaces) == expected
         assert only_manifests(folder)
         assert commit(folder, "other", adding(f"after {at}")).generation == found.generation + 1
         expected |= {f"after {at}"}
     assert present(folder) == expected
-    assert len(expected) > 5
 
 
 def test_a_manifest_is_linked_only_when_it_is_durable_and_acknowledged_only_when_its_name_is(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        faults = Faults(patch, errno.EIO, 1 << 30)
+        calls = Faults(patch, errno.EIO, -1).calls
         commit(folder, "w", adding("a"))
-    assert faults.calls == ["create", "write", "sync", "link", "sync_folder"]
+    assert calls == ["create", "write", "sync", "link", "sync_folder"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -776,6 +812,8 @@ def test_a_manifest_that_grew_over_the_limit_is_not_published(
     commit(folder, "w", adding("a"))
     monkeypatch.setattr(manifests, "MAX_BYTES", 2000)
     with pytest.raises(LLMCacheError, match="over the limit"):
-        commit(folder, "w", lambda base: replace(base, namespaces={"x": NamespaceFacts({"t": "y" * 3000}, {})}))
+        commit(
+            folder, "w", lambda base: replace(base, namespaces={"x": NamespaceFacts({"t": "y" * 3000}, {})})
+        )
     assert present(folder) == {"a"}
     assert only_manifests(folder)

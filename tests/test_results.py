@@ -119,9 +119,7 @@ def test_an_output_may_change_after_it_was_taken(tmp_path: Path, ending: str) ->
 
     with result_writer(tmp_path / f"out{ending}", width=WIDTH) as writer:
         writer.write(reusing())
-    assert [row["output"] for row in rows_of(tmp_path / f"out{ending}")] == [
-        [float(i)] * WIDTH for i in range(3)
-    ]
+    assert [row["output"] for row in rows_of(tmp_path / f"out{ending}")] == [[float(i)] * WIDTH for i in range(3)]
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
