@@ -40,6 +40,7 @@ def encode(
     from llmcache.corpus import documents
     from llmcache.demo import demo_model
 
+    printing.quiet()
     loaded = SentenceTransformer(model) if model else demo_model()
     texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
     rows = bench.encode(loaded, texts, repeats=repeats, batch_size=batch_size)
@@ -68,9 +69,7 @@ def encode(
 
 @app.command()
 def index(
-    kinds: Annotated[
-        str, typer.Option(help="Index kinds, with commas between.")
-    ] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
+    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
     json: options.Json = False,

@@ -15,9 +15,7 @@ def demo(
     store: Annotated[
         Path | None, typer.Option("--store", "-s", help="Keep the store here; without it, it is temporary.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2.")] = None,
     json: options.Json = False,
 ) -> None:
     """Embed a small corpus, close the store, and embed tomorrow's version of it: only what is new is computed."""
@@ -25,13 +23,14 @@ def demo(
 
     from llmcache.demo import demo_model, nights
 
+    printing.quiet()
     loaded = SentenceTransformer(model) if model else demo_model()
     found = list(nights(loaded, store))
     if json:
         printing.as_json([asdict(night) for night in found])
         return
     printing.table(
-        ["run", "documents", "exact", "computed", "seconds", "model alone", "faster", "largest difference"],
+        ["run", "docs", "exact", "computed", "seconds", "model alone", "faster", "max diff"],
         [
             [one.name, one.documents, one.exact, one.computed, f"{one.seconds:.2f}", f"{one.model_seconds:.2f}",
              f"{one.model_seconds / one.seconds:.1f}x", f"{one.difference:.1e}"]

@@ -12,7 +12,6 @@ import typer
 from llmcache.cli import printing
 from llmcache.cli.reading import Sources, bytes_of, progressing
 from llmcache.corpus import Reading
-from llmcache.errors import CorpusError
 from llmcache.indexes.store import Store
 
 
@@ -39,15 +38,15 @@ def fill(asked: Asked, sources: Sources) -> None:
     from llmcache.config import CacheConfig
     from llmcache.tally import Tally
 
+    printing.quiet()
     reading, tally = Reading(), Tally()
+    documents = sources.documents(reading)
     config = CacheConfig(**asked.settings) if asked.settings else None
     with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace) as cache:
         before = len(cache)
-        results = cache.run(sources.documents(reading), role=asked.role, batch_size=asked.batch_size)
+        results = cache.run(documents, role=asked.role, batch_size=asked.batch_size)
         for _ in progressing(tally.counted(results), reading, bytes_of(sources.corpora), tally):
             continue
-        if not reading.documents:
-            raise CorpusError(f"there are no documents in {', '.join(sources.corpora)}; nothing was stored")
         if asked.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()
@@ -62,9 +61,7 @@ def fill(asked: Asked, sources: Sources) -> None:
 def report(asked: Asked, reading: Reading, tally: Mapping[str, Any], store: Mapping[str, Any]) -> None:
     """Print what one run did."""
     if asked.json:
-        printing.as_json(
-            {**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store}
-        )
+        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store})
         return
     bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
     printing.facts(
@@ -89,9 +86,7 @@ def warnings(reading: Reading) -> None:
         first = f"; the first: {reading.errors[0]}" if reading.errors else ""
         typer.echo(f"llmcache: {reading.bad:,} records were skipped{first}", err=True)
     if reading.duplicate_ids:
-        typer.echo(
-            f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True
-        )
+        typer.echo(f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True)
 
 
 def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool) -> None:

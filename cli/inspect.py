@@ -25,9 +25,7 @@ def inspect(store: options.StoreArgument, json: options.Json = False) -> None:
     printing.facts([("generation", manifest.generation), ("last writer", manifest.writer)])
     for name, space in sorted(manifest.namespaces.items()):
         typer.echo(f"\nnamespace {name}")
-        printing.facts(
-            [("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]]
-        )
+        printing.facts([("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]])
         for layer, bank in sorted(space.banks.items()):
             printing.table(["file", "bytes", "sha256"], _files(bank), title=f"\nbank {layer}")
 

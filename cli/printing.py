@@ -48,6 +48,13 @@ def said(value: object) -> str:
     return str(value)
 
 
+def quiet() -> None:
+    """Leave standard error to this program: no bars of the libraries that load models."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotation here
+
+
 def size(count: float) -> str:
     """Bytes, as a person reads them."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

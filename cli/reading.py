@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from llmcache.corpus import Document, Reading, documents
+from llmcache.errors import CorpusError
 
 T = TypeVar("T")
 
@@ -30,7 +32,8 @@ class Sources:
     stdin_format: str = "jsonl"
 
     def documents(self, reading: Reading) -> Iterator[Document]:
-        return documents(
+        """The documents; the first is read at once: a corpus that cannot be read fails before anything is made."""
+        found = documents(
             self.corpora,
             text_field=self.text_field,
             id_field=self.id_field,
@@ -39,6 +42,10 @@ class Sources:
             stdin_format=self.stdin_format,
             reading=reading,
         )
+        first = next(found, None)
+        if first is None:
+            raise CorpusError(f"there are no documents in {', '.join(self.corpora)}; nothing was done")
+        return chain([first], found)
 
 
 class _Left(ProgressColumn):
@@ -66,9 +73,7 @@ def progressing(results: Iterable[T], reading: Reading, total: int | None, hits:
             now = time.monotonic()
             if now - shown > 0.2:
                 rate = count / (now - began)
-                said = (
-                    f"{count:,} documents, {rate:,.0f}/s, {100 * getattr(hits, 'hit_rate', 0.0):.0f} % hits"
-                )
+                said = f"{count:,} documents, {rate:,.0f}/s, {100 * getattr(hits, 'hit_rate', 0.0):.0f} % hits"
                 bar.update(task, completed=reading.bytes, said=said)
                 shown = now
 

@@ -11,7 +11,7 @@ from llmcache.cli import options, printing
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.reading import Sources, bytes_of, progressing
 from llmcache.corpus import Reading
-from llmcache.errors import CorpusError
+from llmcache.errors import ConfigError
 from llmcache.results import result_writer
 
 
@@ -19,7 +19,7 @@ def run(
     corpus: options.Corpus,
     store: options.StorePath,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .jsonl) or .jsonl.")
+        Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .npy.jsonl) or .jsonl.")
     ],
     tau: options.Tau = None,
     namespace: options.Namespace = "default",
@@ -44,21 +44,21 @@ def run(
     from llmcache.cache import LLMCache
     from llmcache.tally import Tally
 
+    printing.quiet()
+    if any(out.resolve() == Path(one).resolve() for one in corpus):
+        raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
     reading, tally = Reading(), Tally()
+    documents = sources.documents(reading)
     with (
         LLMCache.open(store, namespace=namespace, tau=tau) as cache,
         result_writer(out, width=cache.width) as writer,
     ):
-        results = cache.run(sources.documents(reading), role=role, batch_size=batch_size)
+        results = cache.run(documents, role=role, batch_size=batch_size)
         writer.write(progressing(tally.counted(results), reading, bytes_of(corpus), tally))
-        if not tally.documents:
-            raise CorpusError(f"there are no documents in {', '.join(corpus)}; nothing was written")
         stats = cache.stats()
     counters = stats.counters
     if json:
-        printing.as_json(
-            {**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()}
-        )
+        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
         return
     printing.facts(
         [

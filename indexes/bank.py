@@ -137,9 +137,7 @@ class Bank:
             self._report(rows[~intact])
         return Reading(table if self.facts.rank == 1 else states, intact)
 
-    def _vectors(
-        self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
         if isinstance(payload, np.ndarray):
             block = payload if good.all() else payload[good]
         else:

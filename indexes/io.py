@@ -80,9 +80,7 @@ class Folder:
         descriptor, size = self._open(name)
         try:
             if size > limit:
-                raise SnapshotDamaged(
-                    f"{name} has {size:,} bytes, more than the {limit:,} such a file may have"
-                )
+                raise SnapshotDamaged(f"{name} has {size:,} bytes, more than the {limit:,} such a file may have")
             parts = []
             while part := os.read(descriptor, 1 << 20):
                 parts.append(part)

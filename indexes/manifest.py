@@ -177,16 +177,12 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
     files = tuple(_file(one) for one in raw["files"])
-    return SegmentFacts(
-        _text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files
-    )
+    return SegmentFacts(_text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files)
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
     covered = tuple(_text(one) for one in raw["segments"])
-    return IndexFacts(
-        _text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"])
-    )
+    return IndexFacts(_text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"]))
 
 
 def _bank(raw: dict[str, Any]) -> BankFacts:
@@ -233,9 +229,7 @@ def generation_name(generation: int) -> str:
 
 def generations(folder: Folder) -> list[int]:
     """Generations that one listing shows, newest first."""
-    return sorted(
-        (int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True
-    )
+    return sorted((int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True)
 
 
 def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
@@ -258,9 +252,7 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
             f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
             f"{generation_name(damaged[0])}: restore it from a copy, or start a new store"
         )
-    raise SnapshotNotFound(
-        f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`"
-    )
+    raise SnapshotNotFound(f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`")
 
 
 def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
@@ -307,9 +299,7 @@ def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
 
 def fenced(error: OSError) -> StoreFenced:
     """The error for a write that failed. Never retried: after a failed fsync the kernel may call the next a success."""
-    reason = (
-        f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
-    )
+    reason = f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StoreFull(f"{reason}; free some space and open the store again")
     return StoreFenced(f"{reason}; open the store again")

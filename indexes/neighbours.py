@@ -65,9 +65,7 @@ class Neighbours:
         """The FAISS index in use, None while none is needed."""
         return self._index.kind if self._index else None
 
-    def nearest(
-        self, features: NDArray[np.floating], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def nearest(self, features: NDArray[np.floating], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first."""
         self._catch_up()
         if self._index is None or self._projection is None or not len(features):

@@ -101,9 +101,7 @@ def seal(
     header["feature_width"] = feature_width
     sizes = np.unique(rows["nbytes"])
     header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
-    features = [
-        np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size
-    ]
+    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
     files: list[FileFacts] = []
     try:
         files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
@@ -165,9 +163,7 @@ def _variable(batches: Sequence[Entries], sources: Sequence[bytes]) -> Iterator[
         yield b"".join(ids.astype("<i4", copy=False).tobytes() + next(names) for ids in batch.tokens)
 
 
-def write_file(
-    folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, hashed: bool = True
-) -> FileFacts:
+def write_file(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, hashed: bool = True) -> FileFacts:
     """Write a new file durably (`write_whole`) and give its facts, with the sha256 unless rows carry checksums."""
     digest = hashlib.sha256()
 
@@ -213,18 +209,12 @@ class Segment:
             raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
-            raise SnapshotDamaged(
-                f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest"
-            )
+            raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
         payload, raw_rows = facts.file("seg"), rows.view(ROW)
         mapped = {"seg": folder.map(payload.name, payload.size)}
         pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
-        if pitch and (
-            pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()
-        ):
-            raise SnapshotDamaged(
-                f"{facts.file('row').name} says that all rows are equally long, and they are not"
-            )
+        if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
+            raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
         return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
 
     def __len__(self) -> int:
@@ -285,7 +275,5 @@ def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
         raise SnapshotDamaged(f"{facts.name} is missing") from None
     found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
     if found != facts.sha256:
-        raise SnapshotDamaged(
-            f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}..."
-        )
+        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}...")
     return data

@@ -110,9 +110,7 @@ class Store:
         def change(base: Manifest) -> Manifest:
             old = base.namespaces.get(namespace)
             banks = old.banks if old else {}
-            return replace(
-                base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)}
-            )
+            return replace(base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)})
 
         self._commit(change)
 
@@ -211,9 +209,7 @@ class Store:
 def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:
     space = base.namespaces.get(namespace)
     if space is None:
-        raise LLMCacheError(
-            f"the namespace {namespace!r} was removed by another process; open the store again"
-        )
+        raise LLMCacheError(f"the namespace {namespace!r} was removed by another process; open the store again")
     return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
 
 

@@ -45,8 +45,8 @@ _FORMS = {
 KINDS = tuple(_FORMS)
 """flat: exact.
 ivf-flat: exact within the lists probed.
-ivf-sq8: a quarter of the memory; similarities are good to 0.005, so among neighbours closer to each other
-than that it may name the wrong one.
+ivf-sq8: a quarter of the memory; similarities are good to 0.005 (from 64 components on), so among neighbours
+closer to each other than that it may name the wrong one.
 ivf-pq: for speed, not for memory, since it keeps the vectors too.
 hnsw: the most accurate of the fast ones on vectors that differ; slow to build; where hundreds of vectors are
 equal, its graph falls apart and it misses others.
@@ -264,7 +264,7 @@ def _trained(vectors: NDArray[Any], kind: str, seed: int) -> Any:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf-sq8":
         # Eight bits span what is seen in training, and what is added later is cut off there. Whole vectors with a
-        # margin keep to 0.005; differences from the centre, FAISS' default, lost 0.08 on vectors of new clusters.
+        # margin keep to 0.005; differences from the centre, FAISS' default, lost up to 0.08 on new clusters.
         index.by_residual, index.sq.rangestat_arg = False, 0.25
     if "ivf" in kind:
         _inverted(index, kind).cp.seed = seed % 2**31

@@ -23,9 +23,7 @@ def trunk_of(model: Module) -> tuple[Module, str]:
     for name, module in model.named_modules():
         if inner is None or module is inner:
             return module, f"{name}." if name else ""
-    raise ConfigError(
-        f"the weights are held by {type(inner).__name__}, not by torch; load with backend='torch'"
-    )
+    raise ConfigError(f"the weights are held by {type(inner).__name__}, not by torch; load with backend='torch'")
 
 
 def tensors_of(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
@@ -34,9 +32,7 @@ def tensors_of(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
         found = {name: one for name, one in found.items() if not name.startswith(f"{prefix}pooler.")}
     for name, one in found.items():
         if one.is_meta:
-            raise ConfigError(
-                f"{name} is on the meta device and has no bytes; load the model's weights first"
-            )
+            raise ConfigError(f"{name} is on the meta device and has no bytes; load the model's weights first")
     return found
 
 
@@ -47,9 +43,7 @@ def _pooler_is_idle(model: Module, trunk: Module) -> bool:
     """
     owner = next((one for one in model.modules() if getattr(one, "model", None) is trunk), None)
     modes: Mapping[Any, Mapping[str, Any]] = getattr(owner, "modality_config", None) or {}
-    return bool(modes) and all(
-        mode.get("method_output_name") == "last_hidden_state" for mode in modes.values()
-    )
+    return bool(modes) and all(mode.get("method_output_name") == "last_hidden_state" for mode in modes.values())
 
 
 def layer_stacks(sizes: Mapping[str, int], count: int) -> list[str]:

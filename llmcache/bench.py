@@ -54,8 +54,7 @@ class Row:
 def ratio(base: Row, row: Row) -> float:
     """How many times the documents per second of `base`: median over the repeats, each against its own base."""
     return statistics.median(
-        (one / base.documents) / (other / row.documents)
-        for one, other in zip(base.seconds, row.seconds, strict=True)
+        (one / base.documents) / (other / row.documents) for one, other in zip(base.seconds, row.seconds, strict=True)
     )
 
 
@@ -81,9 +80,7 @@ def conditions() -> dict[str, Any]:
 # -- encode -------------------------------------------------------------------------------------------------
 
 
-def encode(
-    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32
-) -> list[Row]:
+def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
     """The model alone, and the cache with nothing, everything and half of it known, in turn in one process.
 
     Then every text three times in one call, against the unique ones. Texts that occur twice are left out.
@@ -143,15 +140,11 @@ def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[
     return points.astype(np.float32)
 
 
-def index(
-    kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64
-) -> list[dict[str, Any]]:
+def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[dict[str, Any]]:
     """Recall@1 against exact search and milliseconds per query of some index kinds, on clustered vectors."""
     vectors = clustered(count, dim, seed=0)
     random = np.random.default_rng(1)
-    queries = vectors[random.integers(0, count, 2048)] + 0.05 * random.standard_normal((2048, dim)).astype(
-        np.float32
-    )
+    queries = vectors[random.integers(0, count, 2048)] + 0.05 * random.standard_normal((2048, dim)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     best = np.concatenate([(block @ vectors.T).argmax(axis=1) for block in np.split(queries, 16)])
     rows = []

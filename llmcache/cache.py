@@ -78,9 +78,10 @@ class LLMCache:
         """
         if importlib.util.find_spec("faiss") is None:
             raise FaissMissing
-        store = Store.open(path, create=model is not None)
+        given = None if model is None else _loaded(model)  # first: a model that cannot be had leaves no store behind
+        store = Store.open(path, create=given is not None)
         try:
-            loaded, identity = _model(model, store, namespace)
+            loaded, identity = given or _loaded(_name(store, namespace))
             settled = _settled(store, namespace, identity, config, loaded)
             if tau is not None:
                 settled = replace(settled, tau=tau)
@@ -174,9 +175,7 @@ class LLMCache:
         return results(documents, answer, self._bank, LAYER, chunk)
 
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
-        return resolve(
-            self.model.prompts, self.model.default_prompt_name, role=role, name=name, prompt=prompt
-        )
+        return resolve(self.model.prompts, self.model.default_prompt_name, role=role, name=name, prompt=prompt)
 
     # -- the store ------------------------------------------------------------------------------------------
 
@@ -239,25 +238,23 @@ class LLMCache:
             log.warning("%s", second)
 
 
-def _model(
-    model: SentenceTransformer | str | os.PathLike[str] | None, store: Store, namespace: str
-) -> tuple[SentenceTransformer, Identity]:
-    if model is None:
-        space = store.namespace(namespace)
-        if space is None:
-            known = ", ".join(sorted(store.manifest.namespaces)) or "none"
-            raise ConfigError(
-                f"the store has no namespace {namespace!r} (it has {known}); say which model to use"
-            )
-        model = Identity.from_json(space.identity).name
+def _loaded(model: SentenceTransformer | str | os.PathLike[str]) -> tuple[SentenceTransformer, Identity]:
     if isinstance(model, SentenceTransformer):
         return model, identify(model)
     try:
         return load(os.fspath(model))
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"the model {os.fspath(model)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the model {os.fspath(model)!r} cannot be loaded: {reason}") from error
+
+
+def _name(store: Store, namespace: str) -> str:
+    """Name or path of the model whose entries the namespace holds."""
+    space = store.namespace(namespace)
+    if space is None:
+        known = ", ".join(sorted(store.manifest.namespaces)) or "none"
+        raise ConfigError(f"the store has no namespace {namespace!r} (it has {known}); say which model to use")
+    return Identity.from_json(space.identity).name
 
 
 def _settled(

@@ -62,7 +62,7 @@ def nights(model: SentenceTransformer, store: Path | None = None) -> Iterator[Ni
     today, tomorrow = demo_corpus("demo"), demo_corpus("demo_tomorrow")
     model.encode([one.text for one in today[:64]])  # warm-up: neither side pays for the first pass
     with _folder(store) as folder:
-        for name, corpus in (("cold", today), ("the next day", tomorrow), ("once more", tomorrow)):
+        for name, corpus in (("cold", today), ("next day", tomorrow), ("again", tomorrow)):
             began = time.perf_counter()
             alone = model.encode([one.text for one in corpus])
             model_seconds = time.perf_counter() - began

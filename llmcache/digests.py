@@ -100,9 +100,7 @@ def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles |
     try:
         for place, folders, names in os.walk(folder or ""):
             folders[:] = [one for one in folders if not one.startswith(".")]
-            if "adapter_config.json" in names or any(
-                os.path.islink(os.path.join(place, one)) for one in folders
-            ):
+            if "adapter_config.json" in names or any(os.path.islink(os.path.join(place, one)) for one in folders):
                 return None  # an adapter's base model, or a linked folder, lies elsewhere
             for path in (os.path.join(place, one) for one in names):
                 s = os.stat(path)
@@ -122,9 +120,7 @@ def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
     name = name_or_path if "/" in name_or_path else f"sentence-transformers/{name_or_path}"
     cache = arguments.get("cache_folder") or os.environ.get("SENTENCE_TRANSFORMERS_HOME")
     try:
-        return snapshot_download(
-            name, revision=arguments.get("revision"), cache_dir=cache, local_files_only=True
-        )
+        return snapshot_download(name, revision=arguments.get("revision"), cache_dir=cache, local_files_only=True)
     except (OSError, ValueError):
         return None
 

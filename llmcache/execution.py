@@ -43,9 +43,7 @@ class Computed:
 
 
 @torch.inference_mode()
-def compute(
-    model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None
-) -> Iterator[Computed]:
+def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
     """Sentence embeddings of all rows, batch after batch, longest first, as the model gives them."""
     model.eval()
     order = np.argsort(-rows.lengths, kind="stable").tolist()
@@ -110,9 +108,7 @@ class Execution:
                 self._answer_unknown(answers, call, window, keys[window], bar)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
-        self._count(
-            answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before)
-        )
+        self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
 
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
@@ -121,14 +117,10 @@ class Execution:
         lost = answers.serve(places[found], rows[found], self._bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])]
 
-    def _answer_unknown(
-        self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any
-    ) -> None:
+    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
         tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
-        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(
-            np.uint64
-        )
+        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]

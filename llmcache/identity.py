@@ -43,9 +43,7 @@ _VOLATILE = re.compile(
     r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|use_cache|"
     r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*"
 )
-_ABOUT_HEAD = re.compile(
-    r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_.*"
-)
+_ABOUT_HEAD = re.compile(r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_.*")
 _ABOUT_DEPTH = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers")
 
 
@@ -134,9 +132,7 @@ def difference(stored: Identity, given: Identity) -> list[tuple[str, str, str]]:
     follows = {"embeddings", "layers", "head"} if "dtype" in named else set()
     if {"config", "embeddings"} & set(named) and _first_different(stored, given) == 0:
         follows.add("layers")
-    return [
-        (one, _shown(one, stored, given), _shown(one, given, stored)) for one in named if one not in follows
-    ]
+    return [(one, _shown(one, stored, given), _shown(one, given, stored)) for one in named if one not in follows]
 
 
 def mismatch(stored: Identity, given: Identity) -> ModelMismatch:
@@ -212,8 +208,7 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
         max_seq_length=int(limit) if limit and limit < 1 << 53 else None,  # 10^30 and infinity mean no limit
         prompts=tuple(sorted((one, text or "") for one, text in getattr(model, "prompts", {}).items())),
         default_prompt_name=getattr(model, "default_prompt_name", None),
-        dtype="+".join(sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()}))
-        or "none",
+        dtype="+".join(sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})) or "none",
         attention=str(getattr(config, "_attn_implementation", None) or "none"),
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
@@ -295,9 +290,7 @@ def _adapters(model: Module) -> dict[str, bytes]:
     """Settings of adapters (PEFT) that no tensor shows: which are on, and how strongly."""
     names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
     found = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    return {
-        f"{name}.adapter": canonical([getattr(one, n, None) for n in names]) for name, one in found.items()
-    }
+    return {f"{name}.adapter": canonical([getattr(one, n, None) for n in names]) for name, one in found.items()}
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -43,9 +43,7 @@ class Answers:
             np.full(n, -1, np.int64),
         )
 
-    def serve(
-        self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int
-    ) -> NDArray[np.int64]:
+    def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
         """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
         reading = bank.read(rows)
         good = np.flatnonzero(reading.intact)
@@ -72,9 +70,7 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     """
     raw = keys.tobytes()
     seen: dict[bytes, int] = {}
-    first = np.fromiter(
-        (seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys)
-    )
+    first = np.fromiter((seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys))
     return np.flatnonzero(first == np.arange(len(keys))), first
 
 
@@ -87,9 +83,7 @@ def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]])
     return rows
 
 
-def near(
-    bank: Bank, features: NDArray[np.float32], tau: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def near(bank: Bank, features: NDArray[np.float32], tau: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarities.
 
     Returns int64 [n] and float32 [n].

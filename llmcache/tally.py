@@ -80,9 +80,7 @@ def forecast(
     return Forecast(len(keys), len(distinct), known)
 
 
-def forecast_against(
-    store: Store | None, namespace: str, role: str | None, documents: Iterable[Document]
-) -> Forecast:
+def forecast_against(store: Store | None, namespace: str, role: str | None, documents: Iterable[Document]) -> Forecast:
     """`forecast` against the output bank of a store; without a store, or without the namespace, nothing is known."""
     space = store.namespace(namespace) if store else None
     if store is None or space is None or "output" not in space.banks:

@@ -65,9 +65,7 @@ def check_inputs(model: SentenceTransformer) -> None:
         )
 
 
-def tokenise(
-    model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None
-) -> TokenRows:
+def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
     """Token rows of some texts, in their order. Texts of like length should be neighbours: they are padded together."""
     fields: dict[str, list[NDArray[np.int32]]] = {}
     shared: dict[str, Any] = {}
@@ -109,8 +107,7 @@ def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray
         spans = [(0, mask.shape[1])] * len(mask)
     # copies: a view would keep the whole padded batch alive
     return {
-        name: [table[i, start:end].copy() for i, (start, end) in enumerate(spans)]
-        for name, table in padded.items()
+        name: [table[i, start:end].copy() for i, (start, end) in enumerate(spans)] for name, table in padded.items()
     }
 
 

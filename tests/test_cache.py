@@ -73,9 +73,7 @@ def test_documents_may_be_texts_mappings_or_documents(model: SentenceTransformer
 
 
 @pytest.mark.parametrize("document", [3, {"body": "text"}, None, {"text": 3}])
-def test_something_that_is_no_document_is_named(
-    model: SentenceTransformer, store: Path, document: Any
-) -> None:
+def test_something_that_is_no_document_is_named(model: SentenceTransformer, store: Path, document: Any) -> None:
     with LLMCache.open(store, model) as cache, pytest.raises(CorpusError, match="document 1 "):
         list(cache.run(["fine", document]))
 
@@ -124,9 +122,7 @@ def test_a_near_hit_gives_the_neighbours_output_with_its_similarity_and_source(
 ) -> None:
     with LLMCache.open(store, model, config=CacheConfig(tau=0.8)) as cache:
         stored = list(cache.run(TODAY[:2]))
-        found = list(
-            cache.run([Document("n", "How do I locate my card then?"), Document("m", "Exchange rates")])
-        )
+        found = list(cache.run([Document("n", "How do I locate my card then?"), Document("m", "Exchange rates")]))
         again = list(cache.run([Document("n", "How do I locate my card then?")]))
         assert len(cache) == 3  # a near hit is not stored
     near, miss = found
@@ -153,8 +149,7 @@ def test_the_nearest_neighbour_is_the_one_exact_search_finds(
     texts, asked = queries[:300], queries[300:360]
     table = token_embedding(model).detach().numpy()
     stored, wanted = (
-        np.stack([table[model.tokenizer(text)["input_ids"]].mean(axis=0) for text in part])
-        for part in (texts, asked)
+        np.stack([table[model.tokenizer(text)["input_ids"]].mean(axis=0) for text in part]) for part in (texts, asked)
     )
     stored, wanted = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (stored, wanted))
     expected = wanted @ stored.T

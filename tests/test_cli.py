@@ -88,9 +88,7 @@ def test_build_warm_run_stats_inspect_do_the_main_job(
     inspected = json.loads(llmcache("inspect", store, "--json").out)
     assert inspected["namespaces"]["default"]["identity"]["name"] == model_path
     names = {file["name"] for file in inspected["namespaces"]["default"]["banks"]["output"]["files"]}
-    assert names == {
-        str(path.relative_to(store)) for sub in ("seg", "idx") for path in (store / sub).iterdir()
-    }
+    assert names == {str(path.relative_to(store)) for sub in ("seg", "idx") for path in (store / sub).iterdir()}
     assert "model_class" in llmcache("inspect", store).out
 
 
@@ -111,16 +109,14 @@ def test_every_output_format_holds_the_vectors_in_order(
         found = np.array(pyarrow.parquet.read_table(out)["output"].to_pylist(), np.float32)
     elif ending == ".npy":
         found = np.load(out, mmap_mode="r")
-        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / "out.npy.jsonl").read_text().splitlines()]
         assert [row["id"] for row in rows] == ["d0", "d1", "d2", "d3"]
     else:
         found = np.array([json.loads(line)["output"] for line in out.read_text().splitlines()], np.float32)
     np.testing.assert_allclose(found, model.encode(["one", "two", "three", "two"]), atol=1e-6)
 
 
-def test_near_matches_are_used_when_asked_for(
-    llmcache: Command, store: Path, tmp_path: Path, model_path: str
-) -> None:
+def test_near_matches_are_used_when_asked_for(llmcache: Command, store: Path, tmp_path: Path, model_path: str) -> None:
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_text("How do I locate my card?\n")
     second.write_text("How do I locate my card then?\n")
@@ -136,9 +132,7 @@ def test_near_matches_are_used_when_asked_for(
         llmcache("build", first, "-m", model_path, "-s", store)
 
 
-def test_a_dry_run_counts_and_writes_nothing(
-    llmcache: Command, corpus: Path, store: Path, model_path: str
-) -> None:
+def test_a_dry_run_counts_and_writes_nothing(llmcache: Command, corpus: Path, store: Path, model_path: str) -> None:
     done = llmcache("build", corpus, "-m", model_path, "-s", store, "--dry-run", "--json")
     assert json.loads(done.out) == {"documents": 4, "distinct": 3, "known": 0}
     assert not store.exists()
@@ -210,9 +204,7 @@ def test_bad_lines_can_be_skipped_and_are_counted(
     assert "2 records were skipped" in done.err
 
 
-def test_duplicate_ids_are_kept_and_said(
-    llmcache: Command, store: Path, tmp_path: Path, model_path: str
-) -> None:
+def test_duplicate_ids_are_kept_and_said(llmcache: Command, store: Path, tmp_path: Path, model_path: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "x", "text": "one"}\n{"id": "x", "text": "two"}\n')
     done = llmcache("build", path, "-m", model_path, "-s", store)
@@ -230,12 +222,12 @@ def test_duplicate_ids_are_kept_and_said(
         (["build", "nowhere.jsonl", "-m", "M", "-s", "S"], 1, "nowhere.jsonl"),
         (["build", "c.jsonl", "-m", "M", "-s", "S", "--index", "flatt"], 2, "ivf-flat"),
         (["build", "c.jsonl"], 2, "--model"),
-        (["run", "c.jsonl", "-s", "S", "-o", "x.npy", "--tau", "high"], 2, "high"),
+        (["run", "c.jsonl", "-s", "S", "-o", "x.npy", "--tau", "high"], 2, "--tau"),
         (["nothing"], 2, "nothing"),
         (["stats"], 2, "STORE"),
         (["stats", "S", "--colour"], 2, "--colour"),
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_every_error_is_one_line_with_the_way_out(
     llmcache: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: str,
@@ -285,9 +277,7 @@ def test_the_demo_does_the_main_job(llmcache: Command, model_path: str) -> None:
     assert max(night["difference"] for night in (cold, warm, again)) < 1e-5
 
 
-def test_bench_prints_ratios_beside_the_difference(
-    llmcache: Command, tmp_path: Path, model_path: str
-) -> None:
+def test_bench_prints_ratios_beside_the_difference(llmcache: Command, tmp_path: Path, model_path: str) -> None:
     path = tmp_path / "c.txt"
     path.write_text("".join(f"text number {i}\n" for i in range(40)))
     done = llmcache("bench", "encode", "--data", path, "--repeats", "1", "--json")
@@ -298,9 +288,7 @@ def test_bench_prints_ratios_beside_the_difference(
     assert llmcache("bench", "index", "--kinds", "flat,hnsw", "--count", "2000").code == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join)
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     llmcache: Command, corpus: Path, store: Path, model_path: str, arguments: list[str]
 ) -> None:

@@ -20,9 +20,7 @@ BELOW_NORMAL = 2.0**-126 - 2.0**-149
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.1, 65504.0, -65504.0, 2.0**-24, SMALLEST, -SMALLEST, BELOW_NORMAL]
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-tables = arrays.arrays(
-    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=finite, fill=st.nothing()
-)
+tables = arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=finite, fill=st.nothing())
 
 
 def there_and_back(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
@@ -208,12 +206,6 @@ def test_what_can_be_stored_comes_back_as_numbers(dtype: str, values: NDArray[np
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(
-    values=arrays.arrays(
-        np.float32, (4, 3), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing()
-    )
-)
-def test_a_row_with_a_value_that_is_no_number_is_never_storable(
-    dtype: str, values: NDArray[np.float32]
-) -> None:
+@given(values=arrays.arrays(np.float32, (4, 3), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing()))
+def test_a_row_with_a_value_that_is_no_number_is_never_storable(dtype: str, values: NDArray[np.float32]) -> None:
     assert not representable(values, dtype)[~np.isfinite(values).all(axis=1)].any()

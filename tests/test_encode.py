@@ -174,9 +174,7 @@ def same(found: Any, expected: Any, atol: float) -> None:
         np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), atol=atol)
 
 
-def test_a_text_as_query_as_document_and_as_neither_has_three_entries(
-    model: SentenceTransformer, store: Path
-) -> None:
+def test_a_text_as_query_as_document_and_as_neither_has_three_entries(model: SentenceTransformer, store: Path) -> None:
     with LLMCache.open(store, model) as cache:
         cache.encode(TEXTS[:2])
         cache.encode_query(TEXTS[:2])
@@ -201,9 +199,7 @@ def test_prompts_are_those_of_the_model(fresh_model: SentenceTransformer, store:
             cache.encode(TEXTS[:1], prompt_name="qery")
 
 
-def test_a_prompt_that_is_left_out_of_the_pooling_is_left_out(
-    fresh_model: SentenceTransformer, store: Path
-) -> None:
+def test_a_prompt_that_is_left_out_of_the_pooling_is_left_out(fresh_model: SentenceTransformer, store: Path) -> None:
     fresh_model.set_pooling_include_prompt(False)
     with LLMCache.open(store, fresh_model) as cache:
         for prompt in ("query: ", "a much longer prompt: "):
@@ -212,9 +208,7 @@ def test_a_prompt_that_is_left_out_of_the_pooling_is_left_out(
             np.testing.assert_allclose(cache.encode(TEXTS[:3], prompt=prompt), expected, atol=1e-6)
 
 
-def test_vectors_of_a_bfloat16_model_come_back_bit_for_bit(
-    fresh_model: SentenceTransformer, store: Path
-) -> None:
+def test_vectors_of_a_bfloat16_model_come_back_bit_for_bit(fresh_model: SentenceTransformer, store: Path) -> None:
     fresh_model.bfloat16()
     with LLMCache.open(store, fresh_model) as cache:
         cold = cache.encode(TEXTS, convert_to_tensor=True)

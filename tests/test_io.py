@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def test_a_new_folder_and_its_parts_are_for_its_owner_only(folder: Folder) -> No
 
 
 def test_a_new_file_is_for_its_owner_only_and_holds_what_was_written(folder: Folder) -> None:
-    parts = [b"abc", memoryview(b"def"), b"", np.arange(3, dtype="<u4").data]
+    parts: list[bytes | memoryview] = [b"abc", memoryview(b"def"), b"", np.arange(3, dtype="<u4").data]
     assert write_whole(folder, "seg/x", parts) == 18
     assert mode(folder.path / "seg/x") == 0o600
     assert (folder.path / "seg/x").read_bytes() == b"abcdef" + bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])
@@ -120,8 +120,7 @@ def test_a_child_process_inherits_no_descriptor(folder: Folder) -> None:
     inside = [
         one
         for one in mine
-        if os.path.exists(f"/proc/self/fd/{one}")
-        and os.readlink(f"/proc/self/fd/{one}").startswith(str(folder.path))
+        if os.path.exists(f"/proc/self/fd/{one}") and os.readlink(f"/proc/self/fd/{one}").startswith(str(folder.path))
     ]
     assert len(inside) >= 3
     assert not any(os.get_inheritable(one) for one in inside)
@@ -133,7 +132,7 @@ def test_a_name_that_is_not_inside_the_store_is_refused_by_every_call(folder: Fo
     outside = folder.path.parent / "x"
     outside.write_bytes(b"untouched")
     write_whole(folder, "y", [b"abc"])
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: folder.size(name),
         lambda: folder.read(name, 100),
         lambda: folder.map(name, 9),

@@ -86,7 +86,7 @@ def changed(path: tuple[str | int, ...], raw: str) -> bytes:
     inner = document
     for step in path[:-1]:
         inner = inner[step]
-    assert path[-1] in inner if isinstance(inner, dict) else path[-1] < len(inner)
+    assert path[-1] in inner if isinstance(inner, dict) else len(inner) > 0
     inner[path[-1]] = "@@here@@"
     return signed(json.dumps(document).replace('"@@here@@"', raw).encode())
 
@@ -223,9 +223,7 @@ def test_a_count_that_is_no_count_is_refused(path: tuple[str | int, ...], raw: s
 
 @pytest.mark.parametrize("raw", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
 @pytest.mark.parametrize("path", [("created",), ("namespaces", "default", "config", "tau")])
-def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(
-    path: tuple[str | int, ...], raw: str
-) -> None:
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(path: tuple[str | int, ...], raw: str) -> None:
     refused(changed(path, raw))
 
 
@@ -260,7 +258,7 @@ def test_a_time_that_is_no_time_is_refused(raw: str) -> None:
         f"/seg/{ID}.row",
         f"stat/{ID}.json",
         f"seg\\{ID}.row",
-        f"seg/{'٠' * 32}.row",
+        f"seg/{chr(0x660) * 32}.row",
         f"seg/{ID}.row/../../../x",
     ],
 )
@@ -274,9 +272,7 @@ def test_a_name_that_is_no_text_is_refused(path: tuple[str | int, ...], raw: str
     refused(changed(path, raw))
 
 
-@pytest.mark.parametrize(
-    "sha", ["", SHA[:-1], SHA + "0", SHA.upper(), SHA + "\n", "g" * 64, 1, 0, [], {}, True, False]
-)
+@pytest.mark.parametrize("sha", ["", SHA[:-1], SHA + "0", SHA.upper(), SHA + "\n", "g" * 64, 1, 0, [], {}, True, False])
 def test_a_sha256_that_is_none_is_refused(sha: object) -> None:
     refused(changed((*SEGMENT, "files", 1, "sha256"), json.dumps(sha)))
 
@@ -393,9 +389,7 @@ scalars = st.one_of(
     st.text(max_size=3),
     st.sampled_from([f"seg/{ID}.row", "../x", SHA, ID, "1e400"]),
 )
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner)
-)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner))
 
 
 @given(st.data())
@@ -404,9 +398,7 @@ def test_a_manifest_changed_anywhere_is_refused_or_can_be_written_again(data: st
     document = plain()
     inner: Any = document
     while True:
-        step: Any = data.draw(
-            st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner)))
-        )
+        step: Any = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
         if not inner[step] or not isinstance(inner[step], dict | list) or data.draw(st.integers(0, 6)) == 0:
             break
         inner = inner[step]
@@ -553,9 +545,7 @@ def test_a_commit_between_looking_and_choosing_a_number_is_not_lost(
     assert present(folder) == {"start", "theirs", "mine"}
 
 
-def test_a_commit_that_always_loses_gives_up_and_says_so(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_that_always_loses_gives_up_and_says_so(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifests, "_ROUNDS", 4)
     rounds: list[int] = []
 
@@ -806,14 +796,10 @@ def test_any_other_failed_write_says_to_open_the_store_again(code: int) -> None:
     assert "open the store again" in str(error)
 
 
-def test_a_manifest_that_grew_over_the_limit_is_not_published(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manifest_that_grew_over_the_limit_is_not_published(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(folder, "w", adding("a"))
     monkeypatch.setattr(manifests, "MAX_BYTES", 2000)
     with pytest.raises(LLMCacheError, match="over the limit"):
-        commit(
-            folder, "w", lambda base: replace(base, namespaces={"x": NamespaceFacts({"t": "y" * 3000}, {})})
-        )
+        commit(folder, "w", lambda base: replace(base, namespaces={"x": NamespaceFacts({"t": "y" * 3000}, {})}))
     assert present(folder) == {"a"}
     assert only_manifests(folder)

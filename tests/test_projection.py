@@ -89,7 +89,7 @@ def test_features_that_are_all_alike_have_no_components(value: float) -> None:
 def test_simhash_packs_the_signs_of_the_projected_features() -> None:
     features = some_features()
     projection = fit_simhash(features, 64, seed=3)
-    codes = projection.apply(features)
+    codes: NDArray[Any] = projection.apply(features)
     signs = (features.astype(np.float64) - features.astype(np.float64).mean(axis=0)) @ projection.matrix > 0
     assert codes.dtype == np.uint8
     assert codes.shape == (600, 8)

@@ -34,9 +34,7 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
     opened.close()
 
 
-def entries(
-    n: int, lengths: Sequence[int] | None = None, *, seed: int = 0, feature_width: int = 4
-) -> Entries:
+def entries(n: int, lengths: Sequence[int] | None = None, *, seed: int = 0, feature_width: int = 4) -> Entries:
     """Rows of random bytes; lengths are bytes, 100 each where not given."""
     random = np.random.default_rng(seed)
     lengths = [100] * n if lengths is None else lengths
@@ -58,9 +56,7 @@ def aliases_of(keys: Keys, seed: int = 1) -> NDArray[Any]:
     return found
 
 
-def sealed(
-    folder: Folder, batches: Sequence[Entries], *, id: str = ID, feature_width: int = 4
-) -> SegmentFacts:
+def sealed(folder: Folder, batches: Sequence[Entries], *, id: str = ID, feature_width: int = 4) -> SegmentFacts:
     keys = np.concatenate([batch.keys for batch in batches]) if batches else np.zeros((0, 2), np.uint64)
     return seal(folder, id, batches, aliases_of(keys[::2]), feature_width)
 
@@ -294,9 +290,7 @@ def test_a_segment_can_be_read_after_its_files_were_removed(folder: Folder) -> N
 
 
 @pytest.mark.parametrize("kind", ["row", "key"])
-def test_any_flipped_byte_in_rows_or_names_is_seen_when_the_segment_is_opened(
-    folder: Folder, kind: str
-) -> None:
+def test_any_flipped_byte_in_rows_or_names_is_seen_when_the_segment_is_opened(folder: Folder, kind: str) -> None:
     facts = sealed(folder, [entries(3)])
     path = file_of(folder, kind)
     for at in range(path.stat().st_size):
@@ -325,9 +319,7 @@ def test_a_flipped_byte_in_the_activations_is_one_rows_loss_and_nothing_else(
 
 
 @pytest.mark.parametrize("kind", ["var", "fp"])
-def test_a_flipped_byte_in_tokens_or_features_is_seen_when_they_are_first_used(
-    folder: Folder, kind: str
-) -> None:
+def test_a_flipped_byte_in_tokens_or_features_is_seen_when_they_are_first_used(folder: Folder, kind: str) -> None:
     batch = entries(4)
     facts = sealed(folder, [batch])
     path = file_of(folder, kind)
@@ -469,9 +461,7 @@ def resigned(folder: Folder, facts: SegmentFacts, kind: str, content: bytes) -> 
         (24, struct.pack("<Q", 1 << 40)),
     ],
 )
-def test_a_header_that_does_not_fit_is_damage_even_if_its_sha256_does(
-    folder: Folder, at: int, new: bytes
-) -> None:
+def test_a_header_that_does_not_fit_is_damage_even_if_its_sha256_does(folder: Folder, at: int, new: bytes) -> None:
     facts = sealed(folder, [entries(3)])
     content = file_of(folder, "row").read_bytes()
     with pytest.raises(SnapshotDamaged):
@@ -502,9 +492,7 @@ def test_a_row_that_points_outside_its_file_is_not_intact_even_if_its_sha256_fit
     facts = sealed(folder, [entries(3, [100, 50, 70])])
     content = bytearray(file_of(folder, "row").read_bytes())
     record = (len(content) - 64) // 3
-    for i, offset in enumerate(
-        (1 << 63, 192, (1 << 64) - 1)
-    ):  # outside, over the end, negative as a signed number
+    for i, offset in enumerate((1 << 63, 192, (1 << 64) - 1)):  # outside, over the end, negative as a signed number
         content[64 + i * record + 32 : 64 + i * record + 40] = struct.pack("<Q", offset)
     segment = Segment.open(folder, resigned(folder, facts, "row", bytes(content)))
     assert intact(segment) == [False, False, False]
