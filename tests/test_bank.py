@@ -284,8 +284,11 @@ def test_rows_that_are_no_numbers_are_not_kept(open_bank: Opener, dtype: str, ra
     values: Any = values_of(numbers) if rank == 1 else states_of(numbers)
     for number, bad in ((1, np.nan), (3, np.inf), (4, -np.inf)):
         values[number].ravel()[3] = bad
-    assert put(bank, numbers, values) == [True, False, True, False, False, True]
+    kept = put(bank, numbers, values, cost=[1, 2, 4, 8, 16, 32])
+    assert kept == [True, False, True, False, False, True]
     assert len(bank) == 3
+    assert [bank.cost(np.array([row])) for row in range(3)] == [1, 4, 32]
+    assert [int(bank.nearest(features_of([number]), 1)[0][0, 0]) for number in (0, 2, 5)] == [0, 1, 2]
     assert (bank.find(keys_of([1, 3, 4])) == -1).all()
     assert_holds(bank, [0, 2, 5])
     assert [bank.source(row) for row in range(3)] == ["document 0", "document 2", "document 5"]
@@ -709,12 +712,12 @@ def test_after_growing_past_the_fit_every_row_is_still_found_by_its_features(
     open_bank: Opener, choice: NearChoice
 ) -> None:
     store, bank = open_bank(choice=choice)
-    n = 700
-    for start in range(0, n, 100):
-        put(bank, range(start, start + 100), features=clustered(range(start, start + 100)))
-        if start >= 600:
+    n = 660
+    for start in range(0, n, 110):
+        put(bank, range(start, start + 110), features=clustered(range(start, start + 110)))
+        if start >= 440:
             bank.nearest(clustered([3]), 1)
-        if start % 200 == 0:
+        if start % 220 == 0:
             store.commit()
 
     def check(bank: Bank) -> None:
@@ -896,6 +899,30 @@ def test_rows_of_another_writer_that_came_after_the_index_file_are_found(
     assert_nearest_as_numpy(again, held, features_of(range(4000, 4020)), 6)
     assert builds.count == 0
     assert_holds(again, range(90))
+
+
+def test_an_index_whose_writer_did_not_see_all_segments_leads_to_the_right_rows(
+    open_bank: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bank = open_bank()
+    rival_store, rival = open_bank()
+    put(bank, range(20))
+    store.commit()
+    put(rival, range(20, 27))  # lies between the two segments of the index
+    rival_store.commit()
+    put(bank, range(27, 40))
+    store.commit()
+    bank.nearest(features_of([1]), 1)
+    store.commit()
+    assert bank.facts.index is not None
+    ids = [facts.id for facts in bank.facts.segments]
+    assert bank.facts.index.segments == (ids[0], ids[2])
+    builds = Builds(monkeypatch)
+    _, again = open_bank()
+    assert_holds(again, range(40))
+    assert again.find(keys_of(range(40))).tolist() == list(range(40))
+    assert_nearest_as_numpy(again, range(40), features_of(range(4000, 4020)), 6)
+    assert builds.count == 0
 
 
 def test_an_index_saved_while_only_some_waiting_rows_were_in_it_is_still_good_on_reopening(

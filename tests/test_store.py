@@ -554,10 +554,8 @@ def commit_of_rows_and_index(store: Store) -> None:
     ("code", "kind", "forever"),
     [
         (errno.ENOSPC, StoreFull, True),
-        (errno.ENOSPC, StoreFull, False),
-        (errno.EDQUOT, StoreFull, True),
+        (errno.EDQUOT, StoreFull, False),
         (errno.EIO, StoreFenced, False),
-        (errno.EROFS, StoreFenced, True),
     ],
 )
 def test_a_write_that_fails_anywhere_in_a_commit_costs_nothing_that_was_there(
