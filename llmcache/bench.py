@@ -120,11 +120,11 @@ def _contenders(
 
     return [
         ("model alone", lambda: model.encode(texts, batch_size=batch_size)),
-        ("model alone, other batches", lambda: model.encode(texts, batch_size=max(1, batch_size // 2 - 1))),
-        ("cache, all miss", lambda: stored(full, texts)),
-        ("cache, all hit", lambda: full.encode(texts, batch_size=batch_size)),
-        ("cache, half hit", lambda: stored(half, texts)),
-        ("cache, each text 3 times", lambda: stored(thrice, [*texts] * 3)),
+        ("other batch size", lambda: model.encode(texts, batch_size=max(1, batch_size // 2 - 1))),
+        ("all miss", lambda: stored(full, texts)),
+        ("all hit", lambda: full.encode(texts, batch_size=batch_size)),
+        ("half hit", lambda: stored(half, texts)),
+        ("each text 3 times", lambda: stored(thrice, [*texts] * 3)),
     ]
 
 
