@@ -11,6 +11,8 @@ from typer.exceptions import TyperException
 from llmcache.cli import bench, build, demo, inspect, run, stats, warm
 from llmcache.errors import ConfigError, LLMCacheError
 
+STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
+
 app = typer.Typer(
     name="llmcache",
     help="Cache transformer activations of document corpora: repeats cost a look-up, the rest is computed once.",
@@ -41,10 +43,9 @@ def main() -> None:
     """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 130: stopped with Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="llmcache: %(message)s", stream=sys.stderr)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        sys.exit(stopped())
-    except typer.Abort:
+        code = app(standalone_mode=False) or 0
+        sys.exit(stopped() if code == STOPPED else code)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(stopped())
     except ConfigError as error:
         sys.exit(said(error, 2))
@@ -64,4 +65,4 @@ def said(error: object, code: int) -> int:
 
 
 def stopped() -> int:
-    return said("stopped; what was committed is kept, and the same command goes on from there", 130)
+    return said("stopped; what was committed is kept, and the same command goes on from there", STOPPED)

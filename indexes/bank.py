@@ -69,9 +69,9 @@ class Bank:
         if not segments:
             return
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
-        keys = np.concatenate([segment.rows["key"] for segment in segments])[::-1]
-        self._rows.extend(keys, np.arange(len(keys))[::-1])
-        aliases = np.concatenate([segment.aliases for segment in segments])[::-1]
+        keys = np.concatenate([segment.rows["key"] for segment in segments])
+        self._rows.extend(keys, np.arange(len(keys)))
+        aliases = np.concatenate([segment.aliases for segment in segments])
         rows = self._rows.find(aliases["row"])
         found = rows >= 0  # an alias may outlive its row
         self._texts.extend(aliases["text"][found], rows[found])
@@ -92,10 +92,11 @@ class Bank:
         features: float [n, feature width], raw, as `put` takes them. Returns int64 [n, k] (-1: none) and float32
         [n, k] (-inf there).
         """
-        rows, similarity = self.near.nearest(features, k)
+        rows, similarity = self.near.nearest(features, k + len(self._damaged))
         lost = (rows >= 0) & (self._without_damaged(rows.ravel()).reshape(rows.shape) < 0)
         similarity[lost], rows[lost] = -np.inf, -1
-        return rows, similarity
+        order = np.argsort(lost, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(similarity, order, axis=1)
 
     def _without_damaged(self, rows: Rows) -> Rows:
         if self._damaged:
@@ -259,8 +260,10 @@ class Bank:
     def sealed(self, facts: BankFacts, segment: SegmentFacts) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
         self.facts = facts
+        self._aliases = []
+        opened = Segment.open(self._folder, segment)  # may fail: what is pending is then still served
         self._pieces[:] = [piece for piece in self._pieces if isinstance(piece, Segment)]
-        self._pieces.append(Segment.open(self._folder, segment))
+        self._pieces.append(opened)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases, self.pending_bytes = [], 0
         self._rows.settle()

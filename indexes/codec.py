@@ -9,6 +9,14 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Names of the stored types and their bytes per number."""
 
 
+_LARGEST = {
+    "float32": np.finfo(np.float32).max,
+    "float16": np.float32(65504),
+    "bfloat16": np.float32(3.3895314e38),
+    "int8": np.float32(3.3895314e38),  # 127 steps of a rounded scale must not be infinite
+}
+
+
 def encode(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Bytes of each row and its scale.
 
@@ -27,7 +35,7 @@ def encode(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], 
         stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     else:
         peak = np.abs(values).max(axis=1, initial=0.0)
-        scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+        scale = np.where(peak > 0, np.maximum(peak / 127, np.finfo(np.float32).tiny), 1).astype(np.float32)
         stored = np.rint(values / scale[:, None]).astype(np.int8)
     return stored.view(np.uint8).reshape(len(values), values.shape[1] * DTYPES[dtype]), scale
 
@@ -45,6 +53,6 @@ def decode(stored: NDArray[np.uint8], scale: NDArray[np.float32], dtype: str) ->
 
 def representable(values: NDArray[np.float32], dtype: str) -> NDArray[np.bool_]:
     """Which rows can be stored and come back as numbers: finite, and for float16 within its range. bool [n]."""
-    limit = np.float32(65504) if dtype == "float16" else np.finfo(np.float32).max
+    limit = _LARGEST[dtype]
     with np.errstate(invalid="ignore"):
         return np.asarray((np.abs(values) <= limit).all(axis=1), np.bool_)

@@ -37,13 +37,20 @@ class Folder:
         if create:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._descriptors: dict[str, int] = {"": os.open(self.path, _FOLDER)}
-        if create:
-            for sub in SUBFOLDERS:
-                try:
-                    os.mkdir(sub, 0o700, dir_fd=self._descriptors[""])
-                except FileExistsError:
-                    continue
-            self.sync_folder("")
+        try:
+            if create:
+                self._make_parts()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_parts(self) -> None:
+        for sub in SUBFOLDERS:
+            try:
+                os.mkdir(sub, 0o700, dir_fd=self._descriptors[""])
+            except FileExistsError:
+                continue
+        self.sync_folder("")
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -173,13 +180,14 @@ def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) 
     descriptor = folder.create(name)
     size = 0
     try:
-        for part in parts:
-            folder.write(descriptor, part, size)
-            size += memoryview(part).nbytes
-        folder.sync(descriptor)
+        try:
+            for part in parts:
+                folder.write(descriptor, part, size)
+                size += memoryview(part).nbytes
+            folder.sync(descriptor)
+        finally:
+            folder.close_file(descriptor)
     except BaseException:
-        folder.close_file(descriptor)
         folder.remove(name)
         raise
-    folder.close_file(descriptor)
     return size

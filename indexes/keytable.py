@@ -31,7 +31,10 @@ class KeyTable:
 
     def extend(self, keys: Keys, rows: NDArray[np.int64]) -> None:
         """`add` for many keys at once, straight into the sorted arrays."""
-        # new keys first: a stable sort then keeps them before older ones, and the first match is believed
+        # latest first: a stable sort then keeps them before older ones, and the first match is believed
+        if self._recent:
+            self._fold()
+        keys, rows = keys[::-1], rows[::-1]
         first = np.concatenate([keys[:, 0], self._first])
         order = np.argsort(first, kind="stable")
         self._first = first[order]
@@ -41,9 +44,12 @@ class KeyTable:
     def settle(self) -> None:
         """Fold recent keys into the arrays, once there are enough of them to be worth a sort."""
         if len(self._recent) > 4096 + len(self._rows) // 8:
-            keys = np.frombuffer(b"".join(self._recent), np.uint64).reshape(-1, 2)
-            self.extend(keys, np.fromiter(self._recent.values(), np.int64, len(keys)))
-            self._recent = {}
+            self._fold()
+
+    def _fold(self) -> None:
+        recent, self._recent = self._recent, {}
+        keys = np.frombuffer(b"".join(recent), np.uint64).reshape(-1, 2)
+        self.extend(keys, np.fromiter(recent.values(), np.int64, len(keys)))
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
         """Row of each key, -1 where it is not known. keys: uint64 [n, 2]; returns int64 [n]."""

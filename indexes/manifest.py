@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import (
     CommitConflict,
     FormatTooNew,
@@ -131,11 +133,12 @@ def to_bytes(manifest: Manifest) -> bytes:
 def from_bytes(data: bytes, name: str) -> Manifest:
     """Parse and check one manifest; SnapshotDamaged says what is wrong with `name`, FormatTooNew asks to upgrade."""
     body, line, digest = data[:-73], data[-73:-65], data[-65:-1]
-    if len(data) > MAX_BYTES or line != b"\nsha256:" or hashlib.sha256(body).hexdigest().encode() != digest:
+    found = hashlib.sha256(body).hexdigest().encode()
+    if len(data) > MAX_BYTES or line != b"\nsha256:" or digest != found or data[-1:] != b"\n":
         raise SnapshotDamaged(f"{name} does not agree with its own checksum")
     try:
         return _manifest(strict_json(body))
-    except (TypeError, ValueError, KeyError, RecursionError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError, AttributeError, OverflowError) as error:
         raise SnapshotDamaged(f"{name} is not a manifest: {type(error).__name__}: {error}") from None
 
 
@@ -151,7 +154,11 @@ def strict_json(body: bytes) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not a number")
 
-    return json.loads(body, object_pairs_hook=unique, parse_constant=refuse)
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else float(refuse(number))
+
+    return json.loads(body, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
 
 
 def _count(value: Any) -> int:
@@ -160,9 +167,27 @@ def _count(value: Any) -> int:
     return value
 
 
+def _time(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.80} is not a time")
+    return float(value)
+
+
 def _text(value: Any) -> str:
     if type(value) is not str or len(value) > 1024:
         raise ValueError(f"{value!r:.80} is not a short text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError(f"{value!r:.80} is not a list")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError(f"{value!r:.80} is not a mapping")
     return value
 
 
@@ -176,24 +201,26 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
-    files = tuple(_file(one) for one in raw["files"])
+    files = tuple(_file(one) for one in _list(raw["files"]))
     return SegmentFacts(_text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files)
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
-    covered = tuple(_text(one) for one in raw["segments"])
+    covered = tuple(_text(one) for one in _list(raw["segments"]))
     return IndexFacts(_text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"]))
 
 
 def _bank(raw: dict[str, Any]) -> BankFacts:
+    if raw["dtype"] not in DTYPES or raw["rank"] not in (1, 2):
+        raise ValueError(f"no bank has dtype {raw['dtype']!r:.80} and rank {raw['rank']!r:.80}")
     return BankFacts(
         dtype=_text(raw["dtype"]),
         width=_count(raw["width"]),
         rank=_count(raw["rank"]),
         feature_width=_count(raw["feature_width"]),
-        segments=tuple(_segment(one) for one in raw["segments"]),
-        projection=raw["projection"] and _file(raw["projection"]),
-        index=raw["index"] and _index(raw["index"]),
+        segments=tuple(_segment(one) for one in _list(raw["segments"])),
+        projection=None if raw["projection"] is None else _file(raw["projection"]),
+        index=None if raw["index"] is None else _index(raw["index"]),
     )
 
 
@@ -206,13 +233,13 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     return Manifest(
         generation=_count(raw["generation"]),
         parent=_count(raw["parent"]),
-        created=float(raw["created"]),
+        created=_time(raw["created"]),
         writer=_text(raw["writer"]),
-        skipped=tuple(_count(one) for one in raw["skipped"]),
+        skipped=tuple(_count(one) for one in _list(raw["skipped"])),
         namespaces={
             _text(name): NamespaceFacts(
-                dict(space["identity"]),
-                dict(space["config"]),
+                _mapping(space["identity"]),
+                _mapping(space["config"]),
                 {_text(layer): _bank(bank) for layer, bank in space["banks"].items()},
             )
             for name, space in raw["namespaces"].items()
@@ -245,7 +272,7 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
             return from_bytes(folder.read(name, MAX_BYTES), name), damaged
         except FormatTooNew:
             raise
-        except (OSError, SnapshotDamaged):
+        except (FileNotFoundError, SnapshotDamaged):
             damaged.append(generation)
     if damaged:
         raise SnapshotDamaged(
@@ -283,6 +310,10 @@ def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) 
 def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
     if len(data) > MAX_BYTES:
         raise LLMCacheError(f"a manifest of {len(data):,} bytes is over the limit; compact the store")
+    try:
+        from_bytes(data, name)
+    except SnapshotDamaged as error:
+        raise LLMCacheError(f"not committed, since it could not be read back: {error}") from error
     try:
         write_whole(folder, temporary, [data])
         try:

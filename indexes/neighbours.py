@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
@@ -24,6 +24,8 @@ log = logging.getLogger("llmcache")
 
 FIT_ROWS = 512
 """Rows from which on a PCA is fitted. Below, features are compared as they are."""
+TRAIN_ROWS = 640
+"""Rows from which on an index that must be trained can be."""
 _FIT_SAMPLE = 50_000
 _BLOCK = 65_536
 
@@ -59,6 +61,7 @@ class Neighbours:
         self._row_of = np.zeros(0, np.int64)  # index position -> row
         self._built = 0  # rows at the last build
         self._saved = 0  # rows in the index file
+        self._alike = 0  # rows when no PCA could be fitted to them
 
     @property
     def kind(self) -> str | None:
@@ -84,6 +87,8 @@ class Neighbours:
         blocks = [self._projection.apply(block) for block in self._features(0, rows)]
         binary = self._projection.kind == "simhash"
         kind = choose_kind(rows, binary=binary) if self._choice.index == "auto" else self._choice.index
+        if self._untrainable(kind, rows):
+            kind = "binary-flat" if binary else "flat"
         self._index = VectorIndex.build(np.concatenate(blocks), kind=kind, device=self._choice.device)
         self._row_of = np.arange(rows)
         self._built, self._saved = rows, 0
@@ -93,7 +98,11 @@ class Neighbours:
         if self._choice.projection == "simhash":
             return fit_simhash(self._sample(rows), self._choice.dim)
         if self._choice.projection == "pca" and rows >= FIT_ROWS:
-            return fit_pca(self._sample(rows), self._choice.dim)
+            try:
+                return fit_pca(self._sample(rows), self._choice.dim)
+            except ConfigError as error:
+                self._alike = rows
+                log.info("features are compared as they are: %s", error)
         return Projection.none(width)
 
     def _sample(self, rows: int) -> NDArray[np.float32]:
@@ -134,11 +143,18 @@ class Neighbours:
     def _outgrown(self, rows: int) -> bool:
         """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for."""
         assert self._projection is not None
-        if self._choice.projection == "pca" and self._projection.kind == "none":
-            return rows >= FIT_ROWS
-        if self._choice.index != "auto" or rows < 2 * self._built or self._index is None:
-            return False
-        return choose_kind(rows, binary=self._projection.kind == "simhash") != self._index.kind
+        assert self._index is not None
+        wanted, kind = self._choice.index, self._index.kind
+        if self._choice.projection == "pca" and self._projection.kind == "none" and rows >= FIT_ROWS:
+            return rows >= 2 * self._alike
+        if wanted != "auto":
+            return wanted != kind and not self._untrainable(wanted, rows)
+        return rows >= 2 * self._built and choose_kind(rows, binary=self._projection.kind == "simhash") != kind
+
+    @staticmethod
+    def _untrainable(kind: str, rows: int) -> bool:
+        """Inverted files and CAGRA graphs need some rows to be trained on; a flat index serves until then."""
+        return ("ivf" in kind or kind == "cagra") and rows < TRAIN_ROWS
 
     def _load(self) -> None:
         """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
@@ -182,6 +198,8 @@ class Neighbours:
     def due(self) -> bool:
         """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
         sealed = all(isinstance(piece, Segment) for piece in self._pieces)
+        if self._index is not None and sealed:
+            self._catch_up()
         return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved
 
     def save(self, id: str) -> tuple[FileFacts, IndexFacts]:

@@ -211,7 +211,10 @@ class Segment:
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
             raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
         payload, raw_rows = facts.file("seg"), rows.view(ROW)
-        mapped = {"seg": folder.map(payload.name, payload.size)}
+        try:
+            mapped = {"seg": folder.map(payload.name, payload.size)}
+        except FileNotFoundError:
+            raise SnapshotDamaged(f"{payload.name} is missing") from None
         pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")

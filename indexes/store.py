@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ log = logging.getLogger("llmcache")
 
 _FORMAT_LIMIT = 4096
 _STAT_LIMIT = 1 << 20
+_TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
 class Store:
@@ -62,11 +64,11 @@ class Store:
             _refuse_strangers(where)
         try:
             folder = Folder(where, create=create)
-            if "FORMAT" not in folder.names():
-                _found(folder)
-            _check_format(folder)
-            listed = manifests.generations(folder)
-            manifest, damaged = manifests.newest(folder, listed) if listed else (Manifest(), [])
+            try:
+                manifest, damaged = _newest(folder)
+            except BaseException:
+                folder.close()
+                raise
         except OSError as error:
             raise LLMCacheError(
                 f"the store {where} cannot be opened: {error.strerror}; check the path and its rights"
@@ -120,6 +122,8 @@ class Store:
         StoreFenced or StoreFull when a write fails: nothing of this commit counts then, all before it does.
         """
         self._check()
+        if self._fenced:
+            raise self._fenced
         for (namespace, name), bank in self._banks.items():
             if bank.has_pending:
                 self._commit_rows(namespace, name, bank)
@@ -155,7 +159,10 @@ class Store:
         self._commit(change)
         bank.facts = self.manifest.namespaces[namespace].banks[name]
         for old in replaced:  # a reader that is about to open one of these builds its index itself
-            self.folder.remove(old)
+            try:
+                self.folder.remove(old)
+            except OSError as error:
+                log.info("%s was not removed: %s", old, error)
 
     def _commit(self, change: Callable[[Manifest], Manifest]) -> None:
         self._check()
@@ -198,12 +205,16 @@ class Store:
                 continue
             try:
                 found = manifests.strict_json(self.folder.read(f"stat/{name}", _STAT_LIMIT))
-                numbers = {key: value for key, value in found.items() if type(value) in {int, float}}
+                numbers = {key: value for key, value in found.items() if _is_number(value)}
             except (OSError, ValueError, AttributeError, RecursionError, SnapshotDamaged):
                 continue
             for key, value in numbers.items():
                 total[key] = total.get(key, 0) + value
         return total
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
 def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:
@@ -213,11 +224,22 @@ def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> Ban
     return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
 
 
+def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
+    """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
+    if "FORMAT" not in folder.names():
+        _found(folder)
+    _check_format(folder)
+    listed = manifests.generations(folder)
+    return manifests.newest(folder, listed) if listed else (Manifest(), [])
+
+
 def _refuse_strangers(where: Path) -> None:
     names = sorted(one.name for one in where.iterdir())
+    if "FORMAT" in names:  # another process has just made the store
+        return
     if any(name.startswith("m-") for name in names):
         raise SnapshotDamaged(f"{where} has manifests but no FORMAT file; restore it from a copy")
-    strangers = [name for name in names if name not in SUBFOLDERS and not name.startswith("t-")]
+    strangers = [name for name in names if name not in SUBFOLDERS and not _TEMPORARY.fullmatch(name)]
     if strangers:
         raise SnapshotNotFound(
             f"{where} is not a store and not empty (it holds {strangers[0]!r}); give the path of a new folder"
@@ -243,7 +265,7 @@ def _check_format(folder: Folder) -> None:
         magic, number = found["magic"], found["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SnapshotDamaged(f"{folder.path}/FORMAT is damaged, so this may not be a store") from None
-    if magic != "llmcache" or type(number) is not int:
+    if magic != "llmcache" or type(number) is not int or number < 1:
         raise SnapshotDamaged(f"{folder.path}/FORMAT is not LLMCache's, so this is not a store")
     if number > manifests.FORMAT:
         raise FormatTooNew(

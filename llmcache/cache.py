@@ -111,14 +111,16 @@ class LLMCache:
         """`SentenceTransformer.encode`, with the same arguments, result type and order.
 
         What the output bank cannot hold goes to the model itself, past the cache (`stats().bypassed` counts it):
-        inputs that are not texts, `output_value` other than "sentence_embedding", `device`, `pool` and other keywords.
+        inputs that are not texts, `output_value` other than "sentence_embedding", a list of devices, `pool` and other
+        keywords.
         """
         self._check_open()
         model: Any = self.model
         single = model.is_singular_input(inputs)
         texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         role = others.pop("task", None)
-        cacheable = output_value == "sentence_embedding" and device is None and not others
+        pooled = isinstance(device, list) or others
+        cacheable = output_value == "sentence_embedding" and not pooled
         if not texts or not cacheable or not all(type(text) is str for text in texts):
             self._execution.counters.bypassed += len(texts)
             past = {"query": model.encode_query, "document": model.encode_document}.get(role, model.encode)
@@ -128,6 +130,8 @@ class LLMCache:
                 convert_to_tensor=convert_to_tensor, device=device, normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim, **others,
             )  # fmt: skip
+        if device is not None:
+            model.to(device)  # as `encode` does
         if batch_size <= 0:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
         resolved = self._prompt(role, prompt_name, prompt)

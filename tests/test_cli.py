@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,6 +307,48 @@ def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     )
     named = [str(store) if one == "S" else one for one in arguments]
     subprocess.run([sys.executable, "-c", program, *named], check=True, capture_output=True)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    program = "from llmcache.cli.main import main; main()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_keeps_what_was_computed_and_the_next_run_goes_on(
+    llmcache: Command, store: Path, tmp_path: Path, model_path: str
+) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("".join(f"document {i} " + "word " * 80 + "\n" for i in range(30_000)))
+    child = start("build", path, "-m", model_path, "-s", store)
+    deadline = time.monotonic() + 60
+    while not list(store.glob("m-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(8)  # into the middle: tokenising the first window, then some batches
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("llmcache: stopped;")
+    assert "Traceback" not in err
+    kept = json.loads(llmcache("stats", store, "--json").out)["banks"][0]["entries"]
+    assert 0 < kept < 30_000
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept // 2]))
+    done = json.loads(llmcache("build", path, "-m", model_path, "-s", store, "--json").out)
+    assert done["documents"] == kept // 2
+
+
+def test_two_builds_on_one_store_at_once_lose_nothing(
+    llmcache: Command, store: Path, tmp_path: Path, model_path: str
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("shared\n" + "".join(f"text {name} {i}\n" for i in range(300)))
+    children = [start("build", tmp_path / f"{name}.txt", "-m", model_path, "-s", store) for name in ("a", "b")]
+    for child in children:
+        _, err = child.communicate(timeout=120)
+        assert child.returncode == 0, err
+    for name in ("a", "b"):
+        done = json.loads(llmcache("warm", tmp_path / f"{name}.txt", "-s", store, "--json").out)
+        assert (done["exact"], done["misses"]) == (301, 0)
 
 
 def test_the_installed_command_runs(tmp_path: Path) -> None:

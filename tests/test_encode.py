@@ -254,6 +254,22 @@ def test_inputs_that_are_not_texts_go_past_the_cache(model: SentenceTransformer,
         assert len(cache) == 0
 
 
+def test_a_document_of_10_megabytes_is_cut_where_the_model_cuts_it(model: SentenceTransformer, store: Path) -> None:
+    text = "a long story, " * 750_000
+    with LLMCache.open(store, model) as cache:
+        found = cache.encode([text, "a short one"])
+        again = cache.encode([text])
+        assert cache.stats().counters.misses == 2
+    np.testing.assert_allclose(found, model.encode([text[:20_000], "a short one"]), atol=1e-6)
+    np.testing.assert_array_equal(found[0], again[0])
+
+
+def test_a_single_device_moves_the_model_as_encode_does(model: SentenceTransformer, store: Path) -> None:
+    with LLMCache.open(store, model) as cache:
+        np.testing.assert_allclose(cache.encode(TEXTS[:2], device="cpu"), model.encode(TEXTS[:2]), atol=1e-6)
+        assert cache.stats().counters.bypassed == 0
+
+
 def test_a_batch_size_of_nothing_is_refused(model: SentenceTransformer, store: Path) -> None:
     with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="batch_size"):
         cache.encode(TEXTS, batch_size=0)
