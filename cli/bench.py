@@ -69,7 +69,7 @@ def encode(
 
 @app.command()
 def index(
-    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-sq8,ivf-pq,hnsw",
+    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw",
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
     json: options.Json = False,

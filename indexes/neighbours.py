@@ -18,14 +18,12 @@ from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.segment import Entries, Segment, verified, write_file
-from llmcache.indexes.vectors import VectorIndex, choose_kind
+from llmcache.indexes.vectors import LEAST_TRAINED, VectorIndex, choose_kind
 
 log = logging.getLogger("llmcache")
 
 FIT_ROWS = 512
 """Rows from which on a PCA is fitted. Below, features are compared as they are."""
-TRAIN_ROWS = 640
-"""Rows from which on an index that must be trained can be."""
 _FIT_SAMPLE = 50_000
 _BLOCK = 65_536
 
@@ -154,7 +152,7 @@ class Neighbours:
     @staticmethod
     def _untrainable(kind: str, rows: int) -> bool:
         """Inverted files and CAGRA graphs need some rows to be trained on; a flat index serves until then."""
-        return ("ivf" in kind or kind == "cagra") and rows < TRAIN_ROWS
+        return ("ivf" in kind or kind == "cagra") and rows < LEAST_TRAINED
 
     def _load(self) -> None:
         """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
@@ -170,7 +168,9 @@ class Neighbours:
             if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
                 return
             data = verified(self._folder, facts.file)
-            index = VectorIndex.from_bytes(data, kind=facts.kind, dim=facts.dim, count=len(covered))
+            index = VectorIndex.from_bytes(
+                data, kind=facts.kind, dim=facts.dim, count=len(covered), device=self._choice.device
+            )
         except (SnapshotDamaged, OSError) as error:
             log.warning("the index of this bank is built again: %s", error)
             return

@@ -15,6 +15,7 @@ Index = Literal[
     "flat",
     "ivf-flat",
     "ivf-sq8",
+    "ivf-fp16",
     "ivf-pq",
     "hnsw",
     "cagra",
