@@ -14,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")
@@ -24,7 +25,8 @@ Model = Annotated[
 def encode(
     data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; may be given more than once.")],
     model: Model = None,
-    repeats: Repeats = 3,
+    repeats: KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
+Repeats = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many documents.")] = None,
     batch_size: options.BatchSize = 32,
     text_field: options.TextField = "text",
@@ -69,7 +71,7 @@ def encode(
 
 @app.command()
 def index(
-    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw",
+    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = KINDS,
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
     json: options.Json = False,
@@ -96,7 +98,8 @@ def index(
 def open_(
     model: Model = None,
     count: Annotated[int, typer.Option(min=1000, help="Synthetic entries in the store.")] = 100_000,
-    repeats: Repeats = 3,
+    repeats: KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
+Repeats = 3,
     json: options.Json = False,
 ) -> None:
     """Time and memory from opening a large store to its first exact and its first near answer."""

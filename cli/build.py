@@ -10,6 +10,8 @@ from llmcache.cli import options
 from llmcache.cli.filling import Asked, fill
 from llmcache.cli.reading import Sources
 
+INDEXES = "flat, ivf-flat, ivf-fp16, ivf-sq8, ivf-pq, hnsw, binary-flat, binary-ivf, binary-hnsw, or auto by size."
+
 
 def build(
     corpus: options.Corpus,
@@ -17,7 +19,7 @@ def build(
     store: options.StorePath,
     namespace: options.Namespace = "default",
     role: options.Role = None,
-    index: Annotated[str, typer.Option(help="flat, ivf-flat, ivf-fp16, ivf-sq8, ivf-pq, hnsw, or auto by size.")] = "auto",
+    index: Annotated[str, typer.Option(help=INDEXES)] = "auto",
     fingerprint: Annotated[str, typer.Option(help="mean, or mean+attention.")] = "mean",
     projection: Annotated[str, typer.Option(help="pca, simhash or none.")] = "pca",
     dim: Annotated[int, typer.Option(help="Components of the PCA, or bits of the SimHash.")] = 128,
