@@ -25,8 +25,7 @@ Model = Annotated[
 def encode(
     data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; may be given more than once.")],
     model: Model = None,
-    repeats: KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
-Repeats = 3,
+    repeats: Repeats = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many documents.")] = None,
     batch_size: options.BatchSize = 32,
     text_field: options.TextField = "text",
@@ -98,8 +97,7 @@ def index(
 def open_(
     model: Model = None,
     count: Annotated[int, typer.Option(min=1000, help="Synthetic entries in the store.")] = 100_000,
-    repeats: KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
-Repeats = 3,
+    repeats: Repeats = 3,
     json: options.Json = False,
 ) -> None:
     """Time and memory from opening a large store to its first exact and its first near answer."""
