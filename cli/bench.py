@@ -93,6 +93,34 @@ def index(
     printing.facts(bench.conditions().items())
 
 
+@app.command()
+def fingerprint(
+    data: Annotated[str, typer.Option("--data", help="Labelled documents to know.")],
+    asked: Annotated[str, typer.Option("--asked", help="Labelled documents to ask about; nothing is fitted on them.")],
+    label_field: Annotated[str, typer.Option(help="Field or column that holds the label.")] = "label",
+    text_field: options.TextField = "text",
+    model: Model = None,
+    json: options.Json = False,
+) -> None:
+    """How often the nearest neighbour has the same label, by fingerprint and projection."""
+    from sentence_transformers import SentenceTransformer
+
+    from llmcache import bench
+    from llmcache.corpus import documents
+    from llmcache.demo import demo_model
+
+    printing.quiet()
+    loaded = SentenceTransformer(model) if model else demo_model()
+    known, queries = (list(documents(one, text_field=text_field, id_field=label_field)) for one in (data, asked))
+    rows = bench.fingerprints(loaded, known, queries)
+    if json:
+        printing.as_json({**bench.conditions(), "data": data, "asked": asked, "rows": rows})
+        return
+    columns = ["fingerprint", "projection", "agreement", "coverage_at_99", "coverage_at_95"]
+    printing.table(columns, [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
+    printing.facts(bench.conditions().items())
+
+
 @app.command(name="open")
 def open_(
     model: Model = None,

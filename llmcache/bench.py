@@ -24,11 +24,16 @@ from sentence_transformers import SentenceTransformer
 from llmcache import __version__
 from llmcache.cache import LLMCache, fresh_bank
 from llmcache.config import CacheConfig
+from llmcache.corpus import Document
 from llmcache.errors import ConfigError
+from llmcache.execution import token_embedding
+from llmcache.fingerprint import features
 from llmcache.identity import identify
+from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 from llmcache.keys import key, key_seed, text_keys
+from llmcache.tokens import tokenise
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,47 @@ def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: 
     return rows
 
 
+# -- fingerprints -------------------------------------------------------------------------------------------
+
+
+def fingerprints(
+    model: SentenceTransformer, known: Sequence[Document], asked: Sequence[Document], dim: int = 128
+) -> list[dict[str, Any]]:
+    """How often the nearest known document has the label of the one asked; the labels stand in the ids.
+
+    Projections are fitted on `known` only. coverage: share of `asked` that can be served, nearest first, while at
+    least 99 % (95 %) of them agree with their neighbour.
+    """
+    embedding = token_embedding(model)
+    tokens = [tokenise(model, [one.text for one in part], None, None).ids for part in (known, asked)]
+    labels, wanted = (np.array([one.id for one in part]) for part in (known, asked))
+    rows = []
+    for fingerprint in ("mean", "mean+attention"):
+        stored, queries = (features(embedding, part, fingerprint) for part in tokens)
+        projections = {
+            "none": Projection.none(stored.shape[1]),
+            f"pca {dim}": fit_pca(stored, dim),
+            f"simhash {4 * dim}": fit_simhash(stored, 4 * dim),
+        }
+        for name, projection in projections.items():
+            kind = "binary-flat" if projection.kind == "simhash" else "flat"
+            searched = VectorIndex.build(projection.apply(stored), kind=kind)
+            ids, similarity = searched.nearest(projection.apply(queries), 1)
+            agrees = (labels[ids[:, 0]] == wanted)[np.argsort(-similarity[:, 0], kind="stable")]
+            share = np.cumsum(agrees) / np.arange(1, len(agrees) + 1)
+            reach = {at: np.flatnonzero(share >= at).max(initial=-1) + 1 for at in (0.99, 0.95)}
+            rows.append(
+                {
+                    "fingerprint": fingerprint,
+                    "projection": name,
+                    "agreement": float(agrees.mean()),
+                    "coverage_at_99": float(reach[0.99] / len(agrees)),
+                    "coverage_at_95": float(reach[0.95] / len(agrees)),
+                }
+            )
+    return rows
+
+
 # -- open ---------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +248,7 @@ def _synthetic(model_name: str, folder: Path, count: int) -> None:
     random = np.random.default_rng(0)
     seed = key_seed(identity.digest, "text", None, None)
     outputs = clustered(count, bank.facts.width, seed=0)
-    features = random.standard_normal((count, bank.facts.feature_width)).astype(np.float32)
+    raw_features = random.standard_normal((count, bank.facts.feature_width)).astype(np.float32)
     for start in range(0, count, 10_000):
         block = range(start, min(start + 10_000, count))
         raw = b"".join(key(identity.digest, "tokens", str(i).encode()) for i in block)
@@ -212,7 +258,7 @@ def _synthetic(model_name: str, folder: Path, count: int) -> None:
             outputs[block.start : block.stop],
             tokens=[np.arange(i, i + 12, dtype=np.int32) for i in block],
             sources=[f"document {i}" for i in block],
-            features=features[block.start : block.stop],
+            features=raw_features[block.start : block.stop],
             cost=np.full(len(block), 0.002, np.float32),
         )
         bank.alias(text_keys(seed, [f"document {i}" for i in block]).view(np.uint64), keys)

@@ -290,6 +290,20 @@ def test_bench_prints_ratios_beside_the_difference(llmcache: Command, tmp_path: 
     assert llmcache("bench", "index", "--kinds", "flat,hnsw", "--count", "2000").code == 0
 
 
+def test_bench_compares_fingerprints_by_the_labels_of_neighbours(
+    llmcache: Command, tmp_path: Path, model_path: str
+) -> None:
+    known, asked = tmp_path / "known.csv", tmp_path / "asked.csv"
+    subjects = {"animal": "the dog and the cat", "money": "the bank and the account"}
+    rows = [f"{text} number {i},{label}" for i in range(150) for label, text in subjects.items()]
+    known.write_text("text,label\n" + "\n".join(rows) + "\n")
+    asked.write_text("text,label\n" + "\n".join(f"{text} twice,{label}" for label, text in subjects.items()) + "\n")
+    done = llmcache("bench", "fingerprint", "--data", known, "--asked", asked, "--json")
+    rows = json.loads(done.out)["rows"]
+    assert [row["fingerprint"] for row in rows] == ["mean"] * 3 + ["mean+attention"] * 3
+    assert {row["agreement"] for row in rows} == {1.0}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join)
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     llmcache: Command, corpus: Path, store: Path, model_path: str, arguments: list[str]
