@@ -27,7 +27,8 @@ def inspect(store: options.StoreArgument, json: options.Json = False) -> None:
         typer.echo(f"\nnamespace {name}")
         printing.facts([("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]])
         for layer, bank in sorted(space.banks.items()):
-            printing.table(["file", "bytes", "sha256"], _files(bank), title=f"\nbank {layer}")
+            rows = [(name, size, digest[:12]) for name, size, digest in _files(bank)]
+            printing.table(["file", "bytes", "sha256"], rows, title=f"\nbank {layer}")
 
 
 def _space(space: NamespaceFacts) -> dict[str, Any]:

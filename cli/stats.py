@@ -23,9 +23,9 @@ def stats(store: options.StoreArgument, json: options.Json = False) -> None:
     asked = life["documents"]
     hits = 1 - life["misses"] / asked if asked else 0.0
     printing.table(
-        ["namespace", "layer", "entries", "activations", "segments", "payload", "on disk", "index"],
+        ["namespace", "layer", "entries", "numbers", "payload", "on disk", "index"],
         [
-            [one.namespace, one.layer, one.entries, f"{one.dtype} x {one.width}", one.segments,
+            [one.namespace, one.layer, one.entries, f"{one.dtype}[{one.width}]",
              printing.size(one.payload_bytes), printing.size(one.bytes), one.index]
             for one in found.banks
         ],
