@@ -23,7 +23,7 @@ from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
 from llmcache.pipeline import Result, Source, results
-from llmcache.prompts import resolve
+from llmcache.prompts import ROLES, resolve
 from llmcache.statistics import Statistics, statistics
 from llmcache.tokens import check_inputs, tokenise
 
@@ -110,7 +110,7 @@ class LLMCache:
     ) -> Any:
         """`SentenceTransformer.encode`, with the same arguments, result type and order.
 
-        What the output bank cannot hold goes to the model itself, past the cache (`stats().bypassed` counts it):
+        What the output bank cannot hold goes to the model itself, past the cache (`stats().counters.bypassed`):
         inputs that are not texts, `output_value` other than "sentence_embedding", a list of devices, `pool` and other
         keywords.
         """
@@ -118,12 +118,11 @@ class LLMCache:
         model: Any = self.model
         single = model.is_singular_input(inputs)
         texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
-        role = others.pop("task", None)
-        pooled = isinstance(device, list) or others
-        cacheable = output_value == "sentence_embedding" and not pooled
-        if not texts or not cacheable or not all(type(text) is str for text in texts):
+        role = others.pop("task") if others.get("task") in ROLES else None
+        past_it = others or isinstance(device, list) or output_value != "sentence_embedding"
+        if past_it or not texts or not all(isinstance(text, str) for text in texts):
             self._execution.counters.bypassed += len(texts)
-            past = {"query": model.encode_query, "document": model.encode_document}.get(role, model.encode)
+            past: Any = getattr(model, f"encode_{role}" if role else "encode")
             return past(
                 inputs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size, output_value=output_value,
                 show_progress_bar=show_progress_bar, precision=precision, convert_to_numpy=convert_to_numpy,

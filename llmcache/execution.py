@@ -154,6 +154,7 @@ class Execution:
             answers.outputs[where] = done.outputs
             self.counters.model_seconds += done.seconds
             self._put(
+                unknown.text_keys[chosen],
                 unknown.keys[chosen],
                 done.outputs,
                 tokens=[tokens.ids[i] for i in chosen],
@@ -161,20 +162,20 @@ class Execution:
                 features=unknown.features[chosen],
                 cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
             )
-            self._alias(unknown.text_keys[chosen], unknown.keys[chosen])
             bar.update(len(chosen))
 
     def _alias(self, text_keys: Keys, keys: Keys) -> None:
         if self._store.writable:
             self._bank.alias(text_keys, keys)
 
-    def _put(self, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
+    def _put(self, text_keys: Keys, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
         """Keep a computed batch, and commit when enough waits. A failure ends storing, not the inference."""
         if not self._store.writable:
             self.counters.not_stored += len(keys)
             return
         began = time.perf_counter()
         kept = self._bank.put(keys, outputs, **entry)
+        self._bank.alias(text_keys, keys)
         self.counters.not_stored += int((~kept).sum())
         waited = time.monotonic() - self._committed
         if self._bank.pending_bytes > _COMMIT_BYTES or waited > self._config.commit_seconds:

@@ -396,7 +396,8 @@ def test_stopping_in_the_middle_keeps_what_was_committed(model_path: str, store:
         kept = len(cache)
         assert kept > 0
         texts = [f"document {i} " + "word " * 100 for i in range(100_000)]
-        assert sum(1 for row in cache._bank.find_text(_text_keys(cache, texts)) if row >= 0) == kept
+        known = int((cache._bank.find_text(_text_keys(cache, texts)) >= 0).sum())
+        assert kept - 32 <= known <= kept  # the batch it was stopped in may be known by its tokens only
 
 
 def _text_keys(cache: LLMCache, texts: list[str]) -> Any:
