@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from llmcache.cli import printing
-from llmcache.cli.reading import Sources, bytes_of, progressing
+from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.indexes.store import Store
 
@@ -44,9 +44,10 @@ def fill(asked: Asked, sources: Sources) -> None:
     config = CacheConfig(**asked.settings) if asked.settings else None
     with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace) as cache:
         before = len(cache)
-        results = cache.run(documents, role=asked.role, batch_size=asked.batch_size)
-        for _ in progressing(tally.counted(results), reading, bytes_of(sources.corpora), tally):
-            continue
+        with progress(reading, bytes_of(sources.corpora)) as advance:
+            results = cache.run(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
+            for _ in tally.counted(results):
+                continue
         if asked.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
 
 from llmcache.corpus import Document, Reading, documents
 from llmcache.errors import CorpusError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,34 +45,34 @@ class Sources:
         return chain([first], found)
 
 
-class _Left(ProgressColumn):
-    """Time left, from the share of bytes that have been read."""
+@contextmanager
+def progress(reading: Reading, total: int | None) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error with documents, documents per second, hit rate and time left; gives what advances it.
 
-    def render(self, task: Task) -> Text:
-        if not task.total or not task.completed or task.elapsed is None:
-            return Text("")
-        left = task.elapsed * (task.total / task.completed - 1)
-        return Text(f"{int(left // 60)}:{int(left % 60):02d} left")
-
-
-def progressing(results: Iterable[T], reading: Reading, total: int | None, hits: object) -> Iterator[T]:
-    """The same results, while standard error shows documents, documents per second, hit rate and time left.
-
-    total: bytes of all corpora, None when unknown. hits: an object whose `hit_rate` is the share so far.
+    reading: what has been read, `total`: bytes of all corpora, None when unknown; both tell how far the documents read
+    so far are from all.
     """
-    columns = (TextColumn("{task.fields[said]}"), BarColumn(), _Left())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=total, said="")
-        began = shown = time.monotonic()
-        for count, result in enumerate(results, 1):
-            yield result
-            now = time.monotonic()
-            if now - shown > 0.2:
-                rate = count / (now - began)
-                said = f"{count:,} documents, {rate:,.0f}/s, {100 * getattr(hits, 'hit_rate', 0.0):.0f} % hits"
-                bar.update(task, completed=reading.bytes, said=said)
-                shown = now
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("reading", total=None, left="")
+        began = time.monotonic()
+        answered = computed = 0
+
+        def advance(more: int, by_model: int) -> None:
+            nonlocal answered, computed
+            answered, computed = answered + more, computed + by_model
+            seconds = time.monotonic() - began
+            everything = reading.documents * total / reading.bytes if total and reading.bytes else None
+            bar.update(
+                task,
+                description=f"{answered:,} documents, {answered / max(seconds, 1e-9):,.0f}/s, "
+                f"{100 * (1 - computed / max(answered, 1)):.0f} % hits",
+                total=everything,
+                completed=answered,
+                left=f"{seconds * max(0.0, everything / answered - 1):,.0f} s left" if everything and answered else "",
+            )
+
+        yield advance
 
 
 def bytes_of(corpora: Iterable[str]) -> int | None:

@@ -9,7 +9,7 @@ import typer
 
 from llmcache.cli import options, printing
 from llmcache.cli.filling import preview, warnings
-from llmcache.cli.reading import Sources, bytes_of, progressing
+from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
 from llmcache.results import result_writer
@@ -53,8 +53,8 @@ def run(
         LLMCache.open(store, namespace=namespace, tau=tau) as cache,
         result_writer(out, width=cache.width) as writer,
     ):
-        results = cache.run(documents, role=role, batch_size=batch_size)
-        writer.write(progressing(tally.counted(results), reading, bytes_of(corpus), tally))
+        with progress(reading, bytes_of(corpus)) as advance:
+            writer.write(tally.counted(cache.run(documents, role=role, batch_size=batch_size, progress=advance)))
         stats = cache.stats()
     counters = stats.counters
     if json:

@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
 
 from llmcache.config import CacheConfig
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
-from llmcache.execution import Call, Execution, compute, token_embedding
+from llmcache.execution import Call, Execution, Progress, compute, nothing, token_embedding
 from llmcache.fingerprint import feature_width
 from llmcache.identity import Identity, identify, load, mismatch
 from llmcache.indexes.manifest import BankFacts
@@ -134,8 +135,12 @@ class LLMCache:
         if batch_size <= 0:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
         resolved = self._prompt(role, prompt_name, prompt)
-        call = Call(texts, None, resolved, role, batch_size, bool(show_progress_bar))
-        answers = self._execution.answers(call)
+        with tqdm(total=len(texts), desc="Documents", disable=not show_progress_bar) as bar:
+
+            def advance(answered: int, _: int) -> None:
+                bar.update(answered)
+
+            answers = self._execution.answers(Call(texts, None, resolved, role, batch_size, advance))
         return finished(
             answers.outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
@@ -162,18 +167,20 @@ class LLMCache:
         prompt: str | None = None,
         batch_size: int = 32,
         chunk: int = CHUNK,
+        progress: Progress = nothing,
     ) -> Iterator[Result]:
         """One result per document, in order, each saying where it came from.
 
         documents: texts, `Document`s, or mappings with "text" and perhaps "id"; any iterable, read `chunk` at a time,
             which bounds the memory. role: None, "query" or "document".
+        progress: called with the numbers of documents answered, and of these computed, as they are.
         Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
         """
         resolved = self._prompt(role, prompt_name, prompt)
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
-            return self._execution.answers(Call(texts, ids, resolved, role, batch_size))
+            return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
         return results(documents, answer, self._bank, LAYER, chunk)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
@@ -56,6 +55,14 @@ def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: 
         yield Computed(chosen, outputs, time.perf_counter() - began)
 
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told of documents as they are answered: how many, and how many of them the model computed."""
+
+
+def nothing(answered: int, computed: int) -> None:
+    """The progress that nobody looks at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What one call asks for. ids: of the documents, to say later where an entry came from, or None."""
@@ -65,7 +72,7 @@ class Call:
     prompt: str | None = None
     role: str | None = None
     batch_size: int = 32
-    progress: bool = False
+    progress: Progress = nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +107,11 @@ class Execution:
         distinct, first = first_occurrences(keys)
         rest = self._exact(answers, distinct, self._bank.find_text(keys[distinct]))
         self.counters.exact_text += len(distinct) - len(rest)
-        with tqdm(total=len(call.texts), desc="Documents", disable=not call.progress) as bar:
-            bar.update(len(call.texts) - len(rest))
-            rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
-            for start in range(0, len(rest), _WINDOW):
-                window = rest[start : start + _WINDOW]
-                self._answer_unknown(answers, call, window, keys[window], bar)
+        call.progress(len(call.texts) - len(rest), 0)
+        rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+        for start in range(0, len(rest), _WINDOW):
+            window = rest[start : start + _WINDOW]
+            self._answer_unknown(answers, call, window, keys[window])
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
@@ -117,7 +123,7 @@ class Execution:
         lost = answers.serve(places[found], rows[found], self._bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])]
 
-    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, bar: Any) -> None:
+    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
         tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
         keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(np.uint64)
@@ -125,14 +131,14 @@ class Execution:
         rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
         self.counters.exact_tokens += len(distinct) - len(todo)
-        bar.update(len(places) - len(todo))
+        call.progress(len(places) - len(todo), 0)
         raw = features(self._embedding, [tokens.ids[i] for i in todo], self._config.fingerprint)
         if self._config.tau is not None and len(todo):
             open_ = self._near(answers, places[todo], raw, self._config.tau)
-            bar.update(len(todo) - len(open_))
+            call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
-        self._compute(answers, call, unknown, bar)
+        self._compute(answers, call, unknown)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(places[repeats], places[first[repeats]])
         others = np.setdiff1d(np.arange(len(places)), todo)
@@ -147,7 +153,7 @@ class Execution:
         answers.similarity[places[found[lost]]] = np.nan
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
 
-    def _compute(self, answers: Answers, call: Call, unknown: Unknown, bar: Any) -> None:
+    def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
         for done in compute(self._model, tokens, call.batch_size, call.role):
             chosen, where = done.chosen, unknown.places[done.chosen]
@@ -162,7 +168,7 @@ class Execution:
                 features=unknown.features[chosen],
                 cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
             )
-            bar.update(len(chosen))
+            call.progress(len(chosen), len(chosen))
 
     def _alias(self, text_keys: Keys, keys: Keys) -> None:
         if self._store.writable:
