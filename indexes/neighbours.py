@@ -121,7 +121,7 @@ class Neighbours:
                 continue
             try:
                 stored = piece.features if isinstance(piece, Entries) else piece.features()
-            except SnapshotDamaged as error:
+            except (SnapshotDamaged, OSError) as error:
                 log.warning("%s: its %d rows have no near matches", error, len(piece))
                 stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
             for at in range(skip, stop, _BLOCK):
