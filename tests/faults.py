@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
-from llmcache.indexes.memory import CHANGES, Fault, MemoryFolder, PowerLoss
+from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
 from llmcache.indexes.store import Store
 from tests.operations import (
     UNIVERSE,
@@ -19,7 +19,6 @@ from tests.operations import (
     MemoryDisk,
     Operation,
     check,
-    close,
     commit,
     fill,
     open_in,
@@ -168,6 +167,3 @@ def _other_writer(memory: MemoryFolder, ledger: Ledger, at: int) -> Callable[[in
             commit(open_in(MemoryDisk(memory), stores, create=True), ledger, range(50, 53))
 
     return step_in
-
-
-__all__ = ["CHANGES", "CODES", "MORE_CODES", "Tally", "faults", "interleavings", "power_losses", "start"]

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from llmcache.indexes.io import Folder
@@ -149,7 +150,7 @@ class _Written(set[int]):
         super().__init__()
         self.path, self.word = path, word
 
-    def __ior__(self, numbers: object) -> _Written:  # type: ignore[override,misc]  # only sets of int are added
+    def __ior__(self, numbers: object) -> _Written:  # type: ignore[override]  # only sets of int are added
         assert isinstance(numbers, set)
         note(self.path, self.word, numbers)
         set.update(self, numbers)
@@ -274,8 +275,7 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
     diaries = [path.parent / f"diary {path.name} {writer}" for writer in writers]
     everyone = sorted(path.parent.glob(f"diary {path.name} *"))
     works: list[Callable[[], None]] = [
-        lambda diary=diary, i=i: _write(path, diary, 10 * turn + i, f"{seed} {i}")  # type: ignore[misc]  # defaults
-        for i, diary in enumerate(diaries)
+        partial(_write, path, diary, 10 * turn + i, f"{seed} {i}") for i, diary in enumerate(diaries)
     ]
     works += [lambda: _read(path, [*everyone, *diaries])] * 2
     works += [lambda: _maintain(path)] if MAINTENANCE else []

@@ -70,7 +70,7 @@ def values_of(numbers: Sequence[int]) -> NDArray[np.float32]:
 
 @dataclass(slots=True)
 class Ledger:
-    """The expected state. Of the numbers in `doubtful` (evicted, or in a segment that was damaged) none need be left."""
+    """The expected state. Those in `doubtful` (evicted, or in a segment that was damaged) need not be there."""
 
     begun: set[int] = field(default_factory=set)
     acknowledged: set[int] = field(default_factory=set)
@@ -111,8 +111,11 @@ def commit(store: Store, ledger: Ledger, numbers: Sequence[int]) -> None:
 # -- checking -----------------------------------------------------------------------------------------------
 
 
-def found_in(store: Store, numbers: Sequence[int]) -> set[int]:
-    """Which of these the store serves; Violation when what it serves is not theirs, bit for bit."""
+def found_in(store: Store, numbers: Sequence[int], *, tokens: bool = True) -> set[int]:
+    """Which of these the store serves; Violation when what it serves is not theirs, bit for bit.
+
+    tokens: False leaves the token ids out, which only the sha256 of their file protects.
+    """
     served: set[int] = set()
     if store.namespace("default") is None:
         return served
@@ -121,13 +124,16 @@ def found_in(store: Store, numbers: Sequence[int]) -> set[int]:
         rows = find(keys_of(numbers, kind))
         present = np.asarray(numbers)[rows >= 0]
         reading = bank.read(rows[rows >= 0])
-        right = (np.asarray(reading.values).view(np.uint8) == values_of(present.tolist()).view(np.uint8)).all(axis=1)
-        if (reading.intact & ~right).any():
-            raise Violation(f"by {kind}: {present[reading.intact & ~right].tolist()} are served with wrong values")
-        served |= set(present[reading.intact].tolist())
-        ids = [(number, bank.tokens(int(row)).tolist()) for number, row in zip(present, rows[rows >= 0], strict=True)]
-        wrong = [number for number, found in ids if found not in ([number, number + 1], [])]
+        wanted = values_of(present.tolist())
+        pairs = zip(present.tolist(), reading.values, wanted, reading.intact, strict=True)
+        wrong = [number for number, value, one, intact in pairs if intact and value.tobytes() != one.tobytes()]
         if wrong:
+            raise Violation(f"by {kind}: {wrong} are served with wrong values")
+        served |= set(present[reading.intact].tolist())
+        kept = zip(present[reading.intact].tolist(), rows[rows >= 0][reading.intact].tolist(), strict=True)
+        ids = [(number, bank.tokens(row).tolist()) for number, row in kept]
+        wrong = [number for number, found in ids if found not in ([number, number + 1], [])]
+        if wrong and tokens:
             raise Violation(f"by {kind}: {wrong} have the token ids of others")
     strangers = bank.find(keys_of(numbers, "tokens", STRANGER)), bank.find_text(keys_of(numbers, "text", STRANGER))
     if max(rows.max(initial=-1) for rows in strangers) >= 0:

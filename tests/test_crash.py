@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import pytest
 from tests.faults import Tally, faults, interleavings, power_losses
 from tests.kills import random_kills, sigkills
 from tests.operations import OPERATIONS, Operation
+
+Record = Callable[[str, object], None]
 
 by_name = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 
@@ -23,21 +25,19 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def passed(tally: Tally, record: pytest.TestReport | object) -> None:
+def passed(tally: Tally, record: Record) -> None:
     assert not tally.failures, "\n".join(tally.failures[:20])
-    record("counts", dict(tally.counts))  # type: ignore[operator]  # pytest gives no type for its fixture's value
+    record("counts", dict(tally.counts))
 
 
 @by_name
-def test_a_fault_at_any_call_costs_nothing_that_was_acknowledged(
-    operation: Operation, record_property: object
-) -> None:
+def test_a_fault_at_any_call_costs_nothing_that_was_acknowledged(operation: Operation, record_property: Record) -> None:
     passed(faults(operation), record_property)
 
 
 @by_name
 def test_a_power_loss_at_any_call_costs_nothing_that_was_acknowledged(
-    operation: Operation, record_property: object
+    operation: Operation, record_property: Record
 ) -> None:
     tally = power_losses(operation)
     assert tally.counts["crash states"] >= 25 * tally.counts["calls"]
@@ -46,20 +46,20 @@ def test_a_power_loss_at_any_call_costs_nothing_that_was_acknowledged(
 
 @by_name
 def test_another_writer_at_any_call_loses_nothing_and_costs_nothing(
-    operation: Operation, record_property: object
+    operation: Operation, record_property: Record
 ) -> None:
     passed(interleavings(operation), record_property)
 
 
 @by_name
 def test_a_kill_at_any_call_costs_nothing_that_was_acknowledged(
-    operation: Operation, tmp_path: Path, record_property: object
+    operation: Operation, tmp_path: Path, record_property: Record
 ) -> None:
     passed(sigkills(operation, tmp_path), record_property)
 
 
 def test_writers_and_readers_killed_at_a_random_time_lose_nothing_that_was_acknowledged(
-    tmp_path: Path, record_property: object
+    tmp_path: Path, record_property: Record
 ) -> None:
     tally = random_kills(tmp_path, trials=60, seed=1)
     assert tally.counts["kills"] >= 60 * 2 * 6
