@@ -165,7 +165,7 @@ class Bank:
             return piece.tokens[local]
         try:
             return piece.tokens(local)
-        except SnapshotDamaged as error:
+        except (SnapshotDamaged, OSError) as error:
             log.warning("%s: its rows are found by text only", error)
             return np.zeros(0, np.int32)
 
@@ -176,7 +176,7 @@ class Bank:
             return piece.sources[local]
         try:
             return piece.source(local)
-        except SnapshotDamaged as error:
+        except (SnapshotDamaged, OSError) as error:
             log.warning("%s: the sources of its rows are not known", error)
             return ""
 

@@ -5,12 +5,16 @@ Kept to a dozen calls on purpose: what a store does to a disk can be read here, 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import stat
+import sys
 import time
+import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,7 @@ class Folder:
         """Open the folder; with `create`, make it and its sub-folders (mode 0700) when they are missing."""
         self.path = path.resolve()
         if create:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_durably(self.path)
         self._descriptors: dict[str, int] = {"": os.open(self.path, _FOLDER)}
         try:
             if create:
@@ -58,9 +62,7 @@ class Folder:
         self._descriptors = {}
 
     def _place(self, name: str) -> tuple[int, str]:
-        sub, _, leaf = name.rpartition("/")
-        if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", *SUBFOLDERS}:
-            raise SnapshotDamaged(f"{name!r} is not a name inside a store")
+        sub, leaf = placed(name)
         return self._folder(sub), leaf
 
     def _folder(self, sub: str) -> int:
@@ -103,7 +105,7 @@ class Folder:
                 raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
             if size == 0:  # an empty file cannot be mapped
                 return np.zeros(0, np.uint8)
-            return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
+            return _mapped(descriptor, size)
         finally:
             os.close(descriptor)
 
@@ -132,8 +134,12 @@ class Folder:
         """All of `data` at `offset`; a short write is continued, its cause then shows as the next error."""
         view = memoryview(data).cast("B")
         while view:
-            done = os.pwrite(descriptor, view, offset)
+            done = self.write_some(descriptor, view, offset)
             view, offset = view[done:], offset + done
+
+    def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """One system call: how many bytes of `data` were taken, which may be fewer than all."""
+        return os.pwrite(descriptor, data, offset)
 
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -170,6 +176,49 @@ class Folder:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def placed(name: str) -> tuple[str, str]:
+    """Sub-folder ("" for the store's own) and name in it; SnapshotDamaged when the name leads out of a store."""
+    sub, _, leaf = name.rpartition("/")
+    if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", *SUBFOLDERS}:
+        raise SnapshotDamaged(f"{name!r} is not a name inside a store")
+    return sub, leaf
+
+
+def _make_durably(path: Path) -> None:
+    """Make a folder and those above it that are missing, each durable by name: a store in no folder is a lost store."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+        with suppress(PermissionError):  # a folder may be open to writing and not to reading
+            above = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(above)
+            finally:
+                os.close(above)
+
+
+def _mapped(descriptor: int, size: int) -> NDArray[np.uint8]:
+    """The file's pages, without holding a descriptor: mmap.mmap keeps a copy of it before Python 3.13.
+
+    A store maps several files per segment, and a process may have no more than 1,024 descriptors by default.
+    """
+    if sys.version_info >= (3, 13):
+        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ, trackfd=False), np.uint8)
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    pages = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False  # arrays may be used until the very end
+    return np.frombuffer(memoryview(pages).toreadonly(), np.uint8)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> int:

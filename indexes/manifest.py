@@ -269,7 +269,10 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
     for generation in listed:
         name = generation_name(generation)
         try:
-            return from_bytes(folder.read(name, MAX_BYTES), name), damaged
+            found = from_bytes(folder.read(name, MAX_BYTES), name)
+            if found.generation != generation:
+                raise SnapshotDamaged(f"{name} holds generation {found.generation}: an older file was copied over it")
+            return found, damaged
         except FormatTooNew:
             raise
         except (FileNotFoundError, SnapshotDamaged):

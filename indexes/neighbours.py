@@ -119,11 +119,17 @@ class Neighbours:
                 continue
             try:
                 stored = piece.features if isinstance(piece, Entries) else piece.features()
-            except SnapshotDamaged as error:
+                if stored.shape[1] != self._facts.feature_width:
+                    raise SnapshotDamaged(
+                        f"features are {stored.shape[1]} wide where the bank's are {self._facts.feature_width}"
+                    )
+            except (SnapshotDamaged, OSError) as error:
                 log.warning("%s: its %d rows have no near matches", error, len(piece))
                 stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
             for at in range(skip, stop, _BLOCK):
-                yield stored[at : min(at + _BLOCK, stop)].astype(np.float32)
+                block = stored[at : min(at + _BLOCK, stop)].astype(np.float32)
+                # `half` wrote no NaN; whoever did cost its own rows their neighbours, not the bank its index
+                yield block if np.isfinite(block.sum()) else np.nan_to_num(block, posinf=0, neginf=0)
 
     # -- keeping up -----------------------------------------------------------------------------------------
 

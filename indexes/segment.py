@@ -256,8 +256,11 @@ class Segment:
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Token ids of one row."""
         record = self.rows[row]
-        start = int(record["var"])
-        return self._file("var")[start : start + 4 * int(record["tokens"])].view("<i4")
+        start, nbytes = int(record["var"]), 4 * int(record["tokens"])
+        found = self._file("var")[start : start + nbytes]
+        if found.nbytes != nbytes:
+            raise SnapshotDamaged(f"{self.facts.file('var').name} ends before the token ids of row {row}")
+        return found.view("<i4")
 
     def source(self, row: int) -> str:
         """Id of the document that made the row."""
@@ -267,7 +270,13 @@ class Segment:
 
     def features(self) -> NDArray[np.float16]:
         """float16 [rows, feature width], a view of the file."""
-        return self._file("fp").view("<f2").reshape(len(self.rows), self.feature_width)
+        stored = self._file("fp")
+        if stored.nbytes != 2 * len(self.rows) * self.feature_width:
+            raise SnapshotDamaged(
+                f"{self.facts.file('fp').name} has {stored.nbytes:,} bytes, which is not float16 "
+                f"[{len(self.rows)}, {self.feature_width}]"
+            )
+        return stored.view("<f2").reshape(len(self.rows), self.feature_width)
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:

@@ -64,19 +64,25 @@ class Store:
             _refuse_strangers(where)
         try:
             folder = Folder(where, create=create)
-            try:
-                manifest, damaged = _newest(folder)
-            except BaseException:
-                folder.close()
-                raise
         except OSError as error:
-            raise LLMCacheError(
-                f"the store {where} cannot be opened: {error.strerror}; check the path and its rights"
-            ) from error
+            raise _not_opened(where, error) from error
+        try:
+            return cls.at(folder)
+        except BaseException:
+            folder.close()
+            raise
+
+    @classmethod
+    def at(cls, folder: Folder) -> Store:
+        """The store in a folder that is open already, which the store then closes; a new one where it is empty."""
+        try:
+            manifest, damaged = _newest(folder)
+        except OSError as error:
+            raise _not_opened(folder.path, error) from error
         if damaged:
             log.warning(
                 "%s: the newest %d manifests are damaged; opened generation %d. What was stored since is missing",
-                where, len(damaged), manifest.generation,
+                folder.path, len(damaged), manifest.generation,
             )  # fmt: skip
         return cls(folder, manifest)
 
@@ -142,7 +148,10 @@ class Store:
             return base.with_bank(namespace, name, replace(facts, segments=(*facts.segments, segment)))
 
         self._commit(change)
-        bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
+        try:
+            bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
+        except OSError as error:  # committed all the same, but it cannot be opened: this writer goes no further
+            raise self._fence(error) from error
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:
@@ -173,6 +182,8 @@ class Store:
         except StoreFenced as error:
             self._fenced = error
             raise
+        except OSError as error:  # the newest manifest could not be listed or read
+            raise self._fence(error) from error
 
     def _fence(self, error: OSError) -> StoreFenced:
         self._fenced = manifests.fenced(error)
@@ -200,7 +211,12 @@ class Store:
     def counters(self, *, without: str = "") -> dict[str, float]:
         """The counters of all writers but one, added up; whatever cannot be read is left out."""
         total: dict[str, float] = {}
-        for name in self.folder.names("stat"):
+        try:
+            names = self.folder.names("stat")
+        except OSError as error:
+            log.info("counters were not read: %s", error)
+            return total
+        for name in names:
             if not name.endswith(".json") or name == f"{without}.json":
                 continue
             try:
@@ -231,6 +247,10 @@ def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
     _check_format(folder)
     listed = manifests.generations(folder)
     return manifests.newest(folder, listed) if listed else (Manifest(), [])
+
+
+def _not_opened(where: Path, error: OSError) -> LLMCacheError:
+    return LLMCacheError(f"the store {where} cannot be opened: {error.strerror}; check the path and its rights")
 
 
 def _refuse_strangers(where: Path) -> None:

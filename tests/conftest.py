@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("LLMCACHE_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the crash tests counted, in all."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "counts" and isinstance(value, dict):
+                total.update(value)
+    if total:
+        terminalreporter.section("crash tests")
+        for kind, count in sorted(total.items()):
+            terminalreporter.write_line(f"{count:>8,} {kind}")
 
 
 @pytest.fixture(scope="session")

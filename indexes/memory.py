@@ -1,0 +1,377 @@
+"""A store's folder in memory, with a disk under it that can be full, fail, or lose its power.
+
+What is modelled. A file has bytes in the page cache and bytes on the disk; `sync` makes the first the second. A
+folder has names in the cache and names on the disk; `sync_folder` makes the first the second. A power loss may keep
+of the bytes that were not synced: none, all, those of the first writes (the last of them cut anywhere), or any blocks
+of 512 or 4,096 bytes; what was not kept is what the disk had, zeros beyond it, or the file is shorter. It may keep of
+the changes to a folder's names: none, all, the first ones, or any subset. Each file and each folder loses on its own.
+After a sync that failed, what was
+written is never durable, and a second sync says nothing of it, as Linux does. A process that is killed loses nothing:
+the page cache stays.
+
+What it cannot show. Calls happen one after the other, so no race between processes; a lying disk, that acknowledges a
+sync and forgets it; bit rot; a rename that is half done (both names, or none); a write to a mapped file; anything a
+real file system does beside POSIX. Names that point out of a store, links, pipes and rights do not exist here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.io import SUBFOLDERS, Folder, placed
+
+CHANGES = frozenset({"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "link", "replace", "remove"})
+"""Calls that change a disk; the others only look."""
+_TAKES_NO_SPACE = frozenset({"remove", "close_file"})
+_BLOCKS = (512, 4096)
+
+
+class PowerLoss(BaseException):
+    """Everything stops here. No `except` of the library's may see it, and no call works after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong from one call on.
+
+    at: number of the call, from 0. code: an errno; 0 is a power loss in the middle of the call. forever: all later
+    calls fail too. short: a write takes half of its bytes, and only what follows fails, where `forever` is set.
+    """
+
+    at: int
+    code: int = 0
+    forever: bool = False
+    short: bool = False
+
+    def hits(self, number: int, call: str) -> bool:
+        if number < self.at or (number > self.at and not self.forever):
+            return False
+        if self.short and number == self.at:
+            return call == "write_some"
+        if self.code in {errno.ENOSPC, errno.EDQUOT}:
+            return call in CHANGES - _TAKES_NO_SPACE
+        return self.code != errno.EROFS or call in CHANGES
+
+
+@dataclass(eq=False, slots=True)
+class _File:
+    data: bytearray = field(default_factory=bytearray)
+    durable: bytes = b""
+    writes: list[tuple[int, bytes]] = field(default_factory=list)  # since the last sync
+    failed: bool = False  # a sync has: what was written will never be durable, and later syncs do not say so
+
+
+_Names: TypeAlias = "dict[str, _File | _Part]"
+_Change: TypeAlias = "dict[str, _File | _Part | None]"  # names and what they now lead to, None: nothing
+
+
+@dataclass(eq=False, slots=True)
+class _Part:
+    names: _Names = field(default_factory=dict)
+    durable: _Names = field(default_factory=dict)
+    changes: list[_Change] = field(default_factory=list)  # since the last sync
+
+    def change(self, new: _Change) -> None:
+        _apply(self.names, new)
+        self.changes.append(new)
+
+
+class MemoryFolder(Folder):
+    """`Folder` without a disk. Every call but `now`, `pid`, `close` is numbered, and noted in `calls`."""
+
+    def __init__(self, *, create: bool = False, fault: Fault | None = None) -> None:
+        """An empty folder; with `create`, with its sub-folders, as `Folder` makes them."""
+        self.path = Path("/in-memory")
+        self.calls: list[tuple[str, str]] = []
+        self.fault = fault
+        self.time = 1.8e9  # seconds since the epoch; a test may set it
+        self.process = 1
+        self.before: Callable[[int, str], object] | None = None  # called before each call, with its number and name
+        self._root = _Part()
+        self._files: dict[int, _File] = {}  # by descriptor
+        self._dead = False
+        if create:
+            self.make()
+
+    def make(self) -> None:
+        """Make the sub-folders that are missing, as opening a `Folder` with `create` does."""
+        for sub in SUBFOLDERS:
+            self._step("mkdir", sub)
+            if sub not in self._root.names:
+                self._root.change({sub: _Part()})
+        self.sync_folder("")
+
+    def close(self) -> None:
+        self._files = {}
+
+    def _step(self, call: str, name: str) -> None:
+        if self._dead:
+            raise PowerLoss
+        if self.before:
+            self.before(len(self.calls), call)
+        self.calls.append((call, name))
+        if self.fault and self.fault.hits(len(self.calls) - 1, call) and not self._cut(call):
+            if not self.fault.code:
+                self._dead = True
+                raise PowerLoss
+            raise OSError(self.fault.code, os.strerror(self.fault.code), name)
+
+    def _cut(self, call: str) -> bool:
+        """Whether this call is a write that takes only half of its bytes."""
+        number = len(self.calls) - 1
+        wanted = self.fault and number == self.fault.at and (self.fault.short or not self.fault.code)
+        return bool(wanted) and call == "write_some"
+
+    def _part(self, sub: str) -> _Part:
+        part = self._root if not sub else self._root.names.get(sub)
+        if part is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), sub)
+        assert isinstance(part, _Part)
+        return part
+
+    def _place_of(self, name: str) -> tuple[_Part, str]:
+        sub, leaf = placed(name)
+        return self._part(sub), leaf
+
+    def _file(self, name: str) -> _File:
+        part, leaf = self._place_of(name)
+        found = part.names.get(leaf)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        if isinstance(found, _Part):
+            raise SnapshotDamaged(f"{name} is not a plain file")
+        return found
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def names(self, sub: str = "") -> list[str]:
+        self._step("names", sub)
+        try:
+            return list(self._part(sub).names)
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int:
+        self._step("size", name)
+        return len(self._file(name).data)
+
+    def read(self, name: str, limit: int) -> bytes:
+        self._step("read", name)
+        data = bytes(self._file(name).data)
+        if len(data) > limit:
+            raise SnapshotDamaged(f"{name} has {len(data):,} bytes, more than the {limit:,} such a file may have")
+        return data
+
+    def map(self, name: str, size: int) -> NDArray[np.uint8]:
+        """A copy, so a file that is changed in place does not change under its reader, as a mapped one would."""
+        self._step("map", name)
+        data = bytes(self._file(name).data)
+        if len(data) != size:
+            raise SnapshotDamaged(f"{name} has {len(data):,} bytes where the manifest says {size:,}")
+        return np.frombuffer(data, np.uint8)
+
+    # -- changing -----------------------------------------------------------------------------------------
+
+    def create(self, name: str) -> int:
+        part, leaf = self._place_of(name)
+        self._step("create", name)
+        if leaf in part.names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        file = _File()
+        part.change({leaf: file})
+        return self._opened(file)
+
+    def _opened(self, file: _File) -> int:
+        descriptor = 1 + max(self._files, default=2)
+        self._files[descriptor] = file
+        return descriptor
+
+    def reopen(self, name: str) -> int:
+        """Descriptor of a file that is there, for writing. No store does this: it is how tests break one."""
+        return self._opened(self._file(name))
+
+    def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
+        self._step("write_some", "")
+        cut = self.fault is not None and self._cut("write_some")
+        taken = bytes(data[: max(1, len(data) // 2)] if cut else data)
+        file = self._files[descriptor]
+        _write(file.data, offset, taken)
+        file.writes.append((offset, taken))
+        if cut and self.fault and not self.fault.code and not self.fault.short:
+            self._dead = True
+            raise PowerLoss
+        return len(taken)
+
+    def sync(self, descriptor: int) -> None:
+        file = self._files[descriptor]
+        try:
+            self._step("sync", "")
+        except OSError:
+            file.failed, file.writes = True, []
+            raise
+        if not file.failed:
+            file.durable, file.writes = bytes(file.data), []
+
+    def close_file(self, descriptor: int) -> None:
+        file = self._files.pop(descriptor, None)  # gone whatever the call says
+        self._step("close_file", "")
+        if file is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def sync_folder(self, sub: str) -> None:
+        self._step("sync_folder", sub)
+        part = self._part(sub)
+        part.durable, part.changes = dict(part.names), []
+
+    def link(self, name: str, new: str) -> None:
+        (part, leaf), file = self._place_of(new), self._file(name)
+        self._step("link", new)
+        if leaf in part.names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+        part.change({leaf: file})
+
+    def replace(self, name: str, new: str) -> None:
+        (part, old), (target, leaf), file = self._place_of(name), self._place_of(new), self._file(name)
+        self._step("replace", new)
+        if part is target:  # one change, kept or lost as a whole
+            part.change({old: None, leaf: file})
+        else:
+            target.change({leaf: file})
+            part.change({old: None})
+
+    def remove(self, name: str) -> None:
+        part, leaf = self._place_of(name)
+        self._step("remove", name)
+        if isinstance(part.names.get(leaf), _File):
+            part.change({leaf: None})
+
+    # -- the rest of the world ----------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return self.time
+
+    def pid(self) -> int:
+        return self.process
+
+    # -- crashes ------------------------------------------------------------------------------------------
+
+    def killed(self) -> MemoryFolder:
+        """The folder as the next process finds it after this one was killed: what is not synced is still not."""
+        return self._with(_copied(self._root, lambda file: replace(file, data=file.data[:], writes=file.writes[:]), {}))
+
+    def crash_states(self, seed: int, count: int) -> Iterator[MemoryFolder]:
+        """Folders as a power loss now may leave them: nothing unsynced kept, all of it, and so on, then at random."""
+        for i in range(count):
+            chance = random.Random(f"{seed} {i}")
+            names, data = _PLAIN[i] if i < len(_PLAIN) else ("random", "random")
+            settled: dict[int, _File] = {}
+
+            def survive(file: _File, chance: random.Random = chance, data: str = data) -> _File:
+                kept = _kept_bytes(file, data, chance)
+                return _File(bytearray(kept), kept)
+
+            yield self._with(_survived(self._root, names, chance, survive, settled))
+
+    def _with(self, root: _Part) -> MemoryFolder:
+        folder = MemoryFolder()
+        folder._root, folder.time, folder.process = root, self.time, self.process + 1
+        return folder
+
+
+_PLAIN = (("none", "none"), ("all", "all"), ("all", "none"), ("all", "zeros"), ("none", "all"))
+"""Which changes to names, and which unsynced bytes, the first crash states keep."""
+
+
+def _apply(names: _Names, change: _Change) -> None:
+    for name, entry in change.items():
+        names.pop(name, None)
+        if entry is not None:
+            names[name] = entry
+
+
+def _write(data: bytearray, offset: int, part: bytes) -> None:
+    data.extend(bytes(max(0, offset + len(part) - len(data))))
+    data[offset : offset + len(part)] = part
+
+
+def _copied(part: _Part, copy: Callable[[_File], _File], seen: dict[int, _File | _Part]) -> _Part:
+    """The same names, cached and durable, over copies; what had two names has them still."""
+
+    def one(entry: _File | _Part) -> _File | _Part:
+        if id(entry) not in seen:
+            seen[id(entry)] = _copied(entry, copy, seen) if isinstance(entry, _Part) else copy(entry)
+        return seen[id(entry)]
+
+    def again(names: _Names) -> _Names:
+        return {name: one(entry) for name, entry in names.items()}
+
+    changes: list[_Change] = [{name: entry and one(entry) for name, entry in change.items()} for change in part.changes]
+    return _Part(again(part.names), again(part.durable), changes)
+
+
+def _survived(
+    part: _Part, names: str, chance: random.Random, copy: Callable[[_File], _File], seen: dict[int, _File]
+) -> _Part:
+    """What a power loss leaves of a folder: on the disk and in the cache alike."""
+    kept = dict(part.durable)
+    for change in _kept_changes(part.changes, names, chance):
+        _apply(kept, change)
+    left: _Names = {}
+    for name, entry in kept.items():
+        if isinstance(entry, _Part):
+            left[name] = _survived(entry, names, chance, copy, seen)
+        else:
+            if id(entry) not in seen:
+                seen[id(entry)] = copy(entry)
+            left[name] = seen[id(entry)]
+    return _Part(left, dict(left))
+
+
+def _kept_changes(changes: list[_Change], mode: str, chance: random.Random) -> list[_Change]:
+    if mode == "random":
+        mode = chance.choice(("none", "all", "first", "any"))
+    if mode == "first":
+        return changes[: chance.randint(0, len(changes))]
+    if mode == "any":
+        return [change for change in changes if chance.random() < 0.5]
+    return changes if mode == "all" else []
+
+
+def _kept_bytes(file: _File, mode: str, chance: random.Random) -> bytes:
+    if not file.writes:
+        return file.durable
+    if mode == "random":
+        mode = chance.choice(("none", "all", "zeros", "first", "blocks"))
+    if mode == "first":
+        return _first_writes(file, chance)
+    if mode == "blocks":
+        return _some_blocks(file, chance.choice(_BLOCKS), chance)
+    if mode == "zeros":
+        return file.durable.ljust(len(file.data), b"\0")
+    return bytes(file.data) if mode == "all" else file.durable
+
+
+def _first_writes(file: _File, chance: random.Random) -> bytes:
+    data = bytearray(file.durable)
+    last = chance.randrange(len(file.writes))
+    for offset, part in file.writes[:last]:
+        _write(data, offset, part)
+    offset, part = file.writes[last]
+    _write(data, offset, part[: chance.randint(0, len(part))])
+    return bytes(data)
+
+
+def _some_blocks(file: _File, size: int, chance: random.Random) -> bytes:
+    old = file.durable.ljust(len(file.data), b"\0")
+    blocks = [(file.data if chance.random() < 0.5 else old)[at : at + size] for at in range(0, len(file.data), size)]
+    return bytes(b"".join(blocks))

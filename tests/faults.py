@@ -1,0 +1,169 @@
+"""Every call of every operation fails, or is the last one before a power loss; what is then wrong is reported."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
+from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
+from llmcache.indexes.store import Store
+from tests.operations import (
+    UNIVERSE,
+    Ledger,
+    MemoryDisk,
+    Operation,
+    check,
+    commit,
+    fill,
+    open_in,
+    recover,
+)
+
+CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
+MORE_CODES = (*CODES, errno.EDQUOT, errno.EACCES, errno.ESTALE, errno.EINTR)
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts by what was tried, and a line for each failure that says how to have it again."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def trial(self, kind: str, replay: str) -> Iterator[None]:
+        """Count one; an error of any class inside is a failure."""
+        self.counts[kind] += 1
+        try:
+            yield
+        except (Exception, PowerLoss) as error:
+            self.failures.append(f"{kind}: {replay}: {type(error).__name__}: {error}")
+
+    def __iadd__(self, other: Tally) -> Tally:
+        self.counts += other.counts
+        self.failures += other.failures
+        return self
+
+
+@cache
+def _filled() -> MemoryFolder:
+    memory = MemoryFolder()
+    fill(MemoryDisk(memory))
+    return memory
+
+
+def start(operation: Operation, fault: Fault | None = None) -> tuple[MemoryFolder, Ledger]:
+    """The folder in which the operation begins, with its own account of what is in it."""
+    memory = MemoryFolder() if operation.fresh else _filled().killed()
+    memory.fault = fault
+    there = set() if operation.fresh else set(range(20))
+    return memory, Ledger(set(there), set(there))
+
+
+def calls_of(operation: Operation) -> list[str]:
+    """Names of the calls the operation makes when nothing goes wrong."""
+    memory, ledger = start(operation)
+    operation.run(MemoryDisk(memory), ledger, [])
+    return [name for name, _ in memory.calls]
+
+
+# -- faults -------------------------------------------------------------------------------------------------
+
+
+def faults(operation: Operation, codes: Sequence[int] = CODES, states: int = 2) -> Tally:
+    """Each call fails with each code, and each write is short; once, and from then on."""
+    tally = Tally()
+    for at, call in enumerate(calls_of(operation)):
+        for forever in (False, True):
+            tried = [Fault(at, code, forever) for code in codes]
+            if call == "write_some":
+                tried.append(Fault(at, errno.ENOSPC, forever, short=True))
+            for fault in tried:
+                with tally.trial("faults", f"{operation.name}, {fault}"):
+                    _one_fault(operation, fault, states, tally)
+    return tally
+
+
+def _one_fault(operation: Operation, fault: Fault, states: int, tally: Tally) -> None:
+    memory, ledger = start(operation, fault)
+    stores: list[Store] = []
+    try:
+        operation.run(MemoryDisk(memory), ledger, stores)
+    except LLMCacheError as error:
+        if isinstance(error, StoreFenced) and isinstance(error, StoreFull) != (fault.code in _FULL):
+            raise AssertionError(f"not the documented error: {error!r}") from error
+    looks = fault.code in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of these faults reading is free
+    for store in stores:  # as the fault goes on, if it does
+        alone = ledger if len(stores) == 1 else start(operation)[1]  # a store does not know what others commit
+        check(store, Ledger(set(UNIVERSE), alone.acknowledged), UNIVERSE, complete=looks)
+    memory.fault = None
+    recover(MemoryDisk(memory.killed()), ledger.copy())
+    for i, state in enumerate(memory.crash_states(fault.at, states)):
+        with tally.trial("crash states", f"{operation.name}, {fault}, then power loss {i}"):
+            recover(MemoryDisk(state), ledger.copy())
+
+
+# -- power loss ---------------------------------------------------------------------------------------------
+
+
+def power_losses(operation: Operation, states: int = 25, seed: int = 0, second: int = 2) -> Tally:
+    """The power goes at each call: kill -9 and `states` crash states, and in some of them it goes again in recovery."""
+    tally = Tally()
+    for at in range(len(calls_of(operation)) + 1):
+        memory, ledger = start(operation, Fault(at))
+        try:
+            operation.run(MemoryDisk(memory), ledger, [])
+        except PowerLoss:
+            tally.counts["calls"] += 1
+        left = [memory.killed(), *memory.crash_states(seed * 1_000_003 + at, states)]
+        chance = random.Random(f"{seed} {operation.name} {at}")
+        again = set(chance.sample(range(len(left)), min(second, len(left))))
+        for i, state in enumerate(left):
+            replay = f"{operation.name}, call {at}, state {i}, seed {seed}"
+            if i in again:
+                with tally.trial("second crashes", replay):
+                    _second_crash(state.killed(), ledger.copy(), chance.randrange(60), seed)
+            with tally.trial("crash states", replay):
+                recover(MemoryDisk(state), ledger.copy())
+    return tally
+
+
+def _second_crash(memory: MemoryFolder, ledger: Ledger, at: int, seed: int) -> None:
+    memory.fault = Fault(at)
+    try:
+        recover(MemoryDisk(memory), ledger)
+    except PowerLoss:
+        for state in [memory.killed(), *memory.crash_states(seed + at, 5)]:
+            recover(MemoryDisk(state), ledger.copy(), range(66, 70))
+
+
+# -- other writers ------------------------------------------------------------------------------------------
+
+
+def interleavings(operation: Operation) -> Tally:
+    """Before each call of the operation another writer makes a commit of its own, from opening to closing."""
+    tally = Tally()
+    for at in range(len(calls_of(operation))):
+        with tally.trial("interleavings", f"{operation.name}, another writer before call {at}"):
+            memory, ledger = start(operation)
+            memory.before = _other_writer(memory, ledger, at)
+            operation.run(MemoryDisk(memory), ledger, [])
+            recover(MemoryDisk(memory.killed()), ledger)
+    return tally
+
+
+def _other_writer(memory: MemoryFolder, ledger: Ledger, at: int) -> Callable[[int, str], None]:
+    def step_in(number: int, call: str) -> None:
+        if number == at:
+            memory.before = None
+            stores: list[Store] = []
+            commit(open_in(MemoryDisk(memory), stores, create=True), ledger, range(50, 53))
+
+    return step_in

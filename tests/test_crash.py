@@ -1,0 +1,67 @@
+"""Whatever fails, stops or is killed in an operation: what was acknowledged is there afterwards, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import Tally, faults, interleavings, power_losses
+from tests.kills import random_kills, sigkills
+from tests.operations import OPERATIONS, Operation
+
+Record = Callable[[str, object], None]
+
+by_name = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Thousands of warnings about damage that is meant."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def passed(tally: Tally, record: Record) -> None:
+    assert not tally.failures, "\n".join(tally.failures[:20])
+    record("counts", dict(tally.counts))
+
+
+@by_name
+def test_a_fault_at_any_call_costs_nothing_that_was_acknowledged(operation: Operation, record_property: Record) -> None:
+    passed(faults(operation), record_property)
+
+
+@by_name
+def test_a_power_loss_at_any_call_costs_nothing_that_was_acknowledged(
+    operation: Operation, record_property: Record
+) -> None:
+    tally = power_losses(operation)
+    assert tally.counts["crash states"] >= 25 * tally.counts["calls"]
+    passed(tally, record_property)
+
+
+@by_name
+def test_another_writer_at_any_call_loses_nothing_and_costs_nothing(
+    operation: Operation, record_property: Record
+) -> None:
+    passed(interleavings(operation), record_property)
+
+
+@by_name
+def test_a_kill_at_any_call_costs_nothing_that_was_acknowledged(
+    operation: Operation, tmp_path: Path, record_property: Record
+) -> None:
+    passed(sigkills(operation, tmp_path), record_property)
+
+
+def test_writers_and_readers_killed_at_a_random_time_lose_nothing_that_was_acknowledged(
+    tmp_path: Path, record_property: Record
+) -> None:
+    tally = random_kills(tmp_path, trials=60, seed=1)
+    assert tally.counts["kills"] >= 60 * 2 * 6
+    assert tally.counts["acknowledged commits"] > 60
+    passed(tally, record_property)
