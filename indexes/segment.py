@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.io import Folder, Sealed, write_whole
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
 
 Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
@@ -190,6 +190,7 @@ class Segment:
     aliases: NDArray[Any]  # records of ALIAS
     pitch: int
     feature_width: int
+    data: Sealed  # the activations
     _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @classmethod
@@ -212,13 +213,13 @@ class Segment:
             raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
         payload, raw_rows = facts.file("seg"), rows.view(ROW)
         try:
-            mapped = {"seg": folder.map(payload.name, payload.size)}
+            data = folder.sealed(payload.name, payload.size)
         except FileNotFoundError:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
         pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
-        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
+        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -229,14 +230,10 @@ class Segment:
         return self._mapped[kind]
 
     def payload(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
-        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one view each."""
-        data = self._mapped["seg"]
+        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one array each."""
         if self.pitch and len(rows):
-            nbytes = int(self.rows["nbytes"][rows[0]])
-            table = data[: len(self.rows) * self.pitch].reshape(len(self.rows), self.pitch)
-            return table[rows, :nbytes]
-        ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
-        return [data[start : start + nbytes] for start, nbytes in ends]
+            return self.data.table(rows, self.pitch, int(self.rows["nbytes"][rows[0]]))
+        return [self.data.part(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
 
     def intact(
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
