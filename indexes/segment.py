@@ -96,18 +96,37 @@ def seal(
     aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
     """
     rows, source_bytes = _records(folder, batches)
+    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    return write_segment(
+        folder, id, rows, aliases, feature_width, _payload(batches), _variable(batches, source_bytes), features
+    )
+
+
+def write_segment(
+    folder: Folder,
+    id: str,
+    rows: NDArray[Any],
+    aliases: NDArray[Any],
+    feature_width: int,
+    payload: Iterable[bytes | memoryview],
+    variable: Iterable[bytes | memoryview],
+    features: Iterable[bytes | memoryview],
+) -> SegmentFacts:
+    """Write the five files of a segment durably. Any OSError leaves none of them behind.
+
+    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give.
+    """
     header = np.zeros(1, HEADER)
     header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
     header["feature_width"] = feature_width
     sizes = np.unique(rows["nbytes"])
-    header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
-    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
     files: list[FileFacts] = []
     try:
-        files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
+        files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
         files.append(write_file(folder, f"seg/{id}.row", [header.tobytes(), rows.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
-        files.append(write_file(folder, f"seg/{id}.var", _variable(batches, source_bytes)))
+        files.append(write_file(folder, f"seg/{id}.var", variable))
         files.append(write_file(folder, f"seg/{id}.fp", features))
         folder.sync_folder("seg")
     except BaseException:
@@ -117,7 +136,8 @@ def seal(
     return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGN`: bytes that a row takes in .seg."""
     return -(-size // ALIGN) * ALIGN
 
 
@@ -135,7 +155,7 @@ def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], 
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
     rows["created"] = int(folder.now())
-    steps = np.array([_aligned(part.nbytes) for part in payload], np.uint64)
+    steps = np.array([aligned(part.nbytes) for part in payload], np.uint64)
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
@@ -149,7 +169,7 @@ def _payload(batches: Sequence[Entries]) -> Iterator[bytes]:
     size = 0
     for batch in batches:
         for part in batch.payload:
-            held += [part.data, bytes(_aligned(part.nbytes) - part.nbytes)]
+            held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
             size += part.nbytes
             if size >= _CHUNK:
                 yield b"".join(held)

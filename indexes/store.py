@@ -270,18 +270,18 @@ def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> Ban
 def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
     """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
     if "FORMAT" not in folder.names():
-        _found(folder)
+        found(folder)
     _check_format(folder)
     for _ in range(_RELOADS - 1):
         listed = manifests.generations(folder)
         try:
-            found = manifests.newest(folder, listed) if listed else (Manifest(), [])
+            whole = manifests.newest(folder, listed) if listed else (Manifest(), [])
         except SnapshotDamaged:
             if manifests.generations(folder) == listed:
                 raise
             continue
-        if not found[1] or manifests.generations(folder) == listed:
-            return found
+        if not whole[1] or manifests.generations(folder) == listed:
+            return whole
     listed = manifests.generations(folder)  # manifests that a listing shows may go before they are read
     return manifests.newest(folder, listed) if listed else (Manifest(), [])
 
@@ -299,7 +299,7 @@ def _refuse_strangers(where: Path) -> None:
         )
 
 
-def _found(folder: Folder) -> None:
+def found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
     temporary = f"t-{uuid.uuid4().hex}"
     write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
