@@ -216,27 +216,15 @@ class Segment:
     @classmethod
     def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
         """SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
-        raw = verified(folder, facts.file("row"))
-        if raw.nbytes < HEADER.itemsize:
-            raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
-        header = raw[: HEADER.itemsize].view(HEADER)[0]
-        rows = raw[HEADER.itemsize :]
-        if (
-            header["magic"] != _MAGIC
-            or header["record"] != ROW.itemsize
-            or int(header["rows"]) != facts.rows
-            or rows.nbytes != facts.rows * ROW.itemsize
-        ):
-            raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
+        raw_rows, pitch, feature_width = records_of(folder, facts)
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
             raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
-        payload, raw_rows = facts.file("seg"), rows.view(ROW)
+        payload = facts.file("seg")
         try:
             data = folder.sealed(payload.name, payload.size)
         except FileNotFoundError:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
-        pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
         return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data)
@@ -285,6 +273,23 @@ class Segment:
     def features(self) -> NDArray[np.float16]:
         """float16 [rows, feature width], a view of the file."""
         return self._file("fp").view("<f2").reshape(len(self.rows), self.feature_width)
+
+
+def records_of(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int]:
+    """Records of ROW, pitch and feature width of a segment; SnapshotDamaged when its .row is not what it should be."""
+    raw = verified(folder, facts.file("row"))
+    if raw.nbytes < HEADER.itemsize:
+        raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
+    header = raw[: HEADER.itemsize].view(HEADER)[0]
+    rows = raw[HEADER.itemsize :]
+    if (
+        header["magic"] != _MAGIC
+        or header["record"] != ROW.itemsize
+        or int(header["rows"]) != facts.rows
+        or rows.nbytes != facts.rows * ROW.itemsize
+    ):
+        raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
+    return rows.view(ROW), int(header["pitch"]), int(header["feature_width"])
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:

@@ -271,7 +271,7 @@ def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
     """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
     if "FORMAT" not in folder.names():
         found(folder)
-    _check_format(folder)
+    check_format(folder)
     for _ in range(_RELOADS - 1):
         listed = manifests.generations(folder)
         try:
@@ -312,7 +312,7 @@ def found(folder: Folder) -> None:
     folder.sync_folder("")
 
 
-def _check_format(folder: Folder) -> None:
+def check_format(folder: Folder) -> None:
     try:
         found = manifests.strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
         magic, number = found["magic"], found["format"]
