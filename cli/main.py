@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from llmcache.cli import bench, build, demo, inspect, run, stats, warm
+from llmcache.cli import bench, build, demo, inspect, repair, run, snapshot, stats, warm
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
@@ -27,6 +27,8 @@ app.command()(run.run)
 app.command()(stats.stats)
 app.command()(inspect.inspect)
 app.command()(demo.demo)
+app.command()(repair.repair)
+app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(bench.app, name="bench")
 
 

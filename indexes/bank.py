@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -38,13 +38,14 @@ class Reading:
 class Bank:
     """Rows are numbered from 0: sealed ones first, segment after segment, then the pending ones.
 
-    A row keeps its number for as long as the bank is open, also when it is sealed.
+    A row keeps its number until `follow` moves the bank to a newer generation, also when it is sealed.
     """
 
     def __init__(self, folder: Folder, facts: BankFacts, choice: NearChoice) -> None:
         self._folder = folder
         self.facts = facts
-        self._pieces: list[Segment | Entries] = list(_opened(folder, facts))
+        segments, self.lost = _opened(folder, facts, {})
+        self._pieces: list[Segment | Entries] = list(segments)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
@@ -75,6 +76,37 @@ class Bank:
         rows = self._rows.find(aliases["row"])
         found = rows >= 0  # an alias may outlive its row
         self._texts.extend(aliases["text"][found], rows[found])
+
+    # -- another generation ---------------------------------------------------------------------------------
+
+    def opened(self, facts: BankFacts) -> tuple[list[Segment], int]:
+        """The segments of a newer generation, those already open as they are; how many had to be left out."""
+        known = {piece.facts: piece for piece in self._pieces if isinstance(piece, Segment)}
+        return _opened(self._folder, facts, known)
+
+    def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
+        """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
+        places: dict[str | int, int] = {}
+        pieces: list[Segment | Entries] = [*segments, *self._pending]
+        starts = np.cumsum([0, *map(len, pieces)])
+        for piece, start in zip(pieces, starts.tolist(), strict=False):
+            places[_name(piece)] = start
+        moved = np.full(len(self), -1, np.int64)  # old row -> new row
+        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+            if _name(piece) in places:
+                moved[start : start + len(piece)] = places[_name(piece)] + np.arange(len(piece))
+        self.facts, self.lost = facts, lost
+        self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
+        self._pieces[:], self._starts = pieces, starts
+        self._rows, self._texts = KeyTable(), KeyTable()
+        self._load_keys()
+        for piece, start in zip(pieces, starts.tolist(), strict=False):
+            if isinstance(piece, Entries):
+                self._rows.add(piece.keys, np.arange(len(piece)) + start)
+        for text, keys in self._aliases:
+            rows = self._rows.find(keys)
+            self._texts.add(text[rows >= 0], rows[rows >= 0])
+        self.near.follow(facts, moved)
 
     # -- looking up -----------------------------------------------------------------------------------------
 
@@ -270,15 +302,20 @@ class Bank:
         self._texts.settle()
 
 
-def _opened(folder: Folder, facts: BankFacts) -> list[Segment]:
-    """Every segment that is whole; one that is not is a warning, and its entries are misses."""
-    segments = []
+def _name(piece: Segment | Entries) -> str | int:
+    return piece.facts.id if isinstance(piece, Segment) else id(piece)
+
+
+def _opened(folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment]) -> tuple[list[Segment], int]:
+    """Every segment that is whole, and how many are not; such a one is a warning, and its entries are misses."""
+    segments, lost = [], 0
     for one in facts.segments:
         try:
-            segments.append(Segment.open(folder, one))
+            segments.append(known.get(one) or Segment.open(folder, one))
         except (SnapshotDamaged, OSError) as error:
+            lost += 1
             log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
-    return segments
+    return segments, lost
 
 
 def _stored(piece: Segment | Entries, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import re
+import shutil
 import stat
 import sys
 import time
+import uuid
 import weakref
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
 
+Reading = Literal["auto", "mmap", "pread"]
+
 SUBFOLDERS = ("seg", "idx", "stat")
+QUARANTINE = "quarantine"
+"""Where `repair` puts what is damaged. It is made when it is first needed."""
+_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
+# what a file system answers when it cannot link, or not from there
+_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,10 +45,15 @@ class Folder:
 
     Names are relative: "m-000000000001.json" or "seg/<id>.row". A name is looked up below the descriptor of a
     folder that was itself opened without following links, so a store cannot lead out of its folder.
+
+    reading: "mmap" maps sealed files, which is shared between processes but kills them (SIGBUS) when somebody shortens
+    a mapped file; "pread" reads them into memory, where that is a short read and a miss; "auto" maps on local disks.
     """
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
+    def __init__(self, path: Path, *, create: bool = False, reading: Reading = "auto") -> None:
         """Open the folder; with `create`, make it and its sub-folders (mode 0700) when they are missing."""
+        self.reading: Reading = reading
+        self._local: bool | None = None
         self.path = path.resolve()
         if create:
             _make_durably(self.path)
@@ -97,17 +114,54 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    @property
+    def maps(self) -> bool:
+        """Whether files are mapped here rather than read."""
+        if self.reading != "auto":
+            return self.reading == "mmap"
+        if self._local is None:
+            self._local = file_system(self._descriptors[""]) in _LOCAL
+        return self._local
+
     def map(self, name: str, size: int) -> NDArray[np.uint8]:
-        """The file's bytes, read-only and shared between processes; its size must be exactly `size`."""
+        """The file's bytes, read-only; its size must be exactly `size`. Shared between processes where it is mapped."""
         descriptor, found = self._open(name)
         try:
             if found != size:
                 raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
-            if size == 0:  # an empty file cannot be mapped
-                return np.zeros(0, np.uint8)
-            return _mapped(descriptor, size)
+            if size and self.maps:  # an empty file cannot be mapped
+                return _mapped(descriptor, size)
+            data = np.empty(size, np.uint8)
+            if read_into(descriptor, data, 0) != size:
+                raise SnapshotDamaged(f"{name} became shorter than {size:,} bytes while it was read")
+            data.flags.writeable = False
+            return data
         finally:
             os.close(descriptor)
+
+    def sealed(self, name: str, size: int) -> Sealed:
+        """A file to read rows from, kept open; its size must be exactly `size`."""
+        if self.maps:
+            return Sealed(size, mapped=self.map(name, size))
+        descriptor, found = self._open(name)
+        if found != size:
+            os.close(descriptor)
+            raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
+        return Sealed(size, descriptor=descriptor)
+
+    def open(self, name: str) -> tuple[int, int]:
+        """Descriptor of a plain file, for reading with `read_at`, and its bytes; close it with `close_file`."""
+        return self._open(name)
+
+    def read_at(self, descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
+        """Fill the buffer from `offset`; the bytes that were there."""
+        return read_into(descriptor, buffer, offset)
+
+    def age(self, name: str) -> float:
+        """Seconds since the file was last written, or given this name (a link keeps the time of the writing)."""
+        folder, leaf = self._place(name)
+        facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+        return self.now() - max(facts.st_mtime, facts.st_ctime)
 
     def _open(self, name: str) -> tuple[int, int]:
         folder, leaf = self._place(name)
@@ -168,6 +222,44 @@ class Folder:
         except FileNotFoundError:
             return
 
+    def link_from(self, source: Folder, name: str, new: str) -> bool:
+        """Give a file of another folder a second name here; False where that cannot be: copy it then.
+
+        Only a file of this user that nobody else may write: another's hand must not reach into this folder.
+        """
+        (folder, leaf), (new_folder, new_leaf) = source._place(name), self._place(new)
+        facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+            return False
+        try:
+            os.link(leaf, new_leaf, src_dir_fd=folder, dst_dir_fd=new_folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                return False
+            raise
+        return True
+
+    def set_aside(self, name: str) -> str:
+        """Move a file into the quarantine; its name there."""
+        with suppress(FileExistsError):
+            os.mkdir(QUARANTINE, 0o700, dir_fd=self._descriptors[""])
+        leaf = name.rpartition("/")[2]
+        taken = set(self.names(QUARANTINE))
+        free = next(one for n in range(len(taken) + 1) if (one := f"{leaf}.{n}" if n else leaf) not in taken)
+        self.replace(name, f"{QUARANTINE}/{free}")
+        return f"{QUARANTINE}/{free}"
+
+    def move_to(self, target: Path) -> None:
+        """Give the whole folder its final name, durably. OSError when something that is not empty has it already."""
+        built = self.path
+        os.rename(built, target)
+        try:
+            _sync_path(target.parent)
+        except BaseException:
+            os.rename(target, built)
+            raise
+        self.path = target
+
     # -- the rest of the world ----------------------------------------------------------------------------
 
     def now(self) -> float:
@@ -181,7 +273,7 @@ class Folder:
 def placed(name: str) -> tuple[str, str]:
     """Sub-folder ("" for the store's own) and name in it; SnapshotDamaged when the name leads out of a store."""
     sub, _, leaf = name.rpartition("/")
-    if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", *SUBFOLDERS}:
+    if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", QUARANTINE, *SUBFOLDERS}:
         raise SnapshotDamaged(f"{name!r} is not a name inside a store")
     return sub, leaf
 
@@ -219,6 +311,136 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Sealed:
+    """The bytes of a sealed file: mapped, or read with `preadv` each time they are asked for."""
+
+    def __init__(self, size: int, *, mapped: NDArray[np.uint8] | None = None, descriptor: int = -1) -> None:
+        """Takes over the descriptor, which is closed with the last reference to this object."""
+        self.size, self.mapped, self._descriptor = size, mapped, descriptor
+        if mapped is None:
+            weakref.finalize(self, os.close, descriptor)
+
+    def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """uint8 [nbytes]: a view of the mapped file, or a copy. Shorter where the file does not have so much."""
+        if start >= self.size:
+            return np.zeros(0, np.uint8)
+        nbytes = min(nbytes, self.size - start)
+        if self.mapped is not None:
+            return self.mapped[start : start + nbytes]
+        data = np.empty(nbytes, np.uint8)
+        return data[: self._fill(data, start)]
+
+    def table(self, rows: NDArray[np.int64], pitch: int, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of some rows that lie `pitch` apart: a copy, uint8 [n, nbytes].
+
+        What could not be read is zeros, which no row's checksum takes for its bytes.
+        """
+        nbytes = min(nbytes, pitch)
+        if self.mapped is not None:
+            whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
+            return whole[rows, :nbytes]
+        data = np.zeros((len(rows), nbytes), np.uint8)
+        for i, row in enumerate(rows.tolist()):
+            done = self._fill(data[i], row * pitch)
+            data[i, done:] = 0
+        return data
+
+    def _fill(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """A file that was shortened, and a disk that fails, are fewer bytes: misses, never the end of a call."""
+        try:
+            return read_into(self._descriptor, buffer, offset)
+        except OSError:
+            return 0
+
+
+def read_into(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
+    """Fill a contiguous buffer from `offset` of a file; the bytes that were there."""
+    view, done = buffer.data, 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
+def file_system(descriptor: int) -> str:
+    """Type of the file system that an open folder is on ("ext4", "nfs4", ...); empty where nobody says.
+
+    The mount's own number is asked for: `statvfs` has no type, and device numbers do not match on btrfs and overlay,
+    nor paths where one mount lies over another.
+    """
+    try:
+        facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:
+        return ""
+    mount = re.search(r"^mnt_id:\s*(\d+)$", facts, re.MULTILINE)
+    for line in mounts.splitlines() if mount else ():
+        before, _, after = line.partition(" - ")
+        if mount and before.split(" ", 1)[0] == mount[1]:
+            return after.split(" ", 1)[0]
+    return ""
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, _FOLDER)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Folder]:
+    """A folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails.
+
+    It is made beside the target as `.<name>-<id>.partial` and locked as long as its maker lives. What a killed maker
+    left is removed by the next one. OSError when something that is not empty has the target's name by then.
+    """
+    target = target.parent.resolve() / target.name
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _sweep(target)
+    folder = Folder(target.parent / f".{target.name}-{uuid.uuid4().hex}.partial", create=True)
+    built = folder.path
+    lock = _locked(built)
+    try:
+        yield folder
+        for sub in ("seg", "idx", ""):
+            folder.sync_folder(sub)
+        folder.move_to(target)
+    except BaseException:
+        shutil.rmtree(built, ignore_errors=True)
+        raise
+    finally:
+        folder.close()
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed makers of this target left."""
+    mine = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{32}}\.partial")
+    for name in os.listdir(target.parent):
+        path = target.parent / name
+        if mine.fullmatch(name) and path.is_dir() and not path.is_symlink():
+            lock = _locked(path)
+            if lock is not None:  # None: its maker is at work, or there are no locks here
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """Descriptor that holds the lock of a folder; None when another has it, or the file system has no locks."""
+    try:
+        descriptor = os.open(path, _FOLDER)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> int:

@@ -31,6 +31,8 @@ from llmcache.indexes.io import Folder, write_whole
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
+LAST = 10**12 - 1
+"""The highest generation that a manifest's name can say."""
 _NAME = re.compile(r"m-(\d{12})\.json")
 _FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}\.(seg|row|var|fp|key|faiss|proj)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -140,6 +142,14 @@ def from_bytes(data: bytes, name: str) -> Manifest:
         return _manifest(strict_json(body))
     except (TypeError, ValueError, KeyError, RecursionError, AttributeError, OverflowError) as error:
         raise SnapshotDamaged(f"{name} is not a manifest: {type(error).__name__}: {error}") from None
+
+
+def salvage(data: bytes) -> Manifest | None:
+    """What a damaged manifest still says, when its JSON can be read; nothing of it is certain."""
+    try:
+        return _manifest(strict_json(data.partition(b"\nsha256:")[0]))
+    except (TypeError, ValueError, KeyError, RecursionError, AttributeError, OverflowError, SnapshotDamaged):
+        return None
 
 
 def strict_json(body: bytes) -> Any:
@@ -285,17 +295,29 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
     raise SnapshotNotFound(f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`")
 
 
-def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+def commit(
+    folder: Folder, writer: str, change: Callable[[Manifest], Manifest], *, salvaged: Manifest | None = None
+) -> Manifest:
     """Publish `change(newest manifest)` as the next generation and return it once it is durable.
 
     The change is applied again to the new base whenever another writer was faster, so it must be a pure delta.
     Base and number come from one directory listing: two listings would lose the update of a writer in between.
+    salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
     StoreFenced or StoreFull when a write fails; what was committed before is untouched.
     """
     for _ in range(_ROUNDS):
         listed = generations(folder)
-        base, damaged = newest(folder, listed) if listed else (Manifest(), [])
+        try:
+            base, damaged = newest(folder, listed) if listed else (Manifest(), [])
+        except SnapshotDamaged:
+            if salvaged is None:
+                raise
+            base, damaged = salvaged, listed
         generation = (listed[0] if listed else 0) + 1
+        if generation > LAST:
+            raise LLMCacheError(
+                f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`"
+            )
         new = replace(
             change(base),
             generation=generation,

@@ -92,6 +92,7 @@ class MemoryFolder(Folder):
     def __init__(self, *, create: bool = False, fault: Fault | None = None) -> None:
         """An empty folder; with `create`, with its sub-folders, as `Folder` makes them."""
         self.path = Path("/in-memory")
+        self.reading = "mmap"
         self.calls: list[tuple[str, str]] = []
         self.fault = fault
         self.time = 1.8e9  # seconds since the epoch; a test may set it

@@ -144,6 +144,26 @@ class Neighbours:
                 self._index.add(self._projection.apply(block))
             self._row_of = np.concatenate([self._row_of, np.arange(len(self._row_of), rows)])
 
+    def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
+        """Go on with the bank's new list of pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
+        self._facts = facts
+        self._saved = facts.index.count if facts.index else 0
+        if self._index is None:
+            return
+        self._row_of = moved[self._row_of]
+        if (self._row_of < 0).any():  # not every kind of index can forget: taken from its file, or built again
+            self._projection, self._index, self._row_of = None, None, np.zeros(0, np.int64)
+            return
+        assert self._projection is not None
+        covered = np.zeros(sum(map(len, self._pieces)), np.bool_)
+        covered[self._row_of] = True
+        sealed = sum(len(piece) for piece in self._pieces if isinstance(piece, Segment))
+        fresh = np.flatnonzero(~covered[:sealed])
+        for part in np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1) if len(fresh) else ():
+            for block in self._features(int(part[0]), int(part[-1]) + 1):
+                self._index.add(self._projection.apply(block))
+        self._row_of = np.concatenate([self._row_of, fresh])
+
     def _outgrown(self, rows: int) -> bool:
         """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for."""
         assert self._projection is not None
@@ -199,6 +219,13 @@ class Neighbours:
     def _wanted(self, rows: int) -> str:
         return "none" if self._choice.projection == "pca" and rows < FIT_ROWS else self._choice.projection
 
+    def _in_order(self) -> bool:
+        """Whether each segment's rows follow each other in the index, as its file says. After a reload that came
+        between two waiting batches, which were then sealed together, they do not."""
+        starts = [int(span[0]) for span in self._spans().values()]
+        jumps = self._row_of[1:][np.diff(self._row_of) != 1]
+        return bool(np.isin(jumps, starts).all())
+
     # -- files ----------------------------------------------------------------------------------------------
 
     def due(self) -> bool:
@@ -210,6 +237,8 @@ class Neighbours:
 
     def save(self, id: str) -> tuple[FileFacts, IndexFacts]:
         """Write projection and index durably under this id; what a manifest has to say of them."""
+        if not self._in_order():
+            self.rebuild()
         assert self._index is not None
         assert self._projection is not None
         names = {int(span[0]): name for name, span in self._spans().items()}

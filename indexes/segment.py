@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.io import Folder, Sealed, write_whole
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
 
 Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
@@ -96,18 +96,37 @@ def seal(
     aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
     """
     rows, source_bytes = _records(folder, batches)
+    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    return write_segment(
+        folder, id, rows, aliases, feature_width, _payload(batches), _variable(batches, source_bytes), features
+    )
+
+
+def write_segment(
+    folder: Folder,
+    id: str,
+    rows: NDArray[Any],
+    aliases: NDArray[Any],
+    feature_width: int,
+    payload: Iterable[bytes | memoryview],
+    variable: Iterable[bytes | memoryview],
+    features: Iterable[bytes | memoryview],
+) -> SegmentFacts:
+    """Write the five files of a segment durably. Any OSError leaves none of them behind.
+
+    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give.
+    """
     header = np.zeros(1, HEADER)
     header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
     header["feature_width"] = feature_width
     sizes = np.unique(rows["nbytes"])
-    header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
-    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
     files: list[FileFacts] = []
     try:
-        files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
+        files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
         files.append(write_file(folder, f"seg/{id}.row", [header.tobytes(), rows.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
-        files.append(write_file(folder, f"seg/{id}.var", _variable(batches, source_bytes)))
+        files.append(write_file(folder, f"seg/{id}.var", variable))
         files.append(write_file(folder, f"seg/{id}.fp", features))
         folder.sync_folder("seg")
     except BaseException:
@@ -117,7 +136,8 @@ def seal(
     return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGN`: bytes that a row takes in .seg."""
     return -(-size // ALIGN) * ALIGN
 
 
@@ -135,7 +155,7 @@ def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], 
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
     rows["created"] = int(folder.now())
-    steps = np.array([_aligned(part.nbytes) for part in payload], np.uint64)
+    steps = np.array([aligned(part.nbytes) for part in payload], np.uint64)
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
@@ -149,7 +169,7 @@ def _payload(batches: Sequence[Entries]) -> Iterator[bytes]:
     size = 0
     for batch in batches:
         for part in batch.payload:
-            held += [part.data, bytes(_aligned(part.nbytes) - part.nbytes)]
+            held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
             size += part.nbytes
             if size >= _CHUNK:
                 yield b"".join(held)
@@ -190,35 +210,24 @@ class Segment:
     aliases: NDArray[Any]  # records of ALIAS
     pitch: int
     feature_width: int
+    data: Sealed  # the activations
     _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
         """SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
-        raw = verified(folder, facts.file("row"))
-        if raw.nbytes < HEADER.itemsize:
-            raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
-        header = raw[: HEADER.itemsize].view(HEADER)[0]
-        rows = raw[HEADER.itemsize :]
-        if (
-            header["magic"] != _MAGIC
-            or header["record"] != ROW.itemsize
-            or int(header["rows"]) != facts.rows
-            or rows.nbytes != facts.rows * ROW.itemsize
-        ):
-            raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
+        raw_rows, pitch, feature_width = records_of(folder, facts)
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
             raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
-        payload, raw_rows = facts.file("seg"), rows.view(ROW)
+        payload = facts.file("seg")
         try:
-            mapped = {"seg": folder.map(payload.name, payload.size)}
+            data = folder.sealed(payload.name, payload.size)
         except FileNotFoundError:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
-        pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
-        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
+        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -229,14 +238,10 @@ class Segment:
         return self._mapped[kind]
 
     def payload(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
-        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one view each."""
-        data = self._mapped["seg"]
+        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one array each."""
         if self.pitch and len(rows):
-            nbytes = int(self.rows["nbytes"][rows[0]])
-            table = data[: len(self.rows) * self.pitch].reshape(len(self.rows), self.pitch)
-            return table[rows, :nbytes]
-        ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
-        return [data[start : start + nbytes] for start, nbytes in ends]
+            return self.data.table(rows, self.pitch, int(self.rows["nbytes"][rows[0]]))
+        return [self.data.part(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
 
     def intact(
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
@@ -277,6 +282,23 @@ class Segment:
                 f"[{len(self.rows)}, {self.feature_width}]"
             )
         return stored.view("<f2").reshape(len(self.rows), self.feature_width)
+
+
+def records_of(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int]:
+    """Records of ROW, pitch and feature width of a segment; SnapshotDamaged when its .row is not what it should be."""
+    raw = verified(folder, facts.file("row"))
+    if raw.nbytes < HEADER.itemsize:
+        raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
+    header = raw[: HEADER.itemsize].view(HEADER)[0]
+    rows = raw[HEADER.itemsize :]
+    if (
+        header["magic"] != _MAGIC
+        or header["record"] != ROW.itemsize
+        or int(header["rows"]) != facts.rows
+        or rows.nbytes != facts.rows * ROW.itemsize
+    ):
+        raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
+    return rows.view(ROW), int(header["pitch"]), int(header["feature_width"])
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:

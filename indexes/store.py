@@ -18,18 +18,21 @@ from llmcache.indexes.errors import (
     ForkedStoreError,
     FormatTooNew,
     LLMCacheError,
+    ModelMismatch,
     SnapshotDamaged,
     SnapshotNotFound,
     StoreFenced,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder, write_whole
+from llmcache.indexes.io import SUBFOLDERS, Folder, Reading, write_whole
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.segment import Segment
 
 log = logging.getLogger("llmcache")
 
 _FORMAT_LIMIT = 4096
 _STAT_LIMIT = 1 << 20
+_RELOADS = 3  # times a reader starts again when files went away under it
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
@@ -48,9 +51,10 @@ class Store:
         self._fenced: StoreFenced | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, create: bool = False) -> Store:
+    def open(cls, path: str | os.PathLike[str], *, create: bool = False, reading: Reading = "auto") -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
+        reading: how activations are read, see `Folder`.
         SnapshotNotFound, FormatTooNew or SnapshotDamaged when that is not possible.
         """
         where = Path(path)
@@ -63,7 +67,7 @@ class Store:
         if not (where / "FORMAT").exists() and where.exists():
             _refuse_strangers(where)
         try:
-            folder = Folder(where, create=create)
+            folder = Folder(where, create=create, reading=reading)
         except OSError as error:
             raise _not_opened(where, error) from error
         try:
@@ -102,8 +106,47 @@ class Store:
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice)
+            bank = self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice)
+            # files that are gone may belong to a generation that is gone: a newer one names others
+            if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
+                self.reload()
         return self._banks[namespace, name]
+
+    def reload(self) -> Manifest:
+        """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
+
+        What was put and not committed is kept. Rows may have other numbers afterwards. ModelMismatch when a namespace
+        that is in use belongs to another model now; the store then stays where it is.
+        """
+        self._check()
+        for round in range(_RELOADS):
+            manifest, _ = _newest(self.folder)
+            for namespace, name in self._banks:
+                self._check_same(namespace, name, manifest)
+            opened = {place: self._moved(manifest, *place) for place in self._banks}
+            newest = manifests.generations(self.folder)[:1] <= [manifest.generation]
+            if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
+                break
+        for place, (facts, segments, lost) in opened.items():
+            self._banks[place].follow(facts, segments, lost)
+        self.manifest = manifest
+        return manifest
+
+    def _moved(self, manifest: Manifest, namespace: str, name: str) -> tuple[BankFacts, list[Segment], int]:
+        bank, space = self._banks[namespace, name], manifest.namespaces.get(namespace)
+        empty = replace(bank.facts, segments=(), projection=None, index=None)
+        facts = space.banks.get(name, empty) if space else empty
+        return facts, *bank.opened(facts)
+
+    def _check_same(self, namespace: str, name: str, manifest: Manifest) -> None:
+        old, new = self.manifest.namespaces.get(namespace), manifest.namespaces.get(namespace)
+        bank = self._banks[namespace, name].facts
+        there = new.banks.get(name, bank) if new else bank
+        shape, other = ((one.dtype, one.width, one.rank, one.feature_width) for one in (bank, there))
+        if (old and new and old.identity != new.identity) or shape != other:
+            raise ModelMismatch(
+                f"the namespace {namespace!r} of {self.folder.path} was made anew by another model; open it again"
+            )
 
     # -- committing -----------------------------------------------------------------------------------------
 
@@ -243,9 +286,19 @@ def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> Ban
 def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
     """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
     if "FORMAT" not in folder.names():
-        _found(folder)
-    _check_format(folder)
-    listed = manifests.generations(folder)
+        found(folder)
+    check_format(folder)
+    for _ in range(_RELOADS - 1):
+        listed = manifests.generations(folder)
+        try:
+            whole = manifests.newest(folder, listed) if listed else (Manifest(), [])
+        except SnapshotDamaged:
+            if manifests.generations(folder) == listed:
+                raise
+            continue
+        if not whole[1] or manifests.generations(folder) == listed:
+            return whole
+    listed = manifests.generations(folder)  # manifests that a listing shows may go before they are read
     return manifests.newest(folder, listed) if listed else (Manifest(), [])
 
 
@@ -266,7 +319,7 @@ def _refuse_strangers(where: Path) -> None:
         )
 
 
-def _found(folder: Folder) -> None:
+def found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
     temporary = f"t-{uuid.uuid4().hex}"
     write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
@@ -279,7 +332,7 @@ def _found(folder: Folder) -> None:
     folder.sync_folder("")
 
 
-def _check_format(folder: Folder) -> None:
+def check_format(folder: Folder) -> None:
     try:
         found = manifests.strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
         magic, number = found["magic"], found["format"]

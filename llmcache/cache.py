@@ -86,6 +86,7 @@ class LLMCache:
             settled = _settled(store, namespace, identity, config, loaded)
             if tau is not None:
                 settled = replace(settled, tau=tau)
+            store.folder.reading = settled.reading
             return cls(store, loaded, identity, settled, namespace)
         except BaseException:
             store.close()
@@ -201,6 +202,14 @@ class LLMCache:
         """
         self._check_open()
         self._execution.commit()
+
+    def reload(self) -> None:
+        """Find from now on what other processes have committed. What is not committed here is kept.
+
+        ModelMismatch when the namespace belongs to another model by now.
+        """
+        self._check_open()
+        self._store.reload()
 
     def rebuild(self) -> None:
         """Fit the projection and build the FAISS index again, over all entries, and commit both."""

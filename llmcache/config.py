@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.io import Reading
 from llmcache.indexes.neighbours import NearChoice
 
 Index = Literal[
@@ -45,6 +46,8 @@ class CacheConfig:
     dtype: how activations are stored; "auto" is the model's own, which is lossless. float16 and int8 are smaller and
         round what a hit gives back.
     device: where the index is searched, "cpu" or "cuda".
+    reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
+        shorten or that lie on a network; "auto" maps on local disks.
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
     """
 
@@ -55,6 +58,7 @@ class CacheConfig:
     index: Index = "auto"
     dtype: Stored = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
+    reading: Reading = "auto"
     commit_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class CacheConfig:
             ("index", get_args(Index)),
             ("dtype", ("auto", *DTYPES)),
             ("device", ("cpu", "cuda")),
+            ("reading", get_args(Reading)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")

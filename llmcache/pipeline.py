@@ -48,8 +48,8 @@ def results(
     while part := [_document(source, place) for place, source in islice(stream, chunk)]:
         ids = [document.id for document in part]
         answers = answer([document.text for document in part], ids)
-        for i, id in enumerate(ids):
-            yield _result(i, id, ids, answers, bank, layer)
+        # all at once: rows may have other numbers after a reload between two results
+        yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
 
 
 def _document(source: Source, place: int) -> Document:

@@ -1,0 +1,22 @@
+"""`llmcache repair`: a damaged store becomes a whole one with what is left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from llmcache import snapshot
+from llmcache.cli import options, printing
+
+
+def repair(store: options.StoreArgument, dry_run: options.DryRun = False, json: options.Json = False) -> None:
+    """Move damaged files to STORE/quarantine and keep every entry that is whole. Deletes nothing."""
+    done = snapshot.repair(store, dry_run=dry_run)
+    if json:
+        printing.as_json({**asdict(done), "dry_run": dry_run})
+        return
+    for name in done.set_aside:
+        typer.echo(f"{'would be set aside' if dry_run else 'set aside'}: {name}")
+    counts = [("segments rewritten", done.rewritten), ("segments adopted", done.adopted), ("entries lost", done.lost)]
+    printing.facts([("generation", done.generation), *counts])

@@ -1,0 +1,300 @@
+"""Repair: what is damaged is set aside, and a new generation names what is left."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from llmcache.indexes import manifest as manifests
+from llmcache.indexes.codec import DTYPES
+from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
+from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.rewrite import Pick, rewrite
+from llmcache.indexes.segment import HEADER, ROW, Segment, records_of
+from llmcache.indexes.snapshot import banks, failing
+from llmcache.indexes.store import check_format, found
+from llmcache.indexes.transfer import chunks, files_of, living
+from llmcache.indexes.verify import Checked, History, check_segment, history_of, index_damage, names_in, opened
+
+_KINDS = ("seg", "row", "key", "var", "fp")
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What a repair did, or with `dry_run` would do. generation: the store's newest afterwards.
+
+    set_aside: files that went to quarantine/. rewritten: segments made anew from their whole rows. adopted: segments
+    that only a damaged manifest named. lost: entries that no longer are in the store.
+    """
+
+    generation: int
+    set_aside: tuple[str, ...]
+    rewritten: int
+    adopted: int
+    lost: int
+
+
+@dataclass(slots=True)
+class _Plan:
+    base: Manifest
+    banks: dict[tuple[str, str], list[SegmentFacts | Pick]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)  # ids of segments of the base that do not stay as they are
+    indexless: set[tuple[str, str]] = field(default_factory=set)
+    aside: list[str] = field(default_factory=list)
+    adopted: int = 0
+    lost: int = 0
+
+    @property
+    def picks(self) -> int:
+        return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
+
+
+def repair(store: str | os.PathLike[str], *, dry_run: bool = False, grace: float = 3600.0) -> Repair:
+    """Set what is damaged aside in `quarantine/` and commit a generation without it. Nothing is deleted.
+
+    Rows that are whole stay: a segment with damaged files or rows is written anew without them. Segments of a damaged
+    generation are taken in again when they are whole. A damaged index is dropped, and built again when it is needed.
+    grace: seconds for which a file that no manifest names may belong to a commit that is under way.
+    SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when a write fails.
+    """
+    folder = opened(Path(store))
+    try:
+        history = history_of(folder)
+        plan = _planned(folder, history, grace)
+        if dry_run:
+            return Repair(plan.base.generation, tuple(plan.aside), plan.picks, plan.adopted, plan.lost)
+        with failing(folder.path):
+            generation = _done(folder, history, plan)
+            aside = tuple(sorted(plan.aside))
+            for name in aside:
+                folder.set_aside(name)
+            if not _format_whole(folder):
+                found(folder)
+            folder.sync_folder("")
+        return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
+    finally:
+        folder.close()
+
+
+# -- planning -----------------------------------------------------------------------------------------------
+
+
+def _planned(folder: Folder, history: History, grace: float) -> _Plan:
+    salvaged = list(_salvaged(folder, history))
+    if history.base is None and history.listed and not salvaged:
+        raise SnapshotDamaged(
+            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
+            "entries are of; restore one m-*.json from a copy, or start a new store"
+        )
+    plan = _Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
+    for place, facts in banks(plan.base).items():
+        parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
+        plan.banks[place] = [part for part in parts if part is not None]
+        lost_index = list(index_damage(folder, facts))
+        if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
+            plan.indexless.add(place)
+            plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if _there(folder, file.name)]
+    if any(generation > plan.base.generation for generation in history.damaged):
+        _adopt(folder, history, plan, salvaged)
+    plan.aside += [manifests.generation_name(one) for one in history.damaged]
+    if not _format_whole(folder) and _there(folder, "FORMAT"):
+        plan.aside.append("FORMAT")
+    plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
+    return plan
+
+
+def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
+    """What damaged manifests above the newest whole one still say, newest first."""
+    for generation in history.damaged:
+        if history.base is None or generation > history.base.generation:
+            with suppress(SnapshotDamaged, OSError):
+                name = manifests.generation_name(generation)
+                said = manifests.salvage(folder.read(name, manifests.MAX_BYTES))
+                if said is not None:
+                    yield said
+
+
+def _kept(folder: Folder, facts: SegmentFacts, plan: _Plan, uncertain: bool) -> SegmentFacts | Pick | None:
+    """The segment as it is, what can be kept of it, or None. uncertain: the facts come from a damaged manifest."""
+    result = check_segment(folder, facts)
+    if uncertain and result.broken:
+        other = _facts_from_files(folder, facts.id)
+        if other is not None:
+            facts, result = other, check_segment(folder, other)
+    if not result.broken and not len(result.rows):
+        return facts
+    plan.changed.add(facts.id)
+    plan.aside += [file.name for file in files_of(facts) if _there(folder, file.name)]
+    alive = facts.rows if "alive" in result.broken or "row" in result.broken else int(living(folder, facts).sum())
+    pick = _pick(folder, facts, result)
+    plan.lost += alive - (len(pick.rows) if pick else 0)
+    return pick
+
+
+def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
+    if result.records is None or (len(result.rows) == facts.rows and not len(result.aliases)):
+        return None
+    alive = np.ones(facts.rows, np.bool_) if "alive" in result.broken else living(folder, facts)
+    alive[result.rows] = False
+    rows = np.flatnonzero(alive)
+    if not len(rows):
+        return None
+    _, _, feature_width = records_of(folder, facts)
+    name = facts.file("seg").name
+    descriptor, size = folder.open(name)
+    folder.close_file(descriptor)
+    data = folder.sealed(name, size)
+    # pitch 0: the file may end within the padding of its last row
+    segment = Segment(facts, folder, result.records, result.aliases, 0, feature_width, data)
+    return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
+
+
+def _there(folder: Folder, name: str) -> bool:
+    try:
+        folder.size(name)
+    except OSError:
+        return False
+    return True
+
+
+def _format_whole(folder: Folder) -> bool:
+    try:
+        check_format(folder)
+    except (SnapshotDamaged, OSError) as error:
+        if isinstance(error, FormatTooNew):
+            raise
+        return False
+    return True
+
+
+# -- segments that no whole manifest names ------------------------------------------------------------------
+
+
+def _adopt(folder: Folder, history: History, plan: _Plan, salvaged: Sequence[Manifest]) -> None:
+    """Take in segments that came with the damaged generations: those a damaged manifest still names, then any other
+    whose rows all agree with their checksums, where there is only one bank that it can be of."""
+    manifest = [plan.base, *history.older]
+    known = {one.id for old in manifest for facts in banks(old).values() for one in facts.segments}
+    for said in salvaged if history.base is not None else ():
+        for place, facts in banks(said).items():
+            here = banks(plan.base).get(place)
+            for one in facts.segments:
+                if here and _shape(here) == _shape(facts) and one.id not in known and _is_whole(folder, one):
+                    known.add(one.id)
+                    plan.banks[place].append(one)
+                    plan.adopted += 1
+    for id in sorted({name.partition(".")[0] for name in folder.names("seg")} - known):
+        found_facts = _facts_from_files(folder, id)
+        places = [
+            place for place, facts in banks(plan.base).items() if found_facts and _fits(folder, found_facts, facts)
+        ]
+        if found_facts and len(places) == 1 and _is_whole(folder, found_facts):
+            plan.banks[places[0]].append(found_facts)
+            plan.adopted += 1
+
+
+def _is_whole(folder: Folder, facts: SegmentFacts) -> bool:
+    result = check_segment(folder, facts)
+    return not result.broken and not len(result.rows)
+
+
+def _shape(facts: BankFacts) -> tuple[str, int, int, int]:
+    return facts.dtype, facts.width, facts.rank, facts.feature_width
+
+
+def _fits(folder: Folder, segment: SegmentFacts, bank: BankFacts) -> bool:
+    records, _, feature_width = records_of(folder, segment)
+    step = bank.width * DTYPES[bank.dtype]
+    sizes = records["nbytes"]
+    equal = bool((sizes == step).all()) if bank.rank == 1 else not (sizes % step).any() if step else False
+    return equal and feature_width == bank.feature_width
+
+
+def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
+    """What a manifest would say of a segment, from its files alone; None when they do not go together."""
+    try:
+        files = tuple(_file_facts(folder, f"seg/{id}.{kind}", kind != "seg") for kind in _KINDS)
+        sizes = {kind: file.size for kind, file in zip(_KINDS, files, strict=True)}
+        rows = (sizes["row"] - HEADER.itemsize) // ROW.itemsize
+        facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
+        records, _, feature_width = records_of(folder, facts)
+    except (SnapshotDamaged, OSError, ValueError):
+        return None
+    variable = int(records["tokens"].sum(dtype=np.int64)) * 4 + int(records["source"].sum(dtype=np.int64))
+    if sizes["key"] % 32 or sizes["var"] != variable or sizes["fp"] != rows * feature_width * 2:
+        return None
+    return replace(facts, payload=int(records["nbytes"].sum(dtype=np.int64)))
+
+
+def _file_facts(folder: Folder, name: str, hashed: bool) -> FileFacts:
+    descriptor, size = folder.open(name)
+    folder.close_file(descriptor)
+    digest = hashlib.sha256()
+    for part in chunks(folder, name, size) if hashed else ():
+        digest.update(part.data)
+    return FileFacts(name, size, digest.hexdigest() if hashed else None)
+
+
+def _left_over(folder: Folder, history: History, plan: _Plan, grace: float) -> list[str]:
+    """Files in seg/ and idx/ that no whole manifest names, nor the one to come, and that no commit still needs."""
+    named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
+    parts = [one for found_parts in plan.banks.values() for one in found_parts]
+    named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
+    names = [name for name in names_in(folder) if name.startswith(("seg/", "idx/")) and name not in named]
+    return [name for name in names if folder.age(name) >= grace]
+
+
+# -- doing --------------------------------------------------------------------------------------------------
+
+
+def _done(folder: Folder, history: History, plan: _Plan) -> int:
+    """Write and commit the new generation, when anything of it is new; its number."""
+    passed_over = any(plan.base.generation < one < manifests.LAST for one in history.damaged)
+    if not (plan.changed or plan.adopted or plan.indexless or passed_over):
+        return plan.base.generation
+    made: list[str] = []
+    try:
+        new: dict[tuple[str, str], list[SegmentFacts]] = {}
+        for place, parts in plan.banks.items():
+            new[place] = []
+            for part in parts:
+                if isinstance(part, Pick):
+                    facts = rewrite(folder, uuid.uuid4().hex, [part], banks(plan.base)[place].feature_width)
+                    made += [file.name for file in files_of(facts)]
+                    new[place].append(facts)
+                else:
+                    new[place].append(part)
+        if history.listed[0] >= manifests.LAST:  # no number comes after it, and nothing whole is lost with it
+            folder.set_aside(manifests.generation_name(history.listed[0]))
+            plan.aside.remove(manifests.generation_name(history.listed[0]))
+        return manifests.commit(
+            folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), salvaged=plan.base
+        ).generation
+    except BaseException:
+        listed = manifests.generations(folder)
+        with suppress(SnapshotDamaged):
+            if {one.name for one in files_of(manifests.newest(folder, listed)[0])}.intersection(made):
+                raise  # the generation is there, only its last sync failed
+        for name in made:
+            folder.remove(name)
+        raise
+
+
+def _changed(base: Manifest, plan: _Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
+    """The newest manifest with this repair's changes; segments that others have committed meanwhile stay."""
+    planned = {one.id for facts in banks(plan.base).values() for one in facts.segments}
+    for place, facts in banks(base).items():
+        later = [one for one in facts.segments if one.id not in planned]
+        facts = replace(facts, segments=(*new.get(place, ()), *later))
+        if place in plan.indexless:
+            facts = replace(facts, projection=None, index=None)
+        base = base.with_bank(*place, facts)
+    return base

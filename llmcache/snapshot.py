@@ -1,0 +1,27 @@
+"""Snapshots, merges, checks and repairs of stores. Needs neither torch nor FAISS.
+
+from llmcache import snapshot
+
+snapshot.save("store/", "backup/")
+"""
+
+from llmcache.indexes.compare import Difference, diff
+from llmcache.indexes.merge import Merged, merge
+from llmcache.indexes.repair import Repair, repair
+from llmcache.indexes.snapshot import Snapshot, load, save
+from llmcache.indexes.verify import Finding, Verification, verify
+
+__all__ = [
+    "Difference",
+    "Finding",
+    "Merged",
+    "Repair",
+    "Snapshot",
+    "Verification",
+    "diff",
+    "load",
+    "merge",
+    "repair",
+    "save",
+    "verify",
+]
