@@ -264,6 +264,15 @@ class MemoryFolder(Folder):
     def pid(self) -> int:
         return self.process
 
+    def contents(self) -> dict[str, bytes]:
+        """Every file's bytes in the page cache, by name. Not a call: nothing counts it, and it never fails."""
+        found: dict[str, bytes] = {}
+        for sub, part in [("", self._root), *self._root.names.items()]:
+            for name, entry in part.names.items() if isinstance(part, _Part) else ():
+                if isinstance(entry, _File):
+                    found[f"{sub}/{name}" if sub else name] = bytes(entry.data)
+        return found
+
     # -- crashes ------------------------------------------------------------------------------------------
 
     def killed(self) -> MemoryFolder:

@@ -138,7 +138,7 @@ class Diary(Ledger):
     """A ledger whose entries a killed process has already written down."""
 
     def __init__(self, path: Path, ledger: Ledger) -> None:
-        super().__init__(_Written(path, "BEGIN"), _Written(path, "ACK"))
+        super().__init__(_Written(path, "BEGIN"), _Written(path, "ACK"), _Written(path, "DROP"))
         set.update(self.begun, ledger.begun)
         set.update(self.acknowledged, ledger.acknowledged)
 
@@ -171,7 +171,7 @@ def ledger_of(path: Path) -> Ledger:
     ledger = Ledger()
     for line in path.read_text().splitlines() if path.exists() else ():
         word, *numbers = line.split()
-        {"BEGIN": ledger.begun, "ACK": ledger.acknowledged}[word].update(map(int, numbers))
+        {"BEGIN": ledger.begun, "ACK": ledger.acknowledged, "DROP": ledger.doubtful}[word].update(map(int, numbers))
     return ledger
 
 
@@ -244,15 +244,19 @@ def _read(path: Path, diaries: list[Path]) -> None:
         store = open_in(RealDisk(path), stores)
         wanted = set[int]().union(*(ledger.acknowledged for ledger in before))
         lost = wanted - found_in(store, sorted(wanted))
+        lost -= set[int]().union(*(ledger_of(diary).doubtful for diary in diaries))
         if lost:
             raise AssertionError(f"a reader misses {sorted(lost)}")
         close(stores)
 
 
-def _maintain(path: Path) -> None:
+def _maintain(path: Path, diary: Path) -> None:
+    """Each operation in turn, for ever. One that drops entries adds them to `doubtful` before it does."""
     while True:
         for operation in MAINTENANCE:
-            operation.run(RealDisk(path), Ledger(), [])
+            stores: list[Store] = []
+            operation.run(RealDisk(path), Diary(diary, Ledger()), stores)
+            close(stores)
 
 
 def _random(where: Path, trials: int, seed: int) -> Tally:
@@ -277,8 +281,9 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
     works: list[Callable[[], None]] = [
         partial(_write, path, diary, 10 * turn + i, f"{seed} {i}") for i, diary in enumerate(diaries)
     ]
-    works += [lambda: _read(path, [*everyone, *diaries])] * 2
-    works += [lambda: _maintain(path)] if MAINTENANCE else []
+    drops = path.parent / f"diary {path.name} drops"
+    works += [lambda: _read(path, [*everyone, *diaries, drops])] * 2
+    works += [lambda: _maintain(path, drops)] if MAINTENANCE else []
     children = [forked(work) for work in works]
     time.sleep(delay)
     for child in children:
@@ -291,6 +296,7 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
         one = ledger_of(diary)
         total.begun |= one.begun
         total.acknowledged |= one.acknowledged
+        total.doubtful |= one.doubtful
         tally.counts["acknowledged commits"] += diary.read_text().count("ACK")
     stores: list[Store] = []
     try:

@@ -16,7 +16,6 @@ import pytest
 
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
 from llmcache.indexes.io import Folder
-from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import FEATURES, Ledger, bank_of, check, check_near, close, commit, open_in, values_of
 
@@ -262,8 +261,3 @@ def test_an_older_manifest_copied_over_a_newer_one_is_damage(tmp_path: Path, cap
     assert "newest 1 manifests are damaged" in caplog.text
     assert store.manifest.generation == len(names) - 1
     store.close()
-
-
-def test_a_folder_in_memory_has_every_call_of_a_real_one() -> None:
-    public = {name for name, value in vars(Folder).items() if callable(value) and not name.startswith("_")}
-    assert public - {"write"} <= set(vars(MemoryFolder))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ def one_round(number: int, until: float) -> Tally:
         path.mkdir()
         return path
 
-    parts = [
+    parts: list[Callable[[], Tally]] = [
         partial(power_losses, operation, chance.randint(25, 100), number, chance.randint(1, 10)),
         partial(faults, operation, chance.sample(MORE_CODES, 3), chance.randint(1, 8)),
         partial(interleavings, operation),
