@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
-from llmcache.indexes.io import Folder, new_folder
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.io import Folder, new_folder, sync_files
+from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing
@@ -91,19 +91,19 @@ def merge(
     where = Path(target)
     if not (where / "FORMAT").exists():
         check_free(where)
-    with ExitStack() as stack:
+    with failing(where), ExitStack() as stack:
         base = stack.enter_context(closing(Store.open(where))) if (where / "FORMAT").exists() else None
         stores = [stack.enter_context(closing(Store.open(path))) for path in sources]
         _check_same([*([base] if base else []), *stores])
         plans = [_plan(place, base, stores) for place in _places(stores)]
-        if not dry_run:
-            with failing(where):
-                if base is None:
-                    with new_folder(where) as folder:
-                        found(folder)
-                        _bring(folder, plans, stores, link=not copy, derived=True)
-                else:
-                    _bring(base.folder, plans, stores, link=not copy, derived=False)
+        if dry_run:
+            pass
+        elif base is None:
+            with new_folder(where) as folder:
+                found(folder)
+                _bring(folder, plans, stores, link=not copy, derived=True)
+        else:
+            _bring(base.folder, plans, stores, link=not copy, derived=False)
         return [_told(plan) for plan in plans]
 
 
@@ -254,6 +254,8 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
     try:
         added = [(plan, _segments(folder, plan, made, link=link)) for plan in plans]
         indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
+        derived_files = [file.name for facts in indexes.values() if facts for file in _derived(facts)]
+        sync_files(folder, [*made, *derived_files])
         folder.sync_folder("seg")
         folder.sync_folder("idx")
         spaces = {name: space for store in reversed(stores) for name, space in store.manifest.namespaces.items()}
@@ -328,10 +330,14 @@ def _index(
     for store in stores:
         facts = banks(store.manifest).get((plan.namespace, plan.bank))
         if facts and facts.index and facts.projection and ids.issuperset(facts.index.segments):
-            for file in files_of((facts.projection, facts.index)):
+            for file in _derived(facts):
                 carry(store.folder, folder, file, file.name, link=link)
             return facts
     return None
+
+
+def _derived(facts: BankFacts) -> list[FileFacts]:
+    return list(files_of((facts.projection, facts.index)))
 
 
 def _joined(

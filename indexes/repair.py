@@ -6,7 +6,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,23 +65,20 @@ def repair(store: str | os.PathLike[str], *, dry_run: bool = False, grace: float
     grace: seconds for which a file that no manifest names may belong to a commit that is under way.
     SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when a write fails.
     """
-    folder = opened(Path(store))
-    try:
+    with closing(opened(Path(store))) as folder, failing(folder.path):
         history = history_of(folder)
         plan = _planned(folder, history, grace)
+        aside = tuple(sorted(plan.aside))
         if dry_run:
-            return Repair(plan.base.generation, tuple(plan.aside), plan.picks, plan.adopted, plan.lost)
-        with failing(folder.path):
-            generation = _done(folder, history, plan)
-            aside = tuple(sorted(plan.aside))
-            for name in aside:
+            return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
+        generation = _done(folder, history, plan)
+        for name in aside:
+            if _there(folder, name):
                 folder.set_aside(name)
-            if not _format_whole(folder):
-                found(folder)
-            folder.sync_folder("")
+        if not _format_whole(folder):
+            found(folder)
+        folder.sync_folder("")
         return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
-    finally:
-        folder.close()
 
 
 # -- planning -----------------------------------------------------------------------------------------------
@@ -274,7 +271,6 @@ def _done(folder: Folder, history: History, plan: _Plan) -> int:
                     new[place].append(part)
         if history.listed[0] >= manifests.LAST:  # no number comes after it, and nothing whole is lost with it
             folder.set_aside(manifests.generation_name(history.listed[0]))
-            plan.aside.remove(manifests.generation_name(history.listed[0]))
         return manifests.commit(
             folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), salvaged=plan.base
         ).generation

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
-from llmcache.indexes.io import Folder, new_folder
+from llmcache.indexes.io import Folder, new_folder, sync_files
 from llmcache.indexes.manifest import BankFacts, Manifest
 from llmcache.indexes.store import Store, found
 from llmcache.indexes.transfer import carry, carry_segment, files_of
@@ -84,6 +84,7 @@ def _made(store: Store, target: Path, *, link: bool, check: bool) -> int:
             for file in files_of((facts.projection, facts.index)):
                 carried = carry(store.folder, folder, file, file.name, link=link, check=check)
                 linked += file.size if carried else 0
+        sync_files(folder, [one.name for one in files_of(store.manifest)])
         for sub in ("seg", "idx"):
             folder.sync_folder(sub)
         manifests.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))

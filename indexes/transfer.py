@@ -150,6 +150,8 @@ def carry(
 ) -> bool:
     """Bring a file into `target` under the name `new`; True when it was linked, False when it was copied.
 
+    Neither a copy's bytes nor the folder's entry is durable yet: the caller syncs them all together.
+
     A copy is checked on the way, a link only with `check`. records: gives those of a .seg file's rows.
     SnapshotDamaged says what is wrong with the source.
     """
@@ -161,7 +163,7 @@ def carry(
             source.sync(descriptor)  # whoever copied the source here may not have waited for the disk
             if target.link_from(source, facts.name, new):
                 return True
-    write_whole(target, new, (part.data for part in checked(source, facts, records and records())))
+    write_whole(target, new, (part.data for part in checked(source, facts, records and records())), durable=False)
     return False
 
 
@@ -170,7 +172,7 @@ def carry_segment(
 ) -> tuple[SegmentFacts, int]:
     """Bring a whole segment into `target` under this id; its facts there, and the bytes that were linked.
 
-    Its entries in the folder `seg` are not durable yet. What fails leaves no file of it behind.
+    Copies and entries are not durable yet. What fails leaves no file of it behind.
     """
     new = renamed(facts, id)
     made: list[str] = []

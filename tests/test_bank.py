@@ -108,15 +108,15 @@ def assert_holds(bank: Bank, numbers: Sequence[int]) -> None:
             assert_stored_as(bank.facts.dtype, found.reshape(1, -1), values.reshape(1, -1))
 
 
-@pytest.fixture
-def open_bank(tmp_path: Path) -> Iterator[Opener]:
-    """Opens the store of the test, and one bank in it; everything is closed at the end."""
+@pytest.fixture(params=["mmap", "pread"])
+def open_bank(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opener]:
+    """Opens the store of the test, and one bank in it; everything is closed at the end. Mapped or not."""
     stores: list[Store] = []
 
     def opened(
         *, dtype: str = "float32", rank: int = 1, choice: NearChoice = EXACT, name: str = "layer"
     ) -> tuple[Store, Bank]:
-        store = Store.open(tmp_path / "store", create=True)
+        store = Store.open(tmp_path / "store", create=True, reading=request.param)
         stores.append(store)
         if store.namespace("default") is None:
             store.declare("default", {}, {})
