@@ -16,7 +16,8 @@ from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
-from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, seal
+from llmcache.indexes.segment import ALIAS, ROW, Entries, Gone, Keys, Segment, seal
+from llmcache.indexes.usage import USE, Uses
 
 log = logging.getLogger("llmcache")
 
@@ -38,23 +39,27 @@ class Reading:
 class Bank:
     """Rows are numbered from 0: sealed ones first, segment after segment, then the pending ones.
 
-    A row keeps its number for as long as the bank is open, also when it is sealed.
+    A row keeps its number for as long as the bank is open, also when it is sealed. Rows that were evicted keep theirs
+    too: no look-up gives them, and `len` does not count them.
     """
 
     def __init__(self, folder: Folder, facts: BankFacts, choice: NearChoice) -> None:
         self._folder = folder
         self.facts = facts
-        self._pieces: list[Segment | Entries] = list(_opened(folder, facts))
+        self._pieces: list[Segment | Entries | Gone] = list(_opened(folder, facts))
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self.pending_bytes = 0  # activations that are not sealed yet
-        self._load_keys()
+        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self._pieces, choice)
+        self.uses = Uses(int(self._starts[-1]))
+        self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
+        self._load_keys()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) - len(self._dead)
 
     @property
     def _pending(self) -> list[Entries]:
@@ -65,16 +70,48 @@ class Bank:
         return bool(self._pending or self._aliases)
 
     def _load_keys(self) -> None:
-        segments = [piece for piece in self._pieces if isinstance(piece, Segment)]
-        if not segments:
-            return
+        """Make the tables of keys, and the list of rows that are dead, from the pieces."""
+        self._rows, self._texts = KeyTable(), KeyTable()
+        dead, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        keys, aliases = [np.zeros((0, 2), np.uint64)], [np.zeros(0, ALIAS)]
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
-        keys = np.concatenate([segment.rows["key"] for segment in segments])
-        self._rows.extend(keys, np.arange(len(keys)))
-        aliases = np.concatenate([segment.aliases for segment in segments])
-        rows = self._rows.find(aliases["row"])
-        found = rows >= 0  # an alias may outlive its row
-        self._texts.extend(aliases["text"][found], rows[found])
+        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+            if isinstance(piece, Gone):
+                dead.append(np.arange(start, start + len(piece)))
+            elif isinstance(piece, Segment):
+                live = piece.live()
+                rows.append(live + start)
+                keys.append(piece.rows["key"] if piece.alive is None else piece.rows["key"][live])
+                aliases.append(piece.aliases)
+                self._clock = max(self._clock, int(piece.rows["created"].max(initial=0)))
+                if piece.alive is not None:
+                    dead.append(np.flatnonzero(~piece.alive) + start)
+        self._rows.extend(np.concatenate(keys), np.concatenate(rows))
+        self._dead = np.concatenate(dead)
+        self.near.bury(self._dead)
+        pairs = np.concatenate(aliases)
+        led = self._rows.find(pairs["row"])
+        found = led >= 0  # an alias may outlive its row
+        self._texts.extend(pairs["text"][found], led[found])
+
+    def forget(self, facts: BankFacts) -> None:
+        """Let go of what these facts, of a newer manifest, say is evicted, and of its files, which take up disk space
+        for as long as they are mapped. Rows that others added since are not taken in.
+        """
+        newer = {one.id: one for one in facts.segments}
+        for place, piece in enumerate(self._pieces):
+            if isinstance(piece, Segment) and piece.facts.id not in newer:
+                self._pieces[place] = Gone(len(piece))
+            elif isinstance(piece, Segment) and piece.facts.alive != newer[piece.facts.id].alive:
+                piece.bury(newer[piece.facts.id])
+        self.facts = facts
+        self._load_keys()
+        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+            if isinstance(piece, Entries):
+                self._rows.add(piece.keys, np.arange(start, start + len(piece)))
+        for texts, keys in self._aliases:
+            led = self._rows.find(keys)
+            self._texts.add(texts[led >= 0], led[led >= 0])
 
     # -- looking up -----------------------------------------------------------------------------------------
 
@@ -92,22 +129,35 @@ class Bank:
         features: float [n, feature width], raw, as `put` takes them. Returns int64 [n, k] (-1: none) and float32
         [n, k] (-inf there).
         """
-        rows, similarity = self.near.nearest(features, k + len(self._damaged))
-        lost = (rows >= 0) & (self._without_damaged(rows.ravel()).reshape(rows.shape) < 0)
-        similarity[lost], rows[lost] = -np.inf, -1
-        order = np.argsort(lost, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(similarity, order, axis=1)
+        unusable = self._dead
+        if self._damaged:
+            unusable = np.union1d(unusable, np.fromiter(self._damaged, np.int64))
+        best, value = np.full((len(features), k), -1), np.full((len(features), k), -np.inf, np.float32)
+        open_, ask = np.arange(len(features)), k + min(len(unusable), 4 * k + 16)
+        while len(open_):
+            # damaged and evicted rows are still in the index: ask for more until k that live have come back
+            rows, similarity = self.near.nearest(features[open_], ask)
+            more = rows[:, -1] >= 0
+            lost = np.isin(rows, unusable) & (rows >= 0)
+            similarity[lost], rows[lost] = -np.inf, -1
+            order = np.argsort(lost, axis=1, kind="stable")[:, :k]
+            best[open_], value[open_] = np.take_along_axis(rows, order, 1), np.take_along_axis(similarity, order, 1)
+            if ask >= k + len(unusable):
+                break
+            open_ = open_[more & (best[open_, -1] < 0)]
+            ask = min(4 * ask, k + len(unusable))
+        return best, value
 
     def _without_damaged(self, rows: Rows) -> Rows:
         if self._damaged:
             rows[np.isin(rows, np.fromiter(self._damaged, np.int64))] = -1
         return rows
 
-    def _piece(self, row: int) -> tuple[Segment | Entries, int]:
+    def _piece(self, row: int) -> tuple[Segment | Entries | Gone, int]:
         place = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._pieces[place], row - int(self._starts[place])
 
-    def _groups(self, rows: Rows) -> Iterator[tuple[Segment | Entries, Rows, Rows]]:
+    def _groups(self, rows: Rows) -> Iterator[tuple[Segment | Entries | Gone, Rows, Rows]]:
         """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
         places = np.searchsorted(self._starts, rows, "right") - 1
         for place in np.unique(places):
@@ -124,6 +174,7 @@ class Bank:
         intact = np.zeros(len(rows), np.bool_)
         table = np.zeros((len(rows), self.facts.width), np.float32)
         states = [table[:0]] * len(rows)
+        self.uses.count(rows, self._now())
         for piece, chosen, local in self._groups(rows):
             good, payload, scale = _stored(piece, local)
             intact[chosen] = good
@@ -153,6 +204,41 @@ class Bank:
         self._damaged.update(rows.tolist())
         log.warning("%d stored rows did not agree with their checksums; they are computed again", len(rows))
 
+    def _now(self) -> int:
+        self._clock = max(self._clock, int(self._folder.now()))
+        return self._clock
+
+    def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
+        """Note how far these rows were from a fresh computation (1 - cosine), float32 [n], for `divergence`."""
+        self.uses.drift[rows], self.uses.last[rows] = drift, self._now()
+
+    def use_records(self) -> NDArray[np.void]:
+        """Records (usage.USE) of the rows that were read or audited since the bank was opened."""
+        rows = self.uses.touched()
+        parts = [np.zeros(0, USE)]
+        ends = np.searchsorted(rows, self._starts).tolist()
+        for piece, start, low, high in zip(self._pieces, self._starts.tolist(), ends, ends[1:], strict=False):
+            if high > low and not isinstance(piece, Gone):
+                keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
+                parts.append(self.uses.records(rows[low:high], keys[rows[low:high] - start]))
+        return np.concatenate(parts)
+
+    def sealed_bytes(self) -> int:
+        """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
+        size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
+        for one in self._pending:
+            size += sum(part.nbytes + 64 for part in one.payload) + one.features.nbytes + ROW.itemsize * len(one)
+            size += sum(4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True))
+        return size
+
+    def drop_pending(self) -> int:
+        """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again."""
+        rows = sum(map(len, self._pending))
+        self._pieces[:] = [Gone(len(one)) if isinstance(one, Entries) else one for one in self._pieces]
+        self._aliases, self.pending_bytes = [], 0
+        self._load_keys()
+        return rows
+
     @property
     def damaged(self) -> int:
         """Rows that failed their checksum since the bank was opened."""
@@ -163,6 +249,8 @@ class Bank:
         piece, local = self._piece(row)
         if isinstance(piece, Entries):
             return piece.tokens[local]
+        if isinstance(piece, Gone):
+            return np.zeros(0, np.int32)
         try:
             return piece.tokens(local)
         except SnapshotDamaged as error:
@@ -174,6 +262,8 @@ class Bank:
         piece, local = self._piece(row)
         if isinstance(piece, Entries):
             return piece.sources[local]
+        if isinstance(piece, Gone):
+            return ""
         try:
             return piece.source(local)
         except SnapshotDamaged as error:
@@ -181,8 +271,10 @@ class Bank:
             return ""
 
     def key(self, row: int) -> str:
-        """Key of a row, in hexadecimal."""
+        """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self._piece(row)
+        if isinstance(piece, Gone):
+            return ""
         keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
         return bytes(keys[local].tobytes()).hex()
 
@@ -190,6 +282,8 @@ class Bank:
         """Seconds the model took for these rows when they were computed."""
         total = 0.0
         for piece, _, local in self._groups(rows):
+            if isinstance(piece, Gone):
+                continue
             cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
             total += float(cost[local].sum())
         return total
@@ -233,11 +327,13 @@ class Bank:
             tokens=[tokens[i] for i in chosen.tolist()],
             sources=[sources[i] for i in chosen.tolist()],
             features=half(features[chosen]),
+            created=np.full(len(chosen), self._now(), np.uint32),
         )
-        rows = np.arange(len(entries)) + len(self)
+        rows = np.arange(len(entries)) + self._starts[-1]
         self._pieces.append(entries)
         self.pending_bytes += sum(part.nbytes for part in payload)
-        self._starts = np.append(self._starts, len(self) + len(entries))
+        self._starts = np.append(self._starts, self._starts[-1] + len(entries))
+        self.uses.grow(int(self._starts[-1]))
         self._rows.add(entries.keys, rows)
         return kept
 
@@ -262,7 +358,7 @@ class Bank:
         self.facts = facts
         self._aliases = []
         opened = Segment.open(self._folder, segment)  # may fail: what is pending is then still served
-        self._pieces[:] = [piece for piece in self._pieces if isinstance(piece, Segment)]
+        self._pieces[:] = [piece for piece in self._pieces if not isinstance(piece, Entries)]
         self._pieces.append(opened)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases, self.pending_bytes = [], 0
@@ -281,8 +377,10 @@ def _opened(folder: Folder, facts: BankFacts) -> list[Segment]:
     return segments
 
 
-def _stored(piece: Segment | Entries, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
+def _stored(piece: Segment | Entries | Gone, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
     """bool [n]: intact; the stored bytes; float32 [n]: scale."""
+    if isinstance(piece, Gone):
+        return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
     if isinstance(piece, Entries):
         return np.ones(len(rows), np.bool_), [piece.payload[i] for i in rows], piece.scale[rows]
     payload = piece.payload(rows)
