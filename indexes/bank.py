@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -94,17 +94,30 @@ class Bank:
         found = led >= 0  # an alias may outlive its row
         self._texts.extend(pairs["text"][found], led[found])
 
-    def forget(self, facts: BankFacts) -> None:
-        """Let go of what these facts, of a newer manifest, say is evicted, and of its files, which take up disk space
-        for as long as they are mapped. Rows that others added since are not taken in.
+    def forget(self, facts: BankFacts, gone: Container[str]) -> None:
+        """Let go of the segments whose ids are in `gone`, and of their files, which take up disk space for as long as
+        they are mapped; and of the rows of others that are dead by these facts, of a newer manifest.
+
+        A segment that is not there any more for another reason was rewritten, and goes on serving.
         """
-        newer = {one.id: one for one in facts.segments}
+        newer, changed = {one.id: one for one in facts.segments}, False
         for place, piece in enumerate(self._pieces):
-            if isinstance(piece, Segment) and piece.facts.id not in newer:
+            now = newer.get(piece.facts.id) if isinstance(piece, Segment) else None
+            if not isinstance(piece, Segment):
+                continue
+            if piece.facts.id in gone:
+                self._pieces[place], changed = Gone(len(piece)), True
+            if now is None or piece.facts.alive == now.alive:
+                continue
+            changed = True
+            try:
+                piece.bury(now)
+            except (SnapshotDamaged, OSError) as error:
+                log.warning("segment %s is left out: %s", piece.facts.id, error)
                 self._pieces[place] = Gone(len(piece))
-            elif isinstance(piece, Segment) and piece.facts.alive != newer[piece.facts.id].alive:
-                piece.bury(newer[piece.facts.id])
         self.facts = facts
+        if not changed:
+            return
         self._load_keys()
         for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
             if isinstance(piece, Entries):
@@ -190,14 +203,12 @@ class Bank:
         return Reading(table if self.facts.rank == 1 else states, intact)
 
     def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not good.any():
+            return np.zeros((0, self.facts.width), np.float32)
         if isinstance(payload, np.ndarray):
             block = payload if good.all() else payload[good]
         else:
-            block = (
-                np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
-                if good.any()
-                else np.zeros((0, 0), np.uint8)
-            )
+            block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
         return codec.decode(block, scale[good], self.facts.dtype)
 
     def _report(self, rows: Rows) -> None:
@@ -228,7 +239,9 @@ class Bank:
         size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
         for one in self._pending:
             size += sum(part.nbytes + 64 for part in one.payload) + one.features.nbytes + ROW.itemsize * len(one)
-            size += sum(4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True))
+            size += sum(
+                4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
+            )
         return size
 
     def drop_pending(self) -> int:

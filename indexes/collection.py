@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
@@ -57,9 +58,11 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         return Garbage({}, 0, damaged)
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
-    for successor, one in zip(known, known[1:], strict=False):
-        since = found.get(manifests.generation_name(successor.generation), (0, now))[1]
-        if now - since < superseded:
+    for pair in pairwise(known):
+        # of the younger of the two: a writer that lost with a used number (manifests.commit) publishes again soon
+        since = max(found.get(manifests.generation_name(each.generation), (0, now))[1] for each in pair)
+        one = pair[1]
+        if superseded > 0 and now - since < superseded:  # at 0, also on a disk whose clock is ahead of ours
             named |= one.files
             kept.add(one.generation)
         else:

@@ -98,8 +98,8 @@ def _usage(records: Any, uses: UseTable, width: Rows, segment: Rows) -> Usage:
     )
 
 
-def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> Manifest:
-    """Commit that these candidates are dead. A segment of which nothing is left is no longer named.
+def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> set[str]:
+    """Commit that these candidates are dead. A segment of which nothing is left is no longer named; returns their ids.
 
     chosen: places in `found`. OSError when a bitmap cannot be written; nothing is evicted then.
     """
@@ -127,12 +127,11 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> M
                 base = base.with_bank(namespace, name, new)
         return base
 
-    return publish(change)
+    publish(change)
+    return gone
 
 
-def _without(
-    facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFacts, SegmentFacts]]
-) -> BankFacts:
+def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
     """Facts of a bank without what was evicted; a segment that is not as it was when that was chosen stays."""
     kept = (one for one in facts.segments if one.id not in gone)
     segments = tuple(buried[one.id][1] if one.id in buried and one == buried[one.id][0] else one for one in kept)
@@ -172,27 +171,32 @@ def _held_back(folder: Folder, budget: Budget) -> int:
     return max(int(_RESERVE * budget.max_bytes), 3 * size + 8192)
 
 
-def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int) -> int | None:
+def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> int | None:
     """Free bytes in the budget, at least `nbytes`; evicts whole segments until there are. None: they cannot fit.
 
+    gone: takes in the ids of the segments that were evicted.
     Dropped files are removed at once: who has them open goes on reading them, and who opens them late has misses.
     """
     free = free_bytes(folder, budget)
-    if free < nbytes and not _make_free(folder, publish, budget, nbytes):
+    if free < nbytes and not _make_free(folder, publish, budget, nbytes, gone):
         return None
     return free_bytes(folder, budget)
 
 
-def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int) -> bool:
+def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> bool:
     tidy(folder)
+    if garbage(folder, GRACE, 0).blocked:  # nothing can be removed, so evicting would free nothing
+        return False
     while (free := free_bytes(folder, budget)) < nbytes:
         found = candidates(folder, newest(folder))
         if free + int(found.usage.nbytes.sum()) < nbytes or not len(found.rows):
             return False
         ahead = min(int(_AHEAD * budget.max_bytes), int(found.usage.nbytes.sum()) // 4)
         chosen = choose(found.usage, nbytes - free + ahead, budget.policy, budget.terms, only_whole=True)
-        drop(folder, publish, found, chosen)
+        gone |= drop(folder, publish, found, chosen)
         tidy(folder)
+        if free_bytes(folder, budget) <= free:
+            return False
     return True
 
 

@@ -373,7 +373,7 @@ def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
         write_whole(folder, temporary, [data])
         try:
             folder.link(temporary, name)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the latter: collected, since this process slept for so long
             return False
         finally:
             folder.remove(temporary)

@@ -262,6 +262,11 @@ class Segment:
             nbytes = int(self.rows["nbytes"][rows[0]])
             table = data[: len(self.rows) * self.pitch].reshape(len(self.rows), self.pitch)
             return table[rows, :nbytes]
+        return self.views(rows)
+
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Stored bytes of some rows, one view of the file each."""
+        data = self._mapped["seg"]
         ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
         return [data[start : start + nbytes] for start, nbytes in ends]
 

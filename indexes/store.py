@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,20 +160,21 @@ class Store:
         """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
         assert self.budget is not None
         self.write_uses()
+        gone: set[str] = set()
         try:
-            free = eviction.make_room(self.folder, self.publish, self.budget, nbytes)
+            return eviction.make_room(self.folder, self.publish, self.budget, nbytes, gone)
         except OSError as error:
             raise self._fence(error) from error
         finally:
-            self.forget()
-        return free
+            if gone:
+                self.forget(gone)
 
-    def forget(self) -> None:
-        """Let the open banks go from what the newest manifest, as this store knows it, says is evicted."""
+    def forget(self, gone: Container[str]) -> None:
+        """Let the open banks go of these segments, and of rows that the newest manifest known here says are dead."""
         for (namespace, name), bank in self._banks.items():
             space = self.manifest.namespaces.get(namespace)
             if space and name in space.banks:
-                bank.forget(space.banks[name])
+                bank.forget(space.banks[name], gone)
 
     def _append(self, namespace: str, name: str, bank: Bank) -> None:
         try:

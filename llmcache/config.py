@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.eviction import Budget
 from llmcache.indexes.neighbours import NearChoice
 
 Index = Literal[
@@ -26,6 +27,10 @@ Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
+Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
+
+LEAST_BYTES = 1 << 20
+"""Below this, manifests alone would take up what is given."""
 HIGHEST_TAU = 0.9999
 """A fingerprint and itself give 0.9999997 to 1.0000002 in float32; repeats are found by their keys, never by tau."""
 
@@ -45,6 +50,9 @@ class CacheConfig:
         round what a hit gives back.
     device: where the index is searched, "cpu" or "cuda".
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
+    max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
+        are evicted; entries that cannot fit at all are computed and not stored.
+    policy: which entries go first, a name in llmcache.indexes.replacement.POLICIES.
     """
 
     tau: float | None = None
@@ -55,6 +63,8 @@ class CacheConfig:
     dtype: Stored = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     commit_seconds: float = 60.0
+    max_bytes: int | None = None
+    policy: Policy = "lru"
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0.0 < self.tau <= HIGHEST_TAU:
@@ -67,6 +77,7 @@ class CacheConfig:
             ("index", get_args(Index)),
             ("dtype", ("auto", *DTYPES)),
             ("device", ("cpu", "cuda")),
+            ("policy", get_args(Policy)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -82,11 +93,20 @@ class CacheConfig:
             )
         if not self.commit_seconds > 0:
             raise ConfigError(f"commit_seconds must be above 0, got {self.commit_seconds}")
+        if self.max_bytes is not None and (type(self.max_bytes) is not int or self.max_bytes < LEAST_BYTES):
+            raise ConfigError(
+                f"max_bytes is a whole number of bytes from {LEAST_BYTES:,} on, or None, got {self.max_bytes!r}"
+            )
 
     @property
     def near(self) -> NearChoice:
         """What of this the banks need."""
         return NearChoice(self.index, self.projection, self.dim, self.device)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What of this bounds the store."""
+        return None if self.max_bytes is None else Budget(self.max_bytes, self.policy)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
