@@ -29,7 +29,7 @@ from llmcache.indexes.io import Folder
 from llmcache.indexes.maintenance import compact, evict, gc
 from llmcache.indexes.manifest import BankFacts, generation_name
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.replacement import POLICIES
+from llmcache.indexes.replacement import POLICIES, Terms
 from llmcache.indexes.segment import Keys, Segment
 from llmcache.indexes.store import Store
 from llmcache.indexes.usage import USE
@@ -196,7 +196,7 @@ def test_what_goes_is_what_the_policy_chooses(path: Path, clock: Clock, policy: 
         found = eviction.candidates(store.folder, store.manifest)
         wanted = int(size_of(path) - 14 * found.usage.nbytes[0])
         planned = evict(store, wanted, policy=policy, dry_run=True)
-        order = POLICIES[policy](found.usage, eviction.Terms()).tolist()
+        order = POLICIES[policy](found.usage, Terms()).tolist()
         done = evict(store, wanted, policy=policy)
     assert size_of(path) <= wanted
     assert done.rows >= planned.rows > 0

@@ -19,9 +19,15 @@ Row = tuple[int, int, int, int, float, float, int]
 
 def usage_of(rows: list[Row]) -> Usage:
     last, uses, created, nbytes, cost, drift, segment = zip(*rows, strict=True) if rows else ([],) * 7
-    whole = (np.array(one, np.int64) for one in (last, uses, created, nbytes))
-    real = (np.array(one, np.float64) for one in (cost, drift))
-    return Usage(*whole, *real, np.array(segment, np.int64))
+    return Usage(
+        last_use=np.array(last, np.int64),
+        uses=np.array(uses, np.int64),
+        created=np.array(created, np.int64),
+        nbytes=np.array(nbytes, np.int64),
+        cost=np.array(cost, np.float64),
+        drift=np.array(drift, np.float64),
+        segment=np.array(segment, np.int64),
+    )
 
 
 SECONDS = st.one_of(st.just(0), st.integers(1_700_000_000, 1_700_010_000))
