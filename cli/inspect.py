@@ -36,7 +36,7 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
         layer: {
             "dtype": bank.dtype,
             "width": bank.width,
-            "entries": sum(one.rows for one in bank.segments),
+            "entries": sum(one.live for one in bank.segments),
             "files": [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in _files(bank)],
         }
         for layer, bank in space.banks.items()
@@ -45,9 +45,7 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
 
 
 def _files(bank: BankFacts) -> list[tuple[str, int, str]]:
-    files = [file for segment in bank.segments for file in segment.files]
-    files += [file for file in (bank.projection, bank.index and bank.index.file) if file]
-    return [(file.name, file.size, file.sha256 or "by row") for file in files]
+    return [(file.name, file.size, file.sha256 or "by row") for file in bank.all_files]
 
 
 def _short(value: object) -> str:

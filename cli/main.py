@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from llmcache.cli import bench, build, demo, inspect, repair, run, snapshot, stats, warm
+from llmcache.cli import bench, build, compact, demo, evict, gc, inspect, repair, run, snapshot, stats, warm
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
@@ -26,6 +26,9 @@ app.command()(warm.warm)
 app.command()(run.run)
 app.command()(stats.stats)
 app.command()(inspect.inspect)
+app.command()(evict.evict)
+app.command()(compact.compact)
+app.command()(gc.gc)
 app.command()(demo.demo)
 app.command()(repair.repair)
 app.add_typer(snapshot.app, name="snapshot")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +16,8 @@ from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
-from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, seal
+from llmcache.indexes.segment import ALIAS, ROW, Entries, Gone, Keys, Segment, seal
+from llmcache.indexes.usage import USE, Uses
 
 log = logging.getLogger("llmcache")
 
@@ -38,24 +39,28 @@ class Reading:
 class Bank:
     """Rows are numbered from 0: sealed ones first, segment after segment, then the pending ones.
 
-    A row keeps its number until `follow` moves the bank to a newer generation, also when it is sealed.
+    A row keeps its number until `follow` moves the bank to a newer generation, also when it is sealed. Rows that were
+    evicted keep theirs too: no look-up gives them, and `len` does not count them.
     """
 
     def __init__(self, folder: Folder, facts: BankFacts, choice: NearChoice) -> None:
         self._folder = folder
         self.facts = facts
         segments, self.lost = _opened(folder, facts, {})
-        self._pieces: list[Segment | Entries] = list(segments)
+        self._pieces: list[Segment | Entries | Gone] = list(segments)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self.pending_bytes = 0  # activations that are not sealed yet
-        self._load_keys()
+        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self._pieces, choice)
+        self.uses = Uses(int(self._starts[-1]))
+        self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
+        self._load_keys()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) - len(self._dead)
 
     @property
     def _pending(self) -> list[Entries]:
@@ -66,16 +71,61 @@ class Bank:
         return bool(self._pending or self._aliases)
 
     def _load_keys(self) -> None:
-        segments = [piece for piece in self._pieces if isinstance(piece, Segment)]
-        if not segments:
-            return
+        """Make the tables of keys, and the list of rows that are dead, from the pieces."""
+        self._rows, self._texts = KeyTable(), KeyTable()
+        dead, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        keys, aliases = [np.zeros((0, 2), np.uint64)], [np.zeros(0, ALIAS)]
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
-        keys = np.concatenate([segment.rows["key"] for segment in segments])
-        self._rows.extend(keys, np.arange(len(keys)))
-        aliases = np.concatenate([segment.aliases for segment in segments])
-        rows = self._rows.find(aliases["row"])
-        found = rows >= 0  # an alias may outlive its row
-        self._texts.extend(aliases["text"][found], rows[found])
+        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+            if isinstance(piece, Gone):
+                dead.append(np.arange(start, start + len(piece)))
+            elif isinstance(piece, Segment):
+                live = piece.live()
+                rows.append(live + start)
+                keys.append(piece.rows["key"] if piece.alive is None else piece.rows["key"][live])
+                aliases.append(piece.aliases)
+                self._clock = max(self._clock, int(piece.rows["created"].max(initial=0)))
+                if piece.alive is not None:
+                    dead.append(np.flatnonzero(~piece.alive) + start)
+        self._rows.extend(np.concatenate(keys), np.concatenate(rows))
+        self._dead = np.concatenate(dead)
+        self.near.bury(self._dead)
+        pairs = np.concatenate(aliases)
+        led = self._rows.find(pairs["row"])
+        found = led >= 0  # an alias may outlive its row
+        self._texts.extend(pairs["text"][found], led[found])
+
+    def forget(self, facts: BankFacts, gone: Container[str]) -> None:
+        """Let go of the segments whose ids are in `gone`, and of their files, which take up disk space for as long as
+        they are mapped; and of the rows of others that are dead by these facts, of a newer manifest.
+
+        A segment that is not there any more for another reason was rewritten, and goes on serving.
+        """
+        newer, changed = {one.id: one for one in facts.segments}, False
+        for place, piece in enumerate(self._pieces):
+            now = newer.get(piece.facts.id) if isinstance(piece, Segment) else None
+            if not isinstance(piece, Segment):
+                continue
+            if piece.facts.id in gone:
+                self._pieces[place], changed = Gone(len(piece)), True
+            if now is None or piece.facts.alive == now.alive:
+                continue
+            changed = True
+            try:
+                piece.bury(now)
+            except (SnapshotDamaged, OSError) as error:
+                log.warning("segment %s is left out: %s", piece.facts.id, error)
+                self._pieces[place] = Gone(len(piece))
+        self.facts = facts
+        if not changed:
+            return
+        self._load_keys()
+        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+            if isinstance(piece, Entries):
+                self._rows.add(piece.keys, np.arange(start, start + len(piece)))
+        for texts, keys in self._aliases:
+            led = self._rows.find(keys)
+            self._texts.add(texts[led >= 0], led[led >= 0])
 
     # -- another generation ---------------------------------------------------------------------------------
 
@@ -87,18 +137,19 @@ class Bank:
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
         """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
         places: dict[str | int, int] = {}
-        pieces: list[Segment | Entries] = [*segments, *self._pending]
+        pieces: list[Segment | Entries | Gone] = [*segments, *self._pending]
         starts = np.cumsum([0, *map(len, pieces)])
         for piece, start in zip(pieces, starts.tolist(), strict=False):
             places[_name(piece)] = start
-        moved = np.full(len(self), -1, np.int64)  # old row -> new row
+        moved = np.full(int(self._starts[-1]), -1, np.int64)  # old row -> new row
         for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
             if _name(piece) in places:
                 moved[start : start + len(piece)] = places[_name(piece)] + np.arange(len(piece))
         self.facts, self.lost = facts, lost
         self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
         self._pieces[:], self._starts = pieces, starts
-        self._rows, self._texts = KeyTable(), KeyTable()
+        self.uses = self.uses.moved(moved, int(starts[-1]))
+        self.near.follow(facts, moved)
         self._load_keys()
         for piece, start in zip(pieces, starts.tolist(), strict=False):
             if isinstance(piece, Entries):
@@ -106,7 +157,6 @@ class Bank:
         for text, keys in self._aliases:
             rows = self._rows.find(keys)
             self._texts.add(text[rows >= 0], rows[rows >= 0])
-        self.near.follow(facts, moved)
 
     # -- looking up -----------------------------------------------------------------------------------------
 
@@ -124,22 +174,35 @@ class Bank:
         features: float [n, feature width], raw, as `put` takes them. Returns int64 [n, k] (-1: none) and float32
         [n, k] (-inf there).
         """
-        rows, similarity = self.near.nearest(features, k + len(self._damaged))
-        lost = (rows >= 0) & (self._without_damaged(rows.ravel()).reshape(rows.shape) < 0)
-        similarity[lost], rows[lost] = -np.inf, -1
-        order = np.argsort(lost, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(similarity, order, axis=1)
+        unusable = self._dead
+        if self._damaged:
+            unusable = np.union1d(unusable, np.fromiter(self._damaged, np.int64))
+        best, value = np.full((len(features), k), -1), np.full((len(features), k), -np.inf, np.float32)
+        open_, ask = np.arange(len(features)), k + min(len(unusable), 4 * k + 16)
+        while len(open_):
+            # damaged and evicted rows are still in the index: ask for more until k that live have come back
+            rows, similarity = self.near.nearest(features[open_], ask)
+            more = rows[:, -1] >= 0
+            lost = np.isin(rows, unusable) & (rows >= 0)
+            similarity[lost], rows[lost] = -np.inf, -1
+            order = np.argsort(lost, axis=1, kind="stable")[:, :k]
+            best[open_], value[open_] = np.take_along_axis(rows, order, 1), np.take_along_axis(similarity, order, 1)
+            if ask >= k + len(unusable):
+                break
+            open_ = open_[more & (best[open_, -1] < 0)]
+            ask = min(4 * ask, k + len(unusable))
+        return best, value
 
     def _without_damaged(self, rows: Rows) -> Rows:
         if self._damaged:
             rows[np.isin(rows, np.fromiter(self._damaged, np.int64))] = -1
         return rows
 
-    def _piece(self, row: int) -> tuple[Segment | Entries, int]:
+    def _piece(self, row: int) -> tuple[Segment | Entries | Gone, int]:
         place = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._pieces[place], row - int(self._starts[place])
 
-    def _groups(self, rows: Rows) -> Iterator[tuple[Segment | Entries, Rows, Rows]]:
+    def _groups(self, rows: Rows) -> Iterator[tuple[Segment | Entries | Gone, Rows, Rows]]:
         """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
         places = np.searchsorted(self._starts, rows, "right") - 1
         for place in np.unique(places):
@@ -156,6 +219,7 @@ class Bank:
         intact = np.zeros(len(rows), np.bool_)
         table = np.zeros((len(rows), self.facts.width), np.float32)
         states = [table[:0]] * len(rows)
+        self.uses.count(rows, self._now())
         for piece, chosen, local in self._groups(rows):
             good, payload, scale = _stored(piece, local)
             intact[chosen] = good
@@ -171,19 +235,54 @@ class Bank:
         return Reading(table if self.facts.rank == 1 else states, intact)
 
     def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not good.any():
+            return np.zeros((0, self.facts.width), np.float32)
         if isinstance(payload, np.ndarray):
             block = payload if good.all() else payload[good]
         else:
-            block = (
-                np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
-                if good.any()
-                else np.zeros((0, 0), np.uint8)
-            )
+            block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
         return codec.decode(block, scale[good], self.facts.dtype)
 
     def _report(self, rows: Rows) -> None:
         self._damaged.update(rows.tolist())
         log.warning("%d stored rows did not agree with their checksums; they are computed again", len(rows))
+
+    def _now(self) -> int:
+        self._clock = max(self._clock, int(self._folder.now()))
+        return self._clock
+
+    def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
+        """Note how far these rows were from a fresh computation (1 - cosine), float32 [n], for `divergence`."""
+        self.uses.drift[rows], self.uses.last[rows] = drift, self._now()
+
+    def use_records(self) -> NDArray[np.void]:
+        """Records (usage.USE) of the rows that were read or audited since the bank was opened."""
+        rows = self.uses.touched()
+        parts = [np.zeros(0, USE)]
+        ends = np.searchsorted(rows, self._starts).tolist()
+        for piece, start, low, high in zip(self._pieces, self._starts.tolist(), ends, ends[1:], strict=False):
+            if high > low and not isinstance(piece, Gone):
+                keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
+                parts.append(self.uses.records(rows[low:high], keys[rows[low:high] - start]))
+        return np.concatenate(parts)
+
+    def sealed_bytes(self) -> int:
+        """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
+        size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
+        for one in self._pending:
+            size += sum(part.nbytes + 64 for part in one.payload) + one.features.nbytes + ROW.itemsize * len(one)
+            size += sum(
+                4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
+            )
+        return size
+
+    def drop_pending(self) -> int:
+        """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again."""
+        rows = sum(map(len, self._pending))
+        self._pieces[:] = [Gone(len(one)) if isinstance(one, Entries) else one for one in self._pieces]
+        self._aliases, self.pending_bytes = [], 0
+        self._load_keys()
+        return rows
 
     @property
     def damaged(self) -> int:
@@ -195,6 +294,8 @@ class Bank:
         piece, local = self._piece(row)
         if isinstance(piece, Entries):
             return piece.tokens[local]
+        if isinstance(piece, Gone):
+            return np.zeros(0, np.int32)
         try:
             return piece.tokens(local)
         except (SnapshotDamaged, OSError) as error:
@@ -206,6 +307,8 @@ class Bank:
         piece, local = self._piece(row)
         if isinstance(piece, Entries):
             return piece.sources[local]
+        if isinstance(piece, Gone):
+            return ""
         try:
             return piece.source(local)
         except (SnapshotDamaged, OSError) as error:
@@ -213,8 +316,10 @@ class Bank:
             return ""
 
     def key(self, row: int) -> str:
-        """Key of a row, in hexadecimal."""
+        """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self._piece(row)
+        if isinstance(piece, Gone):
+            return ""
         keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
         return bytes(keys[local].tobytes()).hex()
 
@@ -222,6 +327,8 @@ class Bank:
         """Seconds the model took for these rows when they were computed."""
         total = 0.0
         for piece, _, local in self._groups(rows):
+            if isinstance(piece, Gone):
+                continue
             cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
             total += float(cost[local].sum())
         return total
@@ -265,11 +372,13 @@ class Bank:
             tokens=[tokens[i] for i in chosen.tolist()],
             sources=[sources[i] for i in chosen.tolist()],
             features=half(features[chosen]),
+            created=np.full(len(chosen), self._now(), np.uint32),
         )
-        rows = np.arange(len(entries)) + len(self)
+        rows = np.arange(len(entries)) + self._starts[-1]
         self._pieces.append(entries)
         self.pending_bytes += sum(part.nbytes for part in payload)
-        self._starts = np.append(self._starts, len(self) + len(entries))
+        self._starts = np.append(self._starts, self._starts[-1] + len(entries))
+        self.uses.grow(int(self._starts[-1]))
         self._rows.add(entries.keys, rows)
         return kept
 
@@ -294,7 +403,7 @@ class Bank:
         self.facts = facts
         self._aliases = []
         opened = Segment.open(self._folder, segment)  # may fail: what is pending is then still served
-        self._pieces[:] = [piece for piece in self._pieces if isinstance(piece, Segment)]
+        self._pieces[:] = [piece for piece in self._pieces if not isinstance(piece, Entries)]
         self._pieces.append(opened)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases, self.pending_bytes = [], 0
@@ -302,7 +411,7 @@ class Bank:
         self._texts.settle()
 
 
-def _name(piece: Segment | Entries) -> str | int:
+def _name(piece: Segment | Entries | Gone) -> str | int:
     return piece.facts.id if isinstance(piece, Segment) else id(piece)
 
 
@@ -318,8 +427,10 @@ def _opened(folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segme
     return segments, lost
 
 
-def _stored(piece: Segment | Entries, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
+def _stored(piece: Segment | Entries | Gone, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
     """bool [n]: intact; the stored bytes; float32 [n]: scale."""
+    if isinstance(piece, Gone):
+        return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
     if isinstance(piece, Entries):
         return np.ones(len(rows), np.bool_), [piece.payload[i] for i in rows], piece.scale[rows]
     payload = piece.payload(rows)

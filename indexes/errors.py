@@ -9,6 +9,7 @@ LLMCacheError
  ├── SnapshotDamaged      the store's own files do not agree with their checksums
  │    └── FormatTooNew    the store was written by a newer LLMCache
  ├── CommitConflict       other writers won every round of a commit
+ ├── Busy                 another process maintains the store (evicts, compacts or collects)
  ├── StoreFenced          an earlier write failed; this writer may not write again
  │    └── StoreFull       ... because the disk is full
  └── ForkedStoreError     the store was opened in another process
@@ -60,6 +61,10 @@ class FormatTooNew(SnapshotDamaged):
 
 class CommitConflict(LLMCacheError):
     """Other writers won every round of a commit."""
+
+
+class Busy(LLMCacheError):
+    """Another process maintains the store."""
 
 
 class StoreFenced(LLMCacheError):

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import time
@@ -25,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.errors import Busy, SnapshotDamaged
 
 Reading = Literal["auto", "mmap", "pread"]
 
@@ -37,6 +38,7 @@ _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ov
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -100,6 +102,18 @@ class Folder:
         """Bytes of a regular file."""
         folder, leaf = self._place(name)
         return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
+
+    def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
+        """Size in bytes and time of the last change of every plain file in one sub-folder, by name."""
+        found: dict[str, tuple[int, float]] = {}
+        for name in self.names(sub):
+            try:
+                facts = os.stat(name, dir_fd=self._folder(sub), follow_symlinks=False)
+            except FileNotFoundError:  # removed since it was listed
+                continue
+            if stat.S_ISREG(facts.st_mode):
+                found[name] = (facts.st_size, facts.st_mtime)
+        return found
 
     def read(self, name: str, limit: int) -> bytes:
         """The whole file, at most `limit` bytes; more than that is damage, not a long wait."""
@@ -259,6 +273,28 @@ class Folder:
             os.rename(target, built)
             raise
         self.path = target
+
+    @contextmanager
+    def lock(self, name: str = "lock") -> Iterator[None]:
+        """Hold the store's maintainer lock; `Busy` at once when another process, or another opening, has it.
+
+        The file stays: whoever removed it would let two maintainers lock two files of the same name.
+        """
+        folder, leaf = self._place(name)
+        descriptor = os.open(leaf, _LOCK, 0o600, dir_fd=folder)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 256, 0).decode("utf-8", "replace").strip() or "an unknown process"
+                raise Busy(f"{self.path} is being maintained by {holder}; try again when it is done") from None
+            with suppress(OSError):  # who holds it is for people; a full disk is no reason not to evict
+                label = f"process {self.pid()} on {socket.gethostname()}\n".encode()
+                os.pwrite(descriptor, label, 0)
+                os.ftruncate(descriptor, len(label))
+            yield
+        finally:
+            os.close(descriptor)
 
     # -- the rest of the world ----------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ MAX_BYTES = 16 << 20
 LAST = 10**12 - 1
 """The highest generation that a manifest's name can say."""
 _NAME = re.compile(r"m-(\d{12})\.json")
-_FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}\.(seg|row|var|fp|key|faiss|proj)")
+_FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}(-[0-9a-f]{32})?\.(seg|row|var|fp|key|faiss|proj|alive)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROUNDS = 200
 
@@ -50,13 +50,28 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class SegmentFacts:
-    """A sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes."""
+    """A sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes.
+
+    dead: how many of the rows were evicted; `alive` is the bitmap of those that were not, None when all are there.
+    """
 
     id: str
     rows: int
     aliases: int
     payload: int
     files: tuple[FileFacts, ...]
+    dead: int = 0
+    alive: FileFacts | None = None
+
+    @property
+    def live(self) -> int:
+        """Rows that were not evicted."""
+        return self.rows - self.dead
+
+    @property
+    def all_files(self) -> tuple[FileFacts, ...]:
+        """What the segment occupies on the disk: its files, and its bitmap where it has one."""
+        return (*self.files, self.alive) if self.alive else self.files
 
     def file(self, kind: str) -> FileFacts:
         """The segment's file with this ending."""
@@ -89,6 +104,12 @@ class BankFacts:
     projection: FileFacts | None = None
     index: IndexFacts | None = None
 
+    @property
+    def all_files(self) -> tuple[FileFacts, ...]:
+        """Every file that this bank names."""
+        derived = (self.projection, self.index and self.index.file)
+        return (*(file for one in self.segments for file in one.all_files), *(file for file in derived if file))
+
 
 @dataclass(frozen=True, slots=True)
 class NamespaceFacts:
@@ -109,6 +130,12 @@ class Manifest:
     writer: str = ""
     skipped: tuple[int, ...] = ()
     namespaces: Mapping[str, NamespaceFacts] = field(default_factory=dict)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Names of every file that this manifest names."""
+        banks = (bank for space in self.namespaces.values() for bank in space.banks.values())
+        return frozenset(file.name for bank in banks for file in bank.all_files)
 
     def with_bank(self, namespace: str, bank: str, facts: BankFacts) -> Manifest:
         """The same manifest with one bank's facts replaced."""
@@ -212,7 +239,11 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
     files = tuple(_file(one) for one in _list(raw["files"]))
-    return SegmentFacts(_text(raw["id"]), _count(raw["rows"]), _count(raw["aliases"]), _count(raw["payload"]), files)
+    rows, dead, alive = _count(raw["rows"]), _count(raw.get("dead", 0)), raw.get("alive")
+    if dead > rows or (alive is None) != (dead == 0):
+        raise ValueError(f"{dead} of {rows} rows are dead, and the bitmap is {'absent' if alive is None else 'there'}")
+    bitmap = None if alive is None else _file(alive)
+    return SegmentFacts(_text(raw["id"]), rows, _count(raw["aliases"]), _count(raw["payload"]), files, dead, bitmap)
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
@@ -300,11 +331,22 @@ def commit(
 ) -> Manifest:
     """Publish `change(newest manifest)` as the next generation and return it once it is durable.
 
-    The change is applied again to the new base whenever another writer was faster, so it must be a pure delta.
+    The change is applied again to the new base whenever another writer was faster, so it must be a pure delta, and
+    applied to a manifest that has it already it must give an equal one.
     Base and number come from one directory listing: two listings would lose the update of a writer in between.
     salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
     StoreFenced or StoreFull when a write fails; what was committed before is untouched.
+
+    Old manifests are removed (`maintenance.gc`), so that a number can become free again. A writer that listed
+    generation 10, was stopped, and woke up when 20 was the newest and 11 had been collected, would link its 11
+    without an error: durable, acknowledged, and read by nobody. So the listing is looked at once more after the
+    link. Collecting never removes the newest manifest, hence: when nothing higher is listed, nothing higher was
+    there when the number was taken, so it was not taken before, and the base was the newest. When something higher
+    is listed, either somebody built on this commit in the meantime, and the change is part of the newest manifest
+    already; or the number was a used one, and the change is published again on top of the newest. Nothing needs to
+    tell the two apart, since changes are idempotent, and a manifest that lost is just an old one to everybody else.
     """
+    linked = False
     for _ in range(_ROUNDS):
         listed = generations(folder)
         try:
@@ -318,8 +360,11 @@ def commit(
             raise LLMCacheError(
                 f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`"
             )
+        changed = change(base)
+        if linked and changed == base:
+            return base
         new = replace(
-            change(base),
+            changed,
             generation=generation,
             parent=base.generation,
             created=round(folder.now(), 3),
@@ -327,9 +372,19 @@ def commit(
             skipped=tuple(sorted({*base.skipped, *damaged})),
         )
         if _publish(folder, f"t-{writer}-{generation}", to_bytes(new), generation_name(generation)):
-            return new
+            linked = True
+            if _highest(folder) == generation:
+                return new
+            continue
         time.sleep(random.uniform(0, 0.02))  # two losers of one round should not meet again in the next
     raise CommitConflict(f"{folder.path}: other writers won {_ROUNDS} rounds in a row; commit again")
+
+
+def _highest(folder: Folder) -> int:
+    try:
+        return generations(folder)[0]
+    except OSError as error:  # the commit may count or not; this writer cannot know
+        raise fenced(error) from error
 
 
 def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
@@ -343,7 +398,7 @@ def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
         write_whole(folder, temporary, [data])
         try:
             folder.link(temporary, name)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the latter: collected, since this process slept for so long
             return False
         finally:
             folder.remove(temporary)

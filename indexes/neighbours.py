@@ -17,13 +17,15 @@ from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
-from llmcache.indexes.segment import Entries, Segment, verified, write_file
+from llmcache.indexes.segment import Entries, Gone, Segment, verified, write_file
 from llmcache.indexes.vectors import LEAST_TRAINED, VectorIndex, choose_kind
 
 log = logging.getLogger("llmcache")
 
 FIT_ROWS = 512
 """Rows from which on a PCA is fitted. Below, features are compared as they are."""
+DEAD_SHARE = 0.3
+"""Share of an index's rows that may be evicted before it is built again. Few kinds can give a vector up."""
 _FIT_SAMPLE = 50_000
 _BLOCK = 65_536
 
@@ -48,15 +50,21 @@ def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
 
 
 class Neighbours:
-    """Nearest rows of one bank. `pieces` is the bank's own list; its rows only ever grow at the end."""
+    """Nearest rows of one bank. `pieces` is the bank's own list; its rows only ever grow at the end.
+
+    Rows that were evicted stay in the index, and come back from it, until it is built again.
+    """
 
     def __init__(
-        self, folder: Folder, facts: BankFacts, pieces: Sequence[Segment | Entries], choice: NearChoice
+        self, folder: Folder, facts: BankFacts, pieces: Sequence[Segment | Entries | Gone], choice: NearChoice
     ) -> None:
         self._folder, self._facts, self._pieces, self._choice = folder, facts, pieces, choice
         self._projection: Projection | None = None
         self._index: VectorIndex | None = None
         self._row_of = np.zeros(0, np.int64)  # index position -> row
+        self._caught_up = 0  # rows that the index was shown
+        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
+        self._lost = 0  # rows in the index that were evicted
         self._built = 0  # rows at the last build
         self._saved = 0  # rows in the index file
         self._alike = 0  # rows when no PCA could be fitted to them
@@ -76,19 +84,27 @@ class Neighbours:
         rows = np.where(positions >= 0, self._row_of[np.maximum(positions, 0)], -1)
         return rows, similarity
 
+    def bury(self, dead: NDArray[np.int64]) -> None:
+        """Take note of the rows that were evicted so far, in order."""
+        self._dead = dead
+        self._lost = int(np.isin(self._row_of, dead).sum())
+
     def rebuild(self) -> None:
-        """Fit the projection and build the index again, over all rows."""
-        rows = sum(map(len, self._pieces))
+        """Fit the projection and build the index again, over all rows that live."""
+        every = sum(map(len, self._pieces))
+        self._row_of, self._caught_up = np.delete(np.arange(every), self._dead), every
+        self._lost = 0
+        rows = len(self._row_of)
         if not rows:
+            self._projection = self._index = None
             return
         self._projection = self._fit(rows)
-        blocks = [self._projection.apply(block) for block in self._features(0, rows)]
+        blocks = [self._projection.apply(block) for block in self._live_features()]
         binary = self._projection.kind == "simhash"
         kind = choose_kind(rows, binary=binary) if self._choice.index == "auto" else self._choice.index
         if self._untrainable(kind, rows):
             kind = "binary-flat" if binary else "flat"
         self._index = VectorIndex.build(np.concatenate(blocks), kind=kind, device=self._choice.device)
-        self._row_of = np.arange(rows)
         self._built, self._saved = rows, 0
 
     def _fit(self, rows: int) -> Projection:
@@ -106,8 +122,16 @@ class Neighbours:
     def _sample(self, rows: int) -> NDArray[np.float32]:
         """At most `_FIT_SAMPLE` rows' features, spread evenly over the bank."""
         step = -(-rows // _FIT_SAMPLE)
-        blocks = [block[:: max(1, step)] for block in self._features(0, rows)]
+        blocks = [block[:: max(1, step)] for block in self._live_features()]
         return np.concatenate(blocks)
+
+    def _live_features(self) -> Iterator[NDArray[np.float32]]:
+        """Features of the rows in `_row_of`, in blocks."""
+        first = 0
+        for block in self._features(0, sum(map(len, self._pieces))):
+            low, high = np.searchsorted(self._row_of, [first, first + len(block)])
+            yield block if high - low == len(block) else block[self._row_of[low:high] - first]
+            first += len(block)
 
     def _features(self, start: int, end: int) -> Iterator[NDArray[np.float32]]:
         """Features of rows start to end, in blocks; zeros where a segment's file is damaged."""
@@ -118,7 +142,10 @@ class Neighbours:
             if skip >= stop:
                 continue
             try:
-                stored = piece.features if isinstance(piece, Entries) else piece.features()
+                if isinstance(piece, Gone):
+                    stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
+                else:
+                    stored = piece.features if isinstance(piece, Entries) else piece.features()
                 if stored.shape[1] != self._facts.feature_width:
                     raise SnapshotDamaged(
                         f"features are {stored.shape[1]} wide where the bank's are {self._facts.feature_width}"
@@ -135,14 +162,18 @@ class Neighbours:
 
     def _catch_up(self) -> None:
         rows = sum(map(len, self._pieces))
-        if self._index is None and rows:
+        if rows == len(self._dead):
+            self._projection = self._index = None
+            return
+        if self._index is None:
             self._load()
-        if self._index is None or self._projection is None or self._outgrown(rows):
+        if self._index is None or self._projection is None or self._outgrown(rows - len(self._dead)):
             self.rebuild()
-        elif len(self._row_of) < rows:
-            for block in self._features(len(self._row_of), rows):
+        elif self._caught_up < rows:
+            for block in self._features(self._caught_up, rows):
                 self._index.add(self._projection.apply(block))
-            self._row_of = np.concatenate([self._row_of, np.arange(len(self._row_of), rows)])
+            self._row_of = np.concatenate([self._row_of, np.arange(self._caught_up, rows)])
+            self._caught_up = rows
 
     def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
         """Go on with the bank's new list of pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
@@ -153,6 +184,7 @@ class Neighbours:
         self._row_of = moved[self._row_of]
         if (self._row_of < 0).any():  # not every kind of index can forget: taken from its file, or built again
             self._projection, self._index, self._row_of = None, None, np.zeros(0, np.int64)
+            self._caught_up = 0
             return
         assert self._projection is not None
         covered = np.zeros(sum(map(len, self._pieces)), np.bool_)
@@ -163,11 +195,18 @@ class Neighbours:
             for block in self._features(int(part[0]), int(part[-1]) + 1):
                 self._index.add(self._projection.apply(block))
         self._row_of = np.concatenate([self._row_of, fresh])
+        covered[fresh] = True
+        self._caught_up = int(covered.sum())  # all sealed rows, and the first of the pending ones
 
     def _outgrown(self, rows: int) -> bool:
-        """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for."""
+        """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for.
+
+        Or too many of its rows are dead.
+        """
         assert self._projection is not None
         assert self._index is not None
+        if self._lost > DEAD_SHARE * len(self._row_of):
+            return True
         wanted, kind = self._choice.index, self._index.kind
         if self._choice.projection == "pca" and self._projection.kind == "none" and rows >= FIT_ROWS:
             return rows >= 2 * self._alike
@@ -185,10 +224,13 @@ class Neighbours:
         facts, projection = self._facts.index, self._facts.projection
         if facts is None or projection is None or self._choice.index not in {"auto", facts.kind}:
             return
-        spans = self._spans()
-        if any(id not in spans for id in facts.segments):
+        spans, live = self._spans(), self._live_spans()
+        known = {**spans, **live}
+        if any(name not in known for name in facts.segments):
             return
-        covered = np.concatenate([np.zeros(0, np.int64), *(spans.pop(id) for id in facts.segments)])
+        covered = np.concatenate([np.zeros(0, np.int64), *(known[name] for name in facts.segments)])
+        for name in facts.segments:
+            del spans[name.partition("-")[0]]
         try:
             fitted = Projection.from_bytes(verified(self._folder, projection).tobytes())
             if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
@@ -206,6 +248,38 @@ class Neighbours:
             for block in self._features(int(span[0]), int(span[-1]) + 1):
                 index.add(fitted.apply(block))
         self._row_of = np.concatenate([covered, *spans.values()])
+        self._caught_up = sum(map(len, self._pieces))
+        self.bury(self._dead)
+
+    def _live_spans(self) -> dict[str, NDArray[np.int64]]:
+        """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""
+        spans, first = {}, 0
+        for piece in self._pieces:
+            if isinstance(piece, Segment) and piece.facts.alive:
+                spans[piece.facts.alive.name[len("seg/") : -len(".alive")]] = piece.live() + first
+            first += len(piece)
+        return spans
+
+    def _covered(self) -> tuple[str, ...] | None:
+        """What the index covers, in order, as a manifest says it; None when that cannot be said of these rows.
+
+        A segment's id is all its rows; the name of its bitmap is those that live.
+        """
+        begin: dict[int, list[tuple[str, NDArray[np.int64]]]] = {}
+        for name, rows in [*self._spans().items(), *self._live_spans().items()]:
+            if len(rows):
+                begin.setdefault(int(rows[0]), []).append((name, rows))
+        names: list[str] = []
+        at = 0
+        while at < len(self._row_of):
+            for name, rows in begin.pop(int(self._row_of[at]), []):
+                if np.array_equal(self._row_of[at : at + len(rows)], rows):
+                    names.append(name)
+                    at += len(rows)
+                    break
+            else:
+                return None
+        return tuple(names)
 
     def _spans(self) -> dict[str, NDArray[np.int64]]:
         """Row numbers of each sealed segment that has rows, by its id."""
@@ -219,32 +293,33 @@ class Neighbours:
     def _wanted(self, rows: int) -> str:
         return "none" if self._choice.projection == "pca" and rows < FIT_ROWS else self._choice.projection
 
-    def _in_order(self) -> bool:
-        """Whether each segment's rows follow each other in the index, as its file says. After a reload that came
-        between two waiting batches, which were then sealed together, they do not."""
-        starts = [int(span[0]) for span in self._spans().values()]
-        jumps = self._row_of[1:][np.diff(self._row_of) != 1]
-        return bool(np.isin(jumps, starts).all())
-
     # -- files ----------------------------------------------------------------------------------------------
 
     def due(self) -> bool:
         """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
-        sealed = all(isinstance(piece, Segment) for piece in self._pieces)
+        sealed = not any(isinstance(piece, Entries) for piece in self._pieces)
         if self._index is not None and sealed:
             self._catch_up()
         return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved
 
-    def save(self, id: str) -> tuple[FileFacts, IndexFacts]:
-        """Write projection and index durably under this id; what a manifest has to say of them."""
-        if not self._in_order():
+    def save(self, id: str, room: int | None = None) -> tuple[FileFacts, IndexFacts] | None:
+        """Write projection and index durably under this id; what a manifest has to say of them.
+
+        None, and nothing written, when they take more than `room` bytes.
+        """
+        covered = self._covered()
+        if covered is None:  # some of its rows were evicted since it was built
             self.rebuild()
+            covered = self._covered()
         assert self._index is not None
         assert self._projection is not None
-        names = {int(span[0]): name for name, span in self._spans().items()}
-        covered = tuple(names[row] for row in self._row_of.tolist() if row in names)
-        projection = write_file(self._folder, f"idx/{id}.proj", [self._projection.to_bytes()])
-        file = write_file(self._folder, f"idx/{id}.faiss", [self._index.to_bytes()])
+        assert covered is not None
+        fitted, data = self._projection.to_bytes(), self._index.to_bytes()
+        if room is not None and len(fitted) + data.nbytes > room:
+            self._saved = len(self._row_of)  # asked again when it has grown
+            return None
+        projection = write_file(self._folder, f"idx/{id}.proj", [fitted])
+        file = write_file(self._folder, f"idx/{id}.faiss", [data])
         self._folder.sync_folder("idx")
         self._saved = len(self._row_of)
         return projection, IndexFacts(self._index.kind, self._index.dim, len(self._index), covered, file)

@@ -7,13 +7,17 @@ One segment is five files with one id (docs/format.md):
     .key  pairs (text key, row key): other names under which a row is found
     .var  token ids and source id of each row
     .fp   the raw features that fingerprints are made of, float16 [rows, width]
+
+Rows that were evicted stay in their segment, marked in a sixth file, until the segment is compacted:
+
+    .alive  a bitmap, little bit order: 1 where the row is alive
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,7 +67,7 @@ class Entries:
 
     keys: uint64 [n, 2]. payload: one uint8 array [bytes] per row. scale, cost: float32 [n].
     tokens: one int32 array per row. sources: the ids of the documents that made them.
-    features: float16 [n, feature width].
+    features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
     """
 
     keys: Keys
@@ -73,9 +77,20 @@ class Entries:
     tokens: Sequence[NDArray[np.int32]]
     sources: Sequence[str]
     features: NDArray[np.float16]
+    created: NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The place of a segment that was evicted while its bank was open: nobody else gets its row numbers."""
+
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
 
 
 def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
@@ -154,7 +169,9 @@ def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], 
     rows["nbytes"] = [part.nbytes for part in payload]
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
-    rows["created"] = int(folder.now())
+    now = np.uint32(folder.now())
+    stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
+    rows["created"] = np.concatenate(stamps) if stamps else now
     steps = np.array([aligned(part.nbytes) for part in payload], np.uint64)
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
@@ -212,6 +229,7 @@ class Segment:
     feature_width: int
     data: Sealed  # the activations
     _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    alive: NDArray[np.bool_] | None = None  # bool [rows]; None while all are
 
     @classmethod
     def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
@@ -227,10 +245,19 @@ class Segment:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
-        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data)
+        alive = _alive(folder, facts)
+        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data, alive=alive)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def bury(self, facts: SegmentFacts) -> None:
+        """Take over the bitmap of newer facts of the same segment; SnapshotDamaged when it cannot be read."""
+        self.facts, self.alive = facts, _alive(self.folder, facts)
+
+    def live(self) -> NDArray[np.int64]:
+        """Numbers of the rows that were not evicted."""
+        return np.arange(len(self.rows)) if self.alive is None else np.flatnonzero(self.alive)
 
     def _file(self, kind: str) -> NDArray[np.uint8]:
         if kind not in self._mapped:
@@ -241,6 +268,10 @@ class Segment:
         """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one array each."""
         if self.pitch and len(rows):
             return self.data.table(rows, self.pitch, int(self.rows["nbytes"][rows[0]]))
+        return self.views(rows)
+
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Stored bytes of some rows, one array each: a view of a mapped file, or a copy."""
         return [self.data.part(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
 
     def intact(
@@ -299,6 +330,26 @@ def records_of(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, 
     ):
         raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
     return rows.view(ROW), int(header["pitch"]), int(header["feature_width"])
+
+
+def _alive(folder: Folder, facts: SegmentFacts) -> NDArray[np.bool_] | None:
+    """The segment's bitmap. A damaged one is damage of the segment: it could give an evicted row back."""
+    if facts.alive is None:
+        return None
+    raw = verified(folder, facts.alive)
+    bits = np.unpackbits(raw, bitorder="little")
+    if len(raw) != -(-facts.rows // 8) or bits[facts.rows :].any() or int(bits.sum()) != facts.live:
+        raise SnapshotDamaged(f"{facts.alive.name} does not have {facts.live} of {facts.rows} rows alive")
+    return bits[: facts.rows].astype(np.bool_)
+
+
+def write_alive(folder: Folder, facts: SegmentFacts, alive: NDArray[np.bool_], id: str) -> SegmentFacts:
+    """Write a bitmap, bool [rows], durably under a new id; the segment's facts with it. The caller syncs the folder.
+
+    Nothing is changed for anybody until a manifest names it: an older manifest goes on with its own bitmap.
+    """
+    file = write_file(folder, f"seg/{facts.id}-{id}.alive", [np.packbits(alive, bitorder="little").tobytes()])
+    return replace(facts, dead=facts.rows - int(alive.sum()), alive=file)
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:

@@ -7,14 +7,19 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llmcache.indexes import counters as counting
+from llmcache.indexes import eviction
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import (
+    Busy,
     ForkedStoreError,
     FormatTooNew,
     LLMCacheError,
@@ -24,14 +29,14 @@ from llmcache.indexes.errors import (
     StoreFenced,
 )
 from llmcache.indexes.io import SUBFOLDERS, Folder, Reading, write_whole
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
+from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.segment import Segment
+from llmcache.indexes.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
 
 _FORMAT_LIMIT = 4096
-_STAT_LIMIT = 1 << 20
 _RELOADS = 3  # times a reader starts again when files went away under it
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
@@ -49,6 +54,9 @@ class Store:
         self._pid = folder.pid()
         self._banks: dict[tuple[str, str], Bank] = {}
         self._fenced: StoreFenced | None = None
+        self.budget: eviction.Budget | None = None
+        """How large the folder may become; None is without bound. Set by whoever opens the store."""
+        self.not_stored = 0  # rows given up because the budget had no place for them
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False, reading: Reading = "auto") -> Store:
@@ -92,6 +100,8 @@ class Store:
 
     def close(self) -> None:
         """Give the descriptors back. What was not committed is lost."""
+        if self.folder.pid() == self._pid and not self._fenced:
+            self.write_uses()
         self._banks = {}
         self.folder.close()
 
@@ -178,9 +188,44 @@ class Store:
                 self._commit_rows(namespace, name, bank)
             if bank.near.due():
                 self._commit_index(namespace, name, bank)
+        if self._banks:
+            self.write_uses()
         return self.manifest
 
     def _commit_rows(self, namespace: str, name: str, bank: Bank) -> None:
+        if self.budget is None:
+            self._append(namespace, name, bank)
+            return
+        try:
+            with eviction.waiting_lock(self.folder):
+                if self._room_for(bank.sealed_bytes()) is not None:
+                    self._append(namespace, name, bank)
+                else:
+                    self.not_stored += bank.drop_pending()
+        except Busy as error:
+            log.info("nothing is committed for now: %s", error)
+
+    def _room_for(self, nbytes: int) -> int | None:
+        """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
+        assert self.budget is not None
+        self.write_uses()
+        gone: set[str] = set()
+        try:
+            return eviction.make_room(self.folder, self.publish, self.budget, nbytes, gone)
+        except OSError as error:
+            raise self._fence(error) from error
+        finally:
+            if gone:
+                self.forget(gone)
+
+    def forget(self, gone: Container[str]) -> None:
+        """Let the open banks go of these segments, and of rows that the newest manifest known here says are dead."""
+        for (namespace, name), bank in self._banks.items():
+            space = self.manifest.namespaces.get(namespace)
+            if space and name in space.banks:
+                bank.forget(space.banks[name], gone)
+
+    def _append(self, namespace: str, name: str, bank: Bank) -> None:
         try:
             segment = bank.seal(uuid.uuid4().hex)
         except OSError as error:
@@ -188,6 +233,9 @@ class Store:
 
         def change(base: Manifest) -> Manifest:
             facts = _bank_in(base, namespace, name, bank.facts)
+            if segment.id in {one.id for one in facts.segments}:
+                return base
+            self._check_files(segment)
             return base.with_bank(namespace, name, replace(facts, segments=(*facts.segments, segment)))
 
         self._commit(change)
@@ -198,13 +246,20 @@ class Store:
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:
-            projection, index = bank.near.save(uuid.uuid4().hex)
+            room = eviction.free_bytes(self.folder, self.budget) if self.budget else None
+            saved = bank.near.save(uuid.uuid4().hex, room)
         except OSError as error:
             raise self._fence(error) from error
+        if saved is None:
+            log.info("the index of %s is not kept: the budget has no room for it", name)
+            return
+        projection, index = saved
         replaced: list[str] = []
 
         def change(base: Manifest) -> Manifest:
             facts = _bank_in(base, namespace, name, bank.facts)
+            if facts.index == index:
+                return base
             replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
             return base.with_bank(namespace, name, replace(facts, projection=projection, index=index))
 
@@ -228,6 +283,22 @@ class Store:
         except OSError as error:  # the newest manifest could not be listed or read
             raise self._fence(error) from error
 
+    def publish(self, change: Callable[[Manifest], Manifest]) -> Manifest:
+        """Commit a change (`manifests.commit`) as this store's writer; returns the newest manifest."""
+        self._commit(change)
+        return self.manifest
+
+    def _check_files(self, segment: SegmentFacts) -> None:
+        """A process that was stopped between writing and publishing may find its files collected: never name those."""
+        try:
+            for file in segment.files:
+                self.folder.size(file.name)
+        except FileNotFoundError:
+            raise LLMCacheError(
+                f"{self.folder.path}: the files of this commit were collected before they were published, "
+                "because this process was stopped for longer than the grace; commit again"
+            ) from None
+
     def _fence(self, error: OSError) -> StoreFenced:
         self._fenced = manifests.fenced(error)
         return self._fenced
@@ -243,37 +314,33 @@ class Store:
 
     def write_counters(self, counters: Mapping[str, float]) -> None:
         """Keep this writer's counters beside the store. Advisory: a failure is ignored, a reader never needs them."""
-        temporary, name = f"stat/t-{self.writer}", f"stat/{self.writer}.json"
         try:
-            self.folder.remove(temporary)
-            write_whole(self.folder, temporary, [json.dumps(dict(counters)).encode()])
-            self.folder.replace(temporary, name)
+            counting.write_counters(self.folder, self.writer, dict(counters))
         except OSError as error:
             log.info("counters were not kept: %s", error)
 
     def counters(self, *, without: str = "") -> dict[str, float]:
         """The counters of all writers but one, added up; whatever cannot be read is left out."""
-        total: dict[str, float] = {}
         try:
-            names = self.folder.names("stat")
+            found = counting.read_counters(self.folder)
         except OSError as error:
             log.info("counters were not read: %s", error)
-            return total
-        for name in names:
-            if not name.endswith(".json") or name == f"{without}.json":
-                continue
-            try:
-                found = manifests.strict_json(self.folder.read(f"stat/{name}", _STAT_LIMIT))
-                numbers = {key: value for key, value in found.items() if _is_number(value)}
-            except (OSError, ValueError, AttributeError, RecursionError, SnapshotDamaged):
-                continue
-            for key, value in numbers.items():
-                total[key] = total.get(key, 0) + value
-        return total
+            return {}
+        return counting.add_up(content for writer, content in found.items() if writer != without)
 
+    # -- usage ----------------------------------------------------------------------------------------------
 
-def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+    def write_uses(self) -> None:
+        """Keep how often and when the open banks' rows were read beside the store. Advisory, like the counters."""
+        records = np.concatenate([np.zeros(0, USE), *(bank.use_records() for bank in self._banks.values())])
+        if not len(records):
+            return
+        try:
+            if self.budget and eviction.free_bytes(self.folder, self.budget) < records.nbytes:
+                return
+            write_uses(self.folder, self.writer, records)
+        except OSError as error:
+            log.info("the uses of rows were not kept: %s", error)
 
 
 def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:

@@ -54,6 +54,7 @@ class LLMCache:
         self.config = config
         self.namespace = namespace
         self._store = store
+        store.budget = config.budget
         self._bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
         self._execution = Execution(model, identity.digest, config, store, self._bank)
         self._opened = True

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.eviction import Budget
 from llmcache.indexes.io import Reading
 from llmcache.indexes.neighbours import NearChoice
 
@@ -28,6 +29,10 @@ Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
+Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
+
+LEAST_BYTES = 1 << 20
+"""Below this, manifests alone would take up what is given."""
 HIGHEST_TAU = 0.9999
 """A fingerprint and itself give 0.9999997 to 1.0000002 in float32; repeats are found by their keys, never by tau."""
 
@@ -49,6 +54,9 @@ class CacheConfig:
     reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
         shorten or that lie on a network; "auto" maps on local disks.
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
+    max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
+        are evicted; entries that cannot fit at all are computed and not stored.
+    policy: which entries go first, a name in llmcache.indexes.replacement.POLICIES.
     """
 
     tau: float | None = None
@@ -60,6 +68,8 @@ class CacheConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     reading: Reading = "auto"
     commit_seconds: float = 60.0
+    max_bytes: int | None = None
+    policy: Policy = "lru"
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0.0 < self.tau <= HIGHEST_TAU:
@@ -73,6 +83,7 @@ class CacheConfig:
             ("dtype", ("auto", *DTYPES)),
             ("device", ("cpu", "cuda")),
             ("reading", get_args(Reading)),
+            ("policy", get_args(Policy)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -88,11 +99,20 @@ class CacheConfig:
             )
         if not self.commit_seconds > 0:
             raise ConfigError(f"commit_seconds must be above 0, got {self.commit_seconds}")
+        if self.max_bytes is not None and (type(self.max_bytes) is not int or self.max_bytes < LEAST_BYTES):
+            raise ConfigError(
+                f"max_bytes is a whole number of bytes from {LEAST_BYTES:,} on, or None, got {self.max_bytes!r}"
+            )
 
     @property
     def near(self) -> NearChoice:
         """What of this the banks need."""
         return NearChoice(self.index, self.projection, self.dim, self.device)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What of this bounds the store."""
+        return None if self.max_bytes is None else Budget(self.max_bytes, self.policy)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

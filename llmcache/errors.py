@@ -1,6 +1,7 @@
 """Every error a caller may want to catch; the tree is drawn in `llmcache.indexes.errors`."""
 
 from llmcache.indexes.errors import (
+    Busy,
     CommitConflict,
     ConfigError,
     CorpusError,
@@ -16,6 +17,7 @@ from llmcache.indexes.errors import (
 )
 
 __all__ = [
+    "Busy",
     "CommitConflict",
     "ConfigError",
     "CorpusError",

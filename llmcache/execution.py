@@ -96,6 +96,8 @@ class Execution:
         self._model, self._digest, self._config = model, digest, config
         self._store, self._bank = store, bank
         self._embedding = token_embedding(model)
+        # a segment is evicted whole, so it should be small beside the budget
+        self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
         self._committed = time.monotonic()
         self.counters = Counters()
 
@@ -184,7 +186,7 @@ class Execution:
         self._bank.alias(text_keys, keys)
         self.counters.not_stored += int((~kept).sum())
         waited = time.monotonic() - self._committed
-        if self._bank.pending_bytes > _COMMIT_BYTES or waited > self._config.commit_seconds:
+        if self._bank.pending_bytes > self._most or waited > self._config.commit_seconds:
             try:
                 self.commit()
             except LLMCacheError as error:
@@ -194,7 +196,11 @@ class Execution:
     def commit(self) -> None:
         """Commit what was put. StoreFull or StoreFenced when a write fails."""
         self._committed = time.monotonic()
-        self._store.commit()
+        given_up = self._store.not_stored
+        try:
+            self._store.commit()
+        finally:
+            self.counters.not_stored += self._store.not_stored - given_up
         self._store.write_counters(self.counters.as_dict())
 
     def _count(self, answers: Answers, repeats: int, seconds: float) -> None:

@@ -90,16 +90,14 @@ def statistics(store: Store, counters: Counters, index: str | None = None) -> St
 
 
 def _bank(namespace: str, layer: str, facts: BankFacts) -> BankStatistics:
-    files = [file for segment in facts.segments for file in segment.files]
-    files += [file for file in (facts.projection, facts.index and facts.index.file) if file]
     return BankStatistics(
         namespace=namespace,
         layer=layer,
-        entries=sum(segment.rows for segment in facts.segments),
+        entries=sum(segment.live for segment in facts.segments),
         dtype=facts.dtype,
         width=facts.width,
         segments=len(facts.segments),
         payload_bytes=sum(segment.payload for segment in facts.segments),
-        bytes=sum(file.size for file in files),
+        bytes=sum(file.size for file in facts.all_files),
         index=facts.index.kind if facts.index else None,
     )

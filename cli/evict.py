@@ -1,0 +1,40 @@
+"""`llmcache evict`: bring a store down to a size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from llmcache.cli import amounts, options, printing
+from llmcache.indexes.maintenance import evict as evict_rows
+from llmcache.indexes.store import Store
+
+
+def evict(
+    store: options.StoreArgument,
+    max_bytes: Annotated[str, typer.Option("--max-bytes", help="What the store may take up, such as 10GB or 512MiB.")],
+    policy: Annotated[str, typer.Option(help="What goes first: lru, lfu, decay, cost or divergence.")] = "lru",
+    half_life: Annotated[str, typer.Option(help="For decay: when a use counts half, such as 12h or 7d.")] = "7d",
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Evict entries until a store fits, those first that its policy gives up."""
+    most, half = amounts.size(max_bytes), amounts.seconds(half_life)
+    opened = Store.open(store)
+    try:
+        done = evict_rows(opened, most, policy=policy, half_life=half, dry_run=dry_run)
+    finally:
+        opened.close()
+    if json:
+        printing.as_json(asdict(done))
+        return
+    printing.facts(
+        [
+            ("would be evicted" if dry_run else "evicted", done.rows),
+            ("segments dropped whole", done.segments),
+            ("before", printing.size(done.bytes_before)),
+            ("after, about" if dry_run else "after", printing.size(done.bytes_after)),
+        ]
+    )
