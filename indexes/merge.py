@@ -251,6 +251,7 @@ def _choose_aliases(plan: _Plan) -> None:
 def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, link: bool, derived: bool) -> None:
     """Write what the plans say and commit it; what fails before the commit leaves no file behind."""
     made: list[str] = []
+    committing = False
     try:
         added = [(plan, _segments(folder, plan, made, link=link)) for plan in plans]
         indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
@@ -266,9 +267,10 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
         listed = manifests.generations(folder)
         now = manifests.newest(folder, listed)[0] if listed else Manifest()
         if derived or change(now) != now:
+            committing = True
             manifests.commit(folder, uuid.uuid4().hex, change)
     except BaseException:
-        if not _named(folder, made):
+        if not (committing and _named(folder, made)):
             for name in made:
                 folder.remove(name)
         raise

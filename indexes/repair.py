@@ -63,10 +63,11 @@ def repair(store: str | os.PathLike[str], *, dry_run: bool = False, grace: float
     Rows that are whole stay: a segment with damaged files or rows is written anew without them. Segments of a damaged
     generation are taken in again when they are whole. A damaged index is dropped, and built again when it is needed.
     grace: seconds for which a file that no manifest names may belong to a commit that is under way.
-    SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when a write fails.
+    SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when the disk fails: what
+    cannot be read now is not taken for damaged, so move it away first if the disk has lost it for good.
     """
     with closing(opened(Path(store))) as folder, failing(folder.path):
-        history = history_of(folder)
+        history = history_of(folder, strict=True)
         plan = _planned(folder, history, grace)
         aside = tuple(sorted(plan.aside))
         if dry_run:
@@ -95,7 +96,7 @@ def _planned(folder: Folder, history: History, grace: float) -> _Plan:
     for place, facts in banks(plan.base).items():
         parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
         plan.banks[place] = [part for part in parts if part is not None]
-        lost_index = list(index_damage(folder, facts))
+        lost_index = list(index_damage(folder, facts, strict=True))
         if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
             plan.indexless.add(place)
             plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if _there(folder, file.name)]
@@ -112,7 +113,7 @@ def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
     """What damaged manifests above the newest whole one still say, newest first."""
     for generation in history.damaged:
         if history.base is None or generation > history.base.generation:
-            with suppress(SnapshotDamaged, OSError):
+            with suppress(SnapshotDamaged, FileNotFoundError):
                 name = manifests.generation_name(generation)
                 said = manifests.salvage(folder.read(name, manifests.MAX_BYTES))
                 if said is not None:
@@ -121,11 +122,11 @@ def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
 
 def _kept(folder: Folder, facts: SegmentFacts, plan: _Plan, uncertain: bool) -> SegmentFacts | Pick | None:
     """The segment as it is, what can be kept of it, or None. uncertain: the facts come from a damaged manifest."""
-    result = check_segment(folder, facts)
+    result = check_segment(folder, facts, strict=True)
     if uncertain and result.broken:
         other = _facts_from_files(folder, facts.id)
         if other is not None:
-            facts, result = other, check_segment(folder, other)
+            facts, result = other, check_segment(folder, other, strict=True)
     if not result.broken and not len(result.rows):
         return facts
     plan.changed.add(facts.id)
@@ -157,7 +158,7 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
 def _there(folder: Folder, name: str) -> bool:
     try:
         folder.size(name)
-    except OSError:
+    except FileNotFoundError:
         return False
     return True
 
@@ -165,9 +166,9 @@ def _there(folder: Folder, name: str) -> bool:
 def _format_whole(folder: Folder) -> bool:
     try:
         check_format(folder)
-    except (SnapshotDamaged, OSError) as error:
-        if isinstance(error, FormatTooNew):
-            raise
+    except FormatTooNew:
+        raise
+    except (SnapshotDamaged, FileNotFoundError):
         return False
     return True
 
@@ -199,7 +200,7 @@ def _adopt(folder: Folder, history: History, plan: _Plan, salvaged: Sequence[Man
 
 
 def _is_whole(folder: Folder, facts: SegmentFacts) -> bool:
-    result = check_segment(folder, facts)
+    result = check_segment(folder, facts, strict=True)
     return not result.broken and not len(result.rows)
 
 
@@ -223,7 +224,7 @@ def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
         rows = (sizes["row"] - HEADER.itemsize) // ROW.itemsize
         facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
         records, _, feature_width = records_of(folder, facts)
-    except (SnapshotDamaged, OSError, ValueError):
+    except (SnapshotDamaged, FileNotFoundError, ValueError):
         return None
     variable = int(records["tokens"].sum(dtype=np.int64)) * 4 + int(records["source"].sum(dtype=np.int64))
     if sizes["key"] % 32 or sizes["var"] != variable or sizes["fp"] != rows * feature_width * 2:

@@ -121,11 +121,17 @@ def said(error: Exception, folder: Folder) -> str:
     return text.replace(f"{folder.path}/", "")
 
 
+def _refuse(error: Exception, strict: bool) -> None:
+    """A file that is not there is damage. One that the disk does not give now may be whole the next time."""
+    if strict and isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 # -- manifests ----------------------------------------------------------------------------------------------
 
 
-def history_of(folder: Folder) -> History:
-    """Read every manifest."""
+def history_of(folder: Folder, *, strict: bool = False) -> History:
+    """Read every manifest. strict: what the disk will not give is an OSError, and no damage."""
     history = History(manifests.generations(folder), None, [], {})
     for generation in history.listed:
         name = manifests.generation_name(generation)
@@ -134,6 +140,7 @@ def history_of(folder: Folder) -> History:
         except FormatTooNew:
             raise
         except (SnapshotDamaged, OSError) as error:
+            _refuse(error, strict)
             history.damaged[generation] = said(error, folder)
             continue
         if found.generation != generation:
@@ -173,14 +180,18 @@ def _bank(name: str, folder: Folder, facts: BankFacts) -> Iterator[Finding]:
         yield Finding(broken, what, "nothing: it is built again from the features")
 
 
-def check_segment(folder: Folder, facts: SegmentFacts) -> Checked:
-    """Read all files of a segment and compare every row with its checksum. Evicted rows may be anything."""
+def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) -> Checked:
+    """Read all files of a segment and compare every row with its checksum. Evicted rows may be anything.
+
+    strict: what the disk will not give is an OSError, and no damage.
+    """
     result = Checked(facts, None, np.zeros(0, ALIAS))
 
     def attempt(kind: str, reading: Callable[[], Any]) -> Any:
         try:
             return reading()
         except (SnapshotDamaged, OSError) as error:
+            _refuse(error, strict)
             result.broken[kind] = said(error, folder)
             return None
 
@@ -229,13 +240,14 @@ def _segment(bank: str, result: Checked) -> Iterator[Finding]:
         yield Finding(names["seg"], f"rows {shown} do not agree with their checksums", lost["seg"])
 
 
-def index_damage(folder: Folder, facts: BankFacts) -> Iterator[tuple[str, str]]:
+def index_damage(folder: Folder, facts: BankFacts, *, strict: bool = False) -> Iterator[tuple[str, str]]:
     """Files of the projection and the index that are not whole, each with the reason."""
     for file in files_of((facts.projection, facts.index)):
         try:
             for _ in checked(folder, file):
                 pass
         except (SnapshotDamaged, OSError) as error:
+            _refuse(error, strict)
             yield file.name, said(error, folder)
     rows = {one.id: one.rows for one in facts.segments}
     if facts.index and facts.index.count != sum(rows.get(id, -1) for id in facts.index.segments):
