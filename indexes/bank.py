@@ -41,17 +41,27 @@ class Bank:
     A row keeps its number for as long as the bank is open, also when it is sealed.
     """
 
-    def __init__(self, folder: Folder, facts: BankFacts, choice: NearChoice) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        facts: BankFacts,
+        choice: NearChoice,
+        *,
+        trust: str = "own",
+        strong: bool = False,
+    ) -> None:
+        """trust: "own", "signed" or "untrusted", of the store. strong: seal with checksums that cannot be forged."""
         self._folder = folder
         self.facts = facts
-        self._pieces: list[Segment | Entries] = list(_opened(folder, facts))
+        self._trust, self._strong = trust, strong
+        self._pieces: list[Segment | Entries] = list(_opened(folder, facts, trust))
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self.pending_bytes = 0  # activations that are not sealed yet
         self._load_keys()
-        self.near = Neighbours(folder, facts, self._pieces, choice)
+        self.near = Neighbours(folder, facts, self._pieces, choice, read_index=trust != "untrusted")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -71,6 +81,8 @@ class Bank:
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
         keys = np.concatenate([segment.rows["key"] for segment in segments])
         self._rows.extend(keys, np.arange(len(keys)))
+        if self._trust == "untrusted":  # a text key could lead to anything: only token ids are compared
+            return
         aliases = np.concatenate([segment.aliases for segment in segments])
         rows = self._rows.find(aliases["row"])
         found = rows >= 0  # an alias may outlive its row
@@ -126,6 +138,8 @@ class Bank:
         states = [table[:0]] * len(rows)
         for piece, chosen, local in self._groups(rows):
             good, payload, scale = _stored(piece, local)
+            if self._trust == "untrusted":
+                good &= np.isfinite(scale)
             intact[chosen] = good
             if self.facts.rank == 1:
                 table[chosen[good]] = self._vectors(payload, good, scale)
@@ -134,6 +148,10 @@ class Bank:
                     stored = np.ascontiguousarray(payload[i])[None]
                     numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
                     states[chosen[i]] = numbers.reshape(-1, self.facts.width)
+        if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
+            finite = [bool(np.isfinite(one).all()) for one in (table if self.facts.rank == 1 else states)]
+            intact &= np.array(finite, np.bool_)
+            table[~intact] = 0
         if not intact.all():
             self._report(rows[~intact])
         return Reading(table if self.facts.rank == 1 else states, intact)
@@ -255,7 +273,7 @@ class Bank:
         if len(aliases):
             aliases["text"] = np.concatenate([text for text, _ in self._aliases])
             aliases["row"] = np.concatenate([row for _, row in self._aliases])
-        return seal(self._folder, id, self._pending, aliases, self.facts.feature_width)
+        return seal(self._folder, id, self._pending, aliases, self.facts.feature_width, strong=self._strong)
 
     def sealed(self, facts: BankFacts, segment: SegmentFacts) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
@@ -270,15 +288,28 @@ class Bank:
         self._texts.settle()
 
 
-def _opened(folder: Folder, facts: BankFacts) -> list[Segment]:
+def _opened(folder: Folder, facts: BankFacts, trust: str) -> list[Segment]:
     """Every segment that is whole; one that is not is a warning, and its entries are misses."""
     segments = []
     for one in facts.segments:
         try:
-            segments.append(Segment.open(folder, one))
+            segments.append(_fitting(Segment.open(folder, one), facts, trust))
         except (SnapshotDamaged, OSError) as error:
             log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
     return segments
+
+
+def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
+    """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
+    unit = facts.width * codec.DTYPES[facts.dtype]
+    sizes = segment.rows["nbytes"]
+    if segment.feature_width != facts.feature_width or ((sizes != unit) if facts.rank == 1 else (sizes % unit)).any():
+        raise SnapshotDamaged("its rows are not as long as those of its bank")
+    if trust == "signed" and not segment.strong:
+        raise SnapshotDamaged(
+            "it was written without a key, so its rows are not under the signature; `llmcache sign` writes it anew"
+        )
+    return segment
 
 
 def _stored(piece: Segment | Entries, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:

@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.errors import SnapshotDamaged
 
 SUBFOLDERS = ("seg", "idx", "stat")
+QUARANTINE = "quarantine"  # damaged files that a repair put aside; made only then
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -34,6 +36,7 @@ class Folder:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         """Open the folder; with `create`, make it and its sub-folders (mode 0700) when they are missing."""
         self.path = path.resolve()
+        self.private = False  # True: what `map` gives is a copy that nobody else can change after it was checked
         if create:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._descriptors: dict[str, int] = {"": os.open(self.path, _FOLDER)}
@@ -59,7 +62,7 @@ class Folder:
 
     def _place(self, name: str) -> tuple[int, str]:
         sub, _, leaf = name.rpartition("/")
-        if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", *SUBFOLDERS}:
+        if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", *SUBFOLDERS, QUARANTINE}:
             raise SnapshotDamaged(f"{name!r} is not a name inside a store")
         return self._folder(sub), leaf
 
@@ -103,6 +106,8 @@ class Folder:
                 raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
             if size == 0:  # an empty file cannot be mapped
                 return np.zeros(0, np.uint8)
+            if self.private and not name.endswith(".seg"):  # rows of .seg are copied one by one, before their check
+                return _copied(descriptor, name, size)
             return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
         finally:
             os.close(descriptor)
@@ -121,7 +126,32 @@ class Folder:
             raise SnapshotDamaged(f"{name} is not a plain file")
         return descriptor, facts.st_size
 
+    def exposed(self) -> str | None:
+        """Why the folder is not this user's alone: the first name in it that another user owns or may write."""
+        for sub in ("", *SUBFOLDERS, QUARANTINE):
+            try:
+                folder = self._folder(sub)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return f"{sub} is not a folder"
+            flaw = _flaw(sub or str(self.path), os.fstat(folder))
+            for leaf in os.listdir(folder):
+                try:
+                    facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+                except FileNotFoundError:  # removed since the listing
+                    continue
+                flaw = flaw or _flaw(f"{sub}/{leaf}" if sub else leaf, facts)
+            if flaw:
+                return flaw
+        return None
+
     # -- changing -----------------------------------------------------------------------------------------
+
+    def restrict(self) -> None:
+        """Take the rights of everybody else from a folder that was there before the store; in vain on another's."""
+        with suppress(OSError):
+            os.fchmod(self._descriptors[""], 0o700)
 
     def create(self, name: str) -> int:
         """Descriptor of a new file (mode 0600); FileExistsError when the name is taken."""
@@ -170,6 +200,24 @@ class Folder:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def _flaw(name: str, facts: os.stat_result) -> str | None:
+    if facts.st_uid != os.geteuid():
+        return f"{name} belongs to the user with the number {facts.st_uid}"
+    if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
+        return f"{name} may be written by other users"
+    return None
+
+
+def _copied(descriptor: int, name: str, size: int) -> NDArray[np.uint8]:
+    data, done = np.empty(size, np.uint8), 0
+    while done < size:
+        count = os.preadv(descriptor, [data[done:].data], done)
+        if not count:
+            raise SnapshotDamaged(f"{name} became shorter while it was read")
+        done += count
+    return data
 
 
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> int:

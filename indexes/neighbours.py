@@ -53,9 +53,17 @@ class Neighbours:
     """Nearest rows of one bank. `pieces` is the bank's own list; its rows only ever grow at the end."""
 
     def __init__(
-        self, folder: Folder, facts: BankFacts, pieces: Sequence[Segment | Entries], choice: NearChoice
+        self,
+        folder: Folder,
+        facts: BankFacts,
+        pieces: Sequence[Segment | Entries],
+        choice: NearChoice,
+        *,
+        read_index: bool = True,
     ) -> None:
+        """read_index: False for a store that nobody vouches for, whose FAISS files are not touched."""
         self._folder, self._facts, self._pieces, self._choice = folder, facts, pieces, choice
+        self._read_index = read_index
         self._projection: Projection | None = None
         self._index: VectorIndex | None = None
         self._row_of = np.zeros(0, np.int64)  # index position -> row
@@ -125,7 +133,8 @@ class Neighbours:
                 log.warning("%s: its %d rows have no near matches", error, len(piece))
                 stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
             for at in range(skip, stop, _BLOCK):
-                yield stored[at : min(at + _BLOCK, stop)].astype(np.float32)
+                block = stored[at : min(at + _BLOCK, stop)].astype(np.float32)
+                yield np.nan_to_num(block, copy=False, posinf=65504, neginf=-65504)  # only a stranger stores such
 
     # -- keeping up -----------------------------------------------------------------------------------------
 
@@ -159,10 +168,12 @@ class Neighbours:
     def _load(self) -> None:
         """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
         facts, projection = self._facts.index, self._facts.projection
-        if facts is None or projection is None or self._choice.index not in {"auto", facts.kind}:
+        if not self._read_index or facts is None or projection is None:
+            return
+        if self._choice.index not in {"auto", facts.kind}:
             return
         spans = self._spans()
-        if any(id not in spans for id in facts.segments):
+        if any(id not in spans for id in facts.segments) or len(set(facts.segments)) != len(facts.segments):
             return
         covered = np.concatenate([np.zeros(0, np.int64), *(spans.pop(id) for id in facts.segments)])
         try:
@@ -170,8 +181,10 @@ class Neighbours:
             if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
                 return
             data = verified(self._folder, facts.file)
+            if (facts.dim, facts.kind.startswith("binary-")) != (fitted.dim, fitted.kind == "simhash"):
+                raise SnapshotDamaged(f"its {facts.kind} index does not go with its {fitted.kind} projection")
             index = VectorIndex.from_bytes(data, kind=facts.kind, dim=facts.dim, count=len(covered))
-        except (SnapshotDamaged, OSError) as error:
+        except (SnapshotDamaged, ConfigError, OSError) as error:
             log.warning("the index of this bank is built again: %s", error)
             return
         self._projection, self._index = fitted, index

@@ -53,6 +53,7 @@ HEADER = np.dtype(
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
+STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
 _MAGIC = b"LLMCROW1"
 _CHUNK = 8 << 20
 
@@ -78,9 +79,15 @@ class Entries:
         return len(self.keys)
 
 
-def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
-    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass."""
-    digest = xxhash.xxh3_128(key.tobytes() + payload.nbytes.to_bytes(8, "little"))
+def checksum(key: Keys, payload: NDArray[np.uint8], *, strong: bool = False) -> bytes:
+    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass.
+
+    strong: against people, not only against damage: xxh3 takes a fifteenth of sha256's time, and can be forged.
+    """
+    head = key.tobytes() + payload.nbytes.to_bytes(8, "little")
+    if strong:
+        return hashlib.sha256(head + payload.tobytes()).digest()[:16]
+    digest = xxhash.xxh3_128(head)
     digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
     return digest.digest()
 
@@ -89,13 +96,20 @@ def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
 
 
 def seal(
-    folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[Any], feature_width: int
+    folder: Folder,
+    id: str,
+    batches: Sequence[Entries],
+    aliases: NDArray[Any],
+    feature_width: int,
+    *,
+    strong: bool = False,
 ) -> SegmentFacts:
     """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
 
-    aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
+    aliases: records of ALIAS. strong: checksums that hold against forgery, for a store that is signed.
+    Any OSError leaves no file of this segment behind.
     """
-    rows, source_bytes = _records(folder, batches)
+    rows, source_bytes = _records(folder, batches, strong)
     header = np.zeros(1, HEADER)
     header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
     header["feature_width"] = feature_width
@@ -121,7 +135,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], list[bytes]]:
+def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
     rows = np.zeros(sum(map(len, batches)), ROW)
     payload = [part for batch in batches for part in batch.payload]
     tokens = [part for batch in batches for part in batch.tokens]
@@ -140,7 +154,8 @@ def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], 
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
     for row, part in zip(rows, payload, strict=True):
-        row["checksum"] = np.frombuffer(checksum(row["key"], part), np.uint8)
+        row["checksum"] = np.frombuffer(checksum(row["key"], part, strong=strong), np.uint8)
+    rows["flags"] = STRONG if strong else 0
     return rows, sources
 
 
@@ -218,10 +233,18 @@ class Segment:
         pitch, feature_width = int(header["pitch"]), int(header["feature_width"])
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
+        sizes = raw_rows["nbytes"].astype(np.uint64)
+        if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # rows on top of each other
+            raise SnapshotDamaged(f"{facts.file('row').name} has rows that do not fill {payload.name}")
         return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, mapped)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def strong(self) -> bool:
+        """Whether every row's checksum holds against forgery."""
+        return bool((self.rows["flags"] & STRONG).all())
 
     def _file(self, kind: str) -> NDArray[np.uint8]:
         if kind not in self._mapped:
@@ -236,7 +259,8 @@ class Segment:
             table = data[: len(self.rows) * self.pitch].reshape(len(self.rows), self.pitch)
             return table[rows, :nbytes]
         ends = [(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
-        return [data[start : start + nbytes] for start, nbytes in ends]
+        views = [data[start : start + nbytes] for start, nbytes in ends]
+        return [view.copy() for view in views] if self.folder.private else views
 
     def intact(
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
@@ -244,20 +268,23 @@ class Segment:
         """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
         records = self.rows[rows]
         wanted = records["checksum"].tobytes()
-        keys, sizes = records["key"], records["nbytes"].tolist()
+        keys, sizes, strong = records["key"], records["nbytes"].tolist(), (records["flags"] & STRONG > 0).tolist()
         return np.array(
             [
-                part.nbytes == size and checksum(key, part) == wanted[16 * i : 16 * i + 16]
+                part.nbytes == size and checksum(key, part, strong=strong[i]) == wanted[16 * i : 16 * i + 16]
                 for i, (key, size, part) in enumerate(zip(keys, sizes, payload, strict=True))
             ],
             np.bool_,
         )
 
     def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of one row."""
-        record = self.rows[row]
+        """Token ids of one row. SnapshotDamaged when they are not where the row says."""
+        record, data = self.rows[row], self._file("var")
         start = int(record["var"])
-        return self._file("var")[start : start + 4 * int(record["tokens"])].view("<i4")
+        end = start + 4 * int(record["tokens"])
+        if end > data.nbytes:
+            raise SnapshotDamaged(f"row {row} has token ids beyond the end of {self.facts.file('var').name}")
+        return data[start:end].view("<i4")
 
     def source(self, row: int) -> str:
         """Id of the document that made the row."""
@@ -267,7 +294,10 @@ class Segment:
 
     def features(self) -> NDArray[np.float16]:
         """float16 [rows, feature width], a view of the file."""
-        return self._file("fp").view("<f2").reshape(len(self.rows), self.feature_width)
+        data = self._file("fp")
+        if data.nbytes != 2 * len(self.rows) * self.feature_width:
+            raise SnapshotDamaged(f"{self.facts.file('fp').name} does not hold {self.feature_width} features per row")
+        return data.view("<f2").reshape(len(self.rows), self.feature_width)
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:

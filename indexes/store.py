@@ -21,10 +21,13 @@ from llmcache.indexes.errors import (
     SnapshotDamaged,
     SnapshotNotFound,
     StoreFenced,
+    UntrustedSnapshot,
 )
 from llmcache.indexes.io import SUBFOLDERS, Folder, write_whole
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.signatures import signatures
+from llmcache.indexes.trust import Trust, check_asked, judged
 
 log = logging.getLogger("llmcache")
 
@@ -39,20 +42,38 @@ class Store:
     Not for use by several threads at once, and not after a fork: open it in the worker.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, trust: str = "own", key: bytes | None = None) -> None:
+        """trust: "own", "signed" or "untrusted", as it was found. key: what commits are signed with."""
         self.folder = folder
         self.manifest = manifest
+        self.trust = trust
+        self._key = key
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
         self._banks: dict[tuple[str, str], Bank] = {}
         self._fenced: StoreFenced | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, create: bool = False) -> Store:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        trust: Trust = "auto",
+        key: bytes | None = None,
+        min_generation: int = 0,
+        allow_untrusted: bool = False,
+    ) -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
-        SnapshotNotFound, FormatTooNew or SnapshotDamaged when that is not possible.
+        trust: "own", the folder is this user's alone; "signed", its manifest is signed with `key`; "untrusted",
+            neither; "auto" looks for a signature where there is a key, and for the owner where there is none.
+        key: at least 32 bytes; commits are signed with it.
+        min_generation: refuse an older one, against a store that was put back to an earlier state.
+        allow_untrusted: open an untrusted store all the same. It is then only read, and only equal token ids match.
+        SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when that is not possible.
         """
+        check_asked(trust, key)
         where = Path(path)
         if where.exists() and not where.is_dir():
             raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
@@ -65,7 +86,9 @@ class Store:
         try:
             folder = Folder(where, create=create)
             try:
-                manifest, damaged = _newest(folder)
+                _prepared(folder)
+                level, manifest, damaged = judged(folder, trust, key, allow_untrusted=allow_untrusted)
+                _check_age(folder, manifest, min_generation)
             except BaseException:
                 folder.close()
                 raise
@@ -75,10 +98,12 @@ class Store:
             ) from error
         if damaged:
             log.warning(
-                "%s: the newest %d manifests are damaged; opened generation %d. What was stored since is missing",
-                where, len(damaged), manifest.generation,
+                "%s: the newest %d manifests are damaged%s; opened generation %d. What was stored since is missing",
+                where, len(damaged), " or not signed" if level == "signed" else "", manifest.generation,
             )  # fmt: skip
-        return cls(folder, manifest)
+        store = cls(folder, manifest, level, key)
+        store._fenced = _read_only(store)
+        return store
 
     def close(self) -> None:
         """Give the descriptors back. What was not committed is lost."""
@@ -96,7 +121,8 @@ class Store:
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice)
+            strong = self._key is not None
+            self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=strong)
         return self._banks[namespace, name]
 
     # -- committing -----------------------------------------------------------------------------------------
@@ -106,15 +132,26 @@ class Store:
         """False once a write has failed: the store then only serves what it has."""
         return self._fenced is None
 
-    def declare(self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Record whose entries a namespace holds, and with which settings; a commit of its own."""
+    def declare(
+        self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any], secret_check: str = ""
+    ) -> None:
+        """Record whose entries a namespace holds, with which settings and secret; a commit of its own.
+
+        A namespace that is there keeps its secret_check: its keys were made with that secret.
+        """
 
         def change(base: Manifest) -> Manifest:
             old = base.namespaces.get(namespace)
-            banks = old.banks if old else {}
-            return replace(base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)})
+            banks, check = (old.banks, old.secret_check) if old else ({}, secret_check)
+            new = NamespaceFacts(identity, config, banks, check)
+            return replace(base, namespaces={**base.namespaces, namespace: new})
 
         self._commit(change)
+
+    def change(self, change: Callable[[Manifest], Manifest]) -> Manifest:
+        """Commit a pure change of the newest manifest, and return what it became. Open banks do not follow it."""
+        self._commit(change)
+        return self.manifest
 
     def commit(self) -> Manifest:
         """Make everything that was put durable and visible to others. Returns the newest manifest.
@@ -133,7 +170,7 @@ class Store:
 
     def _commit_rows(self, namespace: str, name: str, bank: Bank) -> None:
         try:
-            segment = bank.seal(uuid.uuid4().hex)
+            segment = replace(bank.seal(uuid.uuid4().hex), writer=self.writer)
         except OSError as error:
             raise self._fence(error) from error
 
@@ -169,7 +206,8 @@ class Store:
         if self._fenced:
             raise self._fenced
         try:
-            self.manifest = manifests.commit(self.folder, self.writer, change)
+            signed = self.trust == "signed"
+            self.manifest = manifests.commit(self.folder, self.writer, change, key=self._key, signed_base=signed)
         except StoreFenced as error:
             self._fenced = error
             raise
@@ -224,13 +262,29 @@ def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> Ban
     return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
 
 
-def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
-    """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
+def _prepared(folder: Folder) -> None:
+    """A folder that is no store yet is made one; one that is must be of a format we read."""
     if "FORMAT" not in folder.names():
         _found(folder)
     _check_format(folder)
-    listed = manifests.generations(folder)
-    return manifests.newest(folder, listed) if listed else (Manifest(), [])
+
+
+def _check_age(folder: Folder, manifest: Manifest, least: int) -> None:
+    if manifest.generation < least:
+        raise UntrustedSnapshot(
+            f"{folder.path} is at generation {manifest.generation}, at least {least} was asked for: it was put back to "
+            "an earlier state, or is another store; get a newer copy"
+        )
+
+
+def _read_only(store: Store) -> StoreFenced | None:
+    """Why nothing may be written to a store that was just opened, if so."""
+    where = store.folder.path
+    if store.trust == "untrusted":
+        return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")
+    if store._key is None and store.manifest.generation in signatures(store.folder).values():
+        return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
+    return None
 
 
 def _refuse_strangers(where: Path) -> None:
@@ -248,6 +302,7 @@ def _refuse_strangers(where: Path) -> None:
 
 def _found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
+    folder.restrict()
     temporary = f"t-{uuid.uuid4().hex}"
     write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
     try:

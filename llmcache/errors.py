@@ -13,6 +13,7 @@ from llmcache.indexes.errors import (
     SnapshotNotFound,
     StoreFenced,
     StoreFull,
+    UntrustedSnapshot,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "SnapshotNotFound",
     "StoreFenced",
     "StoreFull",
+    "UntrustedSnapshot",
 ]
