@@ -8,7 +8,8 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from llmcache.cli import bench, build, demo, inspect, run, stats, warm
+from llmcache.cli import bench, build, demo, inspect, purge, run, sign, stats, warm
+from llmcache.cli.printing import printable
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
@@ -26,6 +27,8 @@ app.command()(warm.warm)
 app.command()(run.run)
 app.command()(stats.stats)
 app.command()(inspect.inspect)
+app.command()(purge.purge)
+app.command()(sign.sign)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 
@@ -60,7 +63,7 @@ def main() -> None:
 
 def said(error: object, code: int) -> int:
     """Print one line on standard error and give the exit code back."""
-    typer.echo("llmcache: " + " ".join(str(error).split()), err=True)
+    typer.echo("llmcache: " + printable(" ".join(str(error).split())), err=True)
     return code
 
 

@@ -110,16 +110,11 @@ def seal(
     Any OSError leaves no file of this segment behind.
     """
     rows, source_bytes = _records(folder, batches, strong)
-    header = np.zeros(1, HEADER)
-    header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
-    header["feature_width"] = feature_width
-    sizes = np.unique(rows["nbytes"])
-    header["pitch"] = _aligned(int(sizes[0])) if len(sizes) == 1 else 0
     features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
     files: list[FileFacts] = []
     try:
         files.append(write_file(folder, f"seg/{id}.seg", _payload(batches), hashed=False))
-        files.append(write_file(folder, f"seg/{id}.row", [header.tobytes(), rows.tobytes()]))
+        files.append(write_file(folder, f"seg/{id}.row", [header_of(rows, feature_width), rows.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.var", _variable(batches, source_bytes)))
         files.append(write_file(folder, f"seg/{id}.fp", features))
@@ -131,8 +126,19 @@ def seal(
     return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
+def header_of(rows: NDArray[Any], feature_width: int) -> bytes:
+    """The header of a .row file with these records."""
+    header = np.zeros(1, HEADER)
+    header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
+    header["feature_width"] = feature_width
+    sizes = np.unique(rows["nbytes"])
+    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
+    return header.tobytes()
+
+
+def aligned(size: Any) -> Any:
+    """Bytes that a row of this size takes up in .seg; for a number, or an array of them."""
+    return -(-size // ALIGN) * ALIGN if isinstance(size, int) else (size + (ALIGN - 1)) // ALIGN * ALIGN
 
 
 def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
@@ -149,7 +155,7 @@ def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
     rows["created"] = int(folder.now())
-    steps = np.array([_aligned(part.nbytes) for part in payload], np.uint64)
+    steps = np.array([aligned(part.nbytes) for part in payload], np.uint64)
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
@@ -164,7 +170,7 @@ def _payload(batches: Sequence[Entries]) -> Iterator[bytes]:
     size = 0
     for batch in batches:
         for part in batch.payload:
-            held += [part.data, bytes(_aligned(part.nbytes) - part.nbytes)]
+            held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
             size += part.nbytes
             if size >= _CHUNK:
                 yield b"".join(held)
@@ -285,6 +291,15 @@ class Segment:
         if end > data.nbytes:
             raise SnapshotDamaged(f"row {row} has token ids beyond the end of {self.facts.file('var').name}")
         return data[start:end].view("<i4")
+
+    def variable(self, row: int) -> bytes:
+        """Token ids and source id of one row, as they are stored. SnapshotDamaged when they are not there."""
+        record, data = self.rows[row], self._file("var")
+        start = int(record["var"])
+        end = start + 4 * int(record["tokens"]) + int(record["source"])
+        if end > data.nbytes:
+            raise SnapshotDamaged(f"row {row} ends beyond the end of {self.facts.file('var').name}")
+        return data[start:end].tobytes()
 
     def source(self, row: int) -> str:
         """Id of the document that made the row."""

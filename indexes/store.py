@@ -121,8 +121,8 @@ class Store:
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            strong = self._key is not None
-            self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=strong)
+            bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
+            self._banks[namespace, name] = bank
         return self._banks[namespace, name]
 
     # -- committing -----------------------------------------------------------------------------------------
@@ -147,6 +147,17 @@ class Store:
             return replace(base, namespaces={**base.namespaces, namespace: new})
 
         self._commit(change)
+
+    @property
+    def signs(self) -> bool:
+        """Whether commits are signed; rows then need checksums that cannot be forged."""
+        return self._key is not None
+
+    def latest(self) -> Manifest:
+        """The newest manifest of the folder now, at the level of trust that the store was opened with."""
+        listed = manifests.generations(self.folder)
+        key = self._key if self.trust == "signed" else None
+        return manifests.newest(self.folder, listed, key)[0] if listed else Manifest()
 
     def change(self, change: Callable[[Manifest], Manifest]) -> Manifest:
         """Commit a pure change of the newest manifest, and return what it became. Open banks do not follow it."""
@@ -190,6 +201,9 @@ class Store:
 
         def change(base: Manifest) -> Manifest:
             facts = _bank_in(base, namespace, name, bank.facts)
+            if not set(index.segments) <= {one.id for one in facts.segments}:
+                replaced[:] = [projection.name, index.file.name]  # it has rows that were removed, or purged, meanwhile
+                return base
             replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
             return base.with_bank(namespace, name, replace(facts, projection=projection, index=index))
 

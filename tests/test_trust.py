@@ -194,7 +194,12 @@ def test_nothing_of_an_untrusted_store_reaches_faiss(tmp_path: Path, monkeypatch
     path = filled(tmp_path / "store", range(20))
     read: list[str] = []
     deserialised = vectors._deserialised
-    monkeypatch.setattr(vectors, "_deserialised", lambda data, kind: read.append(kind) or deserialised(data, kind))
+
+    def recorded(data: Any, kind: str) -> Any:
+        read.append(kind)
+        return deserialised(data, kind)
+
+    monkeypatch.setattr(vectors, "_deserialised", recorded)
     with opened(path) as store:
         own, _ = bank_of(store).nearest(values_of([7], FEATURES), 1)
     assert read == ["flat"]
@@ -307,7 +312,7 @@ def test_another_key_is_refused(tmp_path: Path, key: bytes) -> None:
     path = filled(tmp_path / "store", key=KEY)
     for trust in ("auto", "signed"):
         with pytest.raises(UntrustedSnapshot, match="none of its 3 manifests is signed with the key given"):
-            Store.open(path, key=key, trust=trust)  # type: ignore[arg-type]  # mypy sees a str
+            Store.open(path, key=key, trust=trust)
     with opened(path, key=key, allow_untrusted=True) as store:
         assert (store.trust, held(store, [1])) == ("untrusted", {1})
 
@@ -394,7 +399,7 @@ def test_a_reader_can_refuse_what_is_older_than_what_he_saw(tmp_path: Path) -> N
     path.joinpath(generation_name(last)).unlink()
     for asked in ({"key": KEY}, {}, {"trust": "untrusted", "allow_untrusted": True}):
         with pytest.raises(UntrustedSnapshot, match=f"at generation {last - 1}, at least {last} was asked for"):
-            Store.open(path, min_generation=last, **asked)  # type: ignore[arg-type]  # mypy joins the dicts
+            Store.open(path, min_generation=last, **asked)
 
 
 def test_who_has_no_key_reads_a_signed_store_of_his_own_and_stores_nothing(tmp_path: Path) -> None:
