@@ -32,6 +32,9 @@ def build(
     stdin_format: options.StdinFormat = "jsonl",
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
+    secret_file: options.SecretFile = None,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -48,4 +51,5 @@ def build(
         "dtype": dtype,
     }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
-    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings), sources)
+    access = options.Access(secret_file, key_file, key_variable)
+    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access), sources)

@@ -17,12 +17,14 @@ def evict(
     max_bytes: Annotated[str, typer.Option("--max-bytes", help="What the store may take up, such as 10GB or 512MiB.")],
     policy: Annotated[str, typer.Option(help="What goes first: lru, lfu, decay, cost or divergence.")] = "lru",
     half_life: Annotated[str, typer.Option(help="For decay: when a use counts half, such as 12h or 7d.")] = "7d",
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
     """Evict entries until a store fits, those first that its policy gives up."""
     most, half = amounts.size(max_bytes), amounts.seconds(half_life)
-    opened = Store.open(store)
+    opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
         done = evict_rows(opened, most, policy=policy, half_life=half, dry_run=dry_run)
     finally:

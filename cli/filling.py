@@ -10,9 +10,11 @@ from typing import Any
 import typer
 
 from llmcache.cli import printing
+from llmcache.cli.options import Access
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.indexes.store import Store
+from llmcache.namespace import resolved_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,13 @@ class Asked:
     dry_run: bool
     json: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
+    access: Access = field(default_factory=Access)
 
 
 def fill(asked: Asked, sources: Sources) -> None:
     """Bring a store up to date with the corpora, and print what was there, what was added and what it took."""
     if asked.dry_run:
-        preview(asked.store, asked.namespace, asked.role, sources, asked.json)
+        preview(asked.store, asked.namespace, asked.role, sources, asked.json, asked.access)
         return
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
@@ -42,7 +45,8 @@ def fill(asked: Asked, sources: Sources) -> None:
     reading, tally = Reading(), Tally()
     documents = sources.documents(reading)
     config = CacheConfig(**asked.settings) if asked.settings else None
-    with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace) as cache:
+    access = asked.access.keywords()
+    with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace, **access) as cache:
         before = len(cache)
         with progress(reading, bytes_of(sources.corpora)) as advance:
             results = cache.run(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
@@ -90,13 +94,14 @@ def warnings(reading: Reading) -> None:
         typer.echo(f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True)
 
 
-def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool) -> None:
+def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool, access: Access) -> None:
     """Count the corpora against the store as it is; nothing is computed or written."""
     from llmcache.tally import forecast_against
 
     reading = Reading()
-    there = Store.open(store) if Path(store, "FORMAT").exists() else None
-    found = forecast_against(there, namespace, role, sources.documents(reading))
+    there = Store.open(store, **access.of_store()) if Path(store, "FORMAT").exists() else None
+    secret = resolved_secret(None, access.secret_file)
+    found = forecast_against(there, namespace, role, sources.documents(reading), secret)
     if json:
         printing.as_json({"documents": found.documents, "distinct": found.distinct, "known": found.known})
         return

@@ -11,24 +11,32 @@ from llmcache.indexes.manifest import BankFacts, NamespaceFacts
 from llmcache.indexes.store import Store
 
 
-def inspect(store: options.StoreArgument, json: options.Json = False) -> None:
+def inspect(
+    store: options.StoreArgument,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    allow_untrusted: options.AllowUntrusted = False,
+    json: options.Json = False,
+) -> None:
     """Show identities, settings and files of a store. Opens the manifest, and no model."""
-    opened = Store.open(store)
+    opened = Store.open(store, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
         manifest = opened.manifest
     finally:
         opened.close()
     if json:
         spaces = {name: _space(space) for name, space in manifest.namespaces.items()}
-        printing.as_json({"generation": manifest.generation, "writer": manifest.writer, "namespaces": spaces})
+        facts = {"generation": manifest.generation, "writer": manifest.writer, "trust": opened.trust}
+        printing.as_json({**facts, "namespaces": spaces})
         return
-    printing.facts([("generation", manifest.generation), ("last writer", manifest.writer)])
+    printing.facts([("generation", manifest.generation), ("last writer", manifest.writer), ("trust", opened.trust)])
     for name, space in sorted(manifest.namespaces.items()):
-        typer.echo(f"\nnamespace {name}")
+        typer.echo(f"\nnamespace {printing.printable(name)}{' (with a secret)' if space.secret_check else ''}")
         printing.facts([("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]])
         for layer, bank in sorted(space.banks.items()):
             rows = [(name, size, digest[:12]) for name, size, digest in _files(bank)]
-            printing.table(["file", "bytes", "sha256"], rows, title=f"\nbank {layer}")
+            printing.table(["file", "bytes", "sha256"], rows, title=f"\nbank {printing.printable(layer)}")
+            printing.table(["writer", "entries"], _writers(bank).items())
 
 
 def _space(space: NamespaceFacts) -> dict[str, Any]:
@@ -37,11 +45,21 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
             "dtype": bank.dtype,
             "width": bank.width,
             "entries": sum(one.live for one in bank.segments),
+            "writers": _writers(bank),
             "files": [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in _files(bank)],
         }
         for layer, bank in space.banks.items()
     }
-    return {"identity": dict(space.identity), "config": dict(space.config), "banks": banks}
+    secret = bool(space.secret_check)
+    return {"identity": dict(space.identity), "config": dict(space.config), "secret": secret, "banks": banks}
+
+
+def _writers(bank: BankFacts) -> dict[str, int]:
+    """Entries by who stored them, for `llmcache purge --writer`."""
+    found: dict[str, int] = {}
+    for segment in bank.segments:
+        found[segment.writer] = found.get(segment.writer, 0) + segment.rows
+    return found
 
 
 def _files(bank: BankFacts) -> list[tuple[str, int, str]]:

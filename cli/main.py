@@ -8,7 +8,23 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from llmcache.cli import bench, build, compact, demo, evict, gc, inspect, repair, run, snapshot, stats, warm
+from llmcache.cli import (
+    bench,
+    build,
+    compact,
+    demo,
+    evict,
+    gc,
+    inspect,
+    purge,
+    repair,
+    run,
+    sign,
+    snapshot,
+    stats,
+    warm,
+)
+from llmcache.cli.printing import printable
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
@@ -29,6 +45,8 @@ app.command()(inspect.inspect)
 app.command()(evict.evict)
 app.command()(compact.compact)
 app.command()(gc.gc)
+app.command()(purge.purge)
+app.command()(sign.sign)
 app.command()(demo.demo)
 app.command()(repair.repair)
 app.add_typer(snapshot.app, name="snapshot")
@@ -65,7 +83,7 @@ def main() -> None:
 
 def said(error: object, code: int) -> int:
     """Print one line on standard error and give the exit code back."""
-    typer.echo("llmcache: " + " ".join(str(error).split()), err=True)
+    typer.echo("llmcache: " + printable(" ".join(str(error).split())), err=True)
     return code
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
+
+from llmcache.errors import ConfigError
+from llmcache.indexes.signatures import secret_from_file, secret_from_variable
 
 Corpus = Annotated[
     list[str],
@@ -25,5 +29,41 @@ Tau = Annotated[
     float | None,
     typer.Option(help="Give a neighbour's output from this similarity on. Without it only repeats are reused."),
 ]
+SecretFile = Annotated[
+    str | None, typer.Option(help="File with the namespace's secret, at least 32 bytes: openssl rand -hex 32.")
+]
+KeyFile = Annotated[str | None, typer.Option(help="File with the key that signs the store, at least 32 bytes.")]
+KeyVariable = Annotated[str | None, typer.Option(help="Environment variable with that key, for example LLMCACHE_KEY.")]
+AllowUntrusted = Annotated[
+    bool, typer.Option("--allow-untrusted", help="Read a store that nobody vouches for: equal tokens only, no writing.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; compute and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for scripts.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The options that say who vouches for a store, and what its namespace's secret is."""
+
+    secret_file: str | None = None
+    key_file: str | None = None
+    key_variable: str | None = None
+    allow_untrusted: bool = False
+
+    def of_store(self) -> dict[str, Any]:
+        """Keyword arguments of `Store.open`."""
+        return {"key": signing_key(self.key_file, self.key_variable), "allow_untrusted": self.allow_untrusted}
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `LLMCache.open`."""
+        return {**self.of_store(), "secret_file": self.secret_file}
+
+
+def signing_key(file: str | None, variable: str | None) -> bytes | None:
+    """The key that one of the two options names, None without one."""
+    what = "the key that signs a store"
+    if file is not None and variable is not None:
+        raise ConfigError("--key-file and --key-variable were both given; give one of them")
+    if variable is not None:
+        return secret_from_variable(variable, what)
+    return None if file is None else secret_from_file(file, what)

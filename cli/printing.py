@@ -45,7 +45,12 @@ def said(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, and a store's author may have written, made visible."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def quiet() -> None:

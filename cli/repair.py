@@ -10,9 +10,15 @@ from llmcache import snapshot
 from llmcache.cli import options, printing
 
 
-def repair(store: options.StoreArgument, dry_run: options.DryRun = False, json: options.Json = False) -> None:
+def repair(
+    store: options.StoreArgument,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
     """Move damaged files to STORE/quarantine and keep every entry that is whole. Deletes nothing."""
-    done = snapshot.repair(store, dry_run=dry_run)
+    done = snapshot.repair(store, dry_run=dry_run, key=options.signing_key(key_file, key_variable))
     if json:
         printing.as_json({**asdict(done), "dry_run": dry_run})
         return

@@ -30,6 +30,13 @@ def run(
     stdin_format: options.StdinFormat = "jsonl",
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model, where the store is not trusted to name it.")
+    ] = None,
+    secret_file: options.SecretFile = None,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    allow_untrusted: options.AllowUntrusted = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -38,8 +45,9 @@ def run(
     What the store has is read, the rest is computed and stored.
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if dry_run:
-        preview(store, namespace, role, sources, json)
+        preview(store, namespace, role, sources, json, access)
         return
     from llmcache.cache import LLMCache
     from llmcache.tally import Tally
@@ -50,7 +58,7 @@ def run(
     reading, tally = Reading(), Tally()
     documents = sources.documents(reading)
     with (
-        LLMCache.open(store, namespace=namespace, tau=tau) as cache,
+        LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache,
         result_writer(out, width=cache.width) as writer,
     ):
         with progress(reading, bytes_of(corpus)) as advance:

@@ -7,9 +7,15 @@ from llmcache.indexes.store import Store
 from llmcache.statistics import Counters, statistics
 
 
-def stats(store: options.StoreArgument, json: options.Json = False) -> None:
+def stats(
+    store: options.StoreArgument,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    allow_untrusted: options.AllowUntrusted = False,
+    json: options.Json = False,
+) -> None:
     """Show what a store holds, how documents were answered, and what that saved."""
-    opened = Store.open(store)
+    opened = Store.open(store, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
         found = statistics(opened, Counters())
     finally:

@@ -18,6 +18,9 @@ def warm(
     stdin_format: options.StdinFormat = "jsonl",
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
+    secret_file: options.SecretFile = None,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -26,4 +29,5 @@ def warm(
     The model is the one the store was made with.
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
-    fill(Asked(store, None, namespace, role, batch_size, dry_run, json), sources)
+    access = options.Access(secret_file, key_file, key_variable)
+    fill(Asked(store, None, namespace, role, batch_size, dry_run, json, access=access), sources)

@@ -43,10 +43,20 @@ class Bank:
     evicted keep theirs too: no look-up gives them, and `len` does not count them.
     """
 
-    def __init__(self, folder: Folder, facts: BankFacts, choice: NearChoice) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        facts: BankFacts,
+        choice: NearChoice,
+        *,
+        trust: str = "own",
+        strong: bool = False,
+    ) -> None:
+        """trust: "own", "signed" or "untrusted", of the store. strong: seal with checksums that cannot be forged."""
         self._folder = folder
         self.facts = facts
-        segments, self.lost = _opened(folder, facts, {})
+        self._trust, self._strong = trust, strong
+        segments, self.lost = _opened(folder, facts, {}, trust)
         self._pieces: list[Segment | Entries | Gone] = list(segments)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases: list[tuple[Keys, Keys]] = []
@@ -54,7 +64,7 @@ class Bank:
         self._damaged: set[int] = set()
         self.pending_bytes = 0  # activations that are not sealed yet
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
-        self.near = Neighbours(folder, facts, self._pieces, choice)
+        self.near = Neighbours(folder, facts, self._pieces, choice, read_index=trust != "untrusted")
         self.uses = Uses(int(self._starts[-1]))
         self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
         self._load_keys()
@@ -90,6 +100,8 @@ class Bank:
         self._rows.extend(np.concatenate(keys), np.concatenate(rows))
         self._dead = np.concatenate(dead)
         self.near.bury(self._dead)
+        if self._trust == "untrusted":  # a text key could lead to anything: only token ids are compared
+            return
         pairs = np.concatenate(aliases)
         led = self._rows.find(pairs["row"])
         found = led >= 0  # an alias may outlive its row
@@ -132,7 +144,7 @@ class Bank:
     def opened(self, facts: BankFacts) -> tuple[list[Segment], int]:
         """The segments of a newer generation, those already open as they are; how many had to be left out."""
         known = {piece.facts: piece for piece in self._pieces if isinstance(piece, Segment)}
-        return _opened(self._folder, facts, known)
+        return _opened(self._folder, facts, known, self._trust)
 
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
         """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
@@ -222,6 +234,8 @@ class Bank:
         self.uses.count(rows, self._now())
         for piece, chosen, local in self._groups(rows):
             good, payload, scale = _stored(piece, local)
+            if self._trust == "untrusted":
+                good &= np.isfinite(scale)
             intact[chosen] = good
             if self.facts.rank == 1:
                 table[chosen[good]] = self._vectors(payload, good, scale)
@@ -230,6 +244,10 @@ class Bank:
                     stored = np.ascontiguousarray(payload[i])[None]
                     numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
                     states[chosen[i]] = numbers.reshape(-1, self.facts.width)
+        if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
+            finite = [bool(np.isfinite(one).all()) for one in (table if self.facts.rank == 1 else states)]
+            intact &= np.array(finite, np.bool_)
+            table[~intact] = 0
         if not intact.all():
             self._report(rows[~intact])
         return Reading(table if self.facts.rank == 1 else states, intact)
@@ -396,7 +414,7 @@ class Bank:
         if len(aliases):
             aliases["text"] = np.concatenate([text for text, _ in self._aliases])
             aliases["row"] = np.concatenate([row for _, row in self._aliases])
-        return seal(self._folder, id, self._pending, aliases, self.facts.feature_width)
+        return seal(self._folder, id, self._pending, aliases, self.facts.feature_width, strong=self._strong)
 
     def sealed(self, facts: BankFacts, segment: SegmentFacts) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
@@ -415,16 +433,31 @@ def _name(piece: Segment | Entries | Gone) -> str | int:
     return piece.facts.id if isinstance(piece, Segment) else id(piece)
 
 
-def _opened(folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment]) -> tuple[list[Segment], int]:
+def _opened(
+    folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment], trust: str
+) -> tuple[list[Segment], int]:
     """Every segment that is whole, and how many are not; such a one is a warning, and its entries are misses."""
     segments, lost = [], 0
     for one in facts.segments:
         try:
-            segments.append(known.get(one) or Segment.open(folder, one))
+            segments.append(known.get(one) or _fitting(Segment.open(folder, one), facts, trust))
         except (SnapshotDamaged, OSError) as error:
             lost += 1
             log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
     return segments, lost
+
+
+def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
+    """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
+    unit = facts.width * codec.DTYPES[facts.dtype]
+    sizes = segment.rows["nbytes"]
+    if segment.feature_width != facts.feature_width or ((sizes != unit) if facts.rank == 1 else (sizes % unit)).any():
+        raise SnapshotDamaged("its rows are not as long as those of its bank")
+    if trust == "signed" and not segment.strong:
+        raise SnapshotDamaged(
+            "it was written without a key, so its rows are not under the signature; `llmcache sign` writes it anew"
+        )
+    return segment
 
 
 def _stored(piece: Segment | Entries | Gone, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:

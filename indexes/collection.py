@@ -17,7 +17,7 @@ log = logging.getLogger("llmcache")
 _ID = r"[0-9a-f]{32}"
 _TEMPORARY = re.compile(rf"(stat/)?t-{_ID}(-\d+)?")
 _DATA = re.compile(rf"(seg/{_ID}(-{_ID})?\.(seg|row|var|fp|key|alive)|idx/{_ID}\.(faiss|proj))")
-_OF_MANIFEST = re.compile(r"m-(\d{12})\.(json|sig)")
+_OF_MANIFEST = re.compile(r"m-(\d{12})(\.json|(-[0-9a-f]{32})?\.sig)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,12 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
             kept.add(one.generation)
         else:
             dropped |= one.files
-    pruned = {one.generation for one in known} - kept
+    pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
     def goes(name: str, changed: float) -> bool:
         if match := _OF_MANIFEST.fullmatch(name):
-            return int(match[1]) in pruned
+            number = int(match[1])  # a signature without its manifest is of a commit that was killed, or lost
+            return number in pruned or (number not in listed and now - changed > grace)
         if _DATA.fullmatch(name) and name not in named:
             return name in dropped or now - changed > grace
         return bool(_TEMPORARY.fullmatch(name)) and now - changed > grace

@@ -57,12 +57,18 @@ class Rewritten:
 
 
 def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int = SEGMENT_BYTES) -> list[Group]:
-    """The segments that are wanted, bank by bank, in groups of about `most` bytes of live activations."""
+    """The segments that are wanted, bank by bank, in groups of about `most` bytes of live activations.
+
+    A group is of one writer: all that one has stored can then still be told from the rest, and purged.
+    """
     found = []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
             held: list[SegmentFacts] = []
-            for facts in filter(wanted, bank.segments):
+            for facts in sorted(filter(wanted, bank.segments), key=lambda one: one.writer):
+                if held and held[0].writer != facts.writer:
+                    found.append(Group(namespace, name, tuple(held)))
+                    held = []
                 held.append(facts)
                 if sum(one.payload * one.live // max(1, one.rows) for one in held) >= most:
                     found.append(Group(namespace, name, tuple(held)))
@@ -87,6 +93,7 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
         batches = [_entries(one, rows) for one, rows in zip(segments, chosen, strict=True) if len(rows)]
         id = uuid.uuid4().hex
         new = seal(folder, id, batches, _aliases(folder, bank, segments, chosen), bank.feature_width)
+        new = replace(new, writer=group.sources[0].writer)
         _compare(folder, new, segments, chosen)
     after = publish(lambda base: _replaced(base, group, new))
     now = {one.id for one in after.namespaces[group.namespace].banks[group.bank].segments}
@@ -138,6 +145,7 @@ def _entries(segment: Segment, rows: NDArray[np.int64]) -> Entries:
         sources=[segment.source(row) for row in rows.tolist()],
         features=segment.features()[rows],
         created=records["created"],
+        flags=records["flags"],
     )
 
 

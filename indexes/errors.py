@@ -8,6 +8,7 @@ LLMCacheError
  ├── SnapshotNotFound     there is no store at this path
  ├── SnapshotDamaged      the store's own files do not agree with their checksums
  │    └── FormatTooNew    the store was written by a newer LLMCache
+ ├── UntrustedSnapshot    nobody vouches for the store's files, or they are older than what was asked for
  ├── CommitConflict       other writers won every round of a commit
  ├── Busy                 another process maintains the store (evicts, compacts or collects)
  ├── StoreFenced          an earlier write failed; this writer may not write again
@@ -57,6 +58,10 @@ class SnapshotDamaged(LLMCacheError):
 
 class FormatTooNew(SnapshotDamaged):
     """The store was written by a newer LLMCache."""
+
+
+class UntrustedSnapshot(LLMCacheError):
+    """Nobody vouches for the store's files, or they are older than what was asked for."""
 
 
 class CommitConflict(LLMCacheError):

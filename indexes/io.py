@@ -57,6 +57,7 @@ class Folder:
         self.reading: Reading = reading
         self._local: bool | None = None
         self.path = path.resolve()
+        self.private = False  # True: nothing is mapped, so that nobody else can change what was read and checked
         if create:
             _make_durably(self.path)
         self._descriptors: dict[str, int] = {"": os.open(self.path, _FOLDER)}
@@ -131,6 +132,8 @@ class Folder:
     @property
     def maps(self) -> bool:
         """Whether files are mapped here rather than read."""
+        if self.private:
+            return False
         if self.reading != "auto":
             return self.reading == "mmap"
         if self._local is None:
@@ -191,7 +194,32 @@ class Folder:
             raise SnapshotDamaged(f"{name} is not a plain file")
         return descriptor, facts.st_size
 
+    def exposed(self) -> str | None:
+        """Why the folder is not this user's alone: the first name in it that another user owns or may write."""
+        for sub in ("", *SUBFOLDERS, QUARANTINE):
+            try:
+                folder = self._folder(sub)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return f"{sub} is not a folder"
+            flaw = _flaw(sub or str(self.path), os.fstat(folder))
+            for leaf in os.listdir(folder):
+                try:
+                    facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+                except FileNotFoundError:  # removed since the listing
+                    continue
+                flaw = flaw or _flaw(f"{sub}/{leaf}" if sub else leaf, facts)
+            if flaw:
+                return flaw
+        return None
+
     # -- changing -----------------------------------------------------------------------------------------
+
+    def restrict(self) -> None:
+        """Take the rights of everybody else from a folder that was there before the store; in vain on another's."""
+        with suppress(OSError):
+            os.fchmod(self._descriptors[""], 0o700)
 
     def create(self, name: str) -> int:
         """Descriptor of a new file (mode 0600); FileExistsError when the name is taken."""
@@ -304,6 +332,14 @@ class Folder:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def _flaw(name: str, facts: os.stat_result) -> str | None:
+    if facts.st_uid != os.geteuid():
+        return f"{name} belongs to the user with the number {facts.st_uid}"
+    if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
+        return f"{name} may be written by other users"
+    return None
 
 
 def placed(name: str) -> tuple[str, str]:

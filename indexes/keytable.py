@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.segment import Keys
 
+_ROUNDS = 64
+
 
 class KeyTable:
     """Sorted arrays (24 bytes a key) for what was there at the start, a dict for what came since.
@@ -59,7 +61,9 @@ class KeyTable:
             # keys that share their first half are next to each other; more than one is a newer copy of an entry
             # or a coincidence of 1 in 2^64, so this loop ends after one round
             open_ = np.ones(len(keys), np.bool_)
-            while open_.any():
+            for _ in range(_ROUNDS):  # a stranger's store may hold a million keys with one first half: they are misses
+                if not open_.any():
+                    break
                 inside = np.minimum(place, len(self._first) - 1)
                 open_ &= (place < len(self._first)) & (self._first[inside] == keys[:, 0])
                 match = open_ & (self._second[inside] == keys[:, 1])

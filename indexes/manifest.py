@@ -26,8 +26,10 @@ from llmcache.indexes.errors import (
     SnapshotNotFound,
     StoreFenced,
     StoreFull,
+    UntrustedSnapshot,
 )
 from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.signatures import announce, is_signed, signature_name, signatures
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
@@ -37,6 +39,9 @@ _NAME = re.compile(r"m-(\d{12})\.json")
 _FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}(-[0-9a-f]{32})?\.(seg|row|var|fp|key|faiss|proj|alive)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROUNDS = 200
+_WIDEST = 1 << 20  # numbers in one activation or feature vector
+_MOST_PARTS, _MOST_COMMAS = 1 << 18, 1 << 20  # a manifest of 16 MiB that we wrote has half of these
+_MOST_DAMAGED = 256  # manifests that are tried before giving up
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class SegmentFacts:
     """A sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes.
 
     dead: how many of the rows were evicted; `alive` is the bitmap of those that were not, None when all are there.
+    writer: who sealed it; "" where that is not known.
     """
 
     id: str
@@ -62,6 +68,7 @@ class SegmentFacts:
     files: tuple[FileFacts, ...]
     dead: int = 0
     alive: FileFacts | None = None
+    writer: str = ""
 
     @property
     def live(self) -> int:
@@ -113,11 +120,15 @@ class BankFacts:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceFacts:
-    """What one model has stored. identity and config are what the layer above needs to tell whose entries these are."""
+    """What one model has stored. identity and config are what the layer above needs to tell whose entries these are.
+
+    secret_check: what tells the secret that went into the keys from a wrong one; "" where there is no secret.
+    """
 
     identity: Mapping[str, Any]
     config: Mapping[str, Any]
     banks: Mapping[str, BankFacts] = field(default_factory=dict)
+    secret_check: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +193,9 @@ def salvage(data: bytes) -> Manifest | None:
 def strict_json(body: bytes) -> Any:
     """json.loads that refuses repeated keys, NaN and infinity. Deep nesting is a RecursionError."""
 
+    if body.count(b"{") + body.count(b"[") > _MOST_PARTS or body.count(b",") > _MOST_COMMAS:
+        raise ValueError("it has too many parts")  # parsed, some bytes of text can be hundreds in memory
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -202,6 +216,12 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 53:
         raise ValueError(f"{value!r} is not a count")
     return value
+
+
+def _width(value: Any) -> int:
+    if _count(value) > _WIDEST:
+        raise ValueError(f"no model gives vectors of {value} numbers")
+    return int(value)
 
 
 def _time(value: Any) -> float:
@@ -239,11 +259,14 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
     files = tuple(_file(one) for one in _list(raw["files"]))
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a segment names a file twice")
     rows, dead, alive = _count(raw["rows"]), _count(raw.get("dead", 0)), raw.get("alive")
     if dead > rows or (alive is None) != (dead == 0):
         raise ValueError(f"{dead} of {rows} rows are dead, and the bitmap is {'absent' if alive is None else 'there'}")
     bitmap = None if alive is None else _file(alive)
-    return SegmentFacts(_text(raw["id"]), rows, _count(raw["aliases"]), _count(raw["payload"]), files, dead, bitmap)
+    counts = rows, _count(raw["aliases"]), _count(raw["payload"])
+    return SegmentFacts(_text(raw["id"]), *counts, files, dead, bitmap, _text(raw.get("writer", "")))
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
@@ -254,12 +277,15 @@ def _index(raw: dict[str, Any]) -> IndexFacts:
 def _bank(raw: dict[str, Any]) -> BankFacts:
     if raw["dtype"] not in DTYPES or raw["rank"] not in (1, 2):
         raise ValueError(f"no bank has dtype {raw['dtype']!r:.80} and rank {raw['rank']!r:.80}")
+    segments = tuple(_segment(one) for one in _list(raw["segments"]))
+    if len({one.id for one in segments}) != len(segments):
+        raise ValueError("a bank names a segment twice")
     return BankFacts(
         dtype=_text(raw["dtype"]),
-        width=_count(raw["width"]),
+        width=_width(raw["width"]),
         rank=_count(raw["rank"]),
-        feature_width=_count(raw["feature_width"]),
-        segments=tuple(_segment(one) for one in _list(raw["segments"])),
+        feature_width=_width(raw["feature_width"]),
+        segments=segments,
         projection=None if raw["projection"] is None else _file(raw["projection"]),
         index=None if raw["index"] is None else _index(raw["index"]),
     )
@@ -282,6 +308,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
                 _mapping(space["identity"]),
                 _mapping(space["config"]),
                 {_text(layer): _bank(bank) for layer, bank in space["banks"].items()},
+                _text(space.get("secret_check", "")),
             )
             for name, space in raw["namespaces"].items()
         },
@@ -300,24 +327,35 @@ def generations(folder: Folder) -> list[int]:
     return sorted((int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True)
 
 
-def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
+def newest(folder: Folder, listed: list[int], key: bytes | None = None) -> tuple[Manifest, list[int]]:
     """The newest manifest of a listing that verifies, and the generations above it that do not.
 
+    key: count only what is signed with it. UntrustedSnapshot when nothing is.
     SnapshotNotFound when the listing is empty, SnapshotDamaged when none of it verifies. A manifest of a newer
     format is never passed over for an older one: that would undo what the newer program wrote.
     """
     damaged: list[int] = []
-    for generation in listed:
+    unsigned = 0
+    for generation in listed[:_MOST_DAMAGED]:
         name = generation_name(generation)
         try:
-            found = from_bytes(folder.read(name, MAX_BYTES), name)
-            if found.generation != generation:
+            data = folder.read(name, MAX_BYTES)
+            if key is not None and not is_signed(folder, generation, data, key):
+                unsigned += 1
+                raise SnapshotDamaged(f"{name} is not signed with the key given")
+            found = from_bytes(data, name)
+            if found.generation != generation:  # it would undo what came since
                 raise SnapshotDamaged(f"{name} holds generation {found.generation}: an older file was copied over it")
             return found, damaged
         except FormatTooNew:
             raise
         except (FileNotFoundError, SnapshotDamaged):
             damaged.append(generation)
+    if unsigned:
+        raise UntrustedSnapshot(
+            f"{folder.path}: none of its {unsigned} manifests is signed with the key given; ask its owner for the key, "
+            "or let the owner open and commit it with trust='own' and this key"
+        )
     if damaged:
         raise SnapshotDamaged(
             f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
@@ -327,13 +365,21 @@ def newest(folder: Folder, listed: list[int]) -> tuple[Manifest, list[int]]:
 
 
 def commit(
-    folder: Folder, writer: str, change: Callable[[Manifest], Manifest], *, salvaged: Manifest | None = None
+    folder: Folder,
+    writer: str,
+    change: Callable[[Manifest], Manifest],
+    *,
+    key: bytes | None = None,
+    signed_base: bool = False,
+    salvaged: Manifest | None = None,
 ) -> Manifest:
     """Publish `change(newest manifest)` as the next generation and return it once it is durable.
 
     The change is applied again to the new base whenever another writer was faster, so it must be a pure delta, and
     applied to a manifest that has it already it must give an equal one.
     Base and number come from one directory listing: two listings would lose the update of a writer in between.
+    key: sign the manifest with it. signed_base: go on from manifests signed with it only, so that a stranger's changes
+    never get our signature; where the owner alone can write, an unsigned base is fine.
     salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
     StoreFenced or StoreFull when a write fails; what was committed before is untouched.
 
@@ -350,16 +396,16 @@ def commit(
     for _ in range(_ROUNDS):
         listed = generations(folder)
         try:
-            base, damaged = newest(folder, listed) if listed else (Manifest(), [])
+            base, damaged = newest(folder, listed, key if signed_base else None) if listed else (Manifest(), [])
         except SnapshotDamaged:
             if salvaged is None:
                 raise
             base, damaged = salvaged, listed
+        if key is None and base.generation in signatures(folder).values():
+            raise StoreFenced(f"{folder.path} is signed, and this would not be; open it with its key to store anything")
         generation = (listed[0] if listed else 0) + 1
         if generation > LAST:
-            raise LLMCacheError(
-                f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`"
-            )
+            raise StoreFenced(f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`")
         changed = change(base)
         if linked and changed == base:
             return base
@@ -371,7 +417,7 @@ def commit(
             writer=writer,
             skipped=tuple(sorted({*base.skipped, *damaged})),
         )
-        if _publish(folder, f"t-{writer}-{generation}", to_bytes(new), generation_name(generation)):
+        if _publish(folder, f"t-{writer}-{generation}", to_bytes(new), generation, key):
             linked = True
             if _highest(folder) == generation:
                 return new
@@ -387,7 +433,8 @@ def _highest(folder: Folder) -> int:
         raise fenced(error) from error
 
 
-def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
+def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: bytes | None) -> bool:
+    name = generation_name(generation)
     if len(data) > MAX_BYTES:
         raise LLMCacheError(f"a manifest of {len(data):,} bytes is over the limit; compact the store")
     try:
@@ -395,13 +442,18 @@ def _publish(folder: Folder, temporary: str, data: bytes, name: str) -> bool:
     except SnapshotDamaged as error:
         raise LLMCacheError(f"not committed, since it could not be read back: {error}") from error
     try:
+        announced = announce(folder, generation, data, key) if key is not None else None
         write_whole(folder, temporary, [data])
         try:
             folder.link(temporary, name)
         except (FileExistsError, FileNotFoundError):  # the latter: collected, since this process slept for so long
+            if announced:
+                folder.remove(announced)
             return False
         finally:
             folder.remove(temporary)
+        if announced:
+            folder.replace(announced, signature_name(generation))
         folder.sync_folder("")
     except OSError as error:
         raise fenced(error) from error

@@ -20,6 +20,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -27,8 +28,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder, placed
+from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder, Sealed, placed
 
 CHANGES = frozenset({"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "link", "replace", "remove"})
 """Calls that change a disk; the others only look."""
@@ -69,6 +70,7 @@ class _File:
     durable: bytes = b""
     writes: list[tuple[int, bytes]] = field(default_factory=list)  # since the last sync
     failed: bool = False  # a sync has: what was written will never be durable, and later syncs do not say so
+    changed: float = 0.0  # seconds since the epoch
 
 
 _Names: TypeAlias = "dict[str, _File | _Part]"
@@ -93,6 +95,7 @@ class MemoryFolder(Folder):
         """An empty folder; with `create`, with its sub-folders, as `Folder` makes them."""
         self.path = Path("/in-memory")
         self.reading = "mmap"
+        self.private = False
         self.calls: list[tuple[str, str]] = []
         self.fault = fault
         self.time = 1.8e9  # seconds since the epoch; a test may set it
@@ -101,6 +104,7 @@ class MemoryFolder(Folder):
         self._root = _Part()
         self._files: dict[int, _File] = {}  # by descriptor
         self._dead = False
+        self._locked: set[str] = set()
         if create:
             self.make()
 
@@ -181,14 +185,45 @@ class MemoryFolder(Folder):
             raise SnapshotDamaged(f"{name} has {len(data):,} bytes where the manifest says {size:,}")
         return np.frombuffer(data, np.uint8)
 
+    def sealed(self, name: str, size: int) -> Sealed:
+        return Sealed(size, mapped=self.map(name, size))
+
+    def open(self, name: str) -> tuple[int, int]:
+        self._step("open", name)
+        file = self._file(name)
+        return self._opened(file), len(file.data)
+
+    def read_at(self, descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
+        self._step("read_at", "")
+        part = np.frombuffer(bytes(self._files[descriptor].data[offset : offset + len(buffer)]), np.uint8)
+        buffer[: len(part)] = part
+        return len(part)
+
+    def age(self, name: str) -> float:
+        self._step("age", name)
+        return self.time - self._file(name).changed
+
+    def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
+        self._step("listing", sub)
+        part = self._root.names.get(sub) if sub else self._root
+        entries = part.names.items() if isinstance(part, _Part) else ()
+        return {name: (len(file.data), file.changed) for name, file in entries if isinstance(file, _File)}
+
+    def exposed(self) -> str | None:
+        """Never: there are no other users here."""
+        return None
+
     # -- changing -----------------------------------------------------------------------------------------
+
+    def restrict(self) -> None:
+        """Nothing: there are no rights here."""
 
     def create(self, name: str) -> int:
         part, leaf = self._place_of(name)
         self._step("create", name)
         if leaf in part.names:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-        file = _File()
+        file = _File(changed=self.time)
         part.change({leaf: file})
         return self._opened(file)
 
@@ -208,6 +243,7 @@ class MemoryFolder(Folder):
         file = self._files[descriptor]
         _write(file.data, offset, taken)
         file.writes.append((offset, taken))
+        file.changed = self.time
         if cut and self.fault and not self.fault.code and not self.fault.short:
             self._dead = True
             raise PowerLoss
@@ -256,6 +292,35 @@ class MemoryFolder(Folder):
         if isinstance(part.names.get(leaf), _File):
             part.change({leaf: None})
 
+    def link_from(self, source: Folder, name: str, new: str) -> bool:
+        """Never: what another folder holds is copied."""
+        return False
+
+    def set_aside(self, name: str) -> str:
+        if QUARANTINE not in self._root.names:
+            self._step("mkdir", QUARANTINE)
+            self._root.change({QUARANTINE: _Part()})
+        leaf = name.rpartition("/")[2]
+        taken = self._part(QUARANTINE).names
+        free = next(one for n in range(len(taken) + 1) if (one := f"{leaf}.{n}" if n else leaf) not in taken)
+        self.replace(name, f"{QUARANTINE}/{free}")
+        return f"{QUARANTINE}/{free}"
+
+    def move_to(self, target: Path) -> None:
+        self._step("move_to", str(target))
+        self.path = target
+
+    @contextmanager
+    def lock(self, name: str = "lock") -> Iterator[None]:
+        self._step("lock", name)
+        if name in self._locked:
+            raise Busy(f"{self.path} is being maintained by this process; try again when it is done")
+        self._locked.add(name)
+        try:
+            yield
+        finally:
+            self._locked.remove(name)
+
     # -- the rest of the world ----------------------------------------------------------------------------
 
     def now(self) -> float:
@@ -288,7 +353,7 @@ class MemoryFolder(Folder):
 
             def survive(file: _File, chance: random.Random = chance, data: str = data) -> _File:
                 kept = _kept_bytes(file, data, chance)
-                return _File(bytearray(kept), kept)
+                return _File(bytearray(kept), kept, changed=file.changed)
 
             yield self._with(_survived(self._root, names, chance, survive, settled))
 

@@ -311,11 +311,14 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> li
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
-    """What is new in segments that cannot go on whole, in portions of 256 MiB."""
+    """What is new in segments that cannot go on whole, in portions of 256 MiB, each of one writer."""
     held: list[Pick] = []
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: piece.segment.facts.writer):
         if piece.whole or not (piece.rows.any() or piece.aliases.any()):
             continue
+        if held and held[0].segment.facts.writer != piece.segment.facts.writer:
+            yield held
+            held = []
         held.append(Pick(piece.segment, np.flatnonzero(piece.rows), piece.segment.aliases[piece.aliases]))
         if sum(pick.payload for pick in held) >= _REWRITE_BYTES:
             yield held

@@ -56,9 +56,17 @@ class Neighbours:
     """
 
     def __init__(
-        self, folder: Folder, facts: BankFacts, pieces: Sequence[Segment | Entries | Gone], choice: NearChoice
+        self,
+        folder: Folder,
+        facts: BankFacts,
+        pieces: Sequence[Segment | Entries | Gone],
+        choice: NearChoice,
+        *,
+        read_index: bool = True,
     ) -> None:
+        """read_index: False for a store that nobody vouches for, whose FAISS files are not touched."""
         self._folder, self._facts, self._pieces, self._choice = folder, facts, pieces, choice
+        self._read_index = read_index
         self._projection: Projection | None = None
         self._index: VectorIndex | None = None
         self._row_of = np.zeros(0, np.int64)  # index position -> row
@@ -222,24 +230,31 @@ class Neighbours:
     def _load(self) -> None:
         """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
         facts, projection = self._facts.index, self._facts.projection
-        if facts is None or projection is None or self._choice.index not in {"auto", facts.kind}:
+        if not self._read_index or facts is None or projection is None:
+            return
+        if self._choice.index not in {"auto", facts.kind}:
             return
         spans, live = self._spans(), self._live_spans()
         known = {**spans, **live}
         if any(name not in known for name in facts.segments):
             return
+        ids = [name.partition("-")[0] for name in facts.segments]
+        if len(set(ids)) != len(ids):
+            return
         covered = np.concatenate([np.zeros(0, np.int64), *(known[name] for name in facts.segments)])
-        for name in facts.segments:
-            del spans[name.partition("-")[0]]
+        for id in ids:
+            del spans[id]
         try:
             fitted = Projection.from_bytes(verified(self._folder, projection).tobytes())
             if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
                 return
             data = verified(self._folder, facts.file)
+            if (facts.dim, facts.kind.startswith("binary-")) != (fitted.dim, fitted.kind == "simhash"):
+                raise SnapshotDamaged(f"its {facts.kind} index does not go with its {fitted.kind} projection")
             index = VectorIndex.from_bytes(
                 data, kind=facts.kind, dim=facts.dim, count=len(covered), device=self._choice.device
             )
-        except (SnapshotDamaged, OSError) as error:
+        except (SnapshotDamaged, ConfigError, OSError) as error:
             log.warning("the index of this bank is built again: %s", error)
             return
         self._projection, self._index = fitted, index

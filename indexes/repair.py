@@ -22,6 +22,7 @@ from llmcache.indexes.segment import HEADER, ROW, Segment, records_of
 from llmcache.indexes.snapshot import banks, failing
 from llmcache.indexes.store import check_format, found
 from llmcache.indexes.transfer import chunks, files_of, living
+from llmcache.indexes.trust import check_own
 from llmcache.indexes.verify import Checked, History, check_segment, history_of, index_damage, names_in, opened
 
 _KINDS = ("seg", "row", "key", "var", "fp")
@@ -57,22 +58,27 @@ class _Plan:
         return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
 
 
-def repair(store: str | os.PathLike[str], *, dry_run: bool = False, grace: float = 3600.0) -> Repair:
+def repair(
+    store: str | os.PathLike[str], *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None
+) -> Repair:
     """Set what is damaged aside in `quarantine/` and commit a generation without it. Nothing is deleted.
 
     Rows that are whole stay: a segment with damaged files or rows is written anew without them. Segments of a damaged
     generation are taken in again when they are whole. A damaged index is dropped, and built again when it is needed.
     grace: seconds for which a file that no manifest names may belong to a commit that is under way.
+    key: what the new generation is signed with; a signed store is not repaired without. UntrustedSnapshot when the
+    folder is not this user's alone: what is taken in again would be anybody's.
     SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when the disk fails: what
     cannot be read now is not taken for damaged, so move it away first if the disk has lost it for good.
     """
     with closing(opened(Path(store))) as folder, failing(folder.path):
+        check_own(folder)
         history = history_of(folder, strict=True)
         plan = _planned(folder, history, grace)
         aside = tuple(sorted(plan.aside))
         if dry_run:
             return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
-        generation = _done(folder, history, plan)
+        generation = _done(folder, history, plan, key)
         for name in aside:
             if _there(folder, name):
                 folder.set_aside(name)
@@ -253,7 +259,7 @@ def _left_over(folder: Folder, history: History, plan: _Plan, grace: float) -> l
 # -- doing --------------------------------------------------------------------------------------------------
 
 
-def _done(folder: Folder, history: History, plan: _Plan) -> int:
+def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None) -> int:
     """Write and commit the new generation, when anything of it is new; its number."""
     passed_over = any(plan.base.generation < one < manifests.LAST for one in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
@@ -273,7 +279,7 @@ def _done(folder: Folder, history: History, plan: _Plan) -> int:
         if history.listed[0] >= manifests.LAST:  # no number comes after it, and nothing whole is lost with it
             folder.set_aside(manifests.generation_name(history.listed[0]))
         return manifests.commit(
-            folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), salvaged=plan.base
+            folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), key=key, salvaged=plan.base
         ).generation
     except BaseException:
         listed = manifests.generations(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,19 +41,16 @@ def rewrite(folder: Folder, id: str, picks: Sequence[Pick], feature_width: int) 
     segment is not whole.
     """
     rows = np.concatenate([np.zeros(0, ROW), *(_records(pick) for pick in picks)])
-    steps = aligned_all(rows["nbytes"])
+    steps = aligned(rows["nbytes"].astype(np.uint64))
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
     aliases = np.concatenate([np.zeros(0, ALIAS), *(pick.aliases for pick in picks)])
-    return write_segment(
+    facts = write_segment(
         folder, id, rows, aliases, feature_width, _payload(picks), _variable(picks), _features(picks, feature_width)
     )
-
-
-def aligned_all(nbytes: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """`aligned` for many rows."""
-    return (nbytes.astype(np.uint64) + np.uint64(63)) // np.uint64(64) * np.uint64(64)
+    writers = {pick.segment.facts.writer for pick in picks}
+    return replace(facts, writer=writers.pop() if len(writers) == 1 else "")
 
 
 def _records(pick: Pick) -> NDArray[Any]:
@@ -66,7 +63,7 @@ def _records(pick: Pick) -> NDArray[Any]:
 
 def _payload(picks: Sequence[Pick]) -> Iterator[memoryview]:
     for pick in picks:
-        sizes = aligned_all(pick.segment.rows["nbytes"][pick.rows])
+        sizes = aligned(pick.segment.rows["nbytes"][pick.rows].astype(np.uint64))
         cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // np.uint64(_BLOCK))) + 1
         for rows in np.split(pick.rows, cuts):
             if len(rows):

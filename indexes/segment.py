@@ -57,6 +57,7 @@ HEADER = np.dtype(
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
+STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
 _MAGIC = b"LLMCROW1"
 _CHUNK = 8 << 20
 
@@ -68,6 +69,7 @@ class Entries:
     keys: uint64 [n, 2]. payload: one uint8 array [bytes] per row. scale, cost: float32 [n].
     tokens: one int32 array per row. sources: the ids of the documents that made them.
     features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
+    flags: of rows that were sealed before, uint16 [n]; None: as the new segment is sealed.
     """
 
     keys: Keys
@@ -78,6 +80,7 @@ class Entries:
     sources: Sequence[str]
     features: NDArray[np.float16]
     created: NDArray[np.uint32] | None = None
+    flags: NDArray[np.uint16] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -93,9 +96,15 @@ class Gone:
         return self.rows
 
 
-def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
-    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass."""
-    digest = xxhash.xxh3_128(key.tobytes() + payload.nbytes.to_bytes(8, "little"))
+def checksum(key: Keys, payload: NDArray[np.uint8], *, strong: bool = False) -> bytes:
+    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass.
+
+    strong: against people, not only against damage: xxh3 takes a fifteenth of sha256's time, and can be forged.
+    """
+    head = key.tobytes() + payload.nbytes.to_bytes(8, "little")
+    if strong:
+        return hashlib.sha256(head + payload.tobytes()).digest()[:16]
+    digest = xxhash.xxh3_128(head)
     digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
     return digest.digest()
 
@@ -104,13 +113,20 @@ def checksum(key: Keys, payload: NDArray[np.uint8]) -> bytes:
 
 
 def seal(
-    folder: Folder, id: str, batches: Sequence[Entries], aliases: NDArray[Any], feature_width: int
+    folder: Folder,
+    id: str,
+    batches: Sequence[Entries],
+    aliases: NDArray[Any],
+    feature_width: int,
+    *,
+    strong: bool = False,
 ) -> SegmentFacts:
     """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
 
-    aliases: records of ALIAS. Any OSError leaves no file of this segment behind.
+    aliases: records of ALIAS. strong: checksums that hold against forgery, for a store that is signed.
+    Any OSError leaves no file of this segment behind.
     """
-    rows, source_bytes = _records(folder, batches)
+    rows, source_bytes = _records(folder, batches, strong)
     features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
     return write_segment(
         folder, id, rows, aliases, feature_width, _payload(batches), _variable(batches, source_bytes), features
@@ -131,15 +147,10 @@ def write_segment(
 
     rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give.
     """
-    header = np.zeros(1, HEADER)
-    header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
-    header["feature_width"] = feature_width
-    sizes = np.unique(rows["nbytes"])
-    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
     files: list[FileFacts] = []
     try:
         files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
-        files.append(write_file(folder, f"seg/{id}.row", [header.tobytes(), rows.tobytes()]))
+        files.append(write_file(folder, f"seg/{id}.row", [header_of(rows, feature_width), rows.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.var", variable))
         files.append(write_file(folder, f"seg/{id}.fp", features))
@@ -151,12 +162,22 @@ def write_segment(
     return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
 
 
-def aligned(size: int) -> int:
-    """The next multiple of `ALIGN`: bytes that a row takes in .seg."""
-    return -(-size // ALIGN) * ALIGN
+def header_of(rows: NDArray[Any], feature_width: int) -> bytes:
+    """The header of a .row file with these records."""
+    header = np.zeros(1, HEADER)
+    header["magic"], header["record"], header["rows"] = _MAGIC, ROW.itemsize, len(rows)
+    header["feature_width"] = feature_width
+    sizes = np.unique(rows["nbytes"])
+    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
+    return header.tobytes()
 
 
-def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], list[bytes]]:
+def aligned(size: Any) -> Any:
+    """Bytes that a row of this size takes up in .seg; for a number, or an array of them."""
+    return -(-size // ALIGN) * ALIGN if isinstance(size, int) else (size + (ALIGN - 1)) // ALIGN * ALIGN
+
+
+def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
     rows = np.zeros(sum(map(len, batches)), ROW)
     payload = [part for batch in batches for part in batch.payload]
     tokens = [part for batch in batches for part in batch.tokens]
@@ -176,8 +197,10 @@ def _records(folder: Folder, batches: Sequence[Entries]) -> tuple[NDArray[Any], 
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
+    flags = [np.full(len(one), STRONG * strong, np.uint16) if one.flags is None else one.flags for one in batches]
+    rows["flags"] = np.concatenate(flags) if flags else 0
     for row, part in zip(rows, payload, strict=True):
-        row["checksum"] = np.frombuffer(checksum(row["key"], part), np.uint8)
+        row["checksum"] = np.frombuffer(checksum(row["key"], part, strong=bool(row["flags"] & STRONG)), np.uint8)
     return rows, sources
 
 
@@ -245,6 +268,9 @@ class Segment:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
+        sizes = raw_rows["nbytes"].astype(np.uint64)
+        if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # rows on top of each other
+            raise SnapshotDamaged(f"{facts.file('row').name} has rows that do not fill {payload.name}")
         alive = _alive(folder, facts)
         return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data, alive=alive)
 
@@ -258,6 +284,15 @@ class Segment:
     def live(self) -> NDArray[np.int64]:
         """Numbers of the rows that were not evicted."""
         return np.arange(len(self.rows)) if self.alive is None else np.flatnonzero(self.alive)
+
+    def living(self) -> NDArray[np.bool_]:
+        """Which rows were not evicted; bool [rows]."""
+        return np.ones(len(self.rows), np.bool_) if self.alive is None else self.alive
+
+    @property
+    def strong(self) -> bool:
+        """Whether every row's checksum holds against forgery."""
+        return bool((self.rows["flags"] & STRONG).all())
 
     def _file(self, kind: str) -> NDArray[np.uint8]:
         if kind not in self._mapped:
@@ -280,23 +315,32 @@ class Segment:
         """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
         records = self.rows[rows]
         wanted = records["checksum"].tobytes()
-        keys, sizes = records["key"], records["nbytes"].tolist()
+        keys, sizes, strong = records["key"], records["nbytes"].tolist(), (records["flags"] & STRONG > 0).tolist()
         return np.array(
             [
-                part.nbytes == size and checksum(key, part) == wanted[16 * i : 16 * i + 16]
+                part.nbytes == size and checksum(key, part, strong=strong[i]) == wanted[16 * i : 16 * i + 16]
                 for i, (key, size, part) in enumerate(zip(keys, sizes, payload, strict=True))
             ],
             np.bool_,
         )
 
     def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of one row."""
-        record = self.rows[row]
-        start, nbytes = int(record["var"]), 4 * int(record["tokens"])
-        found = self._file("var")[start : start + nbytes]
-        if found.nbytes != nbytes:
-            raise SnapshotDamaged(f"{self.facts.file('var').name} ends before the token ids of row {row}")
-        return found.view("<i4")
+        """Token ids of one row. SnapshotDamaged when they are not where the row says."""
+        record, data = self.rows[row], self._file("var")
+        start = int(record["var"])
+        end = start + 4 * int(record["tokens"])
+        if end > data.nbytes:
+            raise SnapshotDamaged(f"row {row} has token ids beyond the end of {self.facts.file('var').name}")
+        return data[start:end].view("<i4")
+
+    def variable(self, row: int) -> bytes:
+        """Token ids and source id of one row, as they are stored. SnapshotDamaged when they are not there."""
+        record, data = self.rows[row], self._file("var")
+        start = int(record["var"])
+        end = start + 4 * int(record["tokens"]) + int(record["source"])
+        if end > data.nbytes:
+            raise SnapshotDamaged(f"row {row} ends beyond the end of {self.facts.file('var').name}")
+        return data[start:end].tobytes()
 
     def source(self, row: int) -> str:
         """Id of the document that made the row."""

@@ -126,7 +126,9 @@ def failing(target: Path) -> Iterator[None]:
         yield
     except (OSError, StoreFenced) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        code = cause.errno if isinstance(cause, OSError) else None
+        if not isinstance(cause, OSError):  # it may not be written to
+            raise
+        code = cause.errno
         reason = f"{target} was not written ({os.strerror(code or 0)}); everything is as it was"
         if code in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StoreFull(f"{reason}; free some space and try again") from error

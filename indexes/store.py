@@ -27,11 +27,14 @@ from llmcache.indexes.errors import (
     SnapshotDamaged,
     SnapshotNotFound,
     StoreFenced,
+    UntrustedSnapshot,
 )
 from llmcache.indexes.io import SUBFOLDERS, Folder, Reading, write_whole
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.segment import Segment
+from llmcache.indexes.signatures import signatures
+from llmcache.indexes.trust import Trust, check_asked, judged, latest
 from llmcache.indexes.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
@@ -47,9 +50,12 @@ class Store:
     Not for use by several threads at once, and not after a fork: open it in the worker.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, trust: Trust = "own", key: bytes | None = None) -> None:
+        """trust: "own", "signed" or "untrusted", as it was found. key: what commits are signed with."""
         self.folder = folder
         self.manifest = manifest
+        self.trust = trust
+        self._key = key
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
         self._banks: dict[tuple[str, str], Bank] = {}
@@ -59,12 +65,28 @@ class Store:
         self.not_stored = 0  # rows given up because the budget had no place for them
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, create: bool = False, reading: Reading = "auto") -> Store:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        reading: Reading = "auto",
+        trust: Trust = "auto",
+        key: bytes | None = None,
+        min_generation: int = 0,
+        allow_untrusted: bool = False,
+    ) -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
         reading: how activations are read, see `Folder`.
-        SnapshotNotFound, FormatTooNew or SnapshotDamaged when that is not possible.
+        trust: "own", the folder is this user's alone; "signed", its manifest is signed with `key`; "untrusted",
+            neither; "auto" looks for a signature where there is a key, and for the owner where there is none.
+        key: at least 32 bytes; commits are signed with it.
+        min_generation: refuse an older one, against a store that was put back to an earlier state.
+        allow_untrusted: open an untrusted store all the same. It is then only read, and only equal token ids match.
+        SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when that is not possible.
         """
+        check_asked(trust, key)
         where = Path(path)
         if where.exists() and not where.is_dir():
             raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
@@ -79,24 +101,36 @@ class Store:
         except OSError as error:
             raise _not_opened(where, error) from error
         try:
-            return cls.at(folder)
+            return cls.at(folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted)
         except BaseException:
             folder.close()
             raise
 
     @classmethod
-    def at(cls, folder: Folder) -> Store:
+    def at(
+        cls,
+        folder: Folder,
+        *,
+        trust: Trust = "auto",
+        key: bytes | None = None,
+        min_generation: int = 0,
+        allow_untrusted: bool = False,
+    ) -> Store:
         """The store in a folder that is open already, which the store then closes; a new one where it is empty."""
         try:
-            manifest, damaged = _newest(folder)
+            _prepared(folder)
+            level, manifest, damaged = judged(folder, trust, key, allow_untrusted=allow_untrusted)
+            _check_age(folder, manifest, min_generation)
+            store = cls(folder, manifest, level, key)
+            store._fenced = _read_only(store)
         except OSError as error:
             raise _not_opened(folder.path, error) from error
         if damaged:
             log.warning(
-                "%s: the newest %d manifests are damaged; opened generation %d. What was stored since is missing",
-                folder.path, len(damaged), manifest.generation,
+                "%s: the newest %d manifests are damaged%s; opened generation %d. What was stored since is missing",
+                folder.path, len(damaged), " or not signed" if level == "signed" else "", manifest.generation,
             )  # fmt: skip
-        return cls(folder, manifest)
+        return store
 
     def close(self) -> None:
         """Give the descriptors back. What was not committed is lost."""
@@ -116,7 +150,8 @@ class Store:
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            bank = self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice)
+            bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
+            self._banks[namespace, name] = bank
             # files that are gone may belong to a generation that is gone: a newer one names others
             if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
                 self.reload()
@@ -126,11 +161,13 @@ class Store:
         """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
 
         What was put and not committed is kept. Rows may have other numbers afterwards. ModelMismatch when a namespace
-        that is in use belongs to another model now; the store then stays where it is.
+        that is in use belongs to another model now, UntrustedSnapshot when nobody vouches any more for what was
+        vouched for at the opening; the store then stays where it is.
         """
         self._check()
         for round in range(_RELOADS):
-            manifest, _ = _newest(self.folder)
+            _prepared(self.folder)
+            _, manifest, _ = judged(self.folder, self.trust, self._key, allow_untrusted=self.trust == "untrusted")
             for namespace, name in self._banks:
                 self._check_same(namespace, name, manifest)
             opened = {place: self._moved(manifest, *place) for place in self._banks}
@@ -153,9 +190,11 @@ class Store:
         bank = self._banks[namespace, name].facts
         there = new.banks.get(name, bank) if new else bank
         shape, other = ((one.dtype, one.width, one.rank, one.feature_width) for one in (bank, there))
-        if (old and new and old.identity != new.identity) or shape != other:
+        remade = old and new and (old.identity, old.secret_check) != (new.identity, new.secret_check)
+        if remade or shape != other:
             raise ModelMismatch(
-                f"the namespace {namespace!r} of {self.folder.path} was made anew by another model; open it again"
+                f"the namespace {namespace!r} of {self.folder.path} was made anew by another model, or with another "
+                "secret; open it again"
             )
 
     # -- committing -----------------------------------------------------------------------------------------
@@ -165,15 +204,30 @@ class Store:
         """False once a write has failed: the store then only serves what it has."""
         return self._fenced is None
 
-    def declare(self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Record whose entries a namespace holds, and with which settings; a commit of its own."""
+    def declare(
+        self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any], secret_check: str = ""
+    ) -> None:
+        """Record whose entries a namespace holds, with which settings and secret; a commit of its own.
+
+        A namespace that is there keeps its secret_check: its keys were made with that secret.
+        """
 
         def change(base: Manifest) -> Manifest:
             old = base.namespaces.get(namespace)
-            banks = old.banks if old else {}
-            return replace(base, namespaces={**base.namespaces, namespace: NamespaceFacts(identity, config, banks)})
+            banks, check = (old.banks, old.secret_check) if old else ({}, secret_check)
+            new = NamespaceFacts(identity, config, banks, check)
+            return replace(base, namespaces={**base.namespaces, namespace: new})
 
         self._commit(change)
+
+    @property
+    def signs(self) -> bool:
+        """Whether commits are signed; rows then need checksums that cannot be forged."""
+        return self._key is not None
+
+    def latest(self) -> Manifest:
+        """The newest manifest of the folder now, at the level of trust that the store was opened with."""
+        return latest(self.folder, self._key if self.trust == "signed" else None)[0]
 
     def commit(self) -> Manifest:
         """Make everything that was put durable and visible to others. Returns the newest manifest.
@@ -225,9 +279,13 @@ class Store:
             if space and name in space.banks:
                 bank.forget(space.banks[name], gone)
 
+    def let_go(self) -> None:
+        """Give the open banks up, with what was put and not committed, and what they know of the use of their rows."""
+        self._banks = {}
+
     def _append(self, namespace: str, name: str, bank: Bank) -> None:
         try:
-            segment = bank.seal(uuid.uuid4().hex)
+            segment = replace(bank.seal(uuid.uuid4().hex), writer=self.writer)
         except OSError as error:
             raise self._fence(error) from error
 
@@ -260,8 +318,12 @@ class Store:
             facts = _bank_in(base, namespace, name, bank.facts)
             if facts.index == index:
                 return base
+            new = replace(facts, projection=projection, index=index)
+            if not eviction.index_stands(new):
+                replaced[:] = [projection.name, index.file.name]  # it has rows that were removed, or purged, meanwhile
+                return base
             replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
-            return base.with_bank(namespace, name, replace(facts, projection=projection, index=index))
+            return base.with_bank(namespace, name, new)
 
         self._commit(change)
         bank.facts = self.manifest.namespaces[namespace].banks[name]
@@ -276,7 +338,8 @@ class Store:
         if self._fenced:
             raise self._fenced
         try:
-            self.manifest = manifests.commit(self.folder, self.writer, change)
+            signed = self.trust == "signed"
+            self.manifest = manifests.commit(self.folder, self.writer, change, key=self._key, signed_base=signed)
         except StoreFenced as error:
             self._fenced = error
             raise
@@ -284,7 +347,10 @@ class Store:
             raise self._fence(error) from error
 
     def publish(self, change: Callable[[Manifest], Manifest]) -> Manifest:
-        """Commit a change (`manifests.commit`) as this store's writer; returns the newest manifest."""
+        """Commit a change (`manifests.commit`) as this store's writer; returns the newest manifest.
+
+        Open banks do not follow it.
+        """
         self._commit(change)
         return self.manifest
 
@@ -350,23 +416,29 @@ def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> Ban
     return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
 
 
-def _newest(folder: Folder) -> tuple[Manifest, list[int]]:
-    """The newest whole manifest, and the damaged ones above it; a folder that is no store yet is made one."""
+def _prepared(folder: Folder) -> None:
+    """A folder that is no store yet is made one; one that is must be of a format we read."""
     if "FORMAT" not in folder.names():
         found(folder)
     check_format(folder)
-    for _ in range(_RELOADS - 1):
-        listed = manifests.generations(folder)
-        try:
-            whole = manifests.newest(folder, listed) if listed else (Manifest(), [])
-        except SnapshotDamaged:
-            if manifests.generations(folder) == listed:
-                raise
-            continue
-        if not whole[1] or manifests.generations(folder) == listed:
-            return whole
-    listed = manifests.generations(folder)  # manifests that a listing shows may go before they are read
-    return manifests.newest(folder, listed) if listed else (Manifest(), [])
+
+
+def _check_age(folder: Folder, manifest: Manifest, least: int) -> None:
+    if manifest.generation < least:
+        raise UntrustedSnapshot(
+            f"{folder.path} is at generation {manifest.generation}, at least {least} was asked for: it was put back to "
+            "an earlier state, or is another store; get a newer copy"
+        )
+
+
+def _read_only(store: Store) -> StoreFenced | None:
+    """Why nothing may be written to a store that was just opened, if so."""
+    where = store.folder.path
+    if store.trust == "untrusted":
+        return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")
+    if store._key is None and store.manifest.generation in signatures(store.folder).values():
+        return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
+    return None
 
 
 def _not_opened(where: Path, error: OSError) -> LLMCacheError:
@@ -388,6 +460,7 @@ def _refuse_strangers(where: Path) -> None:
 
 def found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
+    folder.restrict()
     temporary = f"t-{uuid.uuid4().hex}"
     write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
     try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder, write_whole
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.segment import Segment
+from llmcache.indexes.segment import STRONG, Segment, checksum
 
 _CHUNK = 8 << 20
 
@@ -87,11 +87,16 @@ def _agree(records: NDArray[Any], data: NDArray[np.uint8], starts: list[int], en
     heads = np.zeros(len(records), [("key", "<u8", (2,)), ("nbytes", "<u8")])
     heads["key"], heads["nbytes"] = records["key"], records["nbytes"]
     raw, wanted, view = heads.tobytes(), records["checksum"].tobytes(), data.data
+    strong = (records["flags"] & STRONG > 0).tolist()
     good = np.zeros(len(records), np.bool_)
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        digest = xxhash.xxh3_128(raw[24 * i : 24 * i + 24])
-        digest.update(view[start:end])
-        good[i] = digest.digest() == wanted[16 * i : 16 * i + 16]
+        if strong[i]:
+            found = checksum(records["key"][i], data[start:end], strong=True)
+        else:
+            digest = xxhash.xxh3_128(raw[24 * i : 24 * i + 24])
+            digest.update(view[start:end])
+            found = digest.digest()
+        good[i] = found == wanted[16 * i : 16 * i + 16]
     return good
 
 

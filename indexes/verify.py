@@ -21,7 +21,7 @@ from llmcache.indexes.snapshot import banks
 from llmcache.indexes.store import check_format
 from llmcache.indexes.transfer import checked, files_of, living, row_chunks
 
-_OURS = re.compile(r"FORMAT|lock|m-\d{12}\.(json|sig)")
+_OURS = re.compile(r"FORMAT|lock|m-\d{12}(\.json|(-[0-9a-f]{32})?\.sig)")
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}.*")
 
 

@@ -16,13 +16,16 @@ from tqdm.auto import tqdm
 
 from llmcache.config import CacheConfig
 from llmcache.encoding import finished
-from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
+from llmcache.errors import ConfigError, FaissMissing, LLMCacheError, SnapshotDamaged, UntrustedSnapshot
 from llmcache.execution import Call, Execution, Progress, compute, nothing, token_embedding
 from llmcache.fingerprint import feature_width
 from llmcache.identity import Identity, identify, load, mismatch
 from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
+from llmcache.indexes.trust import Trust
 from llmcache.matching import Answers
+from llmcache.namespace import admit, checked_name, resolved_secret, secret_check
 from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
 from llmcache.statistics import Statistics, statistics
@@ -47,6 +50,7 @@ class LLMCache:
         identity: Identity,
         config: CacheConfig,
         namespace: str,
+        secret: bytes = b"",
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
@@ -56,7 +60,9 @@ class LLMCache:
         self._store = store
         store.budget = config.budget
         self._bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
-        self._execution = Execution(model, identity.digest, config, store, self._bank)
+        if store.trust != "own":
+            _check_width(self._bank.facts, fresh_bank(model, config))
+        self._execution = Execution(model, identity.digest, config, store, self._bank, secret)
         self._opened = True
 
     @classmethod
@@ -68,6 +74,13 @@ class LLMCache:
         config: CacheConfig | None = None,
         namespace: str = "default",
         tau: float | None = None,
+        secret: bytes | None = None,
+        secret_file: str | os.PathLike[str] | None = None,
+        trust: Trust = "auto",
+        key: bytes | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+        min_generation: int = 0,
+        allow_untrusted: bool = False,
     ) -> Self:
         """Open the store in this folder, or make one, for this model.
 
@@ -76,19 +89,41 @@ class LLMCache:
             this opening, except `fingerprint` and `dtype`, which cannot change.
         namespace: entries of different models live in different namespaces of one store.
         tau: for this opening, instead of the one in the settings.
-        ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had.
+        secret, secret_file: what goes into the keys of this namespace, at least 32 bytes, or the file that holds it.
+            Whoever has another one, or none, is refused.
+        trust, key, key_file, min_generation, allow_untrusted: who vouches for the store, see `Store.open`. What nobody
+            vouches for is only read, with the model given, and only equal token ids match.
+        ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had;
+        UntrustedSnapshot when nobody vouches for the store.
         """
         if importlib.util.find_spec("faiss") is None:
             raise FaissMissing
+        checked_name(namespace)
+        salt = resolved_secret(secret, secret_file)
+        if key is None and key_file is not None:
+            key = secret_from_file(key_file, "the key that signs a store")
         given = None if model is None else _loaded(model)  # first: a model that cannot be had leaves no store behind
-        store = Store.open(path, create=given is not None)
+        store = Store.open(
+            path,
+            create=given is not None and not allow_untrusted,
+            trust=trust,
+            key=key,
+            min_generation=min_generation,
+            allow_untrusted=allow_untrusted,
+        )
         try:
+            space = store.namespace(namespace)
+            if space is not None:  # before a model is loaded
+                admit(space, namespace, salt)
             loaded, identity = given or _loaded(_name(store, namespace))
-            settled = _settled(store, namespace, identity, config, loaded)
+            settled = _settled(store, namespace, identity, config, loaded, salt)
             if tau is not None:
                 settled = replace(settled, tau=tau)
+            if store.trust == "untrusted" and settled.tau is not None:
+                log.warning("%s is not trusted: near matches are off", store.folder.path)
+                settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
-            return cls(store, loaded, identity, settled, namespace)
+            return cls(store, loaded, identity, settled, namespace, salt)
         except BaseException:
             store.close()
             raise
@@ -270,6 +305,8 @@ def _loaded(model: SentenceTransformer | str | os.PathLike[str]) -> tuple[Senten
 
 def _name(store: Store, namespace: str) -> str:
     """Name or path of the model whose entries the namespace holds."""
+    if store.trust == "untrusted":
+        raise UntrustedSnapshot(f"{store.folder.path} is not trusted to say which model to load; give the model")
     space = store.namespace(namespace)
     if space is None:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
@@ -278,14 +315,20 @@ def _name(store: Store, namespace: str) -> str:
 
 
 def _settled(
-    store: Store, namespace: str, identity: Identity, config: CacheConfig | None, model: SentenceTransformer
+    store: Store,
+    namespace: str,
+    identity: Identity,
+    config: CacheConfig | None,
+    model: SentenceTransformer,
+    secret: bytes,
 ) -> CacheConfig:
     """The settings to use, once it is certain that the namespace is this model's."""
     if store.namespace(namespace) is None:
         check_inputs(model)
-        store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json())
+        store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)
     assert space is not None
+    admit(space, namespace, secret)  # another process may have made it at the same time, with another one
     stored = Identity.from_json(space.identity)
     if stored.digest != identity.digest:
         raise mismatch(stored, identity)
@@ -299,6 +342,14 @@ def _settled(
                 f"{getattr(config, name)!r}; keep the first, or start a fresh namespace"
             )
     return config
+
+
+def _check_width(stored: BankFacts, fresh: BankFacts) -> None:
+    if (stored.width, stored.rank, stored.feature_width) != (fresh.width, fresh.rank, fresh.feature_width):
+        raise SnapshotDamaged(
+            f"the store says that this model gives vectors of {stored.width} numbers from {stored.feature_width} "
+            f"features, it gives {fresh.width} from {fresh.feature_width}; do not use this store"
+        )
 
 
 def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:

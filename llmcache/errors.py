@@ -14,6 +14,7 @@ from llmcache.indexes.errors import (
     SnapshotNotFound,
     StoreFenced,
     StoreFull,
+    UntrustedSnapshot,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "SnapshotNotFound",
     "StoreFenced",
     "StoreFull",
+    "UntrustedSnapshot",
 ]

@@ -19,7 +19,7 @@ from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.segment import Keys
 from llmcache.indexes.store import Store
-from llmcache.keys import key_seed, text_keys, token_keys
+from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.statistics import Counters
 from llmcache.tokens import TokenRows, batch, tokenise
@@ -90,10 +90,16 @@ class Execution:
     """Answers calls from one bank and one model, and counts how."""
 
     def __init__(
-        self, model: SentenceTransformer, digest: bytes, config: CacheConfig, store: Store, bank: Bank
+        self,
+        model: SentenceTransformer,
+        digest: bytes,
+        config: CacheConfig,
+        store: Store,
+        bank: Bank,
+        secret: bytes = b"",
     ) -> None:
-        """digest: of the model's identity; it goes into every key."""
-        self._model, self._digest, self._config = model, digest, config
+        """digest: of the model's identity; secret: of the namespace, b"" for none. Both go into every key."""
+        self._model, self._digest, self._config, self._secret = model, digest, config, secret
         self._store, self._bank = store, bank
         self._embedding = token_embedding(model)
         # a segment is evicted whole, so it should be small beside the budget
@@ -105,7 +111,7 @@ class Execution:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = Answers.empty(len(call.texts), self._bank.facts.width)
-        keys = text_keys(key_seed(self._digest, "text", call.role, call.prompt), call.texts).view(np.uint64)
+        keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rest = self._exact(answers, distinct, self._bank.find_text(keys[distinct]))
         self.counters.exact_text += len(distinct) - len(rest)
@@ -119,6 +125,10 @@ class Execution:
         self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
 
+    def _seed(self, kind: str, call: Call) -> Seed:
+        """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
+        return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
+
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
         found = rows >= 0
@@ -128,7 +138,7 @@ class Execution:
     def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
         tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
-        keys = token_keys(key_seed(self._digest, "tokens", call.role, call.prompt), tokens.key_bytes()).view(np.uint64)
+        keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]

@@ -15,6 +15,7 @@ from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.store import Store
 from llmcache.keys import key_seed, text_keys
 from llmcache.matching import first_occurrences
+from llmcache.namespace import admit, checked_name
 from llmcache.pipeline import Result
 from llmcache.prompts import resolve
 
@@ -63,13 +64,18 @@ class Forecast:
 
 
 def forecast(
-    documents: Iterable[Document], bank: Bank | None, digest: bytes, role: str | None, prompt: str | None
+    documents: Iterable[Document],
+    bank: Bank | None,
+    digest: bytes,
+    role: str | None,
+    prompt: str | None,
+    secret: bytes = b"",
 ) -> Forecast:
     """Count a corpus against a bank, by text; nothing is tokenised, computed or written.
 
     A text that is not known may still hit by its tokens, so `known` is a lower bound. Memory: 16 bytes a document.
     """
-    seed = key_seed(digest, "text", role, prompt)
+    seed = key_seed(digest, "text", role, prompt, secret)
     stream = iter(documents)
     blocks = [np.zeros((0, 2), np.uint64)]
     while texts := [document.text for document in islice(stream, _BLOCK)]:
@@ -80,12 +86,16 @@ def forecast(
     return Forecast(len(keys), len(distinct), known)
 
 
-def forecast_against(store: Store | None, namespace: str, role: str | None, documents: Iterable[Document]) -> Forecast:
+def forecast_against(
+    store: Store | None, namespace: str, role: str | None, documents: Iterable[Document], secret: bytes = b""
+) -> Forecast:
     """`forecast` against the output bank of a store; without a store, or without the namespace, nothing is known."""
-    space = store.namespace(namespace) if store else None
+    space = store.namespace(checked_name(namespace)) if store else None
+    if space is not None:
+        admit(space, namespace, secret)
     if store is None or space is None or "output" not in space.banks:
         return forecast(documents, None, b"", role, None)
     identity = Identity.from_json(space.identity)
     prompt = resolve(dict(identity.prompts), identity.default_prompt_name, role=role)
     bank = store.bank(namespace, "output", lambda: space.banks["output"], NearChoice())
-    return forecast(documents, bank, identity.digest, role, prompt)
+    return forecast(documents, bank, identity.digest, role, prompt, secret)

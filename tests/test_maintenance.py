@@ -503,11 +503,11 @@ def test_files_that_were_collected_before_they_were_published_are_written_again(
         with monkeypatch.context() as patch:
             real = manifests.commit
 
-            def late(*arguments: Any) -> Any:
+            def late(*arguments: Any, **asked: Any) -> Any:
                 clock.now = time.time() + 7200
                 with opened(path) as rival:
                     gc(rival)
-                return real(*arguments)
+                return real(*arguments, **asked)
 
             patch.setattr(manifests, "commit", late)
             with pytest.raises(LLMCacheError, match="commit again"):

@@ -322,6 +322,10 @@ def test_a_missing_field_is_refused_wherever_it_is_missing() -> None:
     taken = 0
     for at, original in enumerate(every_mapping(plain())):
         for field in set(original) - (free if "size" not in original else {""}):
+            if field in {"secret_check", "dead", "alive"} or (
+                field == "writer" and "aliases" in original
+            ):  # older stores lack these
+                continue
             document = plain()
             del list(every_mapping(document))[at][field]
             refused(signed(json.dumps(document).encode()))

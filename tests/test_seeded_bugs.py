@@ -179,7 +179,7 @@ def no_fsync_of_the_folder_before_publish(patch: Patch) -> None:
 def _publish(folder: Folder, new: Manifest, base: Manifest, generation: int) -> bool:
     new = replace(new, generation=generation, parent=base.generation, writer="w" * 32)
     temporary = f"t-{'w' * 32}-{generation}"
-    return manifests._publish(folder, temporary, manifests.to_bytes(new), generation_name(generation))
+    return manifests._publish(folder, temporary, manifests.to_bytes(new), generation, None)
 
 
 def stale_base(patch: Patch) -> None:
@@ -194,7 +194,7 @@ def stale_base(patch: Patch) -> None:
 
 
 def base_and_number_from_two_listings(patch: Patch) -> None:
-    def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+    def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest], **asked: Any) -> Manifest:
         while True:
             listed = generations(folder)
             base = newest(folder, listed)[0] if listed else Manifest()
@@ -218,10 +218,10 @@ def publish_by_overwriting(patch: Patch) -> None:
 def rewrite_of_a_published_file(patch: Patch) -> None:
     real = manifests.commit
 
-    def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+    def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest], **asked: Any) -> Manifest:
         listed = generations(folder)
         if not listed:
-            return real(folder, writer, change)
+            return real(folder, writer, change, **asked)
         base, _ = newest(folder, listed)
         new = replace(change(base), created=folder.now())
         assert isinstance(folder, MemoryFolder)

@@ -30,6 +30,7 @@ from llmcache.indexes.errors import (
     SnapshotDamaged,
     SnapshotNotFound,
     StoreFull,
+    UntrustedSnapshot,
 )
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, generation_name
@@ -218,19 +219,29 @@ def test_a_copied_snapshot_opens_and_loads(store: Path, tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         if (tmp_path / "snap" / name).is_file():
             path.write_bytes((tmp_path / "snap" / name).read_bytes())
-            path.chmod(0o664)
+            path.chmod(0o644)
     for copied in ("copied", "synced"):
         assert contents(tmp_path / copied) == expected(range(60))
         snapshot.load(tmp_path / copied, tmp_path / f"{copied} store")
         assert contents(tmp_path / f"{copied} store") == expected(range(60))
 
 
-def test_files_that_others_may_write_are_copied_rather_than_linked(store: Path, tmp_path: Path) -> None:
+def test_files_that_others_may_write_are_never_linked_and_a_store_of_them_is_refused(
+    store: Path, tmp_path: Path
+) -> None:
     for file in files_of(store, "seg"):
         file.chmod(0o666)
-    saved = snapshot.save(store, tmp_path / "snap")
-    assert saved.linked == saved.bytes - sum(file.stat().st_size for file in files_of(store, "seg"))
-    assert contents(tmp_path / "snap") == expected(range(60))
+    with closing(Folder(store)) as source, closing(Folder(tmp_path / "other", create=True)) as target:
+        for file in files_of(store, "seg"):
+            name = f"seg/{file.name}"
+            assert not target.link_from(source, name, name)
+    for work in (snapshot.save, snapshot.load):
+        with pytest.raises(UntrustedSnapshot, match="may be written by other users"):
+            work(store, tmp_path / "snap")
+    with pytest.raises(UntrustedSnapshot, match="may be written by other users"):
+        snapshot.repair(store)
+    assert not (tmp_path / "snap").exists()
+    assert snapshot.verify(store).whole
 
 
 def test_a_snapshot_stays_as_it_is_while_its_store_goes_on(store: Path, tmp_path: Path) -> None:

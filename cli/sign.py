@@ -1,0 +1,33 @@
+"""`llmcache sign`: vouch for a store that was written without a key."""
+
+from __future__ import annotations
+
+from llmcache.cli import options, printing
+from llmcache.errors import ConfigError
+from llmcache.indexes.signing import sign as signed
+from llmcache.indexes.store import Store
+
+
+def sign(
+    store: options.StoreArgument,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Sign a store of your own, whole: segments that were written without a key are written anew.
+
+    From then on everybody who stores something in it needs the key.
+    """
+    key = options.signing_key(key_file, key_variable)
+    if key is None:
+        raise ConfigError("a store is signed with a key: give --key-file or --key-variable")
+    opened = Store.open(store, trust="own", key=key)
+    try:
+        found = signed(opened, dry_run=dry_run)
+    finally:
+        opened.close()
+    if json:
+        printing.as_json({**found.as_dict(), "dry_run": dry_run})
+        return
+    printing.facts([("segments written anew", found.segments), ("damaged entries", found.damaged)])
