@@ -157,14 +157,12 @@ class Bank:
         return Reading(table if self.facts.rank == 1 else states, intact)
 
     def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not good.any():
+            return np.zeros((0, self.facts.width), np.float32)
         if isinstance(payload, np.ndarray):
             block = payload if good.all() else payload[good]
         else:
-            block = (
-                np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
-                if good.any()
-                else np.zeros((0, 0), np.uint8)
-            )
+            block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
         return codec.decode(block, scale[good], self.facts.dtype)
 
     def _report(self, rows: Rows) -> None:
@@ -303,7 +301,8 @@ def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
     """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
     unit = facts.width * codec.DTYPES[facts.dtype]
     sizes = segment.rows["nbytes"]
-    if segment.feature_width != facts.feature_width or ((sizes != unit) if facts.rank == 1 else (sizes % unit)).any():
+    odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())
+    if odd or segment.feature_width != facts.feature_width:
         raise SnapshotDamaged("its rows are not as long as those of its bank")
     if trust == "signed" and not segment.strong:
         raise SnapshotDamaged(

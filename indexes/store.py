@@ -252,7 +252,11 @@ class Store:
     def counters(self, *, without: str = "") -> dict[str, float]:
         """The counters of all writers but one, added up; whatever cannot be read is left out."""
         total: dict[str, float] = {}
-        for name in self.folder.names("stat"):
+        try:
+            names = self.folder.names("stat")
+        except OSError:  # something else than a folder
+            return total
+        for name in names:
             if not name.endswith(".json") or name == f"{without}.json":
                 continue
             try:
