@@ -451,7 +451,8 @@ def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
     """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
     unit = facts.width * codec.DTYPES[facts.dtype]
     sizes = segment.rows["nbytes"]
-    if segment.feature_width != facts.feature_width or ((sizes != unit) if facts.rank == 1 else (sizes % unit)).any():
+    odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())
+    if odd or segment.feature_width != facts.feature_width:
         raise SnapshotDamaged("its rows are not as long as those of its bank")
     if trust == "signed" and not segment.strong:
         raise SnapshotDamaged(

@@ -187,6 +187,8 @@ class Folder:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise SnapshotDamaged(f"{name} is a symbolic link; a store holds plain files only") from None
+            if error.errno == errno.ENXIO:
+                raise SnapshotDamaged(f"{name} is a socket or a device; a store holds plain files only") from None
             raise
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):

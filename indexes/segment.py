@@ -343,10 +343,8 @@ class Segment:
         return data[start:end].tobytes()
 
     def source(self, row: int) -> str:
-        """Id of the document that made the row."""
-        record = self.rows[row]
-        start = int(record["var"]) + 4 * int(record["tokens"])
-        return bytes(self._file("var")[start : start + int(record["source"])]).decode("utf-8", "replace")
+        """Id of the document that made the row. SnapshotDamaged when it is not where the row says."""
+        return self.variable(row)[4 * int(self.rows[row]["tokens"]) :].decode("utf-8", "replace")
 
     def features(self) -> NDArray[np.float16]:
         """float16 [rows, feature width], a view of the file."""

@@ -304,7 +304,11 @@ def test_bench_compares_fingerprints_by_the_labels_of_neighbours(
     assert {row["agreement"] for row in rows} == {1.0}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"], ["purge", "S", "--key", "0" * 32]],
+    ids=" ".join,
+)
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     llmcache: Command, corpus: Path, store: Path, model_path: str, arguments: list[str]
 ) -> None:

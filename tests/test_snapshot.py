@@ -231,10 +231,11 @@ def test_a_copied_snapshot_opens_and_loads(store: Path, tmp_path: Path) -> None:
 def test_files_that_others_may_write_are_never_linked_and_a_store_of_them_is_refused(
     store: Path, tmp_path: Path
 ) -> None:
-    for file in files_of(store, "seg"):
+    files = files_of(store, "seg")
+    for file in files:
         file.chmod(0o666)
     with closing(Folder(store)) as source, closing(Folder(tmp_path / "other", create=True)) as target:
-        for file in files_of(store, "seg"):
+        for file in files:
             name = f"seg/{file.name}"
             assert not target.link_from(source, name, name)
     for work in (snapshot.save, snapshot.load):
