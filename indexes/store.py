@@ -153,8 +153,11 @@ class Store:
             bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
             self._banks[namespace, name] = bank
             # files that are gone may belong to a generation that is gone: a newer one names others
-            if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
-                self.reload()
+            try:
+                if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
+                    self.reload()
+            except OSError as error:
+                log.info("a newer generation was not looked for: %s", error)
         return self._banks[namespace, name]
 
     def reload(self) -> Manifest:
