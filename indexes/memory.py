@@ -20,6 +20,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -27,8 +28,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder, placed
+from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder, Sealed, placed
 
 CHANGES = frozenset({"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "link", "replace", "remove"})
 """Calls that change a disk; the others only look."""
@@ -100,7 +101,7 @@ class MemoryFolder(Folder):
         self.before: Callable[[int, str], object] | None = None  # called before each call, with its number and name
         self._root = _Part()
         self._files: dict[int, _File] = {}  # by descriptor
-        self._dead = False
+        self._dead = self._locked = False
         if create:
             self.make()
 
@@ -181,6 +182,32 @@ class MemoryFolder(Folder):
             raise SnapshotDamaged(f"{name} has {len(data):,} bytes where the manifest says {size:,}")
         return np.frombuffer(data, np.uint8)
 
+    def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
+        """Every file is as old as the folder's clock says, so nothing here outlives a grace."""
+        return {name: (self.size(f"{sub}/{name}" if sub else name), self.time) for name in self._files_in(sub)}
+
+    def _files_in(self, sub: str) -> list[str]:
+        names = self.names(sub)
+        return [name for name in names if isinstance(self._part(sub).names.get(name), _File)]
+
+    def age(self, name: str) -> float:
+        self.size(name)
+        return 0.0
+
+    def open(self, name: str) -> tuple[int, int]:
+        self._step("open", name)
+        file = self._file(name)
+        return self._opened(file), len(file.data)
+
+    def read_at(self, descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
+        self._step("read_at", "")
+        part = bytes(self._files[descriptor].data[offset : offset + len(buffer)])
+        buffer[: len(part)] = np.frombuffer(part, np.uint8)
+        return len(part)
+
+    def sealed(self, name: str, size: int) -> Sealed:
+        return Sealed(size, mapped=self.map(name, size))
+
     # -- changing -----------------------------------------------------------------------------------------
 
     def create(self, name: str) -> int:
@@ -256,7 +283,35 @@ class MemoryFolder(Folder):
         if isinstance(part.names.get(leaf), _File):
             part.change({leaf: None})
 
+    def link_from(self, source: Folder, name: str, new: str) -> bool:
+        """A folder in memory shares no files with another one: what is asked for has to be copied."""
+        return False
+
+    def set_aside(self, name: str) -> str:
+        if QUARANTINE not in self._root.names:
+            self._step("mkdir", QUARANTINE)
+            self._root.change({QUARANTINE: _Part()})
+        leaf = name.rpartition("/")[2]
+        taken = set(self._part(QUARANTINE).names)
+        free = next(one for n in range(len(taken) + 1) if (one := f"{leaf}.{n}" if n else leaf) not in taken)
+        self.replace(name, f"{QUARANTINE}/{free}")
+        return f"{QUARANTINE}/{free}"
+
+    def move_to(self, target: Path) -> None:
+        self.path = target
+
     # -- the rest of the world ----------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self, name: str = "lock") -> Iterator[None]:
+        """One process at a time is all there is here; a second holder would be the same process."""
+        if self._locked:
+            raise Busy(f"{self.path} is being maintained by process {self.process}; try again when it is done")
+        self._locked = True
+        try:
+            yield
+        finally:
+            self._locked = False
 
     def now(self) -> float:
         return self.time

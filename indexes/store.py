@@ -118,9 +118,15 @@ class Store:
             facts = space.banks.get(name) if space else None
             bank = self._banks[namespace, name] = Bank(self.folder, facts or fresh(), choice)
             # files that are gone may belong to a generation that is gone: a newer one names others
-            if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
+            if bank.lost and self._outdated():
                 self.reload()
         return self._banks[namespace, name]
+
+    def _outdated(self) -> bool:
+        try:
+            return manifests.generations(self.folder)[:1] > [self.manifest.generation]
+        except OSError:  # a disk that cannot be listed has nothing newer to offer
+            return False
 
     def reload(self) -> Manifest:
         """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
