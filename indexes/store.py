@@ -56,13 +56,16 @@ class Store:
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
+        self.keeps_uses = True
         self.not_stored = 0  # rows given up because the budget had no place for them
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, create: bool = False, reading: Reading = "auto") -> Store:
+    def open(
+        cls, path: str | os.PathLike[str], *, create: bool = False, reading: Reading = "auto", uses: bool = True
+    ) -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
-        reading: how activations are read, see `Folder`.
+        reading: how activations are read, see `Folder`. uses: keep beside the store how often rows were read.
         SnapshotNotFound, FormatTooNew or SnapshotDamaged when that is not possible.
         """
         where = Path(path)
@@ -79,10 +82,12 @@ class Store:
         except OSError as error:
             raise _not_opened(where, error) from error
         try:
-            return cls.at(folder)
+            store = cls.at(folder)
         except BaseException:
             folder.close()
             raise
+        store.keeps_uses = uses
+        return store
 
     @classmethod
     def at(cls, folder: Folder) -> Store:
@@ -247,8 +252,9 @@ class Store:
         self._commit(change)
         try:
             bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
-        except OSError as error:  # committed all the same, but it cannot be opened: this writer goes no further
-            raise self._fence(error) from error
+        except (SnapshotDamaged, OSError) as error:
+            # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
+            log.warning("what was just committed cannot be opened: %s", error)
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:
@@ -338,6 +344,8 @@ class Store:
 
     def write_uses(self) -> None:
         """Keep how often and when the open banks' rows were read beside the store. Advisory, like the counters."""
+        if not self.keeps_uses:
+            return
         records = np.concatenate([np.zeros(0, USE), *(bank.use_records() for bank in self._banks.values())])
         if not len(records):
             return
