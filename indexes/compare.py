@@ -33,7 +33,7 @@ class Difference:
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
     """How two stores differ, per namespace and bank; a bank that one of them lacks counts as empty."""
-    with closing(Store.open(a)) as one, closing(Store.open(b)) as other:
+    with closing(Store.open(a, uses=False)) as one, closing(Store.open(b, uses=False)) as other:
         places = sorted({*banks(one.manifest), *banks(other.manifest)})
         return [_difference(place, one, other) for place in places]
 

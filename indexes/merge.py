@@ -92,8 +92,8 @@ def merge(
     if not (where / "FORMAT").exists():
         check_free(where)
     with failing(where), ExitStack() as stack:
-        base = stack.enter_context(closing(Store.open(where))) if (where / "FORMAT").exists() else None
-        stores = [stack.enter_context(closing(Store.open(path))) for path in sources]
+        base = stack.enter_context(closing(Store.open(where, uses=False))) if (where / "FORMAT").exists() else None
+        stores = [stack.enter_context(closing(Store.open(path, uses=False))) for path in sources]
         _check_same([*([base] if base else []), *stores])
         plans = [_plan(place, base, stores) for place in _places(stores)]
         if dry_run:

@@ -59,7 +59,7 @@ def _transfer(
     path: str | os.PathLike[str], target: str | os.PathLike[str], *, copy: bool, check: bool, dry_run: bool
 ) -> Snapshot:
     check_free(Path(target))
-    with closing(Store.open(path)) as store:
+    with closing(Store.open(path, uses=False)) as store:
         for round in range(_ROUNDS):
             try:
                 linked = 0 if dry_run else _made(store, Path(target), link=not copy, check=check)

@@ -62,6 +62,7 @@ class Store:
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
+        self.keeps_uses = True
         self.not_stored = 0  # rows given up because the budget had no place for them
 
     @classmethod
@@ -71,6 +72,7 @@ class Store:
         *,
         create: bool = False,
         reading: Reading = "auto",
+        uses: bool = True,
         trust: Trust = "auto",
         key: bytes | None = None,
         min_generation: int = 0,
@@ -78,7 +80,7 @@ class Store:
     ) -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
-        reading: how activations are read, see `Folder`.
+        reading: how activations are read, see `Folder`. uses: keep beside the store how often rows were read.
         trust: "own", the folder is this user's alone; "signed", its manifest is signed with `key`; "untrusted",
             neither; "auto" looks for a signature where there is a key, and for the owner where there is none.
         key: at least 32 bytes; commits are signed with it.
@@ -101,10 +103,14 @@ class Store:
         except OSError as error:
             raise _not_opened(where, error) from error
         try:
-            return cls.at(folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted)
+            store = cls.at(
+                folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted
+            )
         except BaseException:
             folder.close()
             raise
+        store.keeps_uses = uses
+        return store
 
     @classmethod
     def at(
@@ -153,12 +159,15 @@ class Store:
             bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
             self._banks[namespace, name] = bank
             # files that are gone may belong to a generation that is gone: a newer one names others
-            try:
-                if bank.lost and manifests.generations(self.folder)[:1] > [self.manifest.generation]:
-                    self.reload()
-            except OSError as error:
-                log.info("a newer generation was not looked for: %s", error)
+            if bank.lost and self._outdated():
+                self.reload()
         return self._banks[namespace, name]
+
+    def _outdated(self) -> bool:
+        try:
+            return manifests.generations(self.folder)[:1] > [self.manifest.generation]
+        except OSError:  # a disk that cannot be listed has nothing newer to offer
+            return False
 
     def reload(self) -> Manifest:
         """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
@@ -302,8 +311,9 @@ class Store:
         self._commit(change)
         try:
             bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
-        except OSError as error:  # committed all the same, but it cannot be opened: this writer goes no further
-            raise self._fence(error) from error
+        except (SnapshotDamaged, OSError) as error:
+            # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
+            log.warning("what was just committed cannot be opened: %s", error)
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:
@@ -401,6 +411,8 @@ class Store:
 
     def write_uses(self) -> None:
         """Keep how often and when the open banks' rows were read beside the store. Advisory, like the counters."""
+        if not self.keeps_uses:
+            return
         records = np.concatenate([np.zeros(0, USE), *(bank.use_records() for bank in self._banks.values())])
         if not len(records):
             return

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
+from llmcache import CacheConfig, LLMCache
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ModelMismatch
@@ -285,3 +287,31 @@ def test_many_readers_see_whole_generations_while_many_writers_commit(path: Path
     late = Store.open(path)
     assert held(late, everything) == set(everything)
     late.close()
+
+
+# -- through a cache ----------------------------------------------------------------------------------------
+
+
+def test_a_cache_answers_what_another_computed_after_a_reload(model: SentenceTransformer, path: Path) -> None:
+    with LLMCache.open(path, model, config=CacheConfig(reading="pread")) as one, LLMCache.open(path, model) as other:
+        assert not one._store.folder.maps
+        one.encode(["first"])
+        theirs = other.encode(["second", "third"])
+        other.commit()
+        one.reload()
+        found = list(one.run(["first", "second", "third"]))
+        assert [result.tier for result in found] == ["exact"] * 3
+        assert np.stack([result.output for result in found[1:]]).tobytes() == theirs.tobytes()
+        assert len(one) == 3
+
+
+def test_a_reload_in_the_middle_of_a_run_leaves_its_sources_right(model: SentenceTransformer, path: Path) -> None:
+    with LLMCache.open(path, model) as one, LLMCache.open(path, model) as other:
+        list(other.run([{"id": "x", "text": "from elsewhere"}, {"id": "y", "text": "and more"}]))
+        other.commit()
+        list(one.run([{"id": f"d{i}", "text": f"text {i}"} for i in range(4)]))  # not committed yet
+        run = one.run([{"id": f"e{i}", "text": f"text {i}"} for i in range(4)])
+        first = next(run)
+        one.reload()
+        assert [result.source for result in [first, *run]] == ["d0", "d1", "d2", "d3"]
+        assert [result.source for result in one.run(["text 2", "and more"])] == ["d2", "y"]
