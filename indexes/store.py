@@ -150,8 +150,8 @@ class Store:
         self._commit(change)
         try:
             bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
-        except OSError as error:  # committed all the same, but it cannot be opened: this writer goes no further
-            raise self._fence(error) from error
+        except OSError as error:  # committed all the same; the next commit writes these rows once more
+            log.warning("what was just committed cannot be opened and is served from memory: %s", error)
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:

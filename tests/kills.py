@@ -7,6 +7,7 @@ What is expected is written to files outside the store, a line before each commi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -307,8 +308,6 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
 
 
 def main(kind: str, where: str, *arguments: str) -> None:
-    import logging
-
     logging.disable(logging.CRITICAL)
     if kind == "each":
         tally = _each(Path(where), arguments[0])
