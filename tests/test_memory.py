@@ -117,7 +117,7 @@ def test_what_a_failed_sync_did_not_keep_no_later_sync_keeps() -> None:
 # -- errors that these folders found ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["names", "read", "map"])
+@pytest.mark.parametrize("call", ["names", "read"])
 def test_a_commit_that_cannot_read_the_store_fences_its_writer_and_is_no_system_error(call: str) -> None:
     memory, ledger = start(PUT)
     store = open_in(MemoryDisk(memory), [])
@@ -133,6 +133,25 @@ def test_a_commit_that_cannot_read_the_store_fences_its_writer_and_is_no_system_
     memory.before = None
     assert not store.writable
     check(store, Ledger(set(range(60)), ledger.acknowledged), range(60))
+    check(open_in(MemoryDisk(memory), []), ledger, range(60))
+
+
+def test_rows_that_cannot_be_opened_just_after_their_commit_are_committed_and_served_from_memory() -> None:
+    memory, ledger = start(PUT)
+    store = open_in(MemoryDisk(memory), [])
+    check(store, ledger, range(60))
+
+    def break_once(number: int, name: str) -> None:
+        if name == "map":
+            memory.fault, memory.before = Fault(number, errno.EMFILE), None
+
+    memory.before = break_once
+    commit(store, ledger, range(30, 33))
+    assert memory.before is None
+    assert store.writable
+    check(store, ledger, range(60))
+    check(open_in(MemoryDisk(memory.killed()), []), ledger, range(60))
+    commit(store, ledger, [33])
     check(open_in(MemoryDisk(memory), []), ledger, range(60))
 
 

@@ -184,6 +184,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _entries_of(self, segment: str) -> set[int]:
         """Numbers whose keys are in this segment's records."""
+        if f"{segment}.row" not in self.memory.names("seg"):  # left by a crash before its manifest
+            return set()
         records = self.memory.read(f"seg/{segment}.row", 1 << 20)
         return {number for number in self.universe if key_of(number, "tokens", IDENTITY) in records}
 
