@@ -290,7 +290,11 @@ def test_bench_prints_ratios_beside_the_difference(llmcache: Command, tmp_path: 
     assert llmcache("bench", "index", "--kinds", "flat,hnsw", "--count", "2000").code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"], ["snapshot", "verify", "S"], ["repair", "S"]],
+    ids=" ".join,
+)
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     llmcache: Command, corpus: Path, store: Path, model_path: str, arguments: list[str]
 ) -> None:
