@@ -103,9 +103,7 @@ class Store:
         except OSError as error:
             raise _not_opened(where, error) from error
         try:
-            store = cls.at(
-                folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted
-            )
+            store = cls.at(folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted)
         except BaseException:
             folder.close()
             raise

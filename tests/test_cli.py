@@ -306,7 +306,8 @@ def test_bench_compares_fingerprints_by_the_labels_of_neighbours(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"], ["purge", "S", "--key", "0" * 32]],
+    [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"], ["purge", "S", "--key", "0" * 32],
+     ["snapshot", "verify", "S"], ["repair", "S"]],
     ids=" ".join,
 )
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
