@@ -422,3 +422,25 @@ def test_statistics_add_up(model: SentenceTransformer, store: Path) -> None:
         assert cache.stats().lifetime["documents"] == 6
         assert cache.stats().banks[0].entries == 3
         assert isinstance(next(cache.run(["one"])), Result)
+
+
+def test_a_cache_with_a_budget_stays_within_it_and_answers_as_without(
+    store: Path, model: SentenceTransformer, queries: list[str]
+) -> None:
+    most = 1 << 20
+    texts = queries[:500]
+    with LLMCache.open(store, model, config=CacheConfig(max_bytes=most, policy="decay")) as cache:
+        for start in range(0, 500, 100):
+            cache.encode(texts[start : start + 100])
+            cache.commit()
+            assert sum(one.stat().st_size for one in store.rglob("*") if one.is_file()) <= most
+        assert 0 < len(cache) < 500
+        assert cache.stats().counters.not_stored == 0
+        asked = texts[:20] + texts[-20:]
+        np.testing.assert_allclose(cache.encode(asked), model.encode(asked), atol=1e-5)
+
+
+def test_a_budget_or_policy_that_cannot_be_is_refused() -> None:
+    for wrong in ({"max_bytes": 1000}, {"max_bytes": 1e9}, {"max_bytes": True}, {"policy": "fifo"}):
+        with pytest.raises(ConfigError):
+            CacheConfig(**wrong)

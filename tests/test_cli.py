@@ -351,7 +351,7 @@ def test_ctrl_c_keeps_what_was_computed_and_the_next_run_goes_on(
     assert "Traceback" not in err
     kept = json.loads(llmcache("stats", store, "--json").out)["banks"][0]["entries"]
     assert 0 < kept < 30_000
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[: kept // 2]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept // 2]))
     done = json.loads(llmcache("build", path, "-m", model_path, "-s", store, "--json").out)
     assert done["documents"] == kept // 2
 
