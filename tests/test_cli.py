@@ -306,8 +306,15 @@ def test_bench_compares_fingerprints_by_the_labels_of_neighbours(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["stats", "S"], ["inspect", "S"], ["--version"], ["purge", "S", "--key", "0" * 32],
-     ["snapshot", "verify", "S"], ["repair", "S"]],
+    [
+        ["--help"],
+        ["stats", "S"],
+        ["inspect", "S"],
+        ["--version"],
+        ["purge", "S", "--key", "0" * 32],
+        ["snapshot", "verify", "S"],
+        ["repair", "S"],
+    ],
     ids=" ".join,
 )
 def test_looking_at_a_store_imports_neither_torch_nor_transformers(
@@ -351,7 +358,7 @@ def test_ctrl_c_keeps_what_was_computed_and_the_next_run_goes_on(
     assert "Traceback" not in err
     kept = json.loads(llmcache("stats", store, "--json").out)["banks"][0]["entries"]
     assert 0 < kept < 30_000
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept // 2]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: kept // 2]))
     done = json.loads(llmcache("build", path, "-m", model_path, "-s", store, "--json").out)
     assert done["documents"] == kept // 2
 

@@ -214,9 +214,7 @@ def set_epsilon(model: SentenceTransformer) -> None:
         ("config", set_epsilon),
     ],
 )
-def test_a_change_is_named_and_nothing_else(
-    model_path: str, identity: Identity, field: str, change: Change
-) -> None:
+def test_a_change_is_named_and_nothing_else(model_path: str, identity: Identity, field: str, change: Change) -> None:
     model = SentenceTransformer(model_path)
     change(model)
     other = identify(model)
@@ -315,16 +313,12 @@ def tiny(name: str) -> nn.Module:
         ("T5EncoderModel", 2, "encoder.final_layer_norm.weight", 2),
     ],
 )
-def test_a_changed_weight_changes_the_layers_that_see_it(
-    name: str, depth: int, ending: str, first: int
-) -> None:
+def test_a_changed_weight_changes_the_layers_that_see_it(name: str, depth: int, ending: str, first: int) -> None:
     before, model = identify(tiny(name)), tiny(name)
     flip_one_bit(weight(model, ending))
     after = identify(model)
     assert len(before.layers) == depth
-    assert [a == b for a, b in zip(before.layers, after.layers, strict=True)] == [
-        i < first for i in range(depth)
-    ]
+    assert [a == b for a, b in zip(before.layers, after.layers, strict=True)] == [i < first for i in range(depth)]
     assert (before.head != after.head) == (first == depth)
 
 
@@ -508,9 +502,7 @@ def test_loading_by_path_gives_the_identity_of_the_loaded_object(model_path: str
     assert live.to_json() == first.to_json() == second.to_json()
 
 
-def test_the_second_opening_by_path_hashes_no_weight(
-    model_path: str, hashed: list[int], cache_folder: Path
-) -> None:
+def test_the_second_opening_by_path_hashes_no_weight(model_path: str, hashed: list[int], cache_folder: Path) -> None:
     load(model_path)
     assert sum(hashed) > 20_000_000
     hashed.clear()
@@ -593,9 +585,7 @@ def test_a_random_weight_that_the_files_lack_is_hashed_anew(model_path: str, has
     assert hashed != []
 
 
-def test_a_damaged_memory_is_ignored_and_mended(
-    model_path: str, cache_folder: Path, hashed: list[int]
-) -> None:
+def test_a_damaged_memory_is_ignored_and_mended(model_path: str, cache_folder: Path, hashed: list[int]) -> None:
     model, identity = load(model_path)
     files = model_files(model_path, {})
     (file,) = cache_folder.iterdir()
