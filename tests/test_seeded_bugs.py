@@ -254,7 +254,7 @@ def checksum_not_compared(patch: Patch) -> None:
 
 def checksum_not_bound_to_the_key(patch: Patch) -> None:
     real = segments.checksum
-    patch.setattr(segments, "checksum", lambda key, payload: real(np.zeros(2, np.uint64), payload))
+    patch.setattr(segments, "checksum", lambda key, payload, **how: real(np.zeros(2, np.uint64), payload, **how))
 
 
 def ids_not_bounds_checked(patch: Patch) -> None:
