@@ -522,7 +522,7 @@ def _locked(path: Path) -> int | None:
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
     """Write a new file and make its bytes durable; returns its size. A file that could not be finished is removed.
 
-    durable: with False the caller syncs the file later (`sync_files`), many at once, which takes a third of the time.
+    durable: with False the caller syncs the file later, many at once (`sync_files`).
     The directory entry is not durable yet: the caller syncs the folder once for all files of a commit.
     """
     descriptor = folder.create(name)
