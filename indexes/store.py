@@ -214,6 +214,11 @@ class Store:
         """False once a write has failed: the store then only serves what it has."""
         return self._fenced is None
 
+    @property
+    def pending_bytes(self) -> int:
+        """Activations that were put and not committed yet."""
+        return sum(bank.pending_bytes for bank in self._banks.values())
+
     def declare(
         self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any], secret_check: str = ""
     ) -> None:

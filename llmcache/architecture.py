@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcache.errors import ConfigError
@@ -77,3 +78,77 @@ def layer_places(names: Sequence[str], stacks: Sequence[str]) -> tuple[dict[str,
             if late and places[name] < 0 and (sibling or stack == stacks[-1]):
                 places[name] = sum(depths)  # the head; after an encoder, the first layer of its decoder
     return places, depths
+
+
+# -- modules ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """The part of a model whose layers are cached: `module` runs the `blocks`, one after the other.
+
+    name: of the module inside the model, "" for the model itself. stack: name of the list of blocks in the module.
+    A model may run one block several times (ALBERT), so there may be more layers than blocks.
+    """
+
+    module: Module
+    name: str
+    stack: str
+    blocks: tuple[Module, ...]
+
+
+def find_trunk(model: Module, stack: str | None = None) -> Trunk:
+    """The trunk of a model: of any transformers model, of a SentenceTransformer, or of a module with a list of layers.
+
+    stack: name of the list of layers as `model.named_modules()` has it ("bert.encoder.layer"); None looks for the list
+    that holds most numbers. Of an encoder-decoder it is the encoder. ConfigError says what was found when none fits.
+    """
+    inner, name = _inner(model)
+    if stack is not None:
+        outside = not stack.startswith(f"{name}." if name else "")
+        module, name = (model, "") if outside else (inner, name)
+        return Trunk(module, name, stack, _blocks(model, stack))
+    sizes = {one: tensor.numel() for one, tensor in inner.state_dict().items() if hasattr(tensor, "numel")}
+    found = layer_stacks(sizes, 1)
+    if not found or not found[0]:
+        raise ConfigError(f"{type(model).__name__} has no list of layers; {_lists(model)}")
+    return Trunk(inner, name, f"{name}.{found[0]}".lstrip("."), _blocks(inner, found[0]))
+
+
+def _inner(model: Module) -> tuple[Module, str]:
+    """The module whose forward runs from token ids to states, and its name inside the model."""
+    places = {id(module): name for name, module in model.named_modules()}
+    outer: Any = getattr(model, "transformers_model", None)
+    if outer is None:
+        outer = next((one for one in model.modules() if hasattr(one, "base_model_prefix")), model)
+    config = getattr(outer, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(outer, "get_encoder"):
+        inner = outer.get_encoder()
+    else:
+        inner = getattr(outer, getattr(outer, "base_model_prefix", "") or " ", outer)
+    return inner, places.get(id(inner), "")
+
+
+def _blocks(module: Module, stack: str) -> tuple[Module, ...]:
+    try:
+        listed: Any = module.get_submodule(stack)
+    except AttributeError:
+        raise ConfigError(f"{type(module).__name__} has no {stack!r}; {_lists(module)}") from None
+    blocks = tuple(listed.children())
+    if not blocks or [name for name, _ in listed.named_children()] != [str(i) for i in range(len(blocks))]:
+        raise ConfigError(f"{stack!r} is a {type(listed).__name__} and no list of layers; {_lists(module)}")
+    return blocks
+
+
+def _lists(model: Module) -> str:
+    """What could be meant, for an error."""
+    found = [
+        f"{name!r} ({len(list(one.children()))} x {type(next(one.children())).__name__})"
+        for name, one in model.named_modules()
+        if type(one).__name__ in ("ModuleList", "Sequential") and len(list(one.children())) > 1
+    ]
+    if not found:
+        return (
+            f"it has no list of modules at all (top level: {', '.join(n for n, _ in model.named_children()) or 'none'})"
+        )
+    return f'its lists of modules are {", ".join(found[:8])}; name the one to use: stack="..."'

@@ -6,29 +6,39 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from torch.nn import Module
 from tqdm.auto import tqdm
 
+from llmcache.architecture import Trunk, find_trunk
+from llmcache.attachment import Attachment, refuse_compiled
 from llmcache.config import CacheConfig
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError, SnapshotDamaged, UntrustedSnapshot
 from llmcache.execution import Call, Execution, Progress, compute, nothing, token_embedding
-from llmcache.fingerprint import feature_width
+from llmcache.fingerprint import feature_width, features
 from llmcache.identity import Identity, identify, load, mismatch
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
 from llmcache.indexes.trust import Trust
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret, secret_check
+from llmcache.passes import Anatomy
 from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
-from llmcache.statistics import Statistics, statistics
+from llmcache.states import LayerBanks, bank_name
+from llmcache.statistics import Counters, Statistics, statistics
+from llmcache.storing import Storing
 from llmcache.tokens import check_inputs, tokenise
 
 log = logging.getLogger("llmcache")
@@ -46,7 +56,7 @@ class LLMCache:
     def __init__(
         self,
         store: Store,
-        model: SentenceTransformer,
+        model: Module,
         identity: Identity,
         config: CacheConfig,
         namespace: str,
@@ -58,19 +68,27 @@ class LLMCache:
         self.config = config
         self.namespace = namespace
         self._store = store
+        self._secret = secret
         store.budget = config.budget
-        self._bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
-        if store.trust != "own":
-            _check_width(self._bank.facts, fresh_bank(model, config))
-        self._execution = Execution(model, identity.digest, config, store, self._bank, secret)
+        self._counters = Counters()
+        self._storing = Storing(store, config, self._counters)
+        self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
+        self._encoding: Execution | None = None
+        if isinstance(model, SentenceTransformer):
+            bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
+            if store.trust != "own":
+                _check_width(bank.facts, fresh_bank(model, config))
+            inside = nullcontext if config.layers == "output" else self.attached
+            self._encoding = Execution(model, identity.digest, config, self._storing, bank, secret, inside)
         self._opened = True
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
-        model: SentenceTransformer | str | os.PathLike[str] | None = None,
+        model: Module | str | os.PathLike[str] | None = None,
         *,
+        tokenizer: Any = None,
         config: CacheConfig | None = None,
         namespace: str = "default",
         tau: float | None = None,
@@ -84,7 +102,9 @@ class LLMCache:
     ) -> Self:
         """Open the store in this folder, or make one, for this model.
 
-        model: a SentenceTransformer, or the name or path of one; None loads the one the store was made with.
+        model: a SentenceTransformer, or the name or path of one; None loads the one the store was made with. Any other
+            transformers model, or a module with a list of layers, is used through `attached`, `generate` and `score`.
+        tokenizer: of a transformers model, for `generate` and `score`; a SentenceTransformer has its own.
         config: for a new namespace, its settings. For an old one they are saved with it; what is given here holds for
             this opening, except `fingerprint` and `dtype`, which cannot change.
         namespace: entries of different models live in different namespaces of one store.
@@ -102,7 +122,9 @@ class LLMCache:
         salt = resolved_secret(secret, secret_file)
         if key is None and key_file is not None:
             key = secret_from_file(key_file, "the key that signs a store")
-        given = None if model is None else _loaded(model)  # first: a model that cannot be had leaves no store behind
+        given = (
+            None if model is None else _loaded(model, tokenizer)
+        )  # first: a model that cannot be had leaves no store behind
         store = Store.open(
             path,
             create=given is not None and not allow_untrusted,
@@ -123,7 +145,9 @@ class LLMCache:
                 log.warning("%s is not trusted: near matches are off", store.folder.path)
                 settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
-            return cls(store, loaded, identity, settled, namespace, salt)
+            opened = cls(store, loaded, identity, settled, namespace, salt)
+            opened.tokenizer = getattr(loaded, "tokenizer", None) if tokenizer is None else tokenizer
+            return opened
         except BaseException:
             store.close()
             raise
@@ -159,7 +183,7 @@ class LLMCache:
         role = others.pop("task") if others.get("task") in ROLES else None
         past_it = others or isinstance(device, list) or output_value != "sentence_embedding"
         if past_it or not texts or not all(isinstance(text, str) for text in texts):
-            self._execution.counters.bypassed += len(texts)
+            self._counters.bypassed += len(texts)
             past: Any = getattr(model, f"encode_{role}" if role else "encode")
             return past(
                 inputs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size, output_value=output_value,
@@ -224,7 +248,71 @@ class LLMCache:
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
         return resolve(self.model.prompts, self.model.default_prompt_name, role=role, name=name, prompt=prompt)
 
+    # -- any model ------------------------------------------------------------------------------------------
+
+    def attached(self, model: Module | None = None, *, stack: str | None = None) -> Attachment:
+        """A context in which a model's own forward goes by the banks: `with cache.attached(model): model(**inputs)`.
+
+        model: None is the cache's own; another may share the trunk of it up to some layer, and then shares the banks.
+        stack: name of the list of layers in the model, where it is not found by itself.
+        ConfigError when the model has no layers that can be skipped, or is compiled.
+        """
+        self._check_open()
+        model = self.model if model is None else model
+        refuse_compiled(model)
+        trunk = find_trunk(model, stack)
+        if trunk.module not in self._attachments:
+            own = model is self.model and (trunk.module is model or isinstance(model, SentenceTransformer))
+            keeper = _TrunkIdentity(trunk, self.identity if own else identify(trunk.module))
+            self._attachments[trunk.module] = Attachment(
+                trunk,
+                lambda anatomy: self._layer_banks(trunk.module, keeper, anatomy),
+                lambda count: chosen_layers(self.config.layers, count),
+                keeper.renew,
+                self._counters,
+            )
+        return self._attachments[trunk.module]
+
+    def _layer_banks(self, trunk: Module, keeper: _TrunkIdentity, anatomy: Anatomy) -> LayerBanks:
+        embedding: Any = token_embedding(trunk) if self.config.reuse == "layer" else None
+        width = feature_width(embedding, self.config.fingerprint) if embedding is not None else 0
+        floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
+        own = str(next(floats, anatomy.dtype)).removeprefix("torch.")
+        facts = BankFacts(own if self.config.dtype == "auto" else self.config.dtype, anatomy.width, 2, width)
+
+        def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+            if embedding is None:
+                return np.zeros((len(tokens), 0), np.float32)
+            return features(embedding, tokens, self.config.fingerprint)
+
+        def open_bank(layer: int) -> Bank:
+            bank = self._store.bank(self.namespace, bank_name(layer), lambda: facts, self.config.near)
+            found = bank.facts
+            if (found.dtype, found.width, found.feature_width) != (facts.dtype, facts.width, facts.feature_width):
+                raise ConfigError(
+                    f"the bank of layer {layer} holds {found.dtype} states of width {found.width} with "
+                    f"{found.feature_width} features, this model's would be {facts.dtype} of width {facts.width} with "
+                    f"{facts.feature_width}; use another namespace"
+                )
+            return bank
+
+        layers = chosen_layers(self.config.layers, anatomy.layers)
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+
     # -- the store ------------------------------------------------------------------------------------------
+
+    @property
+    def _execution(self) -> Execution:
+        if self._encoding is None:
+            raise ConfigError(
+                f"embeddings come from a SentenceTransformer; this cache has a {type(self.model).__name__}: use "
+                "attached(), generate() or score()"
+            )
+        return self._encoding
+
+    @property
+    def _bank(self) -> Bank:
+        return self._execution.bank
 
     def __len__(self) -> int:
         """Entries in the output bank, those not committed yet included."""
@@ -237,7 +325,7 @@ class LLMCache:
         serving what it has and computing the rest, without storing.
         """
         self._check_open()
-        self._execution.commit()
+        self._storing.commit()
 
     def reload(self) -> None:
         """Find from now on what other processes have committed. What is not committed here is kept.
@@ -261,7 +349,7 @@ class LLMCache:
 
     def stats(self) -> Statistics:
         """What was reused and what it saved, since this opening, and what the store holds."""
-        return statistics(self._store, self._execution.counters, index=self._bank.near.kind)
+        return statistics(self._store, self._counters, index=self._bank.near.kind if self._encoding else None)
 
     def close(self) -> None:
         """Commit and close. Closing twice is fine."""
@@ -293,9 +381,10 @@ class LLMCache:
             log.warning("%s", second)
 
 
-def _loaded(model: SentenceTransformer | str | os.PathLike[str]) -> tuple[SentenceTransformer, Identity]:
-    if isinstance(model, SentenceTransformer):
-        return model, identify(model)
+def _loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
+    if isinstance(model, Module):
+        refuse_compiled(model)
+        return model, identify(model, tokenizer=tokenizer)
     try:
         return load(os.fspath(model))
     except (OSError, ValueError, ImportError) as error:
@@ -319,12 +408,13 @@ def _settled(
     namespace: str,
     identity: Identity,
     config: CacheConfig | None,
-    model: SentenceTransformer,
+    model: Module,
     secret: bytes,
 ) -> CacheConfig:
     """The settings to use, once it is certain that the namespace is this model's."""
     if store.namespace(namespace) is None:
-        check_inputs(model)
+        if isinstance(model, SentenceTransformer):
+            check_inputs(model)
         store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)
     assert space is not None
@@ -350,6 +440,34 @@ def _check_width(stored: BankFacts, fresh: BankFacts) -> None:
             f"the store says that this model gives vectors of {stored.width} numbers from {stored.feature_width} "
             f"features, it gives {fresh.width} from {fresh.feature_width}; do not use this store"
         )
+
+
+class _TrunkIdentity:
+    """The identity of an attached trunk, which changes with its weights."""
+
+    def __init__(self, trunk: Trunk, identity: Identity) -> None:
+        self._trunk, self._identity = trunk, identity
+
+    def up_to(self, layer: int) -> bytes:
+        layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
+        return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
+
+    def renew(self) -> None:
+        identity = identify(self._trunk.module)
+        if identity.layers != self._identity.layers or identity.attention != self._identity.attention:
+            log.warning("the weights of the attached model have changed: what they gave before is not reused")
+        self._identity = identity
+
+
+def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Numbers of the layers that have banks, of `count`; ConfigError for one that is not there."""
+    if layers == "output":
+        return (count - 1,)
+    if isinstance(layers, str):
+        return tuple(range(count))
+    if wrong := [layer for layer in layers if layer >= count]:
+        raise ConfigError(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
+    return tuple(sorted(set(layers)))
 
 
 def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:

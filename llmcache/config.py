@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from llmcache.indexes.codec import DTYPES
@@ -28,6 +28,8 @@ Index = Literal[
 Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+
+Reuse = Literal["deepest", "layer"]
 
 Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
 
@@ -54,6 +56,13 @@ class CacheConfig:
     reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
         shorten or that lie on a network; "auto" maps on local disks.
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
+    layers: which layers have banks: "output", the model's last result alone; "all"; or the numbers of layers, from 0.
+        A bank holds what its layer gives, float [tokens, width] per document, which is large.
+    reuse: what a near match takes over: "deepest", the deepest activation stored for the neighbour; or "layer", the
+        state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
+        rule; both give the neighbour's answer).
+    layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
+    prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
     max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
         are evicted; entries that cannot fit at all are computed and not stored.
     policy: which entries go first, a name in llmcache.indexes.replacement.POLICIES.
@@ -67,15 +76,28 @@ class CacheConfig:
     dtype: Stored = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     reading: Reading = "auto"
+    layers: Literal["output", "all"] | tuple[int, ...] = "output"
+    reuse: Reuse = "deepest"
+    layer_tau: Mapping[int, float] = field(default_factory=dict)
+    prefix_block: int = 16
     commit_seconds: float = 60.0
     max_bytes: int | None = None
     policy: Policy = "lru"
 
     def __post_init__(self) -> None:
-        if self.tau is not None and not 0.0 < self.tau <= HIGHEST_TAU:
-            raise ConfigError(
-                f"tau is a cosine similarity in (0, {HIGHEST_TAU}], got {self.tau}; for repeats only, leave tau=None"
-            )
+        for tau in (self.tau, *self.layer_tau.values()):
+            if tau is not None and not 0.0 < tau <= HIGHEST_TAU:
+                raise ConfigError(
+                    f"tau is a cosine similarity in (0, {HIGHEST_TAU}], got {tau}; for repeats only, leave tau=None"
+                )
+        if self.layers not in ("output", "all") and not _are_layers(self.layers):
+            raise ConfigError(f'layers is "output", "all" or numbers of layers such as (4, 8), got {self.layers!r}')
+        if not _are_layers(tuple(self.layer_tau)):
+            raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
+        if self.reuse == "layer" and self.layers == "output":
+            raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+        if type(self.prefix_block) is not int or not 0 <= self.prefix_block <= 1024:
+            raise ConfigError(f"prefix_block is a whole number of tokens from 0 to 1024, got {self.prefix_block!r}")
         for name, allowed in (
             ("fingerprint", get_args(Fingerprint)),
             ("projection", get_args(Projection)),
@@ -84,6 +106,7 @@ class CacheConfig:
             ("device", ("cpu", "cuda")),
             ("reading", get_args(Reading)),
             ("policy", get_args(Policy)),
+            ("reuse", get_args(Reuse)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -121,7 +144,18 @@ class CacheConfig:
     def from_json(cls, raw: Mapping[str, Any]) -> CacheConfig:
         """The settings saved with a store; unknown ones, of a later version, are left out."""
         known = {one.name for one in fields(cls)}
+        given = {name: value for name, value in raw.items() if name in known}
         try:
-            return cls(**{name: value for name, value in raw.items() if name in known})
-        except TypeError as error:
+            if isinstance(given.get("layers"), list):  # JSON has neither tuples nor numbers as names
+                given["layers"] = tuple(given["layers"])
+            if "layer_tau" in given:
+                given["layer_tau"] = {int(layer): tau for layer, tau in given["layer_tau"].items()}
+            return cls(**given)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"the settings saved with the store cannot be read: {error}") from None
+
+
+def _are_layers(numbers: object) -> bool:
+    return isinstance(numbers, tuple) and all(type(one) is int and one >= 0 for one in numbers)

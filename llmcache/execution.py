@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,24 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from torch.nn import Module
 
 from llmcache.config import CacheConfig
-from llmcache.errors import LLMCacheError
 from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.segment import Keys
-from llmcache.indexes.store import Store
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
-from llmcache.statistics import Counters
+from llmcache.storing import Storing
 from llmcache.tokens import TokenRows, batch, tokenise
-
-log = logging.getLogger("llmcache")
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
 _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
-_COMMIT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +90,27 @@ class Execution:
         model: SentenceTransformer,
         digest: bytes,
         config: CacheConfig,
-        store: Store,
+        storing: Storing,
         bank: Bank,
-        secret: bytes = b"",
+        secret: bytes,
+        inside: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """digest: of the model's identity; secret: of the namespace, b"" for none. Both go into every key."""
+        """digest: of the model's identity; secret: of the namespace, b"" for none. Both go into every key.
+
+        inside: the context that the model runs in.
+        """
         self._model, self._digest, self._config, self._secret = model, digest, config, secret
-        self._store, self._bank = store, bank
+        self._storing, self.bank, self._inside = storing, bank, inside
         self._embedding = token_embedding(model)
-        # a segment is evicted whole, so it should be small beside the budget
-        self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
-        self._committed = time.monotonic()
-        self.counters = Counters()
+        self.counters = storing.counters
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
         before, began = self.counters.model_seconds, time.perf_counter()
-        answers = Answers.empty(len(call.texts), self._bank.facts.width)
+        answers = Answers.empty(len(call.texts), self.bank.facts.width)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        rest = self._exact(answers, distinct, self._bank.find_text(keys[distinct]))
+        rest = self._exact(answers, distinct, self.bank.find_text(keys[distinct]))
         self.counters.exact_text += len(distinct) - len(rest)
         call.progress(len(call.texts) - len(rest), 0)
         rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
@@ -132,7 +129,7 @@ class Execution:
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
         found = rows >= 0
-        lost = answers.serve(places[found], rows[found], self._bank, EXACT)
+        lost = answers.serve(places[found], rows[found], self.bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])]
 
     def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
@@ -140,7 +137,7 @@ class Execution:
         tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        rows = exact_by_tokens(self._bank, keys[distinct], [tokens.ids[i] for i in distinct])
+        rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
@@ -154,13 +151,13 @@ class Execution:
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(places[repeats], places[first[repeats]])
         others = np.setdiff1d(np.arange(len(places)), todo)
-        self._alias(text_keys[others], keys[others])
+        self._storing.alias(self.bank, text_keys[others], keys[others])
 
     def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32], tau: float) -> Places:
         """Serve near matches; returns the indices into `places` that stay open."""
-        rows, similarity = near(self._bank, raw, tau)
+        rows, similarity = near(self.bank, raw, tau)
         found = np.flatnonzero(rows >= 0)
-        lost = answers.serve(places[found], rows[found], self._bank, NEAR)
+        lost = answers.serve(places[found], rows[found], self.bank, NEAR)
         answers.similarity[places[found]] = similarity[found]
         answers.similarity[places[found[lost]]] = np.nan
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
@@ -171,10 +168,11 @@ class Execution:
             chosen, where = done.chosen, unknown.places[done.chosen]
             answers.outputs[where] = done.outputs
             self.counters.model_seconds += done.seconds
-            self._put(
-                unknown.text_keys[chosen],
+            self._storing.put(
+                self.bank,
                 unknown.keys[chosen],
                 done.outputs,
+                unknown.text_keys[chosen],
                 tokens=[tokens.ids[i] for i in chosen],
                 sources=[call.ids[i] if call.ids else "" for i in where],
                 features=unknown.features[chosen],
@@ -182,53 +180,22 @@ class Execution:
             )
             call.progress(len(chosen), len(chosen))
 
-    def _alias(self, text_keys: Keys, keys: Keys) -> None:
-        if self._store.writable:
-            self._bank.alias(text_keys, keys)
-
-    def _put(self, text_keys: Keys, keys: Keys, outputs: NDArray[np.float32], **entry: Any) -> None:
-        """Keep a computed batch, and commit when enough waits. A failure ends storing, not the inference."""
-        if not self._store.writable:
-            self.counters.not_stored += len(keys)
-            return
-        began = time.perf_counter()
-        kept = self._bank.put(keys, outputs, **entry)
-        self._bank.alias(text_keys, keys)
-        self.counters.not_stored += int((~kept).sum())
-        waited = time.monotonic() - self._committed
-        if self._bank.pending_bytes > self._most or waited > self._config.commit_seconds:
-            try:
-                self.commit()
-            except LLMCacheError as error:
-                log.warning("%s. Going on without storing", error)
-        self.counters.store_seconds += time.perf_counter() - began
-
-    def commit(self) -> None:
-        """Commit what was put. StoreFull or StoreFenced when a write fails."""
-        self._committed = time.monotonic()
-        given_up = self._store.not_stored
-        try:
-            self._store.commit()
-        finally:
-            self.counters.not_stored += self._store.not_stored - given_up
-        self._store.write_counters(self.counters.as_dict())
-
     def _count(self, answers: Answers, repeats: int, seconds: float) -> None:
         counters = self.counters
         counters.documents += len(answers.tier)
         counters.repeats += repeats
         counters.near += int((answers.tier == NEAR).sum())
         counters.misses += int((answers.tier == MISS).sum())
-        counters.damaged = self._bank.damaged
+        counters.damaged = self.bank.damaged
         counters.overhead_seconds += seconds
-        counters.saved_seconds += self._bank.cost(answers.row[answers.row >= 0])
+        counters.saved_seconds += self.bank.cost(answers.row[answers.row >= 0])
         of_computed = int(((answers.twin >= 0) & (answers.row < 0)).sum())
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
 
 
-def token_embedding(model: SentenceTransformer) -> torch.Tensor:
-    """The model's token embeddings, [vocabulary, width]."""
-    trunk: Any = model.transformers_model
+def token_embedding(model: Module) -> torch.Tensor:
+    """The model's token embeddings, [vocabulary, width]. model: a transformers model, or a SentenceTransformer."""
+    trunk: Any = getattr(model, "transformers_model", model)
     weight: torch.Tensor = trunk.get_input_embeddings().weight
     return weight

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
+
+
+@dataclass(slots=True)
+class LayerCounters:
+    """Rows of forward passes at one layer's bank. asked: looked up here. hits: entered after this layer.
+
+    look_up_seconds: finding keys; load_seconds: reading states; saved_seconds: what the model took when it computed
+    what was reused.
+    """
+
+    asked: int = 0
+    hits: int = 0
+    near: int = 0
+    look_up_seconds: float = 0.0
+    load_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -32,9 +48,16 @@ class Counters:
     overhead_seconds: float = 0.0
     store_seconds: float = 0.0
     saved_seconds: float = 0.0
+    layers: dict[str, LayerCounters] = field(default_factory=dict)
+
+    def layer(self, name: str) -> LayerCounters:
+        """Counters of the bank of this name."""
+        return self.layers.setdefault(name, LayerCounters())
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """All as numbers by name; those of a bank as "layer-3.hits"."""
+        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "layers"}
+        return flat | {f"{name}.{k}": v for name, one in self.layers.items() for k, v in asdict(one).items()}
 
 
 @dataclass(frozen=True, slots=True)

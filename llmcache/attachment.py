@@ -1,0 +1,316 @@
+"""A model that uses the banks: while attached, its own forward computes only the layers that its rows still need."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Module
+
+from llmcache.architecture import Trunk
+from llmcache.errors import ConfigError
+from llmcache.inputs import Call, InputRows, input_rows, refusal
+from llmcache.matching import first_occurrences
+from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
+from llmcache.states import Found, LayerBanks
+from llmcache.statistics import Counters
+
+log = logging.getLogger("llmcache")
+
+_attached: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
+
+
+class Attachment:
+    """A context in which a trunk's `forward` goes by the banks. Outside of it the model is as it was.
+
+    Rows of a batch are looked up one by one: those whose last state is stored only pass the final norm and what
+    follows, others enter after the deepest layer that is stored for them, the rest is computed from the start. Where
+    the mask hides a position the states are zeros. No gradient flows into a state that was reused.
+    Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        banks: Callable[[Anatomy], LayerBanks],
+        choose: Callable[[int], Sequence[int]],
+        changed: Callable[[], None],
+        counters: Counters,
+    ) -> None:
+        """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
+
+        changed: called before the next pass when the weights are not those any more that the model was attached with.
+        """
+        self.trunk = trunk
+        self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
+        self._blocks = Blocks(trunk.blocks)
+        self._signature = inspect.signature(trunk.module.forward)
+        self._main = _main_input(trunk.module, self._signature)
+        self._said: set[str] = set()
+        self._depth = 0
+        self._own: Any = None
+        self._anatomies: dict[str, tuple[Anatomy, LayerBanks]] = {}
+        self._weights = _Weights(trunk.module)
+        self.entered = np.zeros(0, np.int64)
+        """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
+
+    def __enter__(self) -> Self:
+        module = self.trunk.module
+        other = _attached.get(module)
+        if other not in (None, self):
+            raise ConfigError(f"this {type(module).__name__} is attached to another cache; leave that one first")
+        if not self._depth:
+            refuse_compiled(module)
+            self._own = module.__dict__.get("forward")
+            self._forward = module.forward
+            self._blocks.replace()
+            module.forward = self._stand_in_for(self._forward)
+            _attached[module] = self
+        self._depth += 1
+        try:
+            if not module.training and not self._anatomies:
+                self._anatomy()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            put_back(self.trunk.module, self._own)
+            self._blocks.restore()
+            del _attached[self.trunk.module]
+
+    # -- a pass ---------------------------------------------------------------------------------------------
+
+    def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self._bound(args, kwargs)
+            reason = self._refusal(call)
+            if reason is not None:
+                self._bypass(reason, call)
+                return own(*args, **kwargs)
+            if self._weights.changed():
+                self._changed()
+                self._anatomies.clear()
+            return self._answer(call, *self._anatomy())
+
+        return forward
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        bound = self._signature.bind(*args, **kwargs)
+        call: Call = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                call |= value
+            else:
+                call[name] = value
+        return {name: value for name, value in call.items() if value is not None}
+
+    def _refusal(self, call: Call) -> str | None:
+        if self.trunk.module.training:
+            return "the model is in training mode"
+        reason = refusal(call, self._main)
+        if reason is None and (call.get("use_cache") or call.get("past_key_values") is not None):
+            return "it keeps keys and values of a decoder"
+        if reason is None and "use_cache" not in call and self._anatomy()[0].decodes:
+            return "it keeps keys and values of a decoder; use_cache=False asks for states alone"
+        return reason
+
+    def _bypass(self, reason: str, call: Call) -> None:
+        value = call.get(self._main)
+        self._counters.bypassed += len(value) if isinstance(value, Tensor) and value.ndim else 1
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
+
+    def _mode(self) -> str:
+        """What beside weights and inputs decides the states: autocast."""
+        kind = self._weights.device.type
+        return f"{kind} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
+
+    def _anatomy(self) -> tuple[Anatomy, LayerBanks]:
+        mode = self._mode()
+        if mode not in self._anatomies:
+            module: Any = self.trunk.module
+            embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+            config = getattr(module, "config", None)
+            side = getattr(config, "image_size", None) or 8
+            image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (tuple, list)) else (side, side)))
+            count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
+            call = trial_call(self._main, count, image, self._weights.device)
+            call = {name: value for name, value in call.items() if name in self._signature.parameters}
+            takes_cache = "use_cache" in self._signature.parameters
+            anatomy = examine(self._blocks, self._forward, call, takes_cache, self._choose)
+            self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+        return self._anatomies[mode]
+
+    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks) -> Any:
+        rows = input_rows(call, self._main)
+        mode = self._mode()
+        distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
+        if not len(distinct):
+            return self._forward(**call)
+        found = banks.find(rows, distinct, mode)
+        parts: list[tuple[NDArray[np.int64], Any]] = []
+        for enter in np.unique(found.enter).tolist():
+            group = np.flatnonzero(found.enter == enter)
+            parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
+        self.entered = np.zeros(len(rows), np.int64)
+        self.entered[distinct] = found.enter
+        self.entered = self.entered[first]
+        return _merged(parts, first, rows, anatomy)
+
+    def _run(
+        self,
+        rows: InputRows,
+        distinct: NDArray[np.int64],
+        found: Found,
+        group: NDArray[np.int64],
+        anatomy: Anatomy,
+        banks: LayerBanks,
+    ) -> Any:
+        """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
+        enter, chosen = int(found.enter[group[0]]), distinct[group]
+        whole = len(group) == len(rows) and enter == 0  # nothing to gain from another shape
+        width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
+        one = Pass(enter=enter, keep=frozenset(layer for layer in banks.layers if layer >= enter))
+        if enter:
+            one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
+        began = time.perf_counter()
+        output = self._blocks.run(one, self._forward, rows.some(chosen, width))
+        kept = {layer: state.float().cpu().numpy() for layer, state in one.kept.items()}
+        seconds = time.perf_counter() - began
+        self._counters.model_seconds += seconds
+        self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
+        return output
+
+    def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: Anatomy) -> Tensor:
+        known = [state for state in states if state is not None]
+        table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
+        for place, state in zip(table, known, strict=True):
+            place[: len(state)] = state
+        return torch.from_numpy(table).to(self._weights.device, anatomy.dtype)
+
+    def _keep(
+        self,
+        rows: InputRows,
+        chosen: NDArray[np.int64],
+        kept: dict[int, NDArray[np.float32]],
+        seconds: float,
+        enter: int,
+        banks: LayerBanks,
+    ) -> None:
+        """seconds: of one layer, for all rows together."""
+        ends = np.ones(len(chosen), np.int64) if rows.tokens is None else rows.ends[chosen]
+        full = np.flatnonzero(ends)  # a row without tokens has no state worth keeping
+        for layer, table in kept.items():
+            states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
+            cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
+            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
+
+
+def _merged(
+    parts: list[tuple[NDArray[np.int64], Any]], first: NDArray[np.int64], rows: InputRows, anatomy: Anatomy
+) -> Any:
+    """One output for all rows, in their order, of outputs for groups of rows. Hidden positions are zeros."""
+    count, columns = len(rows), rows.tokens
+    chosen, output = parts[0]
+    if len(parts) == 1 and len(chosen) == count:
+        tokens = {place: part for place, part in parts_of(output).items() if anatomy.fields.get(place) == "tokens"}
+        if columns is None or all(part.shape[1] == columns for part in tokens.values()):
+            return output
+    merged: dict[Place, Any] = {}
+    for place, example in parts_of(output).items():
+        kind = anatomy.fields.get(place)
+        if kind is None:
+            merged[place] = example
+            continue
+        shape = list(example.shape)
+        shape[0] = count
+        if kind == "tokens" and columns is not None:
+            shape[1] = columns
+        merged[place] = example.new_zeros(shape)
+    for chosen, one in parts:
+        where = np.flatnonzero(np.isin(first, chosen))
+        source = torch.as_tensor(np.searchsorted(chosen, first[where]))
+        target = torch.as_tensor(where)
+        for place, part in parts_of(one).items():
+            if place not in anatomy.fields:
+                continue
+            picked = part.index_select(0, source.to(part.device))
+            if anatomy.fields[place] == "tokens" and columns is not None:
+                merged[place][target.to(part.device), : part.shape[1]] = picked
+            else:
+                merged[place][target.to(part.device)] = picked
+    if isinstance(output, Tensor):
+        return merged[0]
+    if isinstance(output, tuple):
+        return type(output)(merged[i] for i in range(len(output)))
+    return type(output)(**merged)
+
+
+class _Weights:
+    """Whether a module's parameters and buffers are those of the last look: the same tensors, not written to since."""
+
+    def __init__(self, module: Module) -> None:
+        self._config = getattr(module, "config", None)
+        self._holders = [
+            (holder, name)
+            for one in module.modules()
+            for holder in (one._parameters, one._buffers)
+            for name, tensor in holder.items()
+            if tensor is not None
+        ]
+        self._seen = self._look()
+
+    @property
+    def device(self) -> torch.device:
+        return next((holder[name].device for holder, name in self._holders), torch.device("cpu"))
+
+    def changed(self) -> bool:
+        before, self._seen = self._seen, self._look()
+        return before != self._seen
+
+    def _look(self) -> list[object]:
+        seen: list[object] = [getattr(self._config, "_attn_implementation", None)]
+        for holder, name in self._holders:
+            tensor = holder.get(name)
+            if tensor is not None:
+                seen.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        return seen
+
+
+def _main_input(module: Module, signature: inspect.Signature) -> str:
+    named = getattr(module, "main_input_name", None)
+    if isinstance(named, str) and named in signature.parameters:
+        return named
+    if "input_ids" in signature.parameters:
+        return "input_ids"
+    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    if not plain:
+        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
+    return plain[0]
+
+
+def refuse_compiled(module: Module) -> None:
+    """ConfigError for a module that is compiled, or has compiled parts."""
+    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
+        raise ConfigError(
+            "the model is compiled, and compiled code would not ask the cache; attach the model before torch.compile, "
+            "as model._orig_mod, and run it uncompiled"
+        )

@@ -1,0 +1,129 @@
+"""The inputs of one forward pass as rows: what of each row the layers see, and batches of some of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Call: TypeAlias = dict[str, Any]
+"""Arguments of a trunk's forward, by name; those that are None are left out."""
+
+SIDE = ("attention_mask", "token_type_ids", "position_ids")
+_IGNORED = ("return_dict",)
+_MUST_BE_OFF = ("output_attentions", "output_hidden_states")
+_OF_CACHES = ("use_cache", "past_key_values", "cache_position")
+
+
+@dataclass(frozen=True, slots=True)
+class InputRows:
+    """Rows of one call. main: name of the main input ("input_ids").
+
+    ends: int64 [rows], tokens of each row up to the last one that the mask shows. content: per row everything that its
+    layers depend on, as bytes; equal only for rows that they cannot tell apart. ids: per row its token ids, int32,
+    empty where the main input is no token ids. signature: the names of what is in `content`, part of every key.
+    """
+
+    call: Call
+    main: str
+    ends: NDArray[np.int64]
+    content: list[bytes]
+    ids: list[NDArray[np.int32]]
+    signature: str
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    @property
+    def tokens(self) -> int | None:
+        """Columns of the padded batch; None where the main input has none, such as an image."""
+        value = self.call[self.main]
+        return int(value.shape[1]) if _is_ids(value) else None
+
+    def some(self, rows: NDArray[np.int64], width: int | None) -> Call:
+        """The call for some of the rows, cut to the first `width` columns where the main input has columns."""
+        whole = len(rows) == len(self) and bool((rows == np.arange(len(self))).all())
+        call = dict(self.call)
+        index = torch.as_tensor(rows, device=call[self.main].device)
+        for name in (self.main, *SIDE):
+            value = call.get(name)
+            if value is None:
+                continue
+            if not whole and value.shape[0] == len(self):  # position_ids may be [1, tokens], for every row
+                value = value.index_select(0, index.to(value.device))
+            if name != self.main or _is_ids(value):
+                value = value[:, :width]
+            call[name] = value
+        return call
+
+
+def refusal(call: Mapping[str, Any], main: str) -> str | None:
+    """Why the layers of this call cannot be cached, None when they can."""
+    value = call.get(main)
+    if not isinstance(value, torch.Tensor):
+        return "inputs_embeds are given instead of token ids" if "inputs_embeds" in call else f"it has no {main}"
+    for name in _MUST_BE_OFF:
+        if call.get(name):
+            return f"{name} asks for every layer"
+    mask = call.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == value.shape[:2]):
+        return "its attention_mask is not [rows, tokens]"
+    for name in ("token_type_ids", "position_ids"):
+        one = call.get(name)
+        if one is None:
+            continue
+        if not isinstance(one, torch.Tensor) or one.ndim != 2 or one.shape[1] != value.shape[1]:
+            return f"its {name} are not [rows, tokens]"
+        if one.shape[0] not in (1, value.shape[0]):
+            return f"its {name} are not [rows, tokens]"
+    others = sorted(set(call) - {*SIDE, *_IGNORED, *_MUST_BE_OFF, *_OF_CACHES, main})
+    return f"it has the input {others[0]!r}" if others else None
+
+
+def input_rows(call: Call, main: str) -> InputRows:
+    """The rows of a call that `refusal` has nothing against."""
+    value = call[main]
+    if not _is_ids(value):
+        table = value.detach().to("cpu").contiguous().reshape(len(value), -1).view(torch.uint8).numpy()
+        ends = np.zeros(len(value), np.int64)
+        return InputRows(call, main, ends, [row.tobytes() for row in table], _no_ids(len(value)), _named(main, value))
+    rows, width = value.shape
+    ids = _table(value)
+    columns = [ids]
+    mask = _table(call["attention_mask"]) if "attention_mask" in call else np.ones((rows, width), np.int32)
+    ends = np.where(mask.any(axis=1), width - np.argmax(mask[:, ::-1] != 0, axis=1), 0) if width else _nothing(rows)
+    names = [main]
+    if not (mask == (np.arange(width) < ends[:, None])).all():  # left padding, holes, packed documents
+        columns.append(mask)
+        names.append("attention_mask")
+    for name in ("token_type_ids", "position_ids"):
+        if name in call:
+            columns.append(np.broadcast_to(_table(call[name]), (rows, width)))
+            names.append(name)
+    stacked = np.stack(columns, axis=1)
+    content = [stacked[i, :, :end].tobytes() for i, end in enumerate(ends.tolist())]
+    return InputRows(call, main, ends, content, [ids[i, :end].copy() for i, end in enumerate(ends)], ",".join(names))
+
+
+def _nothing(rows: int) -> NDArray[np.int64]:
+    return np.zeros(rows, np.int64)
+
+
+def _no_ids(rows: int) -> list[NDArray[np.int32]]:
+    return [np.zeros(0, np.int32)] * rows
+
+
+def _named(main: str, value: torch.Tensor) -> str:
+    return f"{main} {value.dtype} {tuple(value.shape[1:])}"
+
+
+def _is_ids(value: torch.Tensor) -> bool:
+    return value.ndim == 2 and not value.is_floating_point()
+
+
+def _table(value: torch.Tensor) -> NDArray[np.int32]:
+    return value.detach().to("cpu", torch.int32).numpy()

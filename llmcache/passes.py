@@ -1,0 +1,272 @@
+"""Passes through a trunk that enter at any layer: its blocks are skipped until then, and their states recorded.
+
+A forward hook cannot skip a module, so while `Blocks` is in place every block's `forward` is a stand-in, which calls
+the block's own unless the pass at hand begins later. All that a model does around its layers (embeddings, masks,
+positions, final norm, pooler) is done by the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmcache.errors import ConfigError
+
+Place: TypeAlias = int | str
+"""Of an argument: its position, or its name."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass. enter: number of the first layer that is computed; the one before gives `state`.
+
+    keep: layers whose states are wanted, in `kept` afterwards. number: of the next layer.
+    """
+
+    enter: int = 0
+    state: Tensor | None = None
+    keep: frozenset[int] = frozenset()
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    number: int = 0
+    trace: list[tuple[tuple[Any, ...], Mapping[str, Any], Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a block returns: its state alone, or a tuple that begins with it.
+
+    state: which argument is the state that comes in. others: of each further part of the tuple, the argument that it
+    is (handed through), or None where the block makes it. made: whether there is such a one; the block then runs even
+    when it is skipped, on one row if what it makes has no rows.
+    """
+
+    state: Place
+    single: bool
+    others: tuple[Place | None, ...] = ()
+    constants: tuple[Any, ...] = ()
+    made: bool = False
+    one_row: bool = False
+
+
+class Blocks:
+    """The blocks of a trunk with stand-ins for their forwards, from `replace` to `restore`."""
+
+    def __init__(self, blocks: Sequence[Module]) -> None:
+        self._blocks = list(dict.fromkeys(blocks))
+        self._own: list[Any] = []
+        self.forms: list[Form] = []
+        self._pass: Pass | None = None
+
+    def replace(self) -> None:
+        self._own = [block.__dict__.get("forward") for block in self._blocks]
+        for block in self._blocks:
+            block.forward = self._stand_in(block.forward)
+
+    def restore(self) -> None:
+        for block, own in zip(self._blocks, self._own, strict=True):
+            put_back(block, own)
+        self._own = []
+
+    def run(self, one: Pass, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
+        """What the trunk's own `forward` gives for this call, with the layers before `one.enter` skipped."""
+        self._pass = one
+        try:
+            return forward(**call)
+        finally:
+            self._pass = None
+
+    def _stand_in(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            one = self._pass
+            if one is None:
+                return own(*args, **kwargs)
+            number = one.number
+            one.number += 1
+            if number < one.enter:
+                return self._skipped(one, number, own, args, kwargs)
+            result = own(*args, **kwargs)
+            if one.trace is not None:
+                one.trace.append((args, kwargs, result))
+            if number in one.keep:
+                one.kept[number] = state_of(result).clone()  # some models go on with it in place
+            return result
+
+        return forward
+
+    def _skipped(
+        self, one: Pass, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        form = self.forms[number]
+        state = one.state if number == one.enter - 1 else _at(form.state, args, kwargs)
+        if form.single:
+            return state
+        if form.made:
+            rows = len(_at(form.state, args, kwargs))
+            if form.one_row:
+                args = tuple(_first_row(arg, rows) for arg in args)
+                kwargs = {name: _first_row(arg, rows) for name, arg in kwargs.items()}
+            return (state, *own(*args, **kwargs)[1:])
+        parts = zip(form.others, form.constants, strict=True)
+        return (state, *(constant if place is None else _at(place, args, kwargs) for place, constant in parts))
+
+
+def put_back(module: Module, own: Any) -> None:
+    """Undo the replacement of a forward. own: what `module.__dict__` had before, None for nothing."""
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own
+
+
+def state_of(result: Any) -> Tensor:
+    """The state in what a block returned."""
+    state: Tensor = result[0] if isinstance(result, tuple) else result
+    return state
+
+
+def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows: int) -> Form:
+    """How to stand in for a block that was called like this, with `rows` rows, and returned that.
+
+    ConfigError when its state is not [rows, tokens, width].
+    """
+    state = state_of(result)
+    places: list[Place] = [*range(len(args)), *kwargs]
+    if not isinstance(state, Tensor) or state.is_nested or state.ndim != 3 or len(state) != rows:
+        shape = "nested" if getattr(state, "is_nested", False) else list(getattr(state, "shape", ()))
+        raise ConfigError(
+            f"a layer gives {type(state).__name__} {shape} for {rows} rows, not [rows, tokens, width]; its states "
+            "cannot be kept"
+        )
+    into = next(
+        (one for one in places if getattr(_at(one, args, kwargs), "shape", None) == state.shape),
+        0 if args else "hidden_states",
+    )
+    if not isinstance(result, tuple):
+        return Form(into, True)
+    others, constants, made, one_row = [], [], False, True
+    for part in result[1:]:
+        origin = next((one for one in places if part is not None and _at(one, args, kwargs) is part), None)
+        others.append(origin)
+        constants.append(None if isinstance(part, Tensor) else part)
+        if origin is None and isinstance(part, Tensor):
+            made, one_row = True, one_row and part.shape[:1] == (1,)
+    return Form(into, False, tuple(others), tuple(constants), made, one_row)
+
+
+def _at(place: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(place, int):
+        return args[place] if place < len(args) else None
+    return kwargs.get(place)
+
+
+def _first_row(value: Any, rows: int) -> Any:
+    return value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+
+
+# -- a trial ------------------------------------------------------------------------------------------------
+
+_TRIAL = (2, 7)  # rows and tokens; no width of a model
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What a trial showed of a trunk, under the autocast state and on the device of the trial.
+
+    dtype, width: of the states. decodes: it returns keys and values unless told not to. fields: of the outputs that it
+    returns, "tokens" for [rows, tokens, ...] and "rows" for [rows, ...].
+    """
+
+    layers: int
+    width: int
+    dtype: torch.dtype
+    decodes: bool
+    fields: Mapping[Place, str]
+
+
+def trial_call(main: str, embeddings: int | None, image: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Inputs for a trial: two rows of seven tokens, or two images."""
+    rows, tokens = _TRIAL
+    if embeddings is None:
+        return {main: torch.linspace(-1, 1, rows * torch.Size(image).numel(), device=device).reshape(rows, *image)}
+    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % embeddings
+    return {main: ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def examine(
+    blocks: Blocks,
+    forward: Callable[..., Any],
+    call: dict[str, Any],
+    use_cache: bool,
+    choose: Callable[[int], Sequence[int]],
+) -> Anatomy:
+    """Run a trial through a trunk whose blocks are replaced, and learn what stands in for each of them.
+
+    Entering after a layer that is to have a bank, with its state, must give what the full pass gives, bit for bit;
+    ConfigError when it does not, so that no model is cached whose later layers see more than the state.
+    use_cache: whether the trunk's forward takes such an argument. choose: which layers have banks, of how many.
+    """
+    rows = len(next(iter(call.values())))
+    decodes = use_cache and _gives_cache(blocks.run(Pass(), forward, call))
+    call = {**call, "use_cache": False} if use_cache else call
+    full = Pass(trace=[], keep=frozenset(range(1 << 12)))
+    whole = blocks.run(full, forward, call)
+    assert full.trace is not None
+    if not full.trace:
+        raise ConfigError("its forward does not run the layers that were found; name the list of those it runs: stack=")
+    blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
+    fields = _fields(whole, rows)
+    states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
+    for layer, state in states.items():
+        again = blocks.run(Pass(enter=layer + 1, state=state), forward, call)
+        if not same(again, whole):
+            raise ConfigError(
+                f"what the model gives depends on more than the state of its layer {layer} (of {len(blocks.forms)}): "
+                "entering after it gives something else, so its layers cannot be reused"
+            )
+    kinds = {(one.shape[-1], one.dtype) for one in states.values()}
+    if len(kinds) != 1:
+        seen = ", ".join(sorted(f"{width} {dtype}" for width, dtype in kinds)) or "none was chosen"
+        raise ConfigError(f"the layers to keep give states of different kinds ({seen}); choose layers of one kind")
+    [(width, dtype)] = kinds
+    return Anatomy(len(blocks.forms), width, dtype, decodes, fields)
+
+
+def parts_of(output: Any) -> dict[Place, Any]:
+    """What a trunk returned, by name or place: of a ModelOutput, a tuple, or a tensor."""
+    if isinstance(output, Tensor):
+        return {0: output}
+    if isinstance(output, Mapping):
+        return dict(output.items())
+    return dict(enumerate(output))
+
+
+def _gives_cache(output: Any) -> bool:
+    return isinstance(output, Mapping) and output.get("past_key_values") is not None
+
+
+def _fields(output: Any, rows: int) -> dict[Place, str]:
+    fields: dict[Place, str] = {}
+    for place, part in parts_of(output).items():
+        if part is None:
+            continue
+        if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
+            raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be put together from rows")
+        fields[place] = "tokens" if part.ndim > 2 and part.shape[1] == _TRIAL[1] else "rows"
+    return fields
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two outputs are equal, bit for bit; NaN is equal to itself."""
+    mine, theirs = parts_of(one), parts_of(other)
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(theirs[place])) if isinstance(a, Tensor) else True
+        for place, a in mine.items()
+    )

@@ -1,0 +1,122 @@
+"""The layer banks: states of rows, found by everything that they depend on, and kept when they are computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.segment import Keys
+from llmcache.inputs import InputRows
+from llmcache.keys import key_seed, token_keys
+from llmcache.statistics import LayerCounters
+from llmcache.storing import Storing
+
+
+def bank_name(layer: int) -> str:
+    return f"layer-{layer}"
+
+
+@dataclass(slots=True)
+class Found:
+    """What the banks have of some rows. enter: int64 [n], first layer to compute, 0 where nothing is known.
+
+    states: per row float32 [tokens, width], what the layer before `enter` gave; None where nothing is known.
+    seconds: float64 [n], what the model took for it when it was computed.
+    """
+
+    enter: NDArray[np.int64]
+    states: list[NDArray[np.float32] | None] = field(default_factory=list)
+    seconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+
+class LayerBanks:
+    """Banks of some layers of one trunk. Models that share the trunk up to a layer share the bank of that layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        open_bank: Callable[[int], Bank],
+        digest: Callable[[int], bytes],
+        storing: Storing,
+        secret: bytes,
+        features: Callable[[Sequence[NDArray[np.int32]]], NDArray[np.float32]],
+    ) -> None:
+        """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them."""
+        self.layers = tuple(sorted(layers))
+        self.banks = {layer: open_bank(layer) for layer in self.layers}
+        self._digest, self._storing, self._secret, self._features = digest, storing, secret, features
+
+    def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
+        """uint64 [n, 2]. mode: whatever else of the running process decides the states (autocast)."""
+        kind = f"layer {layer} {rows.signature} {mode}"
+        return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
+
+    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str) -> Found:
+        """The deepest state that is stored for each of the chosen rows."""
+        n = len(chosen)
+        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n))
+        open_ = np.arange(n)
+        for layer in reversed(self.layers):
+            if not len(open_):
+                break
+            began = time.perf_counter()
+            counters = self._storing.counters.layer(bank_name(layer))
+            bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[open_]]
+            at = bank.find(keys)
+            for i in np.flatnonzero(at >= 0).tolist():
+                if not np.array_equal(bank.tokens(int(at[i])), rows.ids[chosen[open_[i]]]):
+                    at[i] = -1
+            known = np.flatnonzero(at >= 0)
+            counters.asked += len(open_)
+            counters.look_up_seconds += time.perf_counter() - began
+            if len(known):
+                known = known[self._read(bank, at[known], open_[known], layer, found, counters)]
+            open_ = np.delete(open_, known)
+        return found
+
+    def _read(
+        self,
+        bank: Bank,
+        at: NDArray[np.int64],
+        places: NDArray[np.int64],
+        layer: int,
+        found: Found,
+        counters: LayerCounters,
+    ) -> NDArray[np.bool_]:
+        """Fill these places of `found` from these bank rows; returns which rows could be read, bool [n]."""
+        began = time.perf_counter()
+        reading = bank.read(at)
+        for i in np.flatnonzero(reading.intact).tolist():
+            found.states[places[i]] = reading.values[i]
+            found.enter[places[i]] = layer + 1
+            found.seconds[places[i]] = bank.cost(at[i : i + 1])
+        counters.hits += int(reading.intact.sum())
+        counters.load_seconds += time.perf_counter() - began
+        counters.saved_seconds += float(found.seconds[places].sum())
+        return reading.intact
+
+    def put(
+        self,
+        layer: int,
+        rows: InputRows,
+        chosen: NDArray[np.int64],
+        states: Sequence[NDArray[np.float32]],
+        seconds: NDArray[np.float32],
+        mode: str,
+    ) -> None:
+        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width]; taken over, not copied."""
+        ids = [rows.ids[i] for i in chosen.tolist()]
+        self._storing.put(
+            self.banks[layer],
+            self.keys(layer, rows, mode)[chosen],
+            states,
+            tokens=ids,
+            sources=[""] * len(ids),
+            features=self._features(ids),
+            cost=seconds,
+        )

@@ -1,0 +1,66 @@
+"""Keeping what was computed: batches go into banks, and are committed when enough of them wait."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from llmcache.config import CacheConfig
+from llmcache.errors import LLMCacheError
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.segment import Keys
+from llmcache.indexes.store import Store
+from llmcache.statistics import Counters
+
+log = logging.getLogger("llmcache")
+
+_COMMIT_BYTES = 256 << 20
+
+
+class Storing:
+    """Puts rows into the banks of a store. A failure ends storing, with one warning, and never an inference."""
+
+    def __init__(self, store: Store, config: CacheConfig, counters: Counters) -> None:
+        self.store = store
+        self.counters = counters
+        self._seconds = config.commit_seconds
+        # a segment is evicted whole, so it should be small beside the budget
+        self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
+        self._committed = time.monotonic()
+
+    def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
+        """Keep a computed batch, as `Bank.put` takes it, and commit when enough waits.
+
+        text_keys: uint64 [n, 2], other keys that lead to the same rows.
+        """
+        if not self.store.writable:
+            self.counters.not_stored += len(keys)
+            return
+        began = time.perf_counter()
+        kept = bank.put(keys, values, **entry)
+        if text_keys is not None:
+            bank.alias(text_keys, keys)
+        self.counters.not_stored += int((~kept).sum())
+        waited = time.monotonic() - self._committed
+        if self.store.pending_bytes > self._most or waited > self._seconds:
+            try:
+                self.commit()
+            except LLMCacheError as error:
+                log.warning("%s. Going on without storing", error)
+        self.counters.store_seconds += time.perf_counter() - began
+
+    def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
+        """Let these texts lead to the rows of these keys from now on."""
+        if self.store.writable:
+            bank.alias(text_keys, keys)
+
+    def commit(self) -> None:
+        """Commit what was put. StoreFull or StoreFenced when a write fails."""
+        self._committed = time.monotonic()
+        given_up = self.store.not_stored
+        try:
+            self.store.commit()
+        finally:
+            self.counters.not_stored += self.store.not_stored - given_up
+        self.store.write_counters(self.counters.as_dict())
