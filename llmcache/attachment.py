@@ -63,6 +63,10 @@ class Attachment:
         self._weights = _Weights(trunk.module)
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
+        self.entries: list[str] = []
+        """Per row of the last pass the key of the entry that was reused, in hexadecimal; "" where none was."""
+        self.up_to: int | None = None
+        """Deepest layer whose states are reused, None for any; while it is set nothing is kept."""
 
     def __enter__(self) -> Self:
         module = self.trunk.module
@@ -93,6 +97,11 @@ class Attachment:
             put_back(self.trunk.module, self._own)
             self._blocks.restore()
             del _attached[self.trunk.module]
+
+    @property
+    def banks(self) -> LayerBanks:
+        """The banks of the layers, for the autocast state at hand."""
+        return self._anatomy()[1]
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
@@ -133,7 +142,9 @@ class Attachment:
 
     def _bypass(self, reason: str, call: Call) -> None:
         value = call.get(self._main)
-        self._counters.bypassed += len(value) if isinstance(value, Tensor) and value.ndim else 1
+        rows = len(value) if isinstance(value, Tensor) and value.ndim else 1
+        self._counters.bypassed += rows
+        self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
         if reason not in self._said:
             self._said.add(reason)
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
@@ -165,14 +176,13 @@ class Attachment:
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
         if not len(distinct):
             return self._forward(**call)
-        found = banks.find(rows, distinct, mode)
+        found = banks.find(rows, distinct, mode, self.up_to)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)
             parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
-        self.entered = np.zeros(len(rows), np.int64)
-        self.entered[distinct] = found.enter
-        self.entered = self.entered[first]
+        place = np.searchsorted(distinct, first)
+        self.entered, self.entries = found.enter[place], [found.entries[i] for i in place.tolist()]
         return _merged(parts, first, rows, anatomy)
 
     def _run(
@@ -188,7 +198,9 @@ class Attachment:
         enter, chosen = int(found.enter[group[0]]), distinct[group]
         whole = len(group) == len(rows) and enter == 0  # nothing to gain from another shape
         width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        one = Pass(enter=enter, keep=frozenset(layer for layer in banks.layers if layer >= enter))
+        one = Pass(enter=enter)
+        if self.up_to is None:
+            one.keep = frozenset(layer for layer in banks.layers if layer >= enter)
         if enter:
             one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
         began = time.perf_counter()
@@ -261,7 +273,7 @@ def _merged(
         return merged[0]
     if isinstance(output, tuple):
         return type(output)(merged[i] for i in range(len(output)))
-    return type(output)(**merged)
+    return type(output)(**{str(place): part for place, part in merged.items()})
 
 
 class _Weights:
@@ -280,7 +292,9 @@ class _Weights:
 
     @property
     def device(self) -> torch.device:
-        return next((holder[name].device for holder, name in self._holders), torch.device("cpu"))
+        return next(
+            (one.device for holder, name in self._holders if (one := holder[name]) is not None), torch.device("cpu")
+        )
 
     def changed(self) -> bool:
         before, self._seen = self._seen, self._look()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import __version__
-from llmcache.cache import LLMCache, fresh_bank
+from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.corpus import Document
 from llmcache.errors import ConfigError
@@ -33,6 +33,7 @@ from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 from llmcache.keys import key, key_seed, text_keys
+from llmcache.opening import fresh_bank
 from llmcache.tokens import tokenise
 
 

@@ -5,41 +5,36 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from llmcache.architecture import Trunk, find_trunk
-from llmcache.attachment import Attachment, refuse_compiled
+from llmcache import opening
+from llmcache.attachment import Attachment
 from llmcache.config import CacheConfig
 from llmcache.encoding import finished
-from llmcache.errors import ConfigError, FaissMissing, LLMCacheError, SnapshotDamaged, UntrustedSnapshot
-from llmcache.execution import Call, Execution, Progress, compute, nothing, token_embedding
-from llmcache.fingerprint import feature_width, features
-from llmcache.identity import Identity, identify, load, mismatch
+from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
+from llmcache.execution import Call, Execution, Progress, Sentences, nothing
+from llmcache.heads import Heads
+from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
 from llmcache.indexes.trust import Trust
+from llmcache.layers import Layers
 from llmcache.matching import Answers
-from llmcache.namespace import admit, checked_name, resolved_secret, secret_check
-from llmcache.passes import Anatomy
+from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
-from llmcache.states import LayerBanks, bank_name
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
-from llmcache.tokens import check_inputs, tokenise
 
 log = logging.getLogger("llmcache")
 
@@ -64,22 +59,22 @@ class LLMCache:
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
+        self.tokenizer: Any = getattr(model, "tokenizer", None)
         self.identity = identity
         self.config = config
         self.namespace = namespace
         self._store = store
-        self._secret = secret
         store.budget = config.budget
         self._counters = Counters()
         self._storing = Storing(store, config, self._counters)
-        self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
+        self._layers = Layers(model, identity, config, namespace, self._storing, secret)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
-            bank = store.bank(namespace, LAYER, lambda: fresh_bank(model, config), config.near)
+            bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
             if store.trust != "own":
-                _check_width(bank.facts, fresh_bank(model, config))
+                opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
-            self._encoding = Execution(model, identity.digest, config, self._storing, bank, secret, inside)
+            self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
         self._opened = True
 
     @classmethod
@@ -122,9 +117,8 @@ class LLMCache:
         salt = resolved_secret(secret, secret_file)
         if key is None and key_file is not None:
             key = secret_from_file(key_file, "the key that signs a store")
-        given = (
-            None if model is None else _loaded(model, tokenizer)
-        )  # first: a model that cannot be had leaves no store behind
+        # first: a model that cannot be had leaves no store behind
+        given = None if model is None else opening.loaded(model, tokenizer)
         store = Store.open(
             path,
             create=given is not None and not allow_untrusted,
@@ -137,8 +131,8 @@ class LLMCache:
             space = store.namespace(namespace)
             if space is not None:  # before a model is loaded
                 admit(space, namespace, salt)
-            loaded, identity = given or _loaded(_name(store, namespace))
-            settled = _settled(store, namespace, identity, config, loaded, salt)
+            loaded, identity = given or opening.loaded(opening.model_name(store, namespace))
+            settled = opening.settled(store, namespace, identity, config, loaded, salt)
             if tau is not None:
                 settled = replace(settled, tau=tau)
             if store.trust == "untrusted" and settled.tau is not None:
@@ -146,7 +140,8 @@ class LLMCache:
                 settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
             opened = cls(store, loaded, identity, settled, namespace, salt)
-            opened.tokenizer = getattr(loaded, "tokenizer", None) if tokenizer is None else tokenizer
+            if tokenizer is not None:
+                opened.tokenizer = tokenizer
             return opened
         except BaseException:
             store.close()
@@ -246,7 +241,8 @@ class LLMCache:
         return results(documents, answer, self._bank, LAYER, chunk)
 
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
-        return resolve(self.model.prompts, self.model.default_prompt_name, role=role, name=name, prompt=prompt)
+        model: Any = self.model
+        return resolve(model.prompts, model.default_prompt_name, role=role, name=name, prompt=prompt)
 
     # -- any model ------------------------------------------------------------------------------------------
 
@@ -258,46 +254,29 @@ class LLMCache:
         ConfigError when the model has no layers that can be skipped, or is compiled.
         """
         self._check_open()
-        model = self.model if model is None else model
-        refuse_compiled(model)
-        trunk = find_trunk(model, stack)
-        if trunk.module not in self._attachments:
-            own = model is self.model and (trunk.module is model or isinstance(model, SentenceTransformer))
-            keeper = _TrunkIdentity(trunk, self.identity if own else identify(trunk.module))
-            self._attachments[trunk.module] = Attachment(
-                trunk,
-                lambda anatomy: self._layer_banks(trunk.module, keeper, anatomy),
-                lambda count: chosen_layers(self.config.layers, count),
-                keeper.renew,
-                self._counters,
-            )
-        return self._attachments[trunk.module]
+        return self._layers.attachment(self.model if model is None else model, stack)
 
-    def _layer_banks(self, trunk: Module, keeper: _TrunkIdentity, anatomy: Anatomy) -> LayerBanks:
-        embedding: Any = token_embedding(trunk) if self.config.reuse == "layer" else None
-        width = feature_width(embedding, self.config.fingerprint) if embedding is not None else 0
-        floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
-        own = str(next(floats, anatomy.dtype)).removeprefix("torch.")
-        facts = BankFacts(own if self.config.dtype == "auto" else self.config.dtype, anatomy.width, 2, width)
+    def run_heads(
+        self,
+        documents: Iterable[Source],
+        heads: Mapping[str, Module],
+        *,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        progress: Progress = nothing,
+    ) -> Iterator[dict[str, Result]]:
+        """One result of every head per document, in order. The layers that heads share are computed once.
 
-        def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
-            if embedding is None:
-                return np.zeros((len(tokens), 0), np.float32)
-            return features(embedding, tokens, self.config.fingerprint)
-
-        def open_bank(layer: int) -> Bank:
-            bank = self._store.bank(self.namespace, bank_name(layer), lambda: facts, self.config.near)
-            found = bank.facts
-            if (found.dtype, found.width, found.feature_width) != (facts.dtype, facts.width, facts.feature_width):
-                raise ConfigError(
-                    f"the bank of layer {layer} holds {found.dtype} states of width {found.width} with "
-                    f"{found.feature_width} features, this model's would be {facts.dtype} of width {facts.width} with "
-                    f"{facts.feature_width}; use another namespace"
-                )
-            return bank
-
-        layers = chosen_layers(self.config.layers, anatomy.layers)
-        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+        heads: models by name, with the cache's tokenizer: transformers models that give logits [rows, classes], or
+            SentenceTransformers. Up to which layer they are equal is found from their weights, and that layer gets a
+            bank, so that a head which comes later, or in another run, starts there.
+        """
+        self._check_open()
+        run = Heads(self.model, self.tokenizer, heads, self._layers, self.config)
+        resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
+        return run.results(documents, resolved, role, batch_size, progress)
 
     # -- the store ------------------------------------------------------------------------------------------
 
@@ -379,100 +358,3 @@ class LLMCache:
             self.close()
         except LLMCacheError as second:  # the first error is the one to show
             log.warning("%s", second)
-
-
-def _loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
-    if isinstance(model, Module):
-        refuse_compiled(model)
-        return model, identify(model, tokenizer=tokenizer)
-    try:
-        return load(os.fspath(model))
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the model {os.fspath(model)!r} cannot be loaded: {reason}") from error
-
-
-def _name(store: Store, namespace: str) -> str:
-    """Name or path of the model whose entries the namespace holds."""
-    if store.trust == "untrusted":
-        raise UntrustedSnapshot(f"{store.folder.path} is not trusted to say which model to load; give the model")
-    space = store.namespace(namespace)
-    if space is None:
-        known = ", ".join(sorted(store.manifest.namespaces)) or "none"
-        raise ConfigError(f"the store has no namespace {namespace!r} (it has {known}); say which model to use")
-    return Identity.from_json(space.identity).name
-
-
-def _settled(
-    store: Store,
-    namespace: str,
-    identity: Identity,
-    config: CacheConfig | None,
-    model: Module,
-    secret: bytes,
-) -> CacheConfig:
-    """The settings to use, once it is certain that the namespace is this model's."""
-    if store.namespace(namespace) is None:
-        if isinstance(model, SentenceTransformer):
-            check_inputs(model)
-        store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
-    space = store.namespace(namespace)
-    assert space is not None
-    admit(space, namespace, secret)  # another process may have made it at the same time, with another one
-    stored = Identity.from_json(space.identity)
-    if stored.digest != identity.digest:
-        raise mismatch(stored, identity)
-    saved = CacheConfig.from_json(space.config)
-    if config is None:
-        return saved
-    for name in ("fingerprint", "dtype"):
-        if getattr(config, name) != getattr(saved, name):
-            raise ConfigError(
-                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, asked for is "
-                f"{getattr(config, name)!r}; keep the first, or start a fresh namespace"
-            )
-    return config
-
-
-def _check_width(stored: BankFacts, fresh: BankFacts) -> None:
-    if (stored.width, stored.rank, stored.feature_width) != (fresh.width, fresh.rank, fresh.feature_width):
-        raise SnapshotDamaged(
-            f"the store says that this model gives vectors of {stored.width} numbers from {stored.feature_width} "
-            f"features, it gives {fresh.width} from {fresh.feature_width}; do not use this store"
-        )
-
-
-class _TrunkIdentity:
-    """The identity of an attached trunk, which changes with its weights."""
-
-    def __init__(self, trunk: Trunk, identity: Identity) -> None:
-        self._trunk, self._identity = trunk, identity
-
-    def up_to(self, layer: int) -> bytes:
-        layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
-        return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
-
-    def renew(self) -> None:
-        identity = identify(self._trunk.module)
-        if identity.layers != self._identity.layers or identity.attention != self._identity.attention:
-            log.warning("the weights of the attached model have changed: what they gave before is not reused")
-        self._identity = identity
-
-
-def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Numbers of the layers that have banks, of `count`; ConfigError for one that is not there."""
-    if layers == "output":
-        return (count - 1,)
-    if isinstance(layers, str):
-        return tuple(range(count))
-    if wrong := [layer for layer in layers if layer >= count]:
-        raise ConfigError(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
-    return tuple(sorted(set(layers)))
-
-
-def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:
-    """Facts of an empty output bank for this model; its width and dtype are those of one computed vector."""
-    probe = next(compute(model, tokenise(model, ["a"], None, None), 1, None))
-    dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    width = feature_width(token_embedding(model), config.fingerprint)
-    return BankFacts(dtype, probe.outputs.shape[1], 1, width)

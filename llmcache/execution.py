@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.segment import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows, batch, tokenise
 
@@ -37,17 +38,47 @@ class Computed:
     seconds: float
 
 
+class Model(Protocol):
+    """What computes one vector per document."""
+
+    def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows: ...
+
+    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
+        """Of some of the rows, [chosen, width]."""
+        ...
+
+    def token_embedding(self) -> torch.Tensor:
+        """[vocabulary, width]."""
+        ...
+
+
+class Sentences:
+    """A SentenceTransformer, which gives sentence embeddings."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+
+    def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+        return tokenise(self._model, texts, prompt, role)
+
+    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
+        self._model.eval()
+        inputs = batch(self._model.tokenizer, self._model.device, rows, chosen)
+        found: torch.Tensor = self._model(inputs, **({"task": role} if role else {}))["sentence_embedding"]
+        return found
+
+    def token_embedding(self) -> torch.Tensor:
+        return token_embedding(self._model)
+
+
 @torch.inference_mode()
-def compute(model: SentenceTransformer, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
-    """Sentence embeddings of all rows, batch after batch, longest first, as the model gives them."""
-    model.eval()
+def compute(model: Model, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
+    """The vectors of all rows, batch after batch, longest first, as the model gives them."""
     order = np.argsort(-rows.lengths, kind="stable").tolist()
-    task = {"task": role} if role else {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         began = time.perf_counter()
-        embeddings = model(batch(model, rows, chosen), **task)["sentence_embedding"]
-        outputs = embeddings.float().cpu().numpy()
+        outputs = model.vectors(rows, chosen, role).float().cpu().numpy()
         yield Computed(chosen, outputs, time.perf_counter() - began)
 
 
@@ -87,7 +118,7 @@ class Execution:
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: Model,
         digest: bytes,
         config: CacheConfig,
         storing: Storing,
@@ -101,7 +132,7 @@ class Execution:
         """
         self._model, self._digest, self._config, self._secret = model, digest, config, secret
         self._storing, self.bank, self._inside = storing, bank, inside
-        self._embedding = token_embedding(model)
+        self._embedding = model.token_embedding()
         self.counters = storing.counters
 
     def answers(self, call: Call) -> Answers:
@@ -134,7 +165,7 @@ class Execution:
 
     def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
-        tokens = tokenise(self._model, [call.texts[i] for i in places], call.prompt, call.role)
+        tokens = self._model.tokenise([call.texts[i] for i in places], call.prompt, call.role)
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
@@ -142,8 +173,11 @@ class Execution:
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         raw = features(self._embedding, [tokens.ids[i] for i in todo], self._config.fingerprint)
-        if self._config.tau is not None and len(todo):
-            open_ = self._near(answers, places[todo], raw, self._config.tau)
+        if len(todo) and (self._config.tau is not None or self._config.layer_tau):
+            if self._config.reuse == "layer":
+                open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
+            else:
+                open_ = self._near(answers, places[todo], raw)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
@@ -153,32 +187,67 @@ class Execution:
         others = np.setdiff1d(np.arange(len(places)), todo)
         self._storing.alias(self.bank, text_keys[others], keys[others])
 
-    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32], tau: float) -> Places:
+    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32]) -> Places:
         """Serve near matches; returns the indices into `places` that stay open."""
-        rows, similarity = near(self.bank, raw, tau)
+        if self._config.tau is None:
+            return np.arange(len(places))
+        rows, similarity = near(self.bank, raw, self._config.tau)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
         answers.similarity[places[found]] = similarity[found]
         answers.similarity[places[found[lost]]] = np.nan
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
 
+    def _near_layers(
+        self, answers: Answers, call: Call, places: Places, tokens: TokenRows, raw: NDArray[np.float32]
+    ) -> Places:
+        """Serve near matches by the paper's rule: the state of the deepest layer whose tau is reached, and on from it.
+
+        Everything above a state is a function of it, so this is the neighbour's output, computed from that layer on.
+        """
+        open_ = np.arange(len(places))
+        with self._inside() as attachment:
+            for layer in reversed(attachment.banks.layers):
+                tau = self._config.layer_tau.get(layer, self._config.tau)
+                if tau is None or not len(open_):
+                    continue
+                rows, similarity = near(attachment.banks.banks[layer], raw[open_], tau)
+                found = np.flatnonzero(rows >= 0)
+                bank = attachment.banks.banks[layer]
+                neighbours = tokens.like([bank.tokens(int(row)) for row in rows[found]])
+                attachment.up_to = layer
+                try:
+                    for done in compute(self._model, neighbours, call.batch_size, call.role):
+                        where = places[open_[found[done.chosen]]]
+                        answers.taken_over(where, done.outputs, attachment.entered, attachment.entries)
+                        answers.similarity[where] = similarity[found[done.chosen]]
+                finally:
+                    attachment.up_to = None
+                self.counters.layer(bank_name(layer)).near += len(found)
+                open_ = np.delete(open_, found)
+        return open_
+
     def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
-        for done in compute(self._model, tokens, call.batch_size, call.role):
-            chosen, where = done.chosen, unknown.places[done.chosen]
-            answers.outputs[where] = done.outputs
-            self.counters.model_seconds += done.seconds
-            self._storing.put(
-                self.bank,
-                unknown.keys[chosen],
-                done.outputs,
-                unknown.text_keys[chosen],
-                tokens=[tokens.ids[i] for i in chosen],
-                sources=[call.ids[i] if call.ids else "" for i in where],
-                features=unknown.features[chosen],
-                cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
-            )
-            call.progress(len(chosen), len(chosen))
+        with self._inside() as attachment:
+            for done in compute(self._model, tokens, call.batch_size, call.role):
+                chosen, where = done.chosen, unknown.places[done.chosen]
+                if attachment is None:
+                    answers.outputs[where] = done.outputs
+                    self.counters.model_seconds += done.seconds
+                else:  # which counts the seconds itself
+                    answers.computed(where, done.outputs, attachment.entered, attachment.entries)
+                self._storing.put(
+                    self.bank,
+                    unknown.keys[chosen],
+                    done.outputs,
+                    unknown.text_keys[chosen],
+                    tokens=[tokens.ids[i] for i in chosen],
+                    sources=[call.ids[i] if call.ids else "" for i in where],
+                    features=unknown.features[chosen],
+                    cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
+                )
+                call.progress(len(chosen), len(chosen))
 
     def _count(self, answers: Answers, repeats: int, seconds: float) -> None:
         counters = self.counters

@@ -6,7 +6,7 @@ Everything is arrays over the batch; no object per document.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ class Answers:
 
     outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact, NaN for a miss. row: int64, the bank row
     that served it, -1 for a miss. twin: int64, for a repeat inside the call the place of its first occurrence, else -1.
+    layer: int64, the layer whose state was reused, -1 where it was the output, or nothing; entry: its key by place.
     """
 
     outputs: NDArray[np.float32]
@@ -32,6 +33,8 @@ class Answers:
     similarity: NDArray[np.float32]
     row: NDArray[np.int64]
     twin: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    entry: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, n: int, width: int) -> Answers:
@@ -41,7 +44,22 @@ class Answers:
             np.full(n, np.nan, np.float32),
             np.full(n, -1, np.int64),
             np.full(n, -1, np.int64),
+            np.full(n, -1, np.int64),
         )
+
+    def computed(
+        self,
+        places: NDArray[np.int64],
+        outputs: NDArray[np.float32],
+        entered: NDArray[np.int64],
+        entries: Sequence[str],
+    ) -> None:
+        """What the model computed for these places, of which some were entered after a layer that was stored."""
+        self.outputs[places] = outputs
+        for place, enter, entry in zip(places.tolist(), entered.tolist(), entries, strict=True):
+            if enter:
+                self.tier[place], self.similarity[place], self.layer[place] = EXACT, 1, enter - 1
+                self.entry[place] = entry
 
     def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
         """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
@@ -54,12 +72,24 @@ class Answers:
             self.similarity[places[good]] = 1
         return np.flatnonzero(~reading.intact)
 
+    def taken_over(
+        self,
+        places: NDArray[np.int64],
+        outputs: NDArray[np.float32],
+        entered: NDArray[np.int64],
+        entries: Sequence[str],
+    ) -> None:
+        """What the model computed for these places from neighbours' states."""
+        self.computed(places, outputs, entered, entries)
+        self.tier[places] = NEAR
+
     def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
         """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
         self.outputs[places] = self.outputs[first]
         self.similarity[places] = np.where(self.tier[first] == NEAR, self.similarity[first], 1)
         self.tier[places] = np.where(self.tier[first] == NEAR, NEAR, EXACT)
         self.row[places] = self.row[first]
+        self.layer[places] = self.layer[first]
         self.twin[places] = first
 
 

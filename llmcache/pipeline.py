@@ -14,6 +14,7 @@ from llmcache.corpus import Document
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
 from llmcache.matching import MISS, TIERS, Answers
+from llmcache.states import bank_name
 
 Source: TypeAlias = str | Document | Mapping[str, Any]
 """A document as it may be given: a text, a Document, or a mapping with "text" and perhaps "id"."""
@@ -23,7 +24,8 @@ Source: TypeAlias = str | Document | Mapping[str, Any]
 class Result:
     """What became of one document.
 
-    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss.
+    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss; where it
+        is not "output" the layers after it were computed.
     source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
     similarity: cosine of the fingerprints, 1.0 for exact, None for a miss.
     """
@@ -42,9 +44,13 @@ def results(
     bank: Bank,
     layer: str,
     chunk: int,
+    start: int = 0,
 ) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out at a time."""
-    stream = enumerate(documents)
+    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+
+    start: place of the first document, which is its id where it has none.
+    """
+    stream = enumerate(documents, start)
     while part := [_document(source, place) for place, source in islice(stream, chunk)]:
         ids = [document.id for document in part]
         answers = answer([document.text for document in part], ids)
@@ -70,6 +76,10 @@ def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, l
     tier = int(answers.tier[i])
     if tier == MISS:
         return Result(id, answers.outputs[i], "miss", None, None, None)
-    row, twin = int(answers.row[i]), int(answers.twin[i])
-    source = (bank.source(row) or bank.key(row)) if row >= 0 else ids[twin]
+    row, twin, reused = int(answers.row[i]), int(answers.twin[i]), int(answers.layer[i])
+    if reused >= 0:
+        layer = bank_name(reused)
+    source = ids[twin] if twin >= 0 else answers.entry.get(i)
+    if row >= 0:
+        source = bank.source(row) or bank.key(row)
     return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,14 @@ class Found:
     """What the banks have of some rows. enter: int64 [n], first layer to compute, 0 where nothing is known.
 
     states: per row float32 [tokens, width], what the layer before `enter` gave; None where nothing is known.
-    seconds: float64 [n], what the model took for it when it was computed.
+    seconds: float64 [n], what the model took for it when it was computed. entries: keys of what was found, in
+    hexadecimal, or "".
     """
 
     enter: NDArray[np.int64]
-    states: list[NDArray[np.float32] | None] = field(default_factory=list)
-    seconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    states: list[NDArray[np.float32] | None]
+    seconds: NDArray[np.float64]
+    entries: list[str]
 
 
 class LayerBanks:
@@ -56,14 +58,16 @@ class LayerBanks:
         kind = f"layer {layer} {rows.signature} {mode}"
         return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
 
-    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str) -> Found:
-        """The deepest state that is stored for each of the chosen rows."""
+    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
+        """The deepest state that is stored for each of the chosen rows. up_to: deepest layer to look at."""
         n = len(chosen)
-        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n))
+        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n)
         open_ = np.arange(n)
         for layer in reversed(self.layers):
             if not len(open_):
                 break
+            if up_to is not None and layer > up_to:
+                continue
             began = time.perf_counter()
             counters = self._storing.counters.layer(bank_name(layer))
             bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[open_]]
@@ -95,6 +99,7 @@ class LayerBanks:
             found.states[places[i]] = reading.values[i]
             found.enter[places[i]] = layer + 1
             found.seconds[places[i]] = bank.cost(at[i : i + 1])
+            found.entries[places[i]] = bank.key(int(at[i]))
         counters.hits += int(reading.intact.sum())
         counters.load_seconds += time.perf_counter() - began
         counters.saved_seconds += float(found.seconds[places].sum())
@@ -109,7 +114,7 @@ class LayerBanks:
         seconds: NDArray[np.float32],
         mode: str,
     ) -> None:
-        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width]; taken over, not copied."""
+        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width], taken over."""
         ids = [rows.ids[i] for i in chosen.tolist()]
         self._storing.put(
             self.banks[layer],

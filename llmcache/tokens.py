@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,19 @@ class TokenRows:
     def ids(self) -> list[NDArray[np.int32]]:
         """Token ids of each document."""
         return self.fields["input_ids"]
+
+    def like(self, ids: Sequence[NDArray[np.int32]]) -> TokenRows:
+        """Rows of other token ids, all of them seen, all of one segment, as these rows have them for a plain text."""
+        plain: dict[str, Callable[[NDArray[np.int32]], NDArray[np.int32]]] = {
+            "input_ids": np.array,
+            "attention_mask": np.ones_like,
+            "token_type_ids": np.zeros_like,
+        }
+        if odd := sorted(set(self.fields) - set(plain)):
+            raise ConfigError(
+                f"the model takes {odd[0]!r} beside token ids: the state of a neighbour cannot be taken over"
+            )
+        return TokenRows({name: [plain[name](one) for one in ids] for name in self.fields}, self.shared)
 
     def key_bytes(self) -> list[bytes]:
         """What of each row the model sees, as bytes; equal only for rows that the model cannot tell apart."""
@@ -111,15 +124,25 @@ def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray
     }
 
 
-def batch(model: SentenceTransformer, rows: TokenRows, chosen: Sequence[int]) -> dict[str, Any]:
-    """Model inputs for some of the rows: int64 [chosen, longest of them] on the model's device, and what is shared."""
-    tokenizer = model.tokenizer
+def tokenise_plainly(tokenizer: Any, texts: Sequence[str], limit: int | None) -> TokenRows:
+    """Rows of what a tokenizer of transformers makes of these texts, cut to `limit` tokens."""
+    fields: dict[str, list[NDArray[np.int32]]] = {}
+    cut = {"truncation": True, "max_length": limit} if limit else {}
+    for start in range(0, len(texts), _TOKENISE):
+        found = tokenizer(list(texts[start : start + _TOKENISE]), padding=False, **cut)
+        for name, rows in found.items():
+            fields.setdefault(name, []).extend(np.array(row, np.int32) for row in rows)
+    return TokenRows(fields or {"input_ids": []}, {})
+
+
+def batch(tokenizer: Any, device: torch.device, rows: TokenRows, chosen: Sequence[int]) -> dict[str, Any]:
+    """Model inputs for some of the rows: int64 [chosen, longest of them] on the device, and what is shared."""
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     left = getattr(tokenizer, "padding_side", "right") == "left"
     inputs: dict[str, Any] = dict(rows.shared)
     for name, column in rows.fields.items():
         table = _padded([column[i] for i in chosen], pads.get(name) or 0, left)
-        inputs[name] = torch.from_numpy(table).to(model.device)
+        inputs[name] = torch.from_numpy(table).to(device)
     return inputs
 
 

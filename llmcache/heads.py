@@ -1,0 +1,144 @@
+"""Several heads on one trunk: the layers that models share are computed once, and each head runs on from there."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn import Module
+
+from llmcache.architecture import find_trunk
+from llmcache.attachment import Attachment
+from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
+from llmcache.execution import Call, Execution, Model, Progress, Sentences, compute, token_embedding
+from llmcache.fingerprint import feature_width
+from llmcache.identity import Identity, identify
+from llmcache.indexes.manifest import BankFacts
+from llmcache.layers import Layers
+from llmcache.pipeline import Result, Source, results
+from llmcache.tokens import TokenRows, batch, tokenise, tokenise_plainly
+
+log = logging.getLogger("llmcache")
+
+_WINDOW = 512  # documents that every head answers before the next: their states are then still in memory
+
+
+class Head:
+    """A transformers model whose output is one vector per document, on token ids of the cache's tokenizer."""
+
+    def __init__(self, model: Module, source: Module, tokenizer: Any) -> None:
+        """source: the cache's own model, which says how texts become token ids."""
+        self._model, self._source, self._tokenizer = model, source, tokenizer
+        parameters = inspect.signature(model.forward).parameters
+        self._takes = set(parameters)
+        self._open = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+    def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+        if isinstance(self._source, SentenceTransformer):
+            return tokenise(self._source, texts, prompt, role)
+        if self._tokenizer is None:
+            raise ConfigError("texts need a tokenizer; open the cache with tokenizer=...")
+        limit = getattr(self._tokenizer, "model_max_length", None)
+        texts = texts if prompt is None else [prompt + text for text in texts]
+        return tokenise_plainly(self._tokenizer, texts, limit if limit and limit < 1 << 30 else None)
+
+    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        inputs = batch(self._tokenizer, device, rows, chosen)
+        inputs = {name: inputs[name] for name in rows.fields if self._open or name in self._takes}
+        if "use_cache" in self._takes:
+            inputs["use_cache"] = False
+        return _vector(self._model(**inputs), len(chosen), self._model)
+
+    def token_embedding(self) -> torch.Tensor:
+        return token_embedding(self._model)
+
+
+class Heads:
+    """Models by name, each with a bank of its own for what it gives, and the banks of the layers they share."""
+
+    def __init__(
+        self, source: Module, tokenizer: Any, heads: Mapping[str, Module], layers: Layers, config: CacheConfig
+    ) -> None:
+        """source: the cache's own model. ConfigError when there is no head, or one cannot be run."""
+        if not heads:
+            raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
+        trunks = {name: find_trunk(model) for name, model in heads.items()}
+        identities = {name: layers.identity(heads[name], trunk) for name, trunk in trunks.items()}
+        depths = shared_depths(identities)
+        self._executions: dict[str, Execution] = {}
+        for name, model in heads.items():
+            kept = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
+            if len(heads) > 1 and not kept:
+                log.warning("the head %s shares no layer with another one; it is computed whole", name)
+            if config.layers != "output":
+                kept |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
+            attachment = layers.attachment_at(trunks[name], identities[name], tuple(sorted(kept))) if kept else None
+            self._executions[name] = _execution(name, model, source, tokenizer, attachment, layers, config)
+
+    def results(
+        self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
+    ) -> Iterator[dict[str, Result]]:
+        """One result per head and document, in order."""
+        stream = iter(documents)
+        start = 0
+        while window := list(islice(stream, _WINDOW)):
+            found: dict[str, list[Result]] = {}
+            for name, execution in self._executions.items():
+
+                def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
+                    return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
+
+                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW, start))
+            start += len(window)
+            yield from (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+
+
+def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], int]:
+    """Per pair of names the last layer up to which the two are equal, -1 where they share none."""
+    names = list(identities)
+    depths: dict[tuple[str, str], int] = {}
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            mine, theirs = identities[one], identities[other]
+            count = min(len(mine.layers), len(theirs.layers))
+            equal = [layer for layer in range(count) if mine.up_to(layer) == theirs.up_to(layer)]
+            depths[one, other] = equal[-1] if equal else -1
+    return depths
+
+
+def _execution(
+    name: str,
+    model: Module,
+    source: Module,
+    tokenizer: Any,
+    attachment: Attachment | None,
+    layers: Layers,
+    config: CacheConfig,
+) -> Execution:
+    digest = identify(model, tokenizer=tokenizer).digest
+    runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
+    probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
+    width = feature_width(runner.token_embedding(), config.fingerprint)
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    bank = layers.bank(f"head-{digest.hex()[:16]}", BankFacts(dtype, probe.outputs.shape[1], 1, width))
+    return layers.execution(runner, digest, bank, attachment)
+
+
+def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:
+    """One vector per row, of whatever a model with a head returned."""
+    for name in ("logits", "sentence_embedding", "pooler_output"):
+        found = output.get(name) if isinstance(output, Mapping) else None
+        if isinstance(found, torch.Tensor) and found.ndim == 2 and len(found) == rows:
+            return found
+    if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == rows:
+        return output
+    has = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+    raise ConfigError(f"a head gives logits [rows, classes]; {type(model).__name__} gives {has}")

@@ -1,0 +1,143 @@
+"""The layers of the models that a cache attaches: their identities, their banks, and who is attached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn import Module
+
+from llmcache.architecture import Trunk, find_trunk
+from llmcache.attachment import Attachment, refuse_compiled
+from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
+from llmcache.execution import Execution, Model, token_embedding
+from llmcache.fingerprint import feature_width, features
+from llmcache.identity import Identity, identify
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.manifest import BankFacts
+from llmcache.passes import Anatomy
+from llmcache.states import LayerBanks, bank_name
+from llmcache.storing import Storing
+
+log = logging.getLogger("llmcache")
+
+
+class Layers:
+    """Attachments of one cache. Models of one namespace share the bank of a layer; its keys tell them apart."""
+
+    def __init__(
+        self,
+        model: Module,
+        identity: Identity,
+        config: CacheConfig,
+        namespace: str,
+        storing: Storing,
+        secret: bytes,
+    ) -> None:
+        """model, identity: the cache's own; others are identified when they are attached."""
+        self._model, self._identity = model, identity
+        self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
+        self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
+
+    def attachment(self, model: Module, stack: str | None = None) -> Attachment:
+        """The attachment of a model, made once."""
+        refuse_compiled(model)
+        trunk = find_trunk(model, stack)
+        if trunk.module not in self._attachments:
+            self._attachments[trunk.module] = self.attachment_at(
+                trunk, self.identity(model, trunk), self._config.layers
+            )
+        return self._attachments[trunk.module]
+
+    def identity(self, model: Module, trunk: Trunk) -> Identity:
+        """The identity of a model's trunk."""
+        if model is self._model and (trunk.module is model or hasattr(model, "transformers_model")):
+            return self._identity
+        return identify(trunk.module)
+
+    def attachment_at(self, trunk: Trunk, identity: Identity, layers: str | tuple[int, ...]) -> Attachment:
+        """A new attachment, with banks at these layers."""
+        keeper = _TrunkIdentity(trunk, identity)
+        return Attachment(
+            trunk,
+            lambda anatomy: self._banks(trunk.module, keeper, chosen_layers(layers, anatomy.layers), anatomy),
+            lambda count: chosen_layers(layers, count),
+            keeper.renew,
+            self._storing.counters,
+        )
+
+    def bank(self, name: str, facts: BankFacts) -> Bank:
+        """The bank of this name; an empty one with these facts where there is none."""
+        return self._storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
+
+    def execution(self, model: Model, digest: bytes, bank: Bank, attachment: Attachment | None) -> Execution:
+        """What answers calls with this model's vectors, from this bank, inside an attachment."""
+
+        def inside() -> AbstractContextManager[Any]:
+            return nullcontext() if attachment is None else attachment
+
+        return Execution(model, digest, self._config, self._storing, bank, self._secret, inside)
+
+    def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
+        config = self._config
+        embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None
+        width = 0 if embedding is None else feature_width(embedding, config.fingerprint)
+        floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
+        own = str(next(floats, anatomy.dtype)).removeprefix("torch.")
+        facts = BankFacts(own if config.dtype == "auto" else config.dtype, anatomy.width, 2, width)
+
+        def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+            if embedding is None:
+                return np.zeros((len(tokens), 0), np.float32)
+            return features(embedding, tokens, config.fingerprint)
+
+        def open_bank(layer: int) -> Bank:
+            store = self._storing.store
+            return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
+
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+
+
+def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:
+    found = bank.facts
+    if (found.dtype, found.width, found.feature_width) == (facts.dtype, facts.width, facts.feature_width):
+        return bank
+    raise ConfigError(
+        f"the bank of layer {layer} holds {found.dtype} states of width {found.width} with {found.feature_width} "
+        f"features, this model's would be {facts.dtype} of width {facts.width} with {facts.feature_width}; use "
+        "another namespace"
+    )
+
+
+class _TrunkIdentity:
+    """The identity of an attached trunk, which changes with its weights."""
+
+    def __init__(self, trunk: Trunk, identity: Identity) -> None:
+        self._trunk, self._identity = trunk, identity
+
+    def up_to(self, layer: int) -> bytes:
+        layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
+        return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
+
+    def renew(self) -> None:
+        identity = identify(self._trunk.module)
+        if identity.layers != self._identity.layers or identity.attention != self._identity.attention:
+            log.warning("the weights of the attached model have changed: what they gave before is not reused")
+        self._identity = identity
+
+
+def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Numbers of the layers that have banks, of `count`; ConfigError for one that is not there."""
+    if layers == "output":
+        return (count - 1,)
+    if isinstance(layers, str):
+        return tuple(range(count))
+    if wrong := [layer for layer in layers if layer >= count]:
+        raise ConfigError(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
+    return tuple(sorted(set(layers)))
