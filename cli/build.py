@@ -9,6 +9,7 @@ import typer
 from llmcache.cli import options
 from llmcache.cli.filling import Asked, fill
 from llmcache.cli.reading import Sources
+from llmcache.errors import ConfigError
 
 INDEXES = "flat, ivf-flat, ivf-fp16, ivf-sq8, ivf-pq, hnsw, binary-flat, binary-ivf, binary-hnsw, or auto by size."
 
@@ -26,6 +27,10 @@ def build(
     dtype: Annotated[
         str, typer.Option(help="How activations are stored: auto, float32, float16, bfloat16, int8.")
     ] = "auto",
+    layers: Annotated[str, typer.Option(help='Layers with banks: "output", "all", or numbers such as 4,8.')] = "output",
+    reuse: Annotated[
+        str, typer.Option(help="What a near match takes over: deepest, or layer (the paper's rule; needs --layers).")
+    ] = "deepest",
     text_field: options.TextField = "text",
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
@@ -49,7 +54,19 @@ def build(
         "projection": projection,
         "dim": dim,
         "dtype": dtype,
+        "layers": layer_numbers(layers),
+        "reuse": reuse,
     }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
     fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access), sources)
+
+
+def layer_numbers(given: str) -> str | tuple[int, ...]:
+    """ "output", "all", or the numbers in "4,8"; ConfigError for anything else."""
+    if given in ("output", "all"):
+        return given
+    try:
+        return tuple(int(one) for one in given.split(","))
+    except ValueError:
+        raise ConfigError(f'--layers is "output", "all" or numbers such as 4,8, got {given!r}') from None

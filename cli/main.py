@@ -22,6 +22,7 @@ from llmcache.cli import (
     sign,
     snapshot,
     stats,
+    verify_model,
     warm,
 )
 from llmcache.cli.printing import printable
@@ -49,6 +50,7 @@ app.command()(purge.purge)
 app.command()(sign.sign)
 app.command()(demo.demo)
 app.command()(repair.repair)
+app.command(name="verify-model")(verify_model.verify_model)
 app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(bench.app, name="bench")
 

@@ -9,6 +9,7 @@ import typer
 
 from llmcache.cli import options, printing
 from llmcache.cli.filling import preview, warnings
+from llmcache.cli.heads import run_heads
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
@@ -33,6 +34,12 @@ def run(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The model, where the store is not trusted to name it.")
     ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER of a model on the same trunk, as often as you like; each gets a result file OUT.NAME."
+        ),
+    ] = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -55,6 +62,10 @@ def run(
     printing.quiet()
     if any(out.resolve() == Path(one).resolve() for one in corpus):
         raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
+    if head:
+        with LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache:
+            run_heads(cache, head, sources, out, role, batch_size, json)
+        return
     reading, tally = Reading(), Tally()
     documents = sources.documents(reading)
     with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmcache.cli import options, printing
 from llmcache.indexes.store import Store
-from llmcache.statistics import Counters, statistics
+from llmcache.statistics import Counters, layer_counters, statistics
 
 
 def stats(
@@ -36,6 +36,15 @@ def stats(
             for one in found.banks
         ],
     )  # fmt: skip
+    if layers := layer_counters(life):
+        printing.table(
+            ["layer's bank", "rows asked", "entered after it", "near", "look-up s", "load s", "s saved"],
+            [
+                [name, int(one["asked"]), int(one["hits"]), int(one["near"]), one["look_up_seconds"],
+                 one["load_seconds"], one["saved_seconds"]]
+                for name, one in layers.items()
+            ],
+        )  # fmt: skip
     printing.facts(
         [
             ("documents asked", int(asked)),

@@ -103,6 +103,11 @@ class Attachment:
         """The banks of the layers, for the autocast state at hand."""
         return self._anatomy()[1]
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is a decoder, which gives keys and values for the tokens to come."""
+        return self._anatomy()[0].decodes
+
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:

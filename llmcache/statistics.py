@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -97,6 +99,14 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}
+
+
+def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The numbers of every layer's bank, by its name, out of "layer-3.hits" and the like; deepest last."""
+    known = [one.name for one in fields(LayerCounters)]
+    names = {name.partition(".")[0] for name in lifetime if re.fullmatch(r"layer-\d+\.\w+", name)}
+    ordered = sorted(names, key=lambda name: int(name.partition("-")[2]))
+    return {name: {one: lifetime.get(f"{name}.{one}", 0) for one in known} for name in ordered}
 
 
 def statistics(store: Store, counters: Counters, index: str | None = None) -> Statistics:

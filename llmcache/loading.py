@@ -1,0 +1,38 @@
+"""A model from a name or a folder, with its tokenizer: a SentenceTransformer, or any transformers model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from torch.nn import Module
+
+from llmcache.errors import ConfigError
+
+
+def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
+    """The model and its tokenizer (None where it has none); ConfigError when it cannot be loaded.
+
+    A folder with a modules.json is a SentenceTransformer. Otherwise config.json says which class of transformers it is.
+    """
+    name = os.fspath(name_or_path)
+    if Path(name, "modules.json").exists():
+        sentences = SentenceTransformer(name)
+        return sentences, sentences.tokenizer
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        model = getattr(transformers, named, transformers.AutoModel).from_pretrained(name)
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError):
+        tokenizer = None
+    return model.eval(), tokenizer

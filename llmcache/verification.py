@@ -1,0 +1,170 @@
+"""Cold equals warm: the same documents uncached, cold, warm from memory and warm after a reload, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch.nn import Module
+
+from llmcache.architecture import find_trunk
+from llmcache.cache import LLMCache
+from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
+from llmcache.tokens import TokenRows, batch, tokenise, tokenise_plainly
+
+Outputs: TypeAlias = list[NDArray[np.float32]]
+"""Per document: [width], or [tokens, width]."""
+
+_SLACK = 4.0
+"""Times the difference of re-batching that is still called rounding: other rows share a batch than in either run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison. tier: "output", "layer-3", "prefix", or "model" for the model against itself.
+
+    difference: largest absolute difference to the uncached outputs. limit: what it may be. reused: documents that were
+    answered with something stored. same: whether it is bit for bit what was computed cold; None where that is not
+    promised.
+    """
+
+    tier: str
+    run: str
+    documents: int
+    reused: int
+    difference: float
+    limit: float
+    same: bool | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.limit and self.same is not False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify_model(
+    model: Module, tokenizer: Any, texts: Sequence[str], store: Path, *, layers: Any = "all", batch_size: int = 32
+) -> Iterator[Check]:
+    """The checks, one after the other. store: a folder that does not exist yet.
+
+    ConfigError when the model has no tokenizer, or no text is left.
+    """
+    if not texts:
+        raise ConfigError("there is no document to compare; give at least one")
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer, so no text can be given to it")
+    subject = _Subject(model, tokenizer, texts, batch_size)
+    expected = subject.run(batch_size)
+    others = [subject.run(size) for size in {1, 7, 2 * batch_size} if size != batch_size]
+    scale = max(float(np.abs(one).max(initial=0.0)) for one in expected)
+    rounding = max(_difference(one, expected) for one in others)
+    yield Check("model", "re-batched", len(texts), 0, rounding, rounding)
+    # where re-batching changes nothing, the last bit of the largest number may still move
+    limit = max(_SLACK * rounding, 4 * scale * float(np.finfo(np.float32).eps))
+    config = CacheConfig(layers=layers)
+    with LLMCache.open(store, model, tokenizer=tokenizer, config=config) as cache:
+        cold = subject.cached(cache)
+        yield Check(subject.tier, "cold", len(texts), 0, _difference(cold, expected), limit)
+        yield subject.warm(cache, "warm", cold, expected, limit)
+    with LLMCache.open(store, model, tokenizer=tokenizer, config=config) as cache:
+        yield subject.warm(cache, "reloaded", cold, expected, limit)
+        yield from subject.by_layer(cache, expected, limit)
+
+
+class _Subject:
+    """A model and documents for it."""
+
+    def __init__(self, model: Module, tokenizer: Any, texts: Sequence[str], batch_size: int) -> None:
+        self._model, self._tokenizer, self._texts, self._size = model, tokenizer, texts, batch_size
+        self._sentences = isinstance(model, SentenceTransformer)
+        self._trunk = find_trunk(model).module
+        config = getattr(model, "config", None)
+        # an encoder-decoder is compared by what its encoder gives
+        self._run: Any = self._trunk if getattr(config, "is_encoder_decoder", False) else model
+        if isinstance(model, SentenceTransformer):
+            self._rows = tokenise(model, texts, None, None)
+        else:
+            limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+            self._rows = _without_empty(tokenise_plainly(tokenizer, texts, limit))
+            if getattr(tokenizer, "pad_token_id", None) is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        self.tier = "output" if self._sentences else "layers"
+
+    @torch.inference_mode()
+    def run(self, size: int) -> Outputs:
+        """What the model gives, in batches of this size, sorted by length."""
+        self._model.eval()
+        order = np.argsort(-self._rows.lengths, kind="stable").tolist()
+        outputs: Outputs = [np.zeros(0, np.float32)] * len(order)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            device = next(self._model.parameters()).device
+            inputs = batch(self._tokenizer, device, self._rows, chosen)
+            for place, one in zip(chosen, self._outputs(self._run, inputs), strict=True):
+                outputs[place] = one
+        return outputs
+
+    def _outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
+        if self._sentences:
+            yield from model(inputs)["sentence_embedding"].float().cpu().numpy()
+            return
+        found = model(**inputs)
+        states = found["logits"] if "logits" in found else found[0]
+        visible = inputs["attention_mask"].bool()
+        for row, mask in zip(states, visible, strict=True):
+            yield (row if states.ndim == 2 else row[mask]).float().cpu().numpy()
+
+    def cached(self, cache: LLMCache) -> Outputs:
+        """The same through the cache."""
+        if self._sentences:
+            return list(cache.encode(list(self._texts), batch_size=self._size))
+        with cache.attached():
+            return self.run(self._size)
+
+    def warm(self, cache: LLMCache, run: str, cold: Outputs, expected: Outputs, limit: float) -> Check:
+        before = _reused(cache)
+        found = self.cached(cache)
+        same = all(np.array_equal(a, b) for a, b in zip(found, cold, strict=True)) if self._sentences else None
+        return Check(self.tier, run, len(found), _reused(cache) - before, _difference(found, expected), limit, same)
+
+    def by_layer(self, cache: LLMCache, expected: Outputs, limit: float) -> Iterator[Check]:
+        """Every layer's bank by itself: states of that layer or an earlier one, and the model from there on."""
+        with cache.attached() as attachment:
+            if attachment.decodes:
+                return
+            for layer in attachment.banks.layers:
+                before = _reused(cache)
+                attachment.up_to = layer
+                try:
+                    found = self.run(self._size)
+                finally:
+                    attachment.up_to = None
+                reused = _reused(cache) - before
+                yield Check(f"layer-{layer}", "reloaded", len(found), reused, _difference(found, expected), limit)
+
+
+def _without_empty(rows: TokenRows) -> TokenRows:
+    """The rows that have a token: a plain model cannot be asked without one."""
+    kept = np.flatnonzero(rows.lengths > 0)
+    if not len(kept):
+        raise ConfigError("no document has a token; give texts")
+    return rows.take(kept.tolist())
+
+
+def _difference(one: Outputs, other: Outputs) -> float:
+    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(one, other, strict=True))
+
+
+def _reused(cache: LLMCache) -> int:
+    counters = cache.stats().counters
+    layers = sum(one.hits for one in counters.layers.values())
+    return counters.exact_text + counters.exact_tokens + counters.repeats + layers
