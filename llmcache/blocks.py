@@ -196,7 +196,7 @@ def hand_over(held: Held, cache: DynamicCache) -> DynamicCache:
 
 
 def shape_of(trunk: nn.Module) -> Shape:
-    """The shape of a trunk, from three calls with a few tokens; restored and computed states are compared in them.
+    """The shape of a trunk, from four calls with a few tokens; restored and computed states are compared in them.
 
     ConfigError, which says why, when the trunk is not one whose beginnings can be restored.
     """
@@ -235,8 +235,7 @@ def _probed(trunk: nn.Module, takes: bool) -> Shape:
     device = next(trunk.parameters()).device
     ids = torch.arange(6, device=device)[None] % trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
     whole = _run(trunk, ids)
-    layers = whole.past_key_values.layers
-    planes = [one for layer in layers for one in (layer.keys, layer.values)]
+    planes = _planes(whole)
     if not planes or any(one is None or one.dim() != 4 or one.shape[2] != 6 for one in planes):
         raise ConfigError(f"{type(trunk).__name__} does not keep keys and values of each token in each layer")
     dtype = whole.last_hidden_state.dtype
@@ -246,18 +245,13 @@ def _probed(trunk: nn.Module, takes: bool) -> Shape:
     padded = _run(
         trunk, torch.cat([ids[:, :2], ids], 1), attention_mask=torch.tensor([[0, 0] + [1] * 6], device=device)
     )
-    skips = all(
-        _near(one, other[:, :, 2:])
-        for one, other in zip(
-            planes, (x for y in padded.past_key_values.layers for x in (y.keys, y.values)), strict=True
-        )
-    )
+    skips = all(_near(one, other[:, :, 2:]) for one, other in zip(planes, _planes(padded), strict=True))
     if not takes and not skips:
         raise ConfigError(f"{type(trunk).__name__} takes no position_ids, and counts positions over padding")
     shape = Shape(sizes, whole.last_hidden_state.shape[-1], dtype, takes, skips, type(whole))
     held = Held.empty(shape, [6], [1], 7, device)
-    for number, one in enumerate(planes):
-        held.plane(number)[:, :, 1:4] = one[:, :, :3]
+    for number, one in enumerate(_planes(_run(trunk, ids[:, :3]))):  # of a call that cannot know what follows
+        held.plane(number)[:, :, 1:4] = one
     more = {"position_ids": torch.arange(3, 6, device=device)[None]} if takes else {}
     mask = torch.tensor([[0] + [1] * 6], device=device)
     rest = _run(trunk, ids[:, 3:], attention_mask=mask, past_key_values=cache_of(held, 4), **more)
@@ -268,6 +262,11 @@ def _probed(trunk: nn.Module, takes: bool) -> Shape:
 
 def _run(trunk: nn.Module, ids: Tensor, **others: Any) -> Any:
     return trunk(input_ids=ids, use_cache=True, return_dict=True, **others)
+
+
+def _planes(output: Any) -> list[Tensor]:
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    return [one for layer in layers for one in (layer.keys, layer.values)]
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
