@@ -1,0 +1,146 @@
+"""Stored beginnings of rows of tokens: blocks in a bank, found by keys that are chained from the first token on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.blocks import Held
+from llmcache.indexes.bank import Bank
+from llmcache.keys import Seed
+from llmcache.sharing import Row, next_key
+
+_SHORTEST = 4  # tokens behind the last full block that are worth an entry where rows part
+
+Records = dict[int, NDArray[np.float32]]
+
+
+class Beginnings:
+    """Full blocks of a row, and one shorter entry where it ended or where rows were seen to part."""
+
+    def __init__(self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int) -> None:
+        self.bank, self.block = bank, block
+        self._seed, self._put = seed, put
+
+    # -- finding --------------------------------------------------------------------------------------------
+
+    def look_up(self, rows: Sequence[Row]) -> Records:
+        """Set keys, missing, chain and known of each row; what the bank has for them, by its row numbers.
+
+        Token ids are compared, and checksums, before an entry is believed.
+        """
+        tokens: dict[int, bytes] = {}
+        for row in rows:
+            row.keys = self._keys(row)
+        found = iter(self._find([key for row in rows for key in row.keys]))
+        for row in rows:
+            numbers = [next(found) for _ in row.keys]
+            row.missing = [place for place, number in enumerate(numbers) if number < 0]
+            for place, number in enumerate(numbers):
+                if number < 0 or not self._same(number, row, place * self.block, self.block, tokens):
+                    break
+                row.chain += (number,)
+            row.known = len(row.chain) * self.block
+        self._look_up_ends(rows, tokens)
+        return self._read(rows)
+
+    def _keys(self, row: Row) -> list[bytes]:
+        keys, previous = [], b""
+        for at in range(0, len(row) - self.block + 1, self.block):
+            previous = self._key(row, at, self.block, previous)
+            keys.append(previous)
+        return keys
+
+    def _key(self, row: Row, at: int, tokens: int, previous: bytes) -> bytes:
+        return next_key(self._seed, previous, row.start + at, row.ids[at : at + tokens])
+
+    def _end_key(self, row: Row, stop: int) -> bytes:
+        """Key of the shorter entry that ends before token `stop`, which is not where a block ends."""
+        full = stop // self.block
+        return self._key(row, full * self.block, stop - full * self.block, row.keys[full - 1] if full else b"")
+
+    def _look_up_ends(self, rows: Sequence[Row], tokens: dict[int, bytes]) -> None:
+        """Look behind the last full block of each row for a shorter entry, of any length: hashing is cheap."""
+        stops = [range(row.known + 1, min(row.known + self.block, len(row) + 1)) for row in rows]
+        keys = [self._end_key(row, stop) for row, each in zip(rows, stops, strict=True) for stop in each]
+        found = iter(self._find(keys))
+        for row, each in zip(rows, stops, strict=True):
+            at, longest = row.known, -1
+            for stop in each:
+                number = next(found)
+                if number >= 0 and self._same(number, row, at, stop - at, tokens):
+                    row.known, longest = stop, number
+            row.chain += (longest,) if longest >= 0 else ()
+
+    def _find(self, keys: Sequence[bytes]) -> list[int]:
+        return self.bank.find(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)).tolist()  # type: ignore[no-any-return]
+
+    def _same(self, number: int, row: Row, at: int, length: int, tokens: dict[int, bytes]) -> bool:
+        if number not in tokens:
+            tokens[number] = self.bank.tokens(number).tobytes()
+        return tokens[number] == row.ids[at : at + length].tobytes()
+
+    def _read(self, rows: Sequence[Row]) -> Records:
+        numbers = sorted({number for row in rows for number in row.chain})
+        if not numbers:
+            return {}
+        reading = self.bank.read(np.array(numbers, np.int64))
+        records = dict(zip(numbers, reading.values, strict=True))
+        for number, intact in zip(numbers, reading.intact.tolist(), strict=True):
+            if not intact:
+                del records[number]
+        for row in rows:
+            for place, number in enumerate(row.chain):
+                if number not in records:
+                    row.missing += [place] if place < len(row.keys) else []
+                    row.chain, row.known = row.chain[:place], place * self.block
+                    break
+        return records
+
+    # -- storing --------------------------------------------------------------------------------------------
+
+    def store(self, held: Mapping[Row, tuple[Held, int]], parted: Sequence[tuple[Row, int]], seconds: float) -> None:
+        """Put what the bank does not have of these rows. parted: rows, and after how many tokens others left them.
+
+        seconds: of the model for one token.
+        """
+        wanted: dict[bytes, tuple[Row, int, int]] = {}  # key -> row, and from which token to which
+        for row in held:
+            for place in row.missing:
+                wanted.setdefault(row.keys[place], (row, place * self.block, (place + 1) * self.block))
+        ends = [(row, len(row)) for row in held if len(row) % self.block]
+        ends += [(row, stop) for row, stop in parted if stop % self.block >= _SHORTEST]
+        keys = [self._end_key(row, stop) for row, stop in ends]
+        for (row, stop), key, number in zip(ends, keys, self._find(keys), strict=True):
+            if number < 0:
+                wanted.setdefault(key, (row, stop // self.block * self.block, stop))
+        if not wanted:
+            return
+        self._put(
+            self.bank,
+            np.frombuffer(b"".join(wanted), np.uint64).reshape(-1, 2),
+            _records(list(wanted.values()), held),
+            tokens=[row.ids[start:stop].copy() for row, start, stop in wanted.values()],
+            sources=[""] * len(wanted),
+            features=np.zeros((len(wanted), 0), np.float32),
+            cost=np.array([seconds * (stop - start) for _, start, stop in wanted.values()], np.float32),
+        )
+
+
+def _records(wanted: Sequence[tuple[Row, int, int]], held: Mapping[Row, tuple[Held, int]]) -> list[NDArray[np.float32]]:
+    """Records of these stretches of rows; those next to each other in a row are copied at once."""
+    records: list[NDArray[np.float32]] = []
+    at = 0
+    while at < len(wanted):
+        row, start, stop = wanted[at]
+        until = at + 1
+        while until < len(wanted) and wanted[until][0] is row and wanted[until][1] == stop:
+            stop, until = wanted[until][2], until + 1
+        memory, i = held[row]
+        whole = memory.records(i, start, stop)
+        records += [whole[low - start : high - start] for _, low, high in wanted[at:until]]
+        at = until
+    return records

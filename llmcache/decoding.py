@@ -1,0 +1,244 @@
+"""What a causal model writes after a text, and how likely it finds one: generation, multiple choice, perplexity.
+
+Plain transformers calls. `attached` is entered around each, and is where a cache comes in: without one they are the
+uncached results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmcache.errors import ConfigError
+
+Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What was written. ids: int64 [new tokens] for each prompt (and each returned sequence), as `generate` gives."""
+
+    texts: list[str]
+    ids: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-likelihoods in nats of choices given their prompts. Where a prompt has fewer choices than others: -inf, 0.
+
+    total: float64 [prompts, choices]. tokens: int64, of each choice.
+    """
+
+    total: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def per_token(self) -> NDArray[np.float64]:
+        return self.total / np.maximum(self.tokens, 1)
+
+
+# -- generation ---------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    attached: Attached = nullcontext,
+    batch_size: int = 32,
+    **generate_kwargs: Any,
+) -> Generated:
+    """What `model.generate` writes after each prompt, in batches in the order given, padded on the left.
+
+    generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt. A prompt
+    that is too long for the model ends in the model's own error.
+    """
+    _check_batch_size(batch_size)
+    rows = [_ids(tokenizer, prompt) for prompt in prompts]
+    answers: list[NDArray[np.int64]] = []
+    with torch.inference_mode(), attached():
+        for start in range(0, len(rows), batch_size):
+            ids, mask = padded(rows[start : start + batch_size], _padding(model, tokenizer), model.device)
+            given = {"pad_token_id": _padding(model, tokenizer), **generate_kwargs}
+            found = model.generate(input_ids=ids, attention_mask=mask, **given)
+            found = found if isinstance(found, Tensor) else found.sequences
+            answers += list(found[:, ids.shape[1] :].cpu().numpy())
+    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in answers], answers)
+
+
+# -- likelihoods --------------------------------------------------------------------------------------------
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    choices: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    attached: Attached = nullcontext,
+    batch_size: int = 32,
+) -> Scores:
+    """Log-likelihood of each choice as what follows its prompt.
+
+    choices: the same for all prompts, or a list for each prompt. A choice brings its own leading space.
+    As evaluation harnesses do it: prompt and choice are tokenised as one text, spaces at the end of the prompt count
+    for the choice, and what is behind as many tokens as the prompt alone has is the choice. A prompt without tokens
+    becomes the tokenizer's first (or last) special token.
+    """
+    _check_batch_size(batch_size)
+    each = _of_each(choices, len(prompts))
+    if len(each) != len(prompts):
+        raise ConfigError(f"there are {len(prompts)} prompts and {len(each)} lists of choices; give one list for each")
+    rows, places = [], []
+    for i, (prompt, some) in enumerate(zip(prompts, each, strict=True)):
+        stem = _ids(tokenizer, prompt.rstrip(" "))
+        first = [] if stem else [_first(tokenizer)]
+        stem = stem or first
+        for j, choice in enumerate(some):
+            whole = first + _ids(tokenizer, prompt + choice)
+            if len(whole) <= len(stem):
+                raise ConfigError(f"choice {j} of prompt {i} has no tokens of its own: {choice!r}")
+            rows.append((whole, len(whole) - len(stem)))
+            places.append((i, j))
+    total = np.full((len(prompts), max(map(len, each), default=0)), -np.inf)
+    tokens = np.zeros(total.shape, np.int64)
+    with torch.inference_mode(), attached():
+        for start, values in _likelihoods(model, tokenizer, rows, batch_size):
+            i, j = places[start]
+            total[i, j], tokens[i, j] = values.sum(), len(values)
+    return Scores(total, tokens)
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    *,
+    window: int,
+    stride: int | None = None,
+    attached: Attached = nullcontext,
+    batch_size: int = 8,
+) -> float:
+    """exp of the mean negative log-likelihood per token, over texts cut into windows.
+
+    window: tokens of a window. stride: tokens from one window to the next; a token that two windows have counts in
+    the first, where it has less before it only if it is among the first window. None: windows that do not overlap.
+    The first token of a text has nothing before it and does not count.
+    """
+    _check_batch_size(batch_size)
+    step = window if stride is None else stride
+    if not 1 <= step <= window or window < 2:
+        raise ConfigError(f"window is at least 2 tokens and stride from 1 to window, got {window} and {step}")
+    rows = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        ids, done = _ids(tokenizer, text), 1
+        for start in range(0, len(ids), step):
+            stop = min(start + window, len(ids))
+            counted = min(stop - done, stop - start - 1)
+            if counted > 0:
+                rows.append((ids[start:stop], counted))
+            done = stop
+            if stop == len(ids):
+                break
+    sums = np.zeros(len(rows))
+    with torch.inference_mode(), attached():
+        for place, values in _likelihoods(model, tokenizer, rows, batch_size):
+            sums[place] = values.sum()
+    count = sum(counted for _, counted in rows)
+    if not count:
+        raise ConfigError("the texts have no token that follows another; perplexity needs at least two tokens")
+    return math.exp(-float(sums.sum()) / count)
+
+
+def _likelihoods(
+    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Log-likelihoods of the last tokens of each row, with the row's place; rows that are alike are computed together.
+
+    rows: ids, and how many of them count. The last id is never given to the model: nothing asks what follows it.
+    """
+    keeps = "logits_to_keep" in signature(model.forward).parameters
+    # rows that begin alike next to each other, then of like length: a batch shares what its rows have in common
+    order = _by_length_and_beginning(rows)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        ids, mask = padded([rows[i][0][:-1] for i in chosen], _padding(model, tokenizer), model.device)
+        counted = [rows[i][1] for i in chosen]
+        call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "position_ids" in signature(model.forward).parameters:
+            call["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if keeps:
+            call["logits_to_keep"] = max(counted)
+        logits = model(**call).logits
+        for row, (i, n) in enumerate(zip(chosen, counted, strict=True)):
+            wanted = torch.tensor(rows[i][0][-n:], device=logits.device)
+            likely = torch.log_softmax(logits[row, -n:].float(), -1).gather(1, wanted[:, None])
+            yield i, likely[:, 0].double().cpu().numpy()
+
+
+def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]:
+    """Longest first, in families: a row's first tokens decide its family, the longest of a family its place."""
+    longest: dict[tuple[int, ...], int] = {}
+    stems = [tuple(ids[: max(1, len(ids) - n)]) for ids, n in rows]
+    for stem, (ids, _) in zip(stems, rows, strict=True):
+        longest[stem] = max(longest.get(stem, 0), len(ids))
+    return sorted(range(len(rows)), key=lambda i: (-longest[stems[i]], stems[i], -len(rows[i][0])))
+
+
+# -- tokens -------------------------------------------------------------------------------------------------
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [rows, columns], padded on the left."""
+    columns = max(map(len, rows))
+    ids = np.full((len(rows), columns), padding, np.int64)
+    mask = np.zeros((len(rows), columns), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, columns - len(row) :], mask[i, columns - len(row) :] = row, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with the special tokens before the text, without those behind it."""
+    ids = list(tokenizer(text)["input_ids"])
+    last = tokenizer.eos_token_id
+    if len(ids) > 1 and last is not None and ids[-1] == last and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids
+
+
+def _first(tokenizer: Any) -> int:
+    for one in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if one is not None:
+            return int(one)
+    raise ConfigError("a prompt has no tokens and the tokenizer no special token to begin with; give a longer prompt")
+
+
+def _padding(model: Any, tokenizer: Any) -> int:
+    """An id to pad with; masked, so that any will do."""
+    ends = model.generation_config.eos_token_id
+    for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, ends[0] if isinstance(ends, list) else ends):
+        if one is not None:
+            return int(one)
+    return 0
+
+
+def _of_each(choices: Sequence[Any], prompts: int) -> list[list[str]]:
+    if choices and all(isinstance(one, str) for one in choices):
+        return [list(choices)] * prompts
+    return [list(one) for one in choices]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")

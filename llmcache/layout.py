@@ -1,0 +1,100 @@
+"""What a call of a decoder's trunk asks for: where its rows of tokens are, or why it is one for the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from llmcache.sharing import Row
+
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_ATTENTION = {"eager", "sdpa"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A call, read. ids: int32 [rows, columns]. firsts, starts: column and position of each row's first token."""
+
+    ids: NDArray[np.int32]
+    firsts: list[int]
+    lengths: list[int]
+    starts: list[int]
+
+    def distinct(self) -> tuple[list[Row], list[int]]:
+        """The rows without padding, each once, and which of them each row of the call is."""
+        seen: dict[tuple[int, bytes], int] = {}
+        rows: list[Row] = []
+        which = []
+        for i, (first, length, start) in enumerate(zip(self.firsts, self.lengths, self.starts, strict=True)):
+            ids = self.ids[i, first : first + length]
+            number = seen.setdefault((start, ids.tobytes()), len(rows))
+            if number == len(rows):
+                rows.append(Row(ids, start, i))
+            which.append(number)
+        return rows, which
+
+
+def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
+    """The layout of a call, or why it has none. skips: whether the model counts positions over tokens only."""
+    ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        return "it has no token ids [rows, columns]"
+    table = ids.cpu().numpy().astype(np.int32)
+    columns = np.arange(table.shape[1])
+    here = np.ones(table.shape, np.bool_)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            return "its mask is not one number per token"
+        here = mask.cpu().numpy() != 0
+    lengths, firsts = here.sum(1), here.argmax(1)
+    if not lengths.all():
+        return "a row has no tokens"
+    if (here != ((columns >= firsts[:, None]) & (columns < (firsts + lengths)[:, None]))).any():
+        return "the tokens of a row are not next to each other"
+    starts = np.zeros_like(firsts) if skips else firsts
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != table.shape[1]:
+            return "its position_ids are not one number per token"
+        given = np.broadcast_to(positions.cpu().numpy(), table.shape)
+        starts = np.take_along_axis(given, firsts[:, None], 1)[:, 0]
+        if ((given - (columns - firsts[:, None]) != starts[:, None]) & here).any():
+            return "the positions of a row do not count up by one"
+    return Layout(table, firsts.tolist(), lengths.tolist(), starts.tolist())
+
+
+def unfit(call: Mapping[str, Any], trunk: Any) -> str | None:
+    """Why a call cannot be answered from keys and values, apart from its tokens; None where it can."""
+    others = {name for name, value in call.items() if name not in _KNOWN and value is not None and value is not False}
+    if call.get("is_causal") is True:
+        others.discard("is_causal")
+    if others:
+        return f"it has {', '.join(sorted(others))}"
+    past = call.get("past_key_values")
+    if past is not None:
+        fits = type(past) is DynamicCache and all(
+            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in past.layers
+        )
+        if not fits:
+            return f"its cache is a {type(past).__name__} that cannot be filled"
+        if past.get_seq_length():
+            return "it goes on from keys and values that it brings"
+    if trunk.training:
+        return "the model is in training mode"
+    if call.get("return_dict") is False or not getattr(trunk.config, "return_dict", True):
+        return "it wants a tuple"
+    if any(getattr(trunk.config, f"output_{one}", False) for one in ("attentions", "hidden_states")):
+        return "its configuration asks for attentions or hidden states"
+    if trunk.config._attn_implementation not in _ATTENTION:
+        return f"its attention is {trunk.config._attn_implementation}"
+    ids = call.get("input_ids")
+    if isinstance(ids, Tensor) and torch.is_autocast_enabled(ids.device.type):
+        return "autocast is on"
+    return None

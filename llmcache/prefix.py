@@ -1,0 +1,229 @@
+"""Decoders: keys, values and final states of beginnings that were computed before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llmcache.beginnings import Beginnings, Records
+from llmcache.blocks import Forward, Held, cache_of, hand_over, shape_of
+from llmcache.errors import ConfigError
+from llmcache.indexes.bank import Bank
+from llmcache.keys import key_seed
+from llmcache.layout import Layout, layout_of, unfit
+from llmcache.sharing import Row, Waves, together
+
+
+@dataclass(slots=True)
+class PrefixCounters:
+    """Since the opening. tokens = restored + shared + computed.
+
+    restored: from the store. shared: with another row of the same call. bypassed: calls that went to the model itself.
+    lookup_seconds: of keys, look-ups, reading and copying; model_seconds: of forwards; store_seconds: of storing.
+    """
+
+    calls: int = 0
+    bypassed: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    restored: int = 0
+    shared: int = 0
+    computed: int = 0
+    lookup_seconds: float = 0.0
+    model_seconds: float = 0.0
+    store_seconds: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    """One call under way. places: where in memory the keys and values of each row are, as far as they are."""
+
+    original: Forward
+    waves: Waves
+    records: Records
+    ids: Tensor  # of the call: dtype and device
+    places: dict[Row, tuple[Held, int]]
+
+
+class Prefixes:
+    """The forward of a causal trunk that computes only what no row began with before.
+
+    Rows of a call that begin alike share what one of them computes; beginnings that the store has are restored from
+    blocks of tokens. What is computed is stored. Results carry no gradient, and are zeros beside the tokens.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        bank: Bank,
+        digest: bytes,
+        put: Callable[..., Any],
+        *,
+        secret: bytes = b"",
+        block: int = 16,
+        forward_cost: int | None = None,
+    ) -> None:
+        """To be made while the trunk's forward is its own.
+
+        bank: with the facts `shape_of(trunk).facts`. digest: of the trunk's identity. put: `put(bank, keys, values,
+        tokens=, sources=, features=, cost=)` stores. secret: of the namespace. block: tokens per entry.
+        forward_cost: what a forward costs besides its tokens, in tokens; None estimates it.
+        ConfigError when the trunk's beginnings cannot be restored, or the bank is another trunk's.
+        """
+        self.shape = shape_of(trunk)
+        fresh = self.shape.facts
+        if (bank.facts.dtype, bank.facts.width, bank.facts.rank) != (fresh.dtype, fresh.width, fresh.rank):
+            raise ConfigError(
+                f"the bank holds {bank.facts.dtype} [tokens, {bank.facts.width}], and the model gives {fresh.dtype} "
+                f"[tokens, {fresh.width}]; start a fresh namespace"
+            )
+        if block < 1:
+            raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
+        self._trunk: Any = trunk
+        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block)
+        self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
+        self.counters = PrefixCounters()
+
+    def refuses(self, call: Mapping[str, Any]) -> str | None:
+        """Why this call is one for the model itself; None when it is not."""
+        read = self._read(call)
+        return read if isinstance(read, str) else None
+
+    def _read(self, call: Mapping[str, Any]) -> Layout | str:
+        return unfit(call, self._trunk) or layout_of(call, skips=self.shape.positions_skip_padding)
+
+    def forward(self, original: Forward, call: Mapping[str, Any]) -> Any:
+        """What the trunk returns for this call. original: its own forward; call: keyword arguments."""
+        layout = self._read(call)
+        self.counters.calls += 1
+        if isinstance(layout, str):
+            self.counters.bypassed += 1
+            return original(**call)
+        past, use_cache = call.get("past_key_values"), call.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self._trunk.config, "use_cache", True)
+        if use_cache and past is None:
+            past = DynamicCache(config=self._trunk.config)
+        with torch.no_grad():
+            held = self._answer(original, layout, call["input_ids"], cached=past is not None)
+            if past is not None:
+                hand_over(held, past)
+        return self.shape.output(last_hidden_state=held.states, past_key_values=past)
+
+    def _answer(self, original: Forward, layout: Layout, ids: Tensor, *, cached: bool) -> Held:
+        counters, began, model_seconds = self.counters, time.perf_counter(), self.counters.model_seconds
+        rows, which = layout.distinct()
+        records = self._beginnings.look_up(rows)
+        waves = Waves(rows, self._forward_cost)
+        work = _Work(original, waves, records, ids, {})
+        whole = [row for row in rows if row.known == len(row)]
+        if whole:
+            self._compute(work, whole, planes=cached)
+        parted, computed = [], counters.computed
+        for wave in waves:
+            parted += [donor for donor in map(waves.donor, wave) if donor]
+            for group in together(wave, self._forward_cost):
+                self._compute(work, group)
+        counters.tokens += sum(layout.lengths)
+        counters.shared += sum(layout.lengths) - sum(map(len, rows))
+        held = _in_layout(layout, [work.places[rows[i]] for i in which], cached=cached)
+        stored, model_seconds = time.perf_counter(), counters.model_seconds - model_seconds
+        counters.lookup_seconds += stored - began - model_seconds
+        fresh = {row: place for row, place in work.places.items() if place[0].planes and row not in whole}
+        self._beginnings.store(fresh, parted, model_seconds / max(1, counters.computed - computed))
+        counters.store_seconds += time.perf_counter() - stored
+        return held
+
+    def _compute(self, work: _Work, group: list[Row], *, planes: bool = True) -> None:
+        """Compute what is not known of some rows, all of which have nearly as much of it, in one forward."""
+        group = sorted(group, key=lambda row: row.place)
+        columns, need = max(map(len, group)), max(len(row) - row.known for row in group)
+        lengths = [len(row) for row in group]
+        firsts = [columns - length for length in lengths]
+        held = Held.empty(self.shape, lengths, firsts, columns, work.ids.device, planes=planes)
+        # the forward gives the last `need` columns of every row, also those that are known
+        known = [min(row.known, max(0, len(row) - need)) for row in group]
+        self._restore(work, group, held, known)
+        work.places.update({row: (held, i) for i, row in enumerate(group)})
+        self.counters.computed += sum(lengths) - sum(known)
+        if not need:
+            return
+        ids = np.zeros((len(group), need), np.int64)
+        positions = np.zeros((len(group), need), np.int64)
+        mask = np.ones((len(group), columns), np.int64)
+        for i, row in enumerate(group):
+            fresh = len(row) - known[i]
+            ids[i, need - fresh :] = row.ids[known[i] :]
+            positions[i, need - fresh :] = row.start + known[i] + np.arange(fresh)
+            mask[i, : firsts[i]] = 0
+        self._run(work, held, ids, positions, None if mask.all() else mask)
+
+    def _run(self, work: _Work, held: Held, ids: Any, positions: Any, mask: Any) -> None:
+        began, need, device = time.perf_counter(), ids.shape[1], work.ids.device
+        call: dict[str, Any] = {"position_ids": torch.from_numpy(positions).to(device)}
+        if not self.shape.takes_positions:
+            call = {}
+        output = work.original(
+            input_ids=torch.from_numpy(ids).to(work.ids),
+            attention_mask=None if mask is None else torch.from_numpy(mask).to(device),
+            past_key_values=cache_of(held, held.columns - need),
+            use_cache=True,
+            return_dict=True,
+            **call,
+        )
+        held.states[:, held.columns - need :] = output.last_hidden_state
+        self.counters.forwards += 1
+        self.counters.model_seconds += time.perf_counter() - began
+
+    def _restore(self, work: _Work, group: Sequence[Row], held: Held, known: Sequence[int]) -> None:
+        """Write the known beginning of each row into `held`: from another row of the call, or from the store."""
+        seen: dict[tuple[int, ...], int] = {}
+        for i in sorted(range(len(group)), key=lambda i: -known[i]):
+            tokens, donor = known[i], work.waves.donor(group[i])
+            if not tokens:
+                continue
+            if donor:
+                source, j = work.places[donor[0]]
+                held.take(i, source, j, tokens)
+                self.counters.shared += tokens
+                continue
+            first = seen.setdefault(group[i].chain, i)
+            if first != i:  # rows with one beginning in the store: read once, and copied from row to row
+                held.take(i, held, first, tokens)
+            else:
+                record = np.concatenate([work.records[number] for number in group[i].chain])
+                held.restore(i, torch.from_numpy(record[:tokens]))
+            self.counters.restored += tokens
+
+
+def _in_layout(layout: Layout, places: Sequence[tuple[Held, int]], *, cached: bool) -> Held:
+    """Keys, values and states where the caller has the tokens: as they are where they lie so already, else a copy."""
+    held, columns = places[0][0], layout.ids.shape[1]
+    as_it_is = [(one is held, i) for one, i in places] == [(True, i) for i in range(len(held.lengths))]
+    if as_it_is and held.columns == columns and list(held.firsts) == layout.firsts:
+        for i, first in enumerate(held.firsts):
+            held.states[i, :first] = 0
+        return held
+    whole = Held.empty(held.shape, layout.lengths, layout.firsts, columns, held.states.device, planes=cached)
+    for i, (source, j) in enumerate(places):
+        whole.take(i, source, j, layout.lengths[i])
+    return whole
+
+
+def _forward_cost(trunk: nn.Module) -> int:
+    """What a forward costs besides its tokens, in tokens: a guess that is right within a factor of three will do.
+
+    Not measured: equal calls should be computed in equal batches in every process.
+    """
+    inside = {one for one in trunk.modules() if isinstance(one, nn.Embedding)}
+    numbers = sum(one.numel() for one in trunk.parameters()) - sum(one.weight.numel() for one in inside)
+    cpu = next(trunk.parameters()).device.type == "cpu"
+    seconds = 4e-6 * sum(1 for _ in trunk.modules())  # calls of modules and of kernels, on the host
+    return max(8, int(seconds * (1e11 if cpu else 2e14) / (2 * max(1, numbers))))
