@@ -22,6 +22,7 @@ from llmcache.errors import ConfigError
 from llmcache.inputs import Call, InputRows, input_rows, refusal
 from llmcache.matching import first_occurrences
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
+from llmcache.prefix import Prefixes
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 
@@ -45,21 +46,29 @@ class Attachment:
         banks: Callable[[Anatomy], LayerBanks],
         choose: Callable[[int], Sequence[int]],
         changed: Callable[[], None],
+        prefixes: Callable[[str], Prefixes | None],
         counters: Counters,
+        *,
+        states_only: bool = False,
     ) -> None:
         """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
 
         changed: called before the next pass when the weights are not those any more that the model was attached with.
+        prefixes: what restores beginnings for a decoder, in this mode of running; None when that is off.
+        states_only: a decoder's states are looked up whole in the layer banks where no keys and values are asked for.
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
+        self._open_prefixes, self._states_only = prefixes, states_only
         self._blocks = Blocks(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
         self._main = _main_input(trunk.module, self._signature)
+        self._takes_cache = "use_cache" in self._signature.parameters
         self._said: set[str] = set()
         self._depth = 0
         self._own: Any = None
         self._anatomies: dict[str, tuple[Anatomy, LayerBanks]] = {}
+        self._prefixes: dict[str, Prefixes | str] = {}
         self._weights = _Weights(trunk.module)
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
@@ -114,14 +123,19 @@ class Attachment:
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
-            reason = self._refusal(call)
+            past = call.get("past_key_values")
+            if past is not None and past.get_seq_length() > 0:  # a decoder's next token
+                return own(*args, **kwargs)
+            if not self.trunk.module.training and self._weights.changed():
+                self._changed()
+                self._anatomies.clear()
+                self._prefixes.clear()
+            decoding = not self.trunk.module.training and self._keeps_keys(call)
+            reason = self._prefix_refusal(call) if decoding else self._refusal(call)
             if reason is not None:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
-            if self._weights.changed():
-                self._changed()
-                self._anatomies.clear()
-            return self._answer(call, *self._anatomy())
+            return self._decode(call) if decoding else self._answer(call, *self._anatomy())
 
         return forward
 
@@ -138,12 +152,45 @@ class Attachment:
     def _refusal(self, call: Call) -> str | None:
         if self.trunk.module.training:
             return "the model is in training mode"
-        reason = refusal(call, self._main)
-        if reason is None and (call.get("use_cache") or call.get("past_key_values") is not None):
-            return "it keeps keys and values of a decoder"
-        if reason is None and "use_cache" not in call and self._anatomy()[0].decodes:
-            return "it keeps keys and values of a decoder; use_cache=False asks for states alone"
-        return reason
+        return refusal(call, self._main)
+
+    # -- a decoder's beginnings -----------------------------------------------------------------------------
+
+    def _keeps_keys(self, call: Call) -> bool:
+        """Whether this is a call for the beginnings: of a decoder that is to give keys and values, or may."""
+        if call.get("past_key_values") is not None:
+            return True
+        if not (self._takes_cache and self.decodes):
+            return False
+        return not self._states_only or bool(call.get("use_cache", True))
+
+    def _prefix_refusal(self, call: Call) -> str | None:
+        prefixes = self._beginnings()
+        return prefixes if isinstance(prefixes, str) else prefixes.refuses(call)
+
+    def _beginnings(self) -> Prefixes | str:
+        """What restores beginnings, or why nothing does."""
+        mode = self._mode()
+        if mode not in self._prefixes:
+            module = self.trunk.module
+            stand_in, module.forward = module.forward, self._forward  # it looks at the model's own
+            try:
+                made = self._open_prefixes(mode)
+                self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
+            except ConfigError as error:
+                self._prefixes[mode] = str(error)
+            finally:
+                module.forward = stand_in
+        return self._prefixes[mode]
+
+    def _decode(self, call: Call) -> Any:
+        prefixes = self._beginnings()
+        assert not isinstance(prefixes, str)
+        rows = len(call[self._main])
+        self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
+        return prefixes.forward(self._forward, call)
+
+    # -- layers ---------------------------------------------------------------------------------------------
 
     def _bypass(self, reason: str, call: Call) -> None:
         value = call.get(self._main)
@@ -170,8 +217,7 @@ class Attachment:
             count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
             call = trial_call(self._main, count, image, self._weights.device)
             call = {name: value for name, value in call.items() if name in self._signature.parameters}
-            takes_cache = "use_cache" in self._signature.parameters
-            anatomy = examine(self._blocks, self._forward, call, takes_cache, self._choose)
+            anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
             self._anatomies[mode] = anatomy, self._open_banks(anatomy)
         return self._anatomies[mode]
 

@@ -16,9 +16,10 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from llmcache import opening
+from llmcache import decoding, opening
 from llmcache.attachment import Attachment
 from llmcache.config import CacheConfig
+from llmcache.decoding import Generated, Scores
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
 from llmcache.execution import Call, Execution, Progress, Sentences, nothing
@@ -277,6 +278,46 @@ class LLMCache:
         run = Heads(self.model, self.tokenizer, heads, self._layers, self.config)
         resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
         return run.results(documents, resolved, role, batch_size, progress)
+
+    # -- decoders -------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
+        """What `model.generate` writes after each prompt; beginnings that were computed before are restored.
+
+        generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
+        ConfigError when the model does not generate, or there is no tokenizer.
+        """
+        model, tokenizer = self._decoder()
+        return decoding.generate(
+            model, tokenizer, prompts, attached=self.attached, batch_size=batch_size, **generate_kwargs
+        )
+
+    def score(
+        self, prompts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32
+    ) -> Scores:
+        """Log-likelihood of each choice as what follows its prompt; a prompt is computed once for all its choices.
+
+        choices: the same for all prompts, or a list for each. `Scores.total.argmax(1)` are the choices made.
+        """
+        model, tokenizer = self._decoder()
+        return decoding.score(model, tokenizer, prompts, choices, attached=self.attached, batch_size=batch_size)
+
+    def perplexity(
+        self, texts: str | Sequence[str], *, window: int, stride: int | None = None, batch_size: int = 8
+    ) -> float:
+        """exp of the mean negative log-likelihood per token, over texts cut into windows of tokens."""
+        model, tokenizer = self._decoder()
+        return decoding.perplexity(
+            model, tokenizer, texts, window=window, stride=stride, attached=self.attached, batch_size=batch_size
+        )
+
+    def _decoder(self) -> tuple[Any, Any]:
+        self._check_open()
+        if not hasattr(self.model, "generate") or isinstance(self.model, SentenceTransformer):
+            raise ConfigError(f"a {type(self.model).__name__} writes no text; open the cache with a causal model")
+        if self.tokenizer is None:
+            raise ConfigError("prompts need a tokenizer; open the cache with tokenizer=...")
+        return self.model, self.tokenizer
 
     # -- the store ------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,9 @@ from torch.nn import Module
 
 from llmcache.architecture import Trunk, find_trunk
 from llmcache.attachment import Attachment, refuse_compiled
+from llmcache.blocks import shape_of
 from llmcache.config import CacheConfig
+from llmcache.digests import sha
 from llmcache.errors import ConfigError
 from llmcache.execution import Execution, Model, token_embedding
 from llmcache.fingerprint import feature_width, features
@@ -22,10 +25,14 @@ from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.passes import Anatomy
+from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
 from llmcache.storing import Storing
 
 log = logging.getLogger("llmcache")
+
+PREFIX = "prefix"
+"""Name of the bank of a decoder's keys and values."""
 
 
 class Layers:
@@ -69,8 +76,27 @@ class Layers:
             lambda anatomy: self._banks(trunk.module, keeper, chosen_layers(layers, anatomy.layers), anatomy),
             lambda count: chosen_layers(layers, count),
             keeper.renew,
+            lambda mode: self._prefixes(trunk.module, keeper, mode),
             self._storing.counters,
+            states_only=layers != "output" or not self._config.prefix_block,
         )
+
+    def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> Prefixes | None:
+        if not self._config.prefix_block:
+            return None
+        shape = shape_of(trunk)
+        dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
+        bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
+        made = Prefixes(
+            trunk,
+            bank,
+            keeper.digest(mode),
+            self._storing.put,
+            secret=self._secret,
+            block=self._config.prefix_block,
+        )
+        made.counters = self._storing.counters.prefix
+        return made
 
     def bank(self, name: str, facts: BankFacts) -> Bank:
         """The bank of this name; an empty one with these facts where there is none."""
@@ -120,6 +146,10 @@ class _TrunkIdentity:
 
     def __init__(self, trunk: Trunk, identity: Identity) -> None:
         self._trunk, self._identity = trunk, identity
+
+    def digest(self, mode: str) -> bytes:
+        """Of all that decides what the whole trunk gives."""
+        return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
 
     def up_to(self, layer: int) -> bytes:
         layers = len(self._identity.layers)  # fewer than there are where a block is used again and again

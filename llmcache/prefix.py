@@ -19,26 +19,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit
 from llmcache.sharing import Row, Waves, together
-
-
-@dataclass(slots=True)
-class PrefixCounters:
-    """Since the opening. tokens = restored + shared + computed.
-
-    restored: from the store. shared: with another row of the same call. bypassed: calls that went to the model itself.
-    lookup_seconds: of keys, look-ups, reading and copying; model_seconds: of forwards; store_seconds: of storing.
-    """
-
-    calls: int = 0
-    bypassed: int = 0
-    forwards: int = 0
-    tokens: int = 0
-    restored: int = 0
-    shared: int = 0
-    computed: int = 0
-    lookup_seconds: float = 0.0
-    model_seconds: float = 0.0
-    store_seconds: float = 0.0
+from llmcache.statistics import PrefixCounters
 
 
 @dataclass(eq=False, slots=True)

@@ -28,6 +28,26 @@ class LayerCounters:
 
 
 @dataclass(slots=True)
+class PrefixCounters:
+    """Tokens of a decoder's prompts. tokens = restored + shared + computed.
+
+    restored: from the store. shared: with another row of the same call. bypassed: calls that went to the model itself.
+    lookup_seconds: of keys, look-ups, reading and copying; model_seconds: of forwards; store_seconds: of storing.
+    """
+
+    calls: int = 0
+    bypassed: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    restored: int = 0
+    shared: int = 0
+    computed: int = 0
+    lookup_seconds: float = 0.0
+    model_seconds: float = 0.0
+    store_seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class Counters:
     """Documents, by how they were answered, and seconds. Added up over openings by the store.
 
@@ -51,15 +71,19 @@ class Counters:
     store_seconds: float = 0.0
     saved_seconds: float = 0.0
     layers: dict[str, LayerCounters] = field(default_factory=dict)
+    prefix: PrefixCounters = field(default_factory=PrefixCounters)
 
     def layer(self, name: str) -> LayerCounters:
         """Counters of the bank of this name."""
         return self.layers.setdefault(name, LayerCounters())
 
     def as_dict(self) -> dict[str, float]:
-        """All as numbers by name; those of a bank as "layer-3.hits"."""
-        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "layers"}
-        return flat | {f"{name}.{k}": v for name, one in self.layers.items() for k, v in asdict(one).items()}
+        """All as numbers by name; those of a bank as "layer-3.hits", those of the beginnings as "prefix.tokens"."""
+        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("layers", "prefix")}
+        groups: dict[str, Any] = dict(self.layers)
+        if self.prefix.calls:
+            groups["prefix"] = self.prefix
+        return flat | {f"{name}.{k}": v for name, one in groups.items() for k, v in asdict(one).items()}
 
 
 @dataclass(frozen=True, slots=True)
