@@ -31,7 +31,7 @@ class Check:
     """One comparison. tier: "output", "layer-3", "prefix", or "model" for the model against itself.
 
     difference: largest absolute difference to the uncached outputs. limit: what it may be. reused: documents that were
-    answered with something stored. same: whether it is bit for bit what was computed cold; None where that is not
+    answered with something stored; for "prefix" tokens, for "layer-3" distinct rows. same: whether it is bit for bit what was computed cold; None where that is not
     promised.
     """
 
@@ -98,6 +98,8 @@ class _Subject:
             if getattr(tokenizer, "pad_token_id", None) is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         self.tier = "output" if self._sentences else "layers"
+        if getattr(config, "is_decoder", False) or type(model).__name__.endswith("ForCausalLM"):
+            self.tier = "prefix"
 
     @torch.inference_mode()
     def run(self, size: int) -> Outputs:
@@ -167,4 +169,4 @@ def _difference(one: Outputs, other: Outputs) -> float:
 def _reused(cache: LLMCache) -> int:
     counters = cache.stats().counters
     layers = sum(one.hits for one in counters.layers.values())
-    return counters.exact_text + counters.exact_tokens + counters.repeats + layers
+    return counters.exact_text + counters.exact_tokens + counters.repeats + layers + counters.prefix.restored

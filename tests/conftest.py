@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -17,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("LLMCACHE_DATA", ROOT.parent / "shared" / "data"))
+MODELS = Path(os.environ.get("LLMCACHE_MODELS", ROOT.parent / "shared" / "models"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -69,3 +72,31 @@ def queries() -> list[str]:
 def store(tmp_path: Path) -> Path:
     """Path of a store that does not exist yet."""
     return tmp_path / "store"
+
+
+class Done(NamedTuple):
+    """What a command left: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def llmcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process, where the model's libraries are imported once."""
+    from llmcache.cli.main import main
+
+    def command(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["llmcache", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return Done(left.value.code, out, err)
+
+    return command

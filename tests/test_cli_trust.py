@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from llmcache.cli.main import main
 from llmcache.cli.printing import printable
 from llmcache.indexes.store import Store
+from tests.conftest import Command, Done
 
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
 TEXTS = ["How do I locate my card?", "My card has not arrived.", "Zanzibar"]
-
-
-@pytest.fixture
-def llmcache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def command(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["llmcache", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return Done(left.value.code, out, err)
-
-    return command
 
 
 @pytest.fixture
