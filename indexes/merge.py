@@ -214,10 +214,19 @@ def _choose_rows(plan: _Plan) -> None:
 
 def _sorted(table: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """An order of the table's rows that puts equal ones together, earlier ones first; where in it new ones begin."""
-    order = np.lexsort(table.T[::-1])
+    order = np.argsort(table[:, 0], kind="stable")
+    fresh = _fresh(table, order)
+    same = table[order[1:], 0] == table[order[:-1], 0]
+    if (fresh[1:] & same).any():  # equal in the first column only: by chance once in 2^64, or one text with two rows
+        order = np.lexsort(table.T[::-1])
+        fresh = _fresh(table, order)
+    return order, fresh
+
+
+def _fresh(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
     fresh = np.ones(len(table), np.bool_)
     fresh[1:] = (table[order[1:]] != table[order[:-1]]).any(axis=1)
-    return order, fresh
+    return fresh
 
 
 def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
