@@ -20,6 +20,7 @@ import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -438,7 +439,7 @@ class Sealed:
             return
         if isinstance(into, np.ndarray) and into.shape[1] == pitch and into.flags.c_contiguous:
             cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-            for first, end in zip(cuts, cuts[1:], strict=False):  # neighbours in one call
+            for first, end in pairwise(cuts):  # neighbours in one call
                 place = into[first:end].reshape(-1)
                 place[self._fill(place, int(rows[first]) * pitch) :] = 0
             return

@@ -110,7 +110,7 @@ def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, stron
 
 
 def heads(records: NDArray[Any]) -> bytes:
-    """What a row's checksum covers beside its bytes: key, length and scale, 28 bytes for each of some records of ROW."""
+    """What a row's checksum covers beside its bytes: key, length and scale, 28 bytes for each record of ROW."""
     found = np.zeros(len(records), _HEAD)
     found["key"], found["nbytes"], found["scale"] = records["key"], records["nbytes"], records["scale"]
     return found.tobytes()
@@ -119,7 +119,7 @@ def heads(records: NDArray[Any]) -> bytes:
 def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) -> bytes:
     if strong:
         whole = hashlib.sha256(head)
-        whole.update(payload)
+        whole.update(payload)  # type: ignore[arg-type]
         return whole.digest()[:16]
     digest = xxhash.xxh3_128(head)
     digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted

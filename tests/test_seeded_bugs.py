@@ -17,7 +17,7 @@ from llmcache.indexes import segment as segments
 from llmcache.indexes.io import Folder, write_whole
 from llmcache.indexes.manifest import Manifest, generation_name, generations, newest
 from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.segment import ROW, Segment
+from llmcache.indexes.segment import ROW
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 from tests import faults, operations

@@ -1,4 +1,4 @@
-"""How fast stores are merged, against `cp -r` of the same bytes; and what a store takes up beside its content."""
+"""What `llmcache bench store` measures: rows per second, merges against `cp -r`, and what a store adds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,65 @@ import os
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcache.bench_rows import FEATURES, TOKENS, Rows, fill, reading, writing
+from llmcache.errors import ConfigError
 from llmcache.indexes.collection import disk_bytes
-from llmcache.indexes.io import Folder
+from llmcache.indexes.io import Folder, file_system
 from llmcache.indexes.manifest import from_bytes, generation_name, generations
 from llmcache.indexes.merge import merge
-from llmcache.throughput import FEATURES, TOKENS, Rows, fill
+
+LEAST_ROWS = 16
+
+
+def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int) -> dict[str, Any]:
+    """All figures for stores of about `payload` bytes of activations, by size of a row in bytes.
+
+    where: folder to make the stores in, which must be there; they are removed again. None: that of temporary files.
+    ConfigError when a size is not one of float32 rows, or so large that fewer than 16 rows are left.
+    """
+    for size in sizes:
+        if size < 4 or size % 4 or payload < LEAST_ROWS * size:
+            raise ConfigError(
+                f"rows of {size:,} bytes in a store of {payload:,} cannot be measured: rows are float32, so multiples "
+                f"of 4 bytes, and {LEAST_ROWS} of them must fit; give other --rows or a larger --payload"
+            )
+    if where is not None and not Path(where).is_dir():
+        raise ConfigError(f"{where} is no folder; make it, or leave --folder away")
+    rates: list[dict[str, Any]] = []
+    merges: list[dict[str, Any]] = []
+    added: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-", dir=where) as name:
+        folder = Path(name)
+        for size in sizes:
+            rows = Rows.drawn(size, payload)
+            found = writing(rows, folder, repeats) + reading(rows, folder / "read", repeats)
+            rates += [one.as_dict(found) for one in found]
+            merges += merging(size, payload // 2, folder / "merge", repeats)
+            added.append(overhead(size, payload, folder / "overhead"))
+        kind = _file_system(folder)
+    left = max(one["resident_before"] or 0.0 for one in rates)
+    cold = (
+        "Cold: the files were dropped from the page cache (fsync, POSIX_FADV_DONTNEED) before each reading; "
+        f"mincore then found at most {left:.1%} of their pages in it."
+    )
+    if left > 0.01:
+        cold += " That is not cold: this file system keeps its pages. Give a --folder on a disk."
+    return {"file_system": kind, "cold": cold, "rates": rates, "merges": merges, "overhead": added}
+
+
+def _file_system(folder: Path) -> str:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return file_system(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -40,13 +88,14 @@ def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[di
         ("merge, copied, 1/8 in both", "cp -r + syncfs", lambda to: merge([a, c], to, copy=True), (a, c)),
     ]
     seconds: dict[str, list[float]] = {name: [] for name, *_ in contenders}
-    for _ in range(repeats):
+    for round_ in range(repeats + 1):
         for name, _, action, _ in contenders:
             place = folder / uuid.uuid4().hex
             os.sync()
             began = time.perf_counter()
             action(place)
-            seconds[name].append(time.perf_counter() - began)
+            if round_:  # as in `writing`
+                seconds[name].append(time.perf_counter() - began)
             shutil.rmtree(place)
     found = []
     for name, base, _, sources in contenders:

@@ -14,8 +14,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +112,7 @@ class Rows:
 
     @property
     def row_bytes(self) -> int:
-        return self.values.shape[1] * 4
+        return int(self.values.shape[1]) * 4
 
     def blocks(self, nbytes: int) -> Iterator[slice]:
         """Slices of about this many bytes of values."""
@@ -162,11 +163,6 @@ def fill(folder: Path, rows: Rows) -> None:
         store.commit()
 
 
-def payload_files(folder: Path) -> list[Path]:
-    """The files that hold activations."""
-    return sorted((folder / "seg").glob("*.seg"))
-
-
 # -- writing ------------------------------------------------------------------------------------------------
 
 
@@ -174,13 +170,14 @@ def writing(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     """The store, and `pwrite` of the same values with the same number of files, each synced, and its folder."""
     raw = Rate(rows.row_bytes, "write", "", "stored", "pwrite + fsync", "", len(rows))
     mine = Rate(rows.row_bytes, "write", "", "stored", "put + commit", raw.contender, len(rows))
-    for _ in range(repeats):
+    for round_ in range(repeats + 1):
         for rate, action in ((raw, _raw_written), (mine, fill)):
             place = folder / uuid.uuid4().hex
             os.sync()  # what others left to be written is not on this one's time
             began = time.perf_counter()
             action(place, rows)
-            rate.seconds.append(time.perf_counter() - began)
+            if round_:  # the first round is the machine's: memory that it has not had in use before comes slowly
+                rate.seconds.append(time.perf_counter() - began)
             shutil.rmtree(place)
     return [raw, mine]
 
@@ -189,7 +186,7 @@ def _raw_written(folder: Path, rows: Rows) -> None:
     folder.mkdir()
     above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     for number, block in enumerate(rows.blocks(_COMMIT)):
-        data = memoryview(rows.values[block]).cast("B")
+        data = rows.values[block].data.cast("B")
         descriptor = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         done = 0
         while done < len(data):
@@ -203,6 +200,9 @@ def _raw_written(folder: Path, rows: Rows) -> None:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
+_Opened: TypeAlias = tuple[Callable[[], None], Callable[[], None]]  # reads all rows; closes
+
+
 def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     """A filled store, mapped and with `preadv`, against both alone, into new arrays of 16 MiB; cold and warm.
 
@@ -210,16 +210,16 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     order in which rows were stored, and in a random one.
     """
     fill(folder, rows)
-    files = payload_files(folder)
+    files = sorted((folder / "seg").glob("*.seg"))
     rates: dict[tuple[str, str, str], Rate] = {}
     shuffled = np.random.default_rng(1).permutation(len(rows))
     for round_ in range(repeats):
         for order, numbers in (("stored", np.arange(len(rows))), ("shuffled", shuffled)):
-            contenders = [
+            contenders: list[tuple[str, str, Callable[[Path, Rows, NDArray[np.int64]], _Opened]]] = [
                 ("preadv", "", _raw_preadv),
                 ("memcpy", "", _raw_memcpy),
-                ("store, mmap", "memcpy", lambda *given: _stored(*given, "mmap")),
-                ("store, preadv", "preadv", lambda *given: _stored(*given, "pread")),
+                ("store, mmap", "memcpy", partial(_stored, how="mmap")),
+                ("store, preadv", "preadv", partial(_stored, how="pread")),
             ]
             for name, base, open_ in contenders[round_ % 4 :] + contenders[: round_ % 4]:
                 read, end = open_(folder, rows, numbers)
@@ -238,9 +238,6 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
                 end()
     shutil.rmtree(folder)
     return list(rates.values())
-
-
-_Opened = tuple[Callable[[], None], Callable[[], None]]
 
 
 def _batches(rows: Rows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -283,7 +280,11 @@ def _raw_preadv(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened
             for i, (file, offset) in enumerate(batch):
                 os.preadv(descriptors[file], [given[i].data], offset)
 
-    return read, lambda: [os.close(one) for one in descriptors][:0] and None
+    def end() -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    return read, end
 
 
 def _raw_memcpy(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened:
