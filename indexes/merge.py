@@ -26,7 +26,6 @@ from llmcache.indexes.transfer import carry, carry_segment, files_of, living
 SHOWN = frozenset({"name", "revision", "versions"})
 """What an identity says about where a model came from; two models may differ in it and still be the same."""
 _REWRITE_BYTES = 256 << 20
-_BLOCK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +232,8 @@ def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.
     """Which of these rows agree with their checksums; bool [n]."""
     good = np.zeros(len(rows), np.bool_)
     for i in np.unique(pieces).tolist():
-        segment, mine = order[i].segment, np.flatnonzero(pieces == i)
-        mine = mine[np.argsort(rows[mine], kind="stable")]
-        cuts = np.flatnonzero(np.diff(np.cumsum(segment.rows["nbytes"][rows[mine]].astype(np.int64)) // _BLOCK)) + 1
-        for part in np.split(mine, cuts):
-            good[part] = segment.intact(rows[part], segment.payload(rows[part]))
+        mine = np.flatnonzero(pieces == i)
+        good[mine] = order[i].segment.whole(rows[mine])
     return good
 
 
