@@ -147,14 +147,14 @@ def store(
             kind: [one for one in found[kind] if one["row_bytes"] == size] for kind in ("rates", "merges", "overhead")
         }
         printing.table(
-            [f"{size:,}-byte rows", "contender", "rows/s", "MiB/s", "x", "of"],
+            [f"{size:,}-byte rows", "contender", "rows/s", "MiB/s", "x", "best", "of"],
             [
                 [_what(one), one["contender"], f"{one['rows_per_second']:,.0f}", f"{one['mib_per_second']:,.0f}",
-                 _times(one["ratio"]), one["base"]]
+                 _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
                 for one in mine["rates"]
             ]
             + [
-                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]), one["base"]]
+                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
                 for one in mine["merges"]
             ],
         )  # fmt: skip
@@ -164,7 +164,14 @@ def store(
                 f"entry, {one['overhead_share']:.2%}.\n"
             )
     typer.echo(found["cold"])
-    printing.facts([("file system", found["file_system"]), *conditions().items()])
+    typer.echo("x: median of the repeats, each to its own base; best: of the quickest ones.")
+    printing.facts(
+        [
+            ("file system", found["file_system"]),
+            ("load", " to ".join(f"{one:.1f}" for one in found["load"])),
+            *conditions().items(),
+        ]
+    )
 
 
 def _what(rate: dict[str, Any]) -> str:

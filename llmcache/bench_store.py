@@ -27,6 +27,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
     """All figures for stores of about `payload` bytes of activations, by size of a row in bytes.
 
     where: folder to make the stores in, which must be there; they are removed again. None: that of temporary files.
+    load: of the result, what ran on the machine, itself included, in the minute before and in the last one.
     ConfigError when a size is not one of float32 rows, or so large that fewer than 16 rows are left.
     """
     for size in sizes:
@@ -37,6 +38,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
             )
     if where is not None and not Path(where).is_dir():
         raise ConfigError(f"{where} is no folder; make it, or leave --folder away")
+    load = [os.getloadavg()[0]]
     rates: list[dict[str, Any]] = []
     merges: list[dict[str, Any]] = []
     added: list[dict[str, Any]] = []
@@ -49,6 +51,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
             merges += merging(size, payload // 2, folder / "merge", repeats)
             added.append(overhead(size, payload, folder / "overhead"))
         kind = _file_system(folder)
+    load.append(os.getloadavg()[0])
     left = max(one["resident_before"] or 0.0 for one in rates)
     cold = (
         "Cold: the files were dropped from the page cache (fsync, POSIX_FADV_DONTNEED) before each reading; "
@@ -56,7 +59,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
     )
     if left > 0.01:
         cold += " That is not cold: this file system keeps its pages. Give a --folder on a disk."
-    return {"file_system": kind, "cold": cold, "rates": rates, "merges": merges, "overhead": added}
+    return {"file_system": kind, "load": load, "cold": cold, "rates": rates, "merges": merges, "overhead": added}
 
 
 def _file_system(folder: Path) -> str:
@@ -112,6 +115,7 @@ def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[di
                 "seconds": seconds[name],
                 "mib_per_second": statistics.median(rates) / 2**20,
                 "ratio": statistics.median(ratios) if ratios else None,
+                "ratio_of_best": max(rates) / (base_bytes / min(seconds[base])) if base else None,
             }
         )
     shutil.rmtree(folder)
