@@ -154,7 +154,8 @@ def store(
                 for one in mine["rates"]
             ]
             + [
-                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
+                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]),
+                 _times(one["ratio_of_best"]), one["base"]]
                 for one in mine["merges"]
             ],
         )  # fmt: skip
