@@ -147,7 +147,7 @@ def store(
             kind: [one for one in found[kind] if one["row_bytes"] == size] for kind in ("rates", "merges", "overhead")
         }
         printing.table(
-            [f"{size:,}-byte rows", "contender", "rows/s", "MiB/s", "x", "best", "of"],
+            ["", "contender", "rows/s", "MiB/s", "x", "best", "of"],
             [
                 [_what(one), one["contender"], f"{one['rows_per_second']:,.0f}", f"{one['mib_per_second']:,.0f}",
                  _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
@@ -158,6 +158,7 @@ def store(
                  _times(one["ratio_of_best"]), one["base"]]
                 for one in mine["merges"]
             ],
+            title=f"{size:,}-byte rows",
         )  # fmt: skip
         for one in mine["overhead"]:
             typer.echo(
