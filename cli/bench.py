@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -119,6 +119,69 @@ def fingerprint(
     columns = ["fingerprint", "projection", "agreement", "coverage_at_99", "coverage_at_95"]
     printing.table(columns, [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     printing.facts(bench.conditions().items())
+
+
+@app.command()
+def store(
+    payload: Annotated[str, typer.Option(help="Activations in the store of each row size.")] = "1GiB",
+    rows: Annotated[str, typer.Option("--rows", help="Sizes of a row, with commas between.")] = "256KiB,1536",
+    folder: Annotated[
+        str | None,
+        typer.Option(help="Folder to make the stores in: the disk to measure. Default: for temporary files."),
+    ] = None,
+    repeats: Repeats = 5,
+    json: options.Json = False,
+) -> None:
+    """Rows a store writes, reads and merges per second, against the same bytes without it; and what it adds to them."""
+    from llmcache.bench_store import measured
+    from llmcache.cli import amounts
+    from llmcache.conditions import conditions
+
+    sizes = [amounts.size(one) for one in rows.split(",")]
+    found = measured(sizes, amounts.size(payload), folder, repeats)
+    if json:
+        printing.as_json({**conditions(), "payload": payload, **found})
+        return
+    for size in sizes:
+        mine = {
+            kind: [one for one in found[kind] if one["row_bytes"] == size] for kind in ("rates", "merges", "overhead")
+        }
+        printing.table(
+            ["", "contender", "rows/s", "MiB/s", "x", "best", "of"],
+            [
+                [_what(one), one["contender"], f"{one['rows_per_second']:,.0f}", f"{one['mib_per_second']:,.0f}",
+                 _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
+                for one in mine["rates"]
+            ]
+            + [
+                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]),
+                 _times(one["ratio_of_best"]), one["base"]]
+                for one in mine["merges"]
+            ],
+            title=f"{size:,}-byte rows",
+        )  # fmt: skip
+        for one in mine["overhead"]:
+            typer.echo(
+                f"Beyond activations, fingerprints and token ids: {one['overhead_bytes_per_entry']:.1f} bytes per "
+                f"entry, {one['overhead_share']:.2%}.\n"
+            )
+    typer.echo(found["cold"])
+    typer.echo("x: median of the repeats, each to its own base; best: of the quickest ones.")
+    printing.facts(
+        [
+            ("file system", found["file_system"]),
+            ("load", " to ".join(f"{one:.1f}" for one in found["load"])),
+            *conditions().items(),
+        ]
+    )
+
+
+def _what(rate: dict[str, Any]) -> str:
+    return ", ".join(filter(None, (rate["operation"], rate["cache"], rate["cache"] and rate["order"])))
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 @app.command(name="open")

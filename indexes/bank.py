@@ -17,6 +17,7 @@ from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
 from llmcache.indexes.segment import ALIAS, ROW, Entries, Gone, Keys, Segment, seal
+from llmcache.indexes.shelf import Shelf
 from llmcache.indexes.usage import USE, Uses
 
 log = logging.getLogger("llmcache")
@@ -62,6 +63,7 @@ class Bank:
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
+        self._shelf = Shelf()
         self.pending_bytes = 0  # activations that are not sealed yet
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self._pieces, choice, read_index=trust != "untrusted")
@@ -228,38 +230,49 @@ class Bank:
 
         A row that fails the check is reported, and from then on no look-up of this bank returns it.
         """
-        intact = np.zeros(len(rows), np.bool_)
-        table = np.zeros((len(rows), self.facts.width), np.float32)
-        states = [table[:0]] * len(rows)
         self.uses.count(rows, self._now())
-        for piece, chosen, local in self._groups(rows):
-            good, payload, scale = _stored(piece, local)
-            if self._trust == "untrusted":
-                good &= np.isfinite(scale)
-            intact[chosen] = good
-            if self.facts.rank == 1:
-                table[chosen[good]] = self._vectors(payload, good, scale)
-            else:
-                for i in np.flatnonzero(good).tolist():
-                    stored = np.ascontiguousarray(payload[i])[None]
-                    numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
-                    states[chosen[i]] = numbers.reshape(-1, self.facts.width)
+        values, intact = self._vectors(rows) if self.facts.rank == 1 else self._states(rows)
         if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
-            finite = [bool(np.isfinite(one).all()) for one in (table if self.facts.rank == 1 else states)]
-            intact &= np.array(finite, np.bool_)
-            table[~intact] = 0
+            intact &= np.array([bool(np.isfinite(one).all()) for one in values], np.bool_)
+            if isinstance(values, np.ndarray):
+                values[~intact] = 0
         if not intact.all():
             self._report(rows[~intact])
-        return Reading(table if self.facts.rank == 1 else states, intact)
+        return Reading(values, intact)
 
-    def _vectors(self, payload: Payload, good: NDArray[np.bool_], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not good.any():
-            return np.zeros((0, self.facts.width), np.float32)
-        if isinstance(payload, np.ndarray):
-            block = payload if good.all() else payload[good]
-        else:
-            block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
-        return codec.decode(block, scale[good], self.facts.dtype)
+    def _vectors(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """float32 [n, width], zeros where a row is not intact."""
+        table, intact = np.empty((len(rows), self.facts.width), np.float32), np.zeros(len(rows), np.bool_)
+        plain = self.facts.dtype == "float32"
+        for piece, chosen, local in self._groups(rows):
+            if not isinstance(piece, Segment):
+                good, payload, scale = _stored(piece, local)
+                if good.any():
+                    table[chosen] = codec.decode(np.stack(list(payload)), scale, self.facts.dtype)
+            elif plain:  # straight to where they are wanted
+                there = table.view(np.uint8)
+                every = len(chosen) == len(rows)
+                good = np.array(piece.fetch(local, there if every else [there[i] for i in chosen.tolist()]), np.bool_)
+            else:
+                block = np.empty((len(local), self.facts.width * codec.DTYPES[self.facts.dtype]), np.uint8)
+                good = np.array(piece.fetch(local, block), np.bool_)
+                table[chosen[good]] = codec.decode(block[good], piece.rows["scale"][local[good]], self.facts.dtype)
+            intact[chosen] = good
+        if not intact.all():
+            table[~intact] = 0
+        return table, intact
+
+    def _states(self, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
+        """One float32 [tokens, width] per row, without tokens where the row is not intact."""
+        states, intact = [np.zeros((0, self.facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
+        for piece, chosen, local in self._groups(rows):
+            good, payload, scale = _stored(piece, local)
+            intact[chosen] = good
+            for i in np.flatnonzero(good).tolist():
+                stored = np.ascontiguousarray(payload[i])[None]
+                numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
+                states[chosen[i]] = numbers.reshape(-1, self.facts.width)
+        return states, intact
 
     def _report(self, rows: Rows) -> None:
         self._damaged.update(rows.tolist())
@@ -288,7 +301,7 @@ class Bank:
         """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
         size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
         for one in self._pending:
-            size += sum(part.nbytes + 64 for part in one.payload) + one.features.nbytes + ROW.itemsize * len(one)
+            size += _nbytes(one.payload) + 64 * len(one) + one.features.nbytes + ROW.itemsize * len(one)
             size += sum(
                 4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
             )
@@ -299,6 +312,7 @@ class Bank:
         rows = sum(map(len, self._pending))
         self._pieces[:] = [Gone(len(one)) if isinstance(one, Entries) else one for one in self._pieces]
         self._aliases, self.pending_bytes = [], 0
+        self._shelf.clear()
         self._load_keys()
         return rows
 
@@ -370,9 +384,8 @@ class Bank:
         fit the stored dtype, are not kept.
         """
         if isinstance(values, np.ndarray):
-            kept = codec.representable(values, self.facts.dtype)
-            stored, scale = codec.encode(values[kept], self.facts.dtype)
-            payload = list(stored)
+            payload: Payload
+            kept, payload, scale = codec.kept(values, self.facts.dtype, self._shelf.place)
         else:
             flat = [one.reshape(1, -1) for one in values]
             kept = np.array([bool(codec.representable(one, self.facts.dtype)[0]) for one in flat], np.bool_)
@@ -394,7 +407,7 @@ class Bank:
         )
         rows = np.arange(len(entries)) + self._starts[-1]
         self._pieces.append(entries)
-        self.pending_bytes += sum(part.nbytes for part in payload)
+        self.pending_bytes += _nbytes(payload)
         self._starts = np.append(self._starts, self._starts[-1] + len(entries))
         self.uses.grow(int(self._starts[-1]))
         self._rows.add(entries.keys, rows)
@@ -425,8 +438,13 @@ class Bank:
         self._pieces.append(opened)
         self._starts = np.cumsum([0, *map(len, self._pieces)])
         self._aliases, self.pending_bytes = [], 0
+        self._shelf.clear()
         self._rows.settle()
         self._texts.settle()
+
+
+def _nbytes(payload: Payload) -> int:
+    return payload.nbytes if isinstance(payload, np.ndarray) else sum(part.nbytes for part in payload)
 
 
 def _name(piece: Segment | Entries | Gone) -> str | int:

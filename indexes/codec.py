@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Names of the stored types and their bytes per number."""
 
-
+_NEAR = 1 << 16  # numbers
 _LARGEST = {
     "float32": np.finfo(np.float32).max,
     "float16": np.float32(65504),
@@ -51,8 +53,35 @@ def decode(stored: NDArray[np.uint8], scale: NDArray[np.float32], dtype: str) ->
     return stored.view(np.int8) * scale[:, None]
 
 
+def kept(
+    values: NDArray[np.float32], dtype: str, place: Callable[[int, int], NDArray[np.uint8]]
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8], NDArray[np.float32]]:
+    """Which rows are `representable`, bool [n], and `encode` of these; the bytes are never the caller's own.
+
+    place: gives memory for so many rows of so many bytes, uint8 [rows, bytes].
+    """
+    if dtype != "float32" or not values.size:
+        good = representable(values, dtype)
+        return good, *encode(values[good], dtype)
+    copy, good = place(len(values), 4 * values.shape[1]).view(np.float32), np.ones(len(values), np.bool_)
+    for block in _blocks(values):
+        copy[block] = values[block]
+        good[block] = representable(copy[block], dtype)  # while it is near the processor
+    return good, *encode(copy if good.all() else copy[good], dtype)
+
+
 def representable(values: NDArray[np.float32], dtype: str) -> NDArray[np.bool_]:
     """Which rows can be stored and come back as numbers: finite, and for float16 within its range. bool [n]."""
-    limit = _LARGEST[dtype]
-    with np.errstate(invalid="ignore"):
-        return np.asarray((np.abs(values) <= limit).all(axis=1), np.bool_)
+    limit, good = _LARGEST[dtype], np.ones(len(values), np.bool_)
+    for part in _blocks(values):
+        block = values[part]  # the second look at it is quick
+        with np.errstate(invalid="ignore"):
+            good[part] = (block.max(axis=1) <= limit) & (block.min(axis=1) >= -limit)  # NaN is neither
+    return good
+
+
+def _blocks(values: NDArray[np.float32]) -> list[slice]:
+    """Rows that fit a processor's cache together; none where rows have no numbers."""
+    count, width = values.shape
+    step = max(1, _NEAR // max(1, width))
+    return [slice(start, start + step) for start in range(0, count if width else 0, step)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,13 +19,14 @@ from llmcache.indexes.eviction import Publish, index_stands
 from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
-from llmcache.indexes.segment import ALIAS, Entries, Segment, seal
+from llmcache.indexes.rewrite import Pick
+from llmcache.indexes.rewrite import rewrite as write_anew
+from llmcache.indexes.segment import ALIAS, Segment
 
 log = logging.getLogger("llmcache")
 
 SEGMENT_BYTES = 256 << 20
 """Activations that go into one new segment, about."""
-_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,9 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
     damaged = group.rows - sum(map(len, chosen))
     new = None
     if sum(map(len, chosen)):
-        batches = [_entries(one, rows) for one, rows in zip(segments, chosen, strict=True) if len(rows)]
-        id = uuid.uuid4().hex
-        new = seal(folder, id, batches, _aliases(folder, bank, segments, chosen), bank.feature_width)
-        new = replace(new, writer=group.sources[0].writer)
-        _compare(folder, new, segments, chosen)
+        names = [_aliases(folder, bank, segments, chosen), *[np.zeros(0, ALIAS)] * (len(segments) - 1)]
+        picks = [Pick(one, rows, some) for one, rows, some in zip(segments, chosen, names, strict=True)]
+        new = write_anew(folder, uuid.uuid4().hex, picks, bank.feature_width)
     after = publish(lambda base: _replaced(base, group, new))
     now = {one.id for one in after.namespaces[group.namespace].banks[group.bank].segments}
     replaced = not any(one.id in now for one in group.sources)
@@ -122,42 +121,10 @@ def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifes
 def _intact(segment: Segment) -> NDArray[np.int64]:
     """Live rows whose bytes agree with their checksums."""
     live = segment.live()
-    good = [segment.intact(part, segment.payload(part)) for part in _blocks(live)]
-    found = live[np.concatenate(good)] if good else live
+    found = live[segment.whole(live)]
     if len(found) < len(live):
         log.warning("%d rows of segment %s are damaged, and left behind", len(live) - len(found), segment.facts.id)
     return found
-
-
-def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), _BLOCK):
-        yield rows[start : start + _BLOCK]
-
-
-def _entries(segment: Segment, rows: NDArray[np.int64]) -> Entries:
-    records = segment.rows[rows]
-    return Entries(
-        keys=records["key"],
-        payload=segment.views(rows),
-        scale=records["scale"],
-        cost=records["cost"],
-        tokens=[segment.tokens(row) for row in rows.tolist()],
-        sources=[segment.source(row) for row in rows.tolist()],
-        features=segment.features()[rows],
-        created=records["created"],
-        flags=records["flags"],
-    )
-
-
-def _compare(
-    folder: Folder, new: SegmentFacts, sources: Sequence[Segment], chosen: Sequence[NDArray[np.int64]]
-) -> None:
-    """A row that went bad between its check and its copy would have got a valid checksum for wrong bytes."""
-    expected = np.concatenate([one.rows["checksum"][rows] for one, rows in zip(sources, chosen, strict=True)])
-    if not np.array_equal(Segment.open(folder, new).rows["checksum"], expected):
-        for file in new.files:
-            folder.remove(file.name)
-        raise SnapshotDamaged(f"segment {new.id} is not what was copied into it; look at the disk, then try again")
 
 
 def _aliases(

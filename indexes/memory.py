@@ -249,6 +249,9 @@ class MemoryFolder(Folder):
             raise PowerLoss
         return len(taken)
 
+    def begin_sync(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Nothing: it promises nothing, so a power loss may keep what it did or not."""
+
     def sync(self, descriptor: int) -> None:
         file = self._files[descriptor]
         try:

@@ -26,7 +26,6 @@ from llmcache.indexes.transfer import carry, carry_segment, files_of, living
 SHOWN = frozenset({"name", "revision", "versions"})
 """What an identity says about where a model came from; two models may differ in it and still be the same."""
 _REWRITE_BYTES = 256 << 20
-_BLOCK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,21 +213,27 @@ def _choose_rows(plan: _Plan) -> None:
 
 def _sorted(table: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """An order of the table's rows that puts equal ones together, earlier ones first; where in it new ones begin."""
-    order = np.lexsort(table.T[::-1])
+    order = np.argsort(table[:, 0], kind="stable")
+    fresh = _fresh(table, order)
+    same = table[order[1:], 0] == table[order[:-1], 0]
+    if (fresh[1:] & same).any():  # equal in the first column only: by chance once in 2^64, or one text with two rows
+        order = np.lexsort(table.T[::-1])
+        fresh = _fresh(table, order)
+    return order, fresh
+
+
+def _fresh(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
     fresh = np.ones(len(table), np.bool_)
     fresh[1:] = (table[order[1:]] != table[order[:-1]]).any(axis=1)
-    return order, fresh
+    return fresh
 
 
 def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which of these rows agree with their checksums; bool [n]."""
     good = np.zeros(len(rows), np.bool_)
     for i in np.unique(pieces).tolist():
-        segment, mine = order[i].segment, np.flatnonzero(pieces == i)
-        mine = mine[np.argsort(rows[mine], kind="stable")]
-        cuts = np.flatnonzero(np.diff(np.cumsum(segment.rows["nbytes"][rows[mine]].astype(np.int64)) // _BLOCK)) + 1
-        for part in np.split(mine, cuts):
-            good[part] = segment.intact(rows[part], segment.payload(rows[part]))
+        mine = np.flatnonzero(pieces == i)
+        good[mine] = order[i].segment.whole(rows[mine])
     return good
 
 

@@ -251,7 +251,8 @@ def _payload(old: Segment, places: NDArray[np.int64], records: Any, good: Mask, 
                 held += [part.tobytes(), bytes(int(aligned(part.nbytes)) - part.nbytes)]
                 record = records[start + i]
                 if strong and not record["flags"] & STRONG:
-                    record["checksum"] = np.frombuffer(checksum(record["key"], part, strong=True), np.uint8)
+                    found = checksum(record["key"], part, record["scale"], strong=True)
+                    record["checksum"] = np.frombuffer(found, np.uint8)
                     record["flags"] |= STRONG
         yield b"".join(held)
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.segment import ALIAS, ROW, Segment, aligned, verified, write_segment
+from llmcache.indexes.segment import ALIAS, ROW, Segment, agree, aligned, portions, verified, write_segment
 
 _BLOCK = 8 << 20
 
@@ -37,8 +38,8 @@ class Pick:
 def rewrite(folder: Folder, id: str, picks: Sequence[Pick], feature_width: int) -> SegmentFacts:
     """Write one durable segment that holds what was picked. Any error leaves no file of it behind.
 
-    A row's checksum is over its key and bytes, so it is as good in the new place. SnapshotDamaged when a file of a
-    segment is not whole.
+    A row's checksum is over its key and bytes, so it is as good in the new place, and is compared on the way.
+    SnapshotDamaged when a row or a file of a segment is not whole.
     """
     rows = np.concatenate([np.zeros(0, ROW), *(_records(pick) for pick in picks)])
     steps = aligned(rows["nbytes"].astype(np.uint64))
@@ -63,30 +64,29 @@ def _records(pick: Pick) -> NDArray[Any]:
 
 def _payload(picks: Sequence[Pick]) -> Iterator[memoryview]:
     for pick in picks:
-        sizes = aligned(pick.segment.rows["nbytes"][pick.rows].astype(np.uint64))
-        cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // np.uint64(_BLOCK))) + 1
-        for rows in np.split(pick.rows, cuts):
-            if len(rows):
-                yield _block(pick.segment, rows)
+        for portion in portions(pick.segment.rows["nbytes"][pick.rows]):
+            yield _block(pick.segment, pick.rows[portion])
 
 
 def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:
-    """The bytes of some rows as they stand in a segment, each at a multiple of 64."""
-    pitch = segment.pitch
-    if pitch and int(rows[-1]) - int(rows[0]) + 1 == len(rows):
-        found = segment.data.part(int(rows[0]) * pitch, len(rows) * pitch)
-        if found.nbytes == len(rows) * pitch and pitch == aligned(int(segment.rows["nbytes"][rows[0]])):
-            return found.data
-    parts = segment.payload(rows)
-    steps = [aligned(nbytes) for nbytes in segment.rows["nbytes"][rows].tolist()]
+    """The bytes of some rows as they are to stand in a segment; a copy, so that what is compared is what is written."""
+    records = segment.rows[rows]
+    nbytes = records["nbytes"].tolist()
+    steps = [aligned(one) for one in nbytes]
     block = np.zeros(sum(steps), np.uint8)
-    if isinstance(parts, np.ndarray):
-        block.reshape(len(rows), -1)[:, : parts.shape[1]] = parts
-    else:
-        at = 0
-        for part, step in zip(parts, steps, strict=True):
-            block[at : at + part.nbytes] = part
-            at += step
+    starts = (np.cumsum(steps) - steps).tolist()
+    offsets = (rows * segment.pitch if segment.pitch else records["offset"]).tolist()
+    run = np.flatnonzero(np.diff(rows) != 1) + 1 if segment.pitch == steps[0] else np.arange(1, len(rows))
+    for some in np.split(np.arange(len(rows)), run):  # neighbours of equal length lie side by side in both places
+        first, last = int(some[0]), int(some[-1])
+        end = starts[last] + nbytes[last]
+        found = segment.data.part(offsets[first], end - starts[first])
+        block[starts[first] : starts[first] + found.nbytes] = found
+    places = zip(starts, nbytes, strict=True)
+    good = agree(records, [block.data[start : start + size] for start, size in places])
+    if not all(good):
+        file, row = segment.facts.file("seg").name, int(rows[good.index(False)])
+        raise SnapshotDamaged(f"{file}: row {row} does not agree with its checksum")
     return block.data
 
 

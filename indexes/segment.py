@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,23 +58,25 @@ HEADER = np.dtype(
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
+_HEAD = np.dtype([("key", "<u8", (2,)), ("nbytes", "<u8"), ("scale", "<f4")])  # what a checksum covers, then the bytes
 STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
 _MAGIC = b"LLMCROW1"
-_CHUNK = 8 << 20
+_PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
+_NEAR = 256 << 10  # bytes that are copied and then compared: no more than a processor's own cache holds
 
 
 @dataclass(slots=True)
 class Entries:
     """Rows that are not sealed yet; the arrays share their first axis.
 
-    keys: uint64 [n, 2]. payload: one uint8 array [bytes] per row. scale, cost: float32 [n].
+    keys: uint64 [n, 2]. payload: uint8 [n, bytes], or one array [bytes] per row. scale, cost: float32 [n].
     tokens: one int32 array per row. sources: the ids of the documents that made them.
     features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
     flags: of rows that were sealed before, uint16 [n]; None: as the new segment is sealed.
     """
 
     keys: Keys
-    payload: Sequence[NDArray[np.uint8]]
+    payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
     scale: NDArray[np.float32]
     cost: NDArray[np.float32]
     tokens: Sequence[NDArray[np.int32]]
@@ -96,17 +99,53 @@ class Gone:
         return self.rows
 
 
-def checksum(key: Keys, payload: NDArray[np.uint8], *, strong: bool = False) -> bytes:
-    """128 bits over key, length and bytes, so that the right bytes in the wrong row do not pass.
+def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, strong: bool = False) -> bytes:
+    """128 bits over key, length, scale and bytes, so that the right bytes in the wrong row do not pass.
 
-    strong: against people, not only against damage: xxh3 takes a fifteenth of sha256's time, and can be forged.
+    scale: of an int8 row, 1 for others. strong: against people, not only against damage: xxh3 takes a fifteenth of
+    sha256's time, and can be forged.
     """
-    head = key.tobytes() + payload.nbytes.to_bytes(8, "little")
+    record = np.zeros(1, ROW)
+    record["key"], record["nbytes"], record["scale"] = key, payload.nbytes, scale
+    return _digest(heads(record), payload, strong)
+
+
+def heads(records: NDArray[Any]) -> bytes:
+    """What a row's checksum covers beside its bytes: key, length and scale, 28 bytes for each record of ROW."""
+    found = np.zeros(len(records), _HEAD)
+    found["key"], found["nbytes"], found["scale"] = records["key"], records["nbytes"], records["scale"]
+    return found.tobytes()
+
+
+def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) -> bytes:
     if strong:
-        return hashlib.sha256(head + payload.tobytes()).digest()[:16]
+        whole = hashlib.sha256(head)
+        whole.update(payload)  # type: ignore[arg-type]
+        return whole.digest()[:16]
     digest = xxhash.xxh3_128(head)
     digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
     return digest.digest()
+
+
+def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryview]) -> list[bytes]:
+    """The checksum of each row that these bytes should have; records: of ROW, as many as there are parts."""
+    head, size = heads(records), _HEAD.itemsize
+    strong = (records["flags"] & STRONG > 0).tolist()
+    return [
+        _digest(head[size * i : size * i + size], part, one)
+        for i, (part, one) in enumerate(zip(parts, strong, strict=True))
+    ]
+
+
+def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview] | NDArray[np.uint8]) -> list[bool]:
+    """Which rows' bytes are as long as their records say, and agree with their checksums."""
+    wanted = records["checksum"].tobytes()
+    return [
+        part.nbytes == size and found == wanted[16 * i : 16 * i + 16]
+        for i, (part, size, found) in enumerate(
+            zip(parts, records["nbytes"].tolist(), digests(records, parts), strict=True)
+        )
+    ]
 
 
 # -- writing ------------------------------------------------------------------------------------------------
@@ -126,10 +165,10 @@ def seal(
     aliases: records of ALIAS. strong: checksums that hold against forgery, for a store that is signed.
     Any OSError leaves no file of this segment behind.
     """
-    rows, source_bytes = _records(folder, batches, strong)
+    rows, source_bytes = _records(folder, batches, strong)  # the checksums come with the bytes, as they are written
     features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
     return write_segment(
-        folder, id, rows, aliases, feature_width, _payload(batches), _variable(batches, source_bytes), features
+        folder, id, rows, aliases, feature_width, _payload(batches, rows), _variable(batches, source_bytes), features
     )
 
 
@@ -145,7 +184,8 @@ def write_segment(
 ) -> SegmentFacts:
     """Write the five files of a segment durably. Any OSError leaves none of them behind.
 
-    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give.
+    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give. They are read after
+    `payload` has come to its end, which may still fill in their checksums.
     """
     files: list[FileFacts] = []
     try:
@@ -179,7 +219,6 @@ def aligned(size: Any) -> Any:
 
 def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
     rows = np.zeros(sum(map(len, batches)), ROW)
-    payload = [part for batch in batches for part in batch.payload]
     tokens = [part for batch in batches for part in batch.tokens]
     # a source id is a label for people: a longer one is cut rather than refused
     sources = [name.encode("utf-8", "surrogatepass")[:1024] for batch in batches for name in batch.sources]
@@ -187,34 +226,60 @@ def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[
         rows["key"] = np.concatenate([batch.keys for batch in batches])
         rows["scale"] = np.concatenate([batch.scale for batch in batches])
         rows["cost"] = np.concatenate([batch.cost for batch in batches])
-    rows["nbytes"] = [part.nbytes for part in payload]
+        rows["nbytes"] = np.concatenate([_sizes(batch) for batch in batches])
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
     now = np.uint32(folder.now())
     stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
     rows["created"] = np.concatenate(stamps) if stamps else now
-    steps = np.array([aligned(part.nbytes) for part in payload], np.uint64)
+    steps = aligned(rows["nbytes"].astype(np.uint64))
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
     flags = [np.full(len(one), STRONG * strong, np.uint16) if one.flags is None else one.flags for one in batches]
     rows["flags"] = np.concatenate(flags) if flags else 0
-    for row, part in zip(rows, payload, strict=True):
-        row["checksum"] = np.frombuffer(checksum(row["key"], part, strong=bool(row["flags"] & STRONG)), np.uint8)
     return rows, sources
 
 
-def _payload(batches: Sequence[Entries]) -> Iterator[bytes]:
-    held: list[bytes | memoryview] = []
-    size = 0
+def portions(nbytes: NDArray[Any]) -> list[slice]:
+    """Rows of these sizes in portions of about 2 MiB, which stay near the processor from one use to the next."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(aligned(nbytes.astype(np.int64))) // _PIECE)) + 1
+    return [slice(a, b) for a, b in pairwise([0, *cuts.tolist(), len(nbytes)]) if a < b]
+
+
+def _sizes(batch: Entries) -> NDArray[np.int64]:
+    if isinstance(batch.payload, np.ndarray):
+        return np.full(len(batch), batch.payload.shape[1])
+    return np.array([part.nbytes for part in batch.payload], np.int64)
+
+
+def _payload(batches: Sequence[Entries], rows: NDArray[Any]) -> Iterator[memoryview]:
+    """The rows' bytes, padded; the checksums of `rows` are filled in. Rows without padding are not copied."""
+    first = 0
     for batch in batches:
-        for part in batch.payload:
-            held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
-            size += part.nbytes
-            if size >= _CHUNK:
-                yield b"".join(held)
-                held, size = [], 0
-    yield b"".join(held)
+        mine = rows[first : first + len(batch)]
+        for portion in portions(_sizes(batch)):
+            parts, records = batch.payload[portion], mine[portion]
+            records["checksum"] = np.frombuffer(b"".join(digests(records, parts)), np.uint8).reshape(-1, 16)
+            yield padded(parts)
+        first += len(batch)
+
+
+def padded(parts: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> memoryview:
+    """The bytes of some rows as they stand in .seg, each at a multiple of 64 bytes."""
+    if isinstance(parts, np.ndarray):
+        n, nbytes = parts.shape
+        if not parts.size:
+            return memoryview(b"")
+        if nbytes == aligned(nbytes) and parts.flags.c_contiguous:
+            return parts.reshape(-1).data
+        block = np.zeros((n, aligned(nbytes)), np.uint8)
+        block[:, :nbytes] = parts
+        return block.reshape(-1).data
+    held: list[bytes | memoryview] = []
+    for part in parts:
+        held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
+    return memoryview(b"".join(held))
 
 
 def _variable(batches: Sequence[Entries], sources: Sequence[bytes]) -> Iterator[bytes]:
@@ -313,16 +378,30 @@ class Segment:
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
+        return np.array(agree(self.rows[rows], payload), np.bool_)
+
+    def whole(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows agree with their checksums, reading a few at a time; bool [n]."""
+        good, order = np.zeros(len(rows), np.bool_), np.argsort(rows, kind="stable")
+        for part in portions(self.rows["nbytes"][rows[order]]):
+            some = order[part]
+            good[some] = self.intact(rows[some], self.payload(rows[some]))
+        return good
+
+    def fetch(self, rows: NDArray[np.int64], into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[bool]:
+        """Copy rows that are all equally long to where `into` has a place for each; which agree with their checksums.
+
+        `into`: uint8 [n, bytes], or one array [bytes] per row. A few rows at a time are copied and at once compared,
+        while they are near the processor. What does not agree is left there and is not to be used.
+        """
+        good: list[bool] = []
+        step = max(1, _NEAR // self.pitch)
         records = self.rows[rows]
-        wanted = records["checksum"].tobytes()
-        keys, sizes, strong = records["key"], records["nbytes"].tolist(), (records["flags"] & STRONG > 0).tolist()
-        return np.array(
-            [
-                part.nbytes == size and checksum(key, part, strong=strong[i]) == wanted[16 * i : 16 * i + 16]
-                for i, (key, size, part) in enumerate(zip(keys, sizes, payload, strict=True))
-            ],
-            np.bool_,
-        )
+        for start in range(0, len(rows), step):
+            parts = into[start : start + step]
+            self.data.fill(rows[start : start + step], self.pitch, parts)
+            good += agree(records[start : start + step], parts)
+        return good
 
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Token ids of one row. SnapshotDamaged when they are not where the row says."""

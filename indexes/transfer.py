@@ -8,15 +8,14 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder, write_whole
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.segment import STRONG, Segment, checksum
+from llmcache.indexes.segment import Segment, agree
 
-_CHUNK = 8 << 20
+_CHUNK = 2 << 20  # stays in a processor's cache while it is read, compared and written
 
 
 def files_of(facts: object) -> Iterator[FileFacts]:
@@ -35,7 +34,7 @@ def files_of(facts: object) -> Iterator[FileFacts]:
 
 
 def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a file, 8 MiB at a time; each is good until the next is asked for. SnapshotDamaged: not `size`."""
+    """The bytes of a file, 2 MiB at a time; each is good until the next is asked for. SnapshotDamaged: not `size`."""
     buffer = np.empty(min(size, _CHUNK), np.uint8)
     with _Opened(folder, name, size) as descriptor:
         for start in range(0, size, _CHUNK):
@@ -63,9 +62,10 @@ def row_chunks(
             part = buffer[: stop - begin]
             part[folder.read_at(descriptor, part, begin) :] = 0
             chosen = rows[group]
-            good = _agree(records[chosen], part, (starts[group] - begin).tolist(), (ends[group] - begin).tolist())
-            bad = chosen[~good]
-            if stop == size:
+            view, places = part.data, zip((starts[group] - begin).tolist(), (ends[group] - begin).tolist(), strict=True)
+            good = agree(records[chosen], [view[start:end] for start, end in places])
+            bad = chosen[~np.array(good, np.bool_)]
+            if stop == size and len(rows) < len(records):
                 bad = np.concatenate([bad, np.setdiff1d(np.arange(len(records)), rows)])
             yield part, bad
 
@@ -80,24 +80,6 @@ def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray
     reach = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(rows) else ends
     free = starts >= reach
     return rows[free], starts[free], ends[free]
-
-
-def _agree(records: NDArray[Any], data: NDArray[np.uint8], starts: list[int], ends: list[int]) -> NDArray[np.bool_]:
-    """`segment.checksum` over many rows that lie in one buffer; bool [n]."""
-    heads = np.zeros(len(records), [("key", "<u8", (2,)), ("nbytes", "<u8")])
-    heads["key"], heads["nbytes"] = records["key"], records["nbytes"]
-    raw, wanted, view = heads.tobytes(), records["checksum"].tobytes(), data.data
-    strong = (records["flags"] & STRONG > 0).tolist()
-    good = np.zeros(len(records), np.bool_)
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if strong[i]:
-            found = checksum(records["key"][i], data[start:end], strong=True)
-        else:
-            digest = xxhash.xxh3_128(raw[24 * i : 24 * i + 24])
-            digest.update(view[start:end])
-            found = digest.digest()
-        good[i] = found == wanted[16 * i : 16 * i + 16]
-    return good
 
 
 class _Opened:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache import __version__
 from llmcache.cache import LLMCache
+from llmcache.conditions import conditions as conditions
 from llmcache.config import CacheConfig
 from llmcache.corpus import Document
 from llmcache.errors import ConfigError
@@ -62,25 +59,6 @@ def ratio(base: Row, row: Row) -> float:
     return statistics.median(
         (one / base.documents) / (other / row.documents) for one, other in zip(base.seconds, row.seconds, strict=True)
     )
-
-
-def conditions() -> dict[str, Any]:
-    """What has to be known of the machine to read a measurement."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "llmcache": __version__,
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
 
 
 # -- encode -------------------------------------------------------------------------------------------------

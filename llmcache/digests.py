@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 _SETTLED_NS = 100_000_000
+_REMEMBERED = 64
+"""Model states whose digests are kept; a file of each is some ten kilobytes."""
 
 # arguments of SentenceTransformer under which the weights still are what the folder's files say
 _HARMLESS = {
@@ -129,8 +131,11 @@ def remembered_digests(tensors: Mapping[str, Tensor], files: ModelFiles) -> dict
     """`tensor_digests`, from an earlier call for the same files where there is one."""
     key = sha(canonical([files.facts, [package_version(one) for one in PACKAGES]]), _glimpse(tensors)).hex()
     try:
-        raw = json.loads((_digest_folder() / f"{key}.json").read_bytes())
+        path = _digest_folder() / f"{key}.json"
+        raw = json.loads(path.read_bytes())
         if raw["check"] == sha(canonical(raw["tensors"])).hex() and set(raw["tensors"]) == set(tensors):
+            with contextlib.suppress(OSError):
+                os.utime(path)  # what is in use is forgotten last
             return dict(raw["tensors"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         pass  # nothing there, or nothing that can be believed
@@ -170,3 +175,14 @@ def _write(folder: Path, name: str, value: Any) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+    _forget(folder)
+
+
+def _forget(folder: Path) -> None:
+    """Remove all but the newest files, and what killed processes left; another process may do the same."""
+    aged = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            aged.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(aged, reverse=True)[_REMEMBERED:]:
+        path.unlink(missing_ok=True)

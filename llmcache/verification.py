@@ -31,8 +31,8 @@ class Check:
     """One comparison. tier: "output", "layer-3", "prefix", or "model" for the model against itself.
 
     difference: largest absolute difference to the uncached outputs. limit: what it may be. reused: documents that were
-    answered with something stored; for "prefix" tokens, for "layer-3" distinct rows. same: whether it is bit for bit what was computed cold; None where that is not
-    promised.
+    answered with something stored; for "prefix" tokens, for "layer-3" distinct rows. same: whether it is bit for bit
+    what was computed cold; None where that is not promised.
     """
 
     tier: str

@@ -516,6 +516,29 @@ def test_the_second_opening_by_path_hashes_no_weight(model_path: str, hashed: li
     assert cache_folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_only_the_newest_memories_are_kept(
+    model_path: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmcache.digests, "_REMEMBERED", 3)
+    cache_folder.mkdir(parents=True)
+    for age in range(6):
+        old = cache_folder / f"{age}.json"
+        old.write_text("{}")
+        os.utime(old, (1e9 - age, 1e9 - age))
+    load(model_path)
+    kept = {file.name for file in cache_folder.iterdir()}
+    assert len(kept) == 3
+    assert {"0.json", "1.json"} < kept
+
+
+def test_a_memory_that_is_used_is_not_the_next_to_go(model_path: str, cache_folder: Path) -> None:
+    load(model_path)
+    (file,) = cache_folder.iterdir()
+    os.utime(file, (1e9, 1e9))
+    load(model_path)
+    assert file.stat().st_mtime > 1e9
+
+
 def test_a_model_object_is_hashed_as_it_is_in_memory(model_path: str, hashed: list[int]) -> None:
     model, identity = load(model_path)
     hashed.clear()

@@ -17,7 +17,7 @@ from llmcache.indexes import segment as segments
 from llmcache.indexes.io import Folder, write_whole
 from llmcache.indexes.manifest import Manifest, generation_name, generations, newest
 from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.segment import ROW, Segment
+from llmcache.indexes.segment import ROW
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 from tests import faults, operations
@@ -249,12 +249,18 @@ def key_fields_without_their_lengths(patch: Patch) -> None:
 
 
 def checksum_not_compared(patch: Patch) -> None:
-    patch.setattr(Segment, "intact", lambda self, rows, payload: np.ones(len(rows), np.bool_))
+    patch.setattr(segments, "agree", lambda records, parts: [True] * len(records))
 
 
 def checksum_not_bound_to_the_key(patch: Patch) -> None:
-    real = segments.checksum
-    patch.setattr(segments, "checksum", lambda key, payload, **how: real(np.zeros(2, np.uint64), payload, **how))
+    real = segments.heads
+
+    def heads(records: Any) -> bytes:
+        keyless = records.copy()
+        keyless["key"] = 0
+        return real(keyless)
+
+    patch.setattr(segments, "heads", heads)
 
 
 def ids_not_bounds_checked(patch: Patch) -> None:

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder
+from llmcache.indexes.io import SUBFOLDERS, Folder, Reading
 from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, checksum, seal
 
@@ -178,7 +178,8 @@ def test_the_files_are_laid_out_as_the_format_says(folder: Folder) -> None:
         assert offset == (0, 128, 192)[i]
         assert content["seg"][offset : offset + nbytes] == batch.payload[i].tobytes()
         size = nbytes.to_bytes(8, "little")
-        assert digest == xxhash.xxh3_128(key + size + batch.payload[i].tobytes()).digest()
+        covered = key + size + struct.pack("<f", scale) + batch.payload[i].tobytes()
+        assert digest == xxhash.xxh3_128(covered).digest()
         assert var == start
         assert content["var"][var : var + 4 * tokens] == batch.tokens[i].astype("<i4").tobytes()
         assert content["var"][var + 4 * tokens :][:source].decode() == batch.sources[i]
@@ -361,6 +362,41 @@ def test_equal_bytes_under_another_key_or_of_another_length_have_another_checksu
     assert one != checksum(keys[0][::-1].copy(), bytes_)
     zeros = np.zeros(16, np.uint8)
     assert checksum(keys[0], zeros) != checksum(keys[0], zeros[:8])
+    assert checksum(keys[0], zeros, 0.5) != checksum(keys[0], zeros)
+
+
+def test_right_bytes_with_another_scale_are_not_intact(folder: Folder) -> None:
+    segment = Segment.open(folder, sealed(folder, [entries(3, [32] * 3)]))
+    assert intact(segment) == [True] * 3
+    segment.rows = segment.rows.copy()
+    segment.rows["scale"][1] *= 2
+    assert intact(segment) == [True, False, True]
+
+
+@pytest.mark.parametrize("nbytes", [64, 100, 300_000])
+@pytest.mark.parametrize("reading", ["mmap", "pread"])
+def test_rows_are_copied_to_where_they_are_wanted(tmp_path: Path, nbytes: int, reading: Reading) -> None:
+    folder = Folder(tmp_path / "store", create=True, reading=reading)
+    batch = entries(5, [nbytes] * 5)
+    segment = Segment.open(folder, sealed(folder, [batch]))
+    numbers = np.array([3, 0, 1, 1, 4])
+    whole = np.zeros((5, nbytes), np.uint8)
+    places = [np.zeros(nbytes, np.uint8) for _ in range(5)]
+    assert segment.fetch(numbers, whole) == [True] * 5
+    assert segment.fetch(numbers, places) == [True] * 5
+    for i, number in enumerate(numbers.tolist()):
+        assert whole[i].tobytes() == places[i].tobytes() == batch.payload[number].tobytes()
+    folder.close()
+
+
+def test_a_file_that_became_shorter_is_rows_of_zeros_that_are_not_intact(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "store", create=True, reading="pread")
+    segment = Segment.open(folder, sealed(folder, [entries(4, [128] * 4)]))
+    os.truncate(tmp_path / "store" / segment.facts.file("seg").name, 200)
+    found = np.full((4, 128), 7, np.uint8)
+    assert segment.fetch(np.arange(4), found) == [True, False, False, False]
+    assert not found[2:].any()
+    folder.close()
 
 
 def test_another_row_count_of_payload_is_not_intact(folder: Folder) -> None:

@@ -346,7 +346,8 @@ def test_activations_that_were_replaced_with_matching_xxh3_checksums_are_misses(
     payload = np.frombuffer(segment.read_bytes()[: 4 * WIDTH], np.uint8)
     assert rows["checksum"][0].tobytes() == checksum(rows["key"][0], payload, strong=True)
     assert rows["checksum"][0].tobytes() != checksum(rows["key"][0], payload)
-    wanted = hashlib.sha256(rows["key"][0].tobytes() + (4 * WIDTH).to_bytes(8, "little") + payload.tobytes())
+    head = rows["key"][0].tobytes() + (4 * WIDTH).to_bytes(8, "little") + np.float32(1).tobytes()
+    wanted = hashlib.sha256(head + payload.tobytes())
     assert rows["checksum"][0].tobytes() == wanted.digest()[:16]
     with segment.open("r+b") as file:
         file.write(b"\x01")

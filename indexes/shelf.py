@@ -1,0 +1,40 @@
+"""Memory for activations that wait to be sealed, used again from one commit to the next."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 1 << 20
+_KEPT = 64 << 20
+
+
+class Shelf:
+    """Places are given out until `clear`, after which the same memory is given out again.
+
+    New pages cost as much as the copy into them: the kernel clears each one first. Up to 64 MiB are kept.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._block = self._used = 0
+
+    def place(self, rows: int, nbytes: int) -> NDArray[np.uint8]:
+        """uint8 [rows, nbytes] of nobody else until `clear`, with any content."""
+        size = rows * nbytes
+        while self._block < len(self._blocks) and self._used + size > len(self._blocks[self._block]):
+            self._block, self._used = self._block + 1, 0
+        if self._block == len(self._blocks):
+            self._blocks.append(np.empty(max(size, _BLOCK), np.uint8))
+        start, self._used = self._used, self._used + -(-size // 64) * 64
+        return self._blocks[self._block][start : start + size].reshape(rows, nbytes)
+
+    def clear(self) -> None:
+        """All places are free; who still has one sees others' bytes in it."""
+        kept = 0
+        for count, block in enumerate(self._blocks):
+            kept += len(block)
+            if kept > _KEPT:
+                del self._blocks[count:]
+                break
+        self._block = self._used = 0

@@ -1,0 +1,164 @@
+"""What `llmcache bench store` measures: rows per second, merges against `cp -r`, and what a store adds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmcache.bench_rows import FEATURES, TOKENS, Rows, fill, reading, writing
+from llmcache.errors import ConfigError
+from llmcache.indexes.collection import disk_bytes
+from llmcache.indexes.io import Folder, file_system
+from llmcache.indexes.manifest import from_bytes, generation_name, generations
+from llmcache.indexes.merge import merge
+
+LEAST_ROWS = 16
+
+
+def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int) -> dict[str, Any]:
+    """All figures for stores of about `payload` bytes of activations, by size of a row in bytes.
+
+    where: folder to make the stores in, which must be there; they are removed again. None: that of temporary files.
+    load: of the result, what ran on the machine, itself included, in the minute before and in the last one.
+    ConfigError when a size is not one of float32 rows, or so large that fewer than 16 rows are left.
+    """
+    for size in sizes:
+        if size < 4 or size % 4 or payload < LEAST_ROWS * size:
+            raise ConfigError(
+                f"rows of {size:,} bytes in a store of {payload:,} cannot be measured: rows are float32, so multiples "
+                f"of 4 bytes, and {LEAST_ROWS} of them must fit; give other --rows or a larger --payload"
+            )
+    if where is not None and not Path(where).is_dir():
+        raise ConfigError(f"{where} is no folder; make it, or leave --folder away")
+    load = [os.getloadavg()[0]]
+    rates: list[dict[str, Any]] = []
+    merges: list[dict[str, Any]] = []
+    added: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-", dir=where) as name:
+        folder = Path(name)
+        for size in sizes:
+            rows = Rows.drawn(size, payload)
+            found = writing(rows, folder, repeats) + reading(rows, folder / "read", repeats)
+            rates += [one.as_dict(found) for one in found]
+            merges += merging(size, payload // 2, folder / "merge", repeats)
+            added.append(overhead(size, payload, folder / "overhead"))
+        kind = _file_system(folder)
+    load.append(os.getloadavg()[0])
+    left = max(one["resident_before"] or 0.0 for one in rates)
+    cold = (
+        "Cold: the files were dropped from the page cache (fsync, POSIX_FADV_DONTNEED) before each reading; "
+        f"mincore then found at most {left:.1%} of their pages in it."
+    )
+    if left > 0.01:
+        cold += " That is not cold: this file system keeps its pages. Give a --folder on a disk."
+    return {"file_system": kind, "load": load, "cold": cold, "rates": rates, "merges": merges, "overhead": added}
+
+
+def _file_system(folder: Path) -> str:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return file_system(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """Two stores into a new one: linked, copied, and copied where an eighth of the rows are in both.
+
+    Against `cp -r` of the two folders with and without waiting for the disk (syncfs): a merge waits, and reads every
+    byte it copies twice over (its checksums). What is copied was in the page cache.
+    """
+    folder.mkdir(parents=True)
+    rows = Rows.drawn(row_bytes, payload)
+    half, part = len(rows) // 2, len(rows) // 8
+    stores = {"a": slice(0, half), "b": slice(half, None), "c": slice(half - part, None)}
+    for name, block in stores.items():
+        fill(folder / name, rows.part(block))
+    a, b, c = (folder / name for name in stores)
+    contenders: list[tuple[str, str, Callable[[Path], object], tuple[Path, Path]]] = [
+        ("cp -r", "", lambda to: _copied([a, b], to, wait=False), (a, b)),
+        ("cp -r + syncfs", "", lambda to: _copied([a, b], to, wait=True), (a, b)),
+        ("merge, linked", "cp -r + syncfs", lambda to: merge([a, b], to), (a, b)),
+        ("merge, copied", "cp -r + syncfs", lambda to: merge([a, b], to, copy=True), (a, b)),
+        ("merge, copied, 1/8 in both", "cp -r + syncfs", lambda to: merge([a, c], to, copy=True), (a, c)),
+    ]
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in contenders}
+    for round_ in range(repeats + 1):
+        for name, _, action, _ in contenders:
+            place = folder / uuid.uuid4().hex
+            os.sync()
+            began = time.perf_counter()
+            action(place)
+            if round_:  # as in `writing`
+                seconds[name].append(time.perf_counter() - began)
+            shutil.rmtree(place)
+    found = []
+    for name, base, _, sources in contenders:
+        nbytes = sum(_bytes(one) for one in sources)
+        rates = [nbytes / one for one in seconds[name]]
+        base_bytes = _bytes(a) + _bytes(b)
+        ratios = [rate / (base_bytes / one) for rate, one in zip(rates, seconds.get(base, []), strict=False)]
+        found.append(
+            {
+                "row_bytes": row_bytes,
+                "contender": name,
+                "base": base,
+                "bytes": nbytes,
+                "seconds": seconds[name],
+                "mib_per_second": statistics.median(rates) / 2**20,
+                "ratio": statistics.median(ratios) if ratios else None,
+                "ratio_of_best": max(rates) / (base_bytes / min(seconds[base])) if base else None,
+            }
+        )
+    shutil.rmtree(folder)
+    return found
+
+
+def _copied(sources: list[Path], target: Path, *, wait: bool) -> None:
+    target.mkdir()
+    subprocess.run(["cp", "-r", *map(str, sources), str(target)], check=True)
+    if wait:
+        subprocess.run(["sync", "-f", str(target)], check=True)
+
+
+def _bytes(path: Path) -> int:
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+
+
+def overhead(row_bytes: int, payload: int, folder: Path) -> dict[str, Any]:
+    """What a store takes up beside activations, fingerprints and token ids: records, names, source ids, manifests.
+
+    Every entry has one name (its text) and a source id such as "document 12345". There is no index: it is derived.
+    """
+    rows = Rows.drawn(row_bytes, payload)
+    fill(folder, rows)
+    opened = Folder(folder)
+    try:
+        every = disk_bytes(opened)
+        newest = generations(opened)[0]
+        manifest = from_bytes(opened.read(generation_name(newest), 1 << 24), generation_name(newest))
+    finally:
+        opened.close()
+    segments = [one for space in manifest.namespaces.values() for bank in space.banks.values() for one in bank.segments]
+    count, content = sum(one.rows for one in segments), sum(one.payload for one in segments)
+    features, tokens = count * FEATURES * 2, count * TOKENS * 4
+    rest = every - content - features - tokens
+    shutil.rmtree(folder)
+    return {
+        "row_bytes": row_bytes,
+        "entries": count,
+        "disk_bytes": every,
+        "payload_bytes": content,
+        "feature_bytes": features,
+        "token_bytes": tokens,
+        "overhead_bytes_per_entry": rest / count,
+        "overhead_share": rest / (content + features + tokens),
+    }
