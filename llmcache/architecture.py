@@ -145,7 +145,7 @@ def _lists(model: Module) -> str:
     found = [
         f"{name!r} ({len(list(one.children()))} x {type(next(one.children())).__name__})"
         for name, one in model.named_modules()
-        if type(one).__name__ in ("ModuleList", "Sequential") and len(list(one.children())) > 1
+        if name and type(one).__name__ in ("ModuleList", "Sequential") and len(list(one.children())) > 1
     ]
     if not found:
         return (
