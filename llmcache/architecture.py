@@ -96,6 +96,12 @@ class Trunk:
     stack: str
     blocks: tuple[Module, ...]
 
+    @property
+    def replaced(self) -> bool:
+        """Whether other blocks are in their place by now."""
+        stack = self.stack.removeprefix(f"{self.name}.") if self.name else self.stack
+        return tuple(self.module.get_submodule(stack).children()) != self.blocks
+
 
 def find_trunk(model: Module, stack: str | None = None) -> Trunk:
     """The trunk of a model: of any transformers model, of a SentenceTransformer, or of a module with a list of layers.

@@ -27,11 +27,6 @@ from llmcache.statistics import Counters
 
 log = logging.getLogger("llmcache")
 
-_COMPILED = (
-    "the model is compiled, and compiled code would not ask the cache; attach the model as it was before torch.compile "
-    "(model._orig_mod), and run it uncompiled"
-)
-
 _attached: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
 
@@ -116,16 +111,19 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable  # what a compiled function around the model calls is this, as it is
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                raise ConfigError(_COMPILED)
             call = self._bound(args, kwargs)
             reason = self._refusal(call)
             if reason is not None:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
             if self._weights.changed():
+                if self.trunk.replaced:
+                    raise ConfigError(
+                        "layers of the attached model were replaced; leave the context and attach it again"
+                    )
                 self._changed()
                 self._anatomies.clear()
             return self._answer(call, *self._anatomy(call.get("return_dict")))
@@ -361,7 +359,8 @@ class _Weights:
 
 def _main_input(module: Module, signature: inspect.Signature) -> str:
     named = getattr(module, "main_input_name", None)
-    if isinstance(named, str) and named in signature.parameters:
+    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    if isinstance(named, str) and (open_ or named in signature.parameters):
         return named
     if "input_ids" in signature.parameters:
         return "input_ids"
@@ -374,4 +373,7 @@ def _main_input(module: Module, signature: inspect.Signature) -> str:
 def refuse_compiled(module: Module) -> None:
     """ConfigError for a module that is compiled, or has compiled parts."""
     if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
-        raise ConfigError(_COMPILED)
+        raise ConfigError(
+            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "torch.compile (model._orig_mod), and run it uncompiled"
+        )

@@ -104,15 +104,15 @@ def input_rows(call: Call, main: str) -> InputRows:
     mask = _table(call["attention_mask"]) if "attention_mask" in call else np.ones((rows, width), np.int32)
     ends = np.where(mask.any(axis=1), width - np.argmax(mask[:, ::-1] != 0, axis=1), 0) if width else _nothing(rows)
     names = [main]
-    if not (mask == (np.arange(width) < ends[:, None])).all():  # left padding, holes, packed documents
-        columns.append(mask)
-        names.append("attention_mask")
+    plain = (mask == (np.arange(width) < ends[:, None])).all(axis=1)  # others: left padding, holes, packed documents
     for name in ("token_type_ids", "position_ids"):
         if name in call:
             columns.append(np.broadcast_to(_table(call[name]), (rows, width)))
             names.append(name)
     stacked = np.stack(columns, axis=1)
     content = [stacked[i, :, :end].tobytes() for i, end in enumerate(ends.tolist())]
+    for i in np.flatnonzero(~plain).tolist():
+        content[i] = b"\1" + content[i] + mask[i, : ends[i]].tobytes()  # odd, unlike the length of any other
     return InputRows(call, main, ends, content, [ids[i, :end].copy() for i, end in enumerate(ends)], ",".join(names))
 
 

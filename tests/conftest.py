@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,17 @@ def queries() -> list[str]:
         pytest.skip(f"BANKING77 is not at {path}; set LLMCACHE_DATA to the folder that holds cls-banking77")
     with path.open(newline="") as file:
         return [row["text"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small models and batches, which are slower on several threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,8 @@ from llmcache.architecture import find_trunk
 from llmcache.errors import ConfigError
 from tests.architectures import MODELS, Plain, alone, difference, model, rows, states, tolerance, vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = pytest.mark.parametrize("name", list(MODELS))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Such small models are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def entered(cache: LLMCache) -> list[int]:
