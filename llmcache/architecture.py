@@ -96,6 +96,12 @@ class Trunk:
     stack: str
     blocks: tuple[Module, ...]
 
+    @property
+    def replaced(self) -> bool:
+        """Whether other blocks are in their place by now."""
+        stack = self.stack.removeprefix(f"{self.name}.") if self.name else self.stack
+        return tuple(self.module.get_submodule(stack).children()) != self.blocks
+
 
 def find_trunk(model: Module, stack: str | None = None) -> Trunk:
     """The trunk of a model: of any transformers model, of a SentenceTransformer, or of a module with a list of layers.
@@ -145,7 +151,7 @@ def _lists(model: Module) -> str:
     found = [
         f"{name!r} ({len(list(one.children()))} x {type(next(one.children())).__name__})"
         for name, one in model.named_modules()
-        if type(one).__name__ in ("ModuleList", "Sequential") and len(list(one.children())) > 1
+        if name and type(one).__name__ in ("ModuleList", "Sequential") and len(list(one.children())) > 1
     ]
     if not found:
         return (

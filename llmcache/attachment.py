@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from llmcache.architecture import Trunk
 from llmcache.errors import ConfigError
-from llmcache.inputs import Call, InputRows, input_rows, refusal
+from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
 from llmcache.matching import first_occurrences
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
 from llmcache.prefix import Prefixes
@@ -36,8 +36,8 @@ class Attachment:
 
     Rows of a batch are looked up one by one: those whose last state is stored only pass the final norm and what
     follows, others enter after the deepest layer that is stored for them, the rest is computed from the start. Where
-    the mask hides a position the states are zeros. No gradient flows into a state that was reused.
-    Not for several threads at once.
+    the mask hides a position a state means nothing: it is zeros, or what the model gives. No gradient flows into a
+    state that was reused. Not for several threads at once.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Attachment:
         self._said: set[str] = set()
         self._depth = 0
         self._own: Any = None
-        self._anatomies: dict[str, tuple[Anatomy, LayerBanks]] = {}
+        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks]] = {}
         self._prefixes: dict[str, Prefixes | str] = {}
         self._weights = _Weights(trunk.module)
         self.entered = np.zeros(0, np.int64)
@@ -108,6 +108,11 @@ class Attachment:
             del _attached[self.trunk.module]
 
     @property
+    def active(self) -> bool:
+        """Whether the model goes by the banks now."""
+        return self._depth > 0
+
+    @property
     def banks(self) -> LayerBanks:
         """The banks of the layers, for the autocast state at hand."""
         return self._anatomy()[1]
@@ -120,6 +125,7 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable  # what a compiled function around the model calls is this, as it is
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
@@ -127,6 +133,10 @@ class Attachment:
             if past is not None and past.get_seq_length() > 0:  # a decoder's next token
                 return own(*args, **kwargs)
             if not self.trunk.module.training and self._weights.changed():
+                if self.trunk.replaced:
+                    raise ConfigError(
+                        "layers of the attached model were replaced; leave the context and attach it again"
+                    )
                 self._changed()
                 self._anatomies.clear()
                 self._prefixes.clear()
@@ -135,7 +145,9 @@ class Attachment:
             if reason is not None:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
-            return self._decode(call) if decoding else self._answer(call, *self._anatomy())
+            if decoding:
+                return self._decode(call)
+            return self._answer(call, *self._anatomy(call.get("return_dict")))
 
         return forward
 
@@ -152,7 +164,12 @@ class Attachment:
     def _refusal(self, call: Call) -> str | None:
         if self.trunk.module.training:
             return "the model is in training mode"
-        return refusal(call, self._main)
+        return refusal(self._asked() | call, self._main)
+
+    def _asked(self) -> Call:
+        """What the model's configuration asks for in every call."""
+        config = getattr(self.trunk.module, "config", None)
+        return {name: True for name in MUST_BE_OFF if getattr(config, name, False)}
 
     # -- a decoder's beginnings -----------------------------------------------------------------------------
 
@@ -166,7 +183,7 @@ class Attachment:
 
     def _prefix_refusal(self, call: Call) -> str | None:
         prefixes = self._beginnings()
-        return prefixes if isinstance(prefixes, str) else prefixes.refuses(call)
+        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._asked() | call)
 
     def _beginnings(self) -> Prefixes | str:
         """What restores beginnings, or why nothing does."""
@@ -206,26 +223,36 @@ class Attachment:
         kind = self._weights.device.type
         return f"{kind} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
 
-    def _anatomy(self) -> tuple[Anatomy, LayerBanks]:
-        mode = self._mode()
+    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks]:
+        """What a trial shows of this trunk, and its banks, for the autocast state at hand and this kind of output."""
+        module: Any = self.trunk.module
+        if return_dict is None:
+            return_dict = getattr(getattr(module, "config", None), "return_dict", None)
+        mode = self._mode(), return_dict
         if mode not in self._anatomies:
-            module: Any = self.trunk.module
             embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
             config = getattr(module, "config", None)
             side = getattr(config, "image_size", None) or 8
             image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (tuple, list)) else (side, side)))
             count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
             call = trial_call(self._main, count, image, self._weights.device)
-            call = {name: value for name, value in call.items() if name in self._signature.parameters}
+            if config is not None:
+                call |= dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
+            call = {name: value for name, value in call.items() if self._takes(name)}
             anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
             self._anatomies[mode] = anatomy, self._open_banks(anatomy)
         return self._anatomies[mode]
+
+    def _takes(self, name: str) -> bool:
+        parameters = self._signature.parameters
+        return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
     def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks) -> Any:
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
         if not len(distinct):
+            self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
         parts: list[tuple[NDArray[np.int64], Any]] = []
@@ -256,7 +283,7 @@ class Attachment:
             one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
         began = time.perf_counter()
         output = self._blocks.run(one, self._forward, rows.some(chosen, width))
-        kept = {layer: state.float().cpu().numpy() for layer, state in one.kept.items()}
+        kept = {layer: state.detach().float().cpu().numpy() for layer, state in one.kept.items()}
         seconds = time.perf_counter() - began
         self._counters.model_seconds += seconds
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
@@ -328,41 +355,68 @@ def _merged(
 
 
 class _Weights:
-    """Whether a module's parameters and buffers are those of the last look: the same tensors, not written to since."""
+    """Whether a module's parameters and buffers are those of the last look: the same tensors, not written to since.
+
+    What is written through `tensor.data` (adapters are merged so) changes no version: a sample of the numbers shows it.
+    The sample holds on to the storages, so that new weights cannot lie where the old ones were.
+    """
 
     def __init__(self, module: Module) -> None:
-        self._config = getattr(module, "config", None)
-        self._holders = [
-            (holder, name)
-            for one in module.modules()
-            for holder in (one._parameters, one._buffers)
-            for name, tensor in holder.items()
-            if tensor is not None
-        ]
-        self._seen = self._look()
+        self._module = module
+        self._modules: list[Module] = []
+        self._holders: list[tuple[dict[str, Any], str]] = []
+        self._seen: list[object] = []
+        self._views: dict[object, list[Tensor]] = {}
+        self._sample: dict[object, Tensor] = {}
+        self.changed()
 
     @property
     def device(self) -> torch.device:
         return next(
-            (one.device for holder, name in self._holders if (one := holder[name]) is not None), torch.device("cpu")
+            (one.device for holder, name in self._holders if (one := holder.get(name)) is not None), torch.device("cpu")
         )
 
     def changed(self) -> bool:
+        modules = list(self._module.modules())
+        if modules != self._modules:
+            self._modules = modules
+            self._holders = [
+                (holder, name) for one in modules for holder in (one._parameters, one._buffers) for name in holder
+            ]
         before, self._seen = self._seen, self._look()
-        return before != self._seen
+        if before != self._seen:
+            self._views = self._some()
+            self._sample = self._sampled()
+            return True
+        sample, self._sample = self._sample, self._sampled()
+        return not all(torch.equal(one, self._sample[kind]) for kind, one in sample.items())
+
+    def _tensors(self) -> list[Tensor]:
+        return [one for holder, name in self._holders if (one := holder.get(name)) is not None]
 
     def _look(self) -> list[object]:
-        seen: list[object] = [getattr(self._config, "_attn_implementation", None)]
-        for holder, name in self._holders:
-            tensor = holder.get(name)
-            if tensor is not None:
-                seen.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        config = getattr(self._module, "config", None)
+        seen: list[object] = [getattr(config, "_attn_implementation", None)]
+        seen += [(one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in self._tensors()]
         return seen
+
+    def _some(self) -> dict[object, list[Tensor]]:
+        """Views of up to 16 numbers of each tensor, by dtype and device."""
+        found: dict[object, list[Tensor]] = {}
+        for one in self._tensors():
+            if one.is_contiguous() and one.numel():
+                flat = one.detach().view(-1)
+                found.setdefault((one.dtype, one.device), []).append(flat[:: max(1, one.numel() // 16)][:16])
+        return found
+
+    def _sampled(self) -> dict[object, Tensor]:
+        return {kind: torch.cat(views).nan_to_num() for kind, views in self._views.items()}
 
 
 def _main_input(module: Module, signature: inspect.Signature) -> str:
     named = getattr(module, "main_input_name", None)
-    if isinstance(named, str) and named in signature.parameters:
+    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    if isinstance(named, str) and (open_ or named in signature.parameters):
         return named
     if "input_ids" in signature.parameters:
         return "input_ids"
@@ -376,6 +430,6 @@ def refuse_compiled(module: Module) -> None:
     """ConfigError for a module that is compiled, or has compiled parts."""
     if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
         raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model before torch.compile, "
-            "as model._orig_mod, and run it uncompiled"
+            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "torch.compile (model._orig_mod), and run it uncompiled"
         )

@@ -90,7 +90,7 @@ class CacheConfig:
                 raise ConfigError(
                     f"tau is a cosine similarity in (0, {HIGHEST_TAU}], got {tau}; for repeats only, leave tau=None"
                 )
-        if self.layers not in ("output", "all") and not _are_layers(self.layers):
+        if self.layers not in ("output", "all") and not (self.layers and _are_layers(self.layers)):
             raise ConfigError(f'layers is "output", "all" or numbers of layers such as (4, 8), got {self.layers!r}')
         if not _are_layers(tuple(self.layer_tau)):
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")

@@ -52,6 +52,12 @@ class Head:
         self._model.eval()
         device = next(self._model.parameters()).device
         inputs = batch(self._tokenizer, device, rows, chosen)
+        known, highest = len(self.token_embedding()), int(inputs["input_ids"].max())
+        if highest >= known:
+            raise ConfigError(
+                f"the head {type(self._model).__name__} knows {known} tokens and was given number {highest}: heads get "
+                "token ids of the cache's tokenizer; give it one that was made with that"
+            )
         inputs = {name: inputs[name] for name in rows.fields if self._open or name in self._takes}
         if "use_cache" in self._takes:
             inputs["use_cache"] = False

@@ -195,7 +195,11 @@ def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None =
     tensors = tensors_of(model, trunk, prefix)
     digests = tensor_digests(tensors) if files is None else remembered_digests(tensors, files)
     # adapters first: what is not in a layer must not seem to come after them
-    facts = _adapters(model) | {name: described(tensors[name], digests[name]) for name in tensors}
+    facts = (
+        _adapters(model)
+        | _attributes(trunk, prefix)
+        | {name: described(tensors[name], digests[name]) for name in tensors}
+    )
     config = getattr(trunk, "config", None)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     limit = getattr(model, "max_seq_length", None) or getattr(tokenizer, "model_max_length", None)
@@ -291,6 +295,23 @@ def _adapters(model: Module) -> dict[str, bytes]:
     names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
     found = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     return {f"{name}.adapter": canonical([getattr(one, n, None) for n in names]) for name, one in found.items()}
+
+
+def _attributes(trunk: Module, prefix: str) -> dict[str, bytes]:
+    """Settings of the modules of a trunk without a configuration: kind, heads, activation, epsilon and the like."""
+    if getattr(trunk, "config", None) is not None:
+        return {}
+    found = {}
+    for name, module in trunk.named_modules():
+        plain = {
+            one: getattr(value, "__qualname__", value)
+            for one, value in vars(module).items()
+            if not one.startswith("_") and one not in ("training", "forward") and not _VOLATILE.fullmatch(one)
+            if isinstance(value, (int, float, str, bool, tuple, type(None))) or callable(value)
+        }
+        if "Dropout" not in type(module).__name__:
+            found[f"{prefix}{name}.attributes".replace("..", ".")] = canonical([type(module).__qualname__, plain])
+    return found
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -14,8 +14,9 @@ Call: TypeAlias = dict[str, Any]
 """Arguments of a trunk's forward, by name; those that are None are left out."""
 
 SIDE = ("attention_mask", "token_type_ids", "position_ids")
+_LARGEST = np.iinfo(np.int32).max
 _IGNORED = ("return_dict",)
-_MUST_BE_OFF = ("output_attentions", "output_hidden_states")
+MUST_BE_OFF = ("output_attentions", "output_hidden_states")
 _OF_CACHES = ("use_cache", "past_key_values", "cache_position")
 
 
@@ -66,12 +67,18 @@ def refusal(call: Mapping[str, Any], main: str) -> str | None:
     value = call.get(main)
     if not isinstance(value, torch.Tensor):
         return "inputs_embeds are given instead of token ids" if "inputs_embeds" in call else f"it has no {main}"
-    for name in _MUST_BE_OFF:
+    for name in MUST_BE_OFF:
         if call.get(name):
             return f"{name} asks for every layer"
     mask = call.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == value.shape[:2]):
         return "its attention_mask is not [rows, tokens]"
+    if mask is not None and not mask.bool().any(dim=1).all():
+        return "a row has no token that the mask shows"
+    if mask is not None and mask.is_floating_point() and (mask != mask.round()).any():
+        return "its attention_mask weighs tokens"
+    if _is_ids(value) and value.numel() and (value.shape[1] == 0 or value.max() > _LARGEST or value.min() < 0):
+        return "its token ids are in no vocabulary"
     for name in ("token_type_ids", "position_ids"):
         one = call.get(name)
         if one is None:
@@ -80,7 +87,7 @@ def refusal(call: Mapping[str, Any], main: str) -> str | None:
             return f"its {name} are not [rows, tokens]"
         if one.shape[0] not in (1, value.shape[0]):
             return f"its {name} are not [rows, tokens]"
-    others = sorted(set(call) - {*SIDE, *_IGNORED, *_MUST_BE_OFF, *_OF_CACHES, main})
+    others = sorted(set(call) - {*SIDE, *_IGNORED, *MUST_BE_OFF, *_OF_CACHES, main})
     return f"it has the input {others[0]!r}" if others else None
 
 
@@ -97,15 +104,15 @@ def input_rows(call: Call, main: str) -> InputRows:
     mask = _table(call["attention_mask"]) if "attention_mask" in call else np.ones((rows, width), np.int32)
     ends = np.where(mask.any(axis=1), width - np.argmax(mask[:, ::-1] != 0, axis=1), 0) if width else _nothing(rows)
     names = [main]
-    if not (mask == (np.arange(width) < ends[:, None])).all():  # left padding, holes, packed documents
-        columns.append(mask)
-        names.append("attention_mask")
+    plain = (mask == (np.arange(width) < ends[:, None])).all(axis=1)  # others: left padding, holes, packed documents
     for name in ("token_type_ids", "position_ids"):
         if name in call:
             columns.append(np.broadcast_to(_table(call[name]), (rows, width)))
             names.append(name)
     stacked = np.stack(columns, axis=1)
     content = [stacked[i, :, :end].tobytes() for i, end in enumerate(ends.tolist())]
+    for i in np.flatnonzero(~plain).tolist():
+        content[i] = b"\1" + content[i] + mask[i, : ends[i]].tobytes()  # odd, unlike the length of any other
     return InputRows(call, main, ends, content, [ids[i, :end].copy() for i, end in enumerate(ends)], ",".join(names))
 
 

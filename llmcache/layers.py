@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.nn import Module
 
@@ -56,11 +57,16 @@ class Layers:
         """The attachment of a model, made once."""
         refuse_compiled(model)
         trunk = find_trunk(model, stack)
-        if trunk.module not in self._attachments:
-            self._attachments[trunk.module] = self.attachment_at(
-                trunk, self.identity(model, trunk), self._config.layers
-            )
-        return self._attachments[trunk.module]
+        known = self._attachments.get(trunk.module)
+        if known is None or known.trunk.blocks != trunk.blocks:  # other layers were named, or put in their place
+            if known is not None and known.active:
+                raise ConfigError(
+                    f"this {type(trunk.module).__name__} is attached with its layers {known.trunk.stack!r}; leave that "
+                    "context first"
+                )
+            known = self.attachment_at(trunk, self.identity(model, trunk), self._config.layers)
+            self._attachments[trunk.module] = known
+        return known
 
     def identity(self, model: Module, trunk: Trunk) -> Identity:
         """The identity of a model's trunk."""
@@ -115,7 +121,9 @@ class Layers:
         embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None
         width = 0 if embedding is None else feature_width(embedding, config.fingerprint)
         floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
-        own = str(next(floats, anatomy.dtype)).removeprefix("torch.")
+        # autocast may give other states than the weights are; one bank has to hold both
+        wide = torch.promote_types(next(floats, anatomy.dtype), anatomy.dtype)
+        own = str(wide).removeprefix("torch.")
         facts = BankFacts(own if config.dtype == "auto" else config.dtype, anatomy.width, 2, width)
 
         def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:

@@ -210,7 +210,8 @@ def examine(
     """Run a trial through a trunk whose blocks are replaced, and learn what stands in for each of them.
 
     Entering after a layer that is to have a bank, with its state, must give what the full pass gives, bit for bit;
-    ConfigError when it does not, so that no model is cached whose later layers see more than the state.
+    ConfigError when it does not, so that no model is cached whose later layers see more than the state. Nor one for
+    which it makes a difference whether hidden tokens at the end are there: rows are cut to what is visible.
     use_cache: whether the trunk's forward takes such an argument. choose: which layers have banks, of how many.
     """
     rows = len(next(iter(call.values())))
@@ -222,7 +223,7 @@ def examine(
     if not full.trace:
         raise ConfigError("its forward does not run the layers that were found; name the list of those it runs: stack=")
     blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
-    fields = _fields(whole, rows)
+    fields = _fields(whole, _cut_short(blocks, forward, call, whole), rows)
     states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
     for layer, state in states.items():
         again = blocks.run(Pass(enter=layer + 1, state=state), forward, call)
@@ -249,17 +250,48 @@ def parts_of(output: Any) -> dict[Place, Any]:
 
 
 def _gives_cache(output: Any) -> bool:
-    return isinstance(output, Mapping) and output.get("past_key_values") is not None
+    return any(part is not None and not isinstance(part, Tensor) for part in parts_of(output).values())
 
 
-def _fields(output: Any, rows: int) -> dict[Place, str]:
+def _cut_short(blocks: Blocks, forward: Callable[..., Any], call: dict[str, Any], whole: Any) -> Any:
+    """What the trunk gives for fewer tokens; `whole` itself where the call has none, such as images."""
+    ids = next(iter(call.values()))
+    if ids.is_floating_point():
+        return whole
+    some = _TRIAL[1] - 2
+    short = blocks.run(Pass(), forward, {k: v[:, :some] if isinstance(v, Tensor) else v for k, v in call.items()})
+    if "attention_mask" in call:
+        mask = call["attention_mask"].clone()
+        mask[:, some:] = 0
+        padded = parts_of(blocks.run(Pass(), forward, {**call, "attention_mask": mask}))
+        for place, part in parts_of(short).items():
+            other = padded[place]
+            if not isinstance(part, Tensor) or not isinstance(other, Tensor):
+                continue
+            if part.ndim > 1 and part.shape[1:2] == (some,) and other.shape[1:2] == (_TRIAL[1],):
+                other = other[:, :some]
+            far = float((part - other).abs().nan_to_num().max())
+            if far > torch.finfo(part.dtype).eps ** 0.5 * max(1.0, float(part.abs().nan_to_num().max())):
+                raise ConfigError(
+                    f"what the model gives as {place!r} depends on tokens that its attention_mask hides (by "
+                    f"{far:.2g}), so rows of different lengths cannot be taken apart and its layers cannot be reused"
+                )
+    return short
+
+
+def _fields(output: Any, short: Any, rows: int) -> dict[Place, str]:
+    """short: the output for fewer tokens."""
     fields: dict[Place, str] = {}
+    shorter = parts_of(short)
     for place, part in parts_of(output).items():
         if part is None:
             continue
         if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
             raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be put together from rows")
-        fields[place] = "tokens" if part.ndim > 2 and part.shape[1] == _TRIAL[1] else "rows"
+        other = shorter[place].shape
+        if part.shape != other and (part.shape[:1], part.shape[2:]) != (other[:1], other[2:]):
+            raise ConfigError(f"it returns {place!r} of {list(part.shape)}, which cannot be put together from rows")
+        fields[place] = "rows" if part.shape == other else "tokens"
     return fields
 
 

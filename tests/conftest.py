@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,6 +66,17 @@ def queries() -> list[str]:
         pytest.skip(f"BANKING77 is not at {path}; set LLMCACHE_DATA to the folder that holds cls-banking77")
     with path.open(newline="") as file:
         return [row["text"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small models and batches, which are slower on several threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
