@@ -71,7 +71,13 @@ def repair(
     SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when the disk fails: what
     cannot be read now is not taken for damaged, so move it away first if the disk has lost it for good.
     """
-    with closing(opened(Path(store))) as folder, failing(folder.path):
+    with closing(opened(Path(store))) as folder:
+        return repaired(folder, dry_run=dry_run, grace=grace, key=key)
+
+
+def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None) -> Repair:
+    """`repair` of the store in a folder that is open."""
+    with failing(folder.path):
         check_own(folder)
         history = history_of(folder, strict=True)
         plan = _planned(folder, history, grace)
