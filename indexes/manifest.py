@@ -13,7 +13,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -458,6 +459,15 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
     except OSError as error:
         raise fenced(error) from error
     return True
+
+
+@contextmanager
+def fencing() -> Iterator[None]:
+    """Turns what a disk says inside the block into the error for it, `fenced`."""
+    try:
+        yield
+    except OSError as error:
+        raise fenced(error) from error
 
 
 def fenced(error: OSError) -> StoreFenced:

@@ -373,7 +373,9 @@ def _joined(
         if index:
             empty = replace(empty, projection=index.projection, index=index.index)
         facts = new.namespaces[plan.namespace].banks.get(plan.bank, empty)
-        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *kept)))
+        there = {one.id for one in facts.segments}  # the change may be applied to a manifest that has it already
+        fresh = [one for one in kept if one.id not in there]
+        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *fresh)))
     return new
 
 

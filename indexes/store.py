@@ -268,6 +268,8 @@ class Store:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
             log.info("nothing is committed for now: %s", error)
+        except OSError as error:  # the lock could not be had, or the sizes not be looked at
+            raise self._fence(error) from error
 
     def _room_for(self, nbytes: int) -> int | None:
         """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
