@@ -53,8 +53,9 @@ class Candidates:
 
 
 def newest(folder: Folder) -> Manifest:
-    """The manifest that the store is now."""
-    return manifests.newest(folder, manifests.generations(folder))[0]
+    """The manifest that the store is now; an empty one where nothing was ever committed."""
+    listed = manifests.generations(folder)
+    return manifests.newest(folder, listed)[0] if listed else Manifest()
 
 
 def candidates(folder: Folder, manifest: Manifest) -> Candidates:

@@ -599,12 +599,12 @@ def keep_up(disk: Disk, ledger: Ledger) -> None:
         found = evict(store, 1 << 40)
         size = sum(map(len, disk.contents().values()))
         check(open_in(disk, stores), ledger, UNIVERSE)
+        manifest = store.latest()
     finally:
         close(stores)
     contents = disk.contents()
     if found.bytes_after != size:
         raise Violation(f"the store has {size:,} bytes, and was said to have {found.bytes_after:,}")
-    manifest = store.latest()
     needed = {*manifest.files, "FORMAT", "lock", *map(generation_name, (manifest.generation, manifest.parent))}
     left = {name for name in contents if name not in needed and not name.startswith("stat/")}
     left |= {name for name in contents if name.startswith("stat/t-")}
