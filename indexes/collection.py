@@ -58,6 +58,7 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         return Garbage({}, 0, damaged)
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
+    line = _line(known)
     for pair in pairwise(known):
         # of the younger of the two: a writer that lost with a used number (manifests.commit) publishes again soon
         since = max(found.get(manifests.generation_name(each.generation), (0, now))[1] for each in pair)
@@ -65,7 +66,7 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         if superseded > 0 and now - since < superseded:  # at 0, also on a disk whose clock is ahead of ours
             named |= one.files
             kept.add(one.generation)
-        else:
+        elif one.generation in line:  # a writer that lost is about to publish its files again
             dropped |= one.files
     pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
@@ -79,6 +80,17 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
 
     sizes = {name: size for name, (size, changed) in found.items() if goes(name, changed)}
     return Garbage(sizes, len(pruned), ())
+
+
+def _line(known: list[Manifest]) -> set[int]:
+    """Generations that the newest one was built upon. One that lost (manifests.commit) took a number that was used,
+    later than what came after that number was made."""
+    by_number = {one.generation: one for one in known}
+    one, line = known[0], set[int]()
+    while (parent := by_number.get(one.parent)) and parent.created <= one.created and parent.generation not in line:
+        one = parent
+        line.add(one.generation)
+    return line
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
