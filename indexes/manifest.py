@@ -399,6 +399,8 @@ def commit(
         try:
             base, damaged = newest(folder, listed, key if signed_base else None) if listed else (Manifest(), [])
         except SnapshotDamaged:
+            if generations(folder)[:1] != listed[:1]:  # all of them were collected since they were listed
+                continue
             if salvaged is None:
                 raise
             base, damaged = salvaged, listed
