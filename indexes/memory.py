@@ -34,7 +34,8 @@ from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder, Sealed, placed
 
 CHANGES = frozenset(
-    "mkdir create write_some sync close_file sync_folder sync_above link link_from replace rename remove".split()
+    {"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "sync_above"}
+    | {"link", "link_from", "replace", "rename", "remove"}
 )
 """Calls that change a disk; the others only look."""
 _TAKES_NO_SPACE = frozenset({"remove", "close_file"})
@@ -451,9 +452,7 @@ class MemoryFolder(Folder):
 
     def killed(self) -> MemoryFolder:
         """The folder as the next process finds it after this one was killed: what is not synced is still not."""
-        root = _copied(
-            self._machine.root, lambda file: replace(file, data=file.data[:], writes=file.writes[:]), {}
-        )
+        root = _copied(self._machine.root, lambda file: replace(file, data=file.data[:], writes=file.writes[:]), {})
         return self._with(root)
 
     def crash_states(self, seed: int, count: int) -> Iterator[MemoryFolder]:

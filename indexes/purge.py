@@ -87,8 +87,8 @@ def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
     """Remove entries and every file that could hold them. The store lets its open banks go, with what is pending.
 
     A writer may commit meanwhile, so it is looked again until the newest manifest has nothing of it.
-    ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be there,
-    and all that was to stay is.
+    ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be
+    there, and all that was to stay is.
     """
     with fencing():
         return _purged(store, doomed, dry_run=dry_run)

@@ -138,6 +138,7 @@ def _one_fault(operation: Operation, fault: Fault, states: int, recovery: Recove
         if isinstance(error, StoreFenced) and isinstance(error, StoreFull) != (fault.code in _FULL):
             raise AssertionError(f"not the documented error: {error!r}") from error
     memory.before = None
+    _check_surroundings(operation, memory, fault)
     looks = fault.code in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of these faults reading is free
     before = start(operation)[1]
     for store in stores:  # as the fault goes on, if it does
@@ -149,6 +150,15 @@ def _one_fault(operation: Operation, fault: Fault, states: int, recovery: Recove
     for i, state in enumerate(memory.crash_states(fault.at, states)):
         recovery.tally.counts["crash states"] += 1
         recovery.try_from(state, ledger, "crash states that differ", f"{fault}, then power loss {i}")
+
+
+def _check_surroundings(operation: Operation, memory: MemoryFolder, fault: Fault) -> None:
+    """What was only read is as it was, and what failed left no folder behind, where it could be removed."""
+    before = start(operation)[0]
+    if "other" in before.folders():
+        assert memory.beside("other").contents() == before.beside("other").contents(), "the source was changed"
+    left = [name for name in memory.folders() if name.startswith(".")]
+    assert fault.forever or not left, f"{left} is left"
 
 
 # -- power loss ---------------------------------------------------------------------------------------------

@@ -164,10 +164,11 @@ class Diary(Ledger):
     """A ledger whose entries a killed process has already written down."""
 
     def __init__(self, path: Path, ledger: Ledger) -> None:
-        super().__init__(*(_Written(path, word) for word in _WORDS), dict(ledger.expected), _Written(path, "COPIED"))
+        super().__init__(expected=dict(ledger.expected))
         self.path = path
-        for name in (*_WORDS.values(), "copied"):
-            set.update(getattr(self, name), getattr(ledger, name))
+        for word, name in (*_WORDS.items(), ("COPIED", "copied")):
+            setattr(self, name, written := _Written(path, word))
+            set.update(written, getattr(ledger, name))
 
     def expect(self, name: str, numbers: Iterable[int]) -> None:
         note(self.path, f"EXPECT {name}", numbers)
@@ -181,7 +182,7 @@ class _Written(set[Any]):
         super().__init__()
         self.path, self.word = path, word
 
-    def __ior__(self, members: object) -> _Written:  # type: ignore[override]  # only sets are added
+    def __ior__(self, members: object) -> _Written:
         assert isinstance(members, set)
         note(self.path, self.word, members)
         set.update(self, members)
@@ -238,7 +239,7 @@ def forked(work: Callable[[], None]) -> int:
 def _each(where: Path, name: str) -> Tally:
     (operation,) = (one for one in OPERATIONS if one.name == name)
     tally = Tally()
-    os.fsync = lambda descriptor: None  # a kill loses nothing that was not synced, so waiting for the disk shows nothing
+    os.fsync = lambda fd: None  # a kill loses nothing that was not synced: waiting would show nothing
     place = where / name.replace(" ", "-")
     first = RealDisk(place / "first" / "store")
     first.path.parent.mkdir(parents=True)

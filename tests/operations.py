@@ -96,8 +96,10 @@ class Ledger:
     copied: set[str] = field(default_factory=set)
 
     def copy(self) -> Ledger:
-        sets = [self.begun, self.acknowledged, self.doubtful, self.gone, self.purged]
-        return Ledger(*map(set, sets), dict(self.expected), set(self.copied))
+        return Ledger(
+            set(self.begun), set(self.acknowledged), set(self.doubtful), set(self.gone), set(self.purged),
+            dict(self.expected), set(self.copied),
+        )  # fmt: skip
 
     def expect(self, name: str, numbers: Iterable[int]) -> None:
         """A store of this name may be there from now on, and is then whole."""
@@ -110,8 +112,8 @@ class Ledger:
 
     def state(self) -> tuple[object, ...]:
         """Equal for ledgers that expect the same."""
-        sets = [self.begun, self.acknowledged, self.doubtful, self.gone, self.purged, self.copied]
-        return (*map(frozenset, sets), frozenset(self.expected.items()))
+        numbers = [self.begun, self.acknowledged, self.doubtful, self.gone, self.purged]
+        return (*map(frozenset[int], numbers), frozenset(self.copied), frozenset(self.expected.items()))
 
 
 def bank_of(store: Store) -> Bank:

@@ -9,10 +9,9 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -668,97 +667,7 @@ def test_writers_beside_a_maintainer_lose_nothing(path: Path, clock: Clock) -> N
     assert on_disk(path, ALL) < gone
 
 
-def _maintain(path: Path, started: Any) -> None:
-    with opened(path) as store:
-        bank_of(store)
-        started.set()
-        half = size_of(path) // 2
-        _bury(store, [*range(20, 28), *range(30, 36)])
-        compact(store)
-        evict(store, half)
-        gc(store, 0)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_maintainer_that_is_killed_leaves_one_generation_or_the_other(path: Path, clock: Clock) -> None:
-    moments = random.Random(5)
-    for trial in range(8):
-        copied = _copy(path, f"trial {trial}")
-        started = SPAWN.Event()
-        child = SPAWN.Process(target=_maintain, args=(copied, started))
-        child.start()
-        assert started.wait(60)
-        time.sleep(moments.uniform(0, 0.12))
-        child.kill()
-        child.join(60)
-        left = on_disk(copied, ALL)
-        assert left >= set(range(50, 60))
-        with opened(copied) as store:
-            assert len(bank_of(store)) == len(left)
-            clock.now = time.time() + 7200
-            compact(store)
-            gc(store)
-            kept = {name.removeprefix("seg/") for name in eviction.newest(store.folder).files}
-            assert set(store.folder.names("seg")) <= kept
-        assert on_disk(copied, ALL) == left
-
-
 CALLS = ("create", "write", "sync", "link", "sync_folder", "remove", "read", "map", "names", "listing", "replace")
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("forever", [False, True])
-def test_a_call_that_fails_anywhere_leaves_every_live_entry_readable(
-    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, forever: bool
-) -> None:
-    with opened(path) as store:
-        bank_of(store)
-        _bury(store, [*range(20, 28)])
-    there = set(ALL) - set(range(20, 28))
-
-    def work(store: Store, wanted: int) -> None:
-        compact(store)
-        evict(store, wanted)
-        gc(store, 0)
-
-    def failing(patch: pytest.MonkeyPatch, at: int) -> list[str]:
-        calls: list[str] = []
-
-        def wrapped(name: str, real: Any) -> Any:
-            def call(*args: Any, **more: Any) -> Any:
-                calls.append(name)
-                if len(calls) - 1 == at or (forever and len(calls) - 1 > at >= 0):
-                    raise OSError(code, os.strerror(code))
-                return real(*args, **more)
-
-            return call
-
-        for name in CALLS:
-            patch.setattr(Folder, name, wrapped(name, getattr(Folder, name)))
-        return calls
-
-    half = size_of(path) // 2
-    with monkeypatch.context() as patch, opened(_copy(path, "count")) as store:
-        calls = failing(patch, -1)
-        work(store, half)
-    steps = range(random.Random(code).randrange(3), len(calls), 3)
-    for at in steps:
-        copied = _copy(path, "trial")
-        with opened(copied) as store, monkeypatch.context() as patch:
-            failing(patch, at)
-            with suppress(LLMCacheError, OSError):
-                work(store, half)
-            patch.undo()
-        left = on_disk(copied, ALL)
-        assert left <= there
-        assert left >= set(range(50, 60))
-        with opened(copied) as store:
-            assert len(bank_of(store)) == len(left)
-            put(store, [100])
-            store.commit()
-            work(store, size_of(copied))
-        assert on_disk(copied, [*ALL, 100]) == left | {100}
-        shutil.rmtree(copied)
 
 
 # -- the budget ---------------------------------------------------------------------------------------------

@@ -195,7 +195,6 @@ class StoreMachine(RuleBasedStateMachine):
         if f"{segment}.row" not in self.memory.names("seg"):  # left by a crash before its manifest
             return set()
         records = self.memory.read(f"seg/{segment}.row", 1 << 20)
-        # a row that was evicted is doubtful in any case
         return {number for number in self.universe if key_of(number, "tokens", IDENTITY) in records}
 
     # -- maintenance ----------------------------------------------------------------------------------------
