@@ -105,6 +105,8 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
     chosen: places in `found`. OSError when a bitmap cannot be written; nothing is evicted then.
     """
     gone: set[str] = set()
+    if not len(chosen):
+        return gone
     buried: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
     id = uuid.uuid4().hex
     for number in np.unique(found.usage.segment[chosen]).tolist():

@@ -461,6 +461,77 @@ def test_a_writer_that_slept_through_a_collection_does_not_take_a_used_number(
         assert len(set(ids)) == len(ids)
 
 
+def test_an_eviction_leaves_the_files_of_a_commit_that_lost_and_has_to_be_published_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    clock.now = time.time()
+    real = Folder.link
+    slept: list[str] = []
+
+    def link(self: Folder, name: str, new: str) -> None:
+        if slept or not new.startswith("m-"):
+            real(self, name, new)
+            return
+        slept.append(new)
+        with opened(path) as rival:
+            for number in range(200, 205):
+                put(rival, [number])
+                rival.commit()
+            eviction.tidy(rival.folder)
+            assert new not in os.listdir(path)  # the number is free again
+            real(self, name, new)
+            files = set(os.listdir(path / "seg"))
+            eviction.tidy(rival.folder)
+            assert new not in os.listdir(path)
+            assert set(os.listdir(path / "seg")) == files
+
+    with opened(path) as store:
+        put(store, [100])
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "link", link)
+            store.commit()
+        (last,) = (one for one in store.manifest.namespaces["default"].banks["layer"].segments[-1:])
+        assert last.writer == store.writer
+        assert held(store, [100]) == {100}
+    assert on_disk(path, [*ALL, 100, *range(200, 205)]) == {*ALL, 100, *range(200, 205)}
+
+
+def test_a_commit_whose_listed_manifests_are_all_collected_before_it_reads_them_looks_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    clock.now = time.time()
+    real = manifests.generations
+    looked: list[list[int]] = []
+
+    def generations(folder: Folder) -> list[int]:
+        found = real(folder)
+        if not looked:
+            looked.append(found)
+            with opened(path) as rival:
+                for number in range(200, 203):
+                    put(rival, [number])
+                    rival.commit()
+                eviction.tidy(rival.folder)
+            assert not set(found) & set(real(folder))
+        return found
+
+    with opened(path) as store:
+        put(store, [100])
+        with monkeypatch.context() as patch:
+            patch.setattr(manifests, "generations", generations)
+            store.commit()
+    assert on_disk(path, [*ALL, 100, 200, 201, 202]) == {*ALL, 100, 200, 201, 202}
+
+
+def test_a_store_in_which_nothing_was_committed_can_be_maintained(tmp_path: Path) -> None:
+    with opened(tmp_path / "empty", create=True) as store:
+        size = size_of(tmp_path / "empty")
+        assert evict(store, 0).rows == 0
+        assert compact(store).segments == 0
+        assert gc(store, 0).files == 0
+        assert size_of(tmp_path / "empty") - size < 128  # the lock says whose it was
+
+
 def _unless_new(real: Callable[[Folder, str], None], kept: list[str]) -> Callable[[Folder, str], None]:
     def remove(self: Folder, name: str) -> None:
         if not name.startswith(("seg/", "t-")) or name.removeprefix("seg/") in kept:
