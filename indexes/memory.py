@@ -448,6 +448,11 @@ class MemoryFolder(Folder):
                     found[f"{sub}/{name}" if sub else name] = bytes(entry.data)
         return found
 
+    def total_bytes(self) -> int:
+        """Bytes of all files together. Not a call."""
+        parts = [self._root, *(part for part in self._root.names.values() if isinstance(part, _Part))]
+        return sum(len(file.data) for part in parts for file in part.names.values() if isinstance(file, _File))
+
     # -- crashes ------------------------------------------------------------------------------------------
 
     def killed(self) -> MemoryFolder:
