@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,7 +59,7 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         return Garbage({}, 0, damaged)
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
-    line = _line(known)
+    certain = _dropped(known)
     for pair in pairwise(known):
         # of the younger of the two: a writer that lost with a used number (manifests.commit) publishes again soon
         since = max(found.get(manifests.generation_name(each.generation), (0, now))[1] for each in pair)
@@ -66,8 +67,8 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         if superseded > 0 and now - since < superseded:  # at 0, also on a disk whose clock is ahead of ours
             named |= one.files
             kept.add(one.generation)
-        elif one.generation in line:  # a writer that lost is about to publish its files again
-            dropped |= one.files
+        else:
+            dropped |= one.files & certain
     pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
     def goes(name: str, changed: float) -> bool:
@@ -82,15 +83,15 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
     return Garbage(sizes, len(pruned), ())
 
 
-def _line(known: list[Manifest]) -> set[int]:
-    """Generations that the newest one was built upon. One that lost (manifests.commit) took a number that was used,
-    later than what came after that number was made."""
-    by_number = {one.generation: one for one in known}
-    one, line = known[0], set[int]()
-    while (parent := by_number.get(one.parent)) and parent.created <= one.created and parent.generation not in line:
-        one = parent
-        line.add(one.generation)
-    return line
+def _dropped(known: list[Manifest]) -> set[str]:
+    """Files that were certainly part of the store before the newest manifest: its parent names them, or two others do.
+
+    What only one other names may be of a writer that lost with a used number (manifests.commit), and is about to
+    publish the same files again.
+    """
+    named = Counter(name for one in known[1:] for name in one.files)
+    parent = [one.files for one in known[1:] if one.generation == known[0].parent]
+    return set().union(*parent) | {name for name, times in named.items() if times > 1}
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
