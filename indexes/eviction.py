@@ -53,8 +53,9 @@ class Candidates:
 
 
 def newest(folder: Folder) -> Manifest:
-    """The manifest that the store is now."""
-    return manifests.newest(folder, manifests.generations(folder))[0]
+    """The manifest that the store is now; an empty one where nothing was ever committed."""
+    listed = manifests.generations(folder)
+    return manifests.newest(folder, listed)[0] if listed else Manifest()
 
 
 def candidates(folder: Folder, manifest: Manifest) -> Candidates:
@@ -104,6 +105,8 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
     chosen: places in `found`. OSError when a bitmap cannot be written; nothing is evicted then.
     """
     gone: set[str] = set()
+    if not len(chosen):
+        return gone
     buried: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
     id = uuid.uuid4().hex
     for number in np.unique(found.usage.segment[chosen]).tolist():

@@ -302,13 +302,25 @@ class Folder:
     def move_to(self, target: Path) -> None:
         """Give the whole folder its final name, durably. OSError when something that is not empty has it already."""
         built = self.path
-        os.rename(built, target)
+        self.rename(target)
         try:
-            _sync_path(target.parent)
+            self.sync_above()
         except BaseException:
-            os.rename(target, built)
+            self.rename(built)
             raise
+
+    def rename(self, target: Path) -> None:
+        """Give the whole folder another name; `sync_above` makes it durable."""
+        os.rename(self.path, target)
         self.path = target
+
+    def sync_above(self) -> None:
+        """Make the folder's own name durable."""
+        _sync_path(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the folder with all that is in it, as far as that can be done."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
@@ -500,25 +512,36 @@ def new_folder(target: Path) -> Iterator[Folder]:
     left is removed by the next one. OSError when something that is not empty has the target's name by then.
     """
     target = target.parent.resolve() / target.name
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_durably(target.parent)
     _sweep(target)
     built = target.parent / f".{target.name}-{uuid.uuid4().hex}.partial"
-    folder, lock = None, None
     try:
         folder = Folder(built, create=True)
-        lock = _locked(built)
+    except BaseException:
+        shutil.rmtree(built, ignore_errors=True)
+        raise
+    lock = _locked(built)
+    try:
+        with filled(folder, target):
+            yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def filled(folder: Folder, target: Path) -> Iterator[Folder]:
+    """A new folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails."""
+    try:
         yield folder
         for sub in ("seg", "idx", ""):
             folder.sync_folder(sub)
         folder.move_to(target)
     except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
+        folder.discard()
         raise
     finally:
-        if folder is not None:
-            folder.close()
-        if lock is not None:
-            os.close(lock)
+        folder.close()
 
 
 def _sweep(target: Path) -> None:

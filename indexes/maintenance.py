@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from llmcache.indexes import counters as counting
 from llmcache.indexes.collection import disk_bytes, garbage
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import GRACE
-from llmcache.indexes.manifest import SegmentFacts, fenced
+from llmcache.indexes.manifest import SegmentFacts, fencing
 from llmcache.indexes.replacement import DRIFT_LIMIT, HALF_LIFE, POLICIES, Terms, choose
 from llmcache.indexes.store import Store
 
@@ -64,8 +65,10 @@ class Collected:
     dry_run: bool
 
 
-def _locked(store: Store, dry_run: bool) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if dry_run else store.folder.lock()
+@contextlib.contextmanager
+def _locked(store: Store, dry_run: bool) -> Iterator[None]:
+    with fencing(), contextlib.nullcontext() if dry_run else store.folder.lock():
+        yield
 
 
 # -- evict --------------------------------------------------------------------------------------------------
@@ -109,8 +112,6 @@ def evict(
                 if (need := disk_bytes(store.folder) - max_bytes) <= 0:
                     break
                 rows += _evict_once(store, need, max_bytes, policy, terms, gone)
-        except OSError as error:
-            raise fenced(error) from error
         finally:
             store.forget(gone)
         return Evicted(rows, len(gone), before, disk_bytes(store.folder), dry_run)
@@ -182,14 +183,11 @@ def compact(store: Store, *, dry_run: bool = False) -> Compacted:
             segments = sum(len(group.sources) for group in planned)
             return Compacted(segments, sum(g.rows for g in planned), 0, sum(g.bytes for g in planned), dry_run)
         segments = rows = damaged = freed = 0
-        try:
-            for group in planned:
-                done = _rewritten(store, group)
-                rows, damaged = rows + done.rows, damaged + done.damaged
-                if done.replaced:
-                    segments, freed = segments + len(group.sources), freed + group.bytes
-        except OSError as error:
-            raise fenced(error) from error
+        for group in planned:
+            done = _rewritten(store, group)
+            rows, damaged = rows + done.rows, damaged + done.damaged
+            if done.replaced:
+                segments, freed = segments + len(group.sources), freed + group.bytes
         return Compacted(segments, rows, damaged, freed, dry_run)
 
 

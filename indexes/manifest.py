@@ -13,7 +13,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -398,6 +399,8 @@ def commit(
         try:
             base, damaged = newest(folder, listed, key if signed_base else None) if listed else (Manifest(), [])
         except SnapshotDamaged:
+            if generations(folder)[:1] != listed[:1]:  # all of them were collected since they were listed
+                continue
             if salvaged is None:
                 raise
             base, damaged = salvaged, listed
@@ -458,6 +461,15 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
     except OSError as error:
         raise fenced(error) from error
     return True
+
+
+@contextmanager
+def fencing() -> Iterator[None]:
+    """Turns what a disk says inside the block into the error for it, `fenced`."""
+    try:
+        yield
+    except OSError as error:
+        raise fenced(error) from error
 
 
 def fenced(error: OSError) -> StoreFenced:

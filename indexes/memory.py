@@ -9,6 +9,8 @@ After a sync that failed, what was
 written is never durable, and a second sync says nothing of it, as Linux does. A process that is killed loses nothing:
 the page cache stays.
 
+Several folders may be on one disk; their names may be lost in a power loss as those in a folder are.
+
 What it cannot show. Calls happen one after the other, so no race between processes; a lying disk, that acknowledges a
 sync and forgets it; bit rot; a rename that is half done (both names, or none); a write to a mapped file; anything a
 real file system does beside POSIX. Names that point out of a store, links, pipes and rights do not exist here.
@@ -20,7 +22,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -31,7 +33,10 @@ from numpy.typing import NDArray
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder, Sealed, placed
 
-CHANGES = frozenset({"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "link", "replace", "remove"})
+CHANGES = frozenset(
+    {"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "sync_above"}
+    | {"link", "link_from", "replace", "rename", "remove"}
+)
 """Calls that change a disk; the others only look."""
 _TAKES_NO_SPACE = frozenset({"remove", "close_file"})
 _BLOCKS = (512, 4096)
@@ -88,25 +93,100 @@ class _Part:
         self.changes.append(new)
 
 
+@dataclass(eq=False, slots=True)
+class _Machine:
+    """What all folders of one disk share. root: these folders, by name."""
+
+    root: _Part
+    fault: Fault | None = None
+    time: float = 1.8e9
+    process: int = 1
+    before: Callable[[int, str], object] | None = None
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[int, _File] = field(default_factory=dict)  # by descriptor
+    locked: set[tuple[str, str]] = field(default_factory=set)
+    dead: bool = False
+
+
 class MemoryFolder(Folder):
-    """`Folder` without a disk. Every call but `now`, `pid`, `close` is numbered, and noted in `calls`."""
+    """`Folder` without a disk. Every call but `now`, `pid`, `close` is numbered, and noted in `calls`.
+
+    A disk may hold several: `beside` gives another one. Calls, faults, crashes and the clock are of all of them.
+    """
 
     def __init__(self, *, create: bool = False, fault: Fault | None = None) -> None:
         """An empty folder; with `create`, with its sub-folders, as `Folder` makes them."""
         self.path = Path("/in-memory")
         self.reading = "mmap"
         self.private = False
-        self.calls: list[tuple[str, str]] = []
-        self.fault = fault
-        self.time = 1.8e9  # seconds since the epoch; a test may set it
-        self.process = 1
-        self.before: Callable[[int, str], object] | None = None  # called before each call, with its number and name
-        self._root = _Part()
-        self._files: dict[int, _File] = {}  # by descriptor
-        self._dead = False
-        self._locked: set[str] = set()
+        part = _Part()
+        self._machine = _Machine(_Part({self.path.name: part}, {self.path.name: part}), fault)
         if create:
             self.make()
+
+    def beside(self, name: str, *, create: bool = False) -> MemoryFolder:
+        """Another folder of the same disk; with `create` it is made, as `Folder` does."""
+        folder = MemoryFolder.__new__(MemoryFolder)
+        folder.path, folder.reading, folder.private = self.path.with_name(name), "mmap", False
+        folder._machine = self._machine
+        if create:
+            if name not in self._machine.root.names:
+                self._step("mkdir", name)
+                self._machine.root.change({name: _Part()})
+                folder.sync_above()
+            folder.make()
+        return folder
+
+    def folders(self) -> list[str]:
+        """Names of all folders of the disk. Not a call."""
+        return list(self._machine.root.names)
+
+    @property
+    def calls(self) -> list[tuple[str, str]]:
+        """Name of each call, and of the file it was for."""
+        return self._machine.calls
+
+    @property
+    def fault(self) -> Fault | None:
+        return self._machine.fault
+
+    @fault.setter
+    def fault(self, fault: Fault | None) -> None:
+        self._machine.fault = fault
+
+    @property
+    def time(self) -> float:
+        """Seconds since the epoch; a test may set it."""
+        return self._machine.time
+
+    @time.setter
+    def time(self, seconds: float) -> None:
+        self._machine.time = seconds
+
+    @property
+    def process(self) -> int:
+        return self._machine.process
+
+    @process.setter
+    def process(self, number: int) -> None:
+        self._machine.process = number
+
+    @property
+    def before(self) -> Callable[[int, str], object] | None:
+        """Called before each call, with its number and name."""
+        return self._machine.before
+
+    @before.setter
+    def before(self, act: Callable[[int, str], object] | None) -> None:
+        self._machine.before = act
+
+    @property
+    def _root(self) -> _Part:
+        part = self._machine.root.names.get(self.path.name)
+        if part is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        assert isinstance(part, _Part)
+        return part
 
     def make(self) -> None:
         """Make the sub-folders that are missing, as opening a `Folder` with `create` does."""
@@ -117,17 +197,17 @@ class MemoryFolder(Folder):
         self.sync_folder("")
 
     def close(self) -> None:
-        self._files = {}
+        """Nothing: files that are open stay so."""
 
     def _step(self, call: str, name: str) -> None:
-        if self._dead:
+        if self._machine.dead:
             raise PowerLoss
         if self.before:
             self.before(len(self.calls), call)
         self.calls.append((call, name))
         if self.fault and self.fault.hits(len(self.calls) - 1, call) and not self._cut(call):
             if not self.fault.code:
-                self._dead = True
+                self._machine.dead = True
                 raise PowerLoss
             raise OSError(self.fault.code, os.strerror(self.fault.code), name)
 
@@ -195,7 +275,7 @@ class MemoryFolder(Folder):
 
     def read_at(self, descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
         self._step("read_at", "")
-        part = np.frombuffer(bytes(self._files[descriptor].data[offset : offset + len(buffer)]), np.uint8)
+        part = np.frombuffer(bytes(self._machine.files[descriptor].data[offset : offset + len(buffer)]), np.uint8)
         buffer[: len(part)] = part
         return len(part)
 
@@ -228,8 +308,8 @@ class MemoryFolder(Folder):
         return self._opened(file)
 
     def _opened(self, file: _File) -> int:
-        descriptor = 1 + max(self._files, default=2)
-        self._files[descriptor] = file
+        descriptor = 1 + max(self._machine.files, default=2)
+        self._machine.files[descriptor] = file
         return descriptor
 
     def reopen(self, name: str) -> int:
@@ -240,12 +320,12 @@ class MemoryFolder(Folder):
         self._step("write_some", "")
         cut = self.fault is not None and self._cut("write_some")
         taken = bytes(data[: max(1, len(data) // 2)] if cut else data)
-        file = self._files[descriptor]
+        file = self._machine.files[descriptor]
         _write(file.data, offset, taken)
         file.writes.append((offset, taken))
         file.changed = self.time
         if cut and self.fault and not self.fault.code and not self.fault.short:
-            self._dead = True
+            self._machine.dead = True
             raise PowerLoss
         return len(taken)
 
@@ -253,7 +333,7 @@ class MemoryFolder(Folder):
         """Nothing: it promises nothing, so a power loss may keep what it did or not."""
 
     def sync(self, descriptor: int) -> None:
-        file = self._files[descriptor]
+        file = self._machine.files[descriptor]
         try:
             self._step("sync", "")
         except OSError:
@@ -263,7 +343,9 @@ class MemoryFolder(Folder):
             file.durable, file.writes = bytes(file.data), []
 
     def close_file(self, descriptor: int) -> None:
-        file = self._files.pop(descriptor, None)  # gone whatever the call says
+        file = self._machine.files.pop(descriptor, None)  # gone whatever the call says
+        if self._machine.dead:  # files that are open end with their process
+            return
         self._step("close_file", "")
         if file is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -296,8 +378,15 @@ class MemoryFolder(Folder):
             part.change({leaf: None})
 
     def link_from(self, source: Folder, name: str, new: str) -> bool:
-        """Never: what another folder holds is copied."""
-        return False
+        """Only from a folder of the same disk."""
+        if not isinstance(source, MemoryFolder) or source._machine is not self._machine:
+            return False
+        (part, leaf), file = self._place_of(new), source._file(name)
+        self._step("link_from", new)
+        if leaf in part.names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+        part.change({leaf: file})
+        return True
 
     def set_aside(self, name: str) -> str:
         if QUARANTINE not in self._root.names:
@@ -309,20 +398,39 @@ class MemoryFolder(Folder):
         self.replace(name, f"{QUARANTINE}/{free}")
         return f"{QUARANTINE}/{free}"
 
-    def move_to(self, target: Path) -> None:
-        self._step("move_to", str(target))
+    def rename(self, target: Path) -> None:
+        self._step("rename", target.name)
+        there = self._machine.root.names.get(target.name)
+        if isinstance(there, _Part) and there.names:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+        self._machine.root.change({self.path.name: None, target.name: self._root})
         self.path = target
+
+    def sync_above(self) -> None:
+        self._step("sync_above", "")
+        root = self._machine.root
+        root.durable, root.changes = dict(root.names), []
+
+    def discard(self) -> None:
+        """Name by name, as a tree is removed, so that a crash may leave any of it; a failing disk all of it."""
+        with suppress(OSError):
+            for sub in [*(name for name, one in self._root.names.items() if isinstance(one, _Part)), ""]:
+                for leaf in [name for name, one in self._part(sub).names.items() if isinstance(one, _File)]:
+                    self.remove(f"{sub}/{leaf}" if sub else leaf)
+            self._step("remove", "")
+            self._machine.root.change({self.path.name: None})
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
         self._step("lock", name)
-        if name in self._locked:
+        place = str(self.path), name
+        if place in self._machine.locked:
             raise Busy(f"{self.path} is being maintained by this process; try again when it is done")
-        self._locked.add(name)
+        self._machine.locked.add(place)
         try:
             yield
         finally:
-            self._locked.remove(name)
+            self._machine.locked.remove(place)
 
     # -- the rest of the world ----------------------------------------------------------------------------
 
@@ -334,6 +442,8 @@ class MemoryFolder(Folder):
 
     def contents(self) -> dict[str, bytes]:
         """Every file's bytes in the page cache, by name. Not a call: nothing counts it, and it never fails."""
+        if self.path.name not in self._machine.root.names:
+            return {}
         found: dict[str, bytes] = {}
         for sub, part in [("", self._root), *self._root.names.items()]:
             for name, entry in part.names.items() if isinstance(part, _Part) else ():
@@ -341,11 +451,17 @@ class MemoryFolder(Folder):
                     found[f"{sub}/{name}" if sub else name] = bytes(entry.data)
         return found
 
+    def total_bytes(self) -> int:
+        """Bytes of all files together. Not a call."""
+        parts = [self._root, *(part for part in self._root.names.values() if isinstance(part, _Part))]
+        return sum(len(file.data) for part in parts for file in part.names.values() if isinstance(file, _File))
+
     # -- crashes ------------------------------------------------------------------------------------------
 
     def killed(self) -> MemoryFolder:
         """The folder as the next process finds it after this one was killed: what is not synced is still not."""
-        return self._with(_copied(self._root, lambda file: replace(file, data=file.data[:], writes=file.writes[:]), {}))
+        root = _copied(self._machine.root, lambda file: replace(file, data=file.data[:], writes=file.writes[:]), {})
+        return self._with(root)
 
     def crash_states(self, seed: int, count: int) -> Iterator[MemoryFolder]:
         """Folders as a power loss now may leave them: nothing unsynced kept, all of it, and so on, then at random."""
@@ -358,11 +474,12 @@ class MemoryFolder(Folder):
                 kept = _kept_bytes(file, data, chance)
                 return _File(bytearray(kept), kept, changed=file.changed)
 
-            yield self._with(_survived(self._root, names, chance, survive, settled))
+            yield self._with(_survived(self._machine.root, names, chance, survive, settled))
 
     def _with(self, root: _Part) -> MemoryFolder:
         folder = MemoryFolder()
-        folder._root, folder.time, folder.process = root, self.time, self.process + 1
+        folder.path = self.path
+        folder._machine = _Machine(root, time=self.time, process=self.process + 1)
         return folder
 
 

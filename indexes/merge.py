@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,17 +93,29 @@ def merge(
     with failing(where), ExitStack() as stack:
         base = stack.enter_context(closing(Store.open(where, uses=False))) if (where / "FORMAT").exists() else None
         stores = [stack.enter_context(closing(Store.open(path, uses=False))) for path in sources]
-        _check_same([*([base] if base else []), *stores])
-        plans = [_plan(place, base, stores) for place in _places(stores)]
-        if dry_run:
-            pass
-        elif base is None:
-            with new_folder(where) as folder:
-                found(folder)
-                _bring(folder, plans, stores, link=not copy, derived=True)
-        else:
-            _bring(base.folder, plans, stores, link=not copy, derived=False)
-        return [_told(plan) for plan in plans]
+        return join(base, stores, lambda: new_folder(where), copy=copy, dry_run=dry_run)
+
+
+def join(
+    base: Store | None,
+    stores: Sequence[Store],
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool = False,
+    dry_run: bool = False,
+) -> list[Merged]:
+    """`merge` of open stores into the store `base`, or, where that is None, into the folder that `new` makes."""
+    _check_same([*([base] if base else []), *stores])
+    plans = [_plan(place, base, stores) for place in _places(stores)]
+    if dry_run:
+        pass
+    elif base is None:
+        with new() as folder:
+            found(folder)
+            _bring(folder, plans, stores, link=not copy, derived=True)
+    else:
+        _bring(base.folder, plans, stores, link=not copy, derived=False)
+    return [_told(plan) for plan in plans]
 
 
 # -- what goes together -------------------------------------------------------------------------------------
@@ -366,7 +378,9 @@ def _joined(
         if index:
             empty = replace(empty, projection=index.projection, index=index.index)
         facts = new.namespaces[plan.namespace].banks.get(plan.bank, empty)
-        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *kept)))
+        there = {one.id for one in facts.segments}  # the change may be applied to a manifest that has it already
+        fresh = [one for one in kept if one.id not in there]
+        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *fresh)))
     return new
 
 

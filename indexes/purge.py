@@ -24,7 +24,7 @@ from llmcache.indexes.manifest import (
     FileFacts,
     Manifest,
     SegmentFacts,
-    fenced,
+    fencing,
     generation_name,
     generations,
 )
@@ -87,8 +87,14 @@ def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
     """Remove entries and every file that could hold them. The store lets its open banks go, with what is pending.
 
     A writer may commit meanwhile, so it is looked again until the newest manifest has nothing of it.
-    ConfigError: no such namespace. StoreFenced or StoreFull when a write fails: what was to go may then still be there.
+    ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be
+    there, and all that was to stay is.
     """
+    with fencing():
+        return _purged(store, doomed, dry_run=dry_run)
+
+
+def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
     if doomed.namespace is not None and doomed.namespace not in store.latest().namespaces:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
         raise ConfigError(f"the store has no namespace {doomed.namespace!r}; it has {known}")
@@ -156,7 +162,7 @@ def _replaced_in(store: Store, bank: BankFacts, doomed: Doomed, purged: Purged, 
             continue
         try:
             segments.append(Segment.open(store.folder, facts))
-        except (SnapshotDamaged, OSError) as error:
+        except (SnapshotDamaged, FileNotFoundError) as error:  # what the disk does not give now may be whole
             log.warning("segment %s goes too, since nobody can tell what is in it: %s", facts.id, error)
             _count(purged, 0, 0)
             purged.damaged += facts.rows
@@ -197,10 +203,7 @@ def _copied(store: Store, old: Segment, rows: Mask, aliases: Mask, purged: Purge
     """A new segment with these rows and aliases of an old one; None where there are none."""
     if not rows.any() and not aliases.any():
         return None
-    try:
-        facts = copied(store.folder, old, rows, aliases, strong=store.signs)
-    except OSError as error:
-        raise fenced(error) from error
+    facts = copied(store.folder, old, rows, aliases, strong=store.signs)
     purged.damaged += int(rows.sum()) - facts.rows
     purged.written += sum(file.size for file in facts.files)
     return facts
@@ -301,14 +304,11 @@ def _sweep(store: Store, doomed: Doomed, purged: Purged, before: int, leaving: R
     going += passed
     # records of use list the keys of rows; nothing but the choice of what to evict depends on them
     going += [f"stat/{name}" for name in folder.names("stat") if name.endswith(".use") or name == own]
-    try:
-        for name in going:
-            if passed.get(name, 0) <= before:
-                purged.bytes += folder.size(name)
-                purged.files += 1
-            if not dry_run:
-                folder.remove(name)
-        for sub in () if dry_run else ("", *(sub for sub, names in listed.items() if names)):
-            folder.sync_folder(sub)  # a power loss must not bring them back
-    except OSError as error:
-        raise fenced(error) from error
+    for name in going:
+        if passed.get(name, 0) <= before:
+            purged.bytes += folder.size(name)
+            purged.files += 1
+        if not dry_run:
+            folder.remove(name)
+    for sub in () if dry_run else ("", *(sub for sub, names in listed.items() if names)):
+        folder.sync_folder(sub)  # a power loss must not bring them back

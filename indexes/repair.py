@@ -71,7 +71,13 @@ def repair(
     SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when the disk fails: what
     cannot be read now is not taken for damaged, so move it away first if the disk has lost it for good.
     """
-    with closing(opened(Path(store))) as folder, failing(folder.path):
+    with closing(opened(Path(store))) as folder:
+        return repaired(folder, dry_run=dry_run, grace=grace, key=key)
+
+
+def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None) -> Repair:
+    """`repair` of the store in a folder that is open."""
+    with failing(folder.path):
         check_own(folder)
         history = history_of(folder, strict=True)
         plan = _planned(folder, history, grace)
@@ -106,7 +112,7 @@ def _planned(folder: Folder, history: History, grace: float) -> _Plan:
         if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
             plan.indexless.add(place)
             plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if _there(folder, file.name)]
-    if any(generation > plan.base.generation for generation in history.damaged):
+    if _passed_over(history):
         _adopt(folder, history, plan, salvaged)
     plan.aside += [manifests.generation_name(one) for one in history.damaged]
     if not _format_whole(folder) and _there(folder, "FORMAT"):
@@ -116,14 +122,20 @@ def _planned(folder: Folder, history: History, grace: float) -> _Plan:
 
 
 def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
-    """What damaged manifests above the newest whole one still say, newest first."""
-    for generation in history.damaged:
-        if history.base is None or generation > history.base.generation:
-            with suppress(SnapshotDamaged, FileNotFoundError):
-                name = manifests.generation_name(generation)
-                said = manifests.salvage(folder.read(name, manifests.MAX_BYTES))
-                if said is not None:
-                    yield said
+    """What damaged manifests that were passed over still say, newest first."""
+    for generation in _passed_over(history):
+        with suppress(SnapshotDamaged, FileNotFoundError):
+            name = manifests.generation_name(generation)
+            said = manifests.salvage(folder.read(name, manifests.MAX_BYTES))
+            if said is not None:
+                yield said
+
+
+def _passed_over(history: History) -> list[int]:
+    """Damaged generations that the newest whole one does not build upon, since they were damaged before it was made,
+    or are newer than it."""
+    base = history.base or Manifest()
+    return [one for one in history.damaged if one > base.generation or one in base.skipped]
 
 
 def _kept(folder: Folder, facts: SegmentFacts, plan: _Plan, uncertain: bool) -> SegmentFacts | Pick | None:
@@ -295,7 +307,8 @@ def _changed(base: Manifest, plan: _Plan, new: dict[tuple[str, str], list[Segmen
     """The newest manifest with this repair's changes; segments that others have committed meanwhile stay."""
     planned = {one.id for facts in banks(plan.base).values() for one in facts.segments}
     for place, facts in banks(base).items():
-        later = [one for one in facts.segments if one.id not in planned]
+        mine = planned | {one.id for one in new.get(place, ())}
+        later = [one for one in facts.segments if one.id not in mine]
         facts = replace(facts, segments=(*new.get(place, ()), *later))
         if place in plan.indexless:
             facts = replace(facts, projection=None, index=None)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,23 +60,39 @@ def _transfer(
 ) -> Snapshot:
     check_free(Path(target))
     with closing(Store.open(path, uses=False)) as store:
-        for round in range(_ROUNDS):
-            try:
-                linked = 0 if dry_run else _made(store, Path(target), link=not copy, check=check)
-                break
-            except SnapshotDamaged as error:
-                before = store.manifest.generation
-                if store.reload().generation == before or round == _ROUNDS - 1:
-                    raise advised(error, store.folder) from error
-        files = list(files_of(store.manifest))
-        rows = sum(one.rows for bank in banks(store.manifest).values() for one in bank.segments)
-        size = sum(one.size for one in files)
-        return Snapshot(os.fspath(target), store.manifest.generation, rows, len(files), size, linked)
+        where = Path(target)
+        return transfer(store, where, lambda: new_folder(where), copy=copy, check=check, dry_run=dry_run)
 
 
-def _made(store: Store, target: Path, *, link: bool, check: bool) -> int:
+def transfer(
+    store: Store,
+    target: Path,
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> Snapshot:
+    """`save`, or with `check` `load`, of a store that is open, into the folder that `new` makes for `target`."""
+    for round in range(_ROUNDS):
+        try:
+            linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
+            break
+        except SnapshotDamaged as error:
+            before = store.manifest.generation
+            if store.reload().generation == before or round == _ROUNDS - 1:
+                raise advised(error, store.folder) from error
+    files = list(files_of(store.manifest))
+    rows = sum(one.rows for bank in banks(store.manifest).values() for one in bank.segments)
+    size = sum(one.size for one in files)
+    return Snapshot(os.fspath(target), store.manifest.generation, rows, len(files), size, linked)
+
+
+def _made(
+    store: Store, target: Path, new: Callable[[], AbstractContextManager[Folder]], *, link: bool, check: bool
+) -> int:
     linked = 0
-    with failing(target), new_folder(target) as folder:
+    with failing(target), new() as folder:
         found(folder)
         for facts in banks(store.manifest).values():
             for segment in facts.segments:

@@ -273,6 +273,8 @@ class Store:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
             log.info("nothing is committed for now: %s", error)
+        except OSError as error:  # the lock could not be had, or the sizes not be looked at
+            raise self._fence(error) from error
 
     def _room_for(self, nbytes: int) -> int | None:
         """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
@@ -299,6 +301,20 @@ class Store:
         self._banks = {}
 
     def _append(self, namespace: str, name: str, bank: Bank) -> None:
+        for round in range(_RELOADS):
+            try:
+                segment = self._published(namespace, name, bank)
+                break
+            except _Collected:  # it slept, or others built upon the commit and have evicted it since
+                if round == _RELOADS - 1:
+                    raise
+        try:
+            bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
+        except (SnapshotDamaged, OSError) as error:
+            # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
+            log.warning("what was just committed cannot be opened: %s", error)
+
+    def _published(self, namespace: str, name: str, bank: Bank) -> SegmentFacts:
         try:
             segment = replace(bank.seal(uuid.uuid4().hex), writer=self.writer)
         except OSError as error:
@@ -312,11 +328,7 @@ class Store:
             return base.with_bank(namespace, name, replace(facts, segments=(*facts.segments, segment)))
 
         self._commit(change)
-        try:
-            bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
-        except (SnapshotDamaged, OSError) as error:
-            # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
-            log.warning("what was just committed cannot be opened: %s", error)
+        return segment
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
         try:
@@ -376,7 +388,7 @@ class Store:
             for file in segment.files:
                 self.folder.size(file.name)
         except FileNotFoundError:
-            raise LLMCacheError(
+            raise _Collected(
                 f"{self.folder.path}: the files of this commit were collected before they were published, "
                 "because this process was stopped for longer than the grace; commit again"
             ) from None
@@ -425,6 +437,10 @@ class Store:
             write_uses(self.folder, self.writer, records)
         except OSError as error:
             log.info("the uses of rows were not kept: %s", error)
+
+
+class _Collected(LLMCacheError):
+    """The files of a commit are gone."""
 
 
 def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -99,7 +100,8 @@ class _Opened:
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:
-        self._folder.close_file(self._descriptor)
+        with suppress(OSError):  # what was read is checked
+            self._folder.close_file(self._descriptor)
 
 
 # -- checking and carrying ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,23 +79,25 @@ def verify(store: str | os.PathLike[str]) -> Verification:
 
     Changes nothing, and needs no lock. SnapshotNotFound where there is no store; FormatTooNew for a later format.
     """
-    folder = opened(Path(store))
-    try:
-        findings = list(_format(folder))
-        history = history_of(folder)
-        findings += _manifests(folder, history)
-        named: list[FileFacts] = []
-        entries = 0
-        for place, facts in banks(history.base or Manifest()).items():
-            named += files_of(facts)
-            entries += sum(one.rows for one in facts.segments)
-            findings += _bank("/".join(place), folder, facts)
-        left, others = _others(folder, history, {one.name for one in named})
-        generation = history.base.generation if history.base else 0
-        size = sum(one.size for one in named)
-        return Verification(generation, entries, len(named), size, others, tuple(findings + left))
-    finally:
-        folder.close()
+    with closing(opened(Path(store))) as folder:
+        return verification(folder)
+
+
+def verification(folder: Folder) -> Verification:
+    """`verify` of the store in a folder that is open."""
+    findings = list(_format(folder))
+    history = history_of(folder)
+    findings += _manifests(folder, history)
+    named: list[FileFacts] = []
+    entries = 0
+    for place, facts in banks(history.base or Manifest()).items():
+        named += files_of(facts)
+        entries += sum(one.rows for one in facts.segments)
+        findings += _bank("/".join(place), folder, facts)
+    left, others = _others(folder, history, {one.name for one in named})
+    generation = history.base.generation if history.base else 0
+    size = sum(one.size for one in named)
+    return Verification(generation, entries, len(named), size, others, tuple(findings + left))
 
 
 def opened(path: Path) -> Folder:

@@ -10,16 +10,23 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmcache.indexes.io import Folder
+from llmcache.indexes.merge import merge
+from llmcache.indexes.repair import repair
+from llmcache.indexes.snapshot import load, save
 from llmcache.indexes.store import Store
 from tests.faults import Tally, calls_of
 from tests.operations import (
@@ -32,7 +39,6 @@ from tests.operations import (
     bank_of,
     check,
     close,
-    fill,
     found_in,
     open_in,
     put,
@@ -57,9 +63,17 @@ def _in_process(*arguments: object) -> Tally:
     return tally
 
 
-def sigkills(operation: Operation, where: Path) -> Tally:
-    """SIGKILL at each call of the operation, in the middle of each write; then recovery. `where` is an empty folder."""
-    return _in_process("each", where, operation.name)
+def sigkills(where: Path, operations: Sequence[Operation] = OPERATIONS) -> Tally:
+    """SIGKILL at each change that each operation makes to the disk, in the middle of each write; then recovery.
+
+    A kill at a call that only looks leaves what one at the next change does. `where` is an empty folder.
+    """
+    names = [one.name for one in operations]
+    tally = Tally()
+    with ThreadPoolExecutor(2) as pool:
+        for one in pool.map(lambda part: _in_process("each", where, *part), (names[::2], names[1::2])):
+            tally += one
+    return tally
 
 
 def random_kills(where: Path, trials: int, seed: int) -> Tally:
@@ -70,99 +84,116 @@ def random_kills(where: Path, trials: int, seed: int) -> Tally:
 # -- at every call ------------------------------------------------------------------------------------------
 
 
-class DeadlyFolder(Folder):
-    """Kills its process at the n-th of the calls that change a disk."""
+_CHANGES = (
+    "_make_parts", "create", "sync", "close_file", "sync_folder", "link", "link_from", "replace", "remove",
+    "set_aside", "rename", "sync_above", "discard", "lock",
+)  # fmt: skip
 
-    left = -1
-    """Calls until then; -1 is never. One count for all folders of a process."""
 
-    def _count(self) -> bool:
-        DeadlyFolder.left -= 1
-        return DeadlyFolder.left == -1
+def arm(left: int) -> None:
+    """Kill this process at its n-th change of the disk. Only for a process that is to die: it is for all folders."""
+    kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+    count = iter(range(left, -1, -1))
 
-    def _die_if_due(self) -> None:
-        if self._count():
-            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(count, None) == 0:
+                kill()
+            return real(*arguments)
 
-    def create(self, name: str) -> int:
-        self._die_if_due()
-        return super().create(name)
+        return call
 
-    def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
-        if self._count():
-            super().write_some(descriptor, data[: len(data) // 2], offset)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().write_some(descriptor, data, offset)
+    def write_some(self: Folder, descriptor: int, data: memoryview, offset: int) -> int:
+        if next(count, None) == 0:
+            real_write(self, descriptor, data[: len(data) // 2], offset)
+            kill()
+        return real_write(self, descriptor, data, offset)
 
-    def sync(self, descriptor: int) -> None:
-        self._die_if_due()
-        super().sync(descriptor)
-
-    def close_file(self, descriptor: int) -> None:
-        self._die_if_due()
-        super().close_file(descriptor)
-
-    def sync_folder(self, sub: str) -> None:
-        self._die_if_due()
-        super().sync_folder(sub)
-
-    def link(self, name: str, new: str) -> None:
-        self._die_if_due()
-        super().link(name, new)
-
-    def replace(self, name: str, new: str) -> None:
-        self._die_if_due()
-        super().replace(name, new)
-
-    def remove(self, name: str) -> None:
-        self._die_if_due()
-        super().remove(name)
-
-    def names(self, sub: str = "") -> list[str]:
-        self._die_if_due()
-        return super().names(sub)
-
-    def read(self, name: str, limit: int) -> bytes:
-        self._die_if_due()
-        return super().read(name, limit)
+    real_write = Folder.write_some
+    Folder.write_some = write_some  # type: ignore[method-assign]
+    for name in _CHANGES:
+        setattr(Folder, name, deadly(getattr(Folder, name)))
 
 
 class RealDisk:
+    """Real folders: the store's own, and others of which the names begin with its."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def folder(self, *, create: bool = False) -> Folder:
-        return DeadlyFolder(self.path, create=create)
+    def _place(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-{name}") if name else self.path
+
+    def folder(self, name: str = "", *, create: bool = False) -> Folder:
+        return Folder(self._place(name), create=create)
+
+    def others(self) -> list[str]:
+        mine = f"{self.path.name}-"
+        return [name.removeprefix(mine) for name in os.listdir(self.path.parent) if name.startswith(mine)]
+
+    def contents(self) -> dict[str, bytes]:
+        found = {}
+        for one in self.path.rglob("*"):
+            with suppress(FileNotFoundError, IsADirectoryError):  # others may be at work
+                found[str(one.relative_to(self.path))] = one.read_bytes()
+        return found
+
+    def age(self, seconds: float) -> None:
+        for one in self.path.rglob("*"):
+            if one.is_file():
+                changed = one.stat().st_mtime - seconds
+                os.utime(one, (changed, changed))
+
+    def watch(self, most: int) -> None:
+        """Nobody looks."""
+
+    def snapshot(self, source: str, target: str, *, copy: bool, check: bool = False) -> None:
+        (load if check else save)(self._place(source), self._place(target), copy=copy)
+
+    def merge(self, sources: Sequence[str], target: str, *, copy: bool) -> None:
+        merge([self._place(name) for name in sources], self._place(target), copy=copy)
+
+    def repair(self) -> None:
+        repair(self.path)
+
+
+_WORDS = {"BEGIN": "begun", "ACK": "acknowledged", "DROP": "doubtful", "GONE": "gone", "PURGED": "purged"}
 
 
 class Diary(Ledger):
     """A ledger whose entries a killed process has already written down."""
 
     def __init__(self, path: Path, ledger: Ledger) -> None:
-        super().__init__(_Written(path, "BEGIN"), _Written(path, "ACK"), _Written(path, "DROP"))
-        set.update(self.begun, ledger.begun)
-        set.update(self.acknowledged, ledger.acknowledged)
+        super().__init__(expected=dict(ledger.expected))
+        self.path = path
+        for word, name in (*_WORDS.items(), ("COPIED", "copied")):
+            setattr(self, name, written := _Written(path, word))
+            set.update(written, getattr(ledger, name))
+
+    def expect(self, name: str, numbers: Iterable[int]) -> None:
+        note(self.path, f"EXPECT {name}", numbers)
+        super().expect(name, numbers)
 
 
-class _Written(set[int]):
+class _Written(set[Any]):
     """A set that appends what is added to a file, in one write."""
 
     def __init__(self, path: Path, word: str) -> None:
         super().__init__()
         self.path, self.word = path, word
 
-    def __ior__(self, numbers: object) -> _Written:  # type: ignore[override]  # only sets of int are added
-        assert isinstance(numbers, set)
-        note(self.path, self.word, numbers)
-        set.update(self, numbers)
+    def __ior__(self, members: object) -> _Written:
+        assert isinstance(members, set)
+        note(self.path, self.word, members)
+        set.update(self, members)
         return self
 
 
-def note(path: Path, word: str, numbers: set[int]) -> None:
+def note(path: Path, word: str, numbers: Iterable[object]) -> None:
     """Append one line, whole, whatever happens to this process next."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(descriptor, f"{word} {' '.join(map(str, sorted(numbers)))}\n".encode())
+        os.write(descriptor, f"{word} {' '.join(map(str, numbers))}\n".encode())
     finally:
         os.close(descriptor)
 
@@ -171,9 +202,23 @@ def ledger_of(path: Path) -> Ledger:
     """What was written down."""
     ledger = Ledger()
     for line in path.read_text().splitlines() if path.exists() else ():
-        word, *numbers = line.split()
-        {"BEGIN": ledger.begun, "ACK": ledger.acknowledged, "DROP": ledger.doubtful}[word].update(map(int, numbers))
+        word, *members = line.split()
+        if word in _WORDS:
+            getattr(ledger, _WORDS[word]).update(map(int, members))
+        elif word == "COPIED":
+            ledger.copied.update(members)
+        else:
+            ledger.expect(members[0], map(int, members[1:]))
     return ledger
+
+
+def note_all(path: Path, ledger: Ledger) -> None:
+    """Write down a whole ledger."""
+    for word, name in _WORDS.items():
+        note(path, word, getattr(ledger, name))
+    note(path, "COPIED", ledger.copied)
+    for name, numbers in ledger.expected.items():
+        note(path, f"EXPECT {name}", numbers)
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -192,23 +237,32 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def _each(where: Path, name: str) -> Tally:
-    (operation,) = (one for one in (*OPERATIONS, *MAINTENANCE) if one.name == name)
+    (operation,) = (one for one in OPERATIONS if one.name == name)
     tally = Tally()
+    os.fsync = lambda fd: None  # a kill loses nothing that was not synced: waiting would show nothing
+    place = where / name.replace(" ", "-")
+    first = RealDisk(place / "first" / "store")
+    first.path.parent.mkdir(parents=True)
+    ledger = operation.prepare(first)
     for at in range(4 * len(calls_of(operation))):
-        path, diary = where / f"store {at}", where / f"diary {at}"
-        ledger = Ledger() if operation.fresh else fill(RealDisk(path))
-        for word, numbers in (("BEGIN", ledger.begun), ("ACK", ledger.acknowledged)):
-            note(diary, word, numbers)
+        disk, diary = RealDisk(place / str(at) / "store"), place / f"diary {at}"
+        shutil.copytree(first.path.parent, disk.path.parent)
+        note_all(diary, ledger)
 
-        def work(path: Path = path, diary: Path = diary, at: int = at, ledger: Ledger = ledger) -> None:
-            DeadlyFolder.left = at
-            operation.run(RealDisk(path), Diary(diary, ledger), [])
+        def work(disk: RealDisk = disk, diary: Path = diary, at: int = at) -> None:
+            told = Diary(diary, ledger)
+            arm(at)
+            operation.run(disk, told, [])
 
         _, status = os.waitpid(forked(work), 0)
         code = os.waitstatus_to_exitcode(status)
         with tally.trial("kills at a call", f"{name}, call {at}"):
             assert code in (0, -signal.SIGKILL), f"the operation ended with {code}"
-            recover(RealDisk(path), ledger_of(diary))
+            after = ledger_of(diary)
+            recover(disk, after)
+            if operation.after:
+                operation.after(disk, after)
+        shutil.rmtree(disk.path.parent)
         if code == 0:
             return tally
     raise AssertionError(f"{name} never ended")
@@ -271,6 +325,7 @@ def _random(where: Path, trials: int, seed: int) -> Tally:
             replay = f"seed {seed}, trial {trial}, half {half}"
             with tally.trial("random kills", replay):
                 ledger = _one_round(path, f"{replay}", 10 * trial + half, chance.uniform(0.02, 0.3), tally)
+                RealDisk(path).age(7200)  # what the killed have left is garbage to the next maintainer
         tally.counts["acknowledged entries"] += len(ledger.acknowledged)
     return tally
 
@@ -284,7 +339,7 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
     ]
     drops = path.parent / f"diary {path.name} drops"
     works += [lambda: _read(path, [*everyone, *diaries, drops])] * 2
-    works += [lambda: _maintain(path, drops)] if MAINTENANCE else []
+    works += [lambda: _maintain(path, drops)]
     children = [forked(work) for work in works]
     patience = time.monotonic() + 5  # a busy machine may take long to start them
     while time.monotonic() < patience and not any(diary.exists() for diary in diaries):
@@ -313,7 +368,9 @@ def _one_round(path: Path, seed: str, turn: int, delay: float, tally: Tally) -> 
 def main(kind: str, where: str, *arguments: str) -> None:
     logging.disable(logging.CRITICAL)
     if kind == "each":
-        tally = _each(Path(where), arguments[0])
+        tally = Tally()
+        for name in arguments:
+            tally += _each(Path(where), name)
     else:
         tally = _random(Path(where), int(arguments[0]), int(arguments[1]))
     sys.stdout.write(json.dumps([tally.counts, tally.failures]) + "\n")

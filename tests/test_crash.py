@@ -51,17 +51,14 @@ def test_another_writer_at_any_call_loses_nothing_and_costs_nothing(
     passed(interleavings(operation), record_property)
 
 
-@by_name
-def test_a_kill_at_any_call_costs_nothing_that_was_acknowledged(
-    operation: Operation, tmp_path: Path, record_property: Record
-) -> None:
-    passed(sigkills(operation, tmp_path), record_property)
+def test_a_kill_at_any_call_costs_nothing_that_was_acknowledged(tmp_path: Path, record_property: Record) -> None:
+    passed(sigkills(tmp_path), record_property)
 
 
-def test_writers_and_readers_killed_at_a_random_time_lose_nothing_that_was_acknowledged(
+def test_writers_readers_and_a_maintainer_killed_at_a_random_time_lose_nothing_that_was_acknowledged(
     tmp_path: Path, record_property: Record
 ) -> None:
     tally = random_kills(tmp_path, trials=60, seed=1)
-    assert tally.counts["kills"] >= 60 * 2 * 6
+    assert tally.counts["kills"] >= 60 * 2 * 7
     assert tally.counts["acknowledged commits"] > 20
     passed(tally, record_property)

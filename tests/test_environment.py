@@ -17,19 +17,10 @@ import pytest
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
 from llmcache.indexes.io import Folder
 from llmcache.indexes.store import Store
+from tests.kills import RealDisk
 from tests.operations import FEATURES, Ledger, bank_of, check, check_near, close, commit, open_in, values_of
 
 ROOT = Path(__file__).parent.parent
-
-
-class Disk:
-    """A store in a real folder, opened as users do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def folder(self, *, create: bool = False) -> Folder:
-        return Folder(self.path, create=create)
 
 
 def in_child(work: str, path: Path, **settings: object) -> str:
@@ -60,7 +51,7 @@ def mounted(where: Path, *arguments: str) -> Iterator[Path]:
 def filled(path: Path, segments: int = 3) -> Ledger:
     """A store with 20 entries in each of some segments."""
     ledger, stores = Ledger(), list[Store]()
-    store = open_in(Disk(path), stores, create=True)
+    store = open_in(RealDisk(path), stores, create=True)
     for i in range(segments):
         commit(store, ledger, range(20 * i, 20 * i + 20))
     bank_of(store).nearest(values_of([1])[:, :FEATURES], 1)
@@ -72,7 +63,7 @@ def filled(path: Path, segments: int = 3) -> Ledger:
 def served(path: Path, ledger: Ledger, universe: range = range(4000)) -> None:
     """A reader who comes now finds all that was acknowledged, and nothing else."""
     stores: list[Store] = []
-    check(open_in(Disk(path), stores), ledger, universe)
+    check(open_in(RealDisk(path), stores), ledger, universe)
     check_near(stores[0], sorted(ledger.acknowledged)[:5])
     close(stores)
 
@@ -86,7 +77,7 @@ def write_until_full(path: Path, limit: int = 0) -> None:
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself; a write then fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    store = open_in(Disk(path), stores)
+    store = open_in(RealDisk(path), stores)
 
     def commit_for_ever() -> None:
         first, size = 100, 50
@@ -111,7 +102,7 @@ def read_and_try_to_write(path: Path) -> None:
     acknowledged = set(range(60))
     ledger, stores = Ledger(acknowledged, set(acknowledged)), list[Store]()
     served(path, ledger)
-    store = open_in(Disk(path), stores)
+    store = open_in(RealDisk(path), stores)
     store.write_counters({"hits": 1})
     with pytest.raises(StoreFenced, match=r"Read-only|Permission denied") as caught:
         commit(store, ledger, range(100, 110))
@@ -129,7 +120,7 @@ def open_with_few_descriptors(path: Path, segments: int, limit: int = 64) -> Non
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     for first in (3000, 3010):
         stores: list[Store] = []
-        store = open_in(Disk(path), stores)
+        store = open_in(RealDisk(path), stores)
         check(store, ledger, range(4000))
         check_near(store, range(0, 20 * segments, 20))
         commit(store, ledger, range(first, first + 10))
@@ -140,7 +131,7 @@ def open_with_few_descriptors(path: Path, segments: int, limit: int = 64) -> Non
 def use_without_descriptors(path: Path) -> None:
     """With none to be had, opening is refused; a store that is open serves what it has, and is fenced by a commit."""
     ledger, stores = Ledger(set(range(60)), set(range(60))), list[Store]()
-    store = open_in(Disk(path), stores)
+    store = open_in(RealDisk(path), stores)
     check(store, ledger, range(200))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -204,14 +195,14 @@ def test_an_open_store_keeps_no_descriptor_for_its_files(tmp_path: Path) -> None
     filled(tmp_path / "store", segments=10)
     before = len(os.listdir("/proc/self/fd"))
     stores: list[Store] = []
-    check_near(open_in(Disk(tmp_path / "store"), stores), [1, 50])
+    check_near(open_in(RealDisk(tmp_path / "store"), stores), [1, 50])
     assert len(os.listdir("/proc/self/fd")) - before <= 1 + 3  # the folder and its parts
     close(stores)
 
 
 def test_a_device_that_is_always_full_is_a_full_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger, stores = filled(tmp_path / "store"), list[Store]()
-    store = open_in(Disk(tmp_path / "store"), stores)
+    store = open_in(RealDisk(tmp_path / "store"), stores)
     full = os.open("/dev/full", os.O_WRONLY)
     real: Callable[..., int] = Folder.write_some
     with monkeypatch.context() as patch:

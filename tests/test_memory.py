@@ -69,7 +69,7 @@ def test_a_folder_in_memory_answers_as_a_real_one(tmp_path: Path) -> None:
 
 def test_a_folder_in_memory_has_every_call_of_a_real_one() -> None:
     public = {name for name, value in vars(Folder).items() if callable(value) and not name.startswith("_")}
-    assert public - {"write"} <= set(vars(MemoryFolder))
+    assert public - {"write", "move_to"} <= set(vars(MemoryFolder))
 
 
 def test_a_power_loss_keeps_what_was_synced_and_any_part_of_the_rest() -> None:

@@ -44,10 +44,10 @@ PUT = next(one for one in OPERATIONS if one.name == "put and commit")
 def _apart() -> Iterator[None]:
     """What other tests keep must not have been made with a bug."""
     logging.disable(logging.CRITICAL)
-    for cached in (operations.key_of, faults._filled):
+    for cached in (operations.key_of, faults._prepared):
         cached.cache_clear()
     yield
-    for cached in (operations.key_of, faults._filled):
+    for cached in (operations.key_of, faults._prepared):
         cached.cache_clear()
     logging.disable(logging.NOTSET)
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from llmcache.indexes.errors import ForkedStoreError, StoreFenced, StoreFull
+from llmcache.indexes.errors import ForkedStoreError, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
 from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
 from llmcache.indexes.store import Store
 from tests.operations import (
@@ -27,9 +27,11 @@ from tests.operations import (
     MAINTENANCE,
     Ledger,
     MemoryDisk,
+    Operation,
     Violation,
     bank_of,
     check,
+    commit,
     found_in,
     key_of,
     open_in,
@@ -52,6 +54,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = open_in(MemoryDisk(self.memory), [], create=True)
         bank_of(self.store)
         self.seen: set[int] = set()  # acknowledged when the store was opened, or by itself since
+        self.flipped = False  # a byte of a file: what needs the whole store may then refuse
+        self.others = 0  # stores that were made beside this one
 
     def _fresh(self, count: int) -> range:
         self.next += count
@@ -160,8 +164,11 @@ class StoreMachine(RuleBasedStateMachine):
                 self.ledger.acknowledged |= self.waiting
         except PowerLoss:
             pass
-        self.memory = self.memory.killed() if state < 0 else [*self.memory.crash_states(seed, state + 1)][state]
+        self.memory = self._after(seed, state)
         self._open()
+
+    def _after(self, seed: int, state: int) -> MemoryFolder:
+        return self.memory.killed() if state < 0 else [*self.memory.crash_states(seed, state + 1)][state]
 
     @rule(which=st.integers(0, 100), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
     def flip_a_bit(self, which: int, place: int, bit: int) -> None:
@@ -172,7 +179,8 @@ class StoreMachine(RuleBasedStateMachine):
         if not names:
             return
         name = names[which % len(names)]
-        if name.endswith((".seg", ".row", ".key")):
+        self.flipped = True
+        if name.endswith((".seg", ".row", ".key", ".alive")):
             self.ledger.doubtful |= self._entries_of(name[4:36])
         data = bytearray(self.memory.read(name, 1 << 20))
         data[place % len(data)] ^= 1 << bit
@@ -189,13 +197,67 @@ class StoreMachine(RuleBasedStateMachine):
         records = self.memory.read(f"seg/{segment}.row", 1 << 20)
         return {number for number in self.universe if key_of(number, "tokens", IDENTITY) in records}
 
-    @precondition(lambda self: bool(MAINTENANCE))
-    @rule(which=st.integers(0, 9))
-    def maintain(self, which: int) -> None:
-        """Evict, compact, gc, merge: whatever the table has."""
-        operation = MAINTENANCE[which % len(MAINTENANCE)]
+    # -- maintenance ----------------------------------------------------------------------------------------
+
+    @rule(operation=st.sampled_from(MAINTENANCE), hours=st.integers(0, 2))
+    def maintain(self, operation: Operation, hours: int) -> None:
+        """Evict, compact, gc; the open store goes on with what it has."""
+        self.memory.time += 3600 * hours
         operation.run(MemoryDisk(self.memory), self.ledger, [])
+
+    @rule(
+        operation=st.sampled_from(MAINTENANCE),
+        after=st.integers(0, 120),
+        code=st.sampled_from([0, errno.ENOSPC, errno.EIO]),
+        forever=st.booleans(),
+        seed=st.integers(0, 1000),
+        state=st.integers(-1, 9),
+    )
+    def maintain_until_it_fails(
+        self, operation: Operation, after: int, code: int, forever: bool, seed: int, state: int
+    ) -> None:
+        """A full disk, one that fails, or (code 0) a kill or a power loss at one of its calls."""
+        self.memory.fault = Fault(len(self.memory.calls) + after, code, forever)
+        try:
+            operation.run(MemoryDisk(self.memory), self.ledger, [])
+        except LLMCacheError as error:
+            if not code:
+                raise Violation("nothing has failed") from error
+        except PowerLoss:
+            pass
+        self.memory.fault = None
+        if not code:
+            self.memory = self._after(seed, state)
+            self._open()
+
+    @rule(count=st.integers(1, 8), copy=st.booleans(), shared=st.integers(0, 2))
+    def merge(self, count: int, copy: bool, shared: int) -> None:
+        """Another worker's store, of which some entries are here already, comes in."""
+        self.others += 1
+        name, numbers = f"other{self.others}", [*sorted(self.ledger.acknowledged)[:shared], *self._fresh(count)]
+        other = open_in(MemoryDisk(self.memory), [], create=True, name=name)
+        commit(other, Ledger(), numbers)
+        self.ledger.begun |= set(numbers)
+        try:
+            MemoryDisk(self.memory).merge([name], "", copy=copy)
+        except SnapshotDamaged:  # of a store with damage nobody can say what is in it already
+            if not self.flipped:
+                raise
+        else:
+            self.ledger.acknowledged |= set(numbers)
+            # a shared one may only be damaged here in segments that are doubtful, or is there
+
+    @rule()
+    def reload(self) -> None:
+        self.store.reload()
+        self.seen = set(self.ledger.acknowledged)
+
+    @rule()
+    def repair(self) -> None:
+        """Takes out what is damaged, and nothing else."""
+        MemoryDisk(self.memory).repair()
         self._open()
+        self.flipped = False
 
     # -- what is always true --------------------------------------------------------------------------------
 

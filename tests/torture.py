@@ -69,7 +69,7 @@ def one_round(number: int, until: float) -> Tally:
         partial(power_losses, operation, chance.randint(25, 100), number, chance.randint(1, 10)),
         partial(faults, operation, chance.sample(MORE_CODES, 3), chance.randint(1, 8)),
         partial(interleavings, operation),
-        lambda: sigkills(operation, place()),
+        lambda: sigkills(place(), [operation]),
         partial(random_kills, place(), chance.randint(10, 60), number),
         partial(damaged, place(), number, 0, 10 * chance.randint(20, 100)),
         partial(steps_at_random, number, chance.randint(20, 200), chance.randint(20, 60)),
