@@ -235,7 +235,6 @@ def test_perplexity_of_all_of_the_sample_is_equal_to_four_digits(tier: Opener) -
     model, tokenizer = real("stories260k-llama")
     text = running_text()
     alone = perplexity(model, tokenizer, text, window=512)
-    assert 3.3 < alone < 3.9  # the model has learnt to read
     one = tier(model, block=16)
     for _ in range(2):
         found = perplexity(model, tokenizer, text, window=512, attached=one.attached)
