@@ -56,7 +56,7 @@ class Prefixes:
     """The forward of a causal trunk that computes only what no row began with before.
 
     Rows of a call that begin alike share what one of them computes; beginnings that the store has are restored from
-    blocks of tokens. What is computed is stored. Results carry no gradient, and are zeros beside the tokens.
+    blocks of tokens. What is computed is stored. Final states carry no gradient, and are zeros beside the tokens.
     """
 
     def __init__(

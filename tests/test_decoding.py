@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmcache.bench_decoding import choices, prefill
 from llmcache.decoding import Scores, generate, padded, perplexity, score
 from llmcache.errors import ConfigError
 from tests.conftest import DATA
@@ -252,3 +253,16 @@ def test_perplexity_of_nothing_says_so() -> None:
 def test_scores_divide_by_tokens() -> None:
     found = Scores(np.array([[-4.0, -np.inf]]), np.array([[2, 0]]))
     assert found.per_token.tolist() == [[-2.0, -np.inf]]
+
+
+def test_the_benchmarks_compare_equal_results() -> None:
+    model, tokenizer = real("stories260k-llama")
+    text = "Once upon a time there was a little girl named Lily. She liked to play in the park with her big red ball."
+    requests = [(text[i:], f"What did {name} see?") for i in (0, 5) for name in ("Lily", "Tom", "the cat")]
+    reports = prefill(model, tokenizer, requests, rows=2)
+    assert [one["name"] for one in reports] == ["plain", "first pass", "known paragraphs", "repeated"]
+    assert reports[2]["restored"] > 0
+    assert reports[3]["computed"] == 0
+    asked = choices(model, tokenizer, [("Once upon a", [" time", " cat"]), ("Lily went to the", [" park", " sun"])])
+    assert all(one["same_choices"] == 2 for one in asked)
+    assert all(one["relative_difference"] < 1e-4 for one in reports + asked)

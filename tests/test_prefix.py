@@ -425,3 +425,26 @@ def test_results_do_not_alias_what_is_stored(tier: Opener) -> None:
     again = one(**call)
     assert_same(again, expected, call["attention_mask"])
     assert_same_cache(again, expected, call["attention_mask"])
+
+
+def test_looking_at_a_model_changes_nothing_in_it() -> None:
+    trunk = seeded("llama").get_decoder().train()
+    trunk.layers[1].eval()
+    before = [one.training for one in trunk.modules()]
+    trunk.config.use_cache = False
+    shape = shape_of(trunk)
+    assert [one.training for one in trunk.modules()] == before
+    assert shape.record == 3 * 2 * 2 * 8 + 32
+    assert shape.facts.dtype == "float32"
+
+
+def test_final_states_beside_the_tokens_are_zeros_also_on_the_left(tier: Opener) -> None:
+    one = tier(seeded("gpt2"), forward_cost=1000)  # one forward, in the layout of the call
+    call = batch(MIXED)
+    forward = one.model.transformer.forward
+    with torch.no_grad():
+        states = [one.prefixes.forward(forward, call).last_hidden_state for _ in range(2)]
+    assert one.prefixes.counters.forwards == 1
+    for found in states:
+        assert not found[call["attention_mask"] == 0].any()
+        assert found[call["attention_mask"] == 1].any(-1).all()
