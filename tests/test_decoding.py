@@ -16,9 +16,9 @@ from llmcache.bench_decoding import choices, prefill
 from llmcache.decoding import Scores, generate, padded, perplexity, score
 from llmcache.errors import ConfigError
 from tests.conftest import DATA
-from tests.test_prefix import MODELS, Opener, assert_same, seeded, tier
+from tests.test_prefix import MODELS, Opener, assert_same, one_thread, seeded, tier
 
-__all__ = ["tier"]  # the fixture
+__all__ = ["one_thread", "tier"]  # fixtures
 
 REAL = ["stories260k-llama", "babyllama105-llama", "slm4096-gpt2"]
 

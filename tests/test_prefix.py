@@ -103,6 +103,15 @@ class Tier:
 Opener = Callable[..., Tier]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models gain nothing from a second thread, and lose much to it on a machine that others use too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Opener]:
     """Puts a prefix tier on a model, with a store in the folder of the test; everything is closed at the end."""
