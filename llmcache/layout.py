@@ -85,7 +85,7 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
         fits = type(past) is DynamicCache and all(
             type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in past.layers
         )
-        if not fits:
+        if not fits or getattr(past, "offloading", False):
             return f"its cache is a {type(past).__name__} that cannot be filled"
         if past.get_seq_length():
             return "it goes on from keys and values that it brings"

@@ -345,6 +345,9 @@ def test_a_step_of_decoding_a_static_cache_training_and_autocast_go_to_the_model
     assert "goes on" in str(prefixes.refuses({"input_ids": ids[:, :1], "past_key_values": past}))
     static = StaticCache(config=model.config, max_cache_len=16)
     assert "StaticCache" in str(prefixes.refuses({"input_ids": ids, "past_key_values": static}))
+    offloading = DynamicCache(config=model.config)
+    offloading.offloading = True
+    assert "cannot be filled" in str(prefixes.refuses({"input_ids": ids, "past_key_values": offloading}))
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in str(prefixes.refuses({"input_ids": ids}))
     model.train()
