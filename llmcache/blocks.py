@@ -205,13 +205,14 @@ def shape_of(trunk: nn.Module) -> Shape:
     if reason:
         raise ConfigError(f"{type(trunk).__name__} has no beginnings to reuse: {reason}")
     takes = "position_ids" in signature(trunk.forward).parameters
-    training = trunk.training
+    modes = [(one, one.training) for one in trunk.modules()]
     trunk.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a model keeps for later must be of use in training too
             return _probed(trunk, takes)
     finally:
-        trunk.train(training)
+        for one, training in modes:
+            one.training = training
 
 
 def _unfit(config: Any) -> str | None:
@@ -220,8 +221,6 @@ def _unfit(config: Any) -> str | None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         return "it attends to an encoder"
     text = config.get_text_config(decoder=True)
-    if not getattr(text, "use_cache", True):
-        return "its configuration says use_cache=False"
     try:
         others = set(get_layer_types_and_kwargs(text)[0]) - _LAYERS
     except (AttributeError, TypeError) as error:

@@ -167,23 +167,45 @@ def _likelihoods(
 
     rows: ids, and how many of them count. The last id is never given to the model: nothing asks what follows it.
     """
-    keeps = "logits_to_keep" in signature(model.forward).parameters
-    # rows that begin alike next to each other, then of like length: a batch shares what its rows have in common
+    takes_positions = "position_ids" in signature(model.forward).parameters
+    # rows that begin alike next to each other: a batch shares what its rows have in common
     order = _by_length_and_beginning(rows)
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         ids, mask = padded([rows[i][0][:-1] for i in chosen], _padding(model, tokenizer), model.device)
         counted = [rows[i][1] for i in chosen]
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "position_ids" in signature(model.forward).parameters:
+        if takes_positions:
             call["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        if keeps:
-            call["logits_to_keep"] = max(counted)
-        logits = model(**call).logits
-        for row, (i, n) in enumerate(zip(chosen, counted, strict=True)):
-            wanted = torch.tensor(rows[i][0][-n:], device=logits.device)
-            likely = torch.log_softmax(logits[row, -n:].float(), -1).gather(1, wanted[:, None])
-            yield i, likely[:, 0].double().cpu().numpy()
+        of = np.repeat(np.arange(len(chosen)), counted)
+        columns = np.concatenate([np.arange(ids.shape[1] - n, ids.shape[1]) for n in counted])
+        wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
+        logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
+        likely = torch.log_softmax(logits.float(), -1).gather(1, torch.from_numpy(wanted)[:, None].to(logits.device))
+        values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
+        yield from zip(chosen, values, strict=True)
+
+
+def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    """Logits [n, vocabulary] at these places of a call. The head, a third of a small model, is computed for no others.
+
+    `logits_to_keep` could only say the same columns for all rows.
+    """
+
+    def pick(_: Any, __: Any, output: Any) -> Any:
+        states = getattr(output, "last_hidden_state", None)
+        if states is not None:
+            output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)][None]
+        return output
+
+    hook = model.get_decoder().register_forward_hook(pick)
+    try:
+        logits: Tensor = model(**call).logits
+    finally:
+        hook.remove()
+    if logits.shape[:2] == (1, len(rows)):
+        return logits[0]
+    return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that knows no decoder of its own
 
 
 def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]:

@@ -47,7 +47,10 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
     ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return "it has no token ids [rows, columns]"
-    table = ids.cpu().numpy().astype(np.int32)
+    given_ids = ids.cpu().numpy()
+    table = given_ids.astype(np.int32)
+    if (table != given_ids).any():
+        return "its token ids do not fit into 32 bits"
     columns = np.arange(table.shape[1])
     here = np.ones(table.shape, np.bool_)
     if mask is not None:
@@ -70,8 +73,8 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
     return Layout(table, firsts.tolist(), lengths.tolist(), starts.tolist())
 
 
-def unfit(call: Mapping[str, Any], trunk: Any) -> str | None:
-    """Why a call cannot be answered from keys and values, apart from its tokens; None where it can."""
+def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None:
+    """Why a call cannot be answered from keys and values, apart from its tokens; None where it can. dtype: of these."""
     others = {name for name, value in call.items() if name not in _KNOWN and value is not None and value is not False}
     if call.get("is_causal") is True:
         others.discard("is_causal")
@@ -82,18 +85,22 @@ def unfit(call: Mapping[str, Any], trunk: Any) -> str | None:
         fits = type(past) is DynamicCache and all(
             type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in past.layers
         )
-        if not fits:
+        if not fits or getattr(past, "offloading", False):
             return f"its cache is a {type(past).__name__} that cannot be filled"
         if past.get_seq_length():
             return "it goes on from keys and values that it brings"
     if trunk.training:
         return "the model is in training mode"
+    if torch.is_grad_enabled() and any(one.requires_grad for one in trunk.parameters()):
+        return "gradients are wanted; run it under torch.no_grad() or torch.inference_mode()"
     if call.get("return_dict") is False or not getattr(trunk.config, "return_dict", True):
         return "it wants a tuple"
     if any(getattr(trunk.config, f"output_{one}", False) for one in ("attentions", "hidden_states")):
         return "its configuration asks for attentions or hidden states"
     if trunk.config._attn_implementation not in _ATTENTION:
         return f"its attention is {trunk.config._attn_implementation}"
+    if trunk.dtype != dtype:
+        return f"the model is {trunk.dtype} by now, and was {dtype}"
     ids = call.get("input_ids")
     if isinstance(ids, Tensor) and torch.is_autocast_enabled(ids.device.type):
         return "autocast is on"

@@ -90,7 +90,7 @@ class Waves:
                 continue
             chosen.append(row)
             shared = len(row)
-        return chosen if gained >= max(self._forward, left // 10) else pending
+        return chosen if gained >= max(2 * self._forward, left // 10) else pending
 
     def _settle(self, order: Iterable[int], step: int) -> None:
         """Let the rows that wait know what their nearest neighbour on one side that was computed has for them."""
