@@ -125,7 +125,7 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @torch.compiler.disable  # what a compiled function around the model calls is this, as it is
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller calls this as it is
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
@@ -149,7 +149,8 @@ class Attachment:
                 return self._decode(call)
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-        return forward
+        stand_in: Callable[..., Any] = forward
+        return stand_in
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self._signature.bind(*args, **kwargs)

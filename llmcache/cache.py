@@ -284,6 +284,8 @@ class LLMCache:
     def generate(self, prompts: Sequence[str], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
         """What `model.generate` writes after each prompt; beginnings that were computed before are restored.
 
+        Of an encoder-decoder what it makes of each text; its encoder's states are reused.
+
         generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
         ConfigError when the model does not generate, or there is no tokenizer.
         """
@@ -299,22 +301,23 @@ class LLMCache:
 
         choices: the same for all prompts, or a list for each. `Scores.total.argmax(1)` are the choices made.
         """
-        model, tokenizer = self._decoder()
+        model, tokenizer = self._decoder(causal=True)
         return decoding.score(model, tokenizer, prompts, choices, attached=self.attached, batch_size=batch_size)
 
     def perplexity(
         self, texts: str | Sequence[str], *, window: int, stride: int | None = None, batch_size: int = 8
     ) -> float:
         """exp of the mean negative log-likelihood per token, over texts cut into windows of tokens."""
-        model, tokenizer = self._decoder()
+        model, tokenizer = self._decoder(causal=True)
         return decoding.perplexity(
             model, tokenizer, texts, window=window, stride=stride, attached=self.attached, batch_size=batch_size
         )
 
-    def _decoder(self) -> tuple[Any, Any]:
+    def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         self._check_open()
-        if not hasattr(self.model, "generate") or isinstance(self.model, SentenceTransformer):
-            raise ConfigError(f"a {type(self.model).__name__} writes no text; open the cache with a causal model")
+        other = causal and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if other or not hasattr(self.model, "generate") or isinstance(self.model, SentenceTransformer):
+            raise ConfigError(f"a {type(self.model).__name__} cannot do this; open the cache with a causal model")
         if self.tokenizer is None:
             raise ConfigError("prompts need a tokenizer; open the cache with tokenizer=...")
         return self.model, self.tokenizer

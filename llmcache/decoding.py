@@ -60,19 +60,22 @@ def generate(
 ) -> Generated:
     """What `model.generate` writes after each prompt, in batches in the order given, padded on the left.
 
+    Of an encoder-decoder what it makes of each text, padded on the right, since its encoder counts from the left.
     generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt. A prompt
     that is too long for the model ends in the model's own error.
     """
     _check_batch_size(batch_size)
-    rows = [_ids(tokenizer, prompt) for prompt in prompts]
+    whole = bool(getattr(model.config, "is_encoder_decoder", False))
+    rows = [list(tokenizer(prompt)["input_ids"]) if whole else _ids(tokenizer, prompt) for prompt in prompts]
     answers: list[NDArray[np.int64]] = []
     with torch.inference_mode(), attached():
         for start in range(0, len(rows), batch_size):
-            ids, mask = padded(rows[start : start + batch_size], _padding(model, tokenizer), model.device)
+            some = rows[start : start + batch_size]
+            ids, mask = padded(some, _padding(model, tokenizer), model.device, left=not whole)
             given = {"pad_token_id": _padding(model, tokenizer), **generate_kwargs}
             found = model.generate(input_ids=ids, attention_mask=mask, **given)
             found = found if isinstance(found, Tensor) else found.sequences
-            answers += list(found[:, ids.shape[1] :].cpu().numpy())
+            answers += list(found[:, 0 if whole else ids.shape[1] :].cpu().numpy())
     return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in answers], answers)
 
 
@@ -220,13 +223,14 @@ def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]
 # -- tokens -------------------------------------------------------------------------------------------------
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [rows, columns], padded on the left."""
+def padded(rows: Sequence[Sequence[int]], padding: int, device: Any, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [rows, columns], padded on the left, or on the right."""
     columns = max(map(len, rows))
     ids = np.full((len(rows), columns), padding, np.int64)
     mask = np.zeros((len(rows), columns), np.int64)
     for i, row in enumerate(rows):
-        ids[i, columns - len(row) :], mask[i, columns - len(row) :] = row, 1
+        here = slice(columns - len(row), columns) if left else slice(len(row))
+        ids[i, here], mask[i, here] = row, 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
