@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,7 +58,6 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
         return Garbage({}, 0, damaged)
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
-    certain = _dropped(known)
     for pair in pairwise(known):
         # of the younger of the two: a writer that lost with a used number (manifests.commit) publishes again soon
         since = max(found.get(manifests.generation_name(each.generation), (0, now))[1] for each in pair)
@@ -68,7 +66,7 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
             named |= one.files
             kept.add(one.generation)
         else:
-            dropped |= one.files & certain
+            dropped |= one.files  # nobody names them again: `once` in manifests.commit
     pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
     def goes(name: str, changed: float) -> bool:
@@ -81,17 +79,6 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
 
     sizes = {name: size for name, (size, changed) in found.items() if goes(name, changed)}
     return Garbage(sizes, len(pruned), ())
-
-
-def _dropped(known: list[Manifest]) -> set[str]:
-    """Files that were certainly part of the store before the newest manifest: its parent names them, or two others do.
-
-    What only one other names may be of a writer that lost with a used number (manifests.commit), and is about to
-    publish the same files again.
-    """
-    named = Counter(name for one in known[1:] for name in one.files)
-    parent = [one.files for one in known[1:] if one.generation == known[0].parent]
-    return set().union(*parent) | {name for name, times in named.items() if times > 1}
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:

@@ -319,6 +319,10 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
 # -- generations --------------------------------------------------------------------------------------------
 
 
+class Republished(CommitConflict):
+    """A commit was linked, is not part of the store, and its files are not to be named again."""
+
+
 def generation_name(generation: int) -> str:
     return f"m-{generation:012d}.json"
 
@@ -373,6 +377,7 @@ def commit(
     key: bytes | None = None,
     signed_base: bool = False,
     salvaged: Manifest | None = None,
+    once: bool = False,
 ) -> Manifest:
     """Publish `change(newest manifest)` as the next generation and return it once it is durable.
 
@@ -382,6 +387,7 @@ def commit(
     key: sign the manifest with it. signed_base: go on from manifests signed with it only, so that a stranger's changes
     never get our signature; where the owner alone can write, an unsigned base is fine.
     salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
+    once: the change names files of its own, which no second manifest may name anew: Republished where one would.
     StoreFenced or StoreFull when a write fails; what was committed before is untouched.
 
     Old manifests are removed (`maintenance.gc`), so that a number can become free again. A writer that listed
@@ -392,6 +398,9 @@ def commit(
     is listed, either somebody built on this commit in the meantime, and the change is part of the newest manifest
     already; or the number was a used one, and the change is published again on top of the newest. Nothing needs to
     tell the two apart, since changes are idempotent, and a manifest that lost is just an old one to everybody else.
+
+    Just an old one: whoever collects may remove at once the files that it names and the newest does not. So files
+    that were named by a manifest which lost must not be named by another one; the writer makes them anew (`once`).
     """
     linked = False
     for _ in range(_ROUNDS):
@@ -412,6 +421,10 @@ def commit(
         changed = change(base)
         if linked and changed == base:
             return base
+        if linked and once:
+            raise Republished(
+                f"{generation_name(base.generation)} and others were there before; what this names may be gone"
+            )
         new = replace(
             changed,
             generation=generation,

@@ -285,7 +285,7 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
         now = manifests.newest(folder, listed)[0] if listed else Manifest()
         if derived or change(now) != now:
             committing = True
-            manifests.commit(folder, uuid.uuid4().hex, change)
+            manifests.commit(folder, uuid.uuid4().hex, change, once=True)
     except BaseException:
         if not (committing and _named(folder, made)):
             for name in made:

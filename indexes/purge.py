@@ -11,6 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.eviction import waiting_lock
 from llmcache.indexes.io import QUARANTINE, Folder
 from llmcache.indexes.manifest import (
     BankFacts,
@@ -88,9 +90,9 @@ def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
 
     A writer may commit meanwhile, so it is looked again until the newest manifest has nothing of it.
     ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be
-    there, and all that was to stay is.
+    there, and all that was to stay is. Busy: another process evicts, compacts or collects.
     """
-    with fencing():
+    with fencing(), nullcontext() if dry_run else waiting_lock(store.folder):
         return _purged(store, doomed, dry_run=dry_run)
 
 

@@ -305,7 +305,7 @@ class Store:
             try:
                 segment = self._published(namespace, name, bank)
                 break
-            except _Collected:  # it slept, or others built upon the commit and have evicted it since
+            except (_Collected, manifests.Republished):  # it slept, or others have evicted the commit since
                 if round == _RELOADS - 1:
                     raise
         try:
@@ -327,7 +327,7 @@ class Store:
             self._check_files(segment)
             return base.with_bank(namespace, name, replace(facts, segments=(*facts.segments, segment)))
 
-        self._commit(change)
+        self._commit(change, once=True)
         return segment
 
     def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
@@ -361,13 +361,15 @@ class Store:
             except OSError as error:
                 log.info("%s was not removed: %s", old, error)
 
-    def _commit(self, change: Callable[[Manifest], Manifest]) -> None:
+    def _commit(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> None:
         self._check()
         if self._fenced:
             raise self._fenced
         try:
             signed = self.trust == "signed"
-            self.manifest = manifests.commit(self.folder, self.writer, change, key=self._key, signed_base=signed)
+            self.manifest = manifests.commit(
+                self.folder, self.writer, change, key=self._key, signed_base=signed, once=once
+            )
         except StoreFenced as error:
             self._fenced = error
             raise

@@ -183,7 +183,7 @@ def _publish(folder: Folder, new: Manifest, base: Manifest, generation: int) -> 
 
 
 def stale_base(patch: Patch) -> None:
-    def commit(self: Store, change: Callable[[Manifest], Manifest]) -> None:
+    def commit(self: Store, change: Callable[[Manifest], Manifest], **asked: Any) -> None:
         while True:
             number = max(generations(self.folder), default=0) + 1
             if _publish(self.folder, change(self.manifest), self.manifest, number):
