@@ -111,7 +111,6 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @torch.compiler.disable  # what a compiled function around the model calls is this, as it is
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
@@ -128,7 +127,8 @@ class Attachment:
                 self._anatomies.clear()
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-        return forward
+        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # also in a compiled function around the model
+        return uncompiled
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self._signature.bind(*args, **kwargs)

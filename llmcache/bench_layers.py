@@ -127,19 +127,18 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
             trunk(**some(at_middle))
         with LLMCache.open(path, model, config=CacheConfig(layers=(last,))) as cache, cache.attached():
             trunk(**some(at_output))
-        with LLMCache.open(path, model, config=CacheConfig(layers=(middle, last))) as cache:
-            with cache.attached() as attachment:
-                before = cache.stats().counters.model_seconds
-                own, _ = _timed(remaining)
-                took, output = _timed(lambda: trunk(**inputs))
-                counters = cache.stats().counters
-                entered = attachment.entered
+        config = CacheConfig(layers=(middle, last))
+        with LLMCache.open(path, model, config=config) as cache, cache.attached() as attachment:
+            own, _ = _timed(remaining)
+            took, output = _timed(lambda: trunk(**inputs))
+            of_model = cache.stats().counters.model_seconds
+            entered = attachment.entered
         shutil.rmtree(path)
         worst = max(worst, _difference(output.last_hidden_state, expected, lengths))
         if round_:  # the first one warms up
             seconds.append(took)
             base.append(own)
-            model_seconds.append(counters.model_seconds - before)
+            model_seconds.append(of_model)
     rows = int((last + 1 - entered).sum())
     padded = BATCH * (last + 1)
     plain = [_timed(lambda: trunk(**inputs))[0] for _ in range(repeats)]
