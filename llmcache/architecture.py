@@ -132,6 +132,8 @@ def _inner(model: Module) -> tuple[Module, str]:
         inner = outer.get_encoder()
     else:
         inner = getattr(outer, getattr(outer, "base_model_prefix", "") or " ", outer)
+        if hasattr(inner, "get_decoder"):  # of OPT it is what the model with a head calls; of most, the same module
+            inner = inner.get_decoder() or inner
     return inner, places.get(id(inner), "")
 
 

@@ -125,7 +125,6 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller calls this as it is
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
@@ -149,8 +148,8 @@ class Attachment:
                 return self._decode(call)
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-        stand_in: Callable[..., Any] = forward
-        return stand_in
+        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # also in a compiled function around the model
+        return uncompiled
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self._signature.bind(*args, **kwargs)

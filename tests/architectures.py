@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import transformers as t
+import transformers
 from torch import Tensor, nn
 
-_SIZES = {
+t: Any = transformers  # whose configurations take more than they declare
+_SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -134,9 +135,9 @@ def rows(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def states(model: nn.Module, ids: Tensor, mask: Tensor | None, **others: Any) -> Tensor:
+def states(model: Any, ids: Tensor, mask: Tensor | None, **others: Any) -> Tensor:
     """The last states of a model's trunk, of an encoder-decoder those of its encoder: [rows, tokens, width]."""
-    encoder = model.get_encoder() if type(model).__name__ == "BartModel" else model
+    encoder: Any = model.get_encoder() if type(model).__name__ == "BartModel" else model
     config = getattr(encoder, "config", None)
     if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
         others["use_cache"] = False

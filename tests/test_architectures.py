@@ -147,7 +147,8 @@ class UNet(Named):
         states = [self.embedding(input_ids)]
         for step in self.steps:
             states.append(step(states[-1]) + states[0])
-        return step(states[1] + states[3])
+        found: Tensor = step(states[1] + states[3])
+        return found
 
 
 def test_the_list_of_layers_can_be_named(store: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_wrong_name_of_the_layers_is_answered_with_those_there_are(stack: str)
 
 
 def test_a_stack_inside_a_transformers_model_can_be_named_from_outside(store: Path) -> None:
-    one: Any = transformers.BertForSequenceClassification(model("bert").config).eval()
+    one: Any = transformers.BertForSequenceClassification(model("bert").config)
     found, named = find_trunk(one), find_trunk(one, "bert.encoder.layer")
     assert (found.module, found.name, found.stack) == (one.bert, "bert", "bert.encoder.layer")
     assert named == found

@@ -33,7 +33,8 @@ def classifier(**settings: Any) -> Any:
     config = model("bert").config
     for name, value in {"num_labels": 3, **settings}.items():
         setattr(config, name, value)
-    return transformers.BertForSequenceClassification(config).eval()
+    made: Any = transformers.BertForSequenceClassification(config)
+    return made.eval()
 
 
 class Counting(nn.Module):
@@ -254,7 +255,7 @@ def test_autocast_shares_nothing_with_plain_passes(store: Path) -> None:
 
 def test_a_compiled_model_is_refused(store: Path) -> None:
     one = model("bert")
-    compiled = torch.compile(one, backend="eager")
+    compiled: Any = torch.compile(one, backend="eager")
     with LLMCache.open(store, one) as cache:
         with pytest.raises(ConfigError, match="compiled"):
             cache.attached(compiled)
@@ -312,16 +313,15 @@ def tokenizer() -> Any:
     rules = Tokenizer(models.WordLevel(words, "[PAD]"))
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
     rules.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rules, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_object=rules, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
 
 
 def test_pipelines_go_by_the_banks(store: Path) -> None:
     one = classifier()
     texts = ["w1 w2 w3", "w4", "w1 w2 w3", "w5 w6"]
-    classify = transformers.pipeline("text-classification", model=one, tokenizer=tokenizer(), top_k=None)
-    extract = transformers.pipeline("feature-extraction", model=one.bert, tokenizer=tokenizer())
+    classify: Any = transformers.pipeline("text-classification", model=one, tokenizer=tokenizer(), top_k=None)
+    extract: Any = transformers.pipeline("feature-extraction", model=one.bert, tokenizer=tokenizer())
     expected, vectors = classify(texts, batch_size=4), extract(texts)
     with LLMCache.open(store, one) as cache, cache.attached():
         cold, warm = classify(texts, batch_size=4), classify(texts, batch_size=4)
@@ -622,10 +622,11 @@ def test_weights_that_come_back_are_known_again(store: Path, caplog: pytest.LogC
 
 
 def test_a_bank_of_another_width_is_refused(store: Path) -> None:
-    narrow, wide = model("bert"), classifier()
+    narrow = model("bert")
     config = copy.deepcopy(narrow.config)
     config.hidden_size = 64
-    wide = transformers.BertModel(config).eval()
+    wide: Any = transformers.BertModel(config)
+    wide.eval()
     with LLMCache.open(store, narrow) as cache:
         with cache.attached():
             states(narrow, *rows(5, 3))

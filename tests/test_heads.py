@@ -68,7 +68,6 @@ def test_the_second_head_starts_where_it_differs_and_gives_what_it_gives_alone(
     with LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS, {"topic": topic, "tone": tone}))
         assert set(reached) >= {4, 5}
-        trial = reached.copy()
         for name, one in (("topic", topic), ("tone", tone)):
             found = np.array([result[name].output for result in results])
             assert np.abs(found - alone(one, model.tokenizer, TEXTS)).max() < 1e-5
@@ -78,7 +77,6 @@ def test_the_second_head_starts_where_it_differs_and_gives_what_it_gives_alone(
         assert [(one["tone"].tier, one["tone"].layer) for one in results] == [
             *[("exact", "layer-3")] * 3, ("exact", "layer-3"), ("exact", "layer-3"),
         ]  # fmt: skip
-        del trial
         again = list(cache.run_heads(TEXTS, {"topic": topic, "tone": tone}))
         for name in ("topic", "tone"):
             assert {(one[name].tier, one[name].layer) for one in again} == {("exact", "output")}
@@ -131,7 +129,7 @@ def test_two_sentence_models_with_other_poolings_share_the_trunk(model: Sentence
     from sentence_transformers.sentence_transformer import modules
 
     pooled: Any = modules.Pooling(384, pooling_mode="cls")
-    other = SentenceTransformer(modules=[model[0], pooled])  # type: ignore[list-item]
+    other = SentenceTransformer(modules=[model[0], pooled])
     with LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS, {"mean": model, "first": other}))
         assert {one["first"].layer for one in results} == {"layer-5"}
@@ -156,7 +154,8 @@ def test_a_head_of_another_vocabulary_is_refused(model: SentenceTransformer, top
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
-    small = transformers.BertForSequenceClassification(config).eval()  # type: ignore[no-untyped-call]
+    small: Any = transformers.BertForSequenceClassification(config)
+    small.eval()
     with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="knows 50 tokens and was given number"):
         list(cache.run_heads(TEXTS, {"topic": topic, "small": small}))
 
@@ -177,7 +176,13 @@ def test_heads_on_a_decoder(kind: str, store: Path) -> None:
 
     def made(seed: int, labels: int) -> Any:
         torch.manual_seed(0)
-        common = {"vocab_size": 100, "pad_token_id": 0, "num_labels": labels, "bos_token_id": 1, "eos_token_id": 2}
+        common: dict[str, Any] = {
+            "vocab_size": 100,
+            "pad_token_id": 0,
+            "num_labels": labels,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         one: Any
         if kind == "gpt2":
             one = transformers.GPT2ForSequenceClassification(
@@ -185,7 +190,8 @@ def test_heads_on_a_decoder(kind: str, store: Path) -> None:
             )
             blocks = one.transformer.h
         else:
-            one = transformers.LlamaForSequenceClassification(
+            llama: Any = transformers.LlamaForSequenceClassification
+            one = llama(
                 transformers.LlamaConfig(
                     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, **common
                 )
