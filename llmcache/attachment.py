@@ -148,7 +148,8 @@ class Attachment:
                 return self._decode(call)
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # also in a compiled function around the model
+        # also in a compiled function around the model
+        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         return uncompiled
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

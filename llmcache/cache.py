@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -173,7 +173,7 @@ class LLMCache:
         keywords.
         """
         self._check_open()
-        model: Any = self.model
+        execution, model = self._execution, cast(Any, self.model)
         single = model.is_singular_input(inputs)
         texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         role = others.pop("task") if others.get("task") in ROLES else None
@@ -197,7 +197,7 @@ class LLMCache:
             def advance(answered: int, _: int) -> None:
                 bar.update(answered)
 
-            answers = self._execution.answers(Call(texts, None, resolved, role, batch_size, advance))
+            answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance))
         return finished(
             answers.outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
