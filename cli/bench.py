@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import options, printing
+from llmcache.cli import bench_decoding, bench_layers, options, printing
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
     no_args_is_help=True,
 )
+
+app.command()(bench_layers.layers)
+app.command()(bench_decoding.decoding)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

@@ -233,13 +233,14 @@ class LLMCache:
         progress: called with the numbers of documents answered, and of these computed, as they are.
         Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
         """
+        bank = self._bank
         resolved = self._prompt(role, prompt_name, prompt)
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
-        return results(documents, answer, self._bank, LAYER, chunk)
+        return results(documents, answer, bank, LAYER, chunk)
 
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
         model: Any = self.model
