@@ -15,9 +15,7 @@ def decoding(
     squad: Annotated[Path | None, typer.Option(help="Folder with SQuAD's dev-v2.0.json.gz.")] = None,
     openbookqa: Annotated[Path | None, typer.Option(help="Folder with OpenBookQA's test_original_form.jsonl.")] = None,
     paragraphs: Annotated[int, typer.Option(min=2, help="Paragraphs of SQuAD.")] = 40,
-    questions: Annotated[
-        int, typer.Option(min=2, help="Questions about each, of which the first fills the store.")
-    ] = 5,
+    questions: Annotated[int, typer.Option(min=2, help="Questions about each; the first fills the store.")] = 5,
     asked: Annotated[int, typer.Option(min=2, help="Questions of OpenBookQA.")] = 200,
     rows: Annotated[int, typer.Option(min=1, help="Prompts in a batch of SQuAD.")] = 8,
     cpu_time: Annotated[
@@ -52,10 +50,11 @@ def decoding(
         return
     for name, reports in found.items():
         printing.table(
-            [name, "batches", "seconds", "x, median", "x, overall", "difference", "same choices"],
+            [name, "batches", "seconds", "x, median", "x, overall", "difference", "same"],
             [
                 [one["name"], one["batches"], one["seconds"], f"{one['times_as_fast_median']:.2f}",
-                 f"{one['times_as_fast_overall']:.2f}", f"{one['relative_difference']:.1e}", one.get("same_choices", "")]
+                 f"{one['times_as_fast_overall']:.2f}", f"{one['relative_difference']:.1e}",
+                 one.get("same_choices", "")]
                 for one in reports
             ],
         )  # fmt: skip
