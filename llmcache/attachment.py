@@ -127,7 +127,8 @@ class Attachment:
                 self._anatomies.clear()
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # also in a compiled function around the model
+        disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
+        uncompiled: Callable[..., Any] = disable(forward)
         return uncompiled
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
