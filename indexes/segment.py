@@ -395,8 +395,12 @@ class Segment:
         while they are near the processor. What does not agree is left there and is not to be used.
         """
         good: list[bool] = []
-        step = max(1, _NEAR // self.pitch)
         records = self.rows[rows]
+        if not self.pitch:  # each where its record says
+            for record, place in zip(records, into, strict=True):
+                place[:] = self.data.part(int(record["offset"]), int(record["nbytes"]))
+            return agree(records, into)
+        step = max(1, _NEAR // self.pitch)
         for start in range(0, len(rows), step):
             parts = into[start : start + step]
             self.data.fill(rows[start : start + step], self.pitch, parts)

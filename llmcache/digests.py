@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmcache.keys import framed
 
@@ -33,14 +33,22 @@ _HARMLESS = {
 _HARMLESS_MODEL = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
-def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time."""
+Digests: TypeAlias = dict[tuple[Any, ...], str]
+"""Digests of tensors by where they lie, valid while none of them is written to or released."""
+
+
+def tensor_digests(tensors: Mapping[str, Tensor], known: Digests | None = None) -> dict[str, str]:
+    """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time.
+
+    known: what was hashed before, which is not hashed again; filled.
+    """
+    known = {} if known is None else known
     places = {n: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
     largest = sorted(tensors, key=lambda name: -tensors[name].numel())
-    distinct = {places[name]: tensors[name] for name in largest}
+    distinct = {places[name]: tensors[name] for name in largest if places[name] not in known}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        done = dict(zip(distinct, threads.map(_tensor_digest, distinct.values()), strict=True))
-    return {name: done[places[name]] for name in tensors}
+        known.update(zip(distinct, threads.map(_tensor_digest, distinct.values()), strict=True))
+    return {name: known[places[name]] for name in tensors}
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -15,6 +15,7 @@ from torch.nn import Module
 from llmcache.architecture import find_trunk
 from llmcache.attachment import Attachment
 from llmcache.config import CacheConfig
+from llmcache.digests import Digests
 from llmcache.errors import ConfigError
 from llmcache.execution import Call, Execution, Model, Progress, Sentences, compute, token_embedding
 from llmcache.fingerprint import feature_width
@@ -76,8 +77,9 @@ class Heads:
         """source: the cache's own model. ConfigError when there is no head, or one cannot be run."""
         if not heads:
             raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
+        known: Digests = {}  # a head and its trunk, and heads on one trunk, have tensors in common
         trunks = {name: find_trunk(model) for name, model in heads.items()}
-        identities = {name: layers.identity(heads[name], trunk) for name, trunk in trunks.items()}
+        identities = {name: layers.identity(heads[name], trunk, known) for name, trunk in trunks.items()}
         depths = shared_depths(identities)
         self._executions: dict[str, Execution] = {}
         for name, model in heads.items():
@@ -87,7 +89,7 @@ class Heads:
             if config.layers != "output":
                 kept |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
             attachment = layers.attachment_at(trunks[name], identities[name], tuple(sorted(kept))) if kept else None
-            self._executions[name] = _execution(name, model, source, tokenizer, attachment, layers, config)
+            self._executions[name] = _execution(name, model, source, tokenizer, attachment, layers, config, known)
 
     def results(
         self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
@@ -128,8 +130,9 @@ def _execution(
     attachment: Attachment | None,
     layers: Layers,
     config: CacheConfig,
+    known: Digests,
 ) -> Execution:
-    digest = identify(model, tokenizer=tokenizer).digest
+    digest = identify(model, tokenizer=tokenizer, known=known).digest
     runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
     probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
     width = feature_width(runner.token_embedding(), config.fingerprint)

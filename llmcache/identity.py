@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmcache.architecture import INDEXED, layer_places, layer_stacks, tensors_of, trunk_of
 from llmcache.digests import (
     PACKAGES,
+    Digests,
     ModelFiles,
     canonical,
     described,
@@ -184,16 +185,19 @@ def load(name_or_path: str | os.PathLike[str], **arguments: Any) -> tuple[Senten
     return model, replace(identify(model, files=before if unchanged else None), name=name)
 
 
-def identify(model: Module, *, tokenizer: Any = None, files: ModelFiles | None = None) -> Identity:
+def identify(
+    model: Module, *, tokenizer: Any = None, files: ModelFiles | None = None, known: Digests | None = None
+) -> Identity:
     """The identity of a SentenceTransformer, or of any transformers model, as it is in memory now.
 
     tokenizer: of a plain transformers model; a SentenceTransformer has its own.
     files: what the weights were loaded from in this very call; digests of an earlier call may then be used.
+    known: digests of tensors of other models in memory, see `tensor_digests`; filled.
     ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
     """
     trunk, prefix = trunk_of(model)
     tensors = tensors_of(model, trunk, prefix)
-    digests = tensor_digests(tensors) if files is None else remembered_digests(tensors, files)
+    digests = tensor_digests(tensors, known) if files is None else remembered_digests(tensors, files)
     # adapters first: what is not in a layer must not seem to come after them
     facts = (
         _adapters(model)

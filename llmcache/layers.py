@@ -18,7 +18,11 @@ from llmcache.architecture import Trunk, find_trunk
 from llmcache.attachment import Attachment, refuse_compiled
 from llmcache.blocks import shape_of
 from llmcache.config import CacheConfig
+<<<<<<< HEAD
 from llmcache.digests import sha
+=======
+from llmcache.digests import Digests
+>>>>>>> attached
 from llmcache.errors import ConfigError
 from llmcache.execution import Execution, Model, token_embedding
 from llmcache.fingerprint import feature_width, features
@@ -68,11 +72,11 @@ class Layers:
             self._attachments[trunk.module] = known
         return known
 
-    def identity(self, model: Module, trunk: Trunk) -> Identity:
-        """The identity of a model's trunk."""
+    def identity(self, model: Module, trunk: Trunk, known: Digests | None = None) -> Identity:
+        """The identity of a model's trunk. known: digests of tensors, see `identify`."""
         if model is self._model and (trunk.module is model or hasattr(model, "transformers_model")):
             return self._identity
-        return identify(trunk.module)
+        return identify(trunk.module, known=known)
 
     def attachment_at(self, trunk: Trunk, identity: Identity, layers: str | tuple[int, ...]) -> Attachment:
         """A new attachment, with banks at these layers."""
