@@ -148,13 +148,8 @@ class Attachment:
                 return self._decode(call)
             return self._answer(call, *self._anatomy(call.get("return_dict")))
 
-<<<<<<< HEAD
-        # also in a compiled function around the model
-        uncompiled: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-=======
         disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
         uncompiled: Callable[..., Any] = disable(forward)
->>>>>>> attached
         return uncompiled
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -18,11 +18,7 @@ from llmcache.architecture import Trunk, find_trunk
 from llmcache.attachment import Attachment, refuse_compiled
 from llmcache.blocks import shape_of
 from llmcache.config import CacheConfig
-<<<<<<< HEAD
-from llmcache.digests import sha
-=======
-from llmcache.digests import Digests
->>>>>>> attached
+from llmcache.digests import Digests, sha
 from llmcache.errors import ConfigError
 from llmcache.execution import Execution, Model, token_embedding
 from llmcache.fingerprint import feature_width, features
