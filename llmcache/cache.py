@@ -24,7 +24,7 @@ from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
 from llmcache.execution import Call, Execution, Progress, Sentences, nothing
 from llmcache.heads import Heads
-from llmcache.identity import Identity
+from llmcache.identity import Identity, identify, mismatch
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
@@ -36,6 +36,7 @@ from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
+from llmcache.weights import Weights
 
 log = logging.getLogger("llmcache")
 
@@ -68,7 +69,8 @@ class LLMCache:
         store.budget = config.budget
         self._counters = Counters()
         self._storing = Storing(store, config, self._counters)
-        self._layers = Layers(model, identity, config, namespace, self._storing, secret)
+        self._weights, self._current = Weights(model), identity
+        self._layers = Layers(model, self._identity_now, config, namespace, self._storing, secret)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
             bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
@@ -77,6 +79,7 @@ class LLMCache:
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
         self._opened = True
+        self._last: Statistics | None = None
 
     @classmethod
     def open(
@@ -174,6 +177,7 @@ class LLMCache:
         """
         self._check_open()
         execution, model = self._execution, cast(Any, self.model)
+        self._check_weights()
         single = model.is_singular_input(inputs)
         texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         role = others.pop("task") if others.get("task") in ROLES else None
@@ -238,6 +242,7 @@ class LLMCache:
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
+            self._check_weights()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
         return results(documents, answer, bank, LAYER, chunk)
@@ -314,6 +319,18 @@ class LLMCache:
             model, tokenizer, texts, window=window, stride=stride, attached=self.attached, batch_size=batch_size
         )
 
+    def _identity_now(self) -> Identity:
+        """The identity of the cache's own model, taken anew when its weights have changed."""
+        if self._weights.changed():
+            self._current = replace(identify(self.model, tokenizer=self.tokenizer), name=self.identity.name)
+        return self._current
+
+    def _check_weights(self) -> None:
+        """ModelMismatch when the model gives other outputs by now than those that the namespace holds."""
+        now = self._identity_now()
+        if now is not self.identity and now.digest != self.identity.digest:
+            raise mismatch(self.identity, now)
+
     def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         self._check_open()
         other = causal and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
@@ -372,7 +389,9 @@ class LLMCache:
         return self._bank.facts.width
 
     def stats(self) -> Statistics:
-        """What was reused and what it saved, since this opening, and what the store holds."""
+        """What was reused and what it saved, since this opening, and what the store holds; at the end, when closed."""
+        if self._last is not None:
+            return self._last
         return statistics(self._store, self._counters, index=self._bank.near.kind if self._encoding else None)
 
     def close(self) -> None:
@@ -382,6 +401,7 @@ class LLMCache:
         try:
             if self._store.writable:
                 self.commit()
+            self._last = self.stats()
         finally:
             self._opened = False
             self._store.close()

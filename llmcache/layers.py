@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -42,13 +42,13 @@ class Layers:
     def __init__(
         self,
         model: Module,
-        identity: Identity,
+        identity: Callable[[], Identity],
         config: CacheConfig,
         namespace: str,
         storing: Storing,
         secret: bytes,
     ) -> None:
-        """model, identity: the cache's own; others are identified when they are attached."""
+        """model, identity: the cache's own, as it is now; others are identified when they are attached."""
         self._model, self._identity = model, identity
         self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
@@ -71,7 +71,7 @@ class Layers:
     def identity(self, model: Module, trunk: Trunk, known: Digests | None = None) -> Identity:
         """The identity of a model's trunk. known: digests of tensors, see `identify`."""
         if model is self._model and (trunk.module is model or hasattr(model, "transformers_model")):
-            return self._identity
+            return self._identity()
         return identify(trunk.module, known=known)
 
     def attachment_at(self, trunk: Trunk, identity: Identity, layers: str | tuple[int, ...]) -> Attachment:

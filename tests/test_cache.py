@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, Document, LLMCache, Result
@@ -444,3 +445,36 @@ def test_a_budget_or_policy_that_cannot_be_is_refused() -> None:
     for wrong in ({"max_bytes": 1000}, {"max_bytes": 1e9}, {"max_bytes": True}, {"policy": "fifo"}):
         with pytest.raises(ConfigError):
             CacheConfig(**wrong)
+
+
+def test_a_model_that_changes_while_the_cache_is_open_is_refused(fresh_model: SentenceTransformer, store: Path) -> None:
+    trunk: Any = fresh_model.transformers_model
+    weight = trunk.encoder.layer[5].output.dense.weight
+    with LLMCache.open(store, fresh_model) as cache:
+        before = cache.encode(["where is my card"])
+        with torch.no_grad():
+            weight.add_(0.01)
+        for _ in range(2):
+            with pytest.raises(ModelMismatch, match="layer 5"):
+                cache.encode(["where is my card"])
+            with pytest.raises(ModelMismatch, match="layer 5"):
+                list(cache.run(["something else"]))
+        with cache.attached() as attachment:
+            inputs = cache.tokenizer(["where is my card"], return_tensors="pt")
+            with torch.inference_mode():
+                changed = trunk(**inputs).last_hidden_state
+        with torch.inference_mode():
+            assert torch.equal(changed, trunk(**inputs).last_hidden_state)
+        assert attachment.entered.tolist() == [0]
+        with torch.no_grad():
+            weight.add_(-0.01)
+    with LLMCache.open(store) as cache:
+        np.testing.assert_array_equal(cache.encode(["where is my card"]), before)
+
+
+def test_statistics_of_a_closed_cache_are_those_at_its_end(model: SentenceTransformer, store: Path) -> None:
+    with LLMCache.open(store, model) as cache:
+        cache.encode(["a", "b"])
+    found = cache.stats()
+    assert found.counters.misses == 2
+    assert [one.entries for one in found.banks] == [2]
