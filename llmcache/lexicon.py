@@ -1,10 +1,15 @@
+# ruff: noqa: RUF001 - the words of many scripts
 """Words the field guard knows: units, months, weekdays, numbers and negations of the larger languages, lower case."""
 
 from __future__ import annotations
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.casefold().split())
+
+
 def _table(rows: dict[str, str]) -> dict[str, str]:
-    return {word: meaning for meaning, words in rows.items() for word in words.split()}
+    return {word: meaning for meaning, words in rows.items() for word in sorted(_words(words))}
 
 
 # -- units ----------------------------------------------------------------------------------------------------
@@ -18,8 +23,8 @@ CURRENCIES = _table(
         "¥": "¥ jpy cny rmb yen yuan 円 元",
         "₹": "₹ inr rs rupee rupees",
         "₽": "₽ rub rubel roubles рублей рубля рубль руб",
-        "₩": "₩ krw won 원",
-        "₺": "₺ try tl lira",
+        "₩": "₩ krw 원",
+        "₺": "₺ tl lira",
         "chf": "chf franken",
         "pln": "pln zł",
         "cad": "cad",
@@ -38,9 +43,9 @@ UNITS = CURRENCIES | _table(
         "minute": "min mins minute minutes minuten minuto minutos minuti минут минуты",
         "hour": "hr hrs hour hours stunde stunden heure heures hora horas ora ore uur час часа часов 小时 時間 시간",
         "day": "day days tag tage tagen jour jours día días dia dias giorno giorni dag dagen день дня дней 天 日間",
-        "week": "week weeks woche wochen semaine semaines semana semanas settimana settimane weken неделя недели недель",
+        "week": "week weeks woche wochen semaine semaines semana semanas settimana weken неделя недель",
         "month": "month months monat monate monaten mois mes meses mês mese mesi maand maanden месяц месяца месяцев",
-        "year": "yr yrs year years jahr jahre jahren an ans année années año años ano anos anno anni jaar год года лет",
+        "year": "yr yrs year years jahr jahre jahren ans année années año años ano anos anno anni jaar год года лет",
         "thousand": "thousand tausend mille mil duizend тысяч",
         "million": "mio million millions millionen millones milhões milioni miljoen миллионов 万",
         "billion": "bn mrd billion billions milliarde milliarden milliards 亿",
@@ -94,10 +99,10 @@ GLUED = UNITS | _table(
         "x": "x",
     }
 )
-ORDINALS = frozenset("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я".split())
+ORDINALS = _words("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
 
 # words without a vowel that are no codes
-NO_CODES = frozenset(GLUED) | frozenset("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw".split())
+NO_CODES = frozenset(GLUED) | _words("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
 
 # -- dates ----------------------------------------------------------------------------------------------------
 
@@ -176,7 +181,7 @@ for _word in ("once", "due", "null", "dos", "sei", "tre", "sept", "dez", "cent",
 
 # -- negations ------------------------------------------------------------------------------------------------
 
-NEGATIONS = frozenset(
+NEGATIONS = _words(
     """not cannot cant never without none nobody nothing nowhere neither unable
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt
     nicht nichts nie niemals niemand nirgends kein keine keinen keinem keiner keines weder ohne
@@ -187,21 +192,28 @@ NEGATIONS = frozenset(
     δεν δε μη μην όχι χωρίς ποτέ
     لا ليس ليست لم لن بدون غير ما لست
     לא אין בלי אל אינו אינה
-    नहीं नही मत बिना ना
-    không chẳng chưa đừng tidak bukan jangan tanpa belum
-    안 못""".split()
+        không chẳng chưa đừng tidak bukan jangan tanpa belum
+    안 못"""
 )
 # languages where one negation is said twice: "ne ... pas", "no ... nada", "не ... никогда" count once
-PARTICLES = frozenset("no non não nao ne n не нет nie нельзя ні не nu".split())
-ECHOES = frozenset(
-    """pas jamais rien aucun aucune personne guère
+PARTICLES = _words("no non não nao ne n не нет nie нельзя ні не nu")
+ECHOES = _words(
+    """pas jamais rien aucun aucune guère
     nada nadie nunca jamás ningún ninguno ninguna ninguém nenhum nenhuma tampoco
-    mai niente nulla nessuno nessuna nemmeno neanche
+    niente nulla nessuno nessuna nemmeno neanche
     никогда ничего никто никого нигде ни никакой
-    nigdy nic nikt żaden żadna nikdy nikdo nic""".split()
+    nigdy nic nikt żaden żadna nikdy nikdo nic"""
 )
 # parts of words, in scripts without spaces or with endings; longest first within a language
-NEGATING_PARTS = "ません なかった ない ずに 않 없 아니 不 没 沒 未 勿 莫".split()
+NEGATING_PARTS = sorted(
+    _words("नहीं नही बिना ません なかった ない ずに 않 없 아니 不 没 沒 未 勿 莫"), key=len, reverse=True
+)
 # words that hold such a part and negate nothing
-HARMLESS = """対不起 对不起 對不起 不过 不過 差不多 不仅 不僅 不但 不错 不錯 不断 不斷 不久 不同 不管 未来 未來 少ない
-    莫斯科 莫大 とんでもない かもしれません かもしれない""".split()
+HARMLESS = sorted(
+    _words(
+        """対不起 对不起 對不起 不过 不過 差不多 不仅 不僅 不但 不错 不錯 不断 不斷 不久 不同 不管 未来 未來 少ない
+    莫斯科 莫大 とんでもない かもしれません かもしれない"""
+    ),
+    key=len,
+    reverse=True,
+)
