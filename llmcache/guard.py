@@ -1,0 +1,73 @@
+"""The field guard: two texts whose numbers, dates, identifiers, quotations or negations differ are not the same.
+
+Near neighbours can be one figure apart: another model number, another date, a "not". To a fingerprint that is little,
+to the reader it is everything. The guard reads the fields of each text once (`llmcache.fields`); a near hit is refused
+when those of the two texts differ. Fields are compared as multisets in a canonical form, so texts with the same fields
+form classes, and a digest per kind, stored beside an entry, is all a look-up needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.fields import KINDS, Fields, fields
+
+__all__ = ["KINDS", "RULES", "Fields", "differs", "digests", "fields", "refused", "unlike"]
+
+RULES = 1  # goes into every digest: entries stored under other rules are refused, never trusted
+
+
+def differs(one: str, other: str, pattern: re.Pattern[str] | None = None, kinds: Collection[str] = KINDS) -> str | None:
+    """The first kind of field in which two texts differ; None when they differ in none.
+
+    pattern: the user's own fields. kinds: those that count, of `KINDS`.
+    """
+    return unlike(fields(one, pattern), fields(other, pattern), kinds)
+
+
+def unlike(one: Fields, other: Fields, kinds: Collection[str] = KINDS) -> str | None:
+    """The first kind in which these fields differ; None when they are the same."""
+    if one == other:
+        return None
+    return next((kind for kind, a, b in zip(KINDS, one, other, strict=True) if a != b and kind in kinds), None)
+
+
+def digests(texts: Sequence[str], pattern: re.Pattern[str] | None = None) -> NDArray[np.uint64]:
+    """The fields of each text as numbers to store and compare: uint64 [n, kinds], one column per kind of `KINDS`.
+
+    Two texts have the same row exactly when `differs` finds nothing (but for one chance in 2^64 per kind).
+    """
+    empty = _empty(pattern)
+    rows = np.tile(empty, (len(texts), 1))
+    for row, text in enumerate(texts):
+        for column, values in enumerate(fields(text, pattern)):
+            if values:
+                rows[row, column] = _digest(int(empty[column]), values)
+    return rows
+
+
+def refused(ones: NDArray[np.uint64], others: NDArray[np.uint64], kinds: Collection[str] = KINDS) -> NDArray[np.int8]:
+    """Pairs of rows of `digests`: the place in `KINDS` of the first kind that differs, -1 where none does.
+
+    ones, others: uint64 [n, kinds]. kinds: those that count. Returns int8 [n].
+    """
+    unequal = (ones != others) & np.array([kind in kinds for kind in KINDS])
+    return np.where(unequal.any(axis=1), unequal.argmax(axis=1), -1).astype(np.int8)
+
+
+def _empty(pattern: re.Pattern[str] | None) -> NDArray[np.uint64]:
+    rules = (str(RULES), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
+    return np.array([_digest(place, rules) for place in range(len(KINDS))], np.uint64)
+
+
+def _digest(seed: int, values: tuple[str, ...]) -> int:
+    state = blake2b(seed.to_bytes(8, "little"), digest_size=8)
+    for value in values:
+        data = value.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(4, "little") + data)
+    return int.from_bytes(state.digest(), "little")
