@@ -1,0 +1,351 @@
+"""Near reuse on labelled documents: everything fitted and calibrated on the known ones, reported on those asked."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression
+
+from llmcache.calibration import Choice, choose
+from llmcache.correction import EVIDENCE, STRENGTH, Voting, units
+from llmcache.crossfit import Entries, Found, Held, Judge, Memory, cross_fit, held_out_voting
+from llmcache.drift import cosine_drift, label_drift
+from llmcache.errors import ConfigError
+from llmcache.execution import token_embedding
+from llmcache.fingerprint import features
+from llmcache.gate import Boundary, fit_gate
+from llmcache.indexes.neighbours import half
+from llmcache.indexes.projection import fit_pca
+from llmcache.indexes.vectors import VectorIndex
+from llmcache.predictor import Predictor, components, fit
+from llmcache.tokens import tokenise
+
+BUDGETS = (0.001, 0.005, 0.02)
+"""Of the mean 1 - cosine over all results."""
+
+_CONSENSUS = EVIDENCE.index("consensus")
+_QUERIES = 1000
+_UNSEEN = slice(len(EVIDENCE) + 1, None)  # the columns that a head gives
+
+Labels = NDArray[np.generic]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labelled:
+    """Entries, and the right answer to each."""
+
+    entries: Entries = field(repr=False)
+    labels: Labels = field(repr=False)
+
+
+# -- documents ----------------------------------------------------------------------------------------------
+
+
+def labelled_texts(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(text, label) pairs to know and to ask: train.csv, train.tsv or train.txt and test of the same kind.
+
+    csv: columns text and category. tsv: label, text. txt: label, a space, text. Only test.csv.gz (class, title,
+    description): three quarters are known, drawn by chance.
+    """
+    for ending, read in (("csv", _csv), ("tsv", _tsv), ("txt", _txt)):
+        train, test = folder / f"train.{ending}", folder / f"test.{ending}"
+        if train.exists() and test.exists():
+            return read(train), read(test)
+    packed = folder / "test.csv.gz"
+    if not packed.exists():
+        raise ConfigError(f"{folder} has no train and test as .csv, .tsv or .txt, and no test.csv.gz")
+    with gzip.open(packed, "rt", encoding="utf-8") as file:
+        every = [(f"{title}. {text}", label) for label, title, text in csv.reader(file)]
+    order = np.random.default_rng(0).permutation(len(every)).tolist()
+    cut = len(every) * 3 // 4
+    return [every[i] for i in order[:cut]], [every[i] for i in order[cut:]]
+
+
+def _csv(path: Path) -> list[tuple[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(row["text"], row["category"]) for row in csv.DictReader(file)]
+
+
+def _tsv(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(text, label) for label, _, text in (line.partition("\t") for line in lines if line)]
+
+
+def _txt(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(text, label) for label, _, text in (line.partition(" ") for line in lines if line)]
+
+
+def embedded(model: SentenceTransformer, pairs: Sequence[tuple[str, str]]) -> Labelled:
+    """What a cache would hold of these texts."""
+    texts = [text for text, _ in pairs]
+    tokens = tokenise(model, texts, None, None).ids
+    raw = half(features(token_embedding(model), tokens, "mean"))
+    outputs = np.asarray(model.encode(texts, batch_size=64), np.float32)
+    return Labelled(Entries(raw, outputs, tokens), np.array([label for _, label in pairs]))
+
+
+# -- the measurement ----------------------------------------------------------------------------------------
+
+
+def near(
+    model: SentenceTransformer, folder: Path, *, seeds: int = 5, budget: float = 0.005, confidence: float = 0.95
+) -> list[Row]:
+    """Rows of `measure` for the labelled texts in a folder."""
+    known, asked = (embedded(model, pairs) for pairs in labelled_texts(folder))
+    return list(measure(known, asked, seeds=seeds, budget=budget, confidence=confidence))
+
+
+def measure(
+    known: Labelled, asked: Labelled, *, seeds: int = 5, budget: float = 0.005, confidence: float = 0.95
+) -> Iterator[Row]:
+    """One row per seed, method and budget; `summary` gives means.
+
+    Cached are `known`, which also calibrate (five-fold cross-fitting, the head fitted again in each). Nothing is fitted
+    on `asked`, but for the method "paper", whose tau is picked there. hits, drift and so on: of `asked`.
+    """
+    head = _head(known.entries.outputs, known.labels)
+    truth = _Truth(head, asked)
+    yield _paper(known.entries, asked.entries, truth, budget)
+    for seed in range(seeds):
+        voting = held_out_voting(known.entries, seed)
+        judge_of = _judges(known)
+        held = cross_fit(known.entries, judge_of, seed=seed, voting=voting)
+        scores = Boundary.of(head)
+        memory = Memory.fit(known.entries, seed, voting)
+        found = memory.look_up(asked.entries, scores)
+        facts = {"seed": seed, "temperature": voting.temperature, "strength": voting.strength}
+        for method, cached, mine in _scorings(held, found):
+            choice = choose(held.drift, cached, budget, confidence)
+            yield {"method": method, **facts, **truth.row(choice, found.results, mine)}
+        yield {"method": "corrected, point estimate", **facts, **_as_measured(known, held, found, truth)}
+        yield from ({**row, **facts} for row in _embeddings(known, asked, held, found, truth, confidence))
+        for name, made in (("plain, consensus", _plain), ("exact kernel ridge", _exact)):
+            choice, results, mine = made(known, asked.entries, judge_of, seed, budget, confidence)
+            yield {"method": name, "seed": seed, **truth.row(choice, results, mine)}
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Per method and budget the mean over the seeds of every measured number, and the largest drift of any seed."""
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["drift_is"], row["budget"]), []).append(row)
+    found = []
+    for (method, kind, budget), members in groups.items():
+        names = [name for name, value in members[0].items() if isinstance(value, float) and name != "budget"]
+        means = {name: float(np.mean([one[name] for one in members if one[name] is not None])) for name in names}
+        worst = max(one["drift"] for one in members)
+        found.append(
+            {"method": method, "drift_is": kind, "budget": budget, "seeds": len(members), **means, "worst_drift": worst}
+        )
+    return found
+
+
+class _Truth:
+    """What the model and the head give for the documents asked, and how far reuse is from it."""
+
+    def __init__(self, head: Any, asked: Labelled) -> None:
+        self.head, self.outputs, self.right = head, asked.entries.outputs, asked.labels
+        self.given = head.predict(self.outputs)
+
+    def row(self, choice: Choice, results: NDArray[np.float32], score: NDArray[np.floating]) -> Row:
+        hit = score >= (np.inf if choice.threshold is None else choice.threshold)
+        return {
+            "drift_is": "label", "budget": choice.budget, "confidence": choice.confidence,
+            "calibrated_hits": choice.hits, "calibrated_drift": choice.drift, **self.reused(results, hit),
+        }  # fmt: skip
+
+    def reused(self, results: NDArray[np.float32], hit: NDArray[np.bool_]) -> Row:
+        taken = self.head.predict(results)
+        flips = (taken != self.given) & hit
+        cosine = cosine_drift(self.outputs, results)[hit]
+        served = np.where(hit, taken, self.given)
+        drop = float((self.given == self.right).mean() - (served == self.right).mean())
+        return {
+            "hits": float(hit.mean()), "drift": float(flips.mean()),
+            "drift_of_hits": float(flips.sum() / max(hit.sum(), 1)), "accuracy_drop": drop,
+            "cosine_mean": float(cosine.mean()) if len(cosine) else 0.0,
+            "cosine_p99": float(np.quantile(cosine, 0.99)) if len(cosine) else 0.0,
+        }  # fmt: skip
+
+
+def _head(outputs: NDArray[np.float32], labels: Labels) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=10, max_iter=60).fit(outputs, labels)
+
+
+def _judges(known: Labelled) -> Callable[[NDArray[np.int64]], Judge]:
+    """Judges whose heads are fitted to the rows they are asked for, each fitted once."""
+    made: dict[bytes, Judge] = {}
+
+    def judge_of(rows: NDArray[np.int64]) -> Judge:
+        if rows.tobytes() not in made:
+            head = _head(known.entries.outputs[rows], known.labels[rows])
+            made[rows.tobytes()] = Judge(label_drift(head), Boundary.of(head))
+        return made[rows.tobytes()]
+
+    return judge_of
+
+
+def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.floating]]]:
+    """Name, score of the cached entries and of the documents asked, of each way to decide which hits to trust."""
+    yield "corrected, similarity", held.similarity, found.similarity
+    yield "corrected, consensus", held.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
+    score = np.empty(len(held.score))
+    blind = np.arange(held.evidence.shape[1])[: _UNSEEN.start]
+    for number in np.unique(held.fold):
+        apart = held.fold == number
+        score[apart] = fit_gate(held.evidence[~apart][:, blind], held.drift[~apart])(held.evidence[apart][:, blind])
+    gate = fit_gate(held.evidence[:, blind], held.drift)
+    yield "corrected, gate without head", score, gate(found.evidence[:, blind])
+    yield "corrected, gate", held.score, held.gate(found.evidence)
+
+
+def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Row:
+    """The paper's kind of claim: accuracy at most 0.5 points lower on the known documents, without a bound."""
+    lost = np.empty(len(known.labels))
+    for number in np.unique(held.fold):
+        apart = held.fold == number
+        head = _head(known.entries.outputs[~apart], known.labels[~apart])
+        right = known.labels[apart]
+        kept = head.predict(known.entries.outputs[apart]) == right
+        lost[apart] = kept.astype(float) - (head.predict(held.results[apart]) == right)
+    choice = choose(lost, held.score, 0.005, None)
+    return {**truth.row(choice, found.results, held.gate(found.evidence)), "drift_is": "accuracy"}
+
+
+def _embeddings(
+    known: Labelled, asked: Labelled, held: Held, found: Found, truth: _Truth, confidence: float
+) -> Iterator[Row]:
+    """Budgets of the mean 1 - cosine, where no head is known: what is reused is the embedding."""
+    drift = cosine_drift(known.entries.outputs, held.results)
+    queries = known.entries.outputs[np.random.default_rng(0).permutation(len(known.labels))[:_QUERIES]]
+    for budget in BUDGETS:
+        choice = choose(drift, held.similarity, budget, confidence)
+        hit = found.similarity >= (np.inf if choice.threshold is None else choice.threshold)
+        served = np.where(hit[:, None], found.results, asked.entries.outputs)
+        facts = truth.reused(found.results, hit)
+        moved = float(np.where(hit, cosine_drift(asked.entries.outputs, found.results), 0).mean())
+        yield {
+            "method": "corrected, similarity", "drift_is": "cosine", "budget": budget, "confidence": confidence,
+            "calibrated_hits": choice.hits, "calibrated_drift": choice.drift, **facts, "drift": moved,
+            "flips": facts["drift"], "recall_at_10": recall(queries, served, asked.entries.outputs),
+        }  # fmt: skip
+
+
+def recall(queries: NDArray[np.float32], served: NDArray[np.float32], true: NDArray[np.float32], k: int = 10) -> float:
+    """Share of the k nearest true vectors that are among the k nearest served ones, by cosine; arrays [n, out]."""
+    best = [np.argpartition(-(units(queries) @ units(vectors).T), k, axis=1)[:, :k] for vectors in (served, true)]
+    return float(np.mean([len(np.intersect1d(one, other)) / k for one, other in zip(*best, strict=True)]))
+
+
+# -- what it is compared with -------------------------------------------------------------------------------
+
+
+def _paper(known: Entries, asked: Entries, truth: _Truth, budget: float) -> Row:
+    """Nearest output by the PCA fingerprint above a tau that is picked on the documents asked."""
+    projection = fit_pca(known.features.astype(np.float32), 128)
+    index = VectorIndex.build(projection.apply(known.features), kind="flat")
+    rows, similarity = index.nearest(projection.apply(asked.features), 1)
+    results, score = known.outputs[rows[:, 0]], similarity[:, 0]
+    drift = label_drift(truth.head)(truth.outputs, results)
+    choice = choose(drift, score, budget, None)
+    return {"method": "paper: PCA, tau picked on test", "seed": -1, **truth.row(choice, results, score)}
+
+
+def _compared(
+    known: Labelled,
+    asked: Entries,
+    judge_of: Callable[[NDArray[np.int64]], Judge],
+    seed: int,
+    budget: float,
+    confidence: float,
+    looked_up: Callable[[Entries, Entries], tuple[NDArray[np.float32], NDArray[np.float32]]],
+) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
+    """Cross-fits a way to look up (entries, asked -> results, score) and applies it to the documents asked."""
+    fold = np.random.default_rng(seed).permutation(np.arange(len(known.labels)) % 5)
+    drift, score = np.empty(len(fold)), np.empty(len(fold))
+    for number in range(5):
+        apart, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        results, score[apart] = looked_up(known.entries.take(rest), known.entries.take(apart))
+        drift[apart] = judge_of(rest).drift(known.entries.outputs[apart], results)
+    results, mine = looked_up(known.entries, asked)
+    return choose(drift, score, budget, confidence), results, mine
+
+
+def _plain(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
+    """The nearest output by the distilled fingerprint (ridge), trusted by similarity and consensus."""
+
+    def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        found = Memory(entries, fit(entries.features, entries.outputs, landmarks=0), Voting()).look_up(others)
+        return entries.outputs[found.nearest], found.similarity + found.evidence[:, _CONSENSUS]
+
+    return _compared(known, asked, *rest, looked_up)
+
+
+def _exact(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
+    """Corrected reuse with scikit-learn's exact kernel ridge at fixed settings, trusted by similarity."""
+
+    def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        found = Memory(entries, exact_kernel_ridge(entries), Voting(strength=STRENGTH)).look_up(others)
+        return found.results, found.similarity
+
+    return _compared(known, asked, *rest, looked_up)
+
+
+def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2.0) -> Predictor:
+    """scikit-learn's kernel ridge with every entry as a landmark: n^2 memory, n^3 time."""
+    raw = entries.features.astype(np.float32)
+    mean, matrix = components(raw)
+    points = (raw - mean) @ matrix
+    drawn = points[np.random.default_rng(0).permutation(len(points))[:1024]]
+    squares = _squares(drawn)
+    gamma = width / float(np.median(squares[np.triu_indices(len(drawn), 1)]))
+    offset = entries.outputs.mean(axis=0)
+    model = KernelRidge(alpha=penalty, kernel="rbf", gamma=gamma).fit(points, entries.outputs - offset)
+    return Predictor(
+        mean=mean, matrix=matrix, landmarks=points, weights=model.dual_coef_.astype(np.float32), offset=offset,
+        gamma=gamma, penalty=penalty, entries=len(entries), held_out=0.0,
+    )  # fmt: skip
+
+
+def _squares(points: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.einsum("ij,ij->i", points, points)
+    return np.asarray(norms[:, None] + norms[None] - 2 * points @ points.T, np.float32)
+
+
+# -- time ---------------------------------------------------------------------------------------------------
+
+
+def seconds_per_document(memory: Memory, asked: Entries, repeats: int = 5) -> dict[str, float]:
+    """Of each step of a look-up, in batches of 256; the least of some repeats."""
+    steps: dict[str, float] = {}
+    batches = [asked.take(np.arange(at, min(at + 256, len(asked)))) for at in range(0, len(asked), 256)]
+
+    def timed(name: str, action: Callable[[Entries], Any]) -> None:
+        spent = []
+        for _ in range(repeats):
+            began = time.process_time()
+            for one in batches:
+                action(one)
+            spent.append((time.process_time() - began) / len(asked))
+        steps[name] = min(spent)
+
+    timed("predict", lambda one: memory.predictor(one.features))
+    timed("predict, search, read", memory.neighbours)
+    timed("and correct, evidence", memory.look_up)
+    return steps

@@ -1,0 +1,170 @@
+"""Corrected reuse: the neighbours' outputs, moved by what differs between the documents; and what speaks for a hit.
+
+The result is `vote + strength (predicted - vote of the predictions)`: regression with interpolated residuals. Plain
+reuse of the nearest output is what is left at k = 1 and strength 0. All of it are functions over arrays of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.errors import ConfigError
+
+NEIGHBOURS = 8
+TEMPERATURE = 0.05
+STRENGTH = 0.75
+EVIDENCE = (
+    "dissimilarity",
+    "margin",
+    "reach",
+    "consensus",
+    "least_consensus",
+    "vote",
+    "shift",
+    "residual",
+    "coherence",
+    "length",
+)
+"""Columns of `evidence`; `jaccard` and `decided` may come after them."""
+
+_TINY = 1e-6
+_TEMPERATURES = (0.02, 0.05, 0.1)
+_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Voting:
+    """How neighbours are weighed: softmax(similarity / temperature), and which share of the difference is applied."""
+
+    temperature: float = TEMPERATURE
+    strength: float = STRENGTH
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not 0 <= self.strength <= 1:
+            raise ConfigError(
+                f"temperature has to be above 0 and strength in [0, 1], got {self.temperature} and {self.strength}"
+            )
+
+
+def units(vectors: NDArray[np.floating]) -> Floats:
+    """Unit L2 norm along the last axis, float32, a copy; zeros stay zeros. Of predictions: the fingerprints."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-30), np.float32)
+
+
+def weights(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) -> Floats:
+    """softmax(similarity / temperature), float32 [n, k]; -inf (no neighbour) weighs 0, a row without any is zeros."""
+    best = similarity.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        raw = np.exp((similarity - best) / temperature)
+    raw = np.where(np.isneginf(similarity), 0.0, raw)
+    return np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-30), np.float32)
+
+
+def corrected(
+    predicted: Floats,
+    outputs: Floats,
+    predictions: Floats,
+    similarity: NDArray[np.floating],
+    temperature: float = TEMPERATURE,
+    strength: float = STRENGTH,
+    *,
+    unit: bool = True,
+) -> Floats:
+    """Results for a batch, float32 [n, out].
+
+    predicted: [n, out], of the documents asked. outputs, predictions: [n, k, out], stored and predicted, of their
+    neighbours. similarity: [n, k], between the fingerprints, -inf where there is no neighbour. unit: the stored outputs
+    are of unit norm (`unit_norm`), so that the results have to be.
+    """
+    voting = Voting(temperature, strength)
+    part = weights(similarity, voting.temperature)[:, None]
+    found = np.matmul(part, outputs - voting.strength * predictions)[:, 0] + voting.strength * predicted
+    return units(found) if unit else np.asarray(found, np.float32)
+
+
+def unit_norm(outputs: NDArray[np.floating]) -> bool:
+    """Whether stored outputs are unit vectors, but for the rounding of float16."""
+    return bool(len(outputs)) and bool(np.all(np.abs(np.linalg.norm(outputs, axis=-1) - 1) < 5e-3))
+
+
+def evidence(
+    predicted: Floats,
+    outputs: Floats,
+    predictions: Floats,
+    similarity: NDArray[np.floating],
+    lengths: tuple[NDArray[np.integer], NDArray[np.integer]],
+    temperature: float = TEMPERATURE,
+) -> Floats:
+    """What is known of each hit before anything is computed, float32 [n, columns], named by `EVIDENCE`.
+
+    Arguments as for `corrected`, all k neighbours there. lengths: tokens of each document and of its best match.
+    Logarithms where an amount has no natural scale.
+    """
+    part = weights(similarity, temperature)[:, None]
+    unit = units(outputs)
+    agree = np.ones((len(unit), 1), np.float32)
+    if outputs.shape[1] > 1:
+        agree = np.matmul(unit[:, 1:4], unit[:, 0, :, None])[..., 0]
+    residuals = outputs - predictions
+    own = np.matmul(part, np.square(residuals).sum(axis=2)[..., None])[:, 0, 0]
+    joint = np.square(np.matmul(part, residuals)[:, 0]).sum(axis=1)
+    moved = np.square(predicted - np.matmul(part, predictions)[:, 0]).sum(axis=1)
+    one, other = (np.asarray(length, np.float64) for length in lengths)
+    columns = [
+        np.log(1 - similarity[:, 0] + _TINY),
+        similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
+        np.log(1 - similarity.mean(axis=1) + _TINY),
+        agree.mean(axis=1),
+        agree.min(axis=1),
+        np.linalg.norm(np.matmul(part, unit)[:, 0], axis=1),
+        np.log(moved + _TINY),
+        np.log(own + _TINY),
+        joint / (own + _TINY),
+        np.log((np.minimum(one, other) + 1) / (np.maximum(one, other) + 1)),
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def jaccard(one: Sequence[NDArray[np.integer]], other: Sequence[NDArray[np.integer]]) -> Floats:
+    """Share of distinct tokens that two documents have in common, float32 [n]."""
+    found = np.empty(len(one), np.float32)
+    for i, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+        left, right = set(mine.tolist()), set(theirs.tolist())
+        found[i] = len(left & right) / max(len(left | right), 1)
+    return found
+
+
+def decided(scores: NDArray[np.floating]) -> Floats:
+    """How clearly a head decides: best score less the second best, float32 [n]. scores: logits [n, classes], or [n]."""
+    if scores.ndim == 1:
+        return np.abs(scores).astype(np.float32)
+    if scores.shape[1] < 2:
+        return np.zeros(len(scores), np.float32)
+    top = np.partition(scores, -2, axis=1)
+    return np.asarray(top[:, -1] - top[:, -2], np.float32)
+
+
+def choose_voting(
+    predicted: Floats,
+    outputs: Floats,
+    predictions: Floats,
+    similarity: NDArray[np.floating],
+    wanted: Floats,
+) -> Voting:
+    """The setting whose results are nearest to the true outputs `wanted`, [n, out], of held-out entries."""
+    unit = unit_norm(wanted)
+    best, chosen = np.inf, Voting()
+    for temperature in _TEMPERATURES:
+        for strength in _STRENGTHS:
+            found = corrected(predicted, outputs, predictions, similarity, temperature, strength, unit=unit)
+            error = float(np.square(found - wanted).mean())
+            if error < best:
+                best, chosen = error, Voting(temperature, strength)
+    return chosen

@@ -1,0 +1,179 @@
+"""Evidence that nothing fitted has seen: the entries of a cache looked up among the others, fold by fold.
+
+In each fold everything is fitted on the other folds: predictor, voting, head where it can be, and the gate on what
+those folds' own look-ups gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.correction import (
+    EVIDENCE,
+    NEIGHBOURS,
+    Voting,
+    choose_voting,
+    corrected,
+    decided,
+    evidence,
+    jaccard,
+    unit_norm,
+    units,
+)
+from llmcache.errors import ConfigError
+from llmcache.gate import Gate, fit_gate
+from llmcache.indexes.vectors import VectorIndex
+from llmcache.predictor import LEAST, Predictor, fit
+
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
+Tokens = Sequence[NDArray[np.int32]]
+Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
+Drift = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
+
+_RESIDUAL = EVIDENCE.index("residual")
+_VOTED = 1000  # held-out entries that temperature and strength are chosen by
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """What drift is. drift: of computed and reused outputs, [n] in [0, 1].
+
+    scores: logits of the head the drift is of, from outputs; None where there is none (drift of embeddings).
+    """
+
+    drift: Drift
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """Some documents and what the model gave. features: raw, [n, width]; outputs: float32 [n, out]; tokens: of each."""
+
+    features: NDArray[np.floating] = field(repr=False)
+    outputs: Floats = field(repr=False)
+    tokens: Tokens = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def take(self, rows: Rows) -> Entries:
+        return Entries(self.features[rows], self.outputs[rows], [self.tokens[row] for row in rows.tolist()])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What a look-up gives for a batch.
+
+    results: corrected outputs, float32 [n, out]; nearest: int64 [n], row of the best match; similarity: float32 [n], of
+    it; evidence: float32 [n, columns].
+    """
+
+    results: Floats = field(repr=False)
+    nearest: Rows
+    similarity: Floats
+    evidence: Floats = field(repr=False)
+
+
+class Memory:
+    """Entries, a predictor fitted to them, and an index over their fingerprints."""
+
+    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting) -> None:
+        self.entries, self.predictor, self.voting = entries, predictor, voting
+        self._predictions = predictor(entries.features)
+        self._index = VectorIndex.build(units(self._predictions), kind="flat")
+        self._unit = unit_norm(entries.outputs)
+
+    @classmethod
+    def fit(cls, entries: Entries, seed: int = 0, voting: Voting | None = None) -> Memory:
+        """voting: None uses the defaults."""
+        return cls(entries, fit(entries.features, entries.outputs, seed=seed), voting or Voting())
+
+    def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
+        """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
+        predicted = self.predictor(asked.features)
+        rows, similarity = self._index.nearest(units(predicted), min(NEIGHBOURS, len(self.entries)))
+        return predicted, self.entries.outputs[rows], self._predictions[rows], similarity, rows
+
+    def look_up(self, asked: Entries, scores: Scores | None = None) -> Found:
+        """asked: its outputs are not looked at. scores: of the head that the results are for."""
+        predicted, outputs, predictions, similarity, rows = self.neighbours(asked)
+        voting = self.voting
+        results = corrected(
+            predicted, outputs, predictions, similarity, voting.temperature, voting.strength, unit=self._unit
+        )
+        mine, theirs = asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()]
+        lengths = (np.array([len(one) for one in mine]), np.array([len(one) for one in theirs]))
+        seen = evidence(predicted, outputs, predictions, similarity, lengths, voting.temperature)
+        seen = np.column_stack([seen, jaccard(mine, theirs)])
+        if scores is not None:
+            seen = np.column_stack([seen, clearness(scores(results), seen)])
+        return Found(results, rows[:, 0], similarity[:, 0], seen.astype(np.float32))
+
+
+def clearness(scores: NDArray[np.floating], seen: Floats) -> Floats:
+    """How clearly a head decides: gap of its best two scores, the logarithm, and per expected error; [n, 3]."""
+    gap = decided(scores)
+    return np.stack([gap, np.log(gap + 0.05), gap / np.exp(0.5 * seen[:, _RESIDUAL])], axis=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What cross-fitting gives, one place per entry: drift and score for `calibration.choose`, and their sources.
+
+    results: float32 [n, out]; evidence: float32 [n, columns]; fold: int8 [n]; gate: fitted on all of them, for use on
+    documents that are none of them.
+    """
+
+    drift: NDArray[np.float64]
+    score: NDArray[np.float64]
+    results: Floats = field(repr=False)
+    evidence: Floats = field(repr=False)
+    similarity: Floats = field(repr=False)
+    nearest: Rows = field(repr=False)
+    fold: NDArray[np.int8] = field(repr=False)
+    gate: Gate = field(repr=False)
+
+
+def cross_fit(
+    entries: Entries, judge_of: Callable[[Rows], Judge], *, folds: int = 5, seed: int = 0, voting: Voting | None = None
+) -> Held:
+    """Every entry as if it were asked and not known, with all that is fitted coming from the other folds.
+
+    judge_of: the judge for some entries (by row): fits the head to them where it can be fitted again. A head that was
+    trained on the entries judges them too kindly; give documents it has not seen, then.
+    ConfigError: too few entries for so many folds.
+    """
+    if folds < 2 or len(entries) * (folds - 1) // folds < LEAST:
+        raise ConfigError(f"{len(entries)} entries in {folds} folds; a predictor needs {LEAST} outside of its fold")
+    fold = np.random.default_rng(seed).permutation(np.arange(len(entries)) % folds).astype(np.int8)
+    parts: list[tuple[Rows, Found, NDArray[np.float64]]] = []
+    for number in range(folds):
+        apart, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        judge = judge_of(rest)
+        found = Memory.fit(entries.take(rest), seed, voting).look_up(entries.take(apart), judge.scores)
+        found = Found(found.results, rest[found.nearest], found.similarity, found.evidence)
+        parts.append((apart, found, judge.drift(entries.outputs[apart], found.results)))
+    order = np.argsort(np.concatenate([apart for apart, _, _ in parts]))
+    drift = np.concatenate([moved for _, _, moved in parts])[order]
+    results, nearest, similarity, seen = (
+        np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__
+    )
+    score = np.empty(len(entries))
+    for number in range(folds):
+        apart = fold == number
+        score[apart] = fit_gate(seen[~apart], drift[~apart])(seen[apart])
+    return Held(drift, score, results, seen, similarity, nearest, fold, fit_gate(seen, drift))
+
+
+def held_out_voting(entries: Entries, seed: int = 0) -> Voting:
+    """Temperature and strength for these entries, chosen on a tenth of them (at most 1,000)."""
+    order = np.random.default_rng(seed + 1).permutation(len(entries))
+    cut = min(_VOTED, len(entries) // 10)
+    apart = entries.take(order[:cut])
+    predicted, outputs, predictions, similarity, _ = Memory.fit(entries.take(order[cut:]), seed).neighbours(apart)
+    return choose_voting(predicted, outputs, predictions, similarity, apart.outputs)
