@@ -92,6 +92,20 @@ class Neighbours:
         rows = np.where(positions >= 0, self._row_of[np.maximum(positions, 0)], -1)
         return rows, similarity
 
+    def live(self) -> NDArray[np.int64]:
+        """Rows of the bank that were not evicted."""
+        return np.delete(np.arange(sum(map(len, self._pieces))), self._dead)
+
+    def features(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Raw features of some rows, float16 [n, feature width]; zeros where they cannot be read."""
+        found = np.zeros((len(rows), self._facts.feature_width), np.float16)
+        first = 0
+        for block in self._features(0, sum(map(len, self._pieces))):
+            here = np.flatnonzero((rows >= first) & (rows < first + len(block)))
+            found[here] = block[rows[here] - first]
+            first += len(block)
+        return found
+
     def bury(self, dead: NDArray[np.int64]) -> None:
         """Take note of the rows that were evicted so far, in order."""
         self._dead = dead

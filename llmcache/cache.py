@@ -12,17 +12,22 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 from tqdm.auto import tqdm
 
 from llmcache import decoding, opening
+from llmcache import fitted as fitting
 from llmcache.attachment import Attachment
+from llmcache.calibrating import Calibration, DriftKind, calibrated
 from llmcache.config import CacheConfig
+from llmcache.crossfit import Entries
 from llmcache.decoding import Generated, Scores
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
 from llmcache.execution import Call, Execution, Progress, Sentences, nothing
+from llmcache.explaining import Explanation, explain
 from llmcache.heads import Heads
 from llmcache.identity import Identity, identify, mismatch
 from llmcache.indexes.bank import Bank
@@ -34,6 +39,7 @@ from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
+from llmcache.reuse import Reuse, entries_of
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.weights import Weights
@@ -78,6 +84,8 @@ class LLMCache:
                 opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
+            if store.trust != "untrusted" and config.tau is None:
+                self._encoding.reuse = self._saved_reuse()
         self._opened = True
         self._last: Statistics | None = None
 
@@ -250,6 +258,108 @@ class LLMCache:
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
         model: Any = self.model
         return resolve(model.prompts, model.default_prompt_name, role=role, name=name, prompt=prompt)
+
+    # -- near reuse -----------------------------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        sample: Iterable[Source] | None = None,
+        *,
+        budget: float,
+        drift: DriftKind = "label",
+        head: Any = None,
+        limit: float | None = None,
+        confidence: float | None = 0.95,
+        guard: bool = True,
+    ) -> Calibration:
+        """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
+
+        sample: documents that the cache does not know and the head has not seen; they are computed. None takes the
+            entries themselves, each against others: then the head must not have been trained on them.
+        budget: 0.005 allows one result in 200 to differ. confidence: with which the bound holds; None takes the drift
+            as measured.
+        drift: "label", decisions of `head` that change (a classifier of scikit-learn, or a callable from outputs to
+            labels or logits); "cosine", 1 - cosine; "beyond", 1 - cosine above `limit`; "kl", of logits, as a share of
+            `limit` nats.
+        guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ.
+        The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
+        ConfigError: settings that cannot work, or too few entries or documents.
+        """
+        self._check_open()
+        execution = self._execution
+        known, texts, asked, asked_texts = self._evidence(sample)
+        found, fitted = calibrated(
+            known, texts, asked, asked_texts, budget=budget, drift=drift, head=head, limit=limit,
+            confidence=confidence, guarded=guard,
+        )  # fmt: skip
+        place = fitting.put(
+            self._store.bank(self.namespace, fitting.BANK, lambda: fitting.FACTS, self.config.near), fitted
+        )
+        self.commit()
+        self._declare({**found.to_json(), "fitted": place})
+        execution.reuse = Reuse(self._bank, found, fitted, self._decoded, self.config.audit_share)
+        return found
+
+    def _evidence(self, sample: Iterable[Source] | None) -> tuple[Entries, list[str], Entries | None, list[str]]:
+        """The entries, and the documents of the sample that are none of them, each with their texts."""
+        execution, before = self._execution, set(self._bank.near.live().tolist())
+        reuse, execution.reuse = execution.reuse, None
+        try:
+            for _ in self.run(sample or ()):
+                continue
+        finally:
+            execution.reuse = reuse
+        rows, every = entries_of(self._bank)
+        texts = self._decoded(every.tokens)
+        if sample is None:
+            return every, texts, None, []
+        old = np.isin(rows, np.fromiter(before, np.int64, len(before)))
+        if old.all():
+            raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
+        new = np.flatnonzero(~old)
+        asked, known = every.take(new), every.take(np.flatnonzero(old))
+        return known, [texts[i] for i in np.flatnonzero(old)], asked, [texts[i] for i in new]
+
+    def _declare(self, calibration: dict[str, Any]) -> None:
+        space = self._store.namespace(self.namespace)
+        assert space is not None
+        self._store.declare(self.namespace, space.identity, {**space.config, "calibration": calibration})
+
+    def _saved_reuse(self) -> Reuse | None:
+        """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
+        space = self._store.namespace(self.namespace)
+        raw = dict(space.config.get("calibration") or {}) if space else {}
+        if not raw:
+            return None
+        try:
+            place = raw.pop("fitted")
+            found = Calibration.from_json(raw)
+            bank = self._store.bank(self.namespace, fitting.BANK, lambda: fitting.FACTS, self.config.near)
+            return Reuse(self._bank, found, fitting.get(bank, place), self._decoded, self.config.audit_share)
+        except (ConfigError, KeyError) as error:
+            log.warning("near reuse is off: %s", error)
+            return None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What near reuse was calibrated to, None where it was not."""
+        reuse = self._execution.reuse
+        return reuse.calibration if reuse else None
+
+    @property
+    def near_is_off(self) -> str:
+        """Why a calibrated cache gives no near matches at the moment; "" when it does, or was never calibrated."""
+        reuse = self._execution.reuse
+        return reuse.off if reuse else ""
+
+    def explain(self, text: str, *, role: str | None = None) -> Explanation:
+        """How one text would be answered: the tier, its nearest neighbour, and what decided. Nothing is computed."""
+        self._check_open()
+        return explain(self._execution, text, self._prompt(role, None, None), role, self._decoded)
+
+    def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode([one.tolist() for one in tokens], skip_special_tokens=True)
+        return texts
 
     # -- any model ------------------------------------------------------------------------------------------
 

@@ -62,6 +62,7 @@ class CacheConfig:
         state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
         rule; both give the neighbour's answer).
     layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
+    audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept.
     prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
     max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
         are evicted; entries that cannot fit at all are computed and not stored.
@@ -80,6 +81,7 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
+    audit_share: float = 0.02
     commit_seconds: float = 60.0
     max_bytes: int | None = None
     policy: Policy = "lru"
@@ -96,6 +98,8 @@ class CacheConfig:
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
         if self.reuse == "layer" and self.layers == "output":
             raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+        if not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share is a share of near hits in [0, 1], got {self.audit_share}")
         if type(self.prefix_block) is not int or not 0 <= self.prefix_block <= 1024:
             raise ConfigError(f"prefix_block is a whole number of tokens from 0 to 1024, got {self.prefix_block!r}")
         for name, allowed in (

@@ -20,6 +20,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.segment import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.reuse import TAKEN, Reuse
 from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows, batch, tokenise
@@ -113,6 +114,22 @@ class Unknown:
     features: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class _Audited:
+    """Near hits that are computed after all. places: of the documents; results: what they would have been given;
+    rows: of the neighbours. served: how many other near hits there were.
+    """
+
+    places: Places
+    results: NDArray[np.float32]
+    rows: Places
+    served: int
+
+    @classmethod
+    def none(cls, width: int) -> _Audited:
+        return cls(np.zeros(0, np.int64), np.zeros((0, width), np.float32), np.zeros(0, np.int64), 0)
+
+
 class Execution:
     """Answers calls from one bank and one model, and counts how."""
 
@@ -130,10 +147,13 @@ class Execution:
 
         inside: the context that the model runs in.
         """
-        self._model, self._digest, self._config, self._secret = model, digest, config, secret
+        self._model, self._digest, self._secret = model, digest, secret
+        self.config = config
         self._storing, self.bank, self._inside = storing, bank, inside
-        self._embedding = model.token_embedding()
+        self.embedding = model.token_embedding()
         self.counters = storing.counters
+        self.reuse: Reuse | None = None
+        """Calibrated near reuse; None where there is none, and `tau` decides."""
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
@@ -157,6 +177,13 @@ class Execution:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
         return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
 
+    def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
+        """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
+        call = Call([text], None, prompt, role)
+        tokens = self._model.tokenise([text], prompt, role)
+        by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
+        return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
+
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
         found = rows >= 0
@@ -172,9 +199,14 @@ class Execution:
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
-        raw = features(self._embedding, [tokens.ids[i] for i in todo], self._config.fingerprint)
-        if len(todo) and (self._config.tau is not None or self._config.layer_tau):
-            if self._config.reuse == "layer":
+        raw = features(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
+        audited = _Audited.none(self.bank.facts.width)
+        if len(todo) and self.reuse is not None and not self.reuse.off:
+            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
+            call.progress(len(todo) - len(open_), 0)
+            todo, raw = todo[open_], raw[open_]
+        elif len(todo) and (self.config.tau is not None or self.config.layer_tau):
+            if self.config.reuse == "layer":
                 open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
             else:
                 open_ = self._near(answers, places[todo], raw)
@@ -182,6 +214,7 @@ class Execution:
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
         self._compute(answers, call, unknown)
+        self._audit(answers, len(places), audited)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(places[repeats], places[first[repeats]])
         others = np.setdiff1d(np.arange(len(places)), todo)
@@ -189,14 +222,41 @@ class Execution:
 
     def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32]) -> Places:
         """Serve near matches; returns the indices into `places` that stay open."""
-        if self._config.tau is None:
+        if self.config.tau is None:
             return np.arange(len(places))
-        rows, similarity = near(self.bank, raw, self._config.tau)
+        rows, similarity = near(self.bank, raw, self.config.tau)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
         answers.similarity[places[found]] = similarity[found]
         answers.similarity[places[found[lost]]] = np.nan
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
+
+    def _reuse(
+        self, answers: Answers, places: Places, tokens: Sequence[NDArray[np.int32]], raw: NDArray[np.float32]
+    ) -> tuple[Places, _Audited]:
+        """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
+        assert self.reuse is not None
+        found = self.reuse.look_up(raw, tokens)
+        again = self.reuse.chosen_for_audit(found)
+        served = (found.gate == TAKEN) & ~again
+        answers.outputs[places[served]] = found.results[served]
+        answers.tier[places[served]], answers.row[places[served]] = NEAR, found.rows[served]
+        answers.similarity[places[served]] = found.similarity[served]
+        return np.flatnonzero(~served), _Audited(
+            places[again], found.results[again], found.rows[again], int(served.sum())
+        )
+
+    def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:
+        """Compare what was computed for the audited documents with what they would have been given."""
+        if self.reuse is None:
+            return
+        taken = audited.served + len(audited.places)
+        drift = self.reuse.audit(asked, taken, answers.outputs[audited.places], audited.results)
+        answers.audited[audited.places] = True
+        self.counters.audits += len(drift)
+        self.counters.audited_drift += float(drift.sum())
+        if len(drift):
+            self.bank.audit(audited.rows, drift.astype(np.float32))
 
     def _near_layers(
         self, answers: Answers, call: Call, places: Places, tokens: TokenRows, raw: NDArray[np.float32]
@@ -208,7 +268,7 @@ class Execution:
         open_ = np.arange(len(places))
         with self._inside() as attachment:
             for layer in reversed(attachment.banks.layers):
-                tau = self._config.layer_tau.get(layer, self._config.tau)
+                tau = self.config.layer_tau.get(layer, self.config.tau)
                 if tau is None or not len(open_):
                     continue
                 rows, similarity = near(attachment.banks.banks[layer], raw[open_], tau)

@@ -25,6 +25,7 @@ class Answers:
 
     outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact, NaN for a miss. row: int64, the bank row
     that served it, -1 for a miss. twin: int64, for a repeat inside the call the place of its first occurrence, else -1.
+    audited: bool, computed although a neighbour's output could have been given, to see how far that would have been.
     layer: int64, the layer whose state was reused, -1 where it was the output, or nothing; entry: its key by place.
     """
 
@@ -34,6 +35,7 @@ class Answers:
     row: NDArray[np.int64]
     twin: NDArray[np.int64]
     layer: NDArray[np.int64]
+    audited: NDArray[np.bool_]
     entry: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -45,6 +47,7 @@ class Answers:
             np.full(n, -1, np.int64),
             np.full(n, -1, np.int64),
             np.full(n, -1, np.int64),
+            np.zeros(n, np.bool_),
         )
 
     def computed(
@@ -90,6 +93,7 @@ class Answers:
         self.tier[places] = np.where(self.tier[first] == NEAR, NEAR, EXACT)
         self.row[places] = self.row[first]
         self.layer[places] = self.layer[first]
+        self.audited[places] = self.audited[first]
         self.twin[places] = first
 
 

@@ -27,7 +27,8 @@ class Result:
     output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss; where it
         is not "output" the layers after it were computed.
     source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
-    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss.
+    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
+        output could have been given, to see how far that would have been.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Result:
     layer: str | None
     source: str | None
     similarity: float | None
+    audited: bool = False
 
 
 def results(
@@ -75,7 +77,7 @@ def _document(source: Source, place: int) -> Document:
 def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Result:
     tier = int(answers.tier[i])
     if tier == MISS:
-        return Result(id, answers.outputs[i], "miss", None, None, None)
+        return Result(id, answers.outputs[i], "miss", None, None, None, bool(answers.audited[i]))
     row, twin, reused = int(answers.row[i]), int(answers.twin[i]), int(answers.layer[i])
     if reused >= 0:
         layer = bank_name(reused)

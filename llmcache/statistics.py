@@ -53,7 +53,8 @@ class Counters:
 
     exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
     not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
-    checksum. bypassed: handed to the model past the cache. overhead_seconds: everything but the model.
+    checksum. bypassed: handed to the model past the cache. audits: near hits that were recomputed; audited_drift: the
+    sum of what they would have been off by. overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """
 
@@ -66,6 +67,8 @@ class Counters:
     not_stored: int = 0
     damaged: int = 0
     bypassed: int = 0
+    audits: int = 0
+    audited_drift: float = 0.0
     model_seconds: float = 0.0
     overhead_seconds: float = 0.0
     store_seconds: float = 0.0
