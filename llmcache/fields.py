@@ -26,7 +26,7 @@ from llmcache.numerals import amounts, dates, months, times
 
 
 class Fields(NamedTuple):
-    """What must be the same in two texts, each kind in a canonical form and sorted.
+    """What must be the same in two texts, each kind in a canonical form and in the order of the text.
 
     number: values with their units. date: dates, times, months and weekdays. identifier: codes, versions, addresses,
     paths. quoted: what stands in quotation marks. negation: "odd" when an odd number of negations was read, else
@@ -90,7 +90,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     if _HAS_DIGIT.search(text):
         text = times(dates(text, when), when)
         amounts(text, numbers, identifiers)
-    return Fields(*(tuple(sorted(kind)) for kind in (numbers, when, identifiers, quoted, negation, found)))
+    return Fields(*(tuple(kind) for kind in (numbers, when, identifiers, quoted, negation, found)))
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> list[str]:

@@ -24,6 +24,8 @@ DIFFERENT = [
     ("number", "within 5 days", "within 5 weeks"),
     ("number", "minus: -5 degrees", "plus: 5 degrees"),
     ("number", "from 10 to 20", "from 10 to 25"),
+    ("number", "from 3 to 5", "from 5 to 3"),
+    ("identifier", "from PDF to HTML", "from HTML to PDF"),
     ("number", "World War I", "World War II"),
     ("number", "my two cards", "my three cards"),
     ("number", "drei Karten", "vier Karten"),

@@ -105,7 +105,8 @@ def test_a_sample_too_small_says_how_many_it_takes() -> None:
 
 
 def nearest(queries: Floats, entries: Floats) -> Floats:
-    return (queries @ entries.T).max(axis=1)
+    best: Floats = (queries @ entries.T).max(axis=1)
+    return best
 
 
 @pytest.fixture(scope="module")
