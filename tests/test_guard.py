@@ -58,6 +58,8 @@ DIFFERENT = [
     ("identifier", "edit notes.txt", "edit notes.csv"),
     ("identifier", "call set_up", "call tear_down"),
     ("identifier", "learn php", "learn sql"),
+    ("identifier", "learn C++", "learn C"),
+    ("identifier", "vitamin C", "vitamin K"),
     ("quoted", 'the book "War"', 'the book "Peace"'),
     ("quoted", "das Buch „Krieg“", "das Buch „Frieden“"),
     ("quoted", "le livre « Guerre »", "le livre « Paix »"),
