@@ -7,12 +7,15 @@ import gzip
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcache.bench_guard import measure
+from llmcache.errors import ConfigError
 from llmcache.guard import KINDS, differs, digests, fields, refused
 from tests.conftest import DATA
 
@@ -248,6 +251,29 @@ def test_two_numbers_differ_exactly_when_they_are_not_equal(one: int, other: int
 )
 def test_no_text_takes_more_time_than_its_length_asks_for(unit: str) -> None:
     fields(unit * 20_000)  # minutes, if a pattern went back over it again and again
+
+
+def test_a_measurement_without_data_says_what_it_looks_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has none of dup-products"):
+        measure(tmp_path, lambda texts: np.zeros((len(texts), 2), np.float32))
+
+
+def test_a_measurement_counts_what_is_kept_and_what_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "dup-products"
+    folder.mkdir()
+    pairs = [
+        [1, "red mouse ab-12", "red mouse ab12"],
+        [1, "red mouse ab-12", "red mouse ab-12 for 5 $"],
+        [0, "red mouse ab-12", "red mouse ab-13"],
+        [0, "red mouse by gh", "red mouse by ij"],
+    ]
+    with gzip.open(folder / "product_pairs.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(["shop", "test", *pair]) + "\n" for pair in pairs)
+    row = measure(tmp_path, lambda texts: np.zeros((len(texts), 2), np.float32))[0]
+    assert (row["without"], row["without_wrong"], row["accepted"], row["wrong"]) == (4, 2, 2, 1)
+    assert (row["good_kept"], row["wrong_kept"], row["precision"]) == (0.5, 0.5, 0.5)
+    assert row["good_refused_by"] == {"number": 1}
+    assert row["wrong_refused_by"] == {"identifier": 1}
 
 
 def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> None:
