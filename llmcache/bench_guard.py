@@ -64,7 +64,25 @@ def products(folder: Path) -> list[Row]:
     found, microseconds = _compared([one for _, one, _ in pairs], [other for _, _, other in pairs])
     overlap = np.array([_overlap(one, other) for _, one, other in pairs])
     rows = list(_rows("dup-products", "word overlap", overlap, same, found, (0.0, 0.3, 0.4, 0.5, 0.6)))
-    return [row | {"microseconds_per_text": microseconds} for row in rows]
+    texts, others = altered([one for _, one, _ in pairs])
+    changed, _ = _compared(texts, others)
+    row = {"data": "dup-products, one digit of a code changed", "pairs": len(texts), "wrong": int((changed < 0).sum())}
+    return [*(each | {"microseconds_per_text": microseconds} for each in rows), row | {"refused_by": _by_kind(changed)}]
+
+
+def altered(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The texts with a code of letters and digits, and the same with one digit of one code changed at random."""
+    random = np.random.default_rng(0)
+    ones, others = [], []
+    for text in texts:
+        codes = [match for match in re.finditer(r"\S*\d\S*", text) if re.search("[a-z]", match[0])]
+        if codes:
+            code = codes[random.integers(len(codes))]
+            places = [place for place in range(*code.span()) if text[place].isdecimal()]
+            place = places[random.integers(len(places))]
+            ones.append(text)
+            others.append(f"{text[:place]}{(int(text[place]) + random.integers(1, 10)) % 10}{text[place + 1 :]}")
+    return ones, others
 
 
 def revisions(folder: Path) -> list[Row]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcache.bench_guard import measure
+from llmcache.bench_guard import altered, measure
 from llmcache.errors import ConfigError
 from llmcache.guard import KINDS, differs, digests, fields, refused
 from tests.conftest import DATA
@@ -60,6 +60,7 @@ DIFFERENT = [
     ("identifier", "open /etc/hosts", "open /etc/passwd"),
     ("identifier", "edit notes.txt", "edit notes.csv"),
     ("identifier", "call set_up", "call tear_down"),
+    ("identifier", "a 3-d film", "a 3-b film"),
     ("identifier", "learn php", "learn sql"),
     ("identifier", "learn C++", "learn C"),
     ("identifier", "vitamin C", "vitamin K"),
@@ -285,3 +286,6 @@ def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> No
     found = refused(digests([a for a, _ in pairs]), digests([b for _, b in pairs]))
     assert len(pairs) > 4000
     assert np.flatnonzero(found == -1).tolist() == []
+    texts, others = altered([a for a, _ in pairs])
+    assert len(texts) > 3000
+    assert (refused(digests(texts), digests(others)) >= 0).all()
