@@ -26,7 +26,7 @@ from llmcache.numerals import amounts, dates, months, times
 
 
 class Fields(NamedTuple):
-    """What must be the same in two texts, each kind in a canonical form and sorted.
+    """What must be the same in two texts, each kind in a canonical form and in the order of the text.
 
     number: values with their units. date: dates, times, months and weekdays. identifier: codes, versions, addresses,
     paths. quoted: what stands in quotation marks. negation: "odd" when an odd number of negations was read, else
@@ -61,6 +61,8 @@ _MAY_LINK = re.compile(rf"[@\\_]|://|--[a-z]|\.(?:com|org|net|edu|gov|io|info|de
 _NO_VOWEL = "[b-df-hj-np-tv-xz]"
 _SPELLED = re.compile(rf"(?<![\w./@-])(?:[^\W\d_]+-)*{_NO_VOWEL}{{3,}}(?:-[^\W\d_]+)*(?![\w@]|[-./]\w)")
 _MAY_SPELL = re.compile(rf"\b{_NO_VOWEL}{{3,}}\b")
+# a consonant alone: vitamin C, C++. Two of them (TV, CV) refused as many right pairs as wrong ones
+_LONE = re.compile(r"(?<![\w'./&-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
 _QUOTED = re.compile(
     r"""(?<![\w"])"(?=\S)([^"\n]{1,80}?)(?<=\S)"(?!\w)|[“„]([^“”„]{1,80})[”“]|«([^«»]{1,80})»|»([^«»]{1,80})«"""
     r"""|「([^「」]{1,80})」|『([^『』]{1,80})』|(?<![\w`])`([^`\n]{1,80})`(?![\w`])"""
@@ -83,6 +85,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
         text = _unlinked(text, identifiers)
     if _MAY_SPELL.search(text):
         identifiers += [code.replace("-", "") for code in _SPELLED.findall(text) if code not in NO_CODES]
+    identifiers += _LONE.findall(text)
     if not known.isdisjoint(NUMBERS.keys()):
         text = _WORD.sub(lambda match: NUMBERS.get(match[0], match[0]), text)
     if not known.isdisjoint(MONTHS.keys()):
@@ -90,7 +93,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     if _HAS_DIGIT.search(text):
         text = times(dates(text, when), when)
         amounts(text, numbers, identifiers)
-    return Fields(*(tuple(sorted(kind)) for kind in (numbers, when, identifiers, quoted, negation, found)))
+    return Fields(*(tuple(kind) for kind in (numbers, when, identifiers, quoted, negation, found)))
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> list[str]:

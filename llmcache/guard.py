@@ -2,8 +2,9 @@
 
 Near neighbours can be one figure apart: another model number, another date, a "not". To a fingerprint that is little,
 to the reader it is everything. The guard reads the fields of each text once (`llmcache.fields`); a near hit is refused
-when those of the two texts differ. Fields are compared as multisets in a canonical form, so texts with the same fields
-form classes, and a digest per kind, stored beside an entry, is all a look-up needs.
+when those of the two texts differ. Fields are compared in a canonical form and in their order ("from 3 to 5" is not
+"from 5 to 3"), so texts with the same fields form classes, and a digest per kind, stored beside an entry, is all a
+look-up needs.
 """
 
 from __future__ import annotations

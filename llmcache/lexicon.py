@@ -25,6 +25,7 @@ CURRENCIES = _table(
         "₽": "₽ rub rubel roubles рублей рубля рубль руб",
         "₩": "₩ krw 원",
         "₺": "₺ tl lira",
+        "¢": "¢ cents centavos",
         "chf": "chf franken",
         "pln": "pln zł",
         "cad": "cad",

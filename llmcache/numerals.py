@@ -128,7 +128,9 @@ def _read(token: str, text: str, start: int, end: int, numbers: list[str], ident
         unit = GLUED.get(suffixed[2])
         if unit or suffixed[2] in ORDINALS:
             body = suffixed[1]
-    elif (hyphened := _HYPHENED.fullmatch(token)) and (hyphened[2] in UNITS or len(hyphened[1]) < 3):
+    elif (hyphened := _HYPHENED.fullmatch(token)) and (
+        hyphened[2] in UNITS or (len(hyphened[1]) < 3 and len(hyphened[2]) > 2)
+    ):
         body, unit = hyphened[1], UNITS.get(hyphened[2])
     elif (span := _SPAN.fullmatch(token)) and not any(_coded(one) for one in span.groups()):
         numbers.append(_value(span[1]))

@@ -37,6 +37,10 @@ _STEPS = 50  # halvings of an interval: to 1e-15
 class Sequence:
     """Bounds on the mean of drifts in [0, 1], all valid at once and at any time.
 
+    Which near hits are audited is left to chance, decided before their drift is known; then the mean of the audited
+    ones is that of all near hits, and the share of chance may change over time. For the share of *all* results,
+    documents that were no near hits are drawn in the same way and count as 0: they need no audit.
+
     alpha: chance that a bound is ever wrong, half of it on each side.
     """
 

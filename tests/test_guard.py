@@ -7,12 +7,15 @@ import gzip
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcache.bench_guard import altered, measure
+from llmcache.errors import ConfigError
 from llmcache.guard import KINDS, differs, digests, fields, refused
 from tests.conftest import DATA
 
@@ -24,6 +27,8 @@ DIFFERENT = [
     ("number", "within 5 days", "within 5 weeks"),
     ("number", "minus: -5 degrees", "plus: 5 degrees"),
     ("number", "from 10 to 20", "from 10 to 25"),
+    ("number", "from 3 to 5", "from 5 to 3"),
+    ("identifier", "from PDF to HTML", "from HTML to PDF"),
     ("number", "World War I", "World War II"),
     ("number", "my two cards", "my three cards"),
     ("number", "drei Karten", "vier Karten"),
@@ -55,7 +60,10 @@ DIFFERENT = [
     ("identifier", "open /etc/hosts", "open /etc/passwd"),
     ("identifier", "edit notes.txt", "edit notes.csv"),
     ("identifier", "call set_up", "call tear_down"),
+    ("identifier", "a 3-d film", "a 3-b film"),
     ("identifier", "learn php", "learn sql"),
+    ("identifier", "learn C++", "learn C"),
+    ("identifier", "vitamin C", "vitamin K"),
     ("quoted", 'the book "War"', 'the book "Peace"'),
     ("quoted", "das Buch „Krieg“", "das Buch „Frieden“"),
     ("quoted", "le livre « Guerre »", "le livre « Paix »"),
@@ -246,6 +254,29 @@ def test_no_text_takes_more_time_than_its_length_asks_for(unit: str) -> None:
     fields(unit * 20_000)  # minutes, if a pattern went back over it again and again
 
 
+def test_a_measurement_without_data_says_what_it_looks_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has none of dup-products"):
+        measure(tmp_path, lambda texts: np.zeros((len(texts), 2), np.float32))
+
+
+def test_a_measurement_counts_what_is_kept_and_what_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "dup-products"
+    folder.mkdir()
+    pairs = [
+        [1, "red mouse ab-12", "red mouse ab12"],
+        [1, "red mouse ab-12", "red mouse ab-12 for 5 $"],
+        [0, "red mouse ab-12", "red mouse ab-13"],
+        [0, "red mouse by gh", "red mouse by ij"],
+    ]
+    with gzip.open(folder / "product_pairs.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(["shop", "test", *pair]) + "\n" for pair in pairs)
+    row = measure(tmp_path, lambda texts: np.zeros((len(texts), 2), np.float32))[0]
+    assert (row["without"], row["without_wrong"], row["accepted"], row["wrong"]) == (4, 2, 2, 1)
+    assert (row["good_kept"], row["wrong_kept"], row["precision"]) == (0.5, 0.5, 0.5)
+    assert row["good_refused_by"] == {"number": 1}
+    assert row["wrong_refused_by"] == {"identifier": 1}
+
+
 def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> None:
     path = DATA / "dup-products" / "product_pairs.jsonl.gz"
     if not path.exists():
@@ -255,3 +286,6 @@ def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> No
     found = refused(digests([a for a, _ in pairs]), digests([b for _, b in pairs]))
     assert len(pairs) > 4000
     assert np.flatnonzero(found == -1).tolist() == []
+    texts, others = altered([a for a, _ in pairs])
+    assert len(texts) > 3000
+    assert (refused(digests(texts), digests(others)) >= 0).all()

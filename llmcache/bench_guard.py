@@ -1,0 +1,230 @@
+"""What the field guard refuses, measured on pairs of texts of which it is known whether they say the same.
+
+`python -m llmcache.bench_guard DATA MODEL` prints the rows as JSON. DATA holds dup-products, dup-site-policy-revisions,
+pair-qqp, pair-gptcache-mock and cls-banking77; what is absent is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.errors import ConfigError
+from llmcache.guard import KINDS, digests, refused
+
+Row: TypeAlias = dict[str, Any]
+Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
+Bools: TypeAlias = NDArray[np.bool_]
+
+QQP_PAIRS = 5000
+# a word with a capital that does not begin a sentence: what a user's own pattern for names could be
+NAMES = re.compile(r"(?<=[\w,;] )(?!I\b)[A-Z]\w+")
+
+
+def measure(data: Path, encode: Encode) -> list[Row]:
+    """One row per data set and threshold of similarity.
+
+    encode: texts to unit vectors, float32 [n, width]; asked for the pairs of QQP and the queries of BANKING77.
+    ConfigError: none of the data sets is there.
+    """
+    parts: dict[str, Callable[[Path], list[Row]]] = {
+        "dup-products": products,
+        "dup-site-policy-revisions": revisions,
+        "pair-gptcache-mock": rewordings,
+        "pair-qqp": lambda folder: questions(folder, encode),
+        "cls-banking77": lambda folder: queries(folder, encode),
+    }
+    rows = [row for name, part in parts.items() if (data / name).is_dir() for row in part(data / name)]
+    if not rows:
+        raise ConfigError(f"{data} has none of {', '.join(parts)}; name the folder that holds them")
+    return rows
+
+
+# -- data sets ------------------------------------------------------------------------------------------------
+
+
+def products(folder: Path) -> list[Row]:
+    """Products of two shops, the same or not, by the overlap of their words."""
+    with gzip.open(folder / "product_pairs.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
+        pairs = [(int(label), one, other) for _, _, label, one, other in map(json.loads, lines)]
+    same = np.array([label for label, _, _ in pairs]) == 1
+    found, microseconds = _compared([one for _, one, _ in pairs], [other for _, _, other in pairs])
+    overlap = np.array([_overlap(one, other) for _, one, other in pairs])
+    rows = list(_rows("dup-products", "word overlap", overlap, same, found, (0.0, 0.3, 0.4, 0.5, 0.6)))
+    texts, others = altered([one for _, one, _ in pairs])
+    changed, _ = _compared(texts, others)
+    row = {"data": "dup-products, one digit of a code changed", "pairs": len(texts), "wrong": int((changed < 0).sum())}
+    return [*(each | {"microseconds_per_text": microseconds} for each in rows), row | {"refused_by": _by_kind(changed)}]
+
+
+def altered(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The texts with a code of letters and digits, and the same with one digit of one code changed at random."""
+    random = np.random.default_rng(0)
+    ones, others = [], []
+    for text in texts:
+        codes = [match for match in re.finditer(r"\S*\d\S*", text) if re.search("[a-z]", match[0])]
+        if codes:
+            code = codes[random.integers(len(codes))]
+            places = [place for place in range(*code.span()) if text[place].isdecimal()]
+            place = places[random.integers(len(places))]
+            ones.append(text)
+            others.append(f"{text[:place]}{(int(text[place]) + random.integers(1, 10)) % 10}{text[place + 1 :]}")
+    return ones, others
+
+
+def revisions(folder: Path) -> list[Row]:
+    """Consecutive revisions of policies. changed: pairs whose words with a digit are not the same."""
+    texts: dict[str, list[str]] = {}
+    with lzma.open(folder / "revisions.jsonl.xz", "rt", encoding="utf-8", newline="\n") as lines:
+        for fact in map(json.loads, lines):
+            texts.setdefault(fact["doc"], []).append(fact["text"])
+    pairs = [pair for history in texts.values() for pair in pairwise(history)]
+    found, microseconds = _compared([one for one, _ in pairs], [other for _, other in pairs])
+    words = re.compile(r"\w*\d\w*")
+    changed = np.array([Counter(words.findall(one)) != Counter(words.findall(other)) for one, other in pairs])
+    return [
+        {
+            "data": "dup-site-policy-revisions",
+            "pairs": len(pairs),
+            "accepted": int((found < 0).sum()),
+            "changed": int(changed.sum()),
+            "changed_accepted": int((changed & (found < 0)).sum()),
+            "refused_by": _by_kind(found),
+            "microseconds_per_text": microseconds,
+        }
+    ]
+
+
+def rewordings(folder: Path) -> list[Row]:
+    """Machine-written paraphrases: every refusal is a lost hit."""
+    path = next(folder.glob("*.json"))
+    pairs = json.loads(path.read_text(encoding="utf-8"))
+    found, _ = _compared([pair["origin"] for pair in pairs], [pair["similar"] for pair in pairs])
+    kept = {"accepted": int((found < 0).sum()), "good_kept": float((found < 0).mean()), "refused_by": _by_kind(found)}
+    return [{"data": "pair-gptcache-mock", "pairs": len(pairs), **kept}]
+
+
+def questions(folder: Path, encode: Encode) -> list[Row]:
+    """Pairs of questions, duplicates or not, by cosine; a random sample with a fixed seed."""
+    with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
+        pairs = [json.loads(line) for line in lines]
+    pairs = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs))[:QQP_PAIRS]]
+    same = np.array([label for label, _, _ in pairs]) == 1
+    ones, others = [one for _, one, _ in pairs], [other for _, _, other in pairs]
+    similarity = np.sum(encode(ones) * encode(others), axis=1)
+    found, _ = _compared(ones, others)
+    named, _ = _compared(ones, others, NAMES)
+    at = (0.8, 0.85, 0.9, 0.95)
+    return [
+        *_rows("pair-qqp", "cosine", similarity, same, found, at),
+        *_rows("pair-qqp, names by pattern", "cosine", similarity, same, named, at),
+    ]
+
+
+def queries(folder: Path, encode: Encode) -> list[Row]:
+    """Test queries and their nearest train query; the same when they have one intent."""
+    known, asked = (_labelled(folder / f"{name}.csv") for name in ("train", "test"))
+    entries = encode([text for text, _ in known])
+    cosines = [block @ entries.T for block in np.array_split(encode([text for text, _ in asked]), 8)]
+    similarity = np.concatenate([block.max(axis=1) for block in cosines])
+    nearest = [known[place] for block in cosines for place in block.argmax(axis=1)]
+    same = np.array([one[1] == other[1] for one, other in zip(asked, nearest, strict=True)])
+    found, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
+    return list(_rows("cls-banking77", "cosine", similarity, same, found, (0.7, 0.8, 0.9)))
+
+
+def _labelled(path: Path) -> list[tuple[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(row["text"], row["category"]) for row in csv.DictReader(file)]
+
+
+# -- comparing ------------------------------------------------------------------------------------------------
+
+
+def _compared(
+    ones: Sequence[str], others: Sequence[str], pattern: re.Pattern[str] | None = None
+) -> tuple[NDArray[np.int8], float]:
+    """Which kind refuses each pair, -1 for none; and the microseconds that the fields of one text took."""
+    began = time.perf_counter()
+    left, right = digests(ones, pattern), digests(others, pattern)
+    seconds = time.perf_counter() - began
+    return refused(left, right), 1e6 * seconds / (len(ones) + len(others))
+
+
+def _overlap(one: str, other: str) -> float:
+    words, others = set(one.split()), set(other.split())
+    return len(words & others) / max(1, len(words | others))
+
+
+def _rows(
+    data: str,
+    by: str,
+    similarity: NDArray[np.floating],
+    same: Bools,
+    found: NDArray[np.int8],
+    thresholds: Sequence[float],
+) -> Iterator[Row]:
+    """Per threshold: what is accepted with and without the guard, and what a higher threshold alone would give."""
+    ranked = same[np.argsort(-similarity, kind="stable")]
+    for threshold in thresholds:
+        near = similarity >= threshold
+        accepted = near & (found < 0)
+        count = int(accepted.sum())
+        yield {
+            "data": data,
+            "by": by,
+            "threshold": threshold,
+            "without": int(near.sum()),
+            "without_wrong": int((near & ~same).sum()),
+            "without_precision": _share(same, near),
+            "accepted": count,
+            "wrong": int((accepted & ~same).sum()),
+            "precision": _share(same, accepted),
+            "higher_threshold_precision": float(ranked[:count].mean()) if count else None,
+            "good_kept": _share(found < 0, near & same),
+            "wrong_kept": _share(found < 0, near & ~same),
+            "good_refused_by": _by_kind(found[near & same]),
+            "wrong_refused_by": _by_kind(found[near & ~same]),
+        }
+
+
+def _share(what: Bools, among: Bools) -> float | None:
+    return float(what[among].mean()) if among.any() else None
+
+
+def _by_kind(found: NDArray[np.int8]) -> dict[str, int]:
+    """How many pairs each kind refused first."""
+    return {kind: int((found == place).sum()) for place, kind in enumerate(KINDS) if (found == place).any()}
+
+
+def main(data: str, model: str) -> None:
+    """Prints conditions, rows and the command as JSON."""
+    from sentence_transformers import SentenceTransformer
+
+    from llmcache.bench import conditions
+
+    encoder = SentenceTransformer(model, device="cpu")
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        return encoder.encode(list(texts), normalize_embeddings=True)
+
+    rows = measure(Path(data), encode)
+    command = f"python -m llmcache.bench_guard {Path(data).name} {Path(model).name}"
+    sys.stdout.write(json.dumps({**conditions(), "rows": rows, "command": command}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
