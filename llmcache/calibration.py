@@ -8,7 +8,7 @@ threshold exceeds the budget is at most 1 - confidence.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,13 @@ from scipy.stats import beta, binom
 
 from llmcache.errors import ConfigError
 
+WORST = 0.1
+"""Highest mean drift of the hits themselves: a budget of all results would otherwise allow a few hits, all wrong."""
 CANDIDATES = 400
 """Thresholds that are tried: quantiles of the scores, which depend on no drift."""
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.floating] | NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +76,7 @@ def choose(
     confidence: float | None = 0.95,
     *,
     of: str = "all",
+    worst: float = WORST,
     candidates: NDArray[np.floating] | None = None,
 ) -> Choice:
     """The lowest score at which a result may be reused, so that the mean drift stays within the budget.
@@ -80,30 +84,41 @@ def choose(
     drift: [n] in [0, 1], of each document were it reused; only 0 and 1 (flips) are bounded exactly, by
     Clopper-Pearson, anything between by Hoeffding-Bentkus. score: [n], higher is safer; documents that cannot be reused
     have -inf. budget: highest mean drift, 0 allows exact reuse only. confidence: below 1; None takes the drift as
-    measured, without a bound, which may then also be negative (a gain). of: see `Choice`. candidates: thresholds to
-    try, chosen without a look at the drift.
+    measured, without a bound, which may then also be negative (a gain). of: see `Choice`. worst: highest drift of
+    the hits, as measured, or the budget where that is higher. candidates: thresholds to try, chosen without a look at
+    the drift.
 
     ConfigError: a setting that cannot work, drift that is not a number or outside [0, 1], no documents.
     """
     moved, safe = _checked(drift, score, budget, confidence, of)
-    n = len(moved)
-    thresholds = _candidates(safe, candidates)
-    curve = _curve(moved, safe, thresholds, confidence)
-    method = _method(moved, confidence)
-    facts = {"samples": n, "budget": budget, "confidence": confidence, "of": of, "method": method, "curve": curve}
+    n, method = len(moved), _method(moved, confidence)
+    curve = _curve(moved, safe, _candidates(safe, candidates), confidence)
+    off = Choice(
+        threshold=None, samples=n, budget=budget, confidence=confidence, of=of, method=method, reason="", curve=curve
+    )  # fmt: skip
     if budget == 0:
-        return Choice(threshold=None, reason="a budget of 0 allows exact reuse only: near reuse stays off", **facts)
-    least = least_samples(budget, confidence)
-    if n < least:
+        return replace(off, reason="a budget of 0 allows exact reuse only: near reuse stays off")
+    needed = least_samples(budget, confidence) - n
+    if needed > 0:
         seen = f"{n} documents cannot show a drift of at most {budget:g} at confidence {confidence:g}"
-        return Choice(threshold=None, needed=least - n, reason=f"{seen}: {least - n} more are needed", **facts)
-    place = _last_passing(curve, n, budget, confidence, of)
+        return replace(off, needed=needed, reason=f"{seen}: {needed} more are needed")
+    place = _last_passing(curve, n, budget, confidence, of, max(worst, budget))
     if place is None:
-        why = f"no threshold keeps the drift within {budget:g} on these documents: near reuse stays off"
-        return Choice(threshold=None, reason=why, **facts)
-    values = {name: float(getattr(curve, name)[place]) for name in Curve.__slots__}
+        return replace(
+            off,
+            reason=f"no threshold keeps the drift within {budget:g}, and that of the hits within {max(worst, budget):g}: near reuse stays off",
+        )
     how = "as measured" if confidence is None else f"at confidence {confidence:g}"
-    return Choice(reason=f"the loosest of {len(curve)} thresholds within {budget:g} {how}", **values, **facts)
+    return replace(
+        off,
+        reason=f"the loosest of {len(curve)} thresholds within {budget:g} {how}",
+        threshold=float(curve.threshold[place]),
+        hits=float(curve.hits[place]),
+        drift=float(curve.drift[place]),
+        bound=float(curve.bound[place]),
+        drift_of_hits=float(curve.drift_of_hits[place]),
+        bound_of_hits=float(curve.bound_of_hits[place]),
+    )
 
 
 def least_samples(budget: float, confidence: float | None) -> int:
@@ -116,24 +131,24 @@ def least_samples(budget: float, confidence: float | None) -> int:
 # -- bounds -------------------------------------------------------------------------------------------------
 
 
-def flip_bound(flips: NDArray[np.integer], of: NDArray[np.integer], confidence: float) -> Floats:
+def flip_bound(flips: Counts, of: Counts, confidence: float) -> Floats:
     """Clopper-Pearson: one-sided upper bound of a share, given that many of so many; float64 like the arguments."""
-    flips, of = np.broadcast_arrays(np.asarray(flips, np.float64), np.asarray(of, np.float64))
-    open_ = flips < of
-    bound = np.ones(flips.shape)
-    bound[open_] = beta.ppf(confidence, flips[open_] + 1, of[open_] - flips[open_])
+    seen, every = np.broadcast_arrays(np.asarray(flips, np.float64), np.asarray(of, np.float64))
+    open_ = seen < every
+    bound = np.ones(seen.shape)
+    bound[open_] = beta.ppf(confidence, seen[open_] + 1, every[open_] - seen[open_])
     return bound
 
 
-def mean_bound(mean: NDArray[np.floating], of: NDArray[np.integer], confidence: float) -> Floats:
+def mean_bound(mean: Counts, of: Counts, confidence: float) -> Floats:
     """Hoeffding-Bentkus: one-sided upper bound of the mean of values in [0, 1], given the mean of so many."""
-    mean, of = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(of, np.float64))
-    low, high = mean.copy(), np.ones(mean.shape)
+    seen, every = (np.array(one) for one in np.broadcast_arrays(np.float64(mean), np.float64(of)))
+    low, high = seen.copy(), np.ones(seen.shape)
     for _ in range(40):  # the p-value falls as the mean that is tested rises
         middle = (low + high) / 2
-        rejected = _p_value(mean, of, middle) <= 1 - confidence
+        rejected = _p_value(seen, every, middle) <= 1 - confidence
         low, high = np.where(rejected, low, middle), np.where(rejected, middle, high)
-    return np.where(of > 0, high, 1.0)
+    return np.where(every > 0, high, 1.0)
 
 
 def _p_value(mean: Floats, of: Floats, tested: Floats) -> Floats:
@@ -213,16 +228,18 @@ def _curve(drift: Floats, score: Floats, thresholds: Floats, confidence: float |
     return Curve(thresholds, count / n, mean, bound, mean_of_hits, bound_of_hits)
 
 
-def _last_passing(curve: Curve, n: int, budget: float, confidence: float | None, of: str) -> int | None:
+def _last_passing(curve: Curve, n: int, budget: float, confidence: float | None, of: str, worst: float) -> int | None:
     bound = curve.bound if of == "all" else curve.bound_of_hits
     passed = bound <= budget
-    if confidence is None:
-        return int(np.flatnonzero(passed)[-1]) if passed.any() else None
-    # a bound over hits needs hits: the sequence begins where four in a hundred thousand could be told from the budget
-    first = 0
-    if of == "hits":
-        enough = curve.hits * n >= 2 * least_samples(budget, confidence)
-        first = int(np.argmax(enough)) if enough.any() else len(curve)
-    failed = np.flatnonzero(~passed[first:])
-    last = first + (int(failed[0]) if len(failed) else len(curve) - first) - 1
-    return last if last >= first and len(curve) > first else None
+    if confidence is not None:
+        first = 0
+        if of == "hits":
+            # with fewer hits than this not even flawless ones would pass, and the sequence would end at once
+            enough = curve.hits * n >= 2 * least_samples(budget, confidence)
+            first = int(np.argmax(enough)) if enough.any() else len(curve)
+        passed[:first] = False
+        failed = np.flatnonzero(~passed[first:])
+        passed[first + failed[0] if len(failed) else len(curve) :] = False
+    # all that passed hold at once, so that any of them may be left out for another reason
+    good = np.flatnonzero(passed & (curve.drift_of_hits <= worst))
+    return int(good[-1]) if len(good) else None

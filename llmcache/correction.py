@@ -144,7 +144,7 @@ def jaccard(one: Sequence[NDArray[np.integer]], other: Sequence[NDArray[np.integ
 def decided(scores: NDArray[np.floating]) -> Floats:
     """How clearly a head decides: best score less the second best, float32 [n]. scores: logits [n, classes], or [n]."""
     if scores.ndim == 1:
-        return np.abs(scores).astype(np.float32)
+        return np.asarray(np.abs(scores), np.float32)
     if scores.shape[1] < 2:
         return np.zeros(len(scores), np.float32)
     top = np.partition(scores, -2, axis=1)

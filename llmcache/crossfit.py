@@ -163,11 +163,37 @@ def cross_fit(
     results, nearest, similarity, seen = (
         np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__
     )
-    score = np.empty(len(entries))
-    for number in range(folds):
+    return _held(Found(results, nearest, similarity, seen), drift, fold)
+
+
+def ask(memory: Memory, sample: Entries, judge: Judge, *, folds: int = 5, seed: int = 0) -> Held:
+    """The same for documents that are not in the cache (`unseen`): only the gate is fitted, and cross-fitted."""
+    found = memory.look_up(sample, judge.scores)
+    fold = np.random.default_rng(seed).permutation(np.arange(len(sample)) % folds).astype(np.int8)
+    return _held(found, judge.drift(sample.outputs, found.results), fold)
+
+
+def unseen(sample: NDArray[np.uint64], known: NDArray[np.uint64]) -> Rows:
+    """Places of the sample's documents that the cache does not hold; both are keys, uint64 [n, 2].
+
+    What it holds is an exact hit and says nothing about near ones. ConfigError: it holds all of them.
+    """
+    held = {one.tobytes() for one in known}
+    places = np.flatnonzero([one.tobytes() not in held for one in sample])
+    if not len(places):
+        raise ConfigError(
+            f"all {len(sample)} documents of the sample are in the cache and would be exact hits; calibrate on the "
+            "cache's own entries (no sample), or give documents that it does not hold"
+        )
+    return places
+
+
+def _held(found: Found, drift: NDArray[np.float64], fold: NDArray[np.int8]) -> Held:
+    seen, score = found.evidence, np.empty(len(drift))
+    for number in np.unique(fold):
         apart = fold == number
         score[apart] = fit_gate(seen[~apart], drift[~apart])(seen[apart])
-    return Held(drift, score, results, seen, similarity, nearest, fold, fit_gate(seen, drift))
+    return Held(drift, score, found.results, seen, found.similarity, found.nearest, fold, fit_gate(seen, drift))
 
 
 def held_out_voting(entries: Entries, seed: int = 0) -> Voting:

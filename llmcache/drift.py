@@ -19,7 +19,7 @@ def label_drift(head: Any) -> Drift:
 
     head: a scikit-learn classifier, or a callable from outputs [n, out] to a label, or a row of logits, per document.
     """
-    return lambda computed, reused: (labels(head, computed) != labels(head, reused)).astype(np.float64)
+    return lambda computed, reused: np.not_equal(labels(head, computed), labels(head, reused)).astype(np.float64)
 
 
 def labels(head: Any, outputs: Floats) -> NDArray[np.generic]:
@@ -57,7 +57,7 @@ def kl_drift(ceiling: float = 1.0) -> Drift:
 
     def divergence(computed: Floats, reused: Floats) -> NDArray[np.float64]:
         right, taken = _log_softmax(computed), _log_softmax(reused)
-        return np.clip((np.exp(right) * (right - taken)).sum(axis=1) / ceiling, 0, 1)
+        return np.asarray(np.clip((np.exp(right) * (right - taken)).sum(axis=1) / ceiling, 0, 1))
 
     return divergence
 

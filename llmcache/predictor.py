@@ -73,7 +73,7 @@ class Predictor:
             raise ConfigError(f"features are {features.shape}, the predictor was fitted to [n, {len(self.mean)}]")
         predicted = np.empty((len(features), len(self.offset)), np.float32)
         for start in range(0, len(features), _BLOCK):
-            part = (features[start : start + _BLOCK].astype(np.float32) - self.mean) @ self.matrix
+            part = projected(features[start : start + _BLOCK], self.mean, self.matrix)
             if len(self.landmarks):
                 part = kernel(part, self.landmarks, self.gamma)
             predicted[start : start + _BLOCK] = part @ self.weights
@@ -107,7 +107,8 @@ def kernel(one: Floats, other: Floats, gamma: float) -> Floats:
     values -= gamma * np.einsum("ij,ij->i", one, one)[:, None]
     values -= gamma * np.einsum("ij,ij->i", other, other)[None]
     np.minimum(values, 0, out=values)
-    return np.exp(values, out=values)
+    np.exp(values, out=values)
+    return values
 
 
 def fit(
@@ -128,8 +129,8 @@ def fit(
     if not (np.isfinite(raw).all() and np.isfinite(wanted).all()):
         raise ConfigError("features or outputs hold numbers that are not finite; leave those entries out")
     mean, matrix = components(raw)
-    points = (raw - mean) @ matrix
-    scale = _median_square(points[:1024])
+    points = projected(raw, mean, matrix)
+    scale = median_square(points[:1024])
     plain = n < KERNEL or scale == 0 or not landmarks
     gamma, penalty, held_out = _setting(points, wanted, (0.0,) if plain else tuple(one / scale for one in _WIDTHS))
     centres = points[:0] if plain else points[: min(landmarks, len(points))]
@@ -152,13 +153,19 @@ def components(features: Floats) -> tuple[Floats, Floats]:
     kept = kept[variance[kept] > 1e-10 * max(float(variance.max()), 1e-30)]
     if not len(kept):
         kept = np.array([len(variance) - 1])
-    matrix = (
-        directions[:, kept] / np.maximum(variance[kept], 1e-30) ** 0.25 if variance.max() > 0 else directions[:, kept]
-    )
+    matrix = directions[:, kept]
+    if variance.max() > 0:
+        matrix = matrix / np.maximum(variance[kept], 1e-30) ** 0.25
     return mean.astype(np.float32), np.ascontiguousarray(matrix, np.float32)
 
 
-def _median_square(points: Floats) -> float:
+def projected(features: NDArray[np.floating], mean: Floats, matrix: Floats) -> Floats:
+    """float32 [n, components], of features [n, width]."""
+    return np.asarray((features.astype(np.float32) - mean) @ matrix, np.float32)
+
+
+def median_square(points: Floats) -> float:
+    """Median squared distance of two of the points."""
     norms = np.einsum("ij,ij->i", points, points)
     squares = norms[:, None] + norms[None] - 2 * points @ points.T
     return float(max(np.median(squares[np.triu_indices(len(points), 1)]), 0.0))
