@@ -11,9 +11,11 @@ from typer.exceptions import TyperException
 from llmcache.cli import (
     bench,
     build,
+    calibrate,
     compact,
     demo,
     evict,
+    explain,
     gc,
     inspect,
     purge,
@@ -41,6 +43,8 @@ app = typer.Typer(
 app.command()(build.build)
 app.command()(warm.warm)
 app.command()(run.run)
+app.command()(calibrate.calibrate)
+app.command()(explain.explain)
 app.command()(stats.stats)
 app.command()(inspect.inspect)
 app.command()(evict.evict)

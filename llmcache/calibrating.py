@@ -168,6 +168,8 @@ def calibrated(
 def _boundary(head: Any, entries: Entries) -> Boundary:
     if head is None:
         raise ConfigError('drift="label" needs a head that decides; give head=, a classifier of the outputs')
+    if isinstance(head, Boundary):
+        return head
     boundary = Boundary.of(head) or Boundary.fit(entries.outputs, labels(head, entries.outputs))
     if boundary is None:
         raise ConfigError("the head gives one label to all entries; there is nothing that could change")

@@ -20,7 +20,8 @@ FACTS = BankFacts("float32", 1, 2, 0)
 
 def put(bank: Bank, fitted: Fitted) -> dict[str, Any]:
     """Keep the arrays in the bank, until it is committed; what is needed to find them again, as JSON."""
-    arrays = {name: np.asarray(one, np.float32) for name, one in fitted.to_arrays().items()}
+    # sorted, as the manifest sorts them
+    arrays = {name: _single(np.asarray(one, np.float64)) for name, one in sorted(fitted.to_arrays().items())}
     flat = np.concatenate([one.ravel() for one in arrays.values()])
     name = key(b"", "fitted", flat.tobytes())
     kept = bank.put(
@@ -45,8 +46,14 @@ def get(bank: Bank, place: Mapping[str, Any]) -> Fitted:
     flat: NDArray[np.float32] = np.asarray(reading.values[0]).ravel()
     arrays: dict[str, NDArray[np.generic]] = {}
     at = 0
-    for name, shape in place["shapes"].items():
+    for name, shape in sorted(place["shapes"].items()):
         count = int(np.prod(shape))
         arrays[name] = flat[at : at + count].reshape(shape)
         at += count
     return Fitted.from_arrays(arrays)
+
+
+def _single(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """As float32, in which what is above 0 stays above 0: a scale of nothing could not be divided by."""
+    tiny = np.finfo(np.float32).tiny
+    return np.where((numbers > 0) & (numbers < tiny), tiny, numbers).astype(np.float32)

@@ -6,8 +6,10 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
@@ -19,6 +21,7 @@ from llmcache.digests import Digests
 from llmcache.errors import ConfigError
 from llmcache.execution import Call, Execution, Model, Progress, Sentences, compute, token_embedding
 from llmcache.fingerprint import feature_width
+from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
@@ -151,3 +154,22 @@ def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:
         return output
     has = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
     raise ConfigError(f"a head gives logits [rows, classes]; {type(model).__name__} gives {has}")
+
+
+def head_from_file(path: Path) -> Boundary:
+    """A linear head out of an .npz file with `weights` [classes, width] and `offset` [classes]; no code is read.
+
+    ConfigError when it is something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            weights, offset = (np.asarray(arrays[name], np.float32) for name in ("weights", "offset"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is no head: {error}; save one with numpy.savez(path, weights=head.coef_, offset=head.intercept_)"
+        ) from None
+    if weights.ndim != 2 or offset.shape != weights.shape[:1] or not (np.isfinite(weights).all() and len(offset) > 1):
+        raise ConfigError(
+            f"{path} has weights {weights.shape} and offset {offset.shape}, not [classes, width], [classes]"
+        )
+    return Boundary(weights, offset)

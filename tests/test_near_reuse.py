@@ -1,0 +1,196 @@
+"""Near reuse within a budget, with the real model: what is calibrated, saved, given, audited and explained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from llmcache import CacheConfig, LLMCache
+from llmcache.errors import ConfigError
+from tests.conftest import Command
+
+KNOWN, ASKED = 700, 200
+
+
+@pytest.fixture(scope="module")
+def asks(queries: list[str]) -> list[str]:
+    """The queries in another order: theirs is by intent, and what comes later would be another traffic."""
+    return [queries[i] for i in np.random.default_rng(0).permutation(len(queries))]
+
+
+@pytest.fixture(scope="module")
+def warm(model: SentenceTransformer, asks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that knows the first queries."""
+    path = tmp_path_factory.mktemp("warm") / "store"
+    with LLMCache.open(path, model) as cache:
+        cache.encode(asks[:KNOWN])
+    return path
+
+
+@pytest.fixture
+def known(warm: Path, store: Path) -> Path:
+    shutil.copytree(warm, store)
+    return store
+
+
+def test_within_a_budget_neighbours_answer_and_the_promise_is_kept_on_other_documents(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    asked = asks[KNOWN : KNOWN + ASKED]
+    true = np.asarray(model.encode(asked))
+    with LLMCache.open(known, model) as cache:
+        found = cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        assert found.threshold is not None
+        assert found.expected < found.bound <= 0.05
+        assert 0 < found.hits < 1
+        assert found.samples == KNOWN
+    with LLMCache.open(known, model) as cache:  # in another opening, from what was saved
+        assert cache.calibration == found
+        results = list(cache.run(asked))
+    near = np.array([one.tier == "near" for one in results])
+    outputs = np.array([one.output for one in results])
+    assert near.mean() == pytest.approx(found.hits, abs=0.12)
+    cosine = (outputs * true).sum(axis=1)
+    assert (1 - cosine[near] > 0.25).sum() / len(asked) < 2 * 0.05
+    np.testing.assert_allclose(outputs[~near], true[~near], atol=1e-5)
+    for one in (one for one in results if one.tier == "near"):
+        assert one.similarity is not None
+        assert one.source
+        assert not one.audited
+    np.testing.assert_allclose(np.linalg.norm(outputs, axis=1), 1, atol=1e-5)
+
+
+def test_near_results_are_neither_stored_nor_given_as_exact(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    asked = asks[KNOWN : KNOWN + 60]
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=0)) as cache:
+        cache.calibrate(budget=0.2, drift="beyond", limit=0.3)
+        before = len(cache)
+        near = sum(one.tier == "near" for one in cache.run(asked))
+        assert near > 0
+        assert len(cache) == before + len(asked) - near
+        assert sum(one.tier == "near" for one in cache.run(asked)) <= near, "only more is known by now"
+
+
+def test_audits_recompute_a_share_and_switch_off_what_exceeds_the_budget(
+    model: SentenceTransformer, known: Path, asks: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = asks[KNOWN : KNOWN + ASKED]
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=1.0)) as cache:
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        results = list(cache.run(asked[:80]))
+        assert {one.tier for one in results} == {"miss"}, "every near hit is recomputed"
+        assert cache.stats().counters.audits == sum(one.audited for one in results) > 0
+        assert cache.near_is_off == ""
+        reuse: Any = cache._execution.reuse
+        strict = replace(reuse.calibration, threshold=-1e9, limit=0.05, guard=False)  # nothing is refused any more
+        reuse.calibration = strict
+        reuse._judge = replace(reuse._judge, drift=lambda one, other: (1 - (one * other).sum(1) > 0.05).astype(float))
+        with caplog.at_level(logging.WARNING, "llmcache"):
+            list(cache.run(asked[80:]))
+        assert "calibrate again" in cache.near_is_off
+        assert "near reuse is off" in caplog.text
+        list(cache.run(asks[KNOWN + ASKED : KNOWN + ASKED + 20]))
+        assert cache.stats().counters.near == 0
+
+
+def test_a_head_decides_what_drift_is(model: SentenceTransformer, known: Path, asks: list[str]) -> None:
+    from sklearn.cluster import KMeans
+    from sklearn.linear_model import LogisticRegression
+
+    outputs = np.asarray(model.encode(asks[:KNOWN]))
+    groups = KMeans(6, n_init=1, random_state=0).fit_predict(outputs)
+    head = LogisticRegression(max_iter=60).fit(outputs, groups)
+    asked = asks[KNOWN : KNOWN + ASKED]
+    with LLMCache.open(known, model) as cache:
+        found = cache.calibrate(asked, budget=0.05, head=head)
+        assert found.samples == ASKED
+        assert found.threshold is not None
+        with pytest.raises(ConfigError, match="in the cache"):
+            cache.calibrate(asked, budget=0.05, head=head)
+        other = asks[KNOWN + ASKED : KNOWN + 2 * ASKED]
+        given = np.array([one.output for one in cache.run(other)])
+    flips = head.predict(given) != head.predict(np.asarray(model.encode(other)))
+    assert flips.mean() <= 2 * 0.05
+
+
+def test_numbers_that_differ_are_refused_unless_the_guard_is_off(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    text = "I was charged a fee of 15 pounds on my account"
+    for guard, tier in ((True, "miss"), (False, "near")):
+        with LLMCache.open(known, model, config=CacheConfig(audit_share=0)) as cache:
+            cache.encode([text])
+            cache.calibrate(budget=0.9, drift="cosine", guard=guard)
+            found = cache.explain(text.replace("15", "35"))
+            assert found.tier == tier
+            assert ("guard" in found.why) == guard
+            assert found.text is not None
+            assert "15" in found.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": -0.1}, "budget"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": 0.01, "confidence": 1.0}, "confidence"),
+        ({"budget": 0.01, "drift": "label", "head": None}, "head="),
+        ({"budget": 0.01, "drift": "label", "head": lambda one: np.full(len(one), np.nan)}, "NaN"),
+        ({"budget": 0.01, "drift": "label", "head": lambda one: np.zeros(3)}, "one row per output"),
+        ({"budget": 0.01, "drift": "label", "head": lambda one: np.zeros(len(one), int)}, "one label"),
+        ({"budget": 0.01, "drift": "likeness"}, "drift is one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_clear_error_and_change_nothing(
+    model: SentenceTransformer, known: Path, settings: dict[str, Any], said: str
+) -> None:
+    with LLMCache.open(known, model) as cache:
+        with pytest.raises(ConfigError, match=said):
+            cache.calibrate(**{"drift": "beyond", **settings})
+        assert cache.calibration is None
+
+
+def test_a_budget_of_nothing_and_too_few_documents_leave_near_reuse_off_and_say_so(
+    model: SentenceTransformer, known: Path, store: Path, tmp_path: Path
+) -> None:
+    with LLMCache.open(known, model) as cache:
+        assert cache.calibrate(budget=0, drift="cosine").threshold is None
+        few = cache.calibrate(budget=0.001, drift="beyond")
+        assert few.threshold is None
+        assert few.needed == 2995 - KNOWN
+        assert "more are needed" in cache.near_is_off
+        assert {one.tier for one in cache.run(["something quite new", "and another"])} == {"miss"}
+    with LLMCache.open(tmp_path / "empty", model) as cache, pytest.raises(ConfigError, match="too few"):
+        cache.calibrate(budget=0.01, drift="cosine")
+
+
+def test_calibrate_and_explain_on_the_command_line(
+    llmcache: Command, known: Path, asks: list[str], tmp_path: Path
+) -> None:
+    done = llmcache("calibrate", "-s", known, "--budget", "0.1", "--limit", "0.3", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["samples"] == KNOWN
+    assert "near reuse" in llmcache("calibrate", "-s", known, "--budget", "0.1", "--drift", "cosine").out
+    said = json.loads(llmcache("explain", known, asks[0], "--json").out)
+    assert (said["tier"], said["similarity"]) == ("exact", 1.0)
+    assert json.loads(llmcache("explain", known, "Is my new card on its way?", "--json").out)["threshold"] is not None
+    for arguments, part in (
+        (["--budget", "2"], "budget"),
+        (["--budget", "0.1", "--drift", "label"], "head="),
+        (["--budget", "0.1", "--drift", "label", "--head", tmp_path / "none.npz"], "no head"),
+        (["--budget", "0.1", "--drift", "near"], "drift is one of"),
+    ):
+        done = llmcache("calibrate", "-s", known, *arguments)
+        assert done.code == 2, done.err
+        assert part in done.err
+        assert len(done.err.strip().splitlines()) == 1
