@@ -37,7 +37,6 @@ BUDGETS = (0.001, 0.005, 0.02)
 
 _CONSENSUS = EVIDENCE.index("consensus")
 _QUERIES = 1000
-_UNSEEN = slice(len(EVIDENCE) + 1, None)  # the columns that a head gives
 
 Labels = NDArray[np.generic]
 Row = dict[str, Any]
@@ -219,7 +218,7 @@ def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floati
     yield "corrected, similarity", held.similarity, found.similarity
     yield "corrected, consensus", held.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
     score = np.empty(len(held.score))
-    blind = np.arange(held.evidence.shape[1])[: _UNSEEN.start]
+    blind = np.arange(len(EVIDENCE))  # not the columns that a head gives
     for number in np.unique(held.fold):
         apart = held.fold == number
         score[apart] = fit_gate(held.evidence[~apart][:, blind], held.drift[~apart])(held.evidence[apart][:, blind])

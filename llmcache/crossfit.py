@@ -12,18 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.correction import (
-    EVIDENCE,
-    NEIGHBOURS,
-    Voting,
-    choose_voting,
-    corrected,
-    decided,
-    evidence,
-    jaccard,
-    unit_norm,
-    units,
-)
+from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, unit_norm, units
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.vectors import VectorIndex
@@ -35,7 +24,6 @@ Tokens = Sequence[NDArray[np.int32]]
 Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 Drift = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
 
-_RESIDUAL = EVIDENCE.index("residual")
 _VOTED = 1000  # held-out entries that temperature and strength are chosen by
 
 
@@ -106,19 +94,10 @@ class Memory:
         results = corrected(
             predicted, outputs, predictions, similarity, voting.temperature, voting.strength, unit=self._unit
         )
-        mine, theirs = asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()]
-        lengths = (np.array([len(one) for one in mine]), np.array([len(one) for one in theirs]))
-        seen = evidence(predicted, outputs, predictions, similarity, lengths, voting.temperature)
-        seen = np.column_stack([seen, jaccard(mine, theirs)])
-        if scores is not None:
-            seen = np.column_stack([seen, clearness(scores(results), seen)])
-        return Found(results, rows[:, 0], similarity[:, 0], seen.astype(np.float32))
-
-
-def clearness(scores: NDArray[np.floating], seen: Floats) -> Floats:
-    """How clearly a head decides: gap of its best two scores, the logarithm, and per expected error; [n, 3]."""
-    gap = decided(scores)
-    return np.stack([gap, np.log(gap + 0.05), gap / np.exp(0.5 * seen[:, _RESIDUAL])], axis=1)
+        tokens = (asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
+        given = None if scores is None else scores(results)
+        seen = evidence(predicted, outputs, predictions, similarity, tokens, given, voting.temperature)
+        return Found(results, rows[:, 0], similarity[:, 0], seen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -106,7 +106,7 @@ def test_damaged_arrays_are_refused() -> None:
     with pytest.raises(ConfigError, match="do not fit"):
         Predictor.from_arrays({**arrays, "weights": arrays["weights"][:-1]})
     with pytest.raises(ConfigError, match="not finite"):
-        Predictor.from_arrays({**arrays, "mean": arrays["mean"] * np.nan})
+        Predictor.from_arrays({**arrays, "mean": np.full(12, np.nan, np.float32)})
 
 
 def test_identical_documents_are_predicted_as_what_they_gave() -> None:
