@@ -29,7 +29,7 @@ from llmcache.gate import Boundary, fit_gate
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.projection import fit_pca
 from llmcache.indexes.vectors import VectorIndex
-from llmcache.predictor import Predictor, components, fit, median_square, projected
+from llmcache.predictor import Predictor, components, directions, fit, median_square, projected
 from llmcache.tokens import tokenise
 
 BUDGETS = (0.001, 0.005, 0.02)
@@ -329,6 +329,7 @@ def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2
     model = KernelRidge(alpha=penalty, kernel="rbf", gamma=gamma).fit(points, entries.outputs - offset)
     return Predictor(
         mean=mean, matrix=matrix, landmarks=points, weights=model.dual_coef_.astype(np.float32), offset=offset,
+        basis=directions(entries.outputs),
         gamma=gamma, penalty=penalty, entries=len(entries), held_out=0.0,
     )  # fmt: skip
 

@@ -70,10 +70,12 @@ class Found:
 class Memory:
     """Entries, a predictor fitted to them, and an index over their fingerprints."""
 
-    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting) -> None:
+    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting, kind: str = "flat") -> None:
+        """kind: of the index."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = predictor(entries.features)
-        self._index = VectorIndex.build(units(self._predictions), kind="flat")
+        self._units = units(self._predictions)
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
@@ -84,7 +86,10 @@ class Memory:
     def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
         """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
         predicted = self.predictor(asked.features)
-        rows, similarity = self._index.nearest(units(predicted), min(NEIGHBOURS, len(self.entries)))
+        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), min(NEIGHBOURS, len(self.entries)))
+        similarity = np.matmul(self._units[rows], units(predicted)[:, :, None])[..., 0]
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
         return predicted, self.entries.outputs[rows], self._predictions[rows], similarity, rows
 
     def look_up(self, asked: Entries, scores: Scores | None = None) -> Found:
