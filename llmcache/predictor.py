@@ -42,6 +42,7 @@ class Predictor:
 
     mean: float32 [width], subtracted from features; matrix: float32 [width, components]. landmarks: float32
     [landmarks, components], none for ridge. weights: float32 [landmarks or components, out]. offset: float32 [out].
+    basis: float32 [out, dim], directions of the outputs, orthonormal, for `fingerprints`.
     gamma: of the kernel exp(-gamma d^2), 0 for ridge. penalty: regularisation that was chosen.
     entries: how many entries there were; held_out: mean cosine to the outputs of entries that were kept apart.
     """
