@@ -28,7 +28,7 @@ def labelled(n: int, seed: int = 0) -> Labelled:
 
 
 def test_every_method_is_measured_on_documents_that_nothing_was_fitted_on() -> None:
-    known, asked = labelled(700), labelled(400, seed=1)
+    known, asked = labelled(560), labelled(300, seed=1)
     rows = list(measure(known, asked, seeds=2, budget=0.05, exact=False))
     methods = {row["method"] for row in rows}
     assert methods == {
