@@ -29,7 +29,7 @@ from llmcache.gate import Boundary, fit_gate
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.projection import fit_pca
 from llmcache.indexes.vectors import VectorIndex
-from llmcache.predictor import Predictor, components, fit, median_square, projected
+from llmcache.predictor import Predictor, components, directions, fit, median_square, projected
 from llmcache.tokens import tokenise
 
 BUDGETS = (0.001, 0.005, 0.02)
@@ -37,7 +37,6 @@ BUDGETS = (0.001, 0.005, 0.02)
 
 _CONSENSUS = EVIDENCE.index("consensus")
 _QUERIES = 1000
-_UNSEEN = slice(len(EVIDENCE) + 1, None)  # the columns that a head gives
 
 Labels = NDArray[np.generic]
 Row = dict[str, Any]
@@ -219,7 +218,7 @@ def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floati
     yield "corrected, similarity", held.similarity, found.similarity
     yield "corrected, consensus", held.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
     score = np.empty(len(held.score))
-    blind = np.arange(held.evidence.shape[1])[: _UNSEEN.start]
+    blind = np.arange(len(EVIDENCE))  # not the columns that a head gives
     for number in np.unique(held.fold):
         apart = held.fold == number
         score[apart] = fit_gate(held.evidence[~apart][:, blind], held.drift[~apart])(held.evidence[apart][:, blind])
@@ -330,6 +329,7 @@ def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2
     model = KernelRidge(alpha=penalty, kernel="rbf", gamma=gamma).fit(points, entries.outputs - offset)
     return Predictor(
         mean=mean, matrix=matrix, landmarks=points, weights=model.dual_coef_.astype(np.float32), offset=offset,
+        basis=directions(entries.outputs),
         gamma=gamma, penalty=penalty, entries=len(entries), held_out=0.0,
     )  # fmt: skip
 

@@ -104,8 +104,8 @@ def choose(
         return replace(off, needed=needed, reason=f"{seen}: {needed} more are needed")
     place = _last_passing(curve, n, budget, confidence, of, max(worst, budget))
     if place is None:
-        limits = f"the drift within {budget:g}, and that of the hits within {max(worst, budget):g}"
-        return replace(off, reason=f"no threshold keeps {limits}: near reuse stays off")
+        limits = f"{budget:g}, and that of the hits within {max(worst, budget):g}"
+        return replace(off, reason=f"no threshold keeps the drift within {limits}: near reuse stays off")
     how = "as measured" if confidence is None else f"at confidence {confidence:g}"
     return replace(
         off,

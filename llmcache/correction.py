@@ -28,14 +28,18 @@ EVIDENCE = (
     "residual",
     "coherence",
     "length",
+    "overlap",
 )
-"""Columns of `evidence`; `jaccard` and `decided` may come after them."""
+"""Columns of `evidence`."""
+DECIDED = ("gap", "log_gap", "gap_per_error")
+"""Columns after them where a head's scores are known."""
 
 _TINY = 1e-6
 _TEMPERATURES = (0.02, 0.05, 0.1)
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Floats = NDArray[np.float32]
+Tokens = Sequence[NDArray[np.integer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +103,14 @@ def evidence(
     outputs: Floats,
     predictions: Floats,
     similarity: NDArray[np.floating],
-    lengths: tuple[NDArray[np.integer], NDArray[np.integer]],
+    tokens: tuple[Tokens, Tokens],
+    scores: NDArray[np.floating] | None = None,
     temperature: float = TEMPERATURE,
 ) -> Floats:
-    """What is known of each hit before anything is computed, float32 [n, columns], named by `EVIDENCE`.
+    """What is known of each hit before anything is computed, float32 [n, columns], named by `EVIDENCE`, then `DECIDED`.
 
-    Arguments as for `corrected`, all k neighbours there. lengths: tokens of each document and of its best match.
+    Arguments as for `corrected`; a row that lacks a neighbour is not finite, which no gate trusts. tokens: ids of each
+    document and of its best match. scores: logits that the head gives for the corrected results, [n, classes].
     Logarithms where an amount has no natural scale.
     """
     part = weights(similarity, temperature)[:, None]
@@ -116,11 +122,11 @@ def evidence(
     own = np.matmul(part, np.square(residuals).sum(axis=2)[..., None])[:, 0, 0]
     joint = np.square(np.matmul(part, residuals)[:, 0]).sum(axis=1)
     moved = np.square(predicted - np.matmul(part, predictions)[:, 0]).sum(axis=1)
-    one, other = (np.asarray(length, np.float64) for length in lengths)
+    one, other = (np.array([len(ids) for ids in side], np.float64) for side in tokens)
     columns = [
-        np.log(1 - similarity[:, 0] + _TINY),
+        np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
-        np.log(1 - similarity.mean(axis=1) + _TINY),
+        np.log(np.maximum(1 - similarity.mean(axis=1), 0) + _TINY),
         agree.mean(axis=1),
         agree.min(axis=1),
         np.linalg.norm(np.matmul(part, unit)[:, 0], axis=1),
@@ -128,11 +134,15 @@ def evidence(
         np.log(own + _TINY),
         joint / (own + _TINY),
         np.log((np.minimum(one, other) + 1) / (np.maximum(one, other) + 1)),
+        jaccard(*tokens),
     ]
+    if scores is not None:
+        gap = decided(scores)
+        columns += [gap, np.log(gap + 0.05), gap / np.sqrt(own + _TINY)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def jaccard(one: Sequence[NDArray[np.integer]], other: Sequence[NDArray[np.integer]]) -> Floats:
+def jaccard(one: Tokens, other: Tokens) -> Floats:
     """Share of distinct tokens that two documents have in common, float32 [n]."""
     found = np.empty(len(one), np.float32)
     for i, (mine, theirs) in enumerate(zip(one, other, strict=True)):

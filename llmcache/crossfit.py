@@ -12,18 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.correction import (
-    EVIDENCE,
-    NEIGHBOURS,
-    Voting,
-    choose_voting,
-    corrected,
-    decided,
-    evidence,
-    jaccard,
-    unit_norm,
-    units,
-)
+from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, unit_norm, units
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.vectors import VectorIndex
@@ -35,7 +24,6 @@ Tokens = Sequence[NDArray[np.int32]]
 Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 Drift = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
 
-_RESIDUAL = EVIDENCE.index("residual")
 _VOTED = 1000  # held-out entries that temperature and strength are chosen by
 
 
@@ -82,10 +70,12 @@ class Found:
 class Memory:
     """Entries, a predictor fitted to them, and an index over their fingerprints."""
 
-    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting) -> None:
+    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting, kind: str = "flat") -> None:
+        """kind: of the index."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = predictor(entries.features)
-        self._index = VectorIndex.build(units(self._predictions), kind="flat")
+        self._units = units(self._predictions)
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
@@ -96,7 +86,10 @@ class Memory:
     def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
         """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
         predicted = self.predictor(asked.features)
-        rows, similarity = self._index.nearest(units(predicted), min(NEIGHBOURS, len(self.entries)))
+        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), min(NEIGHBOURS, len(self.entries)))
+        similarity = np.matmul(self._units[rows], units(predicted)[:, :, None])[..., 0]
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
         return predicted, self.entries.outputs[rows], self._predictions[rows], similarity, rows
 
     def look_up(self, asked: Entries, scores: Scores | None = None) -> Found:
@@ -106,19 +99,10 @@ class Memory:
         results = corrected(
             predicted, outputs, predictions, similarity, voting.temperature, voting.strength, unit=self._unit
         )
-        mine, theirs = asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()]
-        lengths = (np.array([len(one) for one in mine]), np.array([len(one) for one in theirs]))
-        seen = evidence(predicted, outputs, predictions, similarity, lengths, voting.temperature)
-        seen = np.column_stack([seen, jaccard(mine, theirs)])
-        if scores is not None:
-            seen = np.column_stack([seen, clearness(scores(results), seen)])
-        return Found(results, rows[:, 0], similarity[:, 0], seen.astype(np.float32))
-
-
-def clearness(scores: NDArray[np.floating], seen: Floats) -> Floats:
-    """How clearly a head decides: gap of its best two scores, the logarithm, and per expected error; [n, 3]."""
-    gap = decided(scores)
-    return np.stack([gap, np.log(gap + 0.05), gap / np.exp(0.5 * seen[:, _RESIDUAL])], axis=1)
+        tokens = (asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
+        given = None if scores is None else scores(results)
+        seen = evidence(predicted, outputs, predictions, similarity, tokens, given, voting.temperature)
+        return Found(results, rows[:, 0], similarity[:, 0], seen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,6 +23,9 @@ LANDMARKS = 3072
 FIT_ROWS = 20_000
 """Entries that are fitted to, drawn by chance from more."""
 
+DIM = 64
+"""Components of a fingerprint. What is found by it is put into order by the whole predictions."""
+
 _COMPONENTS = 256
 _TRIED_ROWS, _TRIED_LANDMARKS = 4096, 768  # what a setting is judged by
 _WIDTHS = (0.25, 0.5, 1.0, 2.0)
@@ -39,6 +42,7 @@ class Predictor:
 
     mean: float32 [width], subtracted from features; matrix: float32 [width, components]. landmarks: float32
     [landmarks, components], none for ridge. weights: float32 [landmarks or components, out]. offset: float32 [out].
+    basis: float32 [out, dim], directions of the outputs, orthonormal, for `fingerprints`.
     gamma: of the kernel exp(-gamma d^2), 0 for ridge. penalty: regularisation that was chosen.
     entries: how many entries there were; held_out: mean cosine to the outputs of entries that were kept apart.
     """
@@ -48,6 +52,7 @@ class Predictor:
     landmarks: Floats = field(repr=False)
     weights: Floats = field(repr=False)
     offset: Floats = field(repr=False)
+    basis: Floats = field(repr=False)
     gamma: float
     penalty: float
     entries: int
@@ -56,8 +61,8 @@ class Predictor:
     def __post_init__(self) -> None:
         width, components = self.matrix.shape if self.matrix.ndim == 2 else (-1, -1)
         rows = len(self.landmarks) or components
-        seen = (self.mean.shape, self.landmarks.shape[1:], self.weights.shape, self.offset.ndim)
-        if seen != ((width,), (components,), (rows, len(self.offset)), 1):
+        seen = (self.mean.shape, self.landmarks.shape[1:], self.weights.shape, self.offset.ndim, self.basis.shape[:1])
+        if seen != ((width,), (components,), (rows, len(self.offset)), 1, (len(self.offset),)):
             raise ConfigError(f"the arrays of a predictor do not fit each other: {seen}, a matrix {width, components}")
         if not all(np.isfinite(one).all() for one in self.to_arrays().values()):
             raise ConfigError("a predictor holds numbers that are not finite; fit it again")
@@ -80,18 +85,23 @@ class Predictor:
         predicted += self.offset
         return predicted
 
+    def fingerprints(self, predicted: Floats) -> Floats:
+        """What an index of predicted outputs holds and is asked for: unit vectors, float32 [n, dim]."""
+        short = predicted @ self.basis
+        return np.asarray(short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-30), np.float32)
+
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Everything as plain arrays, for a file without pickle."""
         scalars = np.array([self.gamma, self.penalty, self.entries, self.held_out], np.float64)
         return {
             "mean": self.mean, "matrix": self.matrix, "landmarks": self.landmarks, "weights": self.weights,
-            "offset": self.offset, "scalars": scalars,
+            "offset": self.offset, "basis": self.basis, "scalars": scalars,
         }  # fmt: skip
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Predictor:
         """The inverse of `to_arrays`. ConfigError: arrays are missing or do not fit."""
-        names = ("mean", "matrix", "landmarks", "weights", "offset")
+        names = ("mean", "matrix", "landmarks", "weights", "offset", "basis")
         missing = sorted({*names, "scalars"} - set(arrays))
         if missing or arrays["scalars"].shape != (4,):
             raise ConfigError(f"these are not the arrays of a predictor: {missing or 'scalars'} missing; fit it again")
@@ -136,7 +146,7 @@ def fit(
     centres = points[:0] if plain else points[: min(landmarks, len(points))]
     weights, offset = _solve(points, wanted, centres, gamma, penalty)
     return Predictor(
-        mean=mean, matrix=matrix, landmarks=centres, weights=weights, offset=offset,
+        mean=mean, matrix=matrix, landmarks=centres, weights=weights, offset=offset, basis=directions(wanted),
         gamma=gamma, penalty=penalty, entries=n, held_out=held_out,
     )  # fmt: skip
 
@@ -148,15 +158,22 @@ def components(features: Floats) -> tuple[Floats, Floats]:
     """Mean, and principal components each divided by the square root of its standard deviation."""
     mean = features.mean(axis=0, dtype=np.float64)
     centred = features - mean
-    variance, directions = eigh(centred.T @ centred / len(features))
+    variance, vectors = eigh(centred.T @ centred / len(features))
     kept = np.argsort(-variance)[:_COMPONENTS]
     kept = kept[variance[kept] > 1e-10 * max(float(variance.max()), 1e-30)]
     if not len(kept):
         kept = np.array([len(variance) - 1])
-    matrix = directions[:, kept]
+    matrix = vectors[:, kept]
     if variance.max() > 0:
         matrix = matrix / np.maximum(variance[kept], 1e-30) ** 0.25
     return mean.astype(np.float32), np.ascontiguousarray(matrix, np.float32)
+
+
+def directions(outputs: Floats) -> Floats:
+    """The first `DIM` directions of outputs at unit norm, float32 [out, dim]; their mean counts as one."""
+    unit = outputs / np.maximum(np.linalg.norm(outputs, axis=1, keepdims=True), 1e-30)
+    vectors = eigh((unit.T @ unit).astype(np.float64))[1]
+    return np.ascontiguousarray(vectors[:, ::-1][:, :DIM], np.float32)
 
 
 def projected(features: NDArray[np.floating], mean: Floats, matrix: Floats) -> Floats:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.correction import (
+    DECIDED,
     EVIDENCE,
     Voting,
     choose_voting,
@@ -88,19 +89,39 @@ def test_settings_that_cannot_work_are_refused(temperature: float, strength: flo
 
 def test_evidence_names_what_it_says() -> None:
     predicted, outputs, predictions, similarity = batch()
-    seen = evidence(predicted, outputs, predictions, similarity, (np.full(6, 3), np.full(6, 7)))
-    column = dict(zip(EVIDENCE, seen.T, strict=True))
+    tokens = [np.arange(3)] * 6, [np.arange(7)] * 6
+    seen = evidence(predicted, outputs, predictions, similarity, tokens, np.tile([1.0, 4, 2], (6, 1)))
+    column = dict(zip(EVIDENCE + DECIDED, seen.T, strict=True))
     agree = np.einsum("nd,nkd->nk", outputs[:, 0], outputs[:, 1:4])
     np.testing.assert_allclose(column["dissimilarity"], np.log(1 - similarity[:, 0] + 1e-6), rtol=1e-4)
     np.testing.assert_allclose(column["margin"], similarity[:, 0] - similarity[:, 1], rtol=1e-4)
     np.testing.assert_allclose(column["consensus"], agree.mean(axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(column["least_consensus"], agree.min(axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(column["length"], np.log(0.5), rtol=1e-4)
+    np.testing.assert_allclose(column["overlap"], 3 / 7, rtol=1e-4)
+    np.testing.assert_allclose(column["gap"], 2)
+    np.testing.assert_allclose(column["gap_per_error"] ** 2 * np.exp(column["residual"]), 4, rtol=1e-3)
+
+
+def test_a_row_that_lacks_neighbours_is_trusted_by_no_gate() -> None:
+    predicted, outputs, predictions, similarity = batch()
+    similarity = similarity.copy()
+    similarity[2, 3] = -np.inf
+    seen = evidence(predicted, outputs, predictions, similarity, ([np.arange(3)] * 6, [np.arange(3)] * 6))
+    gate = fit_gate(np.nan_to_num(seen, posinf=0), np.zeros(6))
+    assert np.isneginf(gate(seen)).tolist() == [False, False, True, False, False, False]
+
+
+def test_similarities_above_one_by_rounding_are_one() -> None:
+    predicted, outputs, predictions, _ = batch(k=1)
+    tokens = [np.arange(3)] * 6, [np.arange(3)] * 6
+    seen = evidence(predicted, outputs, predictions, np.full((6, 1), 1.00001), tokens)
+    assert np.isfinite(seen).all()
 
 
 def test_a_single_neighbour_agrees_with_itself() -> None:
     predicted, outputs, predictions, similarity = batch(k=1)
-    seen = evidence(predicted, outputs, predictions, similarity, (np.ones(6, int), np.ones(6, int)))
+    seen = evidence(predicted, outputs, predictions, similarity, ([np.arange(3)] * 6, [np.arange(3)] * 6))
     assert np.isfinite(seen).all()
     np.testing.assert_array_equal(seen[:, EVIDENCE.index("consensus")], 1)
 

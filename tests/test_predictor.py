@@ -82,6 +82,18 @@ def test_a_batch_gives_what_single_documents_give() -> None:
     np.testing.assert_allclose(fitted(features)[[3, 1100]], fitted(features[[3, 1100]]), atol=1e-5)
 
 
+def test_fingerprints_keep_the_neighbours_of_the_predictions() -> None:
+    features, outputs = documents(1200, out=96)
+    fitted = fit(features, outputs, landmarks=300)
+    predicted = fitted(features)
+    prints = fitted.fingerprints(predicted)
+    np.testing.assert_allclose(np.linalg.norm(prints, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(fitted.basis.T @ fitted.basis, np.eye(64), atol=1e-5)
+    whole = predicted / np.linalg.norm(predicted, axis=1, keepdims=True)
+    best, found = ((one @ one.T - 2 * np.eye(1200)).argmax(axis=1) for one in (whole, prints))
+    assert (best == found).mean() > 0.99
+
+
 def test_it_comes_back_from_a_file_without_pickle() -> None:
     features, outputs = documents(800)
     fitted = fit(features, outputs, landmarks=64)
@@ -106,7 +118,7 @@ def test_damaged_arrays_are_refused() -> None:
     with pytest.raises(ConfigError, match="do not fit"):
         Predictor.from_arrays({**arrays, "weights": arrays["weights"][:-1]})
     with pytest.raises(ConfigError, match="not finite"):
-        Predictor.from_arrays({**arrays, "mean": arrays["mean"] * np.nan})
+        Predictor.from_arrays({**arrays, "mean": np.full(12, np.nan, np.float32)})
 
 
 def test_identical_documents_are_predicted_as_what_they_gave() -> None:
