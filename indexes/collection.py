@@ -9,8 +9,9 @@ from itertools import pairwise
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import Manifest
+from llmcache.indexes.places import SUBFOLDERS
 
 log = logging.getLogger("llmcache")
 

@@ -29,7 +29,8 @@ from llmcache.indexes.errors import (
     StoreFull,
     UntrustedSnapshot,
 )
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 from llmcache.indexes.signatures import announce, is_signed, signature_name, signatures
 
 FORMAT = 1

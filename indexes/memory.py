@@ -31,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import Busy, SnapshotDamaged
-from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder, Sealed, placed
+from llmcache.indexes.io import Folder
+from llmcache.indexes.places import QUARANTINE, SUBFOLDERS, placed
+from llmcache.indexes.sealed import Sealed
 
 CHANGES = frozenset(
     {"mkdir", "create", "write_some", "sync", "close_file", "sync_folder", "sync_above"}

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
-from llmcache.indexes.io import Folder, new_folder, sync_files
+from llmcache.indexes.files import sync_files
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.partial import new_folder
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing

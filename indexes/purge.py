@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import waiting_lock
-from llmcache.indexes.io import QUARANTINE, Folder
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import (
     BankFacts,
     FileFacts,
@@ -30,6 +30,7 @@ from llmcache.indexes.manifest import (
     generation_name,
     generations,
 )
+from llmcache.indexes.places import QUARANTINE
 from llmcache.indexes.segment import STRONG, Keys, Segment, aligned, checksum, header_of, write_file
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.store import Store

@@ -26,8 +26,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, Sealed, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
+from llmcache.indexes.sealed import Sealed
 
 Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
 

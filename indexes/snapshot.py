@@ -15,8 +15,10 @@ from pathlib import Path
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
-from llmcache.indexes.io import Folder, new_folder, sync_files
+from llmcache.indexes.files import sync_files
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest
+from llmcache.indexes.partial import new_folder
 from llmcache.indexes.store import Store, found
 from llmcache.indexes.transfer import carry, carry_segment, files_of
 

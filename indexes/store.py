@@ -29,9 +29,11 @@ from llmcache.indexes.errors import (
     StoreFenced,
     UntrustedSnapshot,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder, Reading, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.places import SUBFOLDERS
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.trust import Trust, check_asked, judged, latest

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged, SnapshotNotFound
-from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
 from llmcache.indexes.segment import ALIAS, ROW, records_of, verified
 from llmcache.indexes.snapshot import banks
 from llmcache.indexes.store import check_format

@@ -28,7 +28,7 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import (
     BankFacts,
     FileFacts,
@@ -44,6 +44,7 @@ from llmcache.indexes.manifest import (
     newest,
     to_bytes,
 )
+from llmcache.indexes.places import SUBFOLDERS
 
 ID = "0123456789abcdef" * 2
 SHA = hashlib.sha256(b"x").hexdigest()

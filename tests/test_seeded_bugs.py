@@ -14,7 +14,8 @@ import pytest
 from llmcache import keys
 from llmcache.indexes import manifest as manifests
 from llmcache.indexes import segment as segments
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import Manifest, generation_name, generations, newest
 from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.segment import ROW

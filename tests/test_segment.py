@@ -18,8 +18,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder, Reading
+from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import SegmentFacts
+from llmcache.indexes.places import SUBFOLDERS
 from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, checksum, seal
 
 ID = "0123456789abcdef" * 2

@@ -31,9 +31,10 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, generation_name
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.places import SUBFOLDERS
 from llmcache.indexes.segment import Keys
 from llmcache.indexes.store import Store
 
