@@ -16,7 +16,9 @@ from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
-from llmcache.indexes.segment import ALIAS, ROW, Entries, Gone, Keys, Segment, seal
+from llmcache.indexes.records import ALIAS, ROW, Keys
+from llmcache.indexes.sealing import Entries, seal
+from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
 from llmcache.indexes.usage import USE, Uses
 

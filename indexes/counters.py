@@ -14,7 +14,7 @@ from typing import Any
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import strict_json
+from llmcache.indexes.parsing import strict_json
 from llmcache.indexes.usage import UseTable, read_uses, use_name, write_uses
 
 _LIMIT = 1 << 20

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import FileFacts
 
 
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
@@ -39,3 +45,29 @@ def sync_files(folder: Folder, names: Iterable[str]) -> None:
             folder.sync(descriptor)
         finally:
             folder.close_file(descriptor)
+
+
+def write_file(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, hashed: bool = True) -> FileFacts:
+    """Write a new file durably (`write_whole`) and give its facts, with the sha256 unless rows carry checksums."""
+    digest = hashlib.sha256()
+
+    def through() -> Iterator[bytes | memoryview]:
+        for part in parts:
+            if hashed:
+                digest.update(part)
+            yield part
+
+    size = write_whole(folder, name, through())
+    return FileFacts(name, size, digest.hexdigest() if hashed else None)
+
+
+def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
+    """A mapped file whose size and sha256 are those of the manifest; SnapshotDamaged otherwise."""
+    try:
+        data = folder.map(facts.name, facts.size)
+    except FileNotFoundError:
+        raise SnapshotDamaged(f"{facts.name} is missing") from None
+    found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
+    if found != facts.sha256:
+        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}...")
+    return data

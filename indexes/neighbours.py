@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.files import verified, write_file
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
-from llmcache.indexes.segment import Entries, Gone, Segment, verified, write_file
+from llmcache.indexes.sealing import Entries
+from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.vectors import LEAST_TRAINED, VectorIndex, choose_kind
 
 log = logging.getLogger("llmcache")

@@ -20,18 +20,15 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import waiting_lock
+from llmcache.indexes.files import write_file
+from llmcache.indexes.generations import generation_name, generations
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    SegmentFacts,
-    fencing,
-    generation_name,
-    generations,
-)
+from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
 from llmcache.indexes.places import QUARANTINE
-from llmcache.indexes.segment import STRONG, Keys, Segment, aligned, checksum, header_of, write_file
+from llmcache.indexes.publishing import fencing
+from llmcache.indexes.records import STRONG, Keys, aligned, checksum
+from llmcache.indexes.sealing import header_of
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.store import Store
 

@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.files import verified
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.segment import ALIAS, ROW, Segment, agree, aligned, portions, verified, write_segment
+from llmcache.indexes.records import ALIAS, ROW, agree, aligned, portions
+from llmcache.indexes.sealing import write_segment
+from llmcache.indexes.segment import Segment
 
 _BLOCK = 8 << 20
 

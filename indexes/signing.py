@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts, fenced
+from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.publishing import fenced
 from llmcache.indexes.purge import copied
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
 from llmcache.indexes.files import sync_files
 from llmcache.indexes.io import Folder
@@ -105,7 +105,7 @@ def _made(
         sync_files(folder, [one.name for one in files_of(store.manifest)])
         for sub in ("seg", "idx"):
             folder.sync_folder(sub)
-        manifests.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))
+        publishing.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))
     return linked
 
 

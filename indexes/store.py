@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmcache.indexes import counters as counting
-from llmcache.indexes import eviction
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import (
     Busy,
@@ -30,9 +29,11 @@ from llmcache.indexes.errors import (
     UntrustedSnapshot,
 )
 from llmcache.indexes.files import write_whole
+from llmcache.indexes.generations import generations
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.parsing import FORMAT, strict_json
 from llmcache.indexes.places import SUBFOLDERS
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.signatures import signatures
@@ -165,7 +166,7 @@ class Store:
 
     def _outdated(self) -> bool:
         try:
-            return manifests.generations(self.folder)[:1] > [self.manifest.generation]
+            return generations(self.folder)[:1] > [self.manifest.generation]
         except OSError:  # a disk that cannot be listed has nothing newer to offer
             return False
 
@@ -183,7 +184,7 @@ class Store:
             for namespace, name in self._banks:
                 self._check_same(namespace, name, manifest)
             opened = {place: self._moved(manifest, *place) for place in self._banks}
-            newest = manifests.generations(self.folder)[:1] <= [manifest.generation]
+            newest = generations(self.folder)[:1] <= [manifest.generation]
             if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
                 break
         for place, (facts, segments, lost) in opened.items():
@@ -307,7 +308,7 @@ class Store:
             try:
                 segment = self._published(namespace, name, bank)
                 break
-            except (_Collected, manifests.Republished):  # it slept, or others have evicted the commit since
+            except (_Collected, publishing.Republished):  # it slept, or others have evicted the commit since
                 if round == _RELOADS - 1:
                     raise
         try:
@@ -369,7 +370,7 @@ class Store:
             raise self._fenced
         try:
             signed = self.trust == "signed"
-            self.manifest = manifests.commit(
+            self.manifest = publishing.commit(
                 self.folder, self.writer, change, key=self._key, signed_base=signed, once=once
             )
         except StoreFenced as error:
@@ -379,7 +380,7 @@ class Store:
             raise self._fence(error) from error
 
     def publish(self, change: Callable[[Manifest], Manifest]) -> Manifest:
-        """Commit a change (`manifests.commit`) as this store's writer; returns the newest manifest.
+        """Commit a change (`publishing.commit`) as this store's writer; returns the newest manifest.
 
         Open banks do not follow it.
         """
@@ -398,7 +399,7 @@ class Store:
             ) from None
 
     def _fence(self, error: OSError) -> StoreFenced:
-        self._fenced = manifests.fenced(error)
+        self._fenced = publishing.fenced(error)
         return self._fenced
 
     def _check(self) -> None:
@@ -500,7 +501,7 @@ def found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
     folder.restrict()
     temporary = f"t-{uuid.uuid4().hex}"
-    write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
+    write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": FORMAT}).encode()])
     try:
         folder.link(temporary, "FORMAT")
     except FileExistsError:
@@ -512,14 +513,13 @@ def found(folder: Folder) -> None:
 
 def check_format(folder: Folder) -> None:
     try:
-        found = manifests.strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
+        found = strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
         magic, number = found["magic"], found["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SnapshotDamaged(f"{folder.path}/FORMAT is damaged, so this may not be a store") from None
     if magic != "llmcache" or type(number) is not int or number < 1:
         raise SnapshotDamaged(f"{folder.path}/FORMAT is not LLMCache's, so this is not a store")
-    if number > manifests.FORMAT:
+    if number > FORMAT:
         raise FormatTooNew(
-            f"{folder.path} has format {number}, this LLMCache reads up to {manifests.FORMAT}; "
-            "upgrade: pip install -U llmcache"
+            f"{folder.path} has format {number}, this LLMCache reads up to {FORMAT}; upgrade: pip install -U llmcache"
         )

@@ -33,7 +33,7 @@ from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.segment import ALIAS, HEADER, ROW, Keys
+from llmcache.indexes.records import ALIAS, HEADER, ROW, Keys
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES = 24, 16

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
+from llmcache.indexes.generations import generation_name
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.purge import Doomed, Purged, among, purge
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.signing import sign
 from llmcache.indexes.store import Store
 

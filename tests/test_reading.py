@@ -19,7 +19,7 @@ from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.indexes.system import file_system
 

@@ -21,7 +21,9 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, checksum, seal
+from llmcache.indexes.records import ALIAS, Keys, checksum
+from llmcache.indexes.sealing import Entries, seal
+from llmcache.indexes.segment import Segment
 
 ID = "0123456789abcdef" * 2
 KINDS = ("seg", "row", "key", "var", "fp")

@@ -31,11 +31,12 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
+from llmcache.indexes.generations import generation_name
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 
 WIDTH = 32

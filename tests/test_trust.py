@@ -21,10 +21,12 @@ from llmcache.indexes import store as stores
 from llmcache.indexes import vectors
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
+from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, from_bytes, generation_name, generations, newest, to_bytes
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import HEADER, ROW, Keys, checksum
+from llmcache.indexes.parsing import from_bytes, to_bytes
+from llmcache.indexes.records import HEADER, ROW, Keys, checksum
 from llmcache.indexes.signatures import is_signed, secret_from_file, secret_from_variable, signature_name
 from llmcache.indexes.store import Store
 
