@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
+from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
-from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
+from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import (
     UNIVERSE,
