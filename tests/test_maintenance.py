@@ -339,7 +339,7 @@ def test_compacting_keeps_everything_about_the_rows_that_live(path: Path) -> Non
 
 
 def _created(store: Store, number: int) -> int:
-    piece, local = bank_of(store)._piece(int(bank_of(store).find(keys_of([number]))[0]))
+    piece, local = bank_of(store).pieces.at(int(bank_of(store).find(keys_of([number]))[0]))
     assert isinstance(piece, Segment)
     return int(piece.rows["created"][local])
 

@@ -265,7 +265,7 @@ def test_rows_keep_their_age_cost_and_writer(path: Path) -> None:
     def records() -> tuple[Any, str]:
         with opened(path) as store:
             bank = bank_of(store)
-            (piece,) = bank._pieces
+            (piece,) = bank.pieces
             (facts,) = bank.facts.segments
             return piece.rows.copy(), facts.writer  # type: ignore[union-attr]  # it is sealed
 

@@ -243,7 +243,7 @@ def test_numbers_that_no_model_gives_are_misses_in_an_untrusted_store(tmp_path: 
     path = tmp_path / "store"
     with opened(path, create=True) as store:
         put(store, [1, 2])
-        pending = bank_of(store)._pending[0]
+        pending = bank_of(store).pieces.pending[0]
         pending.payload[0].view(np.float32)[3] = number
         store.commit()
     with opened(path, trust="untrusted", allow_untrusted=True) as store:
