@@ -19,11 +19,12 @@ from llmcache.indexes.files import sync_files
 from llmcache.indexes.generations import generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.opening import found
 from llmcache.indexes.partial import new_folder
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing
-from llmcache.indexes.store import Store, found
+from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of, living
 
 SHOWN = frozenset({"name", "revision", "versions"})

@@ -18,12 +18,12 @@ from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.opening import check_format, found
 from llmcache.indexes.parsing import MAX_BYTES, salvage
 from llmcache.indexes.records import HEADER, ROW
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment, records_of
 from llmcache.indexes.snapshot import banks, failing
-from llmcache.indexes.store import check_format, found
 from llmcache.indexes.transfer import chunks, files_of, living
 from llmcache.indexes.trust import check_own
 from llmcache.indexes.verify import Checked, History, check_segment, history_of, index_damage, names_in, opened

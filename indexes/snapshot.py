@@ -18,8 +18,9 @@ from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced,
 from llmcache.indexes.files import sync_files
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest
+from llmcache.indexes.opening import found
 from llmcache.indexes.partial import new_folder
-from llmcache.indexes.store import Store, found
+from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of
 
 _ROUNDS = 3  # times a transfer starts again when the source's files went away under it

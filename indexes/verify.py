@@ -18,12 +18,12 @@ from llmcache.indexes.files import verified
 from llmcache.indexes.generations import generation_name, generations
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.opening import check_format
 from llmcache.indexes.parsing import MAX_BYTES, from_bytes
 from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
 from llmcache.indexes.records import ALIAS, ROW
 from llmcache.indexes.segment import records_of
 from llmcache.indexes.snapshot import banks
-from llmcache.indexes.store import check_format
 from llmcache.indexes.transfer import checked, files_of, living, row_chunks
 
 _OURS = re.compile(r"FORMAT|lock|m-\d{12}(\.json|(-[0-9a-f]{32})?\.sig)")

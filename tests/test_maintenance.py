@@ -587,7 +587,7 @@ def test_files_that_were_collected_before_they_were_published_are_written_again(
 
             patch.setattr(publishing, "commit", late)
             with pytest.raises(LLMCacheError, match="commit again"):
-                store._commit_rows("default", "layer", bank_of(store))
+                store._commit_rows(("default", "layer"), bank_of(store))
         assert held(store, [100]) == {100}
         store.commit()
     assert on_disk(path, [100]) == {100}

@@ -186,14 +186,14 @@ def _publish(folder: Folder, new: Manifest, base: Manifest, generation: int) -> 
 
 
 def stale_base(patch: Patch) -> None:
-    def commit(self: Store, change: Callable[[Manifest], Manifest], **asked: Any) -> None:
+    def publish(self: Store, change: Callable[[Manifest], Manifest], **asked: Any) -> Manifest:
         while True:
             number = max(generations(self.folder), default=0) + 1
             if _publish(self.folder, change(self.manifest), self.manifest, number):
                 self.manifest = replace(change(self.manifest), generation=number)
-                return
+                return self.manifest
 
-    patch.setattr(Store, "_commit", commit)
+    patch.setattr(Store, "publish", publish)
 
 
 def base_and_number_from_two_listings(patch: Patch) -> None:
