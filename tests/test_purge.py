@@ -375,10 +375,10 @@ def test_a_writer_that_commits_meanwhile_does_not_bring_an_entry_back(
     change = Store.publish
     between = [lambda: filled(path, [7, 30])]
 
-    def changing(store: Store, delta: Any) -> Any:
+    def changing(store: Store, delta: Any, **asked: Any) -> Any:
         if between and store.manifest.generation > 3:
             between.pop()()
-        return change(store, delta)
+        return change(store, delta, **asked)
 
     monkeypatch.setattr(Store, "publish", changing)
     with opened(path) as store:
