@@ -34,10 +34,11 @@ def vectors(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.fl
     table, intact = np.empty((len(rows), facts.width), np.float32), np.zeros(len(rows), np.bool_)
     plain = facts.dtype == "float32"
     for piece, chosen, local in pieces.groups(rows):
-        if not isinstance(piece, Segment):
+        if not isinstance(piece, Segment) or not piece.pitch:  # what we seal has one here; a stranger's may not
             good, payload, scale = _stored(piece, local)
             if good.any():
-                table[chosen] = codec.decode(np.stack(list(payload)), scale, facts.dtype)
+                block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
+                table[chosen[good]] = codec.decode(block, scale[good], facts.dtype)
         elif plain:  # straight to where they are wanted
             there = table.view(np.uint8)
             every = len(chosen) == len(rows)
