@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llmcache.indexes.errors import (
-    FormatTooNew,
-    SnapshotDamaged,
-    SnapshotNotFound,
-    UntrustedSnapshot,
-)
+from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged, SnapshotNotFound, UntrustedSnapshot
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import Manifest
 from llmcache.indexes.parsing import MAX_BYTES, from_bytes

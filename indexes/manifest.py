@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmcache.indexes.errors import (
-    SnapshotDamaged,
-)
+from llmcache.indexes.errors import SnapshotDamaged
 
 
 @dataclass(frozen=True, slots=True)

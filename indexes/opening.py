@@ -8,13 +8,7 @@ import re
 import uuid
 from pathlib import Path
 
-from llmcache.indexes.errors import (
-    FormatTooNew,
-    LLMCacheError,
-    SnapshotDamaged,
-    SnapshotNotFound,
-    UntrustedSnapshot,
-)
+from llmcache.indexes.errors import FormatTooNew, LLMCacheError, SnapshotDamaged, SnapshotNotFound, UntrustedSnapshot
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import Manifest

@@ -10,10 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmcache.indexes.codec import DTYPES
-from llmcache.indexes.errors import (
-    FormatTooNew,
-    SnapshotDamaged,
-)
+from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts, Manifest, NamespaceFacts, SegmentFacts
 
 FORMAT = 1

@@ -1,4 +1,17 @@
-"""Commits: the next generation, published by put-if-absent. No lock, and no update is lost."""
+"""Commits: the next generation, published by put-if-absent. No lock, and no update is lost.
+
+Old manifests are removed (`maintenance.gc`), so that a number can become free again. A writer that listed
+generation 10, was stopped, and woke up when 20 was the newest and 11 had been collected, would link its 11
+without an error: durable, acknowledged, and read by nobody. So the listing is looked at once more after the
+link. Collecting never removes the newest manifest, hence: when nothing higher is listed, nothing higher was
+there when the number was taken, so it was not taken before, and the base was the newest. When something higher
+is listed, either somebody built on this commit in the meantime, and the change is part of the newest manifest
+already; or the number was a used one, and the change is published again on top of the newest. Nothing needs to
+tell the two apart, since changes are idempotent, and a manifest that lost is just an old one to everybody else.
+
+Just an old one: whoever collects may remove at once the files that it names and the newest does not. So files
+that were named by a manifest which lost must not be named by another one; the writer makes them anew (`once`).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from llmcache.indexes.errors import (
-    CommitConflict,
-    LLMCacheError,
-    SnapshotDamaged,
-    StoreFenced,
-    StoreFull,
-)
+from llmcache.indexes.errors import CommitConflict, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.io import Folder
@@ -51,18 +58,6 @@ def commit(
     salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
     once: the change names files of its own, which no second manifest may name anew: Republished where one would.
     StoreFenced or StoreFull when a write fails; what was committed before is untouched.
-
-    Old manifests are removed (`maintenance.gc`), so that a number can become free again. A writer that listed
-    generation 10, was stopped, and woke up when 20 was the newest and 11 had been collected, would link its 11
-    without an error: durable, acknowledged, and read by nobody. So the listing is looked at once more after the
-    link. Collecting never removes the newest manifest, hence: when nothing higher is listed, nothing higher was
-    there when the number was taken, so it was not taken before, and the base was the newest. When something higher
-    is listed, either somebody built on this commit in the meantime, and the change is part of the newest manifest
-    already; or the number was a used one, and the change is published again on top of the newest. Nothing needs to
-    tell the two apart, since changes are idempotent, and a manifest that lost is just an old one to everybody else.
-
-    Just an old one: whoever collects may remove at once the files that it names and the newest does not. So files
-    that were named by a manifest which lost must not be named by another one; the writer makes them anew (`once`).
     """
     linked = False
     for _ in range(_ROUNDS):

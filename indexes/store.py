@@ -17,12 +17,7 @@ from llmcache.indexes import counters as counting
 from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.committing import Place, commit_index, commit_rows
-from llmcache.indexes.errors import (
-    Busy,
-    ForkedStoreError,
-    ModelMismatch,
-    StoreFenced,
-)
+from llmcache.indexes.errors import Busy, ForkedStoreError, ModelMismatch, StoreFenced
 from llmcache.indexes.generations import generations
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
@@ -34,6 +29,7 @@ from llmcache.indexes.trust import Trust, check_asked, judged, latest
 from llmcache.indexes.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
+
 _RELOADS = 3  # times a reader starts again when files went away under it
 
 

@@ -15,17 +15,7 @@ from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
 from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
-from tests.operations import (
-    UNIVERSE,
-    Ledger,
-    MemoryDisk,
-    Operation,
-    check,
-    commit,
-    keep_up,
-    open_in,
-    recover,
-)
+from tests.operations import UNIVERSE, Ledger, MemoryDisk, Operation, check, commit, keep_up, open_in, recover
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 MORE_CODES = (*CODES, errno.EDQUOT, errno.EACCES, errno.ESTALE, errno.EINTR)
