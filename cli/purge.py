@@ -14,7 +14,7 @@ from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
 from llmcache.indexes.purge import Doomed
 from llmcache.indexes.purge import purge as purged
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.namespace import resolved_secret
 from llmcache.purging import keys_of_texts

@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from llmcache.corpus import Document, Reading, documents
+from llmcache.corpus import Reading, documents
+from llmcache.document import Document
 from llmcache.errors import CorpusError
 
 

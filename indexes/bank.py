@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Container, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes import codec
-from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
-from llmcache.indexes.segment import ALIAS, ROW, Entries, Gone, Keys, Segment, seal
+from llmcache.indexes.pieces import Pieces, Rows, opened
+from llmcache.indexes.reading import Payload, Reading, states, vectors
+from llmcache.indexes.records import ALIAS, ROW, Keys
+from llmcache.indexes.sealing import Entries, seal
+from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
 from llmcache.indexes.usage import USE, Uses
 
 log = logging.getLogger("llmcache")
-
-Rows: TypeAlias = NDArray[np.int64]  # row numbers, [n]
-Payload: TypeAlias = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-
-
-@dataclass(slots=True)
-class Reading:
-    """What `Bank.read` gives. values: float32 [n, width] (rank 1), or one [tokens, width] per row (rank 2).
-
-    intact: bool [n]; where it is False the row's bytes did not agree with their checksum and its values are zeros.
-    """
-
-    values: NDArray[np.float32] | list[NDArray[np.float32]]
-    intact: NDArray[np.bool_]
 
 
 class Bank:
@@ -57,30 +44,25 @@ class Bank:
         self._folder = folder
         self.facts = facts
         self._trust, self._strong = trust, strong
-        segments, self.lost = _opened(folder, facts, {}, trust)
-        self._pieces: list[Segment | Entries | Gone] = list(segments)
-        self._starts = np.cumsum([0, *map(len, self._pieces)])
+        segments, self.lost = opened(folder, facts, {}, trust)
+        self.pieces = Pieces(segments)
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self._shelf = Shelf()
         self.pending_bytes = 0  # activations that are not sealed yet
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
-        self.near = Neighbours(folder, facts, self._pieces, choice, read_index=trust != "untrusted")
-        self.uses = Uses(int(self._starts[-1]))
+        self.near = Neighbours(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
+        self.uses = Uses(self.pieces.rows)
         self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
         self._load_keys()
 
     def __len__(self) -> int:
-        return int(self._starts[-1]) - len(self._dead)
-
-    @property
-    def _pending(self) -> list[Entries]:
-        return [piece for piece in self._pieces if isinstance(piece, Entries)]
+        return self.pieces.rows - len(self._dead)
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._pending or self._aliases)
+        return bool(self.pieces.pending or self._aliases)
 
     def _load_keys(self) -> None:
         """Make the tables of keys, and the list of rows that are dead, from the pieces."""
@@ -88,7 +70,7 @@ class Bank:
         dead, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         keys, aliases = [np.zeros((0, 2), np.uint64)], [np.zeros(0, ALIAS)]
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
-        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+        for piece, start in self.pieces.placed():
             if isinstance(piece, Gone):
                 dead.append(np.arange(start, start + len(piece)))
             elif isinstance(piece, Segment):
@@ -109,68 +91,44 @@ class Bank:
         found = led >= 0  # an alias may outlive its row
         self._texts.extend(pairs["text"][found], led[found])
 
-    def forget(self, facts: BankFacts, gone: Container[str]) -> None:
-        """Let go of the segments whose ids are in `gone`, and of their files, which take up disk space for as long as
-        they are mapped; and of the rows of others that are dead by these facts, of a newer manifest.
-
-        A segment that is not there any more for another reason was rewritten, and goes on serving.
-        """
-        newer, changed = {one.id: one for one in facts.segments}, False
-        for place, piece in enumerate(self._pieces):
-            now = newer.get(piece.facts.id) if isinstance(piece, Segment) else None
-            if not isinstance(piece, Segment):
-                continue
-            if piece.facts.id in gone:
-                self._pieces[place], changed = Gone(len(piece)), True
-            if now is None or piece.facts.alive == now.alive:
-                continue
-            changed = True
-            try:
-                piece.bury(now)
-            except (SnapshotDamaged, OSError) as error:
-                log.warning("segment %s is left out: %s", piece.facts.id, error)
-                self._pieces[place] = Gone(len(piece))
-        self.facts = facts
-        if not changed:
-            return
-        self._load_keys()
-        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
+    def _add_pending(self) -> None:
+        """Add what is not sealed yet to tables of keys that were just made."""
+        for piece, start in self.pieces.placed():
             if isinstance(piece, Entries):
                 self._rows.add(piece.keys, np.arange(start, start + len(piece)))
         for texts, keys in self._aliases:
             led = self._rows.find(keys)
             self._texts.add(texts[led >= 0], led[led >= 0])
 
+    def forget(self, facts: BankFacts, gone: Container[str]) -> None:
+        """Let go of the segments whose ids are in `gone`, and of their files, which take up disk space for as long as
+        they are mapped; and of the rows of others that are dead by these facts, of a newer manifest.
+
+        A segment that is not there any more for another reason was rewritten, and goes on serving.
+        """
+        changed = self.pieces.forget(facts, gone)
+        self.facts = facts
+        if not changed:
+            return
+        self._load_keys()
+        self._add_pending()
+
     # -- another generation ---------------------------------------------------------------------------------
 
     def opened(self, facts: BankFacts) -> tuple[list[Segment], int]:
         """The segments of a newer generation, those already open as they are; how many had to be left out."""
-        known = {piece.facts: piece for piece in self._pieces if isinstance(piece, Segment)}
-        return _opened(self._folder, facts, known, self._trust)
+        known = {piece.facts: piece for piece in self.pieces if isinstance(piece, Segment)}
+        return opened(self._folder, facts, known, self._trust)
 
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
         """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
-        places: dict[str | int, int] = {}
-        pieces: list[Segment | Entries | Gone] = [*segments, *self._pending]
-        starts = np.cumsum([0, *map(len, pieces)])
-        for piece, start in zip(pieces, starts.tolist(), strict=False):
-            places[_name(piece)] = start
-        moved = np.full(int(self._starts[-1]), -1, np.int64)  # old row -> new row
-        for piece, start in zip(self._pieces, self._starts.tolist(), strict=False):
-            if _name(piece) in places:
-                moved[start : start + len(piece)] = places[_name(piece)] + np.arange(len(piece))
+        moved = self.pieces.follow(segments)
         self.facts, self.lost = facts, lost
         self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
-        self._pieces[:], self._starts = pieces, starts
-        self.uses = self.uses.moved(moved, int(starts[-1]))
+        self.uses = self.uses.moved(moved, self.pieces.rows)
         self.near.follow(facts, moved)
         self._load_keys()
-        for piece, start in zip(pieces, starts.tolist(), strict=False):
-            if isinstance(piece, Entries):
-                self._rows.add(piece.keys, np.arange(len(piece)) + start)
-        for text, keys in self._aliases:
-            rows = self._rows.find(keys)
-            self._texts.add(text[rows >= 0], rows[rows >= 0])
+        self._add_pending()
 
     # -- looking up -----------------------------------------------------------------------------------------
 
@@ -212,17 +170,6 @@ class Bank:
             rows[np.isin(rows, np.fromiter(self._damaged, np.int64))] = -1
         return rows
 
-    def _piece(self, row: int) -> tuple[Segment | Entries | Gone, int]:
-        place = int(np.searchsorted(self._starts, row, "right")) - 1
-        return self._pieces[place], row - int(self._starts[place])
-
-    def _groups(self, rows: Rows) -> Iterator[tuple[Segment | Entries | Gone, Rows, Rows]]:
-        """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
-        places = np.searchsorted(self._starts, rows, "right") - 1
-        for place in np.unique(places):
-            chosen = np.flatnonzero(places == place)
-            yield self._pieces[place], chosen, rows[chosen] - self._starts[place]
-
     # -- reading --------------------------------------------------------------------------------------------
 
     def read(self, rows: Rows) -> Reading:
@@ -231,7 +178,7 @@ class Bank:
         A row that fails the check is reported, and from then on no look-up of this bank returns it.
         """
         self.uses.count(rows, self._now())
-        values, intact = self._vectors(rows) if self.facts.rank == 1 else self._states(rows)
+        values, intact = (vectors if self.facts.rank == 1 else states)(self.pieces, self.facts, rows)
         if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
             intact &= np.array([bool(np.isfinite(one).all()) for one in values], np.bool_)
             if isinstance(values, np.ndarray):
@@ -239,40 +186,6 @@ class Bank:
         if not intact.all():
             self._report(rows[~intact])
         return Reading(values, intact)
-
-    def _vectors(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """float32 [n, width], zeros where a row is not intact."""
-        table, intact = np.empty((len(rows), self.facts.width), np.float32), np.zeros(len(rows), np.bool_)
-        plain = self.facts.dtype == "float32"
-        for piece, chosen, local in self._groups(rows):
-            if not isinstance(piece, Segment):
-                good, payload, scale = _stored(piece, local)
-                if good.any():
-                    table[chosen] = codec.decode(np.stack(list(payload)), scale, self.facts.dtype)
-            elif plain:  # straight to where they are wanted
-                there = table.view(np.uint8)
-                every = len(chosen) == len(rows)
-                good = np.array(piece.fetch(local, there if every else [there[i] for i in chosen.tolist()]), np.bool_)
-            else:
-                block = np.empty((len(local), self.facts.width * codec.DTYPES[self.facts.dtype]), np.uint8)
-                good = np.array(piece.fetch(local, block), np.bool_)
-                table[chosen[good]] = codec.decode(block[good], piece.rows["scale"][local[good]], self.facts.dtype)
-            intact[chosen] = good
-        if not intact.all():
-            table[~intact] = 0
-        return table, intact
-
-    def _states(self, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
-        """One float32 [tokens, width] per row, without tokens where the row is not intact."""
-        states, intact = [np.zeros((0, self.facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
-        for piece, chosen, local in self._groups(rows):
-            good, payload, scale = _stored(piece, local)
-            intact[chosen] = good
-            for i in np.flatnonzero(good).tolist():
-                stored = np.ascontiguousarray(payload[i])[None]
-                numbers = codec.decode(stored, scale[i : i + 1], self.facts.dtype)
-                states[chosen[i]] = numbers.reshape(-1, self.facts.width)
-        return states, intact
 
     def _report(self, rows: Rows) -> None:
         self._damaged.update(rows.tolist())
@@ -290,8 +203,8 @@ class Bank:
         """Records (usage.USE) of the rows that were read or audited since the bank was opened."""
         rows = self.uses.touched()
         parts = [np.zeros(0, USE)]
-        ends = np.searchsorted(rows, self._starts).tolist()
-        for piece, start, low, high in zip(self._pieces, self._starts.tolist(), ends, ends[1:], strict=False):
+        for piece, start in self.pieces.placed():
+            low, high = np.searchsorted(rows, [start, start + len(piece)]).tolist()
             if high > low and not isinstance(piece, Gone):
                 keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
                 parts.append(self.uses.records(rows[low:high], keys[rows[low:high] - start]))
@@ -300,7 +213,7 @@ class Bank:
     def sealed_bytes(self) -> int:
         """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
         size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
-        for one in self._pending:
+        for one in self.pieces.pending:
             size += _nbytes(one.payload) + 64 * len(one) + one.features.nbytes + ROW.itemsize * len(one)
             size += sum(
                 4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
@@ -309,8 +222,7 @@ class Bank:
 
     def drop_pending(self) -> int:
         """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again."""
-        rows = sum(map(len, self._pending))
-        self._pieces[:] = [Gone(len(one)) if isinstance(one, Entries) else one for one in self._pieces]
+        rows = self.pieces.drop_pending()
         self._aliases, self.pending_bytes = [], 0
         self._shelf.clear()
         self._load_keys()
@@ -323,47 +235,19 @@ class Bank:
 
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Token ids of a row; empty when they cannot be read."""
-        piece, local = self._piece(row)
-        if isinstance(piece, Entries):
-            return piece.tokens[local]
-        if isinstance(piece, Gone):
-            return np.zeros(0, np.int32)
-        try:
-            return piece.tokens(local)
-        except (SnapshotDamaged, OSError) as error:
-            log.warning("%s: its rows are found by text only", error)
-            return np.zeros(0, np.int32)
+        return self.pieces.tokens(row)
 
     def source(self, row: int) -> str:
         """Id of the document that made a row; empty when it cannot be read."""
-        piece, local = self._piece(row)
-        if isinstance(piece, Entries):
-            return piece.sources[local]
-        if isinstance(piece, Gone):
-            return ""
-        try:
-            return piece.source(local)
-        except (SnapshotDamaged, OSError) as error:
-            log.warning("%s: the sources of its rows are not known", error)
-            return ""
+        return self.pieces.source(row)
 
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
-        piece, local = self._piece(row)
-        if isinstance(piece, Gone):
-            return ""
-        keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
-        return bytes(keys[local].tobytes()).hex()
+        return self.pieces.key(row)
 
     def cost(self, rows: Rows) -> float:
         """Seconds the model took for these rows when they were computed."""
-        total = 0.0
-        for piece, _, local in self._groups(rows):
-            if isinstance(piece, Gone):
-                continue
-            cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
-            total += float(cost[local].sum())
-        return total
+        return self.pieces.cost(rows)
 
     # -- storing --------------------------------------------------------------------------------------------
 
@@ -405,11 +289,9 @@ class Bank:
             features=half(features[chosen]),
             created=np.full(len(chosen), self._now(), np.uint32),
         )
-        rows = np.arange(len(entries)) + self._starts[-1]
-        self._pieces.append(entries)
+        rows = self.pieces.append(entries)
         self.pending_bytes += _nbytes(payload)
-        self._starts = np.append(self._starts, self._starts[-1] + len(entries))
-        self.uses.grow(int(self._starts[-1]))
+        self.uses.grow(self.pieces.rows)
         self._rows.add(entries.keys, rows)
         return kept
 
@@ -427,16 +309,13 @@ class Bank:
         if len(aliases):
             aliases["text"] = np.concatenate([text for text, _ in self._aliases])
             aliases["row"] = np.concatenate([row for _, row in self._aliases])
-        return seal(self._folder, id, self._pending, aliases, self.facts.feature_width, strong=self._strong)
+        return seal(self._folder, id, self.pieces.pending, aliases, self.facts.feature_width, strong=self._strong)
 
     def sealed(self, facts: BankFacts, segment: SegmentFacts) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
         self.facts = facts
         self._aliases = []
-        opened = Segment.open(self._folder, segment)  # may fail: what is pending is then still served
-        self._pieces[:] = [piece for piece in self._pieces if not isinstance(piece, Entries)]
-        self._pieces.append(opened)
-        self._starts = np.cumsum([0, *map(len, self._pieces)])
+        self.pieces.seal(Segment.open(self._folder, segment))  # may fail: what is pending is then still served
         self._aliases, self.pending_bytes = [], 0
         self._shelf.clear()
         self._rows.settle()
@@ -445,45 +324,3 @@ class Bank:
 
 def _nbytes(payload: Payload) -> int:
     return payload.nbytes if isinstance(payload, np.ndarray) else sum(part.nbytes for part in payload)
-
-
-def _name(piece: Segment | Entries | Gone) -> str | int:
-    return piece.facts.id if isinstance(piece, Segment) else id(piece)
-
-
-def _opened(
-    folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment], trust: str
-) -> tuple[list[Segment], int]:
-    """Every segment that is whole, and how many are not; such a one is a warning, and its entries are misses."""
-    segments, lost = [], 0
-    for one in facts.segments:
-        try:
-            segments.append(known.get(one) or _fitting(Segment.open(folder, one), facts, trust))
-        except (SnapshotDamaged, OSError) as error:
-            lost += 1
-            log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
-    return segments, lost
-
-
-def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
-    """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
-    unit = facts.width * codec.DTYPES[facts.dtype]
-    sizes = segment.rows["nbytes"]
-    odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())
-    if odd or segment.feature_width != facts.feature_width:
-        raise SnapshotDamaged("its rows are not as long as those of its bank")
-    if trust == "signed" and not segment.strong:
-        raise SnapshotDamaged(
-            "it was written without a key, so its rows are not under the signature; `llmcache sign` writes it anew"
-        )
-    return segment
-
-
-def _stored(piece: Segment | Entries | Gone, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
-    """bool [n]: intact; the stored bytes; float32 [n]: scale."""
-    if isinstance(piece, Gone):
-        return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
-    if isinstance(piece, Entries):
-        return np.ones(len(rows), np.bool_), [piece.payload[i] for i in rows], piece.scale[rows]
-    payload = piece.payload(rows)
-    return piece.intact(rows, payload), payload, piece.rows["scale"][rows]

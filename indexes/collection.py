@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder
+from llmcache.indexes.generations import generation_name, generations
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import Manifest
+from llmcache.indexes.parsing import MAX_BYTES, from_bytes
+from llmcache.indexes.places import SUBFOLDERS
 
 log = logging.getLogger("llmcache")
 
@@ -59,14 +61,14 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
     for pair in pairwise(known):
-        # of the younger of the two: a writer that lost with a used number (manifests.commit) publishes again soon
-        since = max(found.get(manifests.generation_name(each.generation), (0, now))[1] for each in pair)
+        # of the younger of the two: a writer that lost with a used number (publishing.commit) publishes again soon
+        since = max(found.get(generation_name(each.generation), (0, now))[1] for each in pair)
         one = pair[1]
         if superseded > 0 and now - since < superseded:  # at 0, also on a disk whose clock is ahead of ours
             named |= one.files
             kept.add(one.generation)
         else:
-            dropped |= one.files  # nobody names them again: `once` in manifests.commit
+            dropped |= one.files  # nobody names them again: `once` in publishing.commit
     pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
     def goes(name: str, changed: float) -> bool:
@@ -84,10 +86,10 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
     """All manifests that are listed, newest first, and the names of damaged ones."""
     known, damaged = [], []
-    for generation in manifests.generations(folder):
-        name = manifests.generation_name(generation)
+    for generation in generations(folder):
+        name = generation_name(generation)
         try:
-            known.append(manifests.from_bytes(folder.read(name, manifests.MAX_BYTES), name))
+            known.append(from_bytes(folder.read(name, MAX_BYTES), name))
         except FormatTooNew:
             raise
         except SnapshotDamaged:

@@ -19,9 +19,10 @@ from llmcache.indexes.eviction import Publish, index_stands
 from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
+from llmcache.indexes.records import ALIAS
 from llmcache.indexes.rewrite import Pick
 from llmcache.indexes.rewrite import rewrite as write_anew
-from llmcache.indexes.segment import ALIAS, Segment
+from llmcache.indexes.segment import Segment
 
 log = logging.getLogger("llmcache")
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.manifest import NamespaceFacts
-from llmcache.indexes.segment import ROW, records_of
+from llmcache.indexes.records import ROW
+from llmcache.indexes.segment import records_of
 from llmcache.indexes.snapshot import advised, banks
 from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import living

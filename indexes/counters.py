@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
-from llmcache.indexes.manifest import strict_json
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
+from llmcache.indexes.parsing import strict_json
 from llmcache.indexes.usage import UseTable, read_uses, use_name, write_uses
 
 _LIMIT = 1 << 20

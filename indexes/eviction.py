@@ -12,15 +12,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from llmcache.indexes import manifest as manifests
 from llmcache.indexes.collection import disk_bytes, garbage, remove
 from llmcache.indexes.counters import use_files
 from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.neighbours import DEAD_SHARE
+from llmcache.indexes.records import ALIGN, ROW
 from llmcache.indexes.replacement import Rows, Terms, Usage, choose
-from llmcache.indexes.segment import ALIGN, ROW, Segment, write_alive
+from llmcache.indexes.sealing import write_alive
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.usage import UseTable, read_uses
 
 log = logging.getLogger("llmcache")
@@ -52,10 +54,10 @@ class Candidates:
     places: list[tuple[str, str, SegmentFacts]]
 
 
-def newest(folder: Folder) -> Manifest:
+def current(folder: Folder) -> Manifest:
     """The manifest that the store is now; an empty one where nothing was ever committed."""
-    listed = manifests.generations(folder)
-    return manifests.newest(folder, listed)[0] if listed else Manifest()
+    listed = generations(folder)
+    return newest(folder, listed)[0] if listed else Manifest()
 
 
 def candidates(folder: Folder, manifest: Manifest) -> Candidates:
@@ -169,8 +171,8 @@ def free_bytes(folder: Folder, budget: Budget) -> int:
 
 
 def _held_back(folder: Folder, budget: Budget) -> int:
-    listed = manifests.generations(folder)
-    size = folder.size(manifests.generation_name(listed[0])) if listed else 0
+    listed = generations(folder)
+    size = folder.size(generation_name(listed[0])) if listed else 0
     return max(int(_RESERVE * budget.max_bytes), 3 * size + 8192)
 
 
@@ -191,7 +193,7 @@ def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, go
     if garbage(folder, GRACE, 0).blocked:  # nothing can be removed, so evicting would free nothing
         return False
     while (free := free_bytes(folder, budget)) < nbytes:
-        found = candidates(folder, newest(folder))
+        found = candidates(folder, current(folder))
         if free + int(found.usage.nbytes.sum()) < nbytes or not len(found.rows):
             return False
         ahead = min(int(_AHEAD * budget.max_bytes), int(found.usage.nbytes.sum()) // 4)

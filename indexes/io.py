@@ -1,47 +1,39 @@
-"""Every system call on a store's files. No other module opens, writes or removes one.
+"""Every system call on a store's files, with `sealed`, `system`, `durable` and `partial`, which serve only it.
 
-Kept to a dozen calls on purpose: what a store does to a disk can be read here, and replaced as a whole.
+No other module opens, writes or removes a file of a store. Kept to two dozen calls on purpose: what a store does to a
+disk can be read here, and replaced as a whole (`memory`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
-import re
 import shutil
 import socket
 import stat
-import sys
 import time
-import uuid
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.durable import FOLDER, make_durably, sync_name
 from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.places import QUARANTINE, SUBFOLDERS, placed
+from llmcache.indexes.sealed import Sealed, read_into
+from llmcache.indexes.system import begin_sync, file_system, mapped
 
 Reading = Literal["auto", "mmap", "pread"]
-
-SUBFOLDERS = ("seg", "idx", "stat")
-QUARANTINE = "quarantine"
-"""Where `repair` puts what is damaged. It is made when it is first needed."""
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
 # what a file system answers when it cannot link, or not from there
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_BEGIN = 2  # SYNC_FILE_RANGE_WRITE: begin, wait for nothing, and take no error away from a later fsync
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Folder:
@@ -61,8 +53,8 @@ class Folder:
         self.path = path.resolve()
         self.private = False  # True: nothing is mapped, so that nobody else can change what was read and checked
         if create:
-            _make_durably(self.path)
-        self._descriptors: dict[str, int] = {"": os.open(self.path, _FOLDER)}
+            make_durably(self.path)
+        self._descriptors: dict[str, int] = {"": os.open(self.path, FOLDER)}
         try:
             if create:
                 self._make_parts()
@@ -89,7 +81,7 @@ class Folder:
 
     def _folder(self, sub: str) -> int:
         if sub not in self._descriptors:
-            self._descriptors[sub] = os.open(sub, _FOLDER, dir_fd=self._descriptors[""])
+            self._descriptors[sub] = os.open(sub, FOLDER, dir_fd=self._descriptors[""])
         return self._descriptors[sub]
 
     # -- looking ------------------------------------------------------------------------------------------
@@ -149,7 +141,7 @@ class Folder:
             if found != size:
                 raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
             if size and self.maps:  # an empty file cannot be mapped
-                return _mapped(descriptor, size)
+                return mapped(descriptor, size)
             data = np.empty(size, np.uint8)
             if read_into(descriptor, data, 0) != size:
                 raise SnapshotDamaged(f"{name} became shorter than {size:,} bytes while it was read")
@@ -243,7 +235,7 @@ class Folder:
 
     def begin_sync(self, descriptor: int, offset: int, nbytes: int) -> None:
         """Let the disk begin with bytes that a later `sync` waits for. A hint, whose failure that `sync` would show."""
-        _LIBC.sync_file_range(descriptor, offset, nbytes, _BEGIN)
+        begin_sync(descriptor, offset, nbytes)
 
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -316,7 +308,7 @@ class Folder:
 
     def sync_above(self) -> None:
         """Make the folder's own name durable."""
-        _sync_path(self.path.parent)
+        sync_name(self.path.parent)
 
     def discard(self) -> None:
         """Remove the folder with all that is in it, as far as that can be done."""
@@ -360,245 +352,3 @@ def _flaw(name: str, facts: os.stat_result) -> str | None:
     if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
         return f"{name} may be written by other users"
     return None
-
-
-def placed(name: str) -> tuple[str, str]:
-    """Sub-folder ("" for the store's own) and name in it; SnapshotDamaged when the name leads out of a store."""
-    sub, _, leaf = name.rpartition("/")
-    if not leaf or leaf in {".", ".."} or "\0" in leaf or sub not in {"", QUARANTINE, *SUBFOLDERS}:
-        raise SnapshotDamaged(f"{name!r} is not a name inside a store")
-    return sub, leaf
-
-
-def _make_durably(path: Path) -> None:
-    """Make a folder and those above it that are missing, each durable by name: a store in no folder is a lost store."""
-    missing = [one for one in (path, *path.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(mode=0o700, exist_ok=True)
-        with suppress(PermissionError):  # a folder may be open to writing and not to reading
-            above = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(above)
-            finally:
-                os.close(above)
-
-
-def _mapped(descriptor: int, size: int) -> NDArray[np.uint8]:
-    """The file's pages, without holding a descriptor: mmap.mmap keeps a copy of it before Python 3.13.
-
-    A store maps several files per segment, and a process may have no more than 1,024 descriptors by default.
-    """
-    if sys.version_info >= (3, 13):
-        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ, trackfd=False), np.uint8)
-    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    pages = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False  # arrays may be used until the very end
-    return np.frombuffer(memoryview(pages).toreadonly(), np.uint8)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_LIBC.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
-class Sealed:
-    """The bytes of a sealed file: mapped, or read with `preadv` each time they are asked for."""
-
-    def __init__(self, size: int, *, mapped: NDArray[np.uint8] | None = None, descriptor: int = -1) -> None:
-        """Takes over the descriptor, which is closed with the last reference to this object."""
-        self.size, self.mapped, self._descriptor = size, mapped, descriptor
-        if mapped is None:
-            weakref.finalize(self, os.close, descriptor)
-
-    def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """uint8 [nbytes]: a view of the mapped file, or a copy. Shorter where the file does not have so much."""
-        if start >= self.size:
-            return np.zeros(0, np.uint8)
-        nbytes = min(nbytes, self.size - start)
-        if self.mapped is not None:
-            return self.mapped[start : start + nbytes]
-        data = np.empty(nbytes, np.uint8)
-        return data[: self._fill(data, start)]
-
-    def table(self, rows: NDArray[np.int64], pitch: int, nbytes: int) -> NDArray[np.uint8]:
-        """The first bytes of some rows that lie `pitch` apart: a copy, uint8 [n, nbytes].
-
-        What could not be read is zeros, which no row's checksum takes for its bytes.
-        """
-        nbytes = min(nbytes, pitch)
-        if self.mapped is not None:
-            whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
-            return whole[rows, :nbytes]
-        data = np.zeros((len(rows), nbytes), np.uint8)
-        for i, row in enumerate(rows.tolist()):
-            done = self._fill(data[i], row * pitch)
-            data[i, done:] = 0
-        return data
-
-    def fill(self, rows: NDArray[np.int64], pitch: int, into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> None:
-        """Copy rows that lie `pitch` apart, each to its place in `into`; what could not be read is zeros there."""
-        if self.mapped is not None and isinstance(into, np.ndarray):
-            whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
-            if into.shape[1] == pitch:
-                np.take(whole, rows, axis=0, out=into, mode="clip")  # any other mode copies twice
-            else:
-                into[:] = whole[rows, : into.shape[1]]
-            return
-        if isinstance(into, np.ndarray) and into.shape[1] == pitch and into.flags.c_contiguous:
-            cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-            for first, end in pairwise(cuts):  # neighbours in one call
-                place = into[first:end].reshape(-1)
-                place[self._fill(place, int(rows[first]) * pitch) :] = 0
-            return
-        for place, row in zip(into, rows.tolist(), strict=True):
-            if self.mapped is not None:
-                place[:] = self.mapped[row * pitch : row * pitch + place.nbytes]
-            else:
-                place[self._fill(place, row * pitch) :] = 0
-
-    def _fill(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """A file that was shortened, and a disk that fails, are fewer bytes: misses, never the end of a call."""
-        try:
-            return read_into(self._descriptor, buffer, offset)
-        except OSError:
-            return 0
-
-
-def read_into(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
-    """Fill a contiguous buffer from `offset` of a file; the bytes that were there."""
-    view, done = buffer.data, 0
-    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
-        done += count
-    return done
-
-
-def file_system(descriptor: int) -> str:
-    """Type of the file system that an open folder is on ("ext4", "nfs4", ...); empty where nobody says.
-
-    The mount's own number is asked for: `statvfs` has no type, and device numbers do not match on btrfs and overlay,
-    nor paths where one mount lies over another.
-    """
-    try:
-        facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-    except OSError:
-        return ""
-    mount = re.search(r"^mnt_id:\s*(\d+)$", facts, re.MULTILINE)
-    for line in mounts.splitlines() if mount else ():
-        before, _, after = line.partition(" - ")
-        if mount and before.split(" ", 1)[0] == mount[1]:
-            return after.split(" ", 1)[0]
-    return ""
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, _FOLDER)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Folder]:
-    """A folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails.
-
-    It is made beside the target as `.<name>-<id>.partial` and locked as long as its maker lives. What a killed maker
-    left is removed by the next one. OSError when something that is not empty has the target's name by then.
-    """
-    target = target.parent.resolve() / target.name
-    _make_durably(target.parent)
-    _sweep(target)
-    built = target.parent / f".{target.name}-{uuid.uuid4().hex}.partial"
-    try:
-        folder = Folder(built, create=True)
-    except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
-        raise
-    lock = _locked(built)
-    try:
-        with filled(folder, target):
-            yield folder
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-@contextmanager
-def filled(folder: Folder, target: Path) -> Iterator[Folder]:
-    """A new folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails."""
-    try:
-        yield folder
-        for sub in ("seg", "idx", ""):
-            folder.sync_folder(sub)
-        folder.move_to(target)
-    except BaseException:
-        folder.discard()
-        raise
-    finally:
-        folder.close()
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed makers of this target left."""
-    mine = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{32}}\.partial")
-    for name in os.listdir(target.parent):
-        path = target.parent / name
-        if mine.fullmatch(name) and path.is_dir() and not path.is_symlink():
-            lock = _locked(path)
-            if lock is not None:  # None: its maker is at work, or there are no locks here
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
-
-
-def _locked(path: Path) -> int | None:
-    """Descriptor that holds the lock of a folder; None when another has it, or the file system has no locks."""
-    try:
-        descriptor = os.open(path, _FOLDER)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
-    """Write a new file and make its bytes durable; returns its size. A file that could not be finished is removed.
-
-    durable: with False the caller syncs the file later, many at once (`sync_files`).
-    The directory entry is not durable yet: the caller syncs the folder once for all files of a commit.
-    """
-    descriptor = folder.create(name)
-    size = 0
-    try:
-        try:
-            for part in parts:
-                folder.write(descriptor, part, size)
-                folder.begin_sync(descriptor, size, memoryview(part).nbytes)
-                size += memoryview(part).nbytes
-            if durable:
-                folder.sync(descriptor)
-        finally:
-            folder.close_file(descriptor)
-    except BaseException:
-        folder.remove(name)
-        raise
-    return size
-
-
-def sync_files(folder: Folder, names: Iterable[str]) -> None:
-    """Make the bytes of files durable that were written before; their entries in the folder are not."""
-    for name in names:
-        descriptor, _ = folder.open(name)
-        try:
-            folder.sync(descriptor)
-        finally:
-            folder.close_file(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 
 _ROUNDS = 64
 

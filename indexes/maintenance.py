@@ -19,7 +19,8 @@ from llmcache.indexes import counters as counting
 from llmcache.indexes.collection import disk_bytes, garbage
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import GRACE
-from llmcache.indexes.manifest import SegmentFacts, fencing
+from llmcache.indexes.manifest import SegmentFacts
+from llmcache.indexes.publishing import fencing
 from llmcache.indexes.replacement import DRIFT_LIMIT, HALF_LIFE, POLICIES, Terms, choose
 from llmcache.indexes.store import Store
 
@@ -130,7 +131,7 @@ def _terms(max_bytes: int, policy: str, half_life: float, drift_limit: float) ->
 
 def _planned(store: Store, need: int, policy: str, terms: Terms) -> tuple[int, int, int]:
     """Rows, whole segments and bytes that the first round would evict."""
-    found = eviction.candidates(store.folder, eviction.newest(store.folder))
+    found = eviction.candidates(store.folder, eviction.current(store.folder))
     chosen = choose(found.usage, need, policy, terms)
     numbers, counts = np.unique(found.usage.segment[chosen], return_counts=True)
     whole = sum(found.places[number][2].live == count for number, count in zip(numbers, counts, strict=True))
@@ -142,11 +143,11 @@ def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Ter
 
     gone: takes in the ids of the segments that went whole.
     """
-    found = eviction.candidates(store.folder, eviction.newest(store.folder))
+    found = eviction.candidates(store.folder, eviction.current(store.folder))
     chosen = choose(found.usage, need, policy, terms)
     gone |= eviction.drop(store.folder, store.publish, found, chosen)
     eviction.tidy(store.folder)
-    after = eviction.newest(store.folder)
+    after = eviction.current(store.folder)
     wanted = compaction.groups(after, lambda one: one.dead > 0, most=0)
     for group in sorted(wanted, key=lambda group: group.sources[0].live / group.sources[0].rows):
         if disk_bytes(store.folder) <= max_bytes:
@@ -158,7 +159,7 @@ def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Ter
 
 def _rewritten(store: Store, group: compaction.Group) -> compaction.Rewritten:
     try:
-        return compaction.rewrite(store.folder, store.publish, eviction.newest(store.folder), group)
+        return compaction.rewrite(store.folder, store.publish, eviction.current(store.folder), group)
     except SnapshotDamaged as error:
         log.warning("segments stay as they are: %s", error)
         return compaction.Rewritten(0, 0, False)
@@ -178,7 +179,7 @@ def compact(store: Store, *, dry_run: bool = False) -> Compacted:
     they are. Busy; StoreFull or StoreFenced when a write fails.
     """
     with _locked(store, dry_run):
-        planned = compaction.groups(eviction.newest(store.folder), _under_half_alive)
+        planned = compaction.groups(eviction.current(store.folder), _under_half_alive)
         if dry_run:
             segments = sum(len(group.sources) for group in planned)
             return Compacted(segments, sum(g.rows for g in planned), 0, sum(g.bytes for g in planned), dry_run)

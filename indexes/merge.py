@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
-from llmcache.indexes.io import Folder, new_folder, sync_files
+from llmcache.indexes.files import sync_files
+from llmcache.indexes.generations import generations, newest
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.opening import found
+from llmcache.indexes.partial import new_folder
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing
-from llmcache.indexes.store import Store, found
+from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of, living
 
 SHOWN = frozenset({"name", "revision", "versions"})
@@ -281,11 +285,11 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
         def change(base: Manifest) -> Manifest:
             return _joined(base, spaces, [(plan, kept, indexes.get(id(plan))) for plan, kept in added])
 
-        listed = manifests.generations(folder)
-        now = manifests.newest(folder, listed)[0] if listed else Manifest()
+        listed = generations(folder)
+        now = newest(folder, listed)[0] if listed else Manifest()
         if derived or change(now) != now:
             committing = True
-            manifests.commit(folder, uuid.uuid4().hex, change, once=True)
+            publishing.commit(folder, uuid.uuid4().hex, change, once=True)
     except BaseException:
         if not (committing and _named(folder, made)):
             for name in made:
@@ -296,8 +300,8 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
 def _named(folder: Folder, made: Sequence[str]) -> bool:
     """Whether the newest manifest names these files after all: its last step, a sync of the folder, may have failed."""
     try:
-        listed = manifests.generations(folder)
-        named = {file.name for file in files_of(manifests.newest(folder, listed)[0])} if listed else set()
+        listed = generations(folder)
+        named = {file.name for file in files_of(newest(folder, listed)[0])} if listed else set()
     except (OSError, LLMCacheError):
         return True
     return not named.isdisjoint(made)

@@ -7,17 +7,20 @@ the next opening is quick, and made again on any doubt about those files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.files import verified, write_file
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts
+from llmcache.indexes.pieces import Pieces
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
-from llmcache.indexes.segment import Entries, Gone, Segment, verified, write_file
+from llmcache.indexes.sealing import Entries
+from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.vectors import LEAST_TRAINED, VectorIndex, choose_kind
 
 log = logging.getLogger("llmcache")
@@ -50,7 +53,7 @@ def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
 
 
 class Neighbours:
-    """Nearest rows of one bank. `pieces` is the bank's own list; its rows only ever grow at the end.
+    """Nearest rows of one bank. `pieces` is the bank's own; its rows only ever grow at the end.
 
     Rows that were evicted stay in the index, and come back from it, until it is built again.
     """
@@ -59,7 +62,7 @@ class Neighbours:
         self,
         folder: Folder,
         facts: BankFacts,
-        pieces: Sequence[Segment | Entries | Gone],
+        pieces: Pieces,
         choice: NearChoice,
         *,
         read_index: bool = True,
@@ -113,7 +116,7 @@ class Neighbours:
 
     def rebuild(self) -> None:
         """Fit the projection and build the index again, over all rows that live."""
-        every = sum(map(len, self._pieces))
+        every = self._pieces.rows
         self._row_of, self._caught_up = np.delete(np.arange(every), self._dead), every
         self._lost = 0
         rows = len(self._row_of)
@@ -150,7 +153,7 @@ class Neighbours:
     def _live_features(self) -> Iterator[NDArray[np.float32]]:
         """Features of the rows in `_row_of`, in blocks."""
         first = 0
-        for block in self._features(0, sum(map(len, self._pieces))):
+        for block in self._features(0, self._pieces.rows):
             low, high = np.searchsorted(self._row_of, [first, first + len(block)])
             yield block if high - low == len(block) else block[self._row_of[low:high] - first]
             first += len(block)
@@ -183,7 +186,7 @@ class Neighbours:
     # -- keeping up -----------------------------------------------------------------------------------------
 
     def _catch_up(self) -> None:
-        rows = sum(map(len, self._pieces))
+        rows = self._pieces.rows
         if rows == len(self._dead):
             self._projection = self._index = None
             return
@@ -198,7 +201,7 @@ class Neighbours:
             self._caught_up = rows
 
     def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
-        """Go on with the bank's new list of pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
+        """Go on with the bank's new pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
         self._facts = facts
         self._saved = facts.index.count if facts.index else 0
         if self._index is None:
@@ -209,7 +212,7 @@ class Neighbours:
             self._caught_up = 0
             return
         assert self._projection is not None
-        covered = np.zeros(sum(map(len, self._pieces)), np.bool_)
+        covered = np.zeros(self._pieces.rows, np.bool_)
         covered[self._row_of] = True
         sealed = sum(len(piece) for piece in self._pieces if isinstance(piece, Segment))
         fresh = np.flatnonzero(~covered[:sealed])
@@ -277,16 +280,15 @@ class Neighbours:
             for block in self._features(int(span[0]), int(span[-1]) + 1):
                 index.add(fitted.apply(block))
         self._row_of = np.concatenate([covered, *spans.values()])
-        self._caught_up = sum(map(len, self._pieces))
+        self._caught_up = self._pieces.rows
         self.bury(self._dead)
 
     def _live_spans(self) -> dict[str, NDArray[np.int64]]:
         """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""
-        spans, first = {}, 0
-        for piece in self._pieces:
+        spans = {}
+        for piece, first in self._pieces.placed():
             if isinstance(piece, Segment) and piece.facts.alive:
                 spans[piece.facts.alive.name[len("seg/") : -len(".alive")]] = piece.live() + first
-            first += len(piece)
         return spans
 
     def _covered(self) -> tuple[str, ...] | None:
@@ -312,11 +314,10 @@ class Neighbours:
 
     def _spans(self) -> dict[str, NDArray[np.int64]]:
         """Row numbers of each sealed segment that has rows, by its id."""
-        spans, first = {}, 0
-        for piece in self._pieces:
+        spans = {}
+        for piece, first in self._pieces.placed():
             if isinstance(piece, Segment) and len(piece):
                 spans[piece.facts.id] = np.arange(first, first + len(piece))
-            first += len(piece)
         return spans
 
     def _wanted(self, rows: int) -> str:

@@ -10,27 +10,22 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import waiting_lock
-from llmcache.indexes.io import QUARANTINE, Folder
-from llmcache.indexes.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    SegmentFacts,
-    fencing,
-    generation_name,
-    generations,
-)
-from llmcache.indexes.segment import STRONG, Keys, Segment, aligned, checksum, header_of, write_file
+from llmcache.indexes.generations import generation_name, generations
+from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
+from llmcache.indexes.places import QUARANTINE
+from llmcache.indexes.publishing import fencing
+from llmcache.indexes.records import Keys
+from llmcache.indexes.rewrite import readable, rewrite
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.store import Store
 
@@ -40,7 +35,6 @@ Replaced: TypeAlias = dict[str, SegmentFacts | None]  # by the old segment's id:
 Mask: TypeAlias = NDArray[np.bool_]
 
 _OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?\.[a-z]{1,8}|t-.*")
-_BLOCK = 8 << 20  # bytes of activations that are copied at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,80 +199,12 @@ def _copied(store: Store, old: Segment, rows: Mask, aliases: Mask, purged: Purge
     """A new segment with these rows and aliases of an old one; None where there are none."""
     if not rows.any() and not aliases.any():
         return None
-    facts = copied(store.folder, old, rows, aliases, strong=store.signs)
+    facts = rewrite(
+        store.folder, uuid.uuid4().hex, [readable(old, rows, aliases)], old.feature_width, strong=store.signs
+    )
     purged.damaged += int(rows.sum()) - facts.rows
     purged.written += sum(file.size for file in facts.files)
     return facts
-
-
-def copied(folder: Folder, old: Segment, rows: Mask, aliases: Mask, *, strong: bool = False) -> SegmentFacts:
-    """Write a durable copy of some rows and aliases of a segment. Rows that fail their checksum are left out.
-
-    rows: bool [rows]. aliases: bool [aliases]. strong: give rows checksums that cannot be forged.
-    OSError leaves no file of the copy behind.
-    """
-    id, files = uuid.uuid4().hex, list[FileFacts]()
-    places, records = np.flatnonzero(rows), old.rows[rows].copy()
-    good = np.zeros(len(records), np.bool_)
-    try:
-        payload = _payload(old, places, records, good, strong)
-        files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
-        records, places = records[good], places[good]
-        variable = _variable(old, places, records)
-        steps = aligned(records["nbytes"].astype(np.uint64))
-        records["offset"] = np.cumsum(steps) - steps
-        steps = records["tokens"].astype(np.uint64) * 4 + records["source"]
-        records["var"] = np.cumsum(steps) - steps
-        header = header_of(records, old.feature_width)
-        files.append(write_file(folder, f"seg/{id}.row", [header, records.tobytes()]))
-        files.append(write_file(folder, f"seg/{id}.key", [old.aliases[aliases].tobytes()]))
-        files.append(write_file(folder, f"seg/{id}.var", variable))
-        files.append(write_file(folder, f"seg/{id}.fp", [_features(old, places).tobytes()]))
-        folder.sync_folder("seg")
-    except BaseException:
-        for facts in files:
-            folder.remove(facts.name)
-        raise
-    counts = len(records), int(aliases.sum()), int(records["nbytes"].sum())
-    return SegmentFacts(id, *counts, tuple(files), writer=old.facts.writer)
-
-
-def _payload(old: Segment, places: NDArray[np.int64], records: Any, good: Mask, strong: bool) -> Iterator[bytes]:
-    """Rows' bytes, padded, those that are intact; `good` and the checksums of `records` are filled in."""
-    step = max(1, _BLOCK // max(1, int(records["nbytes"].max(initial=1))))
-    for start in range(0, len(places), step):
-        block = places[start : start + step]
-        parts = old.payload(block)
-        good[start : start + step] = old.intact(block, parts)
-        held = []
-        for i, part in enumerate(parts):
-            if good[start + i]:
-                held += [part.tobytes(), bytes(int(aligned(part.nbytes)) - part.nbytes)]
-                record = records[start + i]
-                if strong and not record["flags"] & STRONG:
-                    found = checksum(record["key"], part, record["scale"], strong=True)
-                    record["checksum"] = np.frombuffer(found, np.uint8)
-                    record["flags"] |= STRONG
-        yield b"".join(held)
-
-
-def _variable(old: Segment, places: NDArray[np.int64], records: Any) -> list[bytes]:
-    """Token ids and source ids; rows whose own cannot be read have none from now on, and are found by text only."""
-    parts = []
-    for i, row in enumerate(places.tolist()):
-        try:
-            parts.append(old.variable(row))
-        except SnapshotDamaged:
-            records["tokens"][i] = records["source"][i] = 0
-    return [b"".join(parts)]
-
-
-def _features(old: Segment, places: NDArray[np.int64]) -> NDArray[np.float16]:
-    try:
-        return old.features()[places]
-    except SnapshotDamaged as error:
-        log.warning("%s: its rows have no near matches", error)
-        return np.zeros((len(places), old.feature_width), np.float16)
 
 
 # -- sweeping -----------------------------------------------------------------------------------------------

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
+from llmcache.indexes.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.opening import check_format, found
+from llmcache.indexes.parsing import MAX_BYTES, salvage
+from llmcache.indexes.records import HEADER, ROW
 from llmcache.indexes.rewrite import Pick, rewrite
-from llmcache.indexes.segment import HEADER, ROW, Segment, records_of
+from llmcache.indexes.segment import Segment, records_of
 from llmcache.indexes.snapshot import banks, failing
-from llmcache.indexes.store import check_format, found
 from llmcache.indexes.transfer import chunks, files_of, living
 from llmcache.indexes.trust import check_own
 from llmcache.indexes.verify import Checked, History, check_segment, history_of, index_damage, names_in, opened
@@ -114,7 +117,7 @@ def _planned(folder: Folder, history: History, grace: float) -> _Plan:
             plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if _there(folder, file.name)]
     if _passed_over(history):
         _adopt(folder, history, plan, salvaged)
-    plan.aside += [manifests.generation_name(one) for one in history.damaged]
+    plan.aside += [generation_name(one) for one in history.damaged]
     if not _format_whole(folder) and _there(folder, "FORMAT"):
         plan.aside.append("FORMAT")
     plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
@@ -125,8 +128,8 @@ def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
     """What damaged manifests that were passed over still say, newest first."""
     for generation in _passed_over(history):
         with suppress(SnapshotDamaged, FileNotFoundError):
-            name = manifests.generation_name(generation)
-            said = manifests.salvage(folder.read(name, manifests.MAX_BYTES))
+            name = generation_name(generation)
+            said = salvage(folder.read(name, MAX_BYTES))
             if said is not None:
                 yield said
 
@@ -273,7 +276,7 @@ def _left_over(folder: Folder, history: History, plan: _Plan, grace: float) -> l
 
 def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None) -> int:
     """Write and commit the new generation, when anything of it is new; its number."""
-    passed_over = any(plan.base.generation < one < manifests.LAST for one in history.damaged)
+    passed_over = any(plan.base.generation < one < LAST for one in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
         return plan.base.generation
     made: list[str] = []
@@ -288,15 +291,15 @@ def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None) -> i
                     new[place].append(facts)
                 else:
                     new[place].append(part)
-        if history.listed[0] >= manifests.LAST:  # no number comes after it, and nothing whole is lost with it
-            folder.set_aside(manifests.generation_name(history.listed[0]))
-        return manifests.commit(
+        if history.listed[0] >= LAST:  # no number comes after it, and nothing whole is lost with it
+            folder.set_aside(generation_name(history.listed[0]))
+        return publishing.commit(
             folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), key=key, salvaged=plan.base
         ).generation
     except BaseException:
-        listed = manifests.generations(folder)
+        listed = generations(folder)
         with suppress(SnapshotDamaged):
-            if {one.name for one in files_of(manifests.newest(folder, listed)[0])}.intersection(made):
+            if {one.name for one in files_of(newest(folder, listed)[0])}.intersection(made):
                 raise  # the generation is there, only its last sync failed
         for name in made:
             folder.remove(name)

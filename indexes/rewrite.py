@@ -1,7 +1,8 @@
-"""New segments from rows of old ones: bytes and checksums go along as they are, and nothing is computed."""
+"""New segments from rows of old ones: bytes and checksums go along as they are, and no model is asked."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.files import verified
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.segment import ALIAS, ROW, Segment, agree, aligned, portions, verified, write_segment
+from llmcache.indexes.records import ALIAS, ROW, STRONG, agree, aligned, digests, portions
+from llmcache.indexes.sealing import write_segment
+from llmcache.indexes.segment import Segment
+
+log = logging.getLogger("llmcache")
 
 _BLOCK = 8 << 20
 
@@ -35,9 +41,41 @@ class Pick:
         return int(self.segment.rows["nbytes"][self.rows].sum())
 
 
-def rewrite(folder: Folder, id: str, picks: Sequence[Pick], feature_width: int) -> SegmentFacts:
+def readable(segment: Segment, rows: NDArray[np.bool_], aliases: NDArray[np.bool_]) -> Pick:
+    """What can be read of some rows, bool [rows]: those that agree with their checksums, without files that do not.
+
+    aliases: bool [aliases].
+    """
+    places = np.flatnonzero(rows)
+    places = places[segment.whole(places)]
+    without = frozenset(kind for kind, has in (("var", _has_tokens), ("fp", _has_features)) if not has(segment, places))
+    return Pick(segment, places, segment.aliases[aliases], without)
+
+
+def _has_tokens(segment: Segment, rows: NDArray[np.int64]) -> bool:
+    records = segment.rows[rows]
+    ends = records["var"].astype(np.int64) + 4 * records["tokens"].astype(np.int64) + records["source"]
+    try:
+        return int(ends.max(initial=0)) <= verified(segment.folder, segment.facts.file("var")).nbytes
+    except SnapshotDamaged as error:
+        log.warning("%s: its rows are found by text only", error)
+        return False
+
+
+def _has_features(segment: Segment, rows: NDArray[np.int64]) -> bool:
+    try:
+        return len(segment.features()) == len(segment)
+    except SnapshotDamaged as error:
+        log.warning("%s: its rows have no near matches", error)
+        return False
+
+
+def rewrite(
+    folder: Folder, id: str, picks: Sequence[Pick], feature_width: int, *, strong: bool = False
+) -> SegmentFacts:
     """Write one durable segment that holds what was picked. Any error leaves no file of it behind.
 
+    strong: give rows checksums that cannot be forged, where they have none.
     A row's checksum is over its key and bytes, so it is as good in the new place, and is compared on the way.
     SnapshotDamaged when a row or a file of a segment is not whole.
     """
@@ -48,7 +86,14 @@ def rewrite(folder: Folder, id: str, picks: Sequence[Pick], feature_width: int) 
     rows["var"] = np.cumsum(steps) - steps
     aliases = np.concatenate([np.zeros(0, ALIAS), *(pick.aliases for pick in picks)])
     facts = write_segment(
-        folder, id, rows, aliases, feature_width, _payload(picks), _variable(picks), _features(picks, feature_width)
+        folder,
+        id,
+        rows,
+        aliases,
+        feature_width,
+        _payload(picks, rows, strong),
+        _variable(picks),
+        _features(picks, feature_width),
     )
     writers = {pick.segment.facts.writer for pick in picks}
     return replace(facts, writer=writers.pop() if len(writers) == 1 else "")
@@ -62,10 +107,26 @@ def _records(pick: Pick) -> NDArray[Any]:
     return records
 
 
-def _payload(picks: Sequence[Pick]) -> Iterator[memoryview]:
+def _payload(picks: Sequence[Pick], rows: NDArray[Any], strong: bool) -> Iterator[memoryview]:
+    """The bytes of what was picked; with `strong` the checksums of `rows` are filled in."""
+    first = 0
     for pick in picks:
         for portion in portions(pick.segment.rows["nbytes"][pick.rows]):
-            yield _block(pick.segment, pick.rows[portion])
+            block = _block(pick.segment, pick.rows[portion])
+            if strong:
+                _strengthen(rows[first + portion.start : first + portion.stop], block)
+            yield block
+        first += len(pick.rows)
+
+
+def _strengthen(records: NDArray[Any], block: memoryview) -> None:
+    """Fill in checksums that cannot be forged; block: the bytes of these rows, which were compared already."""
+    weak = np.flatnonzero(records["flags"] & STRONG == 0)
+    records["flags"] |= STRONG
+    starts = (records["offset"] - records["offset"][:1]).astype(np.int64)
+    parts = [block[start : start + size] for start, size in zip(starts[weak], records["nbytes"][weak], strict=True)]
+    for place, found in zip(weak, digests(records[weak], parts), strict=True):
+        records["checksum"][place] = np.frombuffer(found, np.uint8)
 
 
 def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:

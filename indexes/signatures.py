@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 
 LEAST = 32
 """Bytes that a key or a secret must have."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts, fenced
-from llmcache.indexes.purge import copied
+from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.publishing import fenced
+from llmcache.indexes.rewrite import readable, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
 
@@ -56,7 +58,8 @@ def _strengthen(
     if dry_run:
         return
     try:
-        copy = copied(store.folder, segment, segment.living(), np.ones(len(segment.aliases), np.bool_), strong=True)
+        pick = readable(segment, segment.living(), np.ones(len(segment.aliases), np.bool_))
+        copy = rewrite(store.folder, uuid.uuid4().hex, [pick], segment.feature_width, strong=True)
     except OSError as error:
         raise fenced(error) from error
     found.damaged += facts.live - copy.rows

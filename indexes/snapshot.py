@@ -13,11 +13,14 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
-from llmcache.indexes.io import Folder, new_folder, sync_files
+from llmcache.indexes.files import sync_files
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest
-from llmcache.indexes.store import Store, found
+from llmcache.indexes.opening import found
+from llmcache.indexes.partial import new_folder
+from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of
 
 _ROUNDS = 3  # times a transfer starts again when the source's files went away under it
@@ -103,7 +106,7 @@ def _made(
         sync_files(folder, [one.name for one in files_of(store.manifest)])
         for sub in ("seg", "idx"):
             folder.sync_folder(sub)
-        manifests.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))
+        publishing.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))
     return linked
 
 

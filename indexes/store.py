@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import uuid
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmcache.indexes import counters as counting
-from llmcache.indexes import eviction
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.errors import (
-    Busy,
-    ForkedStoreError,
-    FormatTooNew,
-    LLMCacheError,
-    ModelMismatch,
-    SnapshotDamaged,
-    SnapshotNotFound,
-    StoreFenced,
-    UntrustedSnapshot,
-)
-from llmcache.indexes.io import SUBFOLDERS, Folder, Reading, write_whole
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.committing import Place, commit_index, commit_rows
+from llmcache.indexes.errors import Busy, ForkedStoreError, ModelMismatch, StoreFenced
+from llmcache.indexes.generations import generations
+from llmcache.indexes.io import Folder, Reading
+from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.opening import check_age, folder_at, not_opened, prepared
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.trust import Trust, check_asked, judged, latest
@@ -39,9 +30,7 @@ from llmcache.indexes.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
 
-_FORMAT_LIMIT = 4096
 _RELOADS = 3  # times a reader starts again when files went away under it
-_TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
 class Store:
@@ -58,7 +47,7 @@ class Store:
         self._key = key
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
-        self._banks: dict[tuple[str, str], Bank] = {}
+        self._banks: dict[Place, Bank] = {}
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
@@ -89,19 +78,7 @@ class Store:
         SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when that is not possible.
         """
         check_asked(trust, key)
-        where = Path(path)
-        if where.exists() and not where.is_dir():
-            raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
-        if not create and not (where / "FORMAT").exists():
-            raise SnapshotNotFound(
-                f"there is no store in {where}; make one: llmcache build CORPUS --model M --store {where}"
-            )
-        if not (where / "FORMAT").exists() and where.exists():
-            _refuse_strangers(where)
-        try:
-            folder = Folder(where, create=create, reading=reading)
-        except OSError as error:
-            raise _not_opened(where, error) from error
+        folder = folder_at(Path(path), create=create, reading=reading)
         try:
             store = cls.at(folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted)
         except BaseException:
@@ -122,13 +99,13 @@ class Store:
     ) -> Store:
         """The store in a folder that is open already, which the store then closes; a new one where it is empty."""
         try:
-            _prepared(folder)
+            prepared(folder)
             level, manifest, damaged = judged(folder, trust, key, allow_untrusted=allow_untrusted)
-            _check_age(folder, manifest, min_generation)
+            check_age(folder, manifest, min_generation)
             store = cls(folder, manifest, level, key)
             store._fenced = _read_only(store)
         except OSError as error:
-            raise _not_opened(folder.path, error) from error
+            raise not_opened(folder.path, error) from error
         if damaged:
             log.warning(
                 "%s: the newest %d manifests are damaged%s; opened generation %d. What was stored since is missing",
@@ -163,7 +140,7 @@ class Store:
 
     def _outdated(self) -> bool:
         try:
-            return manifests.generations(self.folder)[:1] > [self.manifest.generation]
+            return generations(self.folder)[:1] > [self.manifest.generation]
         except OSError:  # a disk that cannot be listed has nothing newer to offer
             return False
 
@@ -176,12 +153,12 @@ class Store:
         """
         self._check()
         for round in range(_RELOADS):
-            _prepared(self.folder)
+            prepared(self.folder)
             _, manifest, _ = judged(self.folder, self.trust, self._key, allow_untrusted=self.trust == "untrusted")
             for namespace, name in self._banks:
                 self._check_same(namespace, name, manifest)
             opened = {place: self._moved(manifest, *place) for place in self._banks}
-            newest = manifests.generations(self.folder)[:1] <= [manifest.generation]
+            newest = generations(self.folder)[:1] <= [manifest.generation]
             if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
                 break
         for place, (facts, segments, lost) in opened.items():
@@ -233,7 +210,7 @@ class Store:
             new = NamespaceFacts(identity, config, banks, check)
             return replace(base, namespaces={**base.namespaces, namespace: new})
 
-        self._commit(change)
+        self.publish(change)
 
     @property
     def signs(self) -> bool:
@@ -252,42 +229,47 @@ class Store:
         self._check()
         if self._fenced:
             raise self._fenced
-        for (namespace, name), bank in self._banks.items():
+        for place, bank in self._banks.items():
             if bank.has_pending:
-                self._commit_rows(namespace, name, bank)
+                self._commit_rows(place, bank)
             if bank.near.due():
-                self._commit_index(namespace, name, bank)
+                self._commit_index(place, bank)
         if self._banks:
             self.write_uses()
         return self.manifest
 
-    def _commit_rows(self, namespace: str, name: str, bank: Bank) -> None:
-        if self.budget is None:
-            self._append(namespace, name, bank)
-            return
+    def _commit_rows(self, place: Place, bank: Bank) -> None:
+        publish = partial(self.publish, once=True)
         try:
+            if self.budget is None:
+                commit_rows(self.folder, publish, self.writer, place, bank)
+                return
             with eviction.waiting_lock(self.folder):
-                if self._room_for(bank.sealed_bytes()) is not None:
-                    self._append(namespace, name, bank)
+                if self._room_for(bank.sealed_bytes(), self.budget) is not None:
+                    commit_rows(self.folder, publish, self.writer, place, bank)
                 else:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
             log.info("nothing is committed for now: %s", error)
-        except OSError as error:  # the lock could not be had, or the sizes not be looked at
+        except OSError as error:  # a file could not be written, the lock not be had, or the sizes not be looked at
             raise self._fence(error) from error
 
-    def _room_for(self, nbytes: int) -> int | None:
+    def _room_for(self, nbytes: int, budget: eviction.Budget) -> int | None:
         """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
-        assert self.budget is not None
         self.write_uses()
         gone: set[str] = set()
         try:
-            return eviction.make_room(self.folder, self.publish, self.budget, nbytes, gone)
-        except OSError as error:
-            raise self._fence(error) from error
+            return eviction.make_room(self.folder, self.publish, budget, nbytes, gone)
         finally:
             if gone:
                 self.forget(gone)
+
+    def _commit_index(self, place: Place, bank: Bank) -> None:
+        try:
+            room = eviction.free_bytes(self.folder, self.budget) if self.budget else None
+            commit_index(self.folder, self.publish, place, bank, room)
+        except OSError as error:
+            raise self._fence(error) from error
 
     def forget(self, gone: Container[str]) -> None:
         """Let the open banks go of these segments, and of rows that the newest manifest known here says are dead."""
@@ -300,74 +282,17 @@ class Store:
         """Give the open banks up, with what was put and not committed, and what they know of the use of their rows."""
         self._banks = {}
 
-    def _append(self, namespace: str, name: str, bank: Bank) -> None:
-        for round in range(_RELOADS):
-            try:
-                segment = self._published(namespace, name, bank)
-                break
-            except (_Collected, manifests.Republished):  # it slept, or others have evicted the commit since
-                if round == _RELOADS - 1:
-                    raise
-        try:
-            bank.sealed(self.manifest.namespaces[namespace].banks[name], segment)
-        except (SnapshotDamaged, OSError) as error:
-            # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
-            log.warning("what was just committed cannot be opened: %s", error)
+    def publish(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> Manifest:
+        """Commit a change (`publishing.commit`) as this store's writer; returns the newest manifest.
 
-    def _published(self, namespace: str, name: str, bank: Bank) -> SegmentFacts:
-        try:
-            segment = replace(bank.seal(uuid.uuid4().hex), writer=self.writer)
-        except OSError as error:
-            raise self._fence(error) from error
-
-        def change(base: Manifest) -> Manifest:
-            facts = _bank_in(base, namespace, name, bank.facts)
-            if segment.id in {one.id for one in facts.segments}:
-                return base
-            self._check_files(segment)
-            return base.with_bank(namespace, name, replace(facts, segments=(*facts.segments, segment)))
-
-        self._commit(change, once=True)
-        return segment
-
-    def _commit_index(self, namespace: str, name: str, bank: Bank) -> None:
-        try:
-            room = eviction.free_bytes(self.folder, self.budget) if self.budget else None
-            saved = bank.near.save(uuid.uuid4().hex, room)
-        except OSError as error:
-            raise self._fence(error) from error
-        if saved is None:
-            log.info("the index of %s is not kept: the budget has no room for it", name)
-            return
-        projection, index = saved
-        replaced: list[str] = []
-
-        def change(base: Manifest) -> Manifest:
-            facts = _bank_in(base, namespace, name, bank.facts)
-            if facts.index == index:
-                return base
-            new = replace(facts, projection=projection, index=index)
-            if not eviction.index_stands(new):
-                replaced[:] = [projection.name, index.file.name]  # it has rows that were removed, or purged, meanwhile
-                return base
-            replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
-            return base.with_bank(namespace, name, new)
-
-        self._commit(change)
-        bank.facts = self.manifest.namespaces[namespace].banks[name]
-        for old in replaced:  # a reader that is about to open one of these builds its index itself
-            try:
-                self.folder.remove(old)
-            except OSError as error:
-                log.info("%s was not removed: %s", old, error)
-
-    def _commit(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> None:
+        Open banks do not follow it.
+        """
         self._check()
         if self._fenced:
             raise self._fenced
         try:
             signed = self.trust == "signed"
-            self.manifest = manifests.commit(
+            self.manifest = publishing.commit(
                 self.folder, self.writer, change, key=self._key, signed_base=signed, once=once
             )
         except StoreFenced as error:
@@ -375,28 +300,11 @@ class Store:
             raise
         except OSError as error:  # the newest manifest could not be listed or read
             raise self._fence(error) from error
-
-    def publish(self, change: Callable[[Manifest], Manifest]) -> Manifest:
-        """Commit a change (`manifests.commit`) as this store's writer; returns the newest manifest.
-
-        Open banks do not follow it.
-        """
-        self._commit(change)
         return self.manifest
 
-    def _check_files(self, segment: SegmentFacts) -> None:
-        """A process that was stopped between writing and publishing may find its files collected: never name those."""
-        try:
-            for file in segment.files:
-                self.folder.size(file.name)
-        except FileNotFoundError:
-            raise _Collected(
-                f"{self.folder.path}: the files of this commit were collected before they were published, "
-                "because this process was stopped for longer than the grace; commit again"
-            ) from None
-
     def _fence(self, error: OSError) -> StoreFenced:
-        self._fenced = manifests.fenced(error)
+        """Stop writing: the error to raise, which every later commit raises too."""
+        self._fenced = publishing.fenced(error)
         return self._fenced
 
     def _check(self) -> None:
@@ -441,32 +349,6 @@ class Store:
             log.info("the uses of rows were not kept: %s", error)
 
 
-class _Collected(LLMCacheError):
-    """The files of a commit are gone."""
-
-
-def _bank_in(base: Manifest, namespace: str, name: str, fresh: BankFacts) -> BankFacts:
-    space = base.namespaces.get(namespace)
-    if space is None:
-        raise LLMCacheError(f"the namespace {namespace!r} was removed by another process; open the store again")
-    return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
-
-
-def _prepared(folder: Folder) -> None:
-    """A folder that is no store yet is made one; one that is must be of a format we read."""
-    if "FORMAT" not in folder.names():
-        found(folder)
-    check_format(folder)
-
-
-def _check_age(folder: Folder, manifest: Manifest, least: int) -> None:
-    if manifest.generation < least:
-        raise UntrustedSnapshot(
-            f"{folder.path} is at generation {manifest.generation}, at least {least} was asked for: it was put back to "
-            "an earlier state, or is another store; get a newer copy"
-        )
-
-
 def _read_only(store: Store) -> StoreFenced | None:
     """Why nothing may be written to a store that was just opened, if so."""
     where = store.folder.path
@@ -475,49 +357,3 @@ def _read_only(store: Store) -> StoreFenced | None:
     if store._key is None and store.manifest.generation in signatures(store.folder).values():
         return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
     return None
-
-
-def _not_opened(where: Path, error: OSError) -> LLMCacheError:
-    return LLMCacheError(f"the store {where} cannot be opened: {error.strerror}; check the path and its rights")
-
-
-def _refuse_strangers(where: Path) -> None:
-    names = sorted(one.name for one in where.iterdir())
-    if "FORMAT" in names:  # another process has just made the store
-        return
-    if any(name.startswith("m-") for name in names):
-        raise SnapshotDamaged(f"{where} has manifests but no FORMAT file; restore it from a copy")
-    strangers = [name for name in names if name not in SUBFOLDERS and not _TEMPORARY.fullmatch(name)]
-    if strangers:
-        raise SnapshotNotFound(
-            f"{where} is not a store and not empty (it holds {strangers[0]!r}); give the path of a new folder"
-        )
-
-
-def found(folder: Folder) -> None:
-    """Make the folder a store. Two processes may do so at once: the file says the same either way."""
-    folder.restrict()
-    temporary = f"t-{uuid.uuid4().hex}"
-    write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": manifests.FORMAT}).encode()])
-    try:
-        folder.link(temporary, "FORMAT")
-    except FileExistsError:
-        log.debug("another process made the store at the same time")
-    finally:
-        folder.remove(temporary)
-    folder.sync_folder("")
-
-
-def check_format(folder: Folder) -> None:
-    try:
-        found = manifests.strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
-        magic, number = found["magic"], found["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise SnapshotDamaged(f"{folder.path}/FORMAT is damaged, so this may not be a store") from None
-    if magic != "llmcache" or type(number) is not int or number < 1:
-        raise SnapshotDamaged(f"{folder.path}/FORMAT is not LLMCache's, so this is not a store")
-    if number > manifests.FORMAT:
-        raise FormatTooNew(
-            f"{folder.path} has format {number}, this LLMCache reads up to {manifests.FORMAT}; "
-            "upgrade: pip install -U llmcache"
-        )

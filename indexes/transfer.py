@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.segment import Segment, agree
+from llmcache.indexes.records import agree
+from llmcache.indexes.segment import Segment
 
 _CHUNK = 2 << 20  # stays in a processor's cache while it is read, compared and written
 

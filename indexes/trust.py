@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
+from llmcache.indexes.generations import generations, newest
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import Manifest, generations, newest
+from llmcache.indexes.manifest import Manifest
 from llmcache.indexes.signatures import checked_secret
 
 Trust = Literal["auto", "own", "signed", "untrusted"]

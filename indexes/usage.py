@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 
 USE = np.dtype(
     [

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes import manifest as manifests
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged, SnapshotNotFound
-from llmcache.indexes.io import QUARANTINE, SUBFOLDERS, Folder
+from llmcache.indexes.files import verified
+from llmcache.indexes.generations import generation_name, generations
+from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
-from llmcache.indexes.segment import ALIAS, ROW, records_of, verified
+from llmcache.indexes.opening import check_format
+from llmcache.indexes.parsing import MAX_BYTES, from_bytes
+from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
+from llmcache.indexes.records import ALIAS, ROW
+from llmcache.indexes.segment import records_of
 from llmcache.indexes.snapshot import banks
-from llmcache.indexes.store import check_format
 from llmcache.indexes.transfer import checked, files_of, living, row_chunks
 
 _OURS = re.compile(r"FORMAT|lock|m-\d{12}(\.json|(-[0-9a-f]{32})?\.sig)")
@@ -135,11 +139,11 @@ def _refuse(error: Exception, strict: bool) -> None:
 
 def history_of(folder: Folder, *, strict: bool = False) -> History:
     """Read every manifest. strict: what the disk will not give is an OSError, and no damage."""
-    history = History(manifests.generations(folder), None, [], {})
+    history = History(generations(folder), None, [], {})
     for generation in history.listed:
-        name = manifests.generation_name(generation)
+        name = generation_name(generation)
         try:
-            found = manifests.from_bytes(folder.read(name, manifests.MAX_BYTES), name)
+            found = from_bytes(folder.read(name, MAX_BYTES), name)
         except FormatTooNew:
             raise
         except (SnapshotDamaged, OSError) as error:
@@ -161,7 +165,7 @@ def _manifests(folder: Folder, history: History) -> Iterator[Finding]:
         lost = "an older generation; nothing that is in use"
         if generation > base:
             lost = f"what was stored since generation {base}" if base else "all entries, until the store is repaired"
-        yield Finding(manifests.generation_name(generation), what, lost)
+        yield Finding(generation_name(generation), what, lost)
 
 
 # -- banks --------------------------------------------------------------------------------------------------

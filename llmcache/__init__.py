@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmcache.corpus import Document
+from llmcache.document import Document
 from llmcache.errors import LLMCacheError
 
 if TYPE_CHECKING:

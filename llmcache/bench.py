@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.cache import LLMCache
 from llmcache.conditions import conditions as conditions
 from llmcache.config import CacheConfig
-from llmcache.corpus import Document
+from llmcache.document import Document
 from llmcache.errors import ConfigError
 from llmcache.execution import token_embedding
 from llmcache.fingerprint import features

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.pagecache import drop, warm
 

@@ -16,9 +16,11 @@ from typing import Any
 from llmcache.bench_rows import FEATURES, TOKENS, Rows, fill, reading, writing
 from llmcache.errors import ConfigError
 from llmcache.indexes.collection import disk_bytes
-from llmcache.indexes.io import Folder, file_system
-from llmcache.indexes.manifest import from_bytes, generation_name, generations
+from llmcache.indexes.generations import generation_name, generations
+from llmcache.indexes.io import Folder
 from llmcache.indexes.merge import merge
+from llmcache.indexes.parsing import from_bytes
+from llmcache.indexes.system import file_system
 
 LEAST_ROWS = 16
 

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import gzip
 import io
-import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count, repeat
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeAlias
+from typing import IO, Any, NoReturn
 
+from llmcache.document import Document, Fields, File, Found, bad
 from llmcache.errors import ConfigError, CorpusError
+from llmcache.formats import READERS
 
 UNITS = ("line", "paragraph")
 STREAM_FORMATS = ("jsonl", "csv", "tsv", "txt")  # of standard input: Parquet has its index at the end
 ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 UNDERSTOOD = ".jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) and .parquet"
-RECORD_LIMIT = 1 << 28  # bytes: a longer line is a file of another kind, and would be held in memory whole
-PARQUET_ROWS = 32  # in memory at once: few enough for texts of 10 MB
 ERRORS_KEPT = 5
 FOREIGN = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"PAR1\x15": "parquet"}
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One input of the pipeline. An empty text is a document too."""
-
-    id: str
-    text: str
 
 
 @dataclass(slots=True)
@@ -66,27 +54,6 @@ class Reading:
             self.errors.append(str(error))
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One file to read. name begins the ids of documents that bring none; title is for messages."""
-
-    path: Path | None  # None: standard input
-    name: str
-    title: str
-    format: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    text: str
-    id: str
-    unit: str
-
-
-_Found: TypeAlias = Document | CorpusError
-"""A bad record is given as its error, not raised: a generator that has raised cannot go on."""
-
-
 def documents(
     sources: str | Path | Iterable[str | Path],
     *,
@@ -115,12 +82,12 @@ def documents(
         if value not in choices:
             raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
     given = [sources] if isinstance(sources, str | Path) else sources
-    fields = _Fields(text_field, id_field, unit)
+    fields = Fields(text_field, id_field, unit)
     return _documents(given, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
 
 
 def _documents(
-    sources: Iterable[str | Path], fields: _Fields, stdin_format: str, skip_bad: bool, reading: Reading
+    sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: Reading
 ) -> Iterator[Document]:
     # all paths are looked up first: a mistyped one should not show after an hour's work on those before it
     for file in [file for source in sources for file in _files(source, stdin_format)]:
@@ -135,12 +102,9 @@ def _documents(
                     raise found
 
 
-# -- finding files ----------------------------------------------------------------------------------------
-
-
-def _files(source: str | Path, stdin_format: str) -> list[_File]:
+def _files(source: str | Path, stdin_format: str) -> list[File]:
     if str(source) == "-":
-        return [_File(None, "stdin", "standard input", stdin_format)]
+        return [File(None, "stdin", "standard input", stdin_format)]
     path, title = Path(source), _shown(source)
     if os.path.isdir(path):
         return _folder(path)
@@ -149,10 +113,10 @@ def _files(source: str | Path, stdin_format: str) -> list[_File]:
     format = _format(path.name)
     if format is None:
         raise CorpusError(f"{title} has none of the endings {UNDERSTOOD}; rename it, or give it through - (stdin)")
-    return [_File(path, _shown(path.name), title, format)]
+    return [File(path, _shown(path.name), title, format)]
 
 
-def _folder(folder: Path) -> list[_File]:
+def _folder(folder: Path) -> list[File]:
     found = []
     for root, folders, names in os.walk(folder, onerror=_raise_unlisted):  # does not follow links: no loops
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -160,7 +124,7 @@ def _folder(folder: Path) -> list[_File]:
             format = _format(path.name)
             # a link to nothing is kept and then reported; a pipe is not, since reading it may never end
             if format is not None and (os.path.isfile(path) or not os.path.exists(path)):
-                found.append(_File(path, _shown(path.relative_to(folder)), _shown(path), format))
+                found.append(File(path, _shown(path.relative_to(folder)), _shown(path), format))
     if not found:
         raise CorpusError(f"the folder {_shown(folder)} holds no file with an ending of {UNDERSTOOD}")
     return sorted(found, key=lambda file: Path(file.name).parts)
@@ -183,10 +147,7 @@ def _shown(path: str | Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-# -- reading one file -------------------------------------------------------------------------------------
-
-
-def _read(file: _File, fields: _Fields, reading: Reading) -> Iterator[_Found]:
+def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
     """Documents and errors in the order of the file; one that fails as a whole ends with an error."""
     try:
         with _opened(file, reading) as stream:
@@ -194,13 +155,13 @@ def _read(file: _File, fields: _Fields, reading: Reading) -> Iterator[_Found]:
     except CorpusError as error:
         yield error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield _bad(file, 0, f"is a gzip file that is cut short or damaged ({error}); fetch it again")
+        yield bad(file, 0, f"is a gzip file that is cut short or damaged ({error}); fetch it again")
     except OSError as error:
-        yield _bad(file, 0, f"cannot be read ({error.strerror or error})")
+        yield bad(file, 0, f"cannot be read ({error.strerror or error})")
 
 
 @contextmanager
-def _opened(file: _File, reading: Reading) -> Iterator[IO[bytes]]:
+def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
     """The bytes of the file, unpacked."""
     with ExitStack() as stack:
         source: Any = stack.enter_context(open(file.path, "rb")) if file.path else sys.stdin.buffer
@@ -233,183 +194,3 @@ class _Counted(io.RawIOBase):
         taken = self._stream.readinto1(buffer)
         self._reading.bytes += taken
         return taken
-
-
-def _lines(file: _File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of every line. Cut at "\\n" only: JSON strings may hold other line ends."""
-    for number in count(1):
-        line = stream.readline(RECORD_LIMIT + 1)
-        if not line:
-            return
-        if len(line) > RECORD_LIMIT:
-            raise _bad(file, number, f"is longer than {RECORD_LIMIT:,} bytes; is this a {file.format} file?")
-        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-
-
-def _json_lines(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
-    for number, line in _lines(file, stream):
-        line = line.rstrip()
-        if not line:
-            continue
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield _undecodable(file, number, error)
-        except (ValueError, RecursionError) as error:
-            where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            yield _bad(file, number, f"is not JSON ({getattr(error, 'msg', error)}{where})")
-        else:
-            yield _from_json(file, fields, number, record)
-
-
-def _from_json(file: _File, fields: _Fields, number: int, record: object) -> _Found:
-    if isinstance(record, str):
-        return _document(file, fields, number, None, record)
-    if not isinstance(record, dict):
-        return _bad(file, number, f"is {_kind(record)}, neither an object nor a text")
-    if fields.text not in record:
-        return _missing(file, fields, number, record)
-    return _document(file, fields, number, record.get(fields.id), record[fields.text])
-
-
-def _table(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
-    """CSV and TSV. strict: an open quote would otherwise take the rest of the file for one text."""
-    csv.field_size_limit(max(csv.field_size_limit(), RECORD_LIMIT))  # a setting of the whole process: only raised
-    # undecodable bytes are kept until their row is cut out, for a line may be the middle of a row
-    lines = (line.decode(errors="surrogateescape") for _, line in _lines(file, stream))
-    rows = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
-    header: list[str] = []
-    while True:
-        number = rows.line_num + 1
-        try:
-            row = next(rows)
-        except csv.Error as error:
-            yield _bad(file, number, f"is not a {file.format.upper()} row ({error})")
-        except StopIteration:
-            return
-        else:
-            if header and row:
-                yield _from_row(file, fields, number, header, row)
-            elif row and fields.text not in row:
-                raise _missing(file, fields, number, row)
-            header = header or row
-
-
-def _from_row(file: _File, fields: _Fields, number: int, header: list[str], row: list[str]) -> _Found:
-    if len(row) != len(header):
-        return _bad(file, number, f"has {len(row)} cells where the header has {len(header)}; is a quote missing?")
-    text = row[header.index(fields.text)]
-    if "\0" in text:
-        return _bad(file, number, "holds a NUL byte; is this UTF-16 or a binary file?")
-    id = row[header.index(fields.id)] if fields.id in header else None
-    return _document(file, fields, number, id or None, text)
-
-
-def _plain_text(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
-    for number, part in _paragraphs(file, stream) if fields.unit == "paragraph" else _lines(file, stream):
-        try:
-            text = part.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            yield _undecodable(file, number, error)
-            continue
-        if "\0" in text:
-            yield _bad(file, number, "holds a NUL byte; is this UTF-16 or a binary file?")
-        elif text.strip():
-            yield _document(file, fields, number, None, text)
-
-
-def _paragraphs(file: _File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number of the first line and bytes of every paragraph, its lines ended by "\\n"."""
-    first, part, size = 0, list[bytes](), 0
-    for number, line in _lines(file, stream):
-        if line.strip():
-            first = first if part else number
-            part.append(line.rstrip(b"\r\n") + b"\n")
-            size += len(part[-1])
-            if size > RECORD_LIMIT:
-                raise _bad(file, first, f"begins a paragraph of more than {RECORD_LIMIT:,} bytes")
-        elif part:
-            yield first, b"".join(part)
-            part, size = [], 0
-    if part:
-        yield first, b"".join(part)
-
-
-def _parquet(file: _File, fields: _Fields, stream: IO[bytes]) -> Iterator[_Found]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(stream, buffer_size=1 << 20) as table:
-            names = table.schema_arrow.names
-            if fields.text not in names:
-                raise _missing(file, fields, 0, names)
-            columns = [name for name in dict.fromkeys((fields.text, fields.id)) if name in names]
-            numbers = count(1)
-            for batch in table.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                texts = batch.column(batch.schema.names.index(fields.text))
-                ids = batch.column(batch.schema.names.index(fields.id)) if fields.id in names else repeat(None)
-                for text, id, number in zip(texts, ids, numbers, strict=False):
-                    yield _from_scalars(file, fields, number, id, text)
-    except (pa.ArrowException, OSError) as error:
-        why = str(error).partition("\n")[0]
-        raise _bad(file, 0, f"is not a whole Parquet file ({why}); write it again") from error
-
-
-def _from_scalars(file: _File, fields: _Fields, number: int, id: Any, text: Any) -> _Found:
-    try:
-        return _document(file, fields, number, None if id is None else id.as_py(), text.as_py())
-    except UnicodeDecodeError as error:
-        return _undecodable(file, number, error)
-
-
-READERS: dict[str, Callable[[_File, _Fields, IO[bytes]], Iterator[_Found]]] = {
-    "jsonl": _json_lines,
-    "csv": _table,
-    "tsv": _table,
-    "txt": _plain_text,
-    "parquet": _parquet,
-}
-
-
-# -- one record -------------------------------------------------------------------------------------------
-
-
-def _document(file: _File, fields: _Fields, number: int, id: object, text: object) -> _Found:
-    """The document, or what is wrong with it; an id that is None is made from the place."""
-    if not isinstance(text, str):
-        return _bad(file, number, f"has {_kind(text)} under {fields.text!r}, not a text")
-    if not isinstance(id, str | int | None) or isinstance(id, bool):
-        return _bad(file, number, f"has {_kind(id)} under {fields.id!r}, not a text or whole number (--id-field)")
-    document = Document(f"{file.name}:{number}" if id is None else str(id), text)
-    try:
-        _ = text.isascii() or text.encode(), document.id.encode()
-    except UnicodeEncodeError:
-        return _bad(file, number, "is not Unicode text: bytes that are not UTF-8, or half of a surrogate pair")
-    return document
-
-
-def _missing(file: _File, fields: _Fields, number: int, found: Iterable[str]) -> CorpusError:
-    names = [repr(name[:40]) for name in found]
-    seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return _bad(
-        file,
-        number,
-        f"has no field {fields.text!r}, only {seen or 'none'}; name the right one (--text-field)",
-    )
-
-
-def _undecodable(file: _File, number: int, error: UnicodeDecodeError) -> CorpusError:
-    byte = error.object[error.start]
-    return _bad(file, number, f"is not UTF-8 (byte 0x{byte:02x} at place {error.start}); convert it with iconv")
-
-
-def _bad(file: _File, number: int, what: str) -> CorpusError:
-    """number: of the line or row, 0 for the file as a whole."""
-    place = f" {'row' if file.format == 'parquet' else 'line'} {number}" if number else ""
-    return CorpusError(f"{file.title}{place} {what}; or leave out what is bad with --skip-bad")
-
-
-def _kind(value: object) -> str:
-    names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

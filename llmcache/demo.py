@@ -15,7 +15,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
-from llmcache.corpus import Document, documents
+from llmcache.corpus import documents
+from llmcache.document import Document
 from llmcache.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from torch.nn import Module
 from llmcache.config import CacheConfig
 from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.reuse import TAKEN, Reuse

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 
 MISS, EXACT, NEAR = 0, 1, 2
 TIERS = ("miss", "exact", "near")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.corpus import Document
+from llmcache.document import Document
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
 from llmcache.matching import MISS, TIERS, Answers

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmcache.errors import ConfigError
 from llmcache.identity import Identity
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.keys import key_seed, text_keys
 from llmcache.namespace import admit, checked_name

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.inputs import InputRows
 from llmcache.keys import key_seed, token_keys
 from llmcache.statistics import LayerCounters

@@ -9,7 +9,7 @@ from typing import Any
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters
 

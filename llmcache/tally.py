@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from llmcache.corpus import Document
+from llmcache.document import Document
 from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import NearChoice

@@ -22,15 +22,19 @@ from llmcache.indexes import eviction
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.eviction import Budget, Candidates, Publish
-from llmcache.indexes.io import SUBFOLDERS, Folder, filled, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.generations import generation_name
+from llmcache.indexes.io import Folder
 from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.merge import join
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.partial import filled
+from llmcache.indexes.places import SUBFOLDERS
 from llmcache.indexes.purge import Doomed, purge
+from llmcache.indexes.records import HEADER, ROW, Keys
 from llmcache.indexes.repair import repaired
-from llmcache.indexes.segment import HEADER, ROW, Keys
 from llmcache.indexes.snapshot import failing, transfer
 from llmcache.indexes.store import Store
 from llmcache.indexes.verify import verification

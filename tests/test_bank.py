@@ -20,7 +20,7 @@ from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import FIT_ROWS, NearChoice
-from llmcache.indexes.segment import ROW, Keys
+from llmcache.indexes.records import ROW, Keys
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 

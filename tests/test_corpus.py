@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcache.corpus import Document, Reading, documents
+from llmcache.corpus import Reading, documents
+from llmcache.document import Document
 from llmcache.errors import ConfigError, CorpusError
 
 PAIRS = [
@@ -451,7 +452,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, kind: s
 
 
 def test_a_line_beyond_the_limit_ends_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmcache.corpus.RECORD_LIMIT", 100)
+    monkeypatch.setattr("llmcache.formats.RECORD_LIMIT", 100)
     path = put(tmp_path / "x.txt", b"short\n" + b"x" * 150)
     assert "line 2 is longer than 100 bytes" in refusal(path)
     path = put(tmp_path / "y.txt", b"short\n" * 50)

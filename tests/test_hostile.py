@@ -33,7 +33,7 @@ from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.segment import ALIAS, HEADER, ROW, Keys
+from llmcache.indexes.records import ALIAS, HEADER, ROW, Keys
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES = 24, 16
@@ -519,7 +519,7 @@ CASES: dict[str, Case] = {
     "keys that share their first half": Case(first_halves_alike, OTHERS, OTHERS),
     "a checksum of another kind": Case(records(flags=1), OTHERS, OTHERS),
     "unknown flags": Case(records(flags=0xFFFE), ALL, ALL),
-    "scales that are no numbers": Case(records(scale=np.nan), ALL, OTHERS),
+    "scales that are no numbers": Case(records(scale=np.nan), OTHERS, OTHERS),
     "costs that are no numbers": Case(records(cost=np.nan), ALL, ALL),
     "rows from the year 2106": Case(records(created=2**32 - 1), ALL, ALL),
     "aliases to nowhere": Case(holding(".key", lambda data: b"\x07" * len(data)), ALL, ALL),

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
+from llmcache.indexes.places import SUBFOLDERS
 
 CLIMBING = [
     "",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmcache.indexes.keytable import KeyTable
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 
 
 def as_keys(pairs: list[tuple[int, int]]) -> Keys:

@@ -19,17 +19,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import eviction
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import Busy, ConfigError, LLMCacheError, SnapshotDamaged
 from llmcache.indexes.eviction import Budget
+from llmcache.indexes.generations import generation_name, generations
 from llmcache.indexes.io import Folder
 from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.parsing import strict_json
+from llmcache.indexes.records import Keys
 from llmcache.indexes.replacement import POLICIES, Terms
-from llmcache.indexes.segment import Keys, Segment
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
 from llmcache.indexes.usage import USE
 
@@ -253,7 +255,7 @@ def test_an_evicted_key_can_be_stored_again_and_the_new_row_serves(path: Path) -
 
 def _bury(store: Store, numbers: Sequence[int]) -> None:
     """Evict exactly these."""
-    found = eviction.candidates(store.folder, eviction.newest(store.folder))
+    found = eviction.candidates(store.folder, eviction.current(store.folder))
     every = {int(number): place for place, number in enumerate(found.usage.cost)}
     gone = eviction.drop(store.folder, store.publish, found, np.array([every[number] for number in numbers]))
     store.forget(gone)
@@ -337,7 +339,7 @@ def test_compacting_keeps_everything_about_the_rows_that_live(path: Path) -> Non
 
 
 def _created(store: Store, number: int) -> int:
-    piece, local = bank_of(store)._piece(int(bank_of(store).find(keys_of([number]))[0]))
+    piece, local = bank_of(store).pieces.at(int(bank_of(store).find(keys_of([number]))[0]))
     assert isinstance(piece, Segment)
     return int(piece.rows["created"][local])
 
@@ -504,10 +506,10 @@ def test_a_commit_whose_listed_manifests_are_all_collected_before_it_reads_them_
     path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     clock.now = time.time()
-    real = manifests.generations
+    real = generations
     looked: list[list[int]] = []
 
-    def generations(folder: Folder) -> list[int]:
+    def late(folder: Folder) -> list[int]:
         found = real(folder)
         if not looked:
             looked.append(found)
@@ -522,7 +524,7 @@ def test_a_commit_whose_listed_manifests_are_all_collected_before_it_reads_them_
     with opened(path) as store:
         put(store, [100])
         with monkeypatch.context() as patch:
-            patch.setattr(manifests, "generations", generations)
+            patch.setattr(publishing, "generations", late)
             store.commit()
     assert on_disk(path, [*ALL, 100, 200, 201, 202]) == {*ALL, 100, 200, 201, 202}
 
@@ -575,7 +577,7 @@ def test_files_that_were_collected_before_they_were_published_are_written_again(
     with opened(path) as store:
         put(store, [100])
         with monkeypatch.context() as patch:
-            real = manifests.commit
+            real = publishing.commit
 
             def late(*arguments: Any, **asked: Any) -> Any:
                 clock.now = time.time() + 7200
@@ -583,9 +585,9 @@ def test_files_that_were_collected_before_they_were_published_are_written_again(
                     gc(rival)
                 return real(*arguments, **asked)
 
-            patch.setattr(manifests, "commit", late)
+            patch.setattr(publishing, "commit", late)
             with pytest.raises(LLMCacheError, match="commit again"):
-                store._commit_rows("default", "layer", bank_of(store))
+                store._commit_rows(("default", "layer"), bank_of(store))
         assert held(store, [100]) == {100}
         store.commit()
     assert on_disk(path, [100]) == {100}
@@ -724,7 +726,7 @@ def test_writers_beside_a_maintainer_lose_nothing(path: Path, clock: Clock) -> N
     with opened(path) as store:
         bank_of(store)
         for dead in ([*range(0, 7)], [*range(10, 18)], [*range(20, 30)]):
-            found = eviction.candidates(store.folder, eviction.newest(store.folder))
+            found = eviction.candidates(store.folder, eviction.current(store.folder))
             old = [i for i in range(len(found.rows)) if found.places[int(found.usage.segment[i])][2].rows == EACH]
             chosen = [i for i in old if int(found.rows[i]) < 7][: len(dead)]
             eviction.drop(store.folder, store.publish, found, np.array(chosen, np.int64))
@@ -841,7 +843,7 @@ def test_while_somebody_maintains_the_store_entries_wait_in_memory(path: Path, m
 def test_a_store_from_before_evictions_opens(path: Path) -> None:
     newest = max(path.glob("m-*"))
     document = newest.read_bytes()[:-73]
-    raw = manifests.strict_json(document)
+    raw = strict_json(document)
     for one in raw["namespaces"]["default"]["banks"]["layer"]["segments"]:
         del one["dead"], one["alive"]
     body = json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.errors import (
     CommitConflict,
     FormatTooNew,
@@ -28,22 +28,12 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder
-from llmcache.indexes.manifest import (
-    BankFacts,
-    FileFacts,
-    IndexFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-    commit,
-    fenced,
-    from_bytes,
-    generation_name,
-    generations,
-    newest,
-    to_bytes,
-)
+from llmcache.indexes.generations import generation_name, generations, newest
+from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts, Manifest, NamespaceFacts, SegmentFacts
+from llmcache.indexes.parsing import MAX_BYTES, from_bytes, to_bytes
+from llmcache.indexes.places import SUBFOLDERS
+from llmcache.indexes.publishing import commit, fenced
 
 ID = "0123456789abcdef" * 2
 SHA = hashlib.sha256(b"x").hexdigest()
@@ -183,11 +173,11 @@ def test_anything_after_the_end_of_a_manifest_is_seen() -> None:
 
 def test_a_manifest_over_the_limit_is_refused_unread() -> None:
     body = to_bytes(full_manifest())[:-73]
-    data = signed(body + b" " * manifests.MAX_BYTES)
-    assert len(data) > manifests.MAX_BYTES
+    data = signed(body + b" " * MAX_BYTES)
+    assert len(data) > MAX_BYTES
     refused(data)
     with pytest.raises(SnapshotDamaged):
-        from_bytes(signed(b" " * (manifests.MAX_BYTES + 1)), "m")
+        from_bytes(signed(b" " * (MAX_BYTES + 1)), "m")
 
 
 # -- the parser, alone: every one of these has a checksum that is right ------------------------------------------
@@ -551,7 +541,7 @@ def test_a_commit_between_looking_and_choosing_a_number_is_not_lost(
 
 
 def test_a_commit_that_always_loses_gives_up_and_says_so(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifests, "_ROUNDS", 4)
+    monkeypatch.setattr(publishing, "_ROUNDS", 4)
     rounds: list[int] = []
 
     def change(base: Manifest) -> Manifest:
@@ -803,7 +793,7 @@ def test_any_other_failed_write_says_to_open_the_store_again(code: int) -> None:
 
 def test_a_manifest_that_grew_over_the_limit_is_not_published(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(folder, "w", adding("a"))
-    monkeypatch.setattr(manifests, "MAX_BYTES", 2000)
+    monkeypatch.setattr(publishing, "MAX_BYTES", 2000)
     with pytest.raises(LLMCacheError, match="over the limit"):
         commit(folder, "w", lambda base: replace(base, namespaces={"x": NamespaceFacts({"t": "y" * 3000}, {})}))
     assert present(folder) == {"a"}

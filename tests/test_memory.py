@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import SnapshotDamaged, StoreFenced
-from llmcache.indexes.io import Folder, write_whole
-from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder
+from llmcache.indexes.memory import MemoryFolder
 from tests.faults import start
 from tests.operations import OPERATIONS, Ledger, MemoryDisk, check, commit, open_in
 

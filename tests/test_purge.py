@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
+from llmcache.indexes.generations import generation_name
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.purge import Doomed, Purged, among, purge
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.signing import sign
 from llmcache.indexes.store import Store
 
@@ -264,7 +265,7 @@ def test_rows_keep_their_age_cost_and_writer(path: Path) -> None:
     def records() -> tuple[Any, str]:
         with opened(path) as store:
             bank = bank_of(store)
-            (piece,) = bank._pieces
+            (piece,) = bank.pieces
             (facts,) = bank.facts.segments
             return piece.rows.copy(), facts.writer  # type: ignore[union-attr]  # it is sealed
 
@@ -374,10 +375,10 @@ def test_a_writer_that_commits_meanwhile_does_not_bring_an_entry_back(
     change = Store.publish
     between = [lambda: filled(path, [7, 30])]
 
-    def changing(store: Store, delta: Any) -> Any:
+    def changing(store: Store, delta: Any, **asked: Any) -> Any:
         if between and store.manifest.generation > 3:
             between.pop()()
-        return change(store, delta)
+        return change(store, delta, **asked)
 
     monkeypatch.setattr(Store, "publish", changing)
     with opened(path) as store:

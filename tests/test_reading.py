@@ -15,11 +15,13 @@ from llmcache.errors import ConfigError
 from llmcache.indexes import io
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, Reading, file_system, write_whole
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
+from llmcache.indexes.system import file_system
 
 WIDTH = 2048  # rows of two pages
 Opener = Callable[[Reading], Bank]

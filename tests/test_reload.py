@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import publishing
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ModelMismatch
+from llmcache.indexes.generations import generation_name, generations
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 
 WIDTH = 16
@@ -141,7 +142,7 @@ def test_rows_that_a_newer_generation_dropped_are_misses_and_others_keep_their_b
         facts = base.namespaces["default"].banks["layer"]
         return base.with_bank("default", "layer", replace(facts, segments=(facts.segments[0], facts.segments[2])))
 
-    manifests.commit(one.folder, "f" * 32, without_middle)
+    publishing.commit(one.folder, "f" * 32, without_middle)
     put(one, [20])
     one.reload()
     assert held(one, range(30)) == {0, 1, 2, 6, 7, 8, 20}
@@ -193,7 +194,7 @@ def test_a_bank_whose_files_went_away_is_opened_from_the_newer_generation(path: 
         facts = base.namespaces["default"].banks["layer"]
         return base.with_bank("default", "layer", replace(facts, segments=facts.segments[1:]))
 
-    manifests.commit(one.folder, "f" * 32, moved)
+    publishing.commit(one.folder, "f" * 32, moved)
     for file in old.files:
         one.folder.remove(file.name)
     assert held(late, range(9)) == set(range(6))
@@ -215,8 +216,8 @@ def test_a_listing_whose_manifests_go_before_they_are_read_is_made_again(
             rounds.append(name)
             put(one, [7])
             one.commit()
-            for generation in manifests.generations(self)[1:]:
-                self.remove(manifests.generation_name(generation))
+            for generation in generations(self)[1:]:
+                self.remove(generation_name(generation))
             raise FileNotFoundError(2, "gone", name)
         return real(self, name, limit)
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from llmcache import keys
-from llmcache.indexes import manifest as manifests
+from llmcache.indexes import files, publishing, records
 from llmcache.indexes import segment as segments
-from llmcache.indexes.io import Folder, write_whole
-from llmcache.indexes.manifest import Manifest, generation_name, generations, newest
+from llmcache.indexes.files import write_whole
+from llmcache.indexes.generations import generation_name, generations, newest
+from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import Manifest
 from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.segment import ROW
+from llmcache.indexes.parsing import to_bytes
+from llmcache.indexes.records import ROW
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex
 from tests import faults, operations
@@ -156,11 +159,11 @@ def _unsynced(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) ->
 
 
 def no_fsync_of_the_segment(patch: Patch) -> None:
-    patch.setattr(segments, "write_whole", _unsynced)
+    patch.setattr(files, "write_whole", _unsynced)
 
 
 def no_fsync_of_the_manifest(patch: Patch) -> None:
-    patch.setattr(manifests, "write_whole", _unsynced)
+    patch.setattr(publishing, "write_whole", _unsynced)
 
 
 def _without_sync_of(patch: Patch, sub: str) -> None:
@@ -179,18 +182,18 @@ def no_fsync_of_the_folder_before_publish(patch: Patch) -> None:
 def _publish(folder: Folder, new: Manifest, base: Manifest, generation: int) -> bool:
     new = replace(new, generation=generation, parent=base.generation, writer="w" * 32)
     temporary = f"t-{'w' * 32}-{generation}"
-    return manifests._publish(folder, temporary, manifests.to_bytes(new), generation, None)
+    return publishing._publish(folder, temporary, to_bytes(new), generation, None)
 
 
 def stale_base(patch: Patch) -> None:
-    def commit(self: Store, change: Callable[[Manifest], Manifest], **asked: Any) -> None:
+    def publish(self: Store, change: Callable[[Manifest], Manifest], **asked: Any) -> Manifest:
         while True:
             number = max(generations(self.folder), default=0) + 1
             if _publish(self.folder, change(self.manifest), self.manifest, number):
                 self.manifest = replace(change(self.manifest), generation=number)
-                return
+                return self.manifest
 
-    patch.setattr(Store, "_commit", commit)
+    patch.setattr(Store, "publish", publish)
 
 
 def base_and_number_from_two_listings(patch: Patch) -> None:
@@ -202,7 +205,7 @@ def base_and_number_from_two_listings(patch: Patch) -> None:
             if _publish(folder, change(base), base, number):
                 return newest(folder, [number])[0]
 
-    patch.setattr(manifests, "commit", commit)
+    patch.setattr(publishing, "commit", commit)
 
 
 def publish_by_overwriting(patch: Patch) -> None:
@@ -216,7 +219,7 @@ def publish_by_overwriting(patch: Patch) -> None:
 
 
 def rewrite_of_a_published_file(patch: Patch) -> None:
-    real = manifests.commit
+    real = publishing.commit
 
     def commit(folder: Folder, writer: str, change: Callable[[Manifest], Manifest], **asked: Any) -> Manifest:
         listed = generations(folder)
@@ -226,12 +229,12 @@ def rewrite_of_a_published_file(patch: Patch) -> None:
         new = replace(change(base), created=folder.now())
         assert isinstance(folder, MemoryFolder)
         descriptor = folder.reopen(generation_name(listed[0]))
-        folder.write(descriptor, manifests.to_bytes(new), 0)
+        folder.write(descriptor, to_bytes(new), 0)
         folder.sync(descriptor)
         folder.close_file(descriptor)
         return new
 
-    patch.setattr(manifests, "commit", commit)
+    patch.setattr(publishing, "commit", commit)
 
 
 def role_and_prompt_not_in_the_key(patch: Patch) -> None:
@@ -253,14 +256,14 @@ def checksum_not_compared(patch: Patch) -> None:
 
 
 def checksum_not_bound_to_the_key(patch: Patch) -> None:
-    real = segments.heads
+    real = records.heads
 
     def heads(records: Any) -> bytes:
         keyless = records.copy()
         keyless["key"] = 0
         return real(keyless)
 
-    patch.setattr(segments, "heads", heads)
+    patch.setattr(records, "heads", heads)
 
 
 def ids_not_bounds_checked(patch: Patch) -> None:

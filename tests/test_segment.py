@@ -18,9 +18,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import SUBFOLDERS, Folder, Reading
+from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.segment import ALIAS, Entries, Keys, Segment, checksum, seal
+from llmcache.indexes.places import SUBFOLDERS
+from llmcache.indexes.records import ALIAS, Keys, checksum
+from llmcache.indexes.sealing import Entries, seal
+from llmcache.indexes.segment import Segment
 
 ID = "0123456789abcdef" * 2
 KINDS = ("seg", "row", "key", "var", "fp")

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from llmcache import snapshot
 from llmcache.cli.main import main
-from llmcache.indexes import manifest as manifests
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import (
     FormatTooNew,
@@ -32,10 +31,11 @@ from llmcache.indexes.errors import (
     StoreFull,
     UntrustedSnapshot,
 )
+from llmcache.indexes.generations import LAST, generation_name
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import ROW, Keys
+from llmcache.indexes.records import ROW, Keys
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters, statistics
 
@@ -620,7 +620,7 @@ def test_swapped_manifests_do_not_pass_for_each_other(store: Path) -> None:
 
 
 def test_a_manifest_with_the_last_number_does_not_block_the_store(store: Path) -> None:
-    (store / generation_name(manifests.LAST)).write_bytes(b"x")
+    (store / generation_name(LAST)).write_bytes(b"x")
     with closing(Store.open(store)) as opened:
         put(bank_of(opened), [70])
         with pytest.raises(LLMCacheError, match="llmcache repair"):

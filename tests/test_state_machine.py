@@ -18,8 +18,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import ForkedStoreError, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
-from llmcache.indexes.memory import Fault, MemoryFolder, PowerLoss
+from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import (
     FEATURES,

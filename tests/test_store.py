@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import store as stores
+from llmcache.indexes import opening
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import (
     ForkedStoreError,
@@ -31,10 +31,12 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.io import SUBFOLDERS, Folder
-from llmcache.indexes.manifest import BankFacts, generation_name
+from llmcache.indexes.generations import generation_name
+from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.places import SUBFOLDERS
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 
 WIDTH = 32
@@ -298,7 +300,7 @@ def test_a_system_error_while_opening_is_told_as_our_own(path: Path, monkeypatch
 
 
 def test_a_store_made_by_another_process_in_between_is_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stores._refuse_strangers
+    real = opening.refuse_strangers
 
     def slow(where: Path) -> None:
         with opened(path.parent / "rival", create=True) as rival:
@@ -309,7 +311,7 @@ def test_a_store_made_by_another_process_in_between_is_opened(path: Path, monkey
         real(where)
 
     path.mkdir()
-    monkeypatch.setattr(stores, "_refuse_strangers", slow)
+    monkeypatch.setattr(opening, "refuse_strangers", slow)
     with opened(path, create=True) as store:
         assert held(store, [1, 2]) == {1}
 

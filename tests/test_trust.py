@@ -21,10 +21,12 @@ from llmcache.indexes import store as stores
 from llmcache.indexes import vectors
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
+from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, from_bytes, generation_name, generations, newest, to_bytes
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import HEADER, ROW, Keys, checksum
+from llmcache.indexes.parsing import from_bytes, to_bytes
+from llmcache.indexes.records import HEADER, ROW, Keys, checksum
 from llmcache.indexes.signatures import is_signed, secret_from_file, secret_from_variable, signature_name
 from llmcache.indexes.store import Store
 
@@ -241,7 +243,7 @@ def test_numbers_that_no_model_gives_are_misses_in_an_untrusted_store(tmp_path: 
     path = tmp_path / "store"
     with opened(path, create=True) as store:
         put(store, [1, 2])
-        pending = bank_of(store)._pending[0]
+        pending = bank_of(store).pieces.pending[0]
         pending.payload[0].view(np.float32)[3] = number
         store.commit()
     with opened(path, trust="untrusted", allow_untrusted=True) as store:

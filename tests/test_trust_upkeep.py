@@ -16,7 +16,7 @@ from llmcache.indexes.maintenance import compact, gc
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.segment import Keys
+from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 
 KEY = bytes(range(32))

@@ -1,0 +1,105 @@
+"""Rows as they stand on the disk: their records, the checksums that bind bytes to them, and where bytes lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
+ALIGN = 64
+ROW = np.dtype(
+    [
+        ("key", "<u8", (2,)),
+        ("checksum", "u1", (16,)),
+        ("offset", "<u8"),
+        ("var", "<u8"),
+        ("nbytes", "<u4"),
+        ("tokens", "<u4"),
+        ("created", "<u4"),  # seconds since the epoch
+        ("scale", "<f4"),  # int8 rows: what one step is worth
+        ("cost", "<f4"),  # seconds the model took for this row
+        ("source", "<u2"),  # bytes of the source id
+        ("flags", "<u2"),
+    ]
+)
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("record", "<u4"),
+        ("feature_width", "<u4"),
+        ("rows", "<u8"),
+        ("pitch", "<u8"),  # bytes from one row to the next where all rows are equally long, else 0
+        ("reserved", "S32"),
+    ]
+)
+ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
+_HEAD = np.dtype([("key", "<u8", (2,)), ("nbytes", "<u8"), ("scale", "<f4")])  # what a checksum covers, then the bytes
+STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
+MAGIC = b"LLMCROW1"
+_PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
+
+
+def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, strong: bool = False) -> bytes:
+    """128 bits over key, length, scale and bytes, so that the right bytes in the wrong row do not pass.
+
+    scale: of an int8 row, 1 for others. strong: against people, not only against damage: xxh3 takes a fifteenth of
+    sha256's time, and can be forged.
+    """
+    record = np.zeros(1, ROW)
+    record["key"], record["nbytes"], record["scale"] = key, payload.nbytes, scale
+    return _digest(heads(record), payload, strong)
+
+
+def heads(records: NDArray[Any]) -> bytes:
+    """What a row's checksum covers beside its bytes: key, length and scale, 28 bytes for each record of ROW."""
+    found = np.zeros(len(records), _HEAD)
+    found["key"], found["nbytes"], found["scale"] = records["key"], records["nbytes"], records["scale"]
+    return found.tobytes()
+
+
+def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) -> bytes:
+    if strong:
+        whole = hashlib.sha256(head)
+        whole.update(payload)  # type: ignore[arg-type]
+        return whole.digest()[:16]
+    digest = xxhash.xxh3_128(head)
+    digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
+    return digest.digest()
+
+
+def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryview]) -> list[bytes]:
+    """The checksum of each row that these bytes should have; records: of ROW, as many as there are parts."""
+    head, size = heads(records), _HEAD.itemsize
+    strong = (records["flags"] & STRONG > 0).tolist()
+    return [
+        _digest(head[size * i : size * i + size], part, one)
+        for i, (part, one) in enumerate(zip(parts, strong, strict=True))
+    ]
+
+
+def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview] | NDArray[np.uint8]) -> list[bool]:
+    """Which rows' bytes are as long as their records say, and agree with their checksums."""
+    wanted = records["checksum"].tobytes()
+    return [
+        part.nbytes == size and found == wanted[16 * i : 16 * i + 16]
+        for i, (part, size, found) in enumerate(
+            zip(parts, records["nbytes"].tolist(), digests(records, parts), strict=True)
+        )
+    ]
+
+
+def aligned(size: Any) -> Any:
+    """Bytes that a row of this size takes up in .seg; for a number, or an array of them."""
+    return -(-size // ALIGN) * ALIGN if isinstance(size, int) else (size + (ALIGN - 1)) // ALIGN * ALIGN
+
+
+def portions(nbytes: NDArray[Any]) -> list[slice]:
+    """Rows of these sizes in portions of about 2 MiB, which stay near the processor from one use to the next."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(aligned(nbytes.astype(np.int64))) // _PIECE)) + 1
+    return [slice(a, b) for a, b in pairwise([0, *cuts.tolist(), len(nbytes)]) if a < b]

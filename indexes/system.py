@@ -1,0 +1,61 @@
+"""What Linux offers and Python does not: maps that hold no descriptor, early write-back, a mount's type."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_BEGIN = 2  # SYNC_FILE_RANGE_WRITE: begin, wait for nothing, and take no error away from a later fsync
+
+
+def mapped(descriptor: int, size: int) -> NDArray[np.uint8]:
+    """The file's pages, without holding a descriptor: mmap.mmap keeps a copy of it before Python 3.13.
+
+    A store maps several files per segment, and a process may have no more than 1,024 descriptors by default.
+    """
+    if sys.version_info >= (3, 13):
+        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ, trackfd=False), np.uint8)
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    pages = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False  # arrays may be used until the very end
+    return np.frombuffer(memoryview(pages).toreadonly(), np.uint8)
+
+
+def begin_sync(descriptor: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin with bytes that a later fsync waits for. A hint, whose failure that fsync would show."""
+    _LIBC.sync_file_range(descriptor, offset, nbytes, _BEGIN)
+
+
+def file_system(descriptor: int) -> str:
+    """Type of the file system that an open folder is on ("ext4", "nfs4", ...); empty where nobody says.
+
+    The mount's own number is asked for: `statvfs` has no type, and device numbers do not match on btrfs and overlay,
+    nor paths where one mount lies over another.
+    """
+    try:
+        facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:
+        return ""
+    mount = re.search(r"^mnt_id:\s*(\d+)$", facts, re.MULTILINE)
+    for line in mounts.splitlines() if mount else ():
+        before, _, after = line.partition(" - ")
+        if mount and before.split(" ", 1)[0] == mount[1]:
+            return after.split(" ", 1)[0]
+    return ""
