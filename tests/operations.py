@@ -307,7 +307,13 @@ class MemoryDisk:
 
     @contextmanager
     def _new(self, name: str) -> Iterator[Folder]:
-        built = self.memory.beside(f".{name}-{uuid.uuid4().hex}.partial", create=True)
+        partial_name = f".{name}-{uuid.uuid4().hex}.partial"
+        try:
+            built = self.memory.beside(partial_name, create=True)
+        except BaseException:  # as `new_folder` does
+            if partial_name in self.memory.folders():
+                self.memory.beside(partial_name).discard()
+            raise
         with filled(built, self._place(name)) as folder:
             yield folder
 

@@ -148,6 +148,7 @@ def test_a_model_cut_short_between_two_contexts_is_attached_anew(store: Path) ->
         with cache.attached():
             states(one, ids, mask)
         one.encoder.layer = one.encoder.layer[:2]
+        one.config.num_hidden_layers = 2
         expected = states(one, ids, mask)
         with cache.attached() as attachment:
             found = states(one, ids, mask)
