@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from llmcache import guard
 from llmcache.calibration import Choice, choose
 from llmcache.correction import Voting
-from llmcache.crossfit import Entries, Judge, Memory, cross_fit, held_out_voting
+from llmcache.crossfit import Entries, Judge, Memory, ask, cross_fit, held_out_voting
 from llmcache.drift import beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
-from llmcache.gate import Boundary, Gate, fit_gate
+from llmcache.gate import Boundary, Gate
 from llmcache.predictor import LEAST, Predictor
+from llmcache.shift import Shift
 
 DriftKind = Literal["label", "cosine", "beyond", "kl"]
 DRIFTS = ("label", "cosine", "beyond", "kl")
@@ -32,6 +33,7 @@ class Calibration:
     "beyond", 1 - cosine above `limit`; "kl", of logits, as a share of `limit` nats. threshold: lowest score of the gate
     that is reused, None where near reuse stays off. hits, expected, bound: share of documents reused, drift measured
     on held-out ones, and its upper bound at the confidence; bound_of_hits: the same among those reused.
+    traffic: what the similarities of the sample were like, for `shift.Shift`.
     guard: whether differing fields refuse a hit. curve: (threshold, hits, drift, bound), from strict to loose.
     """
 
@@ -51,6 +53,7 @@ class Calibration:
     temperature: float
     strength: float
     guard: bool = True
+    traffic: Mapping[str, Any] = field(default_factory=dict, repr=False)
     curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False)
 
     @property
@@ -145,24 +148,37 @@ def calibrated(
         )
     boundary = _boundary(head, entries) if drift == "label" else None
     measure = judge(drift, limit, boundary)
-    measured = Judge(label_drift(head), measure.scores) if drift == "label" and head is not None else measure
+    measured = Judge(label_drift(head), measure.scores) if drift == "label" else measure
     voting = held_out_voting(entries, seed)
     if sample is None:
-        held = cross_fit(entries, lambda rows: measured, folds=_FOLDS, seed=seed, voting=voting)
-        moved, score, nearest, gate = held.drift, held.score, held.nearest, held.gate
+        held = cross_fit(entries, _judges(entries, head, measured, drift), folds=_FOLDS, seed=seed, voting=voting)
         mine, memory = texts, Memory.fit(entries, seed, voting)
     else:
         memory = Memory.fit(entries, seed, voting)
-        found = memory.look_up(sample, measured.scores)
-        moved, nearest = measured.drift(sample.outputs, found.results), found.nearest
-        score, gate = _gated(found.evidence, moved, seed)
-        mine = sample_texts
+        held, mine = ask(memory, sample, measured, folds=_FOLDS, seed=seed), sample_texts
+    score = held.score
     if guarded:
-        differing = guard.refused(guard.digests(mine), guard.digests([texts[i] for i in nearest.tolist()]))
+        differing = guard.refused(guard.digests(mine), guard.digests([texts[i] for i in held.nearest.tolist()]))
         score = np.where(differing >= 0, -np.inf, score)
-    choice = choose(moved, score, budget, confidence)
-    fitted = Fitted(memory.predictor, gate, boundary)
-    return _said(choice, drift, limit, len(entries), voting, guarded), fitted
+    choice = choose(held.drift, score, budget, confidence)
+    fitted = Fitted(memory.predictor, held.gate, boundary)
+    traffic = Shift.fitted(held.similarity).state()
+    return _said(choice, drift, limit, len(entries), voting, guarded, traffic), fitted
+
+
+def _judges(entries: Entries, head: Any, measured: Judge, drift: str) -> Callable[[NDArray[np.int64]], Judge]:
+    """The judge for some of the entries. A head that has seen the others would judge them too kindly: of a head, its
+    linear picture is fitted again to each of the parts.
+    """
+    if drift != "label" or isinstance(head, Boundary):
+        return lambda rows: measured
+    decided = labels(head, entries.outputs)
+
+    def judge_of(rows: NDArray[np.int64]) -> Judge:
+        edge = Boundary.fit(entries.outputs[rows], decided[rows])
+        return measured if edge is None else Judge(label_drift(edge), edge)
+
+    return judge_of
 
 
 def _boundary(head: Any, entries: Entries) -> Boundary:
@@ -176,18 +192,14 @@ def _boundary(head: Any, entries: Entries) -> Boundary:
     return boundary
 
 
-def _gated(evidence: NDArray[np.float32], drift: NDArray[np.float64], seed: int) -> tuple[NDArray[np.float64], Gate]:
-    """Scores of documents by gates that were fitted to the others, and the gate of all of them."""
-    fold = np.random.default_rng(seed).permutation(np.arange(len(drift)) % _FOLDS)
-    score = np.empty(len(drift))
-    for number in range(_FOLDS):
-        apart = fold == number
-        score[apart] = fit_gate(evidence[~apart], drift[~apart])(evidence[apart])
-    return score, fit_gate(evidence, drift)
-
-
 def _said(
-    choice: Choice, drift: DriftKind, limit: float | None, entries: int, voting: Voting, guarded: bool
+    choice: Choice,
+    drift: DriftKind,
+    limit: float | None,
+    entries: int,
+    voting: Voting,
+    guarded: bool,
+    traffic: Mapping[str, Any],
 ) -> Calibration:
     curve = choice.curve
     kept: list[int] = np.unique(np.linspace(0, len(curve) - 1, _CURVE).astype(int)).tolist() if len(curve) else []
@@ -201,4 +213,5 @@ def _said(
         hits=choice.hits, expected=choice.drift, bound=choice.bound, bound_of_hits=choice.bound_of_hits,
         samples=choice.samples, needed=choice.needed, entries=entries, reason=choice.reason,
         temperature=voting.temperature, strength=voting.strength, guard=guarded, curve=points,
+        traffic=dict(traffic),
     )  # fmt: skip

@@ -15,11 +15,13 @@ from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.crossfit import Entries, Memory
 from llmcache.indexes.bank import Bank
 from llmcache.sequences import Sequence as Audits
+from llmcache.shift import Shift
 
 log = logging.getLogger("llmcache")
 
 MOST = 200_000
 """Entries that are held in memory for near reuse; of more, so many are drawn evenly."""
+_WATCHFUL = 0.2  # share of hits that is audited when the traffic is not the one that was calibrated on
 TAKEN, LOW, GUARDED, ALONE = 0, 1, 2, 3
 GATES = ("taken", "the score is below the threshold", "the guard", "there is no neighbour")
 """What decided on a near match, by number."""
@@ -72,6 +74,9 @@ class Reuse:
         self._rows = np.zeros(0, np.int64)
         self._random = np.random.default_rng()
         self.audits = Audits(1 - (calibration.confidence or 0.95))
+        self._traffic = Shift.restored(calibration.traffic) if calibration.traffic else None
+        self.shifted = ""
+        """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
         self.asked = self.taken = 0
         self.off = calibration.reason if calibration.threshold is None else ""
         """Why nothing is reused; "" while something is."""
@@ -89,6 +94,7 @@ class Reuse:
         found = memory.look_up(
             Entries(half(features), np.zeros((len(features), 0), np.float32), tokens), self._judge.scores
         )
+        self._watch(found.similarity)
         score = self._fitted.gate(found.evidence)
         threshold = np.inf if self.calibration.threshold is None else self.calibration.threshold
         gate = np.where(np.isfinite(score), np.where(score >= threshold, TAKEN, LOW), ALONE).astype(np.int8)
@@ -103,6 +109,14 @@ class Reuse:
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
         return Near(found.results, rows, found.similarity, score, gate, kinds)
+
+    def _watch(self, similarity: NDArray[np.float32]) -> None:
+        if self._traffic is None or self.shifted:
+            return
+        self._traffic.observe(similarity)
+        if self._traffic.raised:
+            self.shifted, self.share = self._traffic.reason(), max(self.share, _WATCHFUL)
+            log.warning("the traffic has changed since it was calibrated: %s; more hits are audited", self.shifted)
 
     def chosen_for_audit(self, near: Near) -> NDArray[np.bool_]:
         """Which of the hits are to be recomputed, drawn by chance; bool [n]."""
