@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import bench_decoding, bench_layers, options, printing
+from llmcache.cli import bench_decoding, bench_layers, bench_near, options, printing
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
@@ -16,6 +16,8 @@ app = typer.Typer(
 
 app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
+app.command()(bench_near.near)
+app.command(name="guard")(bench_near.guarded)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
@@ -40,7 +42,7 @@ def encode(
 
     from sentence_transformers import SentenceTransformer
 
-    from llmcache import bench
+    from llmcache.bench import encoding as bench
     from llmcache.corpus import documents
     from llmcache.demo import demo_model
 
@@ -79,7 +81,7 @@ def index(
     json: options.Json = False,
 ) -> None:
     """Recall and look-up time of the FAISS indexes on clustered vectors, queries in batches of 64."""
-    from llmcache import bench
+    from llmcache.bench import encoding as bench
 
     rows = bench.index(kinds.split(","), count=count, dim=dim)
     if json:
@@ -108,7 +110,7 @@ def fingerprint(
     """How often the nearest neighbour has the same label, by fingerprint and projection."""
     from sentence_transformers import SentenceTransformer
 
-    from llmcache import bench
+    from llmcache.bench import encoding as bench
     from llmcache.corpus import documents
     from llmcache.demo import demo_model
 
@@ -136,9 +138,9 @@ def store(
     json: options.Json = False,
 ) -> None:
     """Rows a store writes, reads and merges per second, against the same bytes without it; and what it adds to them."""
-    from llmcache.bench_store import measured
+    from llmcache.bench.conditions import conditions
+    from llmcache.bench.store import measured
     from llmcache.cli import amounts
-    from llmcache.conditions import conditions
 
     sizes = [amounts.size(one) for one in rows.split(",")]
     found = measured(sizes, amounts.size(payload), folder, repeats)
@@ -195,7 +197,7 @@ def open_(
     json: options.Json = False,
 ) -> None:
     """Time and memory from opening a large store to its first exact and its first near answer."""
-    from llmcache import bench
+    from llmcache.bench import encoding as bench
     from llmcache.demo import demo_model_path
 
     found = bench.reopen(str(Path(model) if model else demo_model_path()), count=count, repeats=repeats)

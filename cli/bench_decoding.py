@@ -29,10 +29,10 @@ def decoding(
     """
     import time
 
-    from llmcache.bench_decoding import choices, gpt2_small, prefill
-    from llmcache.bench_decoding import openbookqa as asks
-    from llmcache.bench_decoding import squad as reads
-    from llmcache.conditions import conditions
+    from llmcache.bench.conditions import conditions
+    from llmcache.bench.decoding import choices, gpt2_small, prefill
+    from llmcache.bench.decoding import openbookqa as asks
+    from llmcache.bench.decoding import squad as reads
     from llmcache.errors import ConfigError
 
     if squad is None and openbookqa is None:

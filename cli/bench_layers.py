@@ -26,20 +26,21 @@ def layers(
 
     from sentence_transformers import SentenceTransformer
 
-    from llmcache import bench, bench_layers
+    from llmcache.bench import layers as measuring
+    from llmcache.bench.conditions import conditions
     from llmcache.corpus import documents
     from llmcache.demo import demo_model
 
     printing.quiet()
     loaded = SentenceTransformer(model) if model else demo_model()
     if data[0].endswith(".json.gz"):
-        texts = bench_layers.squad_paragraphs(Path(data[0]), limit)
+        texts = measuring.squad_paragraphs(Path(data[0]), limit)
     else:
         texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
-    rows = bench_layers.layers(loaded, texts, repeats=repeats)
+    rows = measuring.layers(loaded, texts, repeats=repeats)
     if json:
         found = [row.as_dict() for row in rows]
-        printing.as_json({**bench.conditions(), "data": [Path(one).name for one in data], "rows": found})
+        printing.as_json({**conditions(), "data": [Path(one).name for one in data], "rows": found})
         return
     printing.table(
         ["", "against", "docs", "ratio", "seconds", "max diff"],
@@ -51,4 +52,4 @@ def layers(
     )  # fmt: skip
     for row in rows:
         printing.facts((f"{row.name}: {name.replace('_', ' ')}", value) for name, value in row.facts.items())
-    printing.facts(bench.conditions().items())
+    printing.facts(conditions().items())

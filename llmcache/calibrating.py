@@ -17,6 +17,7 @@ from llmcache.drift import beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
 from llmcache.gate import Boundary, Gate
 from llmcache.predictor import LEAST, Predictor
+from llmcache.shift import LEAST as WATCHED
 from llmcache.shift import Shift
 
 DriftKind = Literal["label", "cosine", "beyond", "kl"]
@@ -162,7 +163,7 @@ def calibrated(
         score = np.where(differing >= 0, -np.inf, score)
     choice = choose(held.drift, score, budget, confidence)
     fitted = Fitted(memory.predictor, held.gate, boundary)
-    traffic = Shift.fitted(held.similarity).state()
+    traffic = Shift.fitted(held.similarity).state() if len(held.similarity) >= WATCHED else {}
     return _said(choice, drift, limit, len(entries), voting, guarded, traffic), fitted
 
 

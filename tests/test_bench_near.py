@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.bench_near import (
+from llmcache.bench.near import (
     Labelled,
     exact_kernel_ridge,
     labelled_texts,

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.bench_rows import Rows, fill
-from llmcache.bench_store import measured, merging, overhead
+from llmcache.bench.pagecache import drop, resident, warm
+from llmcache.bench.rows import Rows, fill
+from llmcache.bench.store import measured, merging, overhead
 from llmcache.errors import ConfigError
 from llmcache.indexes.verify import verify
-from llmcache.pagecache import drop, resident, warm
 
 
 def test_the_command_measures_without_a_model_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmcache.bench_decoding import choices, prefill
+from llmcache.bench.decoding import choices, prefill
 from llmcache.decoding import Scores, generate, padded, perplexity, score
 from llmcache.errors import ConfigError
 from tests.conftest import DATA

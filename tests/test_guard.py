@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcache.bench_guard import altered, measure
+from llmcache.bench.guard import altered, measure
 from llmcache.errors import ConfigError
 from llmcache.guard import KINDS, differs, digests, fields, refused
 from tests.conftest import DATA

@@ -1,6 +1,6 @@
 """What the field guard refuses, measured on pairs of texts of which it is known whether they say the same.
 
-`python -m llmcache.bench_guard DATA MODEL` prints the rows as JSON. DATA holds dup-products, dup-site-policy-revisions,
+`python -m llmcache.bench.guard DATA MODEL` prints the rows as JSON. DATA holds dup-products, dup-site-policy-revisions,
 pair-qqp, pair-gptcache-mock and cls-banking77; what is absent is left out.
 """
 
@@ -214,7 +214,7 @@ def main(data: str, model: str) -> None:
     """Prints conditions, rows and the command as JSON."""
     from sentence_transformers import SentenceTransformer
 
-    from llmcache.bench import conditions
+    from llmcache.bench.conditions import conditions
 
     encoder = SentenceTransformer(model, device="cpu")
 
@@ -222,7 +222,7 @@ def main(data: str, model: str) -> None:
         return encoder.encode(list(texts), normalize_embeddings=True)
 
     rows = measure(Path(data), encode)
-    command = f"python -m llmcache.bench_guard {Path(data).name} {Path(model).name}"
+    command = f"python -m llmcache.bench.guard {Path(data).name} {Path(model).name}"
     sys.stdout.write(json.dumps({**conditions(), "rows": rows, "command": command}, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench_rows import FEATURES, TOKENS, Rows, fill, reading, writing
+from llmcache.bench.rows import FEATURES, TOKENS, Rows, fill, reading, writing
 from llmcache.errors import ConfigError
 from llmcache.indexes.collection import disk_bytes
 from llmcache.indexes.generations import generation_name, generations

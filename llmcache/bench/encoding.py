@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.bench.conditions import conditions as conditions
 from llmcache.cache import LLMCache
-from llmcache.conditions import conditions as conditions
 from llmcache.config import CacheConfig
 from llmcache.document import Document
 from llmcache.errors import ConfigError

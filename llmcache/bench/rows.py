@@ -21,12 +21,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.bench.pagecache import drop, warm
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
-from llmcache.pagecache import drop, warm
 
 FEATURES = 384
 """Width of a fingerprint before its projection, as all-MiniLM-L6-v2 has it."""
