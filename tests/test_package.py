@@ -15,6 +15,7 @@ import llmcache
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "llmcache": "llmcache",
+    "llmcache/bench": "llmcache/bench",
     "indexes": "llmcache/indexes",
     "cli": "llmcache/cli",
     "data": "llmcache/data",
@@ -27,7 +28,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a wheel built from a clean copy, so that no old build/ folder leaks into it."""
     source = tmp_path_factory.mktemp("source")
     for folder in PACKAGES:
-        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder,
+            source / folder,
+            symlinks=True,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."]

@@ -11,7 +11,6 @@ import gzip
 import json
 import lzma
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -208,23 +207,3 @@ def _share(what: Bools, among: Bools) -> float | None:
 def _by_kind(found: NDArray[np.int8]) -> dict[str, int]:
     """How many pairs each kind refused first."""
     return {kind: int((found == place).sum()) for place, kind in enumerate(KINDS) if (found == place).any()}
-
-
-def main(data: str, model: str) -> None:
-    """Prints conditions, rows and the command as JSON."""
-    from sentence_transformers import SentenceTransformer
-
-    from llmcache.bench.conditions import conditions
-
-    encoder = SentenceTransformer(model, device="cpu")
-
-    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
-        return encoder.encode(list(texts), normalize_embeddings=True)
-
-    rows = measure(Path(data), encode)
-    command = f"python -m llmcache.bench.guard {Path(data).name} {Path(model).name}"
-    sys.stdout.write(json.dumps({**conditions(), "rows": rows, "command": command}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
