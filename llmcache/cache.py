@@ -84,7 +84,7 @@ class LLMCache:
                 opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
-            if store.trust != "untrusted" and config.tau is None:
+            if store.trust != "untrusted" and config.tau is None and config.reuse == "deepest":
                 self._encoding.reuse = self._saved_reuse()
         self._opened = True
         self._last: Statistics | None = None

@@ -29,7 +29,7 @@ Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
-Reuse = Literal["deepest", "layer"]
+Reuse = Literal["deepest", "layer", "exact"]
 
 Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
 
@@ -60,7 +60,7 @@ class CacheConfig:
         A bank holds what its layer gives, float [tokens, width] per document, which is large.
     reuse: what a near match takes over: "deepest", the deepest activation stored for the neighbour; or "layer", the
         state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
-        rule; both give the neighbour's answer).
+        rule; both give the neighbour's answer). "exact" takes over nothing, also where a store was calibrated.
     layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
     audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept.
     prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.

@@ -205,7 +205,7 @@ class Execution:
             open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
-        elif len(todo) and (self.config.tau is not None or self.config.layer_tau):
+        elif len(todo) and self.config.reuse != "exact" and (self.config.tau is not None or self.config.layer_tau):
             if self.config.reuse == "layer":
                 open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
             else:

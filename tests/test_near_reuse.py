@@ -68,6 +68,17 @@ def test_within_a_budget_neighbours_answer_and_the_promise_is_kept_on_other_docu
     np.testing.assert_allclose(np.linalg.norm(outputs, axis=1), 1, atol=1e-5)
 
 
+def test_who_asks_for_exact_reuse_gets_the_models_own_results_from_a_calibrated_store(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    asked = asks[KNOWN : KNOWN + 40]
+    with LLMCache.open(known, model) as cache:
+        cache.calibrate(budget=0.2, drift="beyond", limit=0.3)
+    with LLMCache.open(known, model, config=CacheConfig(reuse="exact")) as cache:
+        assert {one.tier for one in cache.run(asked)} == {"miss"}
+        np.testing.assert_allclose(cache.encode(asked), model.encode(asked), atol=1e-5)
+
+
 def test_near_results_are_neither_stored_nor_given_as_exact(
     model: SentenceTransformer, known: Path, asks: list[str]
 ) -> None:
