@@ -18,11 +18,9 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 
 from llmcache import decoding, opening
-from llmcache import fitted as fitting
 from llmcache.attachment import Attachment
-from llmcache.calibrating import Calibration, DriftKind, calibrated
+from llmcache.calibrating import Calibration, DriftKind
 from llmcache.config import CacheConfig
-from llmcache.crossfit import Entries
 from llmcache.decoding import Generated, Scores
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
@@ -37,9 +35,9 @@ from llmcache.indexes.trust import Trust
 from llmcache.layers import Layers
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
+from llmcache.near import NearReuse
 from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
-from llmcache.reuse import Reuse, entries_of
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.weights import Weights
@@ -85,7 +83,7 @@ class LLMCache:
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
             if store.trust != "untrusted" and config.tau is None and config.reuse == "deepest":
-                self._encoding.reuse = self._saved_reuse()
+                self._encoding.reuse = NearReuse(store, namespace, config, bank, self._decoded).saved()
         self._opened = True
         self._last: Statistics | None = None
 
@@ -287,58 +285,18 @@ class LLMCache:
         """
         self._check_open()
         execution = self._execution
-        known, texts, asked, asked_texts = self._evidence(sample)
-        found, fitted = calibrated(
-            known, texts, asked, asked_texts, budget=budget, drift=drift, head=head, limit=limit,
-            confidence=confidence, guarded=guard,
-        )  # fmt: skip
-        place = fitting.put(
-            self._store.bank(self.namespace, fitting.BANK, lambda: fitting.FACTS, self.config.near), fitted
-        )
-        self.commit()
-        self._declare({**found.to_json(), "fitted": place})
-        execution.reuse = Reuse(self._bank, found, fitted, self._decoded, self.config.audit_share)
-        return found
-
-    def _evidence(self, sample: Iterable[Source] | None) -> tuple[Entries, list[str], Entries | None, list[str]]:
-        """The entries, and the documents of the sample that are none of them, each with their texts."""
-        execution, before = self._execution, set(self._bank.near.live().tolist())
-        reuse, execution.reuse = execution.reuse, None
-        try:
-            for _ in self.run(sample or ()):
+        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
+        if sample is not None:
+            for _ in self.run(sample):
                 continue
-        finally:
-            execution.reuse = reuse
-        rows, every = entries_of(self._bank)
-        texts = self._decoded(every.tokens)
-        if sample is None:
-            return every, texts, None, []
-        old = np.isin(rows, np.fromiter(before, np.int64, len(before)))
-        if old.all():
-            raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
-        new = np.flatnonzero(~old)
-        asked, known = every.take(new), every.take(np.flatnonzero(old))
-        return known, [texts[i] for i in np.flatnonzero(old)], asked, [texts[i] for i in new]
-
-    def _declare(self, calibration: dict[str, Any]) -> None:
-        space = self._store.namespace(self.namespace)
-        assert space is not None
-        self._store.declare(self.namespace, space.identity, {**space.config, "calibration": calibration})
-
-    def _saved_reuse(self) -> Reuse | None:
-        """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
-        space = self._store.namespace(self.namespace)
-        raw = dict(space.config.get("calibration") or {}) if space else {}
-        if not raw:
-            return None
+        near = NearReuse(self._store, self.namespace, self.config, execution.bank, self._decoded)
         try:
-            place = raw.pop("fitted")
-            found = Calibration.from_json(raw)
-            bank = self._store.bank(self.namespace, fitting.BANK, lambda: fitting.FACTS, self.config.near)
-            return Reuse(self._bank, found, fitting.get(bank, place), self._decoded, self.config.audit_share)
-        except (ConfigError, KeyError) as error:
-            log.warning("near reuse is off: %s", error)
-            return None
+            return near.calibrate(
+                known if sample is not None else None, budget=budget, drift=drift, head=head, limit=limit,
+                confidence=confidence, guarded=guard, commit=self.commit,
+            )  # fmt: skip
+        finally:
+            execution.reuse = near.saved()
 
     @property
     def calibration(self) -> Calibration | None:
