@@ -87,6 +87,10 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""Begins the program of a child: one that is started in the background ignores SIGINT."""
+
+
 class Done(NamedTuple):
     """What a command left: its exit code, and what it printed."""
 

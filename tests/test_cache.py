@@ -31,6 +31,7 @@ from llmcache.errors import (
 )
 from llmcache.execution import token_embedding
 from llmcache.indexes.io import Folder
+from tests.conftest import HEAR_CTRL_C
 
 TODAY = [
     Document("a", "How do I locate my card?"),
@@ -373,7 +374,7 @@ def test_a_damaged_row_is_computed_again_and_stays_right(
 
 
 def test_stopping_in_the_middle_keeps_what_was_committed(model_path: str, store: Path) -> None:
-    program = (
+    program = HEAR_CTRL_C + (
         "import sys\n"
         "from llmcache import CacheConfig, LLMCache\n"
         "with LLMCache.open(sys.argv[1], sys.argv[2], config=CacheConfig(commit_seconds=0.05)) as cache:\n"

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tests.conftest import Command, Done
+from tests.conftest import HEAR_CTRL_C, Command, Done
 
 ROOT = Path(__file__).parent.parent
 
@@ -310,7 +310,7 @@ def test_looking_at_a_store_imports_neither_torch_nor_transformers(
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    program = "from llmcache.cli.main import main; main()"
+    program = HEAR_CTRL_C + "from llmcache.cli.main import main; main()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
