@@ -129,8 +129,8 @@ class Attachment:
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
-            past = call.get("past_key_values")
-            if past is not None and past.get_seq_length() > 0:  # a decoder's next token
+            length = getattr(call.get("past_key_values"), "get_seq_length", None)
+            if length is not None and length() > 0:  # a decoder's next token
                 return own(*args, **kwargs)
             if not self.trunk.module.training and self._weights.changed():
                 if self.trunk.replaced:

@@ -285,12 +285,11 @@ class LLMCache:
         """
         self._check_open()
         execution = self._execution
-        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
-        if sample is not None:
-            for _ in self.run(sample):
-                continue
         near = NearReuse(self._store, self.namespace, self.config, execution.bank, self._decoded)
+        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
         try:
+            for _ in self.run(sample if sample is not None else ()):
+                continue
             return near.calibrate(
                 known if sample is not None else None, budget=budget, drift=drift, head=head, limit=limit,
                 confidence=confidence, guarded=guard, commit=self.commit,

@@ -185,6 +185,21 @@ def test_a_budget_of_nothing_and_too_few_documents_leave_near_reuse_off_and_say_
         cache.calibrate(budget=0.01, drift="cosine")
 
 
+def test_a_sample_that_breaks_off_leaves_the_calibration_as_it_was(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    def broken() -> Any:
+        yield asks[KNOWN]
+        raise RuntimeError("the disk with the sample is gone")
+
+    with LLMCache.open(known, model) as cache:
+        found = cache.calibrate(budget=0.2, drift="beyond", limit=0.3)
+        with pytest.raises(RuntimeError, match="is gone"):
+            cache.calibrate(broken(), budget=0.1, drift="beyond")
+        assert cache.calibration == found
+        assert cache.near_is_off == ""
+
+
 def test_calibrate_and_explain_on_the_command_line(
     llmcache: Command, known: Path, asks: list[str], tmp_path: Path
 ) -> None:

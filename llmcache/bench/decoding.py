@@ -26,6 +26,7 @@ from torch import nn
 
 from llmcache.blocks import shape_of
 from llmcache.decoding import padded, score
+from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.store import Store
@@ -205,6 +206,10 @@ def gpt2_small(tokenizer_folder: Path) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config())
+    if not any((tokenizer_folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        raise ConfigError(
+            f"{tokenizer_folder} has no vocab.json or tokenizer.json; give the folder of GPT-2's tokenizer"
+        )
     return model.eval(), GPT2Tokenizer.from_pretrained(tokenizer_folder)
 
 
