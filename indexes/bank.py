@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes import codec
+from llmcache.indexes.counters import use_files
 from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
@@ -19,7 +20,7 @@ from llmcache.indexes.records import ALIAS, ROW, Keys
 from llmcache.indexes.sealing import Entries, seal
 from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
-from llmcache.indexes.usage import USE, Uses
+from llmcache.indexes.usage import USE, Uses, UseTable, read_uses
 
 log = logging.getLogger("llmcache")
 
@@ -172,12 +173,14 @@ class Bank:
 
     # -- reading --------------------------------------------------------------------------------------------
 
-    def read(self, rows: Rows) -> Reading:
+    def read(self, rows: Rows, *, count: bool = True) -> Reading:
         """Stored activations of some rows, each checked against its checksum. rows: int64 [n], all >= 0.
 
-        A row that fails the check is reported, and from then on no look-up of this bank returns it.
+        count: as a use of each row, which eviction goes by. A row that fails the check is reported, and from then on no
+        look-up of this bank returns it.
         """
-        self.uses.count(rows, self._now())
+        if count:
+            self.used(rows)
         values, intact = (vectors if self.facts.rank == 1 else states)(self.pieces, self.facts, rows)
         if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
             intact &= np.array([bool(np.isfinite(one).all()) for one in values], np.bool_)
@@ -186,6 +189,10 @@ class Bank:
         if not intact.all():
             self._report(rows[~intact])
         return Reading(values, intact)
+
+    def used(self, rows: Rows) -> None:
+        """Count a use of each of these rows, int64 [n]."""
+        self.uses.count(rows, self._now())
 
     def _report(self, rows: Rows) -> None:
         self._damaged.update(rows.tolist())
@@ -196,8 +203,16 @@ class Bank:
         return self._clock
 
     def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
-        """Note how far these rows were from a fresh computation (1 - cosine), float32 [n], for `divergence`."""
+        """Note how far results from these rows were from a fresh computation, float32 [n], in [0, 1]."""
         self.uses.drift[rows], self.uses.last[rows] = drift, self._now()
+
+    def divergent(self, limit: float) -> Rows:
+        """Rows whose last audit, here or by other writers, found a drift above the limit; int64, in order."""
+        known = UseTable.of(read_uses(self._folder, use_files(self._folder))).records
+        elsewhere = self._rows.find(known["key"][known["drift"] > limit])
+        here = self.uses.drift
+        elsewhere = elsewhere[elsewhere >= 0]
+        return np.union1d(elsewhere[np.isnan(here[elsewhere])], np.flatnonzero(here > limit))
 
     def use_records(self) -> NDArray[np.void]:
         """Records (usage.USE) of the rows that were read or audited since the bank was opened."""

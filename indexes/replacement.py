@@ -87,9 +87,13 @@ def least_saving(usage: Usage, terms: Terms) -> Rows:
 
 def most_divergent(usage: Usage, terms: Terms) -> Rows:
     """What is audited to drift above the limit first, the worst of it at the front; the rest as least recently used."""
-    beyond = np.nan_to_num(usage.drift, nan=0.0, posinf=np.inf)
-    beyond = np.where(beyond > terms.drift_limit, beyond, 0.0)
-    return np.lexsort((-usage.age, -beyond))
+    return np.lexsort((-usage.age, -_beyond(usage, terms)))
+
+
+def _beyond(usage: Usage, terms: Terms) -> NDArray[np.float64]:
+    """Drift where it is above the limit, else 0."""
+    drift = np.nan_to_num(usage.drift, nan=0.0, posinf=np.inf)
+    return np.where(drift > terms.drift_limit, drift, 0.0)
 
 
 Policy: TypeAlias = Callable[[Usage, Terms], Rows]
@@ -107,12 +111,15 @@ def choose(
 ) -> Rows:
     """Rows that are to go, in order, so that at least this many bytes are freed; all rows when they are fewer.
 
-    The policy's order gives the rows that would go one by one. A segment of which they make up more than half the
-    bytes goes whole, since dropping a file costs nothing and rewriting half of it does; these go first, the most
-    chosen one at the front. What is then still missing goes row by row, in the policy's order, or, with
+    The policy's order gives the rows that would go one by one, but for those audited to drift above the limit: under
+    any policy they are the first, the worst at the front. A segment of which they make up more than half the bytes goes
+    whole, since dropping a file costs nothing and rewriting half of it does; these go first, the most chosen one at the
+    front. What is then still missing goes row by row, in the policy's order, or, with
     `only_whole`, as further segments.
     """
-    order = POLICIES[policy](usage, terms or Terms())
+    terms = terms or Terms()
+    order = POLICIES[policy](usage, terms)
+    order = order[np.argsort(-_beyond(usage, terms)[order], kind="stable")]
     enough = np.searchsorted(np.cumsum(usage.nbytes[order]), bytes_to_free) + 1 if bytes_to_free > 0 else 0
     picked = np.zeros(len(usage), np.bool_)
     picked[order[:enough]] = True

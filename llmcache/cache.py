@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
@@ -20,12 +20,15 @@ from tqdm.auto import tqdm
 from llmcache import decoding, opening
 from llmcache.attachment import Attachment
 from llmcache.calibrating import Calibration, DriftKind
+from llmcache.calibration import check
 from llmcache.config import CacheConfig
 from llmcache.decoding import Generated, Scores
+from llmcache.drift import Drift
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
 from llmcache.execution import Call, Execution, Progress, Sentences, nothing
 from llmcache.explaining import Explanation, explain
+from llmcache.fields import KINDS
 from llmcache.heads import Heads
 from llmcache.identity import Identity, identify, mismatch
 from llmcache.indexes.bank import Bank
@@ -36,7 +39,7 @@ from llmcache.layers import Layers
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.near import NearReuse
-from llmcache.pipeline import Result, Source, results
+from llmcache.pipeline import Result, Source, results, text_of
 from llmcache.prompts import ROLES, resolve
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
@@ -62,6 +65,7 @@ class LLMCache:
         config: CacheConfig,
         namespace: str,
         secret: bytes = b"",
+        drift: Drift | None = None,
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
@@ -82,8 +86,9 @@ class LLMCache:
                 opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
+            self._near = NearReuse(store, namespace, config, bank, self._decoded, drift)
             if store.trust != "untrusted" and config.tau is None and config.reuse == "deepest":
-                self._encoding.reuse = NearReuse(store, namespace, config, bank, self._decoded).saved()
+                self._encoding.reuse = self._near.saved()
         self._opened = True
         self._last: Statistics | None = None
 
@@ -97,6 +102,7 @@ class LLMCache:
         config: CacheConfig | None = None,
         namespace: str = "default",
         tau: float | None = None,
+        drift: Drift | None = None,
         secret: bytes | None = None,
         secret_file: str | os.PathLike[str] | None = None,
         trust: Trust = "auto",
@@ -114,6 +120,7 @@ class LLMCache:
             this opening, except `fingerprint` and `dtype`, which cannot change.
         namespace: entries of different models live in different namespaces of one store.
         tau: for this opening, instead of the one in the settings.
+        drift: the function that near reuse was calibrated by, where it was one of your own.
         secret, secret_file: what goes into the keys of this namespace, at least 32 bytes, or the file that holds it.
             Whoever has another one, or none, is refused.
         trust, key, key_file, min_generation, allow_untrusted: who vouches for the store, see `Store.open`. What nobody
@@ -149,7 +156,7 @@ class LLMCache:
                 log.warning("%s is not trusted: near matches are off", store.folder.path)
                 settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
-            opened = cls(store, loaded, identity, settled, namespace, salt)
+            opened = cls(store, loaded, identity, settled, namespace, salt, drift)
             if tokenizer is not None:
                 opened.tokenizer = tokenizer
             return opened
@@ -264,38 +271,58 @@ class LLMCache:
         sample: Iterable[Source] | None = None,
         *,
         budget: float,
-        drift: DriftKind = "label",
+        drift: DriftKind | Drift = "label",
         head: Any = None,
+        truth: Iterable[Any] | None = None,
         limit: float | None = None,
         confidence: float | None = 0.95,
-        guard: bool = True,
+        guard: bool | Collection[str] = True,
+        guard_pattern: str = "",
     ) -> Calibration:
         """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
 
         sample: documents that the cache does not know and the head has not seen; they are computed. None takes the
-            entries themselves, each against others: then the head must not have been trained on them.
+            entries themselves, each against others, with a head that is fitted again to what it decides.
         budget: 0.005 allows one result in 200 to differ. confidence: with which the bound holds; None takes the drift
-            as measured.
+            as measured ("accuracy": and a standard error).
         drift: "label", decisions of `head` that change (a classifier of scikit-learn, or a callable from outputs to
-            labels or logits); "cosine", 1 - cosine; "beyond", 1 - cosine above `limit`; "kl", of logits, as a share of
-            `limit` nats.
-        guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ.
+            labels or logits); "accuracy", decisions that become wrong, less those that become right, by `truth`;
+            "cosine", 1 - cosine; "beyond", 1 - cosine above `limit`; "kl", of logits, as a share of `limit` nats; or
+            a function of computed and reused outputs, [n, out], that gives [n] in [0, 1]. It is not stored: give it
+            again to `open`.
+        truth: right answers of the sample, whose documents may then also be in the cache.
+        guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
+            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields.
         The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
-        execution = self._execution
-        near = NearReuse(self._store, self.namespace, self.config, execution.bank, self._decoded)
+        check(budget, confidence)
+        execution, documents = self._execution, list(sample) if sample is not None else None
+        given = None if truth is None else np.asarray(list(truth))
+        if given is not None and len(given) != len(documents or ()):
+            raise ConfigError(
+                f"{len(given)} right answers for {len(documents or ())} documents of a sample; give one for each"
+            )
+        own = drift if callable(drift) else None
+        near = NearReuse(self._store, self.namespace, self.config, execution.bank, self._decoded, own)
         known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
         try:
-            for _ in self.run(sample if sample is not None else ()):
+            for _ in self.run(documents or ()):
                 continue
-            return near.calibrate(
-                known if sample is not None else None, budget=budget, drift=drift, head=head, limit=limit,
-                confidence=confidence, guarded=guard, commit=self.commit,
+            right = None
+            if given is not None and documents is not None:
+                rows = execution.rows([text_of(one) for one in documents], self._prompt(None, None, None))
+                right = rows[rows >= 0], given[rows >= 0]
+            found = near.calibrate(
+                None if documents is None else known, commit=self.commit, truth=right, budget=budget, drift=drift,
+                head=head, limit=limit, confidence=confidence, guarded=bool(guard), pattern=guard_pattern,
+                kinds=KINDS if isinstance(guard, bool) else tuple(guard),
             )  # fmt: skip
+            self._near = near
+            return found
         finally:
-            execution.reuse = near.saved()
+            execution.reuse = self._near.saved()
 
     @property
     def calibration(self) -> Calibration | None:
@@ -307,7 +334,7 @@ class LLMCache:
     def near_is_off(self) -> str:
         """Why a calibrated cache gives no near matches at the moment; "" when it does, or was never calibrated."""
         reuse = self._execution.reuse
-        return reuse.off if reuse else ""
+        return reuse.off or reuse.stands_aside if reuse else ""
 
     def explain(self, text: str, *, role: str | None = None) -> Explanation:
         """How one text would be answered: the tier, its nearest neighbour, and what decided. Nothing is computed."""
@@ -434,6 +461,8 @@ class LLMCache:
         """
         self._check_open()
         self._storing.commit()
+        if self._encoding is not None and self._encoding.reuse is not None:
+            self._near.keep(self._encoding.reuse, self._storing.commit)
 
     def reload(self) -> None:
         """Find from now on what other processes have committed. What is not committed here is kept.
@@ -442,6 +471,8 @@ class LLMCache:
         """
         self._check_open()
         self._store.reload()
+        if self._encoding is not None and self._encoding.reuse is not None:
+            self._encoding.reuse.forget()
 
     def rebuild(self) -> None:
         """Fit the projection and build the FAISS index again, over all entries, and commit both."""

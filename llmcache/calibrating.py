@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache import guard
-from llmcache.calibration import Choice, choose
+from llmcache.calibration import Choice, Curve, choose, flip_bound
 from llmcache.correction import Voting
-from llmcache.crossfit import Entries, Judge, Memory, ask, cross_fit, held_out_voting
-from llmcache.drift import beyond, cosine_drift, kl_drift, label_drift, labels
+from llmcache.crossfit import Entries, Held, Judge, Memory, ask, cross_fit, held_out_voting
+from llmcache.drift import Drift, beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
+from llmcache.fields import KINDS
 from llmcache.gate import Boundary, Gate
 from llmcache.predictor import LEAST, Predictor
 from llmcache.shift import LEAST as WATCHED
 from llmcache.shift import Shift
 
-DriftKind = Literal["label", "cosine", "beyond", "kl"]
-DRIFTS = ("label", "cosine", "beyond", "kl")
+DriftKind = Literal["label", "accuracy", "cosine", "beyond", "kl"]
+DRIFTS = ("label", "accuracy", "cosine", "beyond", "kl")
+OWN = "own"
+"""The drift of a calibration by the user's own function."""
 _CURVE = 60  # points of the curve that are kept
 _FOLDS = 5
+_STRICTER = (1.0, 0.5, 0.25)  # shares of the calibrated hits that audits may tighten to
+_DECIDED = ("label", "accuracy")  # kinds of drift that a head is needed for
+_MARGIN = 1.0  # standard errors that a drop of accuracy has to stay below its budget, where no confidence is asked
+
+Truth: TypeAlias = NDArray[np.generic]
+"""The right answers, one per document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What was chosen, and what speaks for it. Saved with the settings of a namespace.
 
-    budget: highest mean drift over all results. drift: "label", decisions of a head that change; "cosine", 1 - cosine;
-    "beyond", 1 - cosine above `limit`; "kl", of logits, as a share of `limit` nats. threshold: lowest score of the gate
+    budget: highest mean drift over all results. drift: "label", decisions of a head that change; "accuracy", decisions
+    that were right, less those that become right; "cosine", 1 - cosine; "beyond", 1 - cosine above `limit`; "kl", of
+    logits, as a share of `limit` nats; "own", of the user's function. threshold: lowest score of the gate
     that is reused, None where near reuse stays off. hits, expected, bound: share of documents reused, drift measured
     on held-out ones, and its upper bound at the confidence; bound_of_hits: the same among those reused.
     traffic: what the similarities of the sample were like, for `shift.Shift`.
-    guard: whether differing fields refuse a hit. curve: (threshold, hits, drift, bound), from strict to loose.
+    tolerated: highest mean drift over all results for the audits, which know no right answers: the budget; for
+    "accuracy" an upper bound of the decisions that change at the threshold.
+    guard: whether differing fields refuse a hit; guard_kinds, guard_pattern: which, see `guard.Rules`.
+    curve: (threshold, hits, drift, bound), from strict to loose.
     """
 
     budget: float
     confidence: float | None
-    drift: DriftKind
+    drift: str
     limit: float | None
     threshold: float | None
     hits: float
@@ -53,13 +66,27 @@ class Calibration:
     reason: str
     temperature: float
     strength: float
+    tolerated: float = 0.0
     guard: bool = True
+    guard_kinds: tuple[str, ...] = KINDS
+    guard_pattern: str = ""
     traffic: Mapping[str, Any] = field(default_factory=dict, repr=False)
     curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False)
 
     @property
     def voting(self) -> Voting:
         return Voting(self.temperature, self.strength)
+
+    def levels(self) -> list[tuple[float, float]]:
+        """Thresholds and their share of hits: the one that was chosen, and stricter ones that audits may turn to."""
+        if self.threshold is None:
+            return []
+        found = [(self.threshold, self.hits)]
+        for share in _STRICTER[1:]:
+            fewer = [(at, hits) for at, hits, *_ in self.curve if 0 < hits <= share * self.hits and at > found[-1][0]]
+            if fewer:
+                found.append(max(fewer, key=lambda one: one[1]))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +95,10 @@ class Calibration:
     def from_json(cls, raw: Mapping[str, Any]) -> Calibration:
         """What `to_json` gave. ConfigError when it is something else."""
         try:
-            return cls(**{**raw, "curve": tuple(tuple(point) for point in raw["curve"])})
+            kinds = tuple(raw.get("guard_kinds", KINDS))
+            tolerated = raw.get("tolerated", raw["budget"])
+            curve = tuple(tuple(point) for point in raw["curve"])
+            return cls(**{**raw, "curve": curve, "guard_kinds": kinds, "tolerated": tolerated})
         except (TypeError, KeyError) as error:
             raise ConfigError(
                 f"the calibration saved with the store cannot be read: {error}; calibrate again"
@@ -104,15 +134,26 @@ class Fitted:
         return cls(Predictor.from_arrays(parts.get("predictor", {})), Gate.from_arrays(parts.get("gate", {})), boundary)
 
 
-def judge_of(calibration: Calibration, fitted: Fitted) -> Judge:
-    """What measures drift while running, of a calibration that was saved."""
+def judge_of(calibration: Calibration, fitted: Fitted, own: Drift | None = None) -> Judge:
+    """What measures drift while running, of a calibration that was saved. own: the user's function, where it has one.
+
+    ConfigError: it has one, and it is not given.
+    """
+    if calibration.drift == OWN:
+        if own is None:
+            raise ConfigError(
+                "it was calibrated by a function of yours, which is not stored; give it with drift= when opening"
+            )
+        return Judge(own)
     return judge(calibration.drift, calibration.limit, fitted.boundary)
 
 
-def judge(drift: str, limit: float | None, boundary: Boundary | None) -> Judge:
-    if drift == "label":
+def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) -> Judge:
+    if callable(drift):
+        return Judge(drift)
+    if drift in {"label", "accuracy"}:
         if boundary is None:
-            raise ConfigError('drift="label" needs a head that decides; give head=, a classifier of the outputs')
+            raise ConfigError(f"drift={drift!r} needs a head that decides; give head=, a classifier of the outputs")
         return Judge(label_drift(boundary), boundary)
     if drift == "beyond":
         return Judge(beyond(0.05 if limit is None else limit))
@@ -120,7 +161,7 @@ def judge(drift: str, limit: float | None, boundary: Boundary | None) -> Judge:
         return Judge(kl_drift(1.0 if limit is None else limit), lambda outputs: outputs)
     if drift == "cosine":
         return Judge(cosine_drift)
-    raise ConfigError(f"drift is one of {', '.join(DRIFTS)}, got {drift!r}")
+    raise ConfigError(f"drift is one of {', '.join(DRIFTS)}, or a function of two arrays [n, out], got {drift!r}")
 
 
 def calibrated(
@@ -130,56 +171,116 @@ def calibrated(
     sample_texts: Sequence[str],
     *,
     budget: float,
-    drift: DriftKind = "label",
+    drift: DriftKind | Drift | str = "label",
     head: Any = None,
+    truth: Truth | None = None,
     limit: float | None = None,
     confidence: float | None = 0.95,
     guarded: bool = True,
+    kinds: Collection[str] = KINDS,
+    pattern: str = "",
     seed: int = 0,
+    refit_head: bool = False,
 ) -> tuple[Calibration, Fitted]:
     """The calibration for a cache's entries, and the numbers it needs.
 
     sample: documents that are not among the entries, and that the head has not seen; None takes the entries themselves,
-    each against the other four fifths. texts: of both, for the guard. head: a classifier of outputs, for "label".
+    each against the other four fifths. texts: of both, for the guard. head: a classifier of outputs, for "label" and
+    "accuracy". truth: the right answers of the sample, or of the entries, for "accuracy".
+    refit_head: also a head that could be used as it is is fitted again in every fold, to what it decides.
     ConfigError: settings that cannot work, or too few entries.
     """
     if len(entries) < 2 * LEAST:
         raise ConfigError(
             f"{len(entries)} entries are too few to learn from; warm the store with at least {2 * LEAST} documents"
         )
-    boundary = _boundary(head, entries) if drift == "label" else None
-    measure = judge(drift, limit, boundary)
-    measured = Judge(label_drift(head), measure.scores) if drift == "label" else measure
+    rules = guard.Rules(kinds, pattern) if guarded else None
+    boundary = _boundary(head, entries) if drift in _DECIDED else None
+    asked, mine = (entries, texts) if sample is None else (sample, sample_texts)
+    if drift == "accuracy" and (truth is None or len(truth) != len(asked)):
+        raise ConfigError('drift="accuracy" needs the right answers of the sample; give truth=, one for each document')
+    judged = judge(drift, limit, boundary)
+    if drift in _DECIDED:
+        judged = Judge(label_drift(head), judged.scores)
     voting = held_out_voting(entries, seed)
-    if sample is None:
-        held = cross_fit(entries, _judges(entries, head, measured, drift), folds=_FOLDS, seed=seed, voting=voting)
-        mine, memory = texts, Memory.fit(entries, seed, voting)
+    memory = Memory.fit(entries, seed, voting)
+    if sample is not None:
+        held = ask(memory, sample, judged, folds=_FOLDS, seed=seed)
+    elif drift in _DECIDED and (refit_head or not isinstance(head, Boundary)):
+        judges = _judges(entries, head, judged, truth)
+        held = cross_fit(entries, judges, folds=_FOLDS, seed=seed, voting=voting)
     else:
-        memory = Memory.fit(entries, seed, voting)
-        held, mine = ask(memory, sample, measured, folds=_FOLDS, seed=seed), sample_texts
+        held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting)
     score = held.score
-    if guarded:
-        differing = guard.refused(guard.digests(mine), guard.digests([texts[i] for i in held.nearest.tolist()]))
-        score = np.where(differing >= 0, -np.inf, score)
-    choice = choose(held.drift, score, budget, confidence)
-    fitted = Fitted(memory.predictor, held.gate, boundary)
-    traffic = Shift.fitted(held.similarity).state() if len(held.similarity) >= WATCHED else {}
-    return _said(choice, drift, limit, len(entries), voting, guarded, traffic), fitted
+    if rules:
+        score = np.where(rules.refused(mine, [texts[i] for i in held.nearest.tolist()]) >= 0, -np.inf, score)
+    moved, errors = held.drift, 0.0
+    if drift == "accuracy" and truth is not None:
+        moved, errors = _lost(asked, held, truth, head, sample is None), _MARGIN
+        moved = moved if confidence is None else np.maximum(moved, 0)
+    choice = choose(moved, score, budget, confidence, errors=errors)
+    tolerated = _changing(held.drift, score, choice) if drift == "accuracy" else budget
+    found = Calibration(
+        budget=choice.budget, confidence=choice.confidence, drift=OWN if callable(drift) else drift, limit=limit,
+        threshold=choice.threshold, hits=choice.hits, expected=choice.drift, bound=choice.bound,
+        bound_of_hits=choice.bound_of_hits, samples=choice.samples, needed=choice.needed, entries=len(entries),
+        reason=choice.reason, temperature=voting.temperature, strength=voting.strength, tolerated=tolerated,
+        guard=guarded, guard_kinds=tuple(kinds), guard_pattern=pattern, curve=_points(choice.curve),
+        traffic=Shift.fitted(held.similarity).state() if len(held.similarity) >= WATCHED else {},
+    )  # fmt: skip
+    return found, Fitted(memory.predictor, held.gate, boundary)
 
 
-def _judges(entries: Entries, head: Any, measured: Judge, drift: str) -> Callable[[NDArray[np.int64]], Judge]:
-    """The judge for some of the entries. A head that has seen the others would judge them too kindly: of a head, its
-    linear picture is fitted again to each of the parts.
+def _changing(drift: NDArray[np.float64], score: NDArray[np.floating], choice: Choice) -> float:
+    """Upper bound of the share of all results that change, whether for the better or not, at the threshold."""
+    if choice.threshold is None:
+        return choice.budget
+    changed = drift[score >= choice.threshold].sum(keepdims=True)
+    return float(flip_bound(changed, np.full(1, len(score)), choice.confidence or 0.95)[0])
+
+
+def _points(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
+    """As many points of a curve as are worth keeping."""
+    kept: list[int] = np.unique(np.linspace(0, len(curve) - 1, _CURVE).astype(int)).tolist() if len(curve) else []
+    return tuple(
+        (float(curve.threshold[i]), float(curve.hits[i]), float(curve.drift[i]), float(curve.bound[i]))
+        for i in kept
+        if np.isfinite(curve.threshold[i])
+    )
+
+
+def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -> Callable[[NDArray[np.int64]], Judge]:
+    """The judge for some of the entries. A head that has seen the others would judge them too kindly: its linear
+    picture is fitted again to each of the parts, to the right answers where they are known, else to what it decides.
     """
-    if drift != "label" or isinstance(head, Boundary):
-        return lambda rows: measured
-    decided = labels(head, entries.outputs)
+    decided = labels(head, entries.outputs) if truth is None else truth
 
     def judge_of(rows: NDArray[np.int64]) -> Judge:
         edge = Boundary.fit(entries.outputs[rows], decided[rows])
         return measured if edge is None else Judge(label_drift(edge), edge)
 
     return judge_of
+
+
+def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> NDArray[np.float64]:
+    """1 where the computed output is decided rightly and the reused one is not, -1 the other way round, else 0."""
+    lost = np.zeros(len(asked))
+    if not refit:
+        right = labels(head, asked.outputs) == truth
+        if not right.any():
+            raise ConfigError(
+                f"the head is never right: it gives {labels(head, asked.outputs[:1])[0]!r} for the first document, "
+                f"where {truth[0]!r} is right; give answers as the head does"
+            )
+        return np.asarray(right.astype(np.float64) - (labels(head, held.results) == truth))
+    for number in np.unique(held.fold):
+        apart = held.fold == number
+        classes, place = np.unique(truth[~apart], return_inverse=True)
+        edge = Boundary.fit(asked.outputs[~apart], place)
+        if edge is not None:
+            was, becomes = (classes[labels(edge, one[apart])] == truth[apart] for one in (asked.outputs, held.results))
+            lost[apart] = was.astype(np.float64) - becomes
+    return lost
 
 
 def _boundary(head: Any, entries: Entries) -> Boundary:
@@ -191,28 +292,3 @@ def _boundary(head: Any, entries: Entries) -> Boundary:
     if boundary is None:
         raise ConfigError("the head gives one label to all entries; there is nothing that could change")
     return boundary
-
-
-def _said(
-    choice: Choice,
-    drift: DriftKind,
-    limit: float | None,
-    entries: int,
-    voting: Voting,
-    guarded: bool,
-    traffic: Mapping[str, Any],
-) -> Calibration:
-    curve = choice.curve
-    kept: list[int] = np.unique(np.linspace(0, len(curve) - 1, _CURVE).astype(int)).tolist() if len(curve) else []
-    points = tuple(
-        (float(curve.threshold[i]), float(curve.hits[i]), float(curve.drift[i]), float(curve.bound[i]))
-        for i in kept
-        if np.isfinite(curve.threshold[i])
-    )
-    return Calibration(
-        budget=choice.budget, confidence=choice.confidence, drift=drift, limit=limit, threshold=choice.threshold,
-        hits=choice.hits, expected=choice.drift, bound=choice.bound, bound_of_hits=choice.bound_of_hits,
-        samples=choice.samples, needed=choice.needed, entries=entries, reason=choice.reason,
-        temperature=voting.temperature, strength=voting.strength, guard=guarded, curve=points,
-        traffic=dict(traffic),
-    )  # fmt: skip

@@ -77,6 +77,7 @@ def choose(
     *,
     of: str = "all",
     worst: float = WORST,
+    errors: float = 0.0,
     candidates: NDArray[np.floating] | None = None,
 ) -> Choice:
     """The lowest score at which a result may be reused, so that the mean drift stays within the budget.
@@ -85,14 +86,15 @@ def choose(
     Clopper-Pearson, anything between by Hoeffding-Bentkus. score: [n], higher is safer; documents that cannot be reused
     have -inf. budget: highest mean drift, 0 allows exact reuse only. confidence: below 1; None takes the drift as
     measured, without a bound, which may then also be negative (a gain). of: see `Choice`. worst: highest drift of
-    the hits, as measured, or the budget where that is higher. candidates: thresholds to try, chosen without a look at
-    the drift.
+    the hits, as measured, or the budget where that is higher. errors: standard errors that are added to what was
+    measured, where confidence is None. candidates: thresholds to try, chosen without a look at the drift.
 
     ConfigError: a setting that cannot work, drift that is not a number or outside [0, 1], no documents.
     """
-    moved, safe = _checked(drift, score, budget, confidence, of)
+    check(budget, confidence, of)
+    moved, safe = _checked(drift, score, confidence)
     n, method = len(moved), _method(moved, confidence)
-    curve = _curve(moved, safe, _candidates(safe, candidates), confidence)
+    curve = _curve(moved, safe, _candidates(safe, candidates), confidence, errors)
     off = Choice(
         threshold=None, samples=n, budget=budget, confidence=confidence, of=of, method=method, reason="", curve=curve
     )  # fmt: skip
@@ -106,7 +108,9 @@ def choose(
     if place is None:
         limits = f"{budget:g}, and that of the hits within {max(worst, budget):g}"
         return replace(off, reason=f"no threshold keeps the drift within {limits}: near reuse stays off")
-    how = "as measured" if confidence is None else f"at confidence {confidence:g}"
+    how = f"as measured, {errors:g} standard errors added" if errors else "as measured"
+    if confidence is not None:
+        how = f"at confidence {confidence:g}"
     return replace(
         off,
         reason=f"the loosest of {len(curve)} thresholds within {budget:g} {how}",
@@ -163,13 +167,8 @@ def _p_value(mean: Floats, of: Floats, tested: Floats) -> Floats:
 # -- parts --------------------------------------------------------------------------------------------------
 
 
-def _checked(
-    drift: NDArray[np.floating] | NDArray[np.bool_],
-    score: NDArray[np.floating],
-    budget: float,
-    confidence: float | None,
-    of: str,
-) -> tuple[Floats, Floats]:
+def check(budget: float, confidence: float | None, of: str = "all") -> None:
+    """ConfigError: settings that no documents could make work."""
     if not 0 <= budget <= 1:
         raise ConfigError(f"the budget is a share in [0, 1], got {budget}; 0.005 allows one result in 200 to differ")
     if confidence is not None and not 0 < confidence < 1:
@@ -179,6 +178,11 @@ def _checked(
         )
     if of not in {"all", "hits"}:
         raise ConfigError(f'a budget is a share of "all" results or of "hits", got {of!r}')
+
+
+def _checked(
+    drift: NDArray[np.floating] | NDArray[np.bool_], score: NDArray[np.floating], confidence: float | None
+) -> tuple[Floats, Floats]:
     moved, safe = np.asarray(drift, np.float64), np.asarray(score, np.float64)
     if moved.ndim != 1 or moved.shape != safe.shape or not len(moved):
         raise ConfigError(f"calibration needs one drift and one score per document, got {moved.shape} and {safe.shape}")
@@ -211,14 +215,19 @@ def _candidates(score: Floats, given: NDArray[np.floating] | None) -> Floats:
     return np.unique(finite[places])[::-1]
 
 
-def _curve(drift: Floats, score: Floats, thresholds: Floats, confidence: float | None) -> Curve:
+def _curve(drift: Floats, score: Floats, thresholds: Floats, confidence: float | None, errors: float) -> Curve:
     order = np.argsort(-score, kind="stable")
     count = np.searchsorted(-score[order], -thresholds, "right")
     total = np.concatenate([[0.0], np.cumsum(drift[order])])[count]
     n = np.full(len(count), len(drift))
     mean, mean_of_hits = total / n, total / np.maximum(count, 1)
     if confidence is None:
-        bound, bound_of_hits = mean, mean_of_hits
+        squares = np.concatenate([[0.0], np.cumsum(np.square(drift[order]))])[count]
+        bound, bound_of_hits = (
+            middle
+            + errors * np.sqrt(np.maximum(squares / np.maximum(of, 1) - np.square(middle), 0) / np.maximum(of, 1))
+            for middle, of in ((mean, n), (mean_of_hits, count))
+        )
     elif _method(drift, confidence) == "clopper-pearson":
         bound, bound_of_hits = flip_bound(total, n, confidence), flip_bound(total, count, confidence)
     else:

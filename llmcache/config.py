@@ -62,7 +62,11 @@ class CacheConfig:
         state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
         rule; both give the neighbour's answer). "exact" takes over nothing, also where a store was calibrated.
     layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
-    audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept.
+    audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept; more when
+        something speaks against it. 0: none.
+    audit_time: what audits may take, as a share of the seconds that near hits have saved, before no more than
+        audit_share are made.
+    recalibrate: whether a calibration is made again, in the background, when the cache has doubled.
     prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
     max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
         are evicted; entries that cannot fit at all are computed and not stored.
@@ -82,6 +86,8 @@ class CacheConfig:
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
     audit_share: float = 0.02
+    audit_time: float = 0.25
+    recalibrate: bool = True
     commit_seconds: float = 60.0
     max_bytes: int | None = None
     policy: Policy = "lru"
@@ -100,6 +106,8 @@ class CacheConfig:
             raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
         if not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share is a share of near hits in [0, 1], got {self.audit_share}")
+        if not self.audit_time >= 0:
+            raise ConfigError(f"audit_time is a share of the seconds saved, at least 0, got {self.audit_time}")
         if type(self.prefix_block) is not int or not 0 <= self.prefix_block <= 1024:
             raise ConfigError(f"prefix_block is a whole number of tokens from 0 to 1024, got {self.prefix_block!r}")
         for name, allowed in (

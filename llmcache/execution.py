@@ -20,7 +20,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
-from llmcache.reuse import TAKEN, Reuse
+from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows, batch, tokenise
@@ -116,18 +116,11 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class _Audited:
-    """Near hits that are computed after all. places: of the documents; results: what they would have been given;
-    rows: of the neighbours. served: how many other near hits there were.
-    """
+    """Documents that near reuse was asked for: places, what it has for them, and which are computed after all."""
 
     places: Places
-    results: NDArray[np.float32]
-    rows: Places
-    served: int
-
-    @classmethod
-    def none(cls, width: int) -> _Audited:
-        return cls(np.zeros(0, np.int64), np.zeros((0, width), np.float32), np.zeros(0, np.int64), 0)
+    near: Near
+    again: NDArray[np.bool_]
 
 
 class Execution:
@@ -184,6 +177,12 @@ class Execution:
         by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
         return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
 
+    def rows(self, texts: Sequence[str], prompt: str | None) -> Places:
+        """Rows of texts that the bank holds, -1 elsewhere; int64 [n]."""
+        tokens = self._model.tokenise(texts, prompt, None)
+        seed = self._seed("tokens", Call(texts, None, prompt))
+        return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
+
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
         found = rows >= 0
@@ -200,8 +199,8 @@ class Execution:
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         raw = features(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
-        audited = _Audited.none(self.bank.facts.width)
-        if len(todo) and self.reuse is not None and not self.reuse.off:
+        audited: _Audited | None = None
+        if len(todo) and self.reuse is not None:
             open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
@@ -214,7 +213,8 @@ class Execution:
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
         self._compute(answers, call, unknown)
-        self._audit(answers, len(places), audited)
+        if audited is not None:
+            self._audit(answers, len(places), audited)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(places[repeats], places[first[repeats]])
         others = np.setdiff1d(np.arange(len(places)), todo)
@@ -233,30 +233,39 @@ class Execution:
 
     def _reuse(
         self, answers: Answers, places: Places, tokens: Sequence[NDArray[np.int32]], raw: NDArray[np.float32]
-    ) -> tuple[Places, _Audited]:
+    ) -> tuple[Places, _Audited | None]:
         """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
         assert self.reuse is not None
-        found = self.reuse.look_up(raw, tokens)
-        again = self.reuse.chosen_for_audit(found)
-        served = (found.gate == TAKEN) & ~again
-        answers.outputs[places[served]] = found.results[served]
-        answers.tier[places[served]], answers.row[places[served]] = NEAR, found.rows[served]
-        answers.similarity[places[served]] = found.similarity[served]
-        return np.flatnonzero(~served), _Audited(
-            places[again], found.results[again], found.rows[again], int(served.sum())
-        )
+        tried = self.reuse.tried(len(places))
+        if not len(tried):
+            return np.arange(len(places)), None
+        self.reuse.refresh()  # its time is that of opening, not of a look-up
+        began = time.perf_counter()
+        near = self.reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        self.reuse.watch(near.similarity)
+        again = self.reuse.chosen_for_audit(near)
+        served = (near.gate == TAKEN) & ~again
+        where = places[tried[served]]
+        answers.outputs[where] = near.results[served]
+        answers.tier[where], answers.row[where] = NEAR, near.rows[served]
+        answers.similarity[where], answers.consensus[where] = near.similarity[served], near.consensus[served]
+        self.bank.used(near.rows[served])
+        seconds = time.perf_counter() - began
+        counters = self.counters
+        counters.near_asked += len(tried)
+        counters.near_seconds += seconds
+        counters.near_saved_seconds += self.bank.cost(near.rows[served])
+        counters.audit_seconds += self.reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
+        return np.setdiff1d(np.arange(len(places)), tried[served]), _Audited(places[tried], near, again)
 
     def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:
         """Compare what was computed for the audited documents with what they would have been given."""
-        if self.reuse is None:
-            return
-        taken = audited.served + len(audited.places)
-        drift = self.reuse.audit(asked, taken, answers.outputs[audited.places], audited.results)
-        answers.audited[audited.places] = True
+        assert self.reuse is not None
+        places = audited.places[audited.again]
+        drift = self.reuse.audit(asked, audited.near, audited.again, answers.outputs[places])
+        answers.audited[places] = True
         self.counters.audits += len(drift)
         self.counters.audited_drift += float(drift.sum())
-        if len(drift):
-            self.bank.audit(audited.rows, drift.astype(np.float32))
 
     def _near_layers(
         self, answers: Answers, call: Call, places: Places, tokens: TokenRows, raw: NDArray[np.float32]

@@ -16,7 +16,8 @@ from llmcache.reuse import GATES, TAKEN, Decode
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """tier: "exact", "near" or "miss". why: what decided. source: of the entry at hand, its id or key; text: its tokens
-    as text. similarity: of the fingerprints; score and threshold: of the gate; None where they were not asked.
+    as text. similarity: of the fingerprints; consensus: of the neighbours' outputs; score and threshold: of the gate;
+    None where they were not asked.
     """
 
     tier: str
@@ -24,6 +25,7 @@ class Explanation:
     source: str | None = None
     text: str | None = None
     similarity: float | None = None
+    consensus: float | None = None
     score: float | None = None
     threshold: float | None = None
 
@@ -56,6 +58,7 @@ def explain(execution: Execution, text: str, prompt: str | None, role: str | Non
         source=bank.source(row) or bank.key(row),
         text=decode([bank.tokens(row)])[0],
         similarity=float(near.similarity[0]),
+        consensus=float(near.consensus[0]),
         score=float(near.score[0]) if np.isfinite(near.score[0]) else None,
-        threshold=execution.reuse.calibration.threshold,
+        threshold=float(threshold) if np.isfinite(threshold := execution.reuse.audits.threshold) else None,
     )

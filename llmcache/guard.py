@@ -16,11 +16,33 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.errors import ConfigError
 from llmcache.fields import KINDS, Fields, fields
 
-__all__ = ["KINDS", "RULES", "Fields", "differs", "digests", "fields", "refused", "unlike"]
+__all__ = ["KINDS", "RULES", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
 
 RULES = 1  # goes into every digest: entries stored under other rules are refused, never trusted
+
+
+class Rules:
+    """Which fields two texts have to share. kinds: those that count, of `KINDS`. pattern: a regular expression for the
+    user's own fields, "" for none.
+
+    ConfigError: another kind, or a pattern that is none.
+    """
+
+    def __init__(self, kinds: Collection[str] = KINDS, pattern: str = "") -> None:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ConfigError(f"the guard knows {', '.join(KINDS)}, got {', '.join(unknown)}")
+        try:
+            self._pattern = re.compile(pattern) if pattern else None
+        except re.error as error:
+            raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+        self._kinds = tuple(kinds)
+
+    def refused(self, ones: Sequence[str], others: Sequence[str]) -> NDArray[np.int8]:
+        """Per pair of texts the place in `KINDS` of the first kind that differs, -1 where none does; int8 [n]."""
+        return refused(digests(ones, self._pattern), digests(others, self._pattern), self._kinds)
 
 
 def differs(one: str, other: str, pattern: re.Pattern[str] | None = None, kinds: Collection[str] = KINDS) -> str | None:

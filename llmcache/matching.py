@@ -25,6 +25,7 @@ class Answers:
 
     outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact, NaN for a miss. row: int64, the bank row
     that served it, -1 for a miss. twin: int64, for a repeat inside the call the place of its first occurrence, else -1.
+    consensus: float32, mean cosine of the runners-up's outputs to the nearest one; NaN but for calibrated near hits.
     audited: bool, computed although a neighbour's output could have been given, to see how far that would have been.
     layer: int64, the layer whose state was reused, -1 where it was the output, or nothing; entry: its key by place.
     """
@@ -32,6 +33,7 @@ class Answers:
     outputs: NDArray[np.float32]
     tier: NDArray[np.int8]
     similarity: NDArray[np.float32]
+    consensus: NDArray[np.float32]
     row: NDArray[np.int64]
     twin: NDArray[np.int64]
     layer: NDArray[np.int64]
@@ -43,6 +45,7 @@ class Answers:
         return cls(
             np.zeros((n, width), np.float32),
             np.full(n, MISS, np.int8),
+            np.full(n, np.nan, np.float32),
             np.full(n, np.nan, np.float32),
             np.full(n, -1, np.int64),
             np.full(n, -1, np.int64),
@@ -91,6 +94,7 @@ class Answers:
         self.outputs[places] = self.outputs[first]
         self.similarity[places] = np.where(self.tier[first] == NEAR, self.similarity[first], 1)
         self.tier[places] = np.where(self.tier[first] == NEAR, NEAR, EXACT)
+        self.consensus[places] = self.consensus[first]
         self.row[places] = self.row[first]
         self.layer[places] = self.layer[first]
         self.audited[places] = self.audited[first]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache import fitted as fitting
-from llmcache.calibrating import Calibration, DriftKind, calibrated
+from llmcache.calibrating import Calibration, Fitted, Truth, calibrated
 from llmcache.config import CacheConfig
 from llmcache.crossfit import Entries
+from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.store import Store
@@ -26,21 +27,28 @@ _SETTING = "calibration"  # of a namespace
 class NearReuse:
     """What a namespace has calibrated. The choice is among its settings, what was fitted in a bank."""
 
-    def __init__(self, store: Store, namespace: str, config: CacheConfig, bank: Bank, decode: Decode) -> None:
-        """bank: of the outputs. decode: token ids back to texts, for the guard."""
+    def __init__(
+        self,
+        store: Store,
+        namespace: str,
+        config: CacheConfig,
+        bank: Bank,
+        decode: Decode,
+        drift: Drift | None = None,
+    ) -> None:
+        """bank: of the outputs. decode: token ids back to texts, for the guard. drift: the user's own function."""
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
-        self._decode = decode
+        self._decode, self._drift = decode, drift
 
     def saved(self) -> Reuse | None:
         """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
-        space = self._store.namespace(self._namespace)
-        raw = dict(space.config.get(_SETTING) or {}) if space else {}
+        raw = saved_calibration(self._store, self._namespace)
         if not raw:
             return None
         try:
-            place = raw.pop("fitted")
-            found = Calibration.from_json(raw)
-            return Reuse(self._bank, found, fitting.get(self._fitted(), place), self._decode, self._config.audit_share)
+            place, kept = raw.pop("fitted"), raw.pop("kept", None)
+            found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
+            return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift)
         except (ConfigError, KeyError) as error:
             log.warning("near reuse is off: %s", error)
             return None
@@ -49,36 +57,67 @@ class NearReuse:
         self,
         known: NDArray[np.int64] | None,
         *,
-        budget: float,
-        drift: DriftKind,
-        head: Any,
-        limit: float | None,
-        confidence: float | None,
-        guarded: bool,
         commit: Callable[[], None],
+        truth: tuple[NDArray[np.int64], Truth] | None = None,
+        **settings: Any,
     ) -> Calibration:
         """Choose a threshold and save it, see `LLMCache.calibrate`.
 
-        known: rows of the bank that answer; the others are the sample. None: all of them are both.
+        known: rows of the bank that answer; the others are the sample. None: all of them are both. truth: rows of the
+        sample and the right answers to them. settings: of `calibrating.calibrated`.
         """
         rows, every = entries_of(self._bank)
         texts = self._decode(every.tokens)
+        answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
         answer = np.arange(len(rows)) if known is None else np.flatnonzero(np.isin(rows, known))
         asked = np.setdiff1d(np.arange(len(rows)), answer)
         if known is not None and not len(asked):
-            raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
+            if not answers:
+                raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
+            known, answer = None, np.flatnonzero(np.isin(rows, truth[0] if truth else ()))
         sample: Entries | None = None if known is None else every.take(asked)
+        right = (
+            np.array([answers[row] for row in rows[answer if sample is None else asked].tolist()]) if answers else None
+        )
         found, fitted = calibrated(
-            every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], budget=budget,
-            drift=drift, head=head, limit=limit, confidence=confidence, guarded=guarded,
-        )  # fmt: skip
+            every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
+        )
+        self.save(found, fitted, None, commit)
+        return found
+
+    def save(
+        self, found: Calibration, fitted: Fitted, kept: Mapping[str, Any] | None, commit: Callable[[], None]
+    ) -> None:
+        """Write a calibration with the settings of the namespace. kept: what audits have found since."""
         place = fitting.put(self._fitted(), fitted)
         commit()
+        self._declare({**found.to_json(), "fitted": place, **({"kept": kept} if kept else {})})
+
+    def keep(self, reuse: Reuse, commit: Callable[[], None]) -> None:
+        """Save what has changed in near reuse while it ran: what audits have found, or a newer calibration.
+
+        What somebody else has calibrated meanwhile stands.
+        """
+        if not reuse.changed or not self._store.writable:
+            return
+        reuse.changed = False
+        raw = saved_calibration(self._store, self._namespace)
+        calibration = reuse.calibration.to_json()
+        if all(raw.get(name) == calibration[name] for name in ("threshold", "entries", "budget")):
+            self._declare({**raw, "kept": reuse.state()})
+        elif raw.get("entries", 0) <= reuse.calibration.entries:
+            self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
+
+    def _declare(self, calibration: Mapping[str, Any]) -> None:
         space = self._store.namespace(self._namespace)
         assert space is not None
-        settings = {**space.config, _SETTING: {**found.to_json(), "fitted": place}}
-        self._store.declare(self._namespace, space.identity, settings)
-        return found
+        self._store.declare(self._namespace, space.identity, {**space.config, _SETTING: calibration})
 
     def _fitted(self) -> Bank:
         return self._store.bank(self._namespace, fitting.BANK, lambda: fitting.FACTS, self._config.near)
+
+
+def saved_calibration(store: Store, namespace: str) -> dict[str, Any]:
+    """What a namespace has calibrated, as plain numbers: a `Calibration`, "fitted", and perhaps "kept"; or nothing."""
+    space = store.namespace(namespace)
+    return dict(space.config.get(_SETTING) or {}) if space else {}

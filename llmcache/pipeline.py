@@ -28,7 +28,8 @@ class Result:
         is not "output" the layers after it were computed.
     source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
     similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
-        output could have been given, to see how far that would have been.
+        output could have been given, to see how far that would have been. consensus: of a calibrated near hit, how far
+        the other neighbours agree with the nearest: mean cosine of their outputs to its own.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Result:
     source: str | None
     similarity: float | None
     audited: bool = False
+    consensus: float | None = None
 
 
 def results(
@@ -58,6 +60,11 @@ def results(
         answers = answer([document.text for document in part], ids)
         # all at once: rows may have other numbers after a reload between two results
         yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
+
+
+def text_of(source: Source) -> str:
+    """The text of a document as it may be given."""
+    return _document(source, 0).text
 
 
 def _document(source: Source, place: int) -> Document:
@@ -84,4 +91,5 @@ def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, l
     source = ids[twin] if twin >= 0 else answers.entry.get(i)
     if row >= 0:
         source = bank.source(row) or bank.key(row)
-    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]))
+    agreed = None if np.isnan(answers.consensus[i]) else float(answers.consensus[i])
+    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]), consensus=agreed)

@@ -35,6 +35,10 @@ class Row(Protocol):
     def source(self) -> str | None: ...
     @property
     def similarity(self) -> float | None: ...
+    @property
+    def audited(self) -> bool: ...
+    @property
+    def consensus(self) -> float | None: ...
 
 
 class _Provenance(NamedTuple):
@@ -45,6 +49,8 @@ class _Provenance(NamedTuple):
     layer: str | None
     source: str | None
     similarity: float | None
+    consensus: float | None
+    audited: bool
 
 
 _Put: TypeAlias = Callable[[NDArray[np.float32], list[_Provenance]], None]
@@ -71,7 +77,7 @@ class ResultWriter:
                     f"opened for {list(self._vectors.shape[1:])}; open it with the model's output width"
                 )
             self._vectors[len(self._provenance)] = result.output
-            self._provenance.append(_Provenance(result.id, result.tier, result.layer, result.source, result.similarity))
+            self._provenance.append(_Provenance(*(getattr(result, name) for name in _Provenance._fields)))
             self.rows += 1
             if len(self._provenance) == len(self._vectors):
                 self.flush()
@@ -89,7 +95,8 @@ def result_writer(path: str | Path, *, width: int) -> Iterator[ResultWriter]:
     """A writer of results into `path`, which appears when the block ends well.
 
     width: numbers per output; they are always written as float32. By the ending of path:
-    .parquet  id, output (fixed_size_list<float32>[width]), tier, layer, source, similarity (float32)
+    .parquet  id, output (fixed_size_list<float32>[width]), tier, layer, source, similarity and consensus (float32),
+              audited (bool)
     .npy      outputs [rows, width]; "<path>.jsonl" beside it has one object per row with all the rest
     .jsonl    one object per row with everything; a number that is not finite becomes null
 
@@ -202,10 +209,11 @@ def _parquet(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put
         "layer": text,
         "source": text,
         "similarity": pa.float32(),
+        "consensus": pa.float32(),
+        "audited": pa.bool_(),
     }
-    schema = pa.schema(
-        [pa.field(name, kind, nullable=name in ("layer", "source", "similarity")) for name, kind in kinds.items()]
-    )
+    absent = ("layer", "source", "similarity", "consensus")
+    schema = pa.schema([pa.field(name, kind, nullable=name in absent) for name, kind in kinds.items()])
     parquet = pq.ParquetWriter(files[0], schema, use_dictionary=["tier", "layer"])
     stack.callback(_close_quietly, parquet)  # else it would write its end into a closed file when collected
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +11,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache import guard
+from llmcache.auditing import Audits
+from llmcache.balance import Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
+from llmcache.calibration import WORST
+from llmcache.config import CacheConfig
+from llmcache.correction import EVIDENCE
 from llmcache.crossfit import Entries, Memory
+from llmcache.drift import Drift
 from llmcache.indexes.bank import Bank
-from llmcache.sequences import Sequence as Audits
+from llmcache.indexes.neighbours import half
+from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
 
 log = logging.getLogger("llmcache")
 
 MOST = 200_000
 """Entries that are held in memory for near reuse; of more, so many are drawn evenly."""
-_WATCHFUL = 0.2  # share of hits that is audited when the traffic is not the one that was calibrated on
-TAKEN, LOW, GUARDED, ALONE = 0, 1, 2, 3
-GATES = ("taken", "the score is below the threshold", "the guard", "there is no neighbour")
+TAKEN, LOW, GUARDED, ALONE, QUARANTINED = 0, 1, 2, 3, 4
+GATES = (
+    "taken",
+    "the score is below the threshold",
+    "the guard",
+    "there is no neighbour",
+    "the entry is in quarantine: its last audit found too large a drift",
+)
 """What decided on a near match, by number."""
+_CONSENSUS = EVIDENCE.index("consensus")
 
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 """Token ids of documents back to texts."""
@@ -34,26 +47,26 @@ Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 class Near:
     """What near reuse has for some documents. results: float32 [n, out], corrected. rows: int64 [n], of the best match.
 
-    similarity, score: float [n]; the score is that of the gate. gate: int8 [n], a place in `GATES`.
+    similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
+    one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
     kinds: per document the kind of field that the guard found to differ, or None.
     """
 
     results: NDArray[np.float32] = field(repr=False)
     rows: NDArray[np.int64]
     similarity: NDArray[np.float32]
+    consensus: NDArray[np.float32]
     score: NDArray[np.float64]
     gate: NDArray[np.int8]
     kinds: list[str | None] = field(repr=False)
 
 
-def entries_of(bank: Bank, but: set[int] | None = None) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of a bank and what they hold, at most `MOST` of them. but: rows that are left out."""
+def entries_of(bank: Bank, most: int = MOST) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them."""
     rows = bank.near.live()
-    if but:
-        rows = rows[~np.isin(rows, np.fromiter(but, np.int64))]
-    rows = rows[:: max(1, -(-len(rows) // MOST))]
+    rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
-    reading = bank.read(rows)
+    reading = bank.read(rows, count=False)
     good = reading.intact & features.any(axis=1)
     kept = rows[good]
     tokens = [bank.tokens(int(row)) for row in kept]
@@ -63,30 +76,83 @@ def entries_of(bank: Bank, but: set[int] | None = None) -> tuple[NDArray[np.int6
 class Reuse:
     """Answers documents from their neighbours, within the budget that was calibrated; audits see to it.
 
-    It is off when calibration found no safe threshold, or when audits are certain that the budget is exceeded.
+    It is off when calibration found no safe threshold, or when audits are certain that the budget is exceeded at every
+    stricter one; and it stands aside while it costs more than it saves.
     """
 
-    def __init__(self, bank: Bank, calibration: Calibration, fitted: Fitted, decode: Decode, share: float) -> None:
-        """share: of the near hits, that are recomputed."""
-        self._bank, self.calibration, self._fitted, self._decode, self.share = bank, calibration, fitted, decode, share
-        self._judge = judge_of(calibration, fitted)
-        self._memory: Memory | None = None
-        self._rows = np.zeros(0, np.int64)
+    def __init__(
+        self,
+        bank: Bank,
+        calibration: Calibration,
+        fitted: Fitted,
+        decode: Decode,
+        config: CacheConfig,
+        kept: Mapping[str, Any] | None = None,
+        drift: Drift | None = None,
+    ) -> None:
+        """kept: a `state` to go on from. drift: the user's own function, for a calibration that was made by one."""
+        self._bank, self._decode, self._config, self._own = bank, decode, config, drift
+        self.balance = Balance()
+        self.changed = False
+        """Whether there is something to save: audits, or another calibration."""
+        self._refitting: Refitting | None = None
         self._random = np.random.default_rng()
-        self.audits = Audits(1 - (calibration.confidence or 0.95))
+        self._audit_seconds = self._saved_seconds = 0.0
+        self._begin(calibration, fitted)
+        if kept:
+            self.audits.restore(kept["audits"])
+            self.stopped = str(kept["stopped"])
+
+    def _begin(self, calibration: Calibration, fitted: Fitted, memory: Memory | None = None) -> None:
+        self.calibration, self.fitted, self._memory = calibration, fitted, memory
+        self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._judge = judge_of(calibration, fitted, self._own)
+        levels = calibration.levels()
+        self.audits = Audits(
+            [threshold for threshold, _ in levels], [hits for _, hits in levels], budget=calibration.tolerated,
+            alpha=1 - (calibration.confidence or 0.95), share=self._config.audit_share,
+        )  # fmt: skip
         self._traffic = Shift.restored(calibration.traffic) if calibration.traffic else None
+        self._guard = guard.Rules(calibration.guard_kinds, calibration.guard_pattern) if calibration.guard else None
         self.shifted = ""
         """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
-        self.asked = self.taken = 0
-        self.off = calibration.reason if calibration.threshold is None else ""
+        self.stopped = calibration.reason if calibration.threshold is None else ""
+
+    @property
+    def off(self) -> str:
         """Why nothing is reused; "" while something is."""
+        return self.stopped
+
+    @property
+    def stands_aside(self) -> str:
+        """Why hardly any document is looked up at the moment; "" when all are."""
+        if self.balance.pays:
+            return ""
+        return (
+            f"near reuse costs more than it saves: {self.balance.spent:.3g} seconds for {self.balance.saved:.3g} of "
+            "the latest documents; a few are still looked up, and it goes on when it pays"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What audits found, for JSON."""
+        return {"audits": self.audits.state(), "stopped": self.stopped}
+
+    def forget(self) -> None:
+        """Rows have other numbers now: the entries are taken from the bank again."""
+        self._memory = None
 
     def refresh(self) -> Memory:
         """The entries to find neighbours among; taken again when the bank has doubled."""
-        if self._memory is None or len(self._bank) > 2 * len(self._rows):
+        if self._memory is None or len(self._bank) > 2 * max(1, len(self._rows)):
             self._rows, entries = entries_of(self._bank)
-            self._memory = Memory(entries, self._fitted.predictor, self.calibration.voting)
+            self._memory = Memory(entries, self.fitted.predictor, self.calibration.voting)
+            self._divergent = self._bank.divergent(WORST)
         return self._memory
+
+    def tried(self, n: int) -> NDArray[np.int64]:
+        """Which of n documents to look up, int64, in order: all, or a few while it does not pay."""
+        self._refit()
+        return self.balance.tried(n)
 
     def look_up(self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]) -> Near:
         """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
@@ -94,55 +160,90 @@ class Reuse:
         found = memory.look_up(
             Entries(half(features), np.zeros((len(features), 0), np.float32), tokens), self._judge.scores
         )
-        self._watch(found.similarity)
-        score = self._fitted.gate(found.evidence)
-        threshold = np.inf if self.calibration.threshold is None else self.calibration.threshold
-        gate = np.where(np.isfinite(score), np.where(score >= threshold, TAKEN, LOW), ALONE).astype(np.int8)
+        score = self.fitted.gate(found.evidence)
+        gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
         rows = self._rows[found.nearest]
+        gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
-        if self.calibration.guard and len(passed):
+        if self._guard is not None and len(passed):
             mine = self._decode([tokens[i] for i in passed.tolist()])
             theirs = self._decode([self._bank.tokens(int(row)) for row in rows[passed]])
-            differing = guard.refused(guard.digests(mine), guard.digests(theirs))
+            differing = self._guard.refused(mine, theirs)
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
-        return Near(found.results, rows, found.similarity, score, gate, kinds)
+        return Near(found.results, rows, found.similarity, found.evidence[:, _CONSENSUS], score, gate, kinds)
 
-    def _watch(self, similarity: NDArray[np.float32]) -> None:
+    def watch(self, similarity: NDArray[np.float32]) -> None:
+        """Take note of how near live documents are to the entries: whether they are like the calibration sample."""
         if self._traffic is None or self.shifted:
             return
         self._traffic.observe(similarity)
         if self._traffic.raised:
-            self.shifted, self.share = self._traffic.reason(), max(self.share, _WATCHFUL)
+            self.shifted, self.audits.shifted = self._traffic.reason(), True
             log.warning("the traffic has changed since it was calibrated: %s; more hits are audited", self.shifted)
 
     def chosen_for_audit(self, near: Near) -> NDArray[np.bool_]:
-        """Which of the hits are to be recomputed, drawn by chance; bool [n]."""
-        drawn: NDArray[np.bool_] = self._random.random(len(near.gate)) < self.share
-        return np.asarray(drawn & (near.gate == TAKEN), np.bool_)
-
-    def audit(self, asked: int, taken: int, computed: NDArray[np.float32], reused: NDArray[np.float32]) -> NDArray[Any]:
-        """Take note of documents asked and near hits among them, and of some that were computed after all.
-
-        Returns the drift of these, float64 [n]. From when it is certain that the budget is exceeded, near reuse is off.
+        """Which hits are to be recomputed: drawn by chance, more than usual while something speaks against them and
+        there is time for it, and all that are in quarantine; bool [n].
         """
-        self.asked, self.taken = self.asked + asked, self.taken + taken
-        if not len(computed):
-            return np.zeros(0)
-        drift = self._judge.drift(computed, reused)
-        self.audits.observe(drift)
-        allowed = min(1.0, self.calibration.budget * self.asked / max(1, self.taken))
-        if not self.off and self.audits.exceeds(allowed):
-            self.off = (
-                f"{self.audits.count} audits show a drift of at least {self.audits.lower:.2%} of the near hits, more "
-                f"than the budget of {self.calibration.budget:.2%} of all results allows; calibrate again"
-            )
-            log.warning("near reuse is off: %s", self.off)
+        more = self._audit_seconds <= self._config.audit_time * self._saved_seconds
+        drawn = self._random.random(len(near.gate)) < (self.audits.share_now if more else self.audits.share)
+        return np.asarray((drawn & (near.gate == TAKEN)) | (near.gate == QUARANTINED), np.bool_)
+
+    def audit(self, asked: int, near: Near, again: NDArray[np.bool_], computed: NDArray[np.float32]) -> NDArray[Any]:
+        """Take note of documents asked, of what was found for them, and of those that were computed after all.
+
+        again: bool, which of `near` were computed; computed: their outputs. Returns their drift, float64. From when it
+        is certain that the budget is exceeded the next stricter threshold is used, or none.
+        """
+        drift = np.zeros(0)
+        if len(computed):
+            drift = np.clip(np.nan_to_num(self._judge.drift(computed, near.results[again]), nan=1.0), 0, 1)
+            rows = near.rows[again]
+            self._bank.audit(rows, drift.astype(np.float32))
+            self._divergent = np.union1d(np.setdiff1d(self._divergent, rows), rows[drift > WORST])
+        drawn = near.gate[again] == TAKEN  # those in quarantine were not drawn: they say nothing about the others
+        found = self.audits.observe(
+            asked, near.score[near.gate == TAKEN], near.score[again][drawn], np.asarray(drift)[drawn]
+        )
+        self.changed |= bool(len(drift))
+        if found and not self.stopped:
+            self._tighten(found)
         return drift
 
+    def _tighten(self, reason: str) -> None:
+        if self.audits.level < len(self.audits.thresholds):
+            log.warning("near reuse is stricter from now on: %s", reason)
+            return
+        self.stopped = f"{reason}; calibrate again"
+        log.warning("near reuse is off: %s", self.stopped)
 
-def half(features: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Rounded as the bank has them, so that a repeat has similarity 1."""
-    return np.nan_to_num(np.clip(features, -65504, 65504)).astype(np.float16)
+    def paid(self, looked_up: int, rows: NDArray[np.int64], spent: float, audited: NDArray[np.int64]) -> float:
+        """Take note of what some documents have cost and saved. rows: of the hits given. spent: seconds of look-up.
+        audited: rows of those computed again. Returns the seconds of audits.
+        """
+        saved, audits = self._bank.cost(rows), self._bank.cost(audited)
+        self._saved_seconds, self._audit_seconds = self._saved_seconds + saved, self._audit_seconds + audits
+        if self.balance.observe(looked_up, saved, spent + audits):
+            log.warning("%s", self.stands_aside or "near reuse pays again: all documents are looked up")
+        return audits
+
+    # -- learning again -------------------------------------------------------------------------------------
+
+    def _refit(self) -> None:
+        """Once the cache has doubled, calibrate again in the background, and go on with that when it is there."""
+        if self._refitting is None:
+            if self._config.recalibrate and grown(self.calibration, len(self._bank)):
+                _, entries = entries_of(self._bank, Refitting.MOST)
+                texts = self._decode(entries.tokens)
+                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank))
+            return
+        if (found := self._refitting.result()) is None:
+            return
+        self._refitting = None
+        calibration, fitted = found
+        log.info("near reuse was calibrated again on %d entries: %s", calibration.entries, calibration.reason)
+        self._begin(calibration, fitted)
+        self.changed = True

@@ -54,7 +54,9 @@ class Counters:
     exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
     not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
     checksum. bypassed: handed to the model past the cache. audits: near hits that were recomputed; audited_drift: the
-    sum of what they would have been off by. overhead_seconds: everything but the model.
+    sum of what they would have been off by; audit_seconds: about what that took. near_asked: documents that calibrated
+    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model took for what it gave.
+    overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """
 
@@ -69,6 +71,10 @@ class Counters:
     bypassed: int = 0
     audits: int = 0
     audited_drift: float = 0.0
+    near_asked: int = 0
+    near_seconds: float = 0.0
+    near_saved_seconds: float = 0.0
+    audit_seconds: float = 0.0
     model_seconds: float = 0.0
     overhead_seconds: float = 0.0
     store_seconds: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,10 @@ def test_the_command_measures_without_a_model_and_leaves_nothing_behind(tmp_path
 def test_the_table_is_for_people(tmp_path: Path) -> None:
     arguments = ["bench", "store", "--payload", "64KiB", "--rows", "1KiB", "--repeats", "1", "--folder", str(tmp_path)]
     code = "from llmcache.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    wide = {**os.environ, "COLUMNS": "160"}  # on a narrow terminal columns are folded
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, env=wide
+    )
     for name in ("1,024-byte rows", "put + commit", "best", "bytes per entry", "page cache", "file system"):
         assert name in done.stdout
 

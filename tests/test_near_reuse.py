@@ -103,8 +103,7 @@ def test_audits_recompute_a_share_and_switch_off_what_exceeds_the_budget(
         assert cache.stats().counters.audits == sum(one.audited for one in results) > 0
         assert cache.near_is_off == ""
         reuse: Any = cache._execution.reuse
-        strict = replace(reuse.calibration, threshold=-1e9, limit=0.05, guard=False)  # nothing is refused any more
-        reuse.calibration = strict
+        reuse.audits.thresholds[:], reuse._guard = -1e9, None  # nothing is refused any more
         reuse._judge = replace(reuse._judge, drift=lambda one, other: (1 - (one * other).sum(1) > 0.05).astype(float))
         with caplog.at_level(logging.WARNING, "llmcache"):
             list(cache.run(asked[80:]))

@@ -79,7 +79,9 @@ def test_as_many_rows_go_as_are_needed_and_none_that_the_policy_would_keep(
     nbytes = [row[3] for row in rows]
     assert sum(nbytes[place] for place in chosen) >= min(need, sum(nbytes))
 
-    order = reference(rows, policy)
+    ranked = reference(rows, policy)
+    drift = {place: row[5] if row[5] > TERMS.drift_limit else 0.0 for place, row in enumerate(rows)}
+    order = sorted(ranked, key=lambda place: -drift[place])  # divergent entries go first under every policy
     prefix: list[int] = []
     while order and sum(nbytes[place] for place in prefix) < need:
         prefix.append(order.pop(0))

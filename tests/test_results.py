@@ -27,13 +27,15 @@ class Answer:
     layer: str | None = None
     source: str | None = None
     similarity: float | None = None
+    consensus: float | None = None
+    audited: bool = False
 
 
 def answers(count: int, width: int = WIDTH) -> list[Answer]:
     outputs = np.random.default_rng(3).standard_normal((count, width)).astype(np.float32)
     found = [Answer(f"dé{i}\u2028", outputs[i]) for i in range(count)]
     for i in range(1, count, 3):
-        found[i] = Answer(f"d{i}", outputs[i], "near", "output", "dé0\u2028", 0.984375)
+        found[i] = Answer(f"d{i}", outputs[i], "near", "output", "dé0\u2028", 0.984375, 0.5, i % 2 == 0)
     return found
 
 
@@ -82,6 +84,8 @@ def test_parquet_has_the_columns_promised(tmp_path: Path) -> None:
         "layer": "string",
         "source": "string",
         "similarity": "float",
+        "consensus": "float",
+        "audited": "bool",
     }
     assert file.metadata.num_row_groups == 2
     columns = [file.metadata.row_group(0).column(i) for i in range(6)]
