@@ -17,6 +17,8 @@ app = typer.Typer(
 app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)
+app.command(name="reuse")(bench_near.reusing)
+app.command()(bench_near.rivals)
 app.command(name="guard")(bench_near.guarded)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"

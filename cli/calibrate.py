@@ -21,16 +21,31 @@ def calibrate(
         typer.Argument(help="Documents the store does not know; without any, its own entries, each against others."),
     ] = None,
     drift: Annotated[
-        str, typer.Option(help="label (of --head), cosine, beyond (1 - cosine above --limit) or kl.")
+        str,
+        typer.Option(
+            help="label (of --head), accuracy (of --head, by --truth), cosine, beyond (1 - cosine above --limit) or kl."
+        ),
     ] = "beyond",
     limit: Annotated[float | None, typer.Option(help="For beyond: 1 - cosine that counts, 0.05; for kl: nats.")] = None,
     head: Annotated[
         Path | None, typer.Option(help="For label: .npz with weights [classes, width] and offset [classes].")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="With which the bound holds.")] = 0.95,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="For accuracy: the head's right answer to each document of the sample, a number per line."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="With which the bound holds; 0 takes the drift as measured, without a bound.")
+    ] = 0.95,
     guard: Annotated[
         bool, typer.Option(help="Refuse matches whose numbers, dates, identifiers, quotations or negations differ.")
     ] = True,
+    guard_kinds: Annotated[
+        str | None, typer.Option(help="Only these kinds of fields, such as number,date,identifier,quoted,negation.")
+    ] = None,
+    guard_pattern: Annotated[
+        str, typer.Option(help="A regular expression for fields of your own that have to be the same.")
+    ] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw the curve into this image (needs matplotlib).")] = None,
     namespace: options.Namespace = "default",
     text_field: options.TextField = "text",
@@ -47,16 +62,19 @@ def calibrate(
     """
     from llmcache.cache import LLMCache
     from llmcache.calibrating import DriftKind
-    from llmcache.heads import head_from_file
+    from llmcache.heads import answers_from_file, head_from_file
 
     printing.quiet()
     reading = Reading()
+    right = None if truth is None else answers_from_file(truth)
     documents = Sources(sample, text_field, id_field, unit).documents(reading) if sample else None
     decides, kind = head_from_file(head) if head is not None else None, cast(DriftKind, drift)
     access = options.Access(secret_file, key_file, key_variable).keywords()
     with LLMCache.open(store, namespace=namespace, **access) as cache:
         found = cache.calibrate(
-            documents, budget=budget, drift=kind, head=decides, limit=limit, confidence=confidence, guard=guard
+            documents, budget=budget, drift=kind, head=decides, truth=right, limit=limit,
+            confidence=confidence or None, guard_pattern=guard_pattern,
+            guard=tuple(guard_kinds.replace(",", " ").split()) if guard and guard_kinds else guard,
         )  # fmt: skip
     if plot is not None:
         from llmcache.plotting import curve

@@ -29,4 +29,20 @@ def explain(
     if json:
         printing.as_json(found.as_dict())
         return
-    printing.facts((name, value) for name, value in found.as_dict().items() if value is not None)
+    if found.neighbours:
+        printing.table(
+            ["similarity", "entry", "text"],
+            [[f"{one.similarity:.4f}", one.source, one.text[:80]] for one in found.neighbours],
+        )
+    printing.facts(
+        [
+            ("tier", found.tier),
+            ("because", found.why),
+            *((f"gate: {name}", "open" if passed else "closed") for name, passed in found.gates),
+            *(
+                (name, value)
+                for name in ("consensus", "score", "threshold")
+                if (value := getattr(found, name)) is not None
+            ),
+        ]
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from llmcache.cli import options, printing
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters, layer_counters, statistics
@@ -21,9 +23,7 @@ def stats(
     finally:
         opened.close()
     if json:
-        printing.as_json(
-            {"generation": found.generation, "lifetime": found.lifetime, "banks": found.as_dict()["banks"]}
-        )
+        printing.as_json({name: found.as_dict()[name] for name in ("generation", "lifetime", "banks", "near")})
         return
     life = found.lifetime
     asked = life["documents"]
@@ -45,6 +45,45 @@ def stats(
                 for name, one in layers.items()
             ],
         )  # fmt: skip
+    if found.near:
+        printing.table(
+            [
+                "near reuse of",
+                "",
+                "drift of",
+                "budget, all",
+                "bound",
+                "budget, hits",
+                "bound",
+                "audits",
+                "audited",
+                "s saved",
+                "look-up s",
+                "audit s",
+                "net s",
+            ],
+            [
+                [
+                    one.namespace,
+                    one.state,
+                    one.drift,
+                    f"{one.budget:.3%}",
+                    f"{one.bound:.3%}",
+                    f"{one.budget_of_hits:.2%}",
+                    f"{one.bound_of_hits:.2%}",
+                    one.audits,
+                    f"{one.audited_drift:.2%}",
+                    one.saved,
+                    one.look_up,
+                    one.audit,
+                    one.net,
+                ]
+                for one in found.near
+            ],
+        )
+        for one in found.near:
+            if one.why:
+                typer.echo(f"near reuse of {one.namespace}: {one.why}")
     printing.facts(
         [
             ("documents asked", int(asked)),

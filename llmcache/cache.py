@@ -278,6 +278,7 @@ class LLMCache:
         confidence: float | None = 0.95,
         guard: bool | Collection[str] = True,
         guard_pattern: str = "",
+        seed: int = 0,
     ) -> Calibration:
         """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
 
@@ -293,6 +294,7 @@ class LLMCache:
         truth: right answers of the sample, whose documents may then also be in the cache.
         guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
             kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields.
+        seed: of the folds.
         The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
         ConfigError: settings that cannot work, or too few entries or documents.
         """
@@ -317,7 +319,7 @@ class LLMCache:
             found = near.calibrate(
                 None if documents is None else known, commit=self.commit, truth=right, budget=budget, drift=drift,
                 head=head, limit=limit, confidence=confidence, guarded=bool(guard), pattern=guard_pattern,
-                kinds=KINDS if isinstance(guard, bool) else tuple(guard),
+                kinds=KINDS if isinstance(guard, bool) else tuple(guard), seed=seed,
             )  # fmt: skip
             self._near = near
             return found
@@ -490,7 +492,13 @@ class LLMCache:
         """What was reused and what it saved, since this opening, and what the store holds; at the end, when closed."""
         if self._last is not None:
             return self._last
-        return statistics(self._store, self._counters, index=self._bank.near.kind if self._encoding else None)
+        reuse, now = self._encoding.reuse if self._encoding else None, {}
+        if reuse is not None:
+            now[self.namespace] = ("off", reuse.off) if reuse.off else ("aside", reuse.stands_aside)
+            if not now[self.namespace][1]:
+                now[self.namespace] = ("on", reuse.shifted)
+        index = self._bank.near.kind if self._encoding else None
+        return statistics(self._store, self._counters, index, now)
 
     def close(self) -> None:
         """Commit and close. Closing twice is fine."""

@@ -2,63 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmcache.execution import Execution
 from llmcache.fingerprint import features
+from llmcache.indexes.bank import Bank
 from llmcache.matching import exact_by_tokens
-from llmcache.reuse import GATES, TAKEN, Decode
+from llmcache.reuse import ALONE, GATES, GUARDED, LOW, QUARANTINED, TAKEN, Decode, Reuse
+
+SHOWN = 5
+"""Neighbours that are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """An entry near to the text. source: its id or key; text: its tokens as text; similarity: of the fingerprints."""
+
+    source: str
+    text: str
+    similarity: float
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """tier: "exact", "near" or "miss". why: what decided. source: of the entry at hand, its id or key; text: its tokens
-    as text. similarity: of the fingerprints; consensus: of the neighbours' outputs; score and threshold: of the gate;
-    None where they were not asked.
+    """tier: "exact", "near" or "miss". why: what decided. neighbours: nearest first; of an exact hit the entry itself.
+    consensus: of the neighbours' outputs; score and threshold: of the gate; None where they were not asked.
+    gates: each that was asked, in order, and whether it let the match through.
     """
 
     tier: str
     why: str
-    source: str | None = None
-    text: str | None = None
-    similarity: float | None = None
+    neighbours: tuple[Neighbour, ...] = ()
     consensus: float | None = None
     score: float | None = None
     threshold: float | None = None
+    gates: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def similarity(self) -> float | None:
+        """Of the nearest entry; None without one."""
+        return self.neighbours[0].similarity if self.neighbours else None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "similarity": self.similarity}
 
 
 def explain(execution: Execution, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
     """Look a text up as a call would, without computing or storing anything."""
-    bank = execution.bank
+    bank, config, reuse = execution.bank, execution.config, execution.reuse
     by_text, by_tokens, tokens = execution.keys_of(text, prompt, role)
     for why, row in (
         ("the same text is stored", int(bank.find_text(by_text)[0])),
         ("the same token ids are stored", int(exact_by_tokens(bank, by_tokens, tokens.ids)[0])),
     ):
         if row >= 0:
-            return Explanation("exact", why, bank.source(row) or bank.key(row), decode([bank.tokens(row)])[0], 1.0)
-    if execution.reuse is None:
-        return Explanation("miss", "near reuse was not calibrated; see `llmcache calibrate`")
-    raw = features(execution.embedding, tokens.ids, execution.config.fingerprint)
-    near = execution.reuse.look_up(raw, tokens.ids)
-    gate, row = int(near.gate[0]), int(near.rows[0])
-    tier = "near" if gate == TAKEN and not execution.reuse.off else "miss"
-    why = "the gate lets it through" if gate == TAKEN else GATES[gate]
+            return Explanation("exact", why, _named(bank, [row], [1.0], decode))
+    raw = features(execution.embedding, tokens.ids, config.fingerprint)
+    if reuse is not None:
+        return _calibrated(bank, reuse, raw, tokens.ids, decode)
+    rows, similarity = (one[0] for one in bank.nearest(raw, SHOWN))
+    found = _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
+    if config.tau is None or config.reuse == "exact":
+        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", found)
+    near = bool(found) and found[0].similarity >= config.tau
+    why = f"the nearest entry is {'at' if near else 'below'} tau {config.tau:g}" + (" or above" if near else "")
+    return Explanation("near" if near else "miss", why, found, None, None, config.tau, (("tau", near),))
+
+
+def _calibrated(
+    bank: Bank, reuse: Reuse, raw: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]], decode: Decode
+) -> Explanation:
+    near = reuse.look_up(raw, tokens)
+    rows, similarity = (one[0, :SHOWN] for one in reuse.neighbours(raw, tokens))
+    gate, threshold, score = int(near.gate[0]), reuse.audits.threshold, float(near.score[0])
+    decided = {ALONE: 1, LOW: 2, QUARANTINED: 3, GUARDED: 4, TAKEN: 5}[gate]
+    names = ("a neighbour", "score", "quarantine", "guard")
+    asked = [(name, decided > place) for place, name in enumerate(names, 1) if decided >= place]
+    why = "every gate lets it through" if gate == TAKEN else GATES[gate]
     if near.kinds[0] is not None:
         why = f"the guard: they differ in {near.kinds[0]}"
     return Explanation(
-        tier=tier,
-        why=execution.reuse.off or why,
-        source=bank.source(row) or bank.key(row),
-        text=decode([bank.tokens(row)])[0],
-        similarity=float(near.similarity[0]),
+        tier="near" if gate == TAKEN and not reuse.off else "miss",
+        why=reuse.off or why,
+        neighbours=_named(bank, rows.tolist(), similarity.tolist(), decode),
         consensus=float(near.consensus[0]),
-        score=float(near.score[0]) if np.isfinite(near.score[0]) else None,
-        threshold=float(threshold) if np.isfinite(threshold := execution.reuse.audits.threshold) else None,
+        score=score if np.isfinite(score) else None,
+        threshold=threshold if np.isfinite(threshold) else None,
+        gates=tuple(asked),
+    )
+
+
+def _named(bank: Bank, rows: Sequence[int], similarity: Sequence[float], decode: Decode) -> tuple[Neighbour, ...]:
+    texts = decode([bank.tokens(row) for row in rows])
+    return tuple(
+        Neighbour(bank.source(row) or bank.key(row), text, near)
+        for row, text, near in zip(rows, texts, similarity, strict=True)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
@@ -173,3 +174,14 @@ def head_from_file(path: Path) -> Boundary:
             f"{path} has weights {weights.shape} and offset {offset.shape}, not [classes, width], [classes]"
         )
     return Boundary(weights, offset)
+
+
+def answers_from_file(path: Path) -> NDArray[np.int64]:
+    """Right answers of a head, the number of a class per line, int64 [n]. ConfigError when it is something else."""
+    try:
+        lines = path.read_text("utf-8").split()
+        return np.array([int(line) for line in lines], np.int64)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} holds no right answers: {error}; write the number of a class per document, one on each line"
+        ) from None

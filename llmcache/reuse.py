@@ -175,6 +175,14 @@ class Reuse:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
         return Near(found.results, rows, found.similarity, found.evidence[:, _CONSENSUS], score, gate, kinds)
 
+    def neighbours(
+        self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
+        asked = Entries(half(features), np.zeros((len(features), 0), np.float32), tokens)
+        *_, similarity, places = self.refresh().neighbours(asked)
+        return self._rows[places], similarity
+
     def watch(self, similarity: NDArray[np.float32]) -> None:
         """Take note of how near live documents are to the entries: whether they are like the calibration sample."""
         if self._traffic is None or self.shifted:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
+from llmcache.nearness import NearReport, near_reports
 
 
 @dataclass(slots=True)
@@ -112,13 +113,16 @@ class BankStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included."""
+    """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included.
+    near: of every namespace whose near reuse is calibrated.
+    """
 
     generation: int
     counters: Counters
     lifetime: dict[str, float]
     banks: list[BankStatistics] = field(default_factory=list)
     index: str | None = None
+    near: list[NearReport] = field(default_factory=list)
 
     @property
     def hit_rate(self) -> float:
@@ -131,7 +135,8 @@ class Statistics:
         return self.counters.saved_seconds - self.counters.overhead_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}
+        near = [one.as_dict() for one in self.near]
+        return {**asdict(self), "near": near, "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}
 
 
 def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -142,8 +147,13 @@ def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]
     return {name: {one: lifetime.get(f"{name}.{one}", 0) for one in known} for name in ordered}
 
 
-def statistics(store: Store, counters: Counters, index: str | None = None) -> Statistics:
-    """Statistics of an open store."""
+def statistics(
+    store: Store,
+    counters: Counters,
+    index: str | None = None,
+    near_now: Mapping[str, tuple[str, str]] | None = None,
+) -> Statistics:
+    """Statistics of an open store. near_now: state of near reuse and the reason, by namespace, where it is known."""
     lifetime = store.counters(without=store.writer)
     for name, value in counters.as_dict().items():
         lifetime[name] = lifetime.get(name, 0) + value
@@ -152,7 +162,8 @@ def statistics(store: Store, counters: Counters, index: str | None = None) -> St
         for namespace, space in sorted(store.manifest.namespaces.items())
         for layer, facts in sorted(space.banks.items())
     ]
-    return Statistics(store.manifest.generation, counters, lifetime, banks, index)
+    near = near_reports(store, lifetime, near_now)
+    return Statistics(store.manifest.generation, counters, lifetime, banks, index, near)
 
 
 def _bank(namespace: str, layer: str, facts: BankFacts) -> BankStatistics:

@@ -37,7 +37,7 @@ def test_every_method_is_measured_on_documents_that_nothing_was_fitted_on() -> N
         "corrected, consensus",
         "corrected, gate without head",
         "corrected, gate",
-        "corrected, point estimate",
+        "corrected, accuracy drop",
         "plain, consensus",
     }
     means = {(one["method"], one["drift_is"]): one for one in summary(rows)}

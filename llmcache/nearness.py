@@ -1,0 +1,89 @@
+"""What calibrated near reuse promised and what came of it, for `stats`. Needs neither torch nor FAISS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmcache.indexes.store import Store
+
+_ENOUGH = 200
+"""Documents looked up, from which on it is worth saying that none was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class NearReport:
+    """One namespace's near reuse. Shares are in [0, 1], times in seconds.
+
+    state: "on", "off", or "aside" (it costs more than it saves). why: what is to be said about that, "" for nothing.
+    drift: what is measured. budget: of all results; budget_of_hits: what that leaves to the near hits at the share of
+    hits calibrated. bound, bound_of_hits: what calibration made certain. asked: documents looked up by openings of this
+    store; hits. audits, audited_drift: how many, and their mean. saved, look_up, audit: seconds; net: what is left.
+    """
+
+    namespace: str
+    state: str
+    why: str
+    drift: str
+    budget: float
+    budget_of_hits: float
+    bound: float
+    bound_of_hits: float
+    asked: int
+    hits: int
+    audits: int
+    audited_drift: float
+    saved: float
+    look_up: float
+    audit: float
+
+    @property
+    def net(self) -> float:
+        """Seconds saved, less look-ups and audits."""
+        return self.saved - self.look_up - self.audit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "net": self.net}
+
+
+def near_reports(
+    store: Store, lifetime: Mapping[str, float], off: Mapping[str, tuple[str, str]] | None = None
+) -> list[NearReport]:
+    """Of every namespace that is calibrated. off: state and reason of those that are open, where they are not on.
+
+    The counters are those of the whole store: where several namespaces are calibrated, of all of them.
+    """
+    found = []
+    for namespace, space in sorted(store.manifest.namespaces.items()):
+        raw = space.config.get("calibration")
+        if isinstance(raw, Mapping):
+            found.append(_report(namespace, raw, lifetime, (off or {}).get(namespace)))
+    return found
+
+
+def _report(
+    namespace: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], now: tuple[str, str] | None
+) -> NearReport:
+    asked, hits, audits = (int(lifetime.get(name, 0)) for name in ("near_asked", "near", "audits"))
+    seconds = [float(lifetime.get(name, 0)) for name in ("near_saved_seconds", "near_seconds", "audit_seconds")]
+    state, why = now or _state(raw)
+    if state == "on" and asked >= _ENOUGH and not hits + audits:
+        why = f"enabled and no hits: none of {asked:,} documents had a neighbour that could be trusted"
+    elif state == "on" and asked >= _ENOUGH and seconds[0] < seconds[1] + seconds[2]:
+        why = "it has cost more than it has saved so far"
+    share = float(raw.get("hits", 0))
+    return NearReport(
+        namespace, state, why, str(raw.get("drift", "")), float(raw.get("budget", 0)),
+        min(1.0, float(raw.get("budget", 0)) / share) if share else 0.0, float(raw.get("bound", 0)),
+        float(raw.get("bound_of_hits", 0)), asked, hits, audits,
+        float(lifetime.get("audited_drift", 0)) / audits if audits else 0.0, *seconds,
+    )  # fmt: skip
+
+
+def _state(raw: Mapping[str, Any]) -> tuple[str, str]:
+    kept = raw.get("kept")
+    stopped = str(kept.get("stopped", "")) if isinstance(kept, Mapping) else ""
+    if raw.get("threshold") is None:
+        return "off", str(raw.get("reason", ""))
+    return ("off", stopped) if stopped else ("on", "")
