@@ -256,6 +256,10 @@ class Bank:
         """Id of the document that made a row; empty when it cannot be read."""
         return self.pieces.source(row)
 
+    def keys(self, rows: Rows) -> Keys:
+        """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
+        return self.pieces.keys(rows)
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         return self.pieces.key(row)

@@ -141,6 +141,14 @@ class Pieces:
             log.warning("%s: the sources of its rows are not known", error)
             return ""
 
+    def keys(self, rows: Rows) -> NDArray[np.uint64]:
+        """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
+        found = np.zeros((len(rows), 2), np.uint64)
+        for piece, chosen, local in self.groups(rows):
+            if not isinstance(piece, Gone):
+                found[chosen] = (piece.keys if isinstance(piece, Entries) else piece.rows["key"])[local]
+        return found
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self.at(row)

@@ -212,6 +212,19 @@ class Store:
 
         self.publish(change)
 
+    def drop(self, namespace: str, name: str) -> None:
+        """Remove a bank that is derived from others; a commit of its own. Its files are left to gc."""
+
+        def change(base: Manifest) -> Manifest:
+            space = base.namespaces.get(namespace)
+            if space is None or name not in space.banks:
+                return base
+            banks = {other: facts for other, facts in space.banks.items() if other != name}
+            return replace(base, namespaces={**base.namespaces, namespace: replace(space, banks=banks)})
+
+        self.publish(change)
+        self._banks.pop((namespace, name), None)
+
     @property
     def signs(self) -> bool:
         """Whether commits are signed; rows then need checksums that cannot be forged."""

@@ -41,6 +41,7 @@ from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.near import NearReuse
 from llmcache.pipeline import Result, Source, results, text_of
 from llmcache.prompts import ROLES, resolve
+from llmcache.reuse import Reuse
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.weights import Weights
@@ -87,8 +88,7 @@ class LLMCache:
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
             self._near = NearReuse(store, namespace, config, bank, self._decoded, drift)
-            if store.trust != "untrusted" and config.tau is None and config.reuse == "deepest":
-                self._encoding.reuse = self._near.saved()
+            self._encoding.reuse = self._calibrated()
         self._opened = True
         self._last: Statistics | None = None
 
@@ -302,6 +302,10 @@ class LLMCache:
         check(budget, confidence)
         execution, documents = self._execution, list(sample) if sample is not None else None
         given = None if truth is None else np.asarray(list(truth))
+        if drift == "accuracy" and given is None:
+            raise ConfigError(
+                'drift="accuracy" needs the right answers of a sample; give truth=, one for each document'
+            )
         if given is not None and len(given) != len(documents or ()):
             raise ConfigError(
                 f"{len(given)} right answers for {len(documents or ())} documents of a sample; give one for each"
@@ -324,7 +328,12 @@ class LLMCache:
             self._near = near
             return found
         finally:
-            execution.reuse = self._near.saved()
+            execution.reuse = self._calibrated()
+
+    def _calibrated(self) -> Reuse | None:
+        """Near reuse as it is saved with the store, where this opening may use it."""
+        usable = self._store.trust != "untrusted" and self.config.tau is None and self.config.reuse == "deepest"
+        return self._near.saved() if usable else None
 
     @property
     def calibration(self) -> Calibration | None:

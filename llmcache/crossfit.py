@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, unit_norm, units
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
+from llmcache.indexes.neighbours import half
 from llmcache.indexes.vectors import VectorIndex
 from llmcache.predictor import LEAST, Predictor, fit
 
@@ -67,13 +68,25 @@ class Found:
     evidence: Floats = field(repr=False)
 
 
+def rounded(predictions: Floats) -> Floats:
+    """As they are kept: to float16, and float32 again."""
+    return half(predictions).astype(np.float32)
+
+
 class Memory:
     """Entries, a predictor fitted to them, and an index over their fingerprints."""
 
-    def __init__(self, entries: Entries, predictor: Predictor, voting: Voting, kind: str = "flat") -> None:
-        """kind: of the index."""
+    def __init__(
+        self,
+        entries: Entries,
+        predictor: Predictor,
+        voting: Voting,
+        kind: str = "flat",
+        predictions: Floats | None = None,
+    ) -> None:
+        """kind: of the index. predictions: of the entries, `rounded`, where they are known."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
-        self._predictions = predictor(entries.features)
+        self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         self._units = units(self._predictions)
         self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind)
         self._unit = unit_norm(entries.outputs)

@@ -13,6 +13,7 @@ from llmcache import fitted as fitting
 from llmcache.calibrating import Calibration, Fitted, Truth, calibrated
 from llmcache.config import CacheConfig
 from llmcache.crossfit import Entries
+from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
@@ -48,7 +49,8 @@ class NearReuse:
         try:
             place, kept = raw.pop("fitted"), raw.pop("kept", None)
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
-            return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift)
+            distilled = self._distilled(place)
+            return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift, distilled)
         except (ConfigError, KeyError) as error:
             log.warning("near reuse is off: %s", error)
             return None
@@ -87,11 +89,16 @@ class NearReuse:
 
     def save(
         self, found: Calibration, fitted: Fitted, kept: Mapping[str, Any] | None, commit: Callable[[], None]
-    ) -> None:
-        """Write a calibration with the settings of the namespace. kept: what audits have found since."""
+    ) -> Mapping[str, Any]:
+        """Write a calibration with the settings of the namespace; returns where its numbers are.
+
+        kept: what audits have found since.
+        """
         place = fitting.put(self._fitted(), fitted)
         commit()
+        self._distilled(place).drop_others()
         self._declare({**found.to_json(), "fitted": place, **({"kept": kept} if kept else {})})
+        return place
 
     def keep(self, reuse: Reuse, commit: Callable[[], None]) -> None:
         """Save what has changed in near reuse while it ran: what audits have found, or a newer calibration.
@@ -106,12 +113,17 @@ class NearReuse:
         if all(raw.get(name) == calibration[name] for name in ("threshold", "entries", "budget")):
             self._declare({**raw, "kept": reuse.state()})
         elif raw.get("entries", 0) <= reuse.calibration.entries:
-            self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
+            place = self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
+            reuse.distilled = self._distilled(place)
 
     def _declare(self, calibration: Mapping[str, Any]) -> None:
         space = self._store.namespace(self._namespace)
         assert space is not None
         self._store.declare(self._namespace, space.identity, {**space.config, _SETTING: calibration})
+
+    def _distilled(self, place: Mapping[str, Any]) -> Distilled:
+        # under a budget entries are worth more than what can be predicted from them
+        return Distilled(self._store, self._namespace, place["key"][:16], self._config.max_bytes is None)
 
     def _fitted(self) -> Bank:
         return self._store.bank(self._namespace, fitting.BANK, lambda: fitting.FACTS, self._config.near)

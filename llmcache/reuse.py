@@ -18,6 +18,7 @@ from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
 from llmcache.correction import EVIDENCE
 from llmcache.crossfit import Entries, Memory
+from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
@@ -89,9 +90,13 @@ class Reuse:
         config: CacheConfig,
         kept: Mapping[str, Any] | None = None,
         drift: Drift | None = None,
+        distilled: Distilled | None = None,
     ) -> None:
-        """kept: a `state` to go on from. drift: the user's own function, for a calibration that was made by one."""
+        """kept: a `state` to go on from. drift: the user's own function, for a calibration that was made by one.
+        distilled: predictions of the entries, where they are kept.
+        """
         self._bank, self._decode, self._config, self._own = bank, decode, config, drift
+        self.distilled = distilled
         self.balance = Balance()
         self.changed = False
         """Whether there is something to save: audits, or another calibration."""
@@ -145,7 +150,10 @@ class Reuse:
         """The entries to find neighbours among; taken again when the bank has doubled."""
         if self._memory is None or len(self._bank) > 2 * max(1, len(self._rows)):
             self._rows, entries = entries_of(self._bank)
-            self._memory = Memory(entries, self.fitted.predictor, self.calibration.voting)
+            predictor, known = self.fitted.predictor, None
+            if self.distilled is not None:
+                known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
+            self._memory = Memory(entries, predictor, self.calibration.voting, predictions=known)
             self._divergent = self._bank.divergent(WORST)
         return self._memory
 
@@ -253,5 +261,6 @@ class Reuse:
         self._refitting = None
         calibration, fitted = found
         log.info("near reuse was calibrated again on %d entries: %s", calibration.entries, calibration.reason)
+        self.distilled = None  # of the predictor before
         self._begin(calibration, fitted)
         self.changed = True

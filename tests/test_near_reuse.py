@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
-from tests.conftest import Command
+from tests.conftest import DATA, Command
 
 KNOWN, ASKED = 700, 200
 
@@ -197,6 +197,190 @@ def test_a_sample_that_breaks_off_leaves_the_calibration_as_it_was(
             cache.calibrate(broken(), budget=0.1, drift="beyond")
         assert cache.calibration == found
         assert cache.near_is_off == ""
+
+
+def test_an_entry_that_led_astray_is_in_quarantine_until_a_recomputation_agrees(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    asked = asks[KNOWN : KNOWN + ASKED]
+    quiet = CacheConfig(audit_share=0, recalibrate=False)
+    with LLMCache.open(known, model, config=quiet) as cache:
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        hit = next(one for one in cache.run(asked) if one.tier == "near")
+    text = asked[int(hit.id)]
+    with LLMCache.open(known, model, config=quiet) as cache:
+        assert cache.explain(text).tier == "near"
+        reuse: Any = cache._execution.reuse
+        row = int(reuse.look_up(*_of(cache, text)).rows[0])
+        reuse._bank.audit(np.array([row]), np.array([1.0], np.float32))
+    with LLMCache.open(known, model, config=quiet) as cache:  # another opening reads what was audited
+        told = cache.explain(text)
+        assert told.tier == "miss"
+        assert "quarantine" in told.why
+        assert ("quarantine", False) in told.gates
+        (again,) = cache.run([text])
+        assert (again.tier, again.audited) == ("miss", True)
+        assert again.output == pytest.approx(np.asarray(model.encode([text]))[0], abs=1e-5)
+        reuse = cache._execution.reuse
+        reuse.refresh()
+        assert row not in reuse._divergent.tolist(), "the recomputation agreed"
+        assert reuse.audits.bounds[0].count == 0, "it was not drawn by chance and says nothing about the others"
+
+
+def _of(cache: LLMCache, text: str) -> Any:
+    from llmcache.fingerprint import features
+
+    execution = cache._execution
+    tokens = execution.keys_of(text, None, None)[2]
+    return features(execution.embedding, tokens.ids, "mean"), tokens.ids
+
+
+def test_what_audits_found_is_kept_between_openings_until_somebody_calibrates_again(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=1.0, recalibrate=False)) as cache:
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        reuse: Any = cache._execution.reuse
+        reuse.audits.observe(100, np.full(50, 1e9), np.full(50, 1e9), np.ones(50))
+        reuse._tighten("for the test")
+        reuse.changed = True
+    with LLMCache.open(known, model) as cache:
+        assert "calibrate again" in cache.near_is_off
+        assert (cache.stats().near[0].state, cache.stats().near[0].why) == ("off", cache.near_is_off)
+        assert {one.tier for one in cache.run(asks[KNOWN : KNOWN + 50])} == {"miss"}
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        assert cache.near_is_off == ""
+        assert cache.stats().near[0].state == "on"
+
+
+def test_a_budget_of_accuracy_is_kept_by_the_right_answers(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    from sklearn.cluster import KMeans
+    from sklearn.linear_model import LogisticRegression
+
+    outputs = np.asarray(model.encode(asks[: KNOWN + ASKED]))
+    answers = KMeans(5, n_init=1, random_state=0).fit(outputs[:KNOWN]).predict(outputs)
+    head = LogisticRegression(max_iter=200).fit(outputs[:KNOWN], answers[:KNOWN])
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=0.5)) as cache:
+        found = cache.calibrate(
+            asks[:KNOWN], truth=answers[:KNOWN], budget=0.03, drift="accuracy", head=head, confidence=None
+        )
+        assert found.threshold is not None
+        assert found.tolerated > found.expected, "audits count every change, also for the better"
+        results = list(cache.run(asks[KNOWN : KNOWN + ASKED]))
+        near = np.array([one.tier == "near" for one in results])
+        assert near.mean() > 0.2
+        given = head.predict(np.array([one.output for one in results]))
+        drop = np.mean(head.predict(outputs[KNOWN:]) == answers[KNOWN:]) - np.mean(given == answers[KNOWN:])
+        assert drop <= 0.03 + 2 * np.sqrt(0.03 / ASKED), "within what chance allows so few documents"
+        for wrong, part in (({"truth": answers[:3]}, "3 right answers for"), ({}, "needs the right answers")):
+            with pytest.raises(ConfigError, match=part):
+                cache.calibrate(asks[:KNOWN], budget=0.03, drift="accuracy", head=head, **wrong)
+
+
+def test_a_function_of_ones_own_decides_and_has_to_be_given_again(
+    model: SentenceTransformer, known: Path, asks: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def far(computed: Any, reused: Any) -> Any:
+        return (np.abs(computed - reused).max(axis=1) > 0.1).astype(float)
+
+    with LLMCache.open(known, model) as cache:
+        found = cache.calibrate(budget=0.05, drift=far)
+        assert (found.drift, found.threshold is not None) == ("own", True)
+    with LLMCache.open(known, model, drift=far, config=CacheConfig(audit_share=0)) as cache:
+        true = np.asarray(model.encode(asks[KNOWN : KNOWN + ASKED]))
+        results = list(cache.run(asks[KNOWN : KNOWN + ASKED]))
+        near = np.array([one.tier == "near" for one in results])
+        assert near.any()
+        assert far(true, np.array([one.output for one in results]))[near].sum() / ASKED <= 0.05
+    with caplog.at_level(logging.WARNING, "llmcache"), LLMCache.open(known, model) as cache:
+        assert cache.calibration is None
+    assert "give it with drift=" in caplog.text
+
+
+def test_a_cache_that_has_doubled_is_calibrated_again_in_the_background(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    more = asks[KNOWN : 2 * KNOWN]
+    with LLMCache.open(known, model, config=CacheConfig(reuse="exact")) as cache:
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        first = saved(cache)
+        cache.encode(more)
+    with LLMCache.open(known, model) as cache:
+        assert cache.calibration is not None
+        assert cache.calibration.entries == KNOWN
+        list(cache.run(asks[2 * KNOWN : 2 * KNOWN + 20]))
+        reuse: Any = cache._execution.reuse
+        reuse._refitting.wait()
+        list(cache.run(asks[2 * KNOWN + 20 : 2 * KNOWN + 40]))
+        assert cache.calibration.entries >= 2 * KNOWN
+        assert cache.calibration.budget == 0.05
+        newer = cache.calibration
+    with LLMCache.open(known, model) as cache:
+        assert cache.calibration == newer
+        assert saved(cache)["fitted"] != first["fitted"], "it has another version"
+
+
+def saved(cache: LLMCache) -> Any:
+    return cache._store.manifest.namespaces["default"].config["calibration"]
+
+
+def test_predictions_are_kept_with_the_store_and_those_of_an_older_version_are_not(
+    model: SentenceTransformer, known: Path, asks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcache.predictor import Predictor
+
+    asked = asks[KNOWN : KNOWN + 60]
+    predict, rows = Predictor.__call__, []
+
+    def counted(self: Predictor, features: Any) -> Any:
+        rows.append(len(features))
+        return predict(self, features)
+
+    quiet = CacheConfig(audit_share=0, recalibrate=False)
+    with LLMCache.open(known, model, config=quiet) as cache:
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.25)
+        old = [cache.explain(text).as_dict() for text in asked[:20]]
+    with LLMCache.open(known, model, config=quiet) as cache:
+        monkeypatch.setattr(Predictor, "__call__", counted)
+        assert [cache.explain(text).as_dict() for text in asked[:20]] == old
+        assert max(rows) == 1, "only what is asked is predicted"
+        banks = {one.layer for one in cache.stats().banks if one.layer.startswith("distilled-")}
+        assert len(banks) == 1
+        cache.encode(asked)
+        cache.calibrate(budget=0.05, drift="beyond", limit=0.3)
+        cache.explain("Is my new card on its way to me?")
+    with LLMCache.open(known, model) as cache:
+        new = {one.layer for one in cache.stats().banks if one.layer.startswith("distilled-")}
+        assert len(new) == 1
+        assert not new & banks
+
+
+def test_documents_unlike_those_it_was_calibrated_on_are_noticed_and_the_budget_is_still_kept(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    path = DATA / "cls-snips" / "train.tsv"
+    if not path.exists():
+        pytest.skip(f"SNIPS is not at {path}; set LLMCACHE_DATA to the folder that holds cls-snips")
+    others = [line.partition("\t")[2] for line in path.read_text("utf-8").splitlines()]
+    random = np.random.default_rng(0)
+    mixed = [*asks[KNOWN : KNOWN + 1000], *random.choice(others, 1000, replace=False).tolist()]
+    mixed = [mixed[i] for i in random.permutation(2000)]
+    with LLMCache.open(known, model, config=CacheConfig(recalibrate=False)) as cache:
+        budget = 0.02
+        assert cache.calibrate(budget=budget, drift="beyond", limit=0.25).threshold is not None
+        true, noticed, beyond = np.asarray(model.encode(mixed)), None, 0
+        for start in range(0, 2000, 250):
+            results = list(cache.run(mixed[start : start + 250]))
+            for place, one in enumerate(results, start):
+                beyond += one.tier == "near" and 1 - float(one.output @ true[place]) > 0.25
+            if noticed is None and cache.stats().near[0].why:
+                noticed = start + 250
+        assert noticed is not None
+        assert noticed < 2000
+        assert beyond / 2000 <= 2 * budget
+        assert "less similar" in cache.stats().near[0].why or cache.near_is_off
 
 
 def test_calibrate_and_explain_on_the_command_line(
