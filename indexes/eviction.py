@@ -54,6 +54,10 @@ class Candidates:
     places: list[tuple[str, str, SegmentFacts]]
 
 
+KEPT = ("fitted",)
+"""Banks that no budget touches: a few numbers of one calibration, without which all of it is void."""
+
+
 def current(folder: Folder) -> Manifest:
     """The manifest that the store is now; an empty one where nothing was ever committed."""
     listed = generations(folder)
@@ -61,13 +65,13 @@ def current(folder: Folder) -> Manifest:
 
 
 def candidates(folder: Folder, manifest: Manifest) -> Candidates:
-    """Every live row of every segment that can be read, with what is known of its use."""
+    """Every live row of every segment that can be read, with what is known of its use; but for banks in `KEPT`."""
     uses = UseTable.of(read_uses(folder, use_files(folder)))
     places: list[tuple[str, str, SegmentFacts]] = []
     records, rows, widths, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
-            for facts in bank.segments:
+            for facts in bank.segments if name not in KEPT else ():
                 try:
                     segment = Segment.open(folder, facts)
                 except (SnapshotDamaged, OSError) as error:
