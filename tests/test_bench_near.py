@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.near import (
     Labelled,
@@ -17,6 +19,8 @@ from llmcache.bench.near import (
     seconds_per_document,
     summary,
 )
+from llmcache.bench.reusing import reusing
+from llmcache.bench.rivals import rivals
 from llmcache.crossfit import Memory
 from llmcache.errors import ConfigError
 from tests.test_correction import entries
@@ -86,3 +90,37 @@ def test_labelled_texts_are_read_in_the_forms_they_come_in(tmp_path: Path) -> No
     assert (train, test) == ([("title. text", "1")] * 6, [("title. text", "1")] * 2)
     with pytest.raises(ConfigError, match="no train and test"):
         labelled_texts(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def folder(queries: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Queries with the kind of question as their label."""
+    path = tmp_path_factory.mktemp("labelled")
+    chosen = [queries[i] for i in np.random.default_rng(0).permutation(len(queries))[:900]]
+    kind = {"how": "how", "why": "why", "what": "what", "can": "can"}
+    for name, texts in (("train", chosen[:700]), ("test", chosen[700:])):
+        with (path / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "category"])
+            writer.writerows([text, kind.get(text.split()[0].lower(), "other")] for text in texts)
+    return path
+
+
+def test_a_run_end_to_end_is_compared_with_the_model_alone(model: SentenceTransformer, folder: Path) -> None:
+    (row,) = reusing(model, folder, drift="label", budget=0.05, confidence=0.9, repeats=1)
+    assert row["flips"] <= row["hits"] <= 1
+    assert row["largest_difference_of_computed"] < 1e-5, "what is computed is the model's own"
+    assert row["ratio"] > row["with_first"] > 0
+    assert len(row["ratios"]) == len(row["state"]) == 1
+
+
+def test_rules_are_compared_on_the_same_fingerprints(model: SentenceTransformer, folder: Path) -> None:
+    rows = {row["method"]: row for row in rivals(model, folder, budget=0.05)}
+    ours, guarded = rows["ours: corrected, gate"], rows["ours: corrected, gate, field guard"]
+    fixed = rows["fixed 0.8 on the same fingerprints (GPTCache's rule)"]
+    many = rows["final outputs, as many hits as ours"]
+    assert all(row["wrong"] <= row["hits"] <= row["asked"] == 200 for row in rows.values())
+    assert many["hits"] >= ours["hits"] >= 0
+    assert ours["wrong_of_all"] <= 0.05 + 0.03
+    assert guarded["wrong_of_all"] <= 0.05 + 0.03
+    assert fixed["hits"] > 0
