@@ -6,6 +6,7 @@ import typer
 
 from llmcache.cli import options, printing
 from llmcache.indexes.store import Store
+from llmcache.nearness import NearReport
 from llmcache.statistics import Counters, layer_counters, statistics
 
 
@@ -45,45 +46,8 @@ def stats(
                 for name, one in layers.items()
             ],
         )  # fmt: skip
-    if found.near:
-        printing.table(
-            [
-                "near reuse of",
-                "",
-                "drift of",
-                "budget, all",
-                "bound",
-                "budget, hits",
-                "bound",
-                "audits",
-                "audited",
-                "s saved",
-                "look-up s",
-                "audit s",
-                "net s",
-            ],
-            [
-                [
-                    one.namespace,
-                    one.state,
-                    one.drift,
-                    f"{one.budget:.3%}",
-                    f"{one.bound:.3%}",
-                    f"{one.budget_of_hits:.2%}",
-                    f"{one.bound_of_hits:.2%}",
-                    one.audits,
-                    f"{one.audited_drift:.2%}",
-                    one.saved,
-                    one.look_up,
-                    one.audit,
-                    one.net,
-                ]
-                for one in found.near
-            ],
-        )
-        for one in found.near:
-            if one.why:
-                typer.echo(f"near reuse of {one.namespace}: {one.why}")
+    for one in found.near:
+        _near(one)
     printing.facts(
         [
             ("documents asked", int(asked)),
@@ -99,6 +63,23 @@ def stats(
             ("cache seconds", life["overhead_seconds"]),
             ("seconds saved", life["saved_seconds"]),
             ("net", _net(life["saved_seconds"] - life["overhead_seconds"], asked)),
+        ]
+    )
+
+
+def _near(one: NearReport) -> None:
+    typer.echo(f"near reuse of {one.namespace}, {one.bank}: {one.state}{one.why and f' ({one.why})'}")
+    printing.facts(
+        [
+            ("drift of", one.drift),
+            ("budget, of all results", f"{one.budget:.3%}, calibrated bound {one.bound:.3%}"),
+            ("budget, of near hits", f"{one.budget_of_hits:.2%}, calibrated bound {one.bound_of_hits:.2%}"),
+            ("documents looked up", f"{one.asked:,}, of which near {one.hits:,}"),
+            ("audits", f"{one.audits:,}, mean drift {one.audited_drift:.2%}"),
+            (
+                "seconds saved",
+                f"{one.saved:.3g}, less look-up {one.look_up:.3g} and audits {one.audit:.3g}: {one.net:.3g}",
+            ),
         ]
     )
 

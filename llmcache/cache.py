@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from llmcache import decoding, opening
 from llmcache.attachment import Attachment
 from llmcache.calibrating import Calibration, DriftKind
-from llmcache.calibration import check
+from llmcache.calibrations import Calibrations
 from llmcache.config import CacheConfig
 from llmcache.decoding import Generated, Scores
 from llmcache.drift import Drift
@@ -38,10 +38,8 @@ from llmcache.indexes.trust import Trust
 from llmcache.layers import Layers
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
-from llmcache.near import NearReuse
-from llmcache.pipeline import Result, Source, results, text_of
+from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
-from llmcache.reuse import Reuse
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.weights import Weights
@@ -80,6 +78,7 @@ class LLMCache:
         self._storing = Storing(store, config, self._counters)
         self._weights, self._current = Weights(model), identity
         self._layers = Layers(model, self._identity_now, config, namespace, self._storing, secret)
+        self._calibrations = Calibrations(store, namespace, config, self._decoded, drift, self._storing.commit)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
             bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
@@ -87,8 +86,7 @@ class LLMCache:
                 opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
-            self._near = NearReuse(store, namespace, config, bank, self._decoded, drift)
-            self._encoding.reuse = self._calibrated()
+            self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
         self._last: Statistics | None = None
 
@@ -279,6 +277,7 @@ class LLMCache:
         guard: bool | Collection[str] = True,
         guard_pattern: str = "",
         seed: int = 0,
+        of: Module | None = None,
     ) -> Calibration:
         """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
 
@@ -294,46 +293,18 @@ class LLMCache:
         truth: right answers of the sample, whose documents may then also be in the cache.
         guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
             kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields.
-        seed: of the folds.
+        seed: of the folds. of: a head, as `run_heads` takes it: what it gives is calibrated, instead of embeddings.
         The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
-        check(budget, confidence)
-        execution, documents = self._execution, list(sample) if sample is not None else None
-        given = None if truth is None else np.asarray(list(truth))
-        if drift == "accuracy" and given is None:
-            raise ConfigError(
-                'drift="accuracy" needs the right answers of a sample; give truth=, one for each document'
-            )
-        if given is not None and len(given) != len(documents or ()):
-            raise ConfigError(
-                f"{len(given)} right answers for {len(documents or ())} documents of a sample; give one for each"
-            )
-        own = drift if callable(drift) else None
-        near = NearReuse(self._store, self.namespace, self.config, execution.bank, self._decoded, own)
-        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
-        try:
-            for _ in self.run(documents or ()):
-                continue
-            right = None
-            if given is not None and documents is not None:
-                rows = execution.rows([text_of(one) for one in documents], self._prompt(None, None, None))
-                right = rows[rows >= 0], given[rows >= 0]
-            found = near.calibrate(
-                None if documents is None else known, commit=self.commit, truth=right, budget=budget, drift=drift,
-                head=head, limit=limit, confidence=confidence, guarded=bool(guard), pattern=guard_pattern,
-                kinds=KINDS if isinstance(guard, bool) else tuple(guard), seed=seed,
-            )  # fmt: skip
-            self._near = near
-            return found
-        finally:
-            execution.reuse = self._calibrated()
-
-    def _calibrated(self) -> Reuse | None:
-        """Near reuse as it is saved with the store, where this opening may use it."""
-        usable = self._store.trust != "untrusted" and self.config.tau is None and self.config.reuse == "deepest"
-        return self._near.saved() if usable else None
+        prompt = self._prompt(None, None, None) if isinstance(self.model, SentenceTransformer) else None
+        name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
+        return self._calibrations.calibrate(
+            name, execution, sample, truth, prompt, budget=budget, drift=drift, head=head, limit=limit,
+            confidence=confidence, guarded=bool(guard), pattern=guard_pattern, seed=seed,
+            kinds=KINDS if isinstance(guard, bool) else tuple(guard),
+        )  # fmt: skip
 
     @property
     def calibration(self) -> Calibration | None:
@@ -386,9 +357,12 @@ class LLMCache:
             bank, so that a head which comes later, or in another run, starts there.
         """
         self._check_open()
-        run = Heads(self.model, self.tokenizer, heads, self._layers, self.config)
+        run = self._heads(heads)
         resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
         return run.results(documents, resolved, role, batch_size, progress)
+
+    def _heads(self, heads: Mapping[str, Module]) -> Heads:
+        return Heads(self.model, self.tokenizer, heads, self._layers, self.config, self._calibrations.follow)
 
     # -- decoders -------------------------------------------------------------------------------------------
 
@@ -472,8 +446,7 @@ class LLMCache:
         """
         self._check_open()
         self._storing.commit()
-        if self._encoding is not None and self._encoding.reuse is not None:
-            self._near.keep(self._encoding.reuse, self._storing.commit)
+        self._calibrations.keep()
 
     def reload(self) -> None:
         """Find from now on what other processes have committed. What is not committed here is kept.
@@ -482,8 +455,7 @@ class LLMCache:
         """
         self._check_open()
         self._store.reload()
-        if self._encoding is not None and self._encoding.reuse is not None:
-            self._encoding.reuse.forget()
+        self._calibrations.forget()
 
     def rebuild(self) -> None:
         """Fit the projection and build the FAISS index again, over all entries, and commit both."""
@@ -501,13 +473,8 @@ class LLMCache:
         """What was reused and what it saved, since this opening, and what the store holds; at the end, when closed."""
         if self._last is not None:
             return self._last
-        reuse, now = self._encoding.reuse if self._encoding else None, {}
-        if reuse is not None:
-            now[self.namespace] = ("off", reuse.off) if reuse.off else ("aside", reuse.stands_aside)
-            if not now[self.namespace][1]:
-                now[self.namespace] = ("on", reuse.shifted)
         index = self._bank.near.kind if self._encoding else None
-        return statistics(self._store, self._counters, index, now)
+        return statistics(self._store, self._counters, index, self.namespace, self._calibrations.states())
 
     def close(self) -> None:
         """Commit and close. Closing twice is fine."""

@@ -6,6 +6,8 @@ that what is purged or merged there is purged or merged here. What is missing is
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,11 +52,12 @@ class Distilled:
             )  # fmt: skip
         return found
 
-    def drop_others(self) -> None:
-        """Remove what other predictors have predicted; a commit of its own."""
+    def drop_others(self, versions: Collection[str]) -> None:
+        """Remove what predictors of none of these versions have predicted; a commit of its own."""
         space = self._store.namespace(self._namespace)
+        kept = {self._name, *(f"{PREFIX}{version}" for version in versions)}
         for name in sorted(space.banks if space else ()):
-            if name.startswith(PREFIX) and name != self._name:
+            if name.startswith(PREFIX) and name not in kept:
                 self._store.drop(self._namespace, name)
 
     def _bank(self, width: int) -> Bank:

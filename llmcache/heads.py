@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,18 @@ class Heads:
     """Models by name, each with a bank of its own for what it gives, and the banks of the layers they share."""
 
     def __init__(
-        self, source: Module, tokenizer: Any, heads: Mapping[str, Module], layers: Layers, config: CacheConfig
+        self,
+        source: Module,
+        tokenizer: Any,
+        heads: Mapping[str, Module],
+        layers: Layers,
+        config: CacheConfig,
+        follow: Callable[[str, Execution], None],
     ) -> None:
-        """source: the cache's own model. ConfigError when there is no head, or one cannot be run."""
+        """source: the cache's own model. follow: lets an execution go by what is calibrated for the bank of this name.
+
+        ConfigError when there is no head, or one cannot be run.
+        """
         if not heads:
             raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
         known: Digests = {}  # a head and its trunk, and heads on one trunk, have tensors in common
@@ -86,6 +95,7 @@ class Heads:
         identities = {name: layers.identity(heads[name], trunk, known) for name, trunk in trunks.items()}
         depths = shared_depths(identities)
         self._executions: dict[str, Execution] = {}
+        self._banks: dict[str, str] = {}
         for name, model in heads.items():
             kept = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
             if len(heads) > 1 and not kept:
@@ -93,7 +103,14 @@ class Heads:
             if config.layers != "output":
                 kept |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
             attachment = layers.attachment_at(trunks[name], identities[name], tuple(sorted(kept))) if kept else None
-            self._executions[name] = _execution(name, model, source, tokenizer, attachment, layers, config, known)
+            bank, execution = _execution(model, source, tokenizer, attachment, layers, config, known)
+            self._executions[name], self._banks[name] = execution, bank
+            follow(bank, execution)
+
+    def only(self) -> tuple[str, Execution]:
+        """The bank's name and the execution of the one head."""
+        ((name, execution),) = self._executions.items()
+        return self._banks[name], execution
 
     def results(
         self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
@@ -127,7 +144,6 @@ def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], i
 
 
 def _execution(
-    name: str,
     model: Module,
     source: Module,
     tokenizer: Any,
@@ -135,14 +151,16 @@ def _execution(
     layers: Layers,
     config: CacheConfig,
     known: Digests,
-) -> Execution:
+) -> tuple[str, Execution]:
+    """The name of a head's bank, and what answers from it."""
     digest = identify(model, tokenizer=tokenizer, known=known).digest
     runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
     probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
     width = feature_width(runner.token_embedding(), config.fingerprint)
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    bank = layers.bank(f"head-{digest.hex()[:16]}", BankFacts(dtype, probe.outputs.shape[1], 1, width))
-    return layers.execution(runner, digest, bank, attachment)
+    name = f"head-{digest.hex()[:16]}"
+    bank = layers.bank(name, BankFacts(dtype, probe.outputs.shape[1], 1, width))
+    return name, layers.execution(runner, digest, bank, attachment)
 
 
 def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:

@@ -18,34 +18,39 @@ from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.store import Store
+from llmcache.nearness import SETTING, calibrations_of
 from llmcache.reuse import Decode, Reuse, entries_of
 
 log = logging.getLogger("llmcache")
 
-_SETTING = "calibration"  # of a namespace
+
+_VERSION = 16  # digits of a key that name a version
 
 
 class NearReuse:
-    """What a namespace has calibrated. The choice is among its settings, what was fitted in a bank."""
+    """What is calibrated for a bank. The choice is among the settings of its namespace, what was fitted in a bank."""
 
     def __init__(
         self,
         store: Store,
         namespace: str,
         config: CacheConfig,
+        name: str,
         bank: Bank,
         decode: Decode,
         drift: Drift | None = None,
     ) -> None:
-        """bank: of the outputs. decode: token ids back to texts, for the guard. drift: the user's own function."""
+        """name, bank: of the outputs. decode: token ids to texts, for the guard. drift: the user's own function."""
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
         self._decode, self._drift = decode, drift
+        self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
 
     def saved(self) -> Reuse | None:
         """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
-        raw = saved_calibration(self._store, self._namespace)
+        raw = self._saved().get(self._setting, {})
         if not raw:
             return None
+        raw = dict(raw)
         try:
             place, kept = raw.pop("fitted"), raw.pop("kept", None)
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
@@ -96,8 +101,8 @@ class NearReuse:
         """
         place = fitting.put(self._fitted(), fitted)
         commit()
-        self._distilled(place).drop_others()
         self._declare({**found.to_json(), "fitted": place, **({"kept": kept} if kept else {})})
+        self._distilled(place).drop_others([one["fitted"]["key"][:_VERSION] for one in self._saved().values()])
         return place
 
     def keep(self, reuse: Reuse, commit: Callable[[], None]) -> None:
@@ -108,7 +113,7 @@ class NearReuse:
         if not reuse.changed or not self._store.writable:
             return
         reuse.changed = False
-        raw = saved_calibration(self._store, self._namespace)
+        raw = self._saved().get(self._setting, {})
         calibration = reuse.calibration.to_json()
         if all(raw.get(name) == calibration[name] for name in ("threshold", "entries", "budget")):
             self._declare({**raw, "kept": reuse.state()})
@@ -116,20 +121,18 @@ class NearReuse:
             place = self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
             reuse.distilled = self._distilled(place)
 
+    def _saved(self) -> dict[str, dict[str, Any]]:
+        space = self._store.namespace(self._namespace)
+        return calibrations_of(space.config) if space else {}
+
     def _declare(self, calibration: Mapping[str, Any]) -> None:
         space = self._store.namespace(self._namespace)
         assert space is not None
-        self._store.declare(self._namespace, space.identity, {**space.config, _SETTING: calibration})
+        self._store.declare(self._namespace, space.identity, {**space.config, self._setting: calibration})
 
     def _distilled(self, place: Mapping[str, Any]) -> Distilled:
         # under a budget entries are worth more than what can be predicted from them
-        return Distilled(self._store, self._namespace, place["key"][:16], self._config.max_bytes is None)
+        return Distilled(self._store, self._namespace, place["key"][:_VERSION], self._config.max_bytes is None)
 
     def _fitted(self) -> Bank:
         return self._store.bank(self._namespace, fitting.BANK, lambda: fitting.FACTS, self._config.near)
-
-
-def saved_calibration(store: Store, namespace: str) -> dict[str, Any]:
-    """What a namespace has calibrated, as plain numbers: a `Calibration`, "fitted", and perhaps "kept"; or nothing."""
-    space = store.namespace(namespace)
-    return dict(space.config.get(_SETTING) or {}) if space else {}

@@ -8,13 +8,15 @@ from typing import Any
 
 from llmcache.indexes.store import Store
 
+SETTING = "calibration"
+"""Of a namespace: what is calibrated for its outputs; for other banks with their name behind it."""
 _ENOUGH = 200
 """Documents looked up, from which on it is worth saying that none was found."""
 
 
 @dataclass(frozen=True, slots=True)
 class NearReport:
-    """One namespace's near reuse. Shares are in [0, 1], times in seconds.
+    """One bank's near reuse. Shares are in [0, 1], times in seconds.
 
     state: "on", "off", or "aside" (it costs more than it saves). why: what is to be said about that, "" for nothing.
     drift: what is measured. budget: of all results; budget_of_hits: what that leaves to the near hits at the share of
@@ -23,6 +25,7 @@ class NearReport:
     """
 
     namespace: str
+    bank: str
     state: str
     why: str
     drift: str
@@ -48,22 +51,34 @@ class NearReport:
 
 
 def near_reports(
-    store: Store, lifetime: Mapping[str, float], off: Mapping[str, tuple[str, str]] | None = None
+    store: Store,
+    lifetime: Mapping[str, float],
+    opened: str = "",
+    states: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[NearReport]:
-    """Of every namespace that is calibrated. off: state and reason of those that are open, where they are not on.
+    """Of every bank that is calibrated. opened: the namespace in use, states: "on", "off" or "aside" there, by bank.
 
-    The counters are those of the whole store: where several namespaces are calibrated, of all of them.
+    The counters are those of the whole store: where several banks are calibrated, of all of them.
     """
     found = []
     for namespace, space in sorted(store.manifest.namespaces.items()):
-        raw = space.config.get("calibration")
-        if isinstance(raw, Mapping):
-            found.append(_report(namespace, raw, lifetime, (off or {}).get(namespace)))
+        for name, raw in sorted(calibrations_of(space.config).items()):
+            bank = name.removeprefix(SETTING).lstrip("-") or "output"
+            now = (states or {}).get(bank) if namespace == opened else None
+            found.append(_report(namespace, bank, raw, lifetime, now))
     return found
 
 
+def calibrations_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a namespace with these settings has calibrated, by the name of the setting: plain numbers, which are a
+    `Calibration`, "fitted", and perhaps "kept".
+    """
+    found = {name: raw for name, raw in config.items() if name.startswith(SETTING)}
+    return {name: dict(raw) for name, raw in found.items() if isinstance(raw, Mapping) and raw}
+
+
 def _report(
-    namespace: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], now: tuple[str, str] | None
+    namespace: str, bank: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], now: tuple[str, str] | None
 ) -> NearReport:
     asked, hits, audits = (int(lifetime.get(name, 0)) for name in ("near_asked", "near", "audits"))
     seconds = [float(lifetime.get(name, 0)) for name in ("near_saved_seconds", "near_seconds", "audit_seconds")]
@@ -74,7 +89,7 @@ def _report(
         why = "it has cost more than it has saved so far"
     share = float(raw.get("hits", 0))
     return NearReport(
-        namespace, state, why, str(raw.get("drift", "")), float(raw.get("budget", 0)),
+        namespace, bank, state, why, str(raw.get("drift", "")), float(raw.get("budget", 0)),
         min(1.0, float(raw.get("budget", 0)) / share) if share else 0.0, float(raw.get("bound", 0)),
         float(raw.get("bound_of_hits", 0)), asked, hits, audits,
         float(lifetime.get("audited_drift", 0)) / audits if audits else 0.0, *seconds,

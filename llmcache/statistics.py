@@ -151,9 +151,10 @@ def statistics(
     store: Store,
     counters: Counters,
     index: str | None = None,
-    near_now: Mapping[str, tuple[str, str]] | None = None,
+    opened: str = "",
+    states: Mapping[str, tuple[str, str]] | None = None,
 ) -> Statistics:
-    """Statistics of an open store. near_now: state of near reuse and the reason, by namespace, where it is known."""
+    """Statistics of an open store. opened, states: the namespace in use, and its near reuse, see `near_reports`."""
     lifetime = store.counters(without=store.writer)
     for name, value in counters.as_dict().items():
         lifetime[name] = lifetime.get(name, 0) + value
@@ -162,7 +163,7 @@ def statistics(
         for namespace, space in sorted(store.manifest.namespaces.items())
         for layer, facts in sorted(space.banks.items())
     ]
-    near = near_reports(store, lifetime, near_now)
+    near = near_reports(store, lifetime, opened, states)
     return Statistics(store.manifest.generation, counters, lifetime, banks, index, near)
 
 

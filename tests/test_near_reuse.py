@@ -383,6 +383,44 @@ def test_documents_unlike_those_it_was_calibrated_on_are_noticed_and_the_budget_
         assert "less similar" in cache.stats().near[0].why or cache.near_is_off
 
 
+def test_the_logits_of_a_head_are_reused_within_a_budget_of_their_own(
+    model: SentenceTransformer, store: Path, asks: list[str]
+) -> None:
+    head = classifier(model)
+    known, asked = asks[:KNOWN], asks[KNOWN : KNOWN + ASKED]
+    with LLMCache.open(store, model) as cache:
+        true = np.array([row["topic"].output for row in cache.run_heads([*known, *asked], {"topic": head})])[KNOWN:]
+    with LLMCache.open(store.with_name("other"), model, config=CacheConfig(audit_share=0)) as cache:
+        list(cache.run_heads(known, {"topic": head}))
+        found = cache.calibrate(budget=0.1, drift="label", head=lambda logits: logits, of=head)
+        assert found.threshold is not None
+        rows = [row["topic"] for row in cache.run_heads(asked, {"topic": head})]
+        near = np.array([one.tier == "near" for one in rows])
+        assert near.any()
+        given = np.array([one.output for one in rows])
+        assert np.mean(given.argmax(1) != true.argmax(1)) <= 0.1
+        assert given[~near] == pytest.approx(true[~near], abs=1e-4)
+        assert cache.calibration is None, "that of the embeddings is another one"
+        (report,) = cache.stats().near
+        assert report.bank.startswith("head-")
+    with LLMCache.open(store.with_name("other"), model, config=CacheConfig(audit_share=0)) as cache:
+        again = [row["topic"].tier for row in cache.run_heads(asked, {"topic": head})]
+        assert again.count("near") == near.sum()
+
+
+def classifier(model: SentenceTransformer) -> Any:
+    """A BERT classifier on the trunk of the model, with a head of its own."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    trunk: Any = model.transformers_model
+    found: Any = BertForSequenceClassification(trunk.config)
+    found.bert.load_state_dict(trunk.state_dict(), strict=False)
+    found.classifier.weight.data.normal_(0, 0.5)
+    return found.eval()
+
+
 def test_calibrate_and_explain_on_the_command_line(
     llmcache: Command, known: Path, asks: list[str], tmp_path: Path
 ) -> None:

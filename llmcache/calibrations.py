@@ -1,0 +1,115 @@
+"""Near reuse of all banks of a cache: which are calibrated, calibrating one, and saving what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmcache.calibrating import OWN, Calibration
+from llmcache.calibration import check
+from llmcache.config import CacheConfig
+from llmcache.drift import Drift
+from llmcache.errors import ConfigError
+from llmcache.execution import Call, Execution
+from llmcache.indexes.store import Store
+from llmcache.matching import Answers
+from llmcache.near import NearReuse
+from llmcache.pipeline import Source, results, text_of
+from llmcache.reuse import Decode
+
+CHUNK = 8192  # documents of a sample that are answered together
+
+
+class Calibrations:
+    """Near reuse of the banks that executions answer from, by name of the bank."""
+
+    def __init__(
+        self,
+        store: Store,
+        namespace: str,
+        config: CacheConfig,
+        decode: Decode,
+        drift: Drift | None,
+        commit: Callable[[], None],
+    ) -> None:
+        """drift: the user's own function. commit: makes what was put durable."""
+        self._store, self._namespace, self._config, self._decode = store, namespace, config, decode
+        self._commit = commit
+        self._own: dict[str, Drift] = {} if drift is None else {"output": drift}
+        self._open: dict[str, tuple[NearReuse, Execution]] = {}
+
+    def follow(self, name: str, execution: Execution) -> None:
+        """Let an execution go by what is saved for its bank, if this opening may use it."""
+        near = NearReuse(
+            self._store, self._namespace, self._config, name, execution.bank, self._decode, self._own.get(name)
+        )
+        self._open[name] = near, execution
+        usable = self._store.trust != "untrusted" and self._config.tau is None and self._config.reuse == "deepest"
+        execution.reuse = near.saved() if usable else None
+
+    def calibrate(
+        self,
+        name: str,
+        execution: Execution,
+        sample: Iterable[Source] | None,
+        truth: Iterable[Any] | None,
+        prompt: str | None,
+        **settings: Any,
+    ) -> Calibration:
+        """Calibrate a bank, see `LLMCache.calibrate`; the execution goes by it from now on.
+
+        settings: of `calibrating.calibrated`.
+        """
+        check(settings["budget"], settings["confidence"])
+        documents, right = None if sample is None else list(sample), None if truth is None else np.asarray(list(truth))
+        if settings["drift"] == "accuracy" and right is None:
+            raise ConfigError('drift="accuracy" needs the right answers of a sample; give truth=, one for each')
+        if right is not None and len(right) != len(documents or ()):
+            raise ConfigError(
+                f"{len(right)} right answers for {len(documents or ())} documents of a sample; give one for each"
+            )
+        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
+        try:
+            _compute(execution, documents or (), prompt)
+            answers = None
+            if right is not None and documents is not None:
+                rows = execution.rows([text_of(one) for one in documents], prompt)
+                answers = rows[rows >= 0], right[rows >= 0]
+            near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, self._decode)
+            found = near.calibrate(None if documents is None else known, commit=self._commit, truth=answers, **settings)
+            if found.drift == OWN:
+                self._own[name] = settings["drift"]
+            return found
+        finally:
+            self.follow(name, execution)
+
+    def keep(self) -> None:
+        """Save what audits have found and what was calibrated again."""
+        for near, execution in self._open.values():
+            if execution.reuse is not None:
+                near.keep(execution.reuse, self._commit)
+
+    def forget(self) -> None:
+        """Rows have other numbers now."""
+        for _, execution in self._open.values():
+            if execution.reuse is not None:
+                execution.reuse.forget()
+
+    def states(self) -> dict[str, tuple[str, str]]:
+        """ "on", "off" or "aside", and what is to be said about it, by bank."""
+        found = {}
+        for name, (_, execution) in self._open.items():
+            if (reuse := execution.reuse) is not None:
+                state = "off" if reuse.off else "aside" if reuse.stands_aside else "on"
+                found[name] = state, reuse.off or reuse.stands_aside or reuse.shifted
+        return found
+
+
+def _compute(execution: Execution, documents: Iterable[Source], prompt: str | None) -> None:
+    def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+        return execution.answers(Call(texts, ids, prompt))
+
+    for _ in results(documents, answer, execution.bank, "output", CHUNK):
+        continue
