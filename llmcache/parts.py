@@ -104,9 +104,10 @@ def ahead(found: Iterator[Part], count: int) -> Generator[Part]:
     def read() -> None:
         try:
             for part in found:
+                if not stopped.is_set():
+                    waiting.put(part)
                 if stopped.is_set():
                     return
-                waiting.put(part)
         except BaseException as error:  # such as SystemExit in the iterator: a silent end would look like the last part
             waiting.put(Part(error=error))
         finally:
