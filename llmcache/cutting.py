@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ Cutting: TypeAlias = Callable[[str], Iterable["Chunk | str | tuple[int, int]"]]
 """The user's own chunks of a text: as Chunks, as (start, end), or as parts of the text in their order."""
 
 STRUCTURE = "structure"
+_REMEMBERED = 1 << 17  # chunks known to fit, 16 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Fitting:
         self._slow: Any = model.tokenizer
         self._prompt = prompt or ""
         self._most: int | None = model.max_seq_length
+        self._fitting: set[bytes] = set()
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
         """Of each text, with prompt and special tokens."""
@@ -82,10 +85,17 @@ class Fitting:
         return [len(one) for one in self._slow(prompted)["input_ids"]]
 
     def too_long(self, texts: Sequence[str]) -> list[bool]:
-        """Whether the model would not read each text to its end."""
-        if self._most is None or not texts:
+        """Whether the model would not read each text to its end. Chunks that come again are not counted again."""
+        if self._most is None:
             return [False] * len(texts)
-        return [count > self._most for count in self.tokens(texts)]
+        keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        unknown = [i for i, key in enumerate(keys) if key not in self._fitting]
+        counts = self.tokens([texts[i] for i in unknown]) if unknown else []
+        long = {i for i, count in zip(unknown, counts, strict=True) if count > self._most}
+        if len(self._fitting) > _REMEMBERED:
+            self._fitting.clear()
+        self._fitting.update(keys[i] for i in unknown if i not in long)
+        return [i in long for i in range(len(texts))]
 
     def again(self, one: Chunk) -> list[Chunk]:
         """A chunk that is too long in halves, and these in halves, until all fit; a single word stays whole."""
