@@ -69,7 +69,9 @@ def options(version: bool = typer.Option(False, "--version", help="Show the vers
 
 
 def main() -> None:
-    """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 130: stopped with Ctrl-C."""
+    """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 3: `run --max-seconds`
+    stopped it, and --resume goes on; 130: stopped with Ctrl-C.
+    """
     logging.basicConfig(level=logging.WARNING, format="llmcache: %(message)s", stream=sys.stderr)
     try:
         code = app(standalone_mode=False) or 0

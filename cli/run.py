@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcache.cli import options, printing
+from llmcache.cli import amounts, options, printing
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.heads import run_heads
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
-from llmcache.results import result_writer
+
+if TYPE_CHECKING:
+    from llmcache.intake import Refused
+    from llmcache.resuming import Written
+    from llmcache.statistics import Counters
+
+UNFINISHED = 3  # stopped by --max-seconds; --resume goes on
 
 
 def run(
@@ -44,6 +52,26 @@ def run(
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
+    chunk: Annotated[
+        str,
+        typer.Option(
+            help="structure: cut at headings, paragraphs and sentences, each part looked up by itself; or none."
+        ),
+    ] = "none",
+    per: Annotated[str, typer.Option(help="With --chunk, one row per document or per chunk.")] = "document",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep unfinished results beside OUT, and go on with those that are there."),
+    ] = False,
+    max_seconds: Annotated[
+        str | None, typer.Option(help="Stop after this time, such as 90s or 2h, with exit code 3; --resume goes on.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="What the store may take up, such as 10GB; old entries make way for new ones.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take the model from this machine; fetch nothing.")
+    ] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -53,44 +81,78 @@ def run(
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
+    limits = Limits.of(max_seconds, max_bytes)
+    if chunk not in ("none", "structure"):
+        raise ConfigError(f"--chunk is none or structure, got {chunk!r}")
     if dry_run:
         preview(store, namespace, role, sources, json, access)
         return
-    from llmcache.cache import LLMCache
-    from llmcache.tally import Tally
-
-    printing.quiet()
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
     if any(out.resolve() == Path(one).resolve() for one in corpus):
         raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
+    from llmcache.cache import LLMCache
+    from llmcache.pipeline import Pipeline
+
+    printing.quiet()
+    opened = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}
     if head:
-        with LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache:
+        if resume or limits.seconds is not None or chunk != "none":
+            raise ConfigError("--head goes without --resume, --max-seconds and --chunk; run the heads by themselves")
+        with LLMCache.open(store, model, **opened) as cache:
             run_heads(cache, head, sources, out, role, batch_size, json)
         return
-    reading, tally = Reading(), Tally()
+    reading = Reading()
     documents = sources.documents(reading)
-    with (
-        LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache,
-        result_writer(out, width=cache.width) as writer,
-    ):
-        with progress(reading, bytes_of(corpus)) as advance:
-            writer.write(tally.counted(cache.run(documents, role=role, batch_size=batch_size, progress=advance)))
-        stats = cache.stats()
-    counters = stats.counters
-    if json:
-        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
-        return
-    printing.facts(
-        [
-            ("documents", tally.documents),
-            ("exact", tally.exact),
-            ("near", tally.near),
-            ("computed", tally.misses),
-            ("model seconds", counters.model_seconds),
-            ("seconds saved", counters.saved_seconds),
-            ("cache seconds", counters.overhead_seconds),
-            ("written to", out),
-        ]
-    )
-    if tau is not None and not tally.near:
+    with LLMCache.open(store, model, **opened) as cache, progress(reading, bytes_of(corpus)) as advance:
+        pipeline = Pipeline(
+            cache, chunk=None if chunk == "none" else chunk, per=per, batch_size=batch_size, role=role,
+            strict=not skip_bad, progress=advance,
+        )  # fmt: skip
+        written = pipeline.write(documents, out, resume=resume, max_seconds=limits.seconds)
+    report(written, reading, pipeline.errors, cache.stats().counters, json)
+    if tau is not None and not written.near:
         typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
+    if not written.finished:
+        raise typer.Exit(UNFINISHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a run may take: seconds of time, and bytes of the store."""
+
+    seconds: float | None
+    nbytes: int | None
+
+    @classmethod
+    def of(cls, seconds: str | None, nbytes: str | None) -> Limits:
+        return cls(
+            None if seconds is None else amounts.seconds(seconds), None if nbytes is None else amounts.size(nbytes)
+        )
+
+
+def report(written: Written, reading: Reading, errors: list[Refused], counters: Counters, json: bool) -> None:
+    """Print what became of the documents, and where the results are."""
+    if json:
+        shown = {name: getattr(written, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
+        ended = {"refused": written.refused, "resumed": written.resumed, "finished": written.finished}
+        printing.as_json(
+            {**shown, "out": str(written.path), "bad": reading.bad, **ended, "counters": counters.as_dict()}
+        )
+    else:
+        printing.facts(
+            [
+                ("documents", written.documents),
+                *([("of these before the stop", written.resumed)] if written.resumed else []),
+                ("exact", written.exact),
+                ("near", written.near),
+                ("computed", written.misses),
+                ("model seconds", counters.model_seconds),
+                ("seconds saved", counters.saved_seconds),
+                ("cache seconds", counters.overhead_seconds),
+                ("written to", written.path if written.finished else "nothing yet; the same with --resume goes on"),
+            ]
+        )
+    if errors:
+        typer.echo(f"llmcache: {written.refused:,} records were refused; {errors[0].id} {errors[0].reason}", err=True)
     warnings(reading)

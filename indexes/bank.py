@@ -235,12 +235,23 @@ class Bank:
             )
         return size
 
-    def drop_pending(self) -> int:
-        """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again."""
-        rows = self.pieces.drop_pending()
-        self._aliases, self.pending_bytes = [], 0
-        self._shelf.clear()
+    @property
+    def pending(self) -> tuple[int, int]:
+        """How many batches and lists of aliases wait to be sealed: a mark for `drop_pending`."""
+        return len(self.pieces.pending), len(self._aliases)
+
+    def drop_pending(self, after: tuple[int, int] = (0, 0)) -> int:
+        """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again.
+
+        after: what `pending` said; what was pending then is kept.
+        """
+        rows = self.pieces.drop_pending(after[0])
+        self._aliases = self._aliases[: after[1]]
+        self.pending_bytes = sum(_nbytes(one.payload) for one in self.pieces.pending)
+        if not self.pieces.pending:
+            self._shelf.clear()
         self._load_keys()
+        self._add_pending()
         return rows
 
     @property

@@ -65,10 +65,14 @@ class Pieces:
         """Let the segment that holds what was pending take its place."""
         self._become([*(piece for piece in self._pieces if not isinstance(piece, Entries)), segment])
 
-    def drop_pending(self) -> int:
-        """Give up what is pending; returns how many rows that was. Their numbers are not used again."""
-        rows = sum(map(len, self.pending))
-        self._pieces = [Gone(len(one)) if isinstance(one, Entries) else one for one in self._pieces]
+    def drop_pending(self, after: int = 0) -> int:
+        """Give up what is pending but for the first `after` batches; returns how many rows that was.
+
+        Their numbers are not used again.
+        """
+        gone = set(map(id, self.pending[after:]))
+        rows = sum(map(len, self.pending[after:]))
+        self._pieces = [Gone(len(one)) if id(one) in gone else one for one in self._pieces]
         return rows
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> bool:

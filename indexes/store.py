@@ -196,6 +196,19 @@ class Store:
         """Activations that were put and not committed yet."""
         return sum(bank.pending_bytes for bank in self._banks.values())
 
+    def pending(self) -> dict[Place, tuple[int, int]]:
+        """What waits in each open bank: a mark for `drop_pending`."""
+        return {place: bank.pending for place, bank in self._banks.items()}
+
+    def drop_pending(self, after: Mapping[Place, tuple[int, int]]) -> int:
+        """Give up what was put and not committed since `pending` gave this; returns how many rows that was."""
+        return sum(bank.drop_pending(after.get(place, (0, 0))) for place, bank in self._banks.items())
+
+    def committed(self, writer: str) -> int:
+        """Segments of a writer that the manifest names, as this store knows it."""
+        banks = [bank for space in self.manifest.namespaces.values() for bank in space.banks.values()]
+        return sum(one.writer == writer for bank in banks for one in bank.segments)
+
     def declare(
         self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any], secret_check: str = ""
     ) -> None:

@@ -16,12 +16,13 @@ from llmcache.errors import LLMCacheError
 if TYPE_CHECKING:
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
-    from llmcache.pipeline import Result
+    from llmcache.pipeline import Pipeline
+    from llmcache.provenance import Result
     from llmcache.statistics import Statistics
 
 __version__ = "0.1.0"
 
-__all__ = ["CacheConfig", "Document", "LLMCache", "LLMCacheError", "Result", "Statistics", "__version__"]
+__all__ = ["CacheConfig", "Document", "LLMCache", "LLMCacheError", "Pipeline", "Result", "Statistics", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -34,8 +35,12 @@ def __getattr__(name: str) -> object:
         from llmcache.config import CacheConfig
 
         return CacheConfig
+    if name == "Pipeline":
+        from llmcache.pipeline import Pipeline
+
+        return Pipeline
     if name == "Result":
-        from llmcache.pipeline import Result
+        from llmcache.provenance import Result
 
         return Result
     if name == "Statistics":

@@ -38,8 +38,8 @@ from llmcache.indexes.trust import Trust
 from llmcache.layers import Layers
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
-from llmcache.pipeline import Result, Source, results
 from llmcache.prompts import ROLES, resolve
+from llmcache.provenance import Result, Source, results
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.weights import Weights
@@ -101,6 +101,7 @@ class LLMCache:
         namespace: str = "default",
         tau: float | None = None,
         drift: Drift | None = None,
+        max_bytes: int | None = None,
         secret: bytes | None = None,
         secret_file: str | os.PathLike[str] | None = None,
         trust: Trust = "auto",
@@ -117,7 +118,7 @@ class LLMCache:
         config: for a new namespace, its settings. For an old one they are saved with it; what is given here holds for
             this opening, except `fingerprint` and `dtype`, which cannot change.
         namespace: entries of different models live in different namespaces of one store.
-        tau: for this opening, instead of the one in the settings.
+        tau, max_bytes: for this opening, instead of those in the settings.
         drift: the function that near reuse was calibrated by, where it was one of your own.
         secret, secret_file: what goes into the keys of this namespace, at least 32 bytes, or the file that holds it.
             Whoever has another one, or none, is refused.
@@ -150,6 +151,8 @@ class LLMCache:
             settled = opening.settled(store, namespace, identity, config, loaded, salt)
             if tau is not None:
                 settled = replace(settled, tau=tau)
+            if max_bytes is not None:
+                settled = replace(settled, max_bytes=max_bytes)
             if store.trust == "untrusted" and settled.tau is not None:
                 log.warning("%s is not trusted: near matches are off", store.folder.path)
                 settled = replace(settled, tau=None)
@@ -433,6 +436,12 @@ class LLMCache:
     @property
     def _bank(self) -> Bank:
         return self._execution.bank
+
+    @property
+    def storing(self) -> Storing:
+        """What puts and commits, for a run that says itself when to commit."""
+        self._check_open()
+        return self._storing
 
     def __len__(self) -> int:
         """Entries in the output bank, those not committed yet included."""

@@ -16,7 +16,7 @@ from llmcache.execution import Call, Execution
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
 from llmcache.near import NearReuse
-from llmcache.pipeline import Source, results, text_of
+from llmcache.provenance import Source, results, text_of
 from llmcache.reuse import Decode
 
 CHUNK = 8192  # documents of a sample that are answered together

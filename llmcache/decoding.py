@@ -195,17 +195,26 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
     `logits_to_keep` could only say the same columns for all rows.
     """
 
+    inside = 0  # calls of the decoder at work: the first one may try out, inside itself, what the model can do
+
+    def enter(_: Any, __: Any) -> None:
+        nonlocal inside
+        inside += 1
+
     def pick(_: Any, __: Any, output: Any) -> Any:
+        nonlocal inside
+        inside -= 1
         states = getattr(output, "last_hidden_state", None)
-        if states is not None:
+        if states is not None and not inside:
             output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)][None]
         return output
 
-    hook = model.get_decoder().register_forward_hook(pick)
+    hooks = model.get_decoder().register_forward_pre_hook(enter), model.get_decoder().register_forward_hook(pick)
     try:
         logits: Tensor = model(**call).logits
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
     return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that knows no decoder of its own

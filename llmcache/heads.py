@@ -26,7 +26,7 @@ from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
-from llmcache.pipeline import Result, Source, results
+from llmcache.provenance import Result, Source, results
 from llmcache.tokens import TokenRows, batch, tokenise, tokenise_plainly
 
 log = logging.getLogger("llmcache")

@@ -1,95 +1,199 @@
-"""Batches of documents in, results with their provenance out."""
+"""Batch document pipelines: documents of any kind in, results with their provenance out, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeAlias
+import os
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from llmcache.cache import LLMCache
+from llmcache.cutting import Cutting, chunk_documents, cut_by, cut_name, gives_unit_vectors, together
+from llmcache.errors import ConfigError, CorpusError
+from llmcache.execution import Progress, nothing
+from llmcache.intake import MOST_CHARACTERS, Refused, Wanted, intake
+from llmcache.journal import discard
+from llmcache.parts import Part, ahead, parts
+from llmcache.prompts import resolve
+from llmcache.provenance import Result
+from llmcache.results import result_writer
+from llmcache.resuming import Written, check_target, clipped, resumable
 
-from llmcache.document import Document
-from llmcache.errors import CorpusError
-from llmcache.indexes.bank import Bank
-from llmcache.matching import MISS, TIERS, Answers
-from llmcache.states import bank_name
-
-Source: TypeAlias = str | Document | Mapping[str, Any]
-"""A document as it may be given: a text, a Document, or a mapping with "text" and perhaps "id"."""
+ERRORS_KEPT = 100
+_BATCHES = 32  # in a part: enough to sort by length, and a stop loses no more than a part
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one document.
+class Pipeline:
+    """Runs documents through a cache. Reading and cutting go on in a thread of their own, up to `prefetch` parts ahead.
 
-    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss; where it
-        is not "output" the layers after it were computed.
-    source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
-    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
-        output could have been given, to see how far that would have been. consensus: of a calibrated near hit, how far
-        the other neighbours agree with the nearest: mean cosine of their outputs to its own.
+    The cache is used by the thread that takes the results alone, so that several pipelines may share it.
+
+    A part is 32 * batch_size documents, fewer where they pass 262,144 characters. In memory are, whatever the length
+    of the corpus: `prefetch` + 2 parts of texts, the results of one part, and what the cache itself holds: entries
+    that wait to be committed (at most 256 MiB of activations, or a sixteenth of `max_bytes`, or what one minute
+    computes), and its tables, some 300 bytes for each entry of the store. One document is as large as
+    `max_characters` lets it be, and a part may pass its limit by one document.
+
+    errors: what was wrong with the first 100 refused records, of all runs; refused: how many there were.
     """
 
-    id: str
-    output: NDArray[np.float32]
-    tier: str
-    layer: str | None
-    source: str | None
-    similarity: float | None
-    audited: bool = False
-    consensus: float | None = None
+    def __init__(
+        self,
+        cache: LLMCache,
+        *,
+        chunk: str | Cutting | None = None,
+        per: str = "document",
+        batch_size: int = 32,
+        prefetch: int = 2,
+        text_field: str = "text",
+        id_field: str = "id",
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        strict: bool = False,
+        max_characters: int = MOST_CHARACTERS,
+        progress: Progress = nothing,
+    ) -> None:
+        """cache: open, with a SentenceTransformer.
 
+        chunk: None gives texts to the model as they are, which cuts off what is beyond its length. "structure" cuts
+            them at headings, paragraphs and sentences into parts that the model reads whole; a function from a text
+            to its chunks (texts, or pairs of start and end) cuts as you like. Every chunk is looked up by itself.
+        per: with chunks, one result per "document" (`Chunked`, with the chunks in it), or one per "chunk".
+        batch_size: documents or chunks that the model computes at a time. prefetch: parts read ahead; 0 reads in the
+            caller's thread, for iterables that cannot be used in another one, such as cursors of SQLite.
+        text_field, id_field: of mappings, objects and frames.
+        role, prompt_name, prompt: as in `LLMCache.encode`. strict: raise CorpusError at the first record that is no
+            document, instead of collecting it. max_characters: of a document; a longer one is refused.
+        progress: called with the numbers of documents (with chunks: of chunks) answered, and of these computed.
+        ConfigError for settings that make no sense.
+        """
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("prefetch", prefetch, 0),
+            ("max_characters", max_characters, 1),
+        ):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} is a whole number from {least} on, got {value!r}")
+        if per not in ("document", "chunk") or (per == "chunk" and chunk is None):
+            raise ConfigError(f"per is 'document', or with chunk=... 'chunk', got {per!r}")
+        self._width = cache.width  # ConfigError where the model gives no vectors
+        model: Any = cache.model
+        resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
+        self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
+        self._cut, self._unit = cut_by(chunk, model, resolved), gives_unit_vectors(model)
+        self._wanted = Wanted(text_field, id_field, max_characters)
+        self._asked: dict[str, Any] = {
+            "role": role, "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "progress": progress,
+        }  # fmt: skip
+        self._most = _BATCHES * batch_size
+        self._facts: dict[str, Any] = {
+            "model": cache.identity.digest.hex(), "namespace": cache.namespace, "role": role, "prompt": resolved,
+            "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
+            "text_field": text_field, "id_field": id_field, "max_characters": max_characters,
+        }  # fmt: skip
+        self.errors: list[Refused] = []
+        self.refused = 0
 
-def results(
-    documents: Iterable[Source],
-    answer: Callable[[Sequence[str], Sequence[str]], Answers],
-    bank: Bank,
-    layer: str,
-    chunk: int,
-    start: int = 0,
-) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+    def run(self, documents: Any) -> Generator[Result]:
+        """One result per document, in order, as soon as its part is answered; with per="chunk" one per chunk.
 
-    start: place of the first document, which is its id where it has none.
-    """
-    stream = enumerate(documents, start)
-    while part := [_document(source, place) for place, source in islice(stream, chunk)]:
-        ids = [document.id for document in part]
-        answers = answer([document.text for document in part], ids)
-        # all at once: rows may have other numbers after a reload between two results
-        yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
+        documents: any iterable of texts, `Document`s, mappings, dataclasses or other objects with the fields; a frame
+            of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. See `intake`.
+        A record that is no document has no result, and is noted in `errors`. What the iterable itself raises is
+        raised here, after the results of all that came before. Stop taking results, or close the iterator, to stop;
+        what was computed is in the cache.
+        """
+        with closing(self._parts(documents)) as found:
+            for part in found:
+                yield from self._answered(part)
+                if part.error is not None:
+                    raise part.error
 
+    def write(
+        self,
+        documents: Any,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        max_documents: int | None = None,
+        max_seconds: float | None = None,
+    ) -> Written:
+        """Run the documents and write one row per result into `out` (.parquet, .npy or .jsonl, see `result_writer`).
 
-def text_of(source: Source) -> str:
-    """The text of a document as it may be given."""
-    return _document(source, 0).text
+        resume: keep the results beside `out` until they are whole, in "<name>.unfinished", and go on with what is
+            there. However often it is stopped, by Ctrl-C, an error or SIGKILL, the file is byte for byte that of a
+            run that was not: results are durable before their entries are committed to the store, and what counts is
+            the last point where both agree. That holds for exact matches, on one machine with one number of threads,
+            while nobody else changes the store; near matches and a byte budget may answer otherwise after a stop. The
+            documents must come again in the same order; those that were answered are read and compared.
+        max_documents, max_seconds: stop at the end of the part that reaches it, to be resumed.
+        ConfigError when the unfinished run is of another model, cutting, format or setting; CorpusError when its
+        documents were others.
+        """
+        path = Path(out)
+        for name, value in (("max_documents", max_documents), ("max_seconds", max_seconds)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is above 0, or None, got {value!r}")
+        check_target(path)
+        if resume or max_documents is not None or max_seconds is not None:
+            return self._write_journaled(documents, path, resume, max_documents, max_seconds)
+        discard(path)
+        before, counts = self.refused, Counter[str]()
+        with result_writer(path, width=self._width) as writer, closing(self.run(documents)) as found:
+            for result in found:
+                counts[result.tier] += 1
+                writer.write([clipped(result)])
+        return Written.of(path, counts, self.refused - before)
 
+    def _write_journaled(
+        self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
+    ) -> Written:
+        began, before = time.monotonic(), self.refused
+        with resumable(path, self._facts, self._width, self._cache.storing, resume=resume) as resumption:
+            start = resumption.start
+            with closing(self._parts(documents, digests=True)) as found:
+                for part in found:
+                    if part.error is not None:  # its part is not whole: another one once the documents can be read
+                        raise part.error
+                    if resumption.skip(part):
+                        self._note(part.refused)
+                        continue
+                    resumption.take(part, self._answered(part))
+                    over = max_seconds is not None and time.monotonic() - began >= max_seconds
+                    if over or (max_documents is not None and resumption.rows - start.rows >= max_documents):
+                        resumption.checkpoint()
+                        return Written.of(path, resumption.tiers, self.refused - before, start.rows, finished=False)
+            resumption.finish(path)
+            return Written.of(path, resumption.tiers, self.refused - before, start.rows)
 
-def _document(source: Source, place: int) -> Document:
-    if isinstance(source, Document):
-        return source
-    if isinstance(source, str):
-        return Document(str(place), source)
-    text = source.get("text") if isinstance(source, Mapping) else None
-    if not isinstance(text, str):
-        raise CorpusError(
-            f"document {place} is neither a text nor a mapping with a text under 'text' "
-            f"(it is {type(source).__name__}{f' with {sorted(source)}' if isinstance(source, Mapping) else ''})"
-        )
-    return Document(str(source.get("id", place)), text)
+    def _parts(self, documents: Any, *, digests: bool = False) -> Generator[Part]:
+        return ahead(parts(intake(documents, self._wanted), self._most, self._cut, digests=digests), self._prefetch)
 
+    def _answered(self, part: Part) -> list[Result]:
+        """The results of a part; its refused records are noted first."""
+        self._note(part.refused)
+        asked = part.documents
+        if part.chunks is not None:
+            both = zip(part.documents, part.chunks, strict=True)
+            asked = [*chain.from_iterable(chunk_documents(document, chunks) for document, chunks in both)]
+        found = list(self._cache.run(asked, chunk=max(1, len(asked)), **self._asked))
+        if part.chunks is None or self._per == "chunk":
+            return found
+        upcoming = iter(found)
+        return [
+            together(document, chunks, [next(upcoming) for _ in chunks], unit=self._unit)
+            for document, chunks in zip(part.documents, part.chunks, strict=True)
+        ]
 
-def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Result:
-    tier = int(answers.tier[i])
-    if tier == MISS:
-        return Result(id, answers.outputs[i], "miss", None, None, None, bool(answers.audited[i]))
-    row, twin, reused = int(answers.row[i]), int(answers.twin[i]), int(answers.layer[i])
-    if reused >= 0:
-        layer = bank_name(reused)
-    source = ids[twin] if twin >= 0 else answers.entry.get(i)
-    if row >= 0:
-        source = bank.source(row) or bank.key(row)
-    agreed = None if np.isnan(answers.consensus[i]) else float(answers.consensus[i])
-    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]), consensus=agreed)
+    def _note(self, refused: Iterable[Refused]) -> None:
+        for one in refused:
+            if self._strict:
+                raise CorpusError(f"document {one.place} ({one.id!r:.60}) {one.reason}; strict=False collects such")
+            self.refused += 1
+            if len(self.errors) < ERRORS_KEPT:
+                self.errors.append(one)

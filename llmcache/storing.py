@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llmcache.config import CacheConfig
@@ -28,6 +30,21 @@ class Storing:
         # a segment is evicted whole, so it should be small beside the budget
         self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
         self._committed = time.monotonic()
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, nothing is committed of itself: the caller calls `commit`, when `due` says so."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    @property
+    def due(self) -> bool:
+        """Whether enough waits, or has waited long enough, to be committed."""
+        return self.store.pending_bytes > self._most or time.monotonic() - self._committed > self._seconds
 
     def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
         """Keep a computed batch, as `Bank.put` takes it, and commit when enough waits.
@@ -42,8 +59,7 @@ class Storing:
         if text_keys is not None:
             bank.alias(text_keys, keys)
         self.counters.not_stored += int((~kept).sum())
-        waited = time.monotonic() - self._committed
-        if self.store.pending_bytes > self._most or waited > self._seconds:
+        if self.due and not self._held:
             try:
                 self.commit()
             except LLMCacheError as error:

@@ -16,8 +16,8 @@ from llmcache.indexes.store import Store
 from llmcache.keys import key_seed, text_keys
 from llmcache.matching import first_occurrences
 from llmcache.namespace import admit, checked_name
-from llmcache.pipeline import Result
 from llmcache.prompts import resolve
+from llmcache.provenance import Result
 
 _BLOCK = 65_536
 

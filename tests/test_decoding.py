@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmcache import LLMCache
 from llmcache.bench.decoding import choices, prefill
 from llmcache.decoding import Scores, generate, padded, perplexity, score
 from llmcache.errors import ConfigError
@@ -276,3 +278,20 @@ def test_the_benchmarks_compare_equal_results() -> None:
     asked = choices(model, tokenizer, [("Once upon a", [" time", " cat"]), ("Lily went to the", [" park", " sun"])])
     assert all(one["same_choices"] == 2 for one in asked)
     assert all(one["relative_difference"] < 1e-4 for one in reports + asked)
+
+
+@pytest.mark.parametrize("prompt", ["The sky", "Once upon a time there was a little girl who had a very big dog"])
+def test_the_first_call_of_a_fresh_cache_scores_like_the_model_alone(store: Path, prompt: str) -> None:
+    model, tokenizer = real("stories260k-llama")
+    choices = [" is blue", " was green"]
+    expected = []
+    for choice in choices:
+        stem, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + choice)["input_ids"]
+        with torch.inference_mode():
+            likely = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        expected.append(sum(float(likely[i - 1, ids[i]]) for i in range(len(stem), len(ids))))
+    with LLMCache.open(store, model, tokenizer=tokenizer) as cache:
+        first, second = (cache.score([prompt], choices).total[0] for _ in range(2))
+        assert cache.stats().counters.prefix.bypassed == 0
+    np.testing.assert_allclose(first, expected, rtol=1e-4)
+    np.testing.assert_allclose(second, expected, rtol=1e-4)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "llmcache": "llmcache",
     "llmcache/bench": "llmcache/bench",
+    "llmcache/integrations": "llmcache/integrations",
     "indexes": "llmcache/indexes",
     "cli": "llmcache/cli",
     "data": "llmcache/data",

@@ -1,0 +1,150 @@
+"""A long corpus through a pipeline: peak memory against its bound, and how much of reading and look-up is hidden."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmcache.corpus import documents
+from llmcache.intake import intake
+from llmcache.parts import CHARACTERS, parts
+
+_MIB = 1 << 20
+LOGS = ("HDFS", "Linux", "Apache", "Zookeeper")
+BATCH, PREFETCH, BYTES_PER_ENTRY, COMMIT_BYTES = 32, 2, 300, 256 << 20
+
+
+def pool(data: Path, distinct: int, seed: int = 0) -> list[str]:
+    """Log lines and bank queries, and variations of them with other numbers and endings, all different."""
+    found: dict[str, None] = {}
+    for name in LOGS:
+        with gzip.open(data / "dup-loghub" / f"{name}_2k.log.gz", "rt", encoding="utf-8", errors="replace") as lines:
+            found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    for name in ("train", "test"):
+        with open(data / "cls-banking77" / f"{name}.csv", newline="") as file:
+            found.update(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+    chance = random.Random(seed)
+    base = list(found)
+    while len(found) < distinct:
+        text = chance.choice(base)
+        new = re.sub(r"\d+", lambda number: str(chance.randrange(10 ** len(number[0]))), text)
+        found[
+            new if new != text else f"{text} {chance.choice(['Please', 'Thanks', 'Hello'])} {chance.randrange(999)}"
+        ] = None
+    return chance.sample(list(found), distinct)
+
+
+def corpus(path: Path, texts: Sequence[str], count: int, seed: int = 1) -> None:
+    """JSON lines: `count` documents out of these texts, each as likely as the other."""
+    chance = random.Random(seed)
+    with open(path, "w") as file:
+        for i in range(count):
+            file.write(json.dumps({"id": f"d{i}", "text": texts[chance.randrange(len(texts))]}) + "\n")
+
+
+def measured(model: str, data: Path, counts: Sequence[int], distinct: int) -> list[dict[str, Any]]:
+    """One row per length of the corpus, each measured in a process of its own."""
+    texts = pool(data, distinct)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for count in counts:
+            path = Path(folder, f"{count}.jsonl")
+            corpus(path, texts, count)
+            program = "import sys; from llmcache.bench.pipelines import child; child(*sys.argv[1:])"
+            command = [sys.executable, "-c", program, model, str(path), str(Path(folder, f"store{count}"))]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append({"documents": count, "distinct": distinct, **json.loads(done.stdout.splitlines()[-1])})
+        return rows
+
+
+def child(model_name: str, path: str, store: str) -> None:
+    """Measure one corpus in this process; prints one JSON object.
+
+    Reading alone, then everything into a result file with an empty store, then reading and look-up alone with all
+    known and no thread for the reading, which is what the overlap hides.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    from llmcache.cache import LLMCache
+    from llmcache.pipeline import Pipeline
+
+    model = SentenceTransformer(model_name)
+    began = time.perf_counter()
+    longest = 0
+    for part in parts(intake(documents(path)), 32 * BATCH, None):
+        longest = max(longest, sum(4 * len(one.text) for one in part.documents))
+    reading = time.perf_counter() - began
+    with LLMCache.open(store, model) as cache:
+        model.encode(
+            ["a long text of many words " * 60] * (2 * BATCH), batch_size=BATCH
+        )  # buffers of the largest batch
+        with Peak() as peak:
+            began = time.perf_counter()
+            written = Pipeline(cache, batch_size=BATCH, prefetch=PREFETCH).write(documents(path), f"{store}.npy")
+            seconds = time.perf_counter() - began
+        counters, entries = cache.stats().counters, len(cache)
+        compute, storing = counters.model_seconds, counters.store_seconds
+        began = time.perf_counter()
+        count = sum(1 for _ in Pipeline(cache, batch_size=BATCH, prefetch=0).run(documents(path)))
+        looking_up = time.perf_counter() - began
+    assert count == written.documents
+    waiting = min(COMMIT_BYTES, int(60 / seconds * written.misses) * 4 * cache_width(model))
+    in_flight = (PREFETCH + 2) * min(longest, 4 * CHARACTERS) + 32 * BATCH * (4 * cache_width(model) + 1024)
+    found = {
+        "seconds": seconds, "reading_seconds": reading, "reading_and_look_up_seconds": looking_up,
+        "model_seconds": compute, "storing_seconds": storing, "over_the_larger": seconds / max(looking_up, compute),
+        "hit_rate": written.hit_rate, "entries": entries, "peak_mib": peak.above / _MIB,
+        "peak_with_mapped_mib": peak.resident_above / _MIB,
+        "bound_mib": (in_flight + 3 * waiting + BYTES_PER_ENTRY * entries) / _MIB,
+    }  # fmt: skip
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def cache_width(model: Any) -> int:
+    """Numbers in a vector of this SentenceTransformer."""
+    return int(model.get_embedding_dimension())
+
+
+class Peak:
+    """The most memory that a block took, above what the process had before it, looked at every 5 ms, in bytes.
+
+    above: of its own (anonymous) pages. resident_above: with mapped pages of the store, which the kernel takes back.
+    """
+
+    def __enter__(self) -> Peak:
+        self._before = dict(_memory())
+        self._most = dict(self._before)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.005):
+            for name, value in _memory():
+                self._most[name] = max(self._most[name], value)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.above = self._most["RssAnon"] - self._before["RssAnon"]
+        self.resident_above = self._most["VmRSS"] - self._before["VmRSS"]
+
+
+def _memory() -> Iterator[tuple[str, int]]:
+    with open("/proc/self/status") as file:
+        for line in file:
+            name, _, rest = line.partition(":")
+            if name in ("VmRSS", "RssAnon"):
+                yield name, int(rest.split()[0]) * 1024

@@ -1,0 +1,95 @@
+"""Results with their provenance: what became of each document, and whose entry served it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.document import Document
+from llmcache.errors import CorpusError
+from llmcache.indexes.bank import Bank
+from llmcache.matching import MISS, TIERS, Answers
+from llmcache.states import bank_name
+
+Source: TypeAlias = str | Document | Mapping[str, Any]
+"""A document as it may be given: a text, a Document, or a mapping with "text" and perhaps "id"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one document.
+
+    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss; where it
+        is not "output" the layers after it were computed.
+    source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
+    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
+        output could have been given, to see how far that would have been. consensus: of a calibrated near hit, how far
+        the other neighbours agree with the nearest: mean cosine of their outputs to its own.
+    """
+
+    id: str
+    output: NDArray[np.float32]
+    tier: str
+    layer: str | None
+    source: str | None
+    similarity: float | None
+    audited: bool = False
+    consensus: float | None = None
+
+
+def results(
+    documents: Iterable[Source],
+    answer: Callable[[Sequence[str], Sequence[str]], Answers],
+    bank: Bank,
+    layer: str,
+    chunk: int,
+    start: int = 0,
+) -> Iterator[Result]:
+    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+
+    start: place of the first document, which is its id where it has none.
+    """
+    stream = enumerate(documents, start)
+    while part := [_document(source, place) for place, source in islice(stream, chunk)]:
+        ids = [document.id for document in part]
+        answers = answer([document.text for document in part], ids)
+        # all at once: rows may have other numbers after a reload between two results
+        yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
+
+
+def text_of(source: Source) -> str:
+    """The text of a document as it may be given."""
+    return _document(source, 0).text
+
+
+def _document(source: Source, place: int) -> Document:
+    if isinstance(source, Document):
+        return source
+    if isinstance(source, str):
+        return Document(str(place), source)
+    text = source.get("text") if isinstance(source, Mapping) else None
+    if not isinstance(text, str):
+        raise CorpusError(
+            f"document {place} is neither a text nor a mapping with a text under 'text' "
+            f"(it is {type(source).__name__}{f' with {sorted(source)}' if isinstance(source, Mapping) else ''})"
+        )
+    return Document(str(source.get("id", place)), text)
+
+
+def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Result:
+    tier = int(answers.tier[i])
+    if tier == MISS:
+        return Result(id, answers.outputs[i], "miss", None, None, None, bool(answers.audited[i]))
+    row, twin, reused = int(answers.row[i]), int(answers.twin[i]), int(answers.layer[i])
+    if reused >= 0:
+        layer = bank_name(reused)
+    source = ids[twin] if twin >= 0 else answers.entry.get(i)
+    if row >= 0:
+        source = bank.source(row) or bank.key(row)
+    agreed = None if np.isnan(answers.consensus[i]) else float(answers.consensus[i])
+    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]), consensus=agreed)

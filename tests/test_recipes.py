@@ -1,0 +1,84 @@
+"""The recipes of docs/pipelines.md: every block of Python and of shell on that page runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tests.conftest import MODELS, ROOT, Command
+from tests.test_heads import head
+
+PAGE = ROOT / "docs" / "pipelines.md"
+BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+PYTHON = [code for kind, code in BLOCKS if kind == "python"]
+SHELL = [code for kind, code in BLOCKS if kind == "sh"]
+LIBRARIES = ["langchain_core", "llama_index.core", "datasets"]
+
+
+def first_line(code: str) -> str:
+    return next(line for line in code.splitlines() if not line.startswith(("from ", "import ")) and line)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_the_python_on_the_page_runs(
+    code: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: SentenceTransformer,
+    model_path: str,
+    one_thread: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for library in LIBRARIES:
+        if f"from {library}" in code:
+            pytest.importorskip(library, reason="install the extra 'test' for other libraries")
+    names: dict[str, Any] = {"model": model, "tickets": ["my card is gone", "Charged twice", "why this fee"]}
+    exec("from llmcache import LLMCache, Pipeline", names)
+    names["documents"] = [{"id": "a", "text": "Where is my card?"}, {"id": "b", "text": "My card has not come."}]
+    if "topic_model" in code:
+        names |= {"topic_model": head(model_path, 1, 4), "tone_model": head(model_path, 2, 3, from_layer=4)}
+    if "classifier" in code:
+        names |= {"classifier": head(model_path, 1, 4), "classifier_tokenizer": model.tokenizer}
+    if "llm," in code:
+        import transformers
+
+        folder = MODELS / "stories260k-llama"
+        if not folder.exists():
+            pytest.skip(f"stories260k-llama is not at {folder}; set LLMCACHE_MODELS to the folder that holds it")
+        names["llm"] = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        names["tokenizer"] = transformers.AutoTokenizer.from_pretrained(folder)
+    exec(compile(code, str(PAGE), "exec"), names)
+    out = capsys.readouterr().out
+    assert "print(" not in code or out.strip(), first_line(code)
+    if "second.chunks" in code:
+        assert "'exact', 'exact', 'miss']" in out
+        assert re.search(r"monday#0-(\d+) exact monday#0-\1", out)
+
+
+def test_the_commands_on_the_page_run(
+    llmcache: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: str, one_thread: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshots").mkdir()
+    for name in ("tickets", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.txt").write_text("# A heading\nMy card is gone\nWhy this fee?\n")
+    (tmp_path / "more.jsonl").write_text(json.dumps({"id": "m", "text": "Something new"}) + "\n")
+    assert llmcache("build", "tickets", "-m", model_path, "-s", "store/").code == 0
+    ran = 0
+    for line in "\n".join(SHELL).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        named = [word.replace("/shared/", f"{tmp_path}/").replace("all-MiniLM-L6-v2", model_path) for word in words[1:]]
+        done = llmcache(*named)
+        assert (words[0], done.code) == ("llmcache", 0), f"{line}: {done.err}"
+        ran += 1
+    assert ran >= 8
