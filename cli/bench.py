@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import bench_decoding, bench_layers, bench_near, options, printing
+from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_plan, options, printing
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
@@ -18,6 +18,7 @@ app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)
 app.command(name="guard")(bench_near.guarded)
+app.command()(bench_plan.plan)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

@@ -37,6 +37,8 @@ from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.near import NearReuse
 from llmcache.pipeline import Result, Source, results
+from llmcache.plan import Plan
+from llmcache.planning import planned
 from llmcache.prompts import ROLES, resolve
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
@@ -252,6 +254,24 @@ class LLMCache:
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
         return results(documents, answer, bank, LAYER, chunk)
+
+    def plan(
+        self,
+        documents: Iterable[Source],
+        *,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> Plan:
+        """What `run` would meet and take with these documents: hits by tier, seconds, bytes, and what is advised.
+
+        They are read once. The pass takes under 2 % of what computing all of them would: everything is hashed, a sample
+        is tokenised and looked up, and a few batches are computed to see what the model costs. Nothing is stored.
+        """
+        self._check_open()
+        call = Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
+        return planned(self._execution, documents, call, self._store, self.namespace, cast(Any, self.model))
 
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
         model: Any = self.model

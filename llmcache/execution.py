@@ -177,6 +177,15 @@ class Execution:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
         return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
 
+    @property
+    def model(self) -> Model:
+        """What computes, for those who measure it (`llmcache.planning`)."""
+        return self._model
+
+    def seed(self, kind: str, call: Call) -> Seed:
+        """What the keys of this call's "text" or "tokens" begin with."""
+        return self._seed(kind, call)
+
     def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
         call = Call([text], None, prompt, role)

@@ -60,6 +60,11 @@ def results(
         yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
 
 
+def documents_of(sources: Iterable[Source]) -> Iterator[Document]:
+    """The same, as documents; CorpusError for what is none."""
+    return (_document(source, place) for place, source in enumerate(sources))
+
+
 def _document(source: Source, place: int) -> Document:
     if isinstance(source, Document):
         return source
