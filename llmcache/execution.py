@@ -234,6 +234,7 @@ class Execution:
         if self.config.tau is None:
             return np.arange(len(places))
         rows, similarity = near(self.bank, raw, self.config.tau)
+        self._storing.history.similar(similarity, rows >= 0)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
         answers.similarity[places[found]] = similarity[found]
@@ -246,6 +247,7 @@ class Execution:
         """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
         assert self.reuse is not None
         found = self.reuse.look_up(raw, tokens)
+        self._storing.history.similar(found.similarity, found.gate == TAKEN)
         again = self.reuse.chosen_for_audit(found)
         served = (found.gate == TAKEN) & ~again
         answers.outputs[places[served]] = found.results[served]

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
+from llmcache.history import History
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
@@ -28,6 +29,7 @@ class Storing:
         # a segment is evicted whole, so it should be small beside the budget
         self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
         self._committed = time.monotonic()
+        self.history = History(store, counters)
 
     def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
         """Keep a computed batch, as `Bank.put` takes it, and commit when enough waits.
@@ -63,4 +65,6 @@ class Storing:
             self.store.commit()
         finally:
             self.counters.not_stored += self.store.not_stored - given_up
-        self.store.write_counters(self.counters.as_dict())
+        if any(self.counters.as_dict().values()):  # an opening that did nothing leaves no file
+            self.store.write_counters(self.counters.as_dict())
+            self.history.write()
