@@ -13,6 +13,7 @@ from llmcache.cli.heads import run_heads
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
+from llmcache.plan import Plan
 from llmcache.results import result_writer
 
 
@@ -40,6 +41,7 @@ def run(
             help="NAME=FOLDER of a model on the same trunk, as often as you like; each gets a result file OUT.NAME."
         ),
     ] = None,
+    plan: options.PlanFile = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -51,6 +53,7 @@ def run(
 
     What the store has is read, the rest is computed and stored.
     """
+    expected = None if plan is None else Plan.read(plan)
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if dry_run:
@@ -72,12 +75,15 @@ def run(
         LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache,
         result_writer(out, width=cache.width) as writer,
     ):
+        cache.corpus = sources.name
         with progress(reading, bytes_of(corpus)) as advance:
             writer.write(tally.counted(cache.run(documents, role=role, batch_size=batch_size, progress=advance)))
         stats = cache.stats()
+        forecast = None if expected is None else cache.compared(expected)
     counters = stats.counters
     if json:
-        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
+        printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict(),
+                          **({} if forecast is None else {"plan": forecast.as_dict()})})  # fmt: skip
         return
     printing.facts(
         [
@@ -91,6 +97,8 @@ def run(
             ("written to", out),
         ]
     )
+    if forecast is not None:
+        typer.echo(str(forecast))
     if tau is not None and not tally.near:
         typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
     warnings(reading)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,11 @@ def planned(
     )
     texts = (one.text for one in documents_of(documents))
     limit = getattr(model, "max_seq_length", None)
-    return plan(execution, texts, call, tokenizer=model.tokenizer, limit=limit, around=around)
+    uses = deepcopy(execution.bank.uses)
+    try:
+        return plan(execution, texts, call, tokenizer=model.tokenizer, limit=limit, around=around)
+    finally:
+        execution.bank.uses = uses  # what was only looked at was not used
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Folding:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._normal = getattr(getattr(backend, "normalizer", None), "normalize_str", None)
         self._spaces = backend is not None and _ids(tokenizer, " a  b ") == _ids(tokenizer, "a b")
-        self._ends: dict[int, list[int]] = {}
+        self._begun: dict[int, dict[tuple[int, int], str]] = {}
         self._checked = 0
 
     def __call__(self, text: str) -> str:
@@ -84,21 +84,23 @@ class Folding:
         return " ".join(text.split()) if self._spaces else text
 
     def _read(self, text: str) -> str:
-        """The part of a long text that the model reads. Texts that begin alike are cut where the first of them was."""
+        """What stands for the tokens that the model reads of a long text. They are made where no text before began
+        with the same part as far as it was read.
+        """
         assert self._limit is not None
-        begin = hash(text[: _SHORT * self._limit])
-        ends = self._ends.setdefault(begin, [])
-        for end, known in zip(ends[::2], ends[1::2], strict=True):
-            if hash(text[:end]) == known:
-                return text[:end]
+        known = self._begun.setdefault(hash(text[: _SHORT * self._limit]), {})
+        for end, begin in known:
+            if hash(text[:end]) == begin:
+                return known[end, begin]
         if self._checked >= _CHECKED:
             return text
         self._checked += 1
         part = self._prompt + text[: _LONG * self._limit]
-        offsets = self._tokenizer(part, truncation=True, max_length=self._limit, return_offsets_mapping=True)
-        end = max(1, max((stop for _, stop in offsets["offset_mapping"]), default=0) - len(self._prompt))
-        ends += [end, hash(text[:end])]
-        return text[:end]
+        tokens = self._tokenizer(part, truncation=True, max_length=self._limit, return_offsets_mapping=True)
+        end = max(1, max((stop for _, stop in tokens["offset_mapping"]), default=0) - len(self._prompt))
+        fold = "tokens " + " ".join(map(str, tokens["input_ids"]))
+        known[end, hash(text[:end])] = fold
+        return fold
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
