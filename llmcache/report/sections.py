@@ -108,7 +108,10 @@ def _last(chart: Chart, point: tuple[float, float], text: str, colour: str) -> N
 
 def tau_curve(found: Mapping[str, Any]) -> Chart | None:
     """Share of documents reused against the drift that comes with it, with its bound and the budget."""
-    curve = [point for point in found.get("curve", ()) if len(point) == 4 and all(_number(one) for one in point)]
+    curve = [
+        point for point in found.get("curve") or ()
+        if isinstance(point, Sequence) and len(point) == 4 and all(_number(one) for one in point)
+    ]  # fmt: skip
     if len(curve) < 2:
         return None
     budget, hits, bound = (float(found.get(name) or 0) for name in ("budget", "hits", "bound"))
