@@ -52,7 +52,8 @@ def test_what_the_tokenizer_does_not_tell_apart_is_a_repeat(store: Path, model: 
     asked = ["Where is my card?", "where is my CARD?", "  Where  is my card? ", "Where is my cards?"]
     with LLMCache.open(store, model) as cache:
         plan, tiers = planned_and_run(cache, asked)
-    assert tiers == ["miss", "exact", "exact", "miss"]
+    assert sorted(tiers[:3]) == ["exact", "exact", "miss"]  # which of them is computed is the run's affair
+    assert tiers[3] == "miss"
     assert (plan.repeats, plan.computed) == (2, 2)
 
 
@@ -75,7 +76,8 @@ def test_long_documents_that_begin_alike_are_repeats_where_the_model_reads_no_fu
     asked = [same, same + " and an end that nobody reads", other, same[:200] + " but " + other]
     with LLMCache.open(store, model) as cache:
         plan, tiers = planned_and_run(cache, asked)
-    assert tiers == ["miss", "exact", "miss", "miss"]
+    assert sorted(tiers[:2]) == ["exact", "miss"]
+    assert tiers[2:] == ["miss", "miss"]
     assert (plan.repeats, plan.computed) == (1, 3)
     assert plan.tokens == 4 * 256
 
@@ -91,11 +93,11 @@ def test_a_prompt_and_a_role_make_other_documents(store: Path, model: SentenceTr
 def test_near_matches_at_tau_are_forecast_from_a_sample(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
-    with LLMCache.open(store, model, tau=0.85) as cache:
+    with LLMCache.open(store, model, tau=0.6) as cache:
         list(cache.run(queries[:1000]))
         plan, tiers = planned_and_run(cache, queries[1000:2000])
     assert plan.near / 1000 == pytest.approx(tiers.count("near") / 1000, abs=0.05)
-    assert "tau 0.85" in plan.near_from
+    assert "tau 0.6" in plan.near_from
     assert plan.margin > 0
     assert plan.drift is None  # nobody measured it
     assert any(one.about == "tau" and "calibrate" in one.why for one in plan.advice)
