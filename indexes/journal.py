@@ -26,7 +26,7 @@ _NAMED = 200  # characters of a name
 _BINS = 50
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _NAMES = ("namespace", "corpus", "model")
-_SUMS = ("runs", "evicted_rows", "evicted_bytes")
+_SUMS = ("runs", "evicted_rows")
 _LAST = ("entries", "bytes")
 
 BINS = _BINS

@@ -19,7 +19,6 @@ from llmcache.indexes import counters as counting
 from llmcache.indexes.collection import disk_bytes, garbage
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import GRACE
-from llmcache.indexes.journal import day_of, write_journal
 from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.publishing import fencing
 from llmcache.indexes.replacement import DRIFT_LIMIT, HALF_LIFE, POLICIES, Terms, choose
@@ -116,21 +115,7 @@ def evict(
                 rows += _evict_once(store, need, max_bytes, policy, terms, gone)
         finally:
             store.forget(gone)
-        after = disk_bytes(store.folder)
-        _noted(store, rows, before - after)
-        return Evicted(rows, len(gone), before, after, dry_run)
-
-
-def _noted(store: Store, rows: int, freed: int) -> None:
-    """Keep in the journal that rows were evicted. Advisory."""
-    if not rows:
-        return
-    now = store.folder.now()
-    record = {"day": day_of(now), "begin": now, "end": now, "evicted_rows": rows, "evicted_bytes": max(0, freed)}
-    try:
-        write_journal(store.folder, store.writer, [record])
-    except OSError as error:
-        log.info("the eviction was not recorded: %s", error)
+        return Evicted(rows, len(gone), before, disk_bytes(store.folder), dry_run)
 
 
 def _terms(max_bytes: int, policy: str, half_life: float, drift_limit: float) -> Terms:

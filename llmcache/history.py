@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes import eviction
 from llmcache.indexes.counters import read_counters
 from llmcache.indexes.journal import BINS, Record, day_of, read_journals, write_journal
 from llmcache.indexes.store import Store
@@ -16,6 +17,7 @@ from llmcache.statistics import Counters
 
 log = logging.getLogger("llmcache")
 
+_LITTLE = 2048  # bytes, more than a record takes
 _NOT_A_ROW = ("fitted",)  # banks that hold no documents
 
 
@@ -64,6 +66,9 @@ class History:
         if not records:
             return
         try:
+            budget = self._store.budget
+            if budget and eviction.free_bytes(self._store.folder, budget) < _LITTLE * len(records):
+                return
             write_journal(self._store.folder, self._store.writer, records)
         except (OSError, ValueError) as error:
             log.info("the record of this run was not kept: %s", error)
@@ -97,6 +102,18 @@ class History:
         if self._forecast:
             record["forecast"] = self._forecast
         return record
+
+
+def note_eviction(store: Store, rows: int, room: int) -> None:
+    """Keep beside the store that rows were evicted, where there is room for that, in bytes."""
+    now = store.folder.now()
+    if not rows or room < _LITTLE:
+        return
+    record = {"day": day_of(now), "begin": now, "end": now, "evicted_rows": rows}
+    try:
+        write_journal(store.folder, store.writer, [record])
+    except OSError as error:
+        log.info("the eviction was not recorded: %s", error)
 
 
 def _holds(store: Store) -> tuple[int, int]:
