@@ -50,7 +50,8 @@ class Amounts:
 class Circumstances:
     """What a run would happen in. layers, hidden: of the model. store_bytes: of the store now; free: of its disk.
 
-    calibrated: threshold of near reuse, None where it was not calibrated or gives nothing.
+    calibrated: threshold of near reuse, None where it was not calibrated or gives nothing. recent: documents that the
+    latest runs compared with the entries, and of these those that were reused.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Circumstances:
     store_bytes: int
     free: int
     calibrated: float | None = None
+    recent: tuple[int, int] = (0, 0)
 
 
 def entry_bytes(tokens: float, bank: BankFacts, dtype: str) -> float:

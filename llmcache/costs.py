@@ -16,6 +16,7 @@ from llmcache.tokens import TokenRows
 _LATEST = 20_000  # recorded entries that are looked at
 _LEAST = 32  # of them, to say anything
 _TOKENS = 512  # of a probe on a CPU: enough to keep it busy, and soon done
+_DUE = 8  # rows of the one batch that is computed in any case
 _PLACES = (0.5, 0.9, 0.15, 0.98, 0.7, 0.3)  # of the probes, among all tokens in order of length
 
 Lengths = NDArray[np.int64]
@@ -100,7 +101,9 @@ def probed(
     cost = known
     for place in places:
         size = _rows(model, int(lengths[place]), batch_size)
-        if cost is not None and spent + size * float(cost(lengths[place])) > allowed(cost):
+        if known is not None and not seen:  # a record may be of a quicker machine, or a busier hour: the first is due
+            size = min(size, _DUE)
+        elif cost is not None and spent + size * float(cost(lengths[place])) > allowed(cost):
             break
         took = _probe(model, rows, [place] * size)
         seen.append(int(lengths[place]))

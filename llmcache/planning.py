@@ -17,6 +17,7 @@ from llmcache.costs import Cost, probed, recorded
 from llmcache.errors import CorpusError
 from llmcache.execution import Call, Execution
 from llmcache.fingerprint import features
+from llmcache.history import records
 from llmcache.indexes.collection import disk_bytes
 from llmcache.indexes.store import Store
 from llmcache.keys import token_keys
@@ -30,8 +31,9 @@ from llmcache.tokens import TokenRows
 _SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
 _ANSWERED, _STORED = 7e-6, 3e-5  # seconds to answer a document, and to keep one, beside what is measured here
 _REFRESH, _LOOK_UP = 6e-5, 4e-4  # seconds an entry and a document, to find neighbours as calibrated
+_LATEST = 3  # records of runs that near matches are forecast by
 _FEWEST = 400  # documents to be looked up, for a share of near matches of its own
-_TOKENISED = 200  # documents at least, to know how long the others are
+_TOKENISED = 64  # documents at least, to know how long the others are, and how many are stored by their tokens
 
 
 def planned(
@@ -49,6 +51,7 @@ def planned(
         store_bytes=disk_bytes(store.folder),
         free=shutil.disk_usage(store.folder.path).free,
         calibrated=None if calibration is None else calibration.threshold,
+        recent=(0, 0) if calibration is None else _recent(store, namespace),
     )
     texts = (one.text for one in documents_of(documents))
     limit = getattr(model, "max_seq_length", None)
@@ -76,6 +79,13 @@ class _Shares:
     seconds: float = 0.0
 
 
+def _recent(store: Store, namespace: str) -> tuple[int, int]:
+    """Documents that the latest runs compared with the entries, and of these those that were reused."""
+    latest = [one for one in records(store) if one.get("namespace") == namespace and "asked" in one and "near" in one]
+    asked, near = (sum(sum(one[name]) for one in latest[-_LATEST:]) for name in ("asked", "near"))
+    return asked, near
+
+
 def plan(
     execution: Execution,
     texts: Iterable[str],
@@ -91,11 +101,13 @@ def plan(
     found = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
     if not found.documents:
         raise CorpusError("there are no documents; nothing can be planned")
-    seen, rate = _tokenised(execution, found.every.texts, call)
-    lengths = expected_lengths(found, seen, limit)
+    few = max(_TOKENISED, found.documents // 50)
+    some = found.every.texts[:: max(1, len(found.every.texts) // few)]
+    seen, rate = _tokenised(execution, some, call)
+    lengths = expected_lengths(found.chars, some, seen.lengths, limit)
     cost = _cost(execution, seen, lengths, call.batch_size)
     uncached = float(cost(lengths).sum()) + rate * found.characters
-    shares = _shares(execution, found, call, uncached, rate)
+    shares = _shares(execution, found, call, uncached, rate, around.recent)
     missing = int(found.open.sum())
     by_tokens = round(shares.tokens * missing)
     taken = round(shares.near * (missing - by_tokens))
@@ -133,18 +145,17 @@ def _tokenised(execution: Execution, texts: Sequence[str], call: Call) -> tuple[
     return rows, (time.perf_counter() - began) / max(1, sum(map(len, texts)))
 
 
-def expected_lengths(found: Survey, seen: TokenRows, limit: int | None) -> NDArray[np.int64]:
-    """Tokens of every document, int64 [documents], by its characters and what the sample says of these."""
-    chars = np.sort(np.fromiter(map(len, found.every.texts), np.int64))
-    tokens = seen.lengths
+def expected_lengths(
+    chars: NDArray[np.uint32], texts: Sequence[str], tokens: NDArray[np.int64], limit: int | None
+) -> NDArray[np.int64]:
+    """Tokens of every document by its characters, int64 [n]. tokens: of some texts, both in order of length."""
+    known = np.sort(np.fromiter(map(len, texts), np.int64))
     whole = tokens < (limit or np.iinfo(np.int64).max)
-    most = int(tokens.max())
     if not whole.any():
-        return np.full(found.documents, most)
-    least = int(tokens.min())
-    ratio = max(0.0, float((tokens[whole] - least).sum()) / max(1.0, float((chars[whole] - chars.min()).sum())))
-    guessed = least + ratio * (found.chars.astype(np.float64) - float(chars.min()))
-    return np.clip(np.rint(guessed), 1, limit).astype(np.int64)
+        return np.full(len(chars), int(tokens.max()))
+    least, first = int(tokens.min()), float(known.min())
+    ratio = max(0.0, float((tokens[whole] - least).sum()) / max(1.0, float((known[whole] - first).sum())))
+    return np.clip(np.rint(least + ratio * (chars.astype(np.float64) - first)), 1, limit).astype(np.int64)
 
 
 def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], batch_size: int) -> Cost:
@@ -154,7 +165,9 @@ def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], bat
     return probed(execution.model, seen, seen.lengths, batch_size, allowed, recorded(execution.bank))
 
 
-def _shares(execution: Execution, found: Survey, call: Call, uncached: float, rate: float) -> _Shares:
+def _shares(
+    execution: Execution, found: Survey, call: Call, uncached: float, rate: float, recent: tuple[int, int]
+) -> _Shares:
     """What a sample of the documents that are not known by text meets in the store."""
     texts, bank = found.unknown.texts, execution.bank
     if not len(bank) or not texts:
@@ -170,7 +183,7 @@ def _shares(execution: Execution, found: Survey, call: Call, uncached: float, ra
     if reuse is not None:
         if reuse.off:
             return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
-        return _calibrated(execution, reuse, rest, by_tokens, uncached, missing)
+        return _calibrated(execution, reuse, rest, by_tokens, uncached, missing, recent)
     if config.tau is None or config.reuse != "deepest":
         similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9)
         return _Shares(by_tokens, similar=similar)
@@ -188,15 +201,23 @@ def _share_at(execution: Execution, rows: TokenRows, tau: float) -> float:
 
 
 def _calibrated(
-    execution: Execution, reuse: Reuse, rows: TokenRows, by_tokens: float, uncached: float, missing: int
+    execution: Execution,
+    reuse: Reuse,
+    rows: TokenRows,
+    by_tokens: float,
+    uncached: float,
+    missing: int,
+    recent: tuple[int, int],
 ) -> _Shares:
-    """As the calibration found it; from look-ups of the sample where the time allows as many as it takes to know
-    better.
+    """As the calibration found it, or the latest runs did; from look-ups of the sample where the time allows as many
+    as it takes to know better.
     """
     calibration, entries = reuse.calibration, min(len(execution.bank), MOST)
     kept = 1 - reuse.share  # the others are computed, as audits
     seconds = _LOOK_UP * missing + _REFRESH * entries
     share, seen, source = calibration.hits, 0, f"as calibrated on {calibration.samples:,} documents"
+    if recent[0] >= _FEWEST:
+        share, source = recent[1] / recent[0], f"as in the latest runs, {recent[0]:,} documents"
     count = min(len(rows.ids), int((2 * _SHARE * uncached - _REFRESH * entries) / _LOOK_UP))
     if count >= _FEWEST:
         rows = rows.take(range(0, len(rows.ids), max(1, len(rows.ids) // count)))

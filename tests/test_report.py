@@ -139,7 +139,7 @@ def test_other_numbers_read_like_a_person_says_them() -> None:
     assert [words.short(one) for one in (0, 2500, 150_000, 1.5e6)] == ["0", "2,500", "150 k", "1.5 M"]
 
 
-def test_axes_have_round_numbers_and_names_at_both_ends() -> None:
+def test_axes_have_round_numbers_and_as_many_names_as_fit() -> None:
     for most in (0.003, 0.7, 1, 7, 99, 12345):
         values = ticks(most)
         assert 3 <= len(values) <= 8
@@ -147,7 +147,7 @@ def test_axes_have_round_numbers_and_names_at_both_ends() -> None:
         assert values[-1] >= most * (1 - 1e-9)
         assert values[-2] < most
     assert ticks(0) == ticks(float("nan")) == [0.0, 1.0]
-    assert thinned([str(i) for i in range(40)]) == [0, 10, 20, 29, 39]
+    assert thinned([str(i) for i in range(40)]) == [0, 10, 20, 30]
     assert thinned(["a", "b"]) == [0, 1]
 
 

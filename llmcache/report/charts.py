@@ -63,10 +63,8 @@ def ticks(most: float, wanted: int = 4) -> list[float]:
 
 
 def thinned(names: Sequence[str], most: int = 5) -> list[int]:
-    """Places of the names that are written, evenly, the first and the last among them."""
-    if len(names) <= most:
-        return list(range(len(names)))
-    return sorted({round(i * (len(names) - 1) / (most - 1)) for i in range(most)})
+    """Places of the names that are written: as many as fit, from the first on, equally far apart."""
+    return list(range(0, len(names), max(1, math.ceil((len(names) - 1) / (most - 1)))))
 
 
 def columns(

@@ -145,6 +145,11 @@ class Facts:
         """What the seconds saved would have cost; None without a price."""
         return None if self.price is None else self.total.net_seconds / 3600 * self.price
 
+    @property
+    def entries(self) -> int:
+        """Of all banks but those that hold no documents."""
+        return sum(one.entries for one in self.stats.banks if one.layer != "fitted")
+
     def summary(self) -> dict[str, Any]:
         """The totals, for scripts."""
         total = self.total

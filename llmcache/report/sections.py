@@ -140,7 +140,7 @@ def tau_curve(found: Mapping[str, Any]) -> Chart | None:
         chart.dots.append(Mark(10_000 * hits / top_x[-1], 100 * min(bound, top) / top, "chosen", "near"))
         chart.labels.append(
             Mark(10_000 * hits / top_x[-1], 100 * min(bound, 0.85 * top) / top, f"chosen: {words.share(hits)}", "near",
-                 "left" if 100 * hits > 0.6 * top_x[-1] else "right")
+                 "left" if 100 * hits > 0.3 * top_x[-1] else "right")
         )  # fmt: skip
     chart.columns = ["threshold", "reused", "drift", "bound"]
     chart.rows = [[f"{one[0]:.3g}", *map(words.share, one[1:])] for one in curve]
