@@ -97,7 +97,9 @@ def probed(
     heaped = np.cumsum(lengths[order])
     places = [int(order[np.searchsorted(heaped, share * heaped[-1])]) for share in _PLACES]
     _probe(model, rows, [places[0]] * 2)  # the first pass of all sets things up
-    seen, seconds, spent = [], [], 0.0
+    seen: list[int] = []
+    seconds: list[float] = []
+    spent = 0.0
     cost = known
     for place in places:
         size = _rows(model, int(lengths[place]), batch_size)

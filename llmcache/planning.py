@@ -172,7 +172,10 @@ def _shares(
     texts, bank = found.unknown.texts, execution.bank
     if not len(bank) or not texts:
         return _Shares()
-    affordable = int(_SHARE / 2 * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts)))
+    looked_up = execution.reuse is None and execution.config.tau is not None and execution.config.reuse == "deepest"
+    affordable = int(
+        (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts))
+    )
     texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
@@ -184,7 +187,7 @@ def _shares(
         if reuse.off:
             return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
         return _calibrated(execution, reuse, rest, by_tokens, uncached, missing, recent)
-    if config.tau is None or config.reuse != "deepest":
+    if config.tau is None or not looked_up:
         similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9)
         return _Shares(by_tokens, similar=similar)
     share = _share_at(execution, rest, config.tau)

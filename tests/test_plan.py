@@ -96,7 +96,7 @@ def test_near_matches_at_tau_are_forecast_from_a_sample(
     with LLMCache.open(store, model, tau=0.6) as cache:
         list(cache.run(queries[:1000]))
         plan, tiers = planned_and_run(cache, queries[1000:2000])
-    assert plan.near / 1000 == pytest.approx(tiers.count("near") / 1000, abs=0.05)
+    assert plan.near / 1000 == pytest.approx(tiers.count("near") / 1000, abs=0.03 + 2 * plan.margin)
     assert "tau 0.6" in plan.near_from
     assert plan.margin > 0
     assert plan.drift is None  # nobody measured it
