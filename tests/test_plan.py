@@ -37,11 +37,11 @@ def test_repeats_and_known_documents_are_counted_as_the_run_finds_them(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
     with LLMCache.open(store, model) as cache:
-        list(cache.run(queries[:300]))
-        asked = queries[200:500] + queries[400:450]
+        list(cache.run(queries[:100]))
+        asked = queries[50:200] + queries[150:200]
         plan, tiers = planned_and_run(cache, asked)
-    assert plan.documents == len(asked) == 350
-    assert plan.in_store == sum(one in set(queries[:300]) for one in asked)
+    assert plan.documents == len(asked) == 200
+    assert plan.in_store == sum(one in set(queries[:100]) for one in asked)
     assert plan.repeats >= 50
     assert plan.computed == pytest.approx(tiers.count("miss"), abs=3)
     assert plan.in_store + plan.in_store_by_tokens + plan.repeats + plan.near + plan.computed == plan.documents
@@ -93,12 +93,12 @@ def test_a_prompt_and_a_role_make_other_documents(store: Path, model: SentenceTr
 def test_near_matches_at_tau_are_forecast_from_a_sample(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
-    with LLMCache.open(store, model, tau=0.6) as cache:
-        list(cache.run(queries[:1000]))
-        plan, tiers = planned_and_run(cache, queries[1000:2000])
-    assert plan.near / 1000 == pytest.approx(tiers.count("near") / 1000, abs=0.03 + 2 * plan.margin)
-    assert "tau 0.6" in plan.near_from
-    assert plan.margin > 0
+    with LLMCache.open(store, model, tau=0.9) as cache:
+        list(cache.run(queries[:400]))
+        plan, tiers = planned_and_run(cache, queries[400:700])
+    assert plan.near / 300 == pytest.approx(tiers.count("near") / 300, abs=0.03 + 2 * plan.margin)
+    assert "tau 0.9" in plan.near_from
+    assert 0 < plan.near < 300
     assert plan.drift is None  # nobody measured it
     assert any(one.about == "tau" and "calibrate" in one.why for one in plan.advice)
 
@@ -107,15 +107,15 @@ def test_a_calibrated_store_forecasts_near_matches_with_their_drift(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
     with LLMCache.open(store, model) as cache:
-        outputs = cache.encode(queries[:1500])
+        outputs = cache.encode(queries[:600])
         head = LogisticRegression(max_iter=200).fit(outputs, np.argmax(outputs[:, :8], axis=1))
-        calibration = cache.calibrate(budget=0.02, head=head)
-        plan, tiers = planned_and_run(cache, queries[1500:2500])
-    assert plan.near / 1000 == pytest.approx(tiers.count("near") / 1000, abs=0.1)
+        calibration = cache.calibrate(budget=0.05, head=head)
+        plan, tiers = planned_and_run(cache, queries[600:900])
+    assert plan.near / 300 == pytest.approx(tiers.count("near") / 300, abs=0.15)
     assert plan.near_from.startswith("as calibrated on")
     assert plan.bound is not None
     assert plan.drift is not None
-    assert plan.drift <= plan.bound <= calibration.bound <= 0.02
+    assert plan.drift <= plan.bound <= calibration.bound <= 0.05
 
 
 # -- time -----------------------------------------------------------------------------------------------------
@@ -138,22 +138,22 @@ def test_the_recorded_cost_adds_up_to_what_the_model_took(
 ) -> None:
     with LLMCache.open(store, model) as cache:
         assert recorded(cache._bank) is None
-        list(cache.run(queries[:400]))
+        list(cache.run(queries[:200]))
         cache.commit()
         cost = recorded(cache._bank)
         assert cost is not None
-        lengths = np.array([len(one) for one in model.tokenizer(queries[:400])["input_ids"]])
+        lengths = np.array([len(one) for one in model.tokenizer(queries[:200])["input_ids"]])
         assert cost(lengths).sum() == pytest.approx(cache.stats().counters.model_seconds, rel=0.2)
-        assert cache.plan(queries[400:500]).cost_from.startswith("recorded")
+        assert cache.plan(queries[200:300]).cost_from.startswith("recorded")
 
 
 def test_a_plan_says_what_the_run_would_cost_without_a_cache(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
     with LLMCache.open(store, model) as cache:
-        list(cache.run(queries[:200]))
-        known = cache.plan(queries[:200])
-        fresh = cache.plan(queries[200:400])
+        list(cache.run(queries[:100]))
+        known = cache.plan(queries[:100])
+        fresh = cache.plan(queries[100:200])
     assert known.computed == 0 == known.model_seconds
     assert known.seconds < 0.1 * known.uncached_seconds
     assert fresh.seconds >= fresh.model_seconds > 0
@@ -231,8 +231,8 @@ def test_the_bytes_forecast_are_those_that_a_run_writes(
     store: Path, model: SentenceTransformer, queries: list[str]
 ) -> None:
     with LLMCache.open(store, model) as cache:
-        plan = cache.plan(queries)
-        list(cache.run(queries))
+        plan = cache.plan(queries[:400])
+        list(cache.run(queries[:400]))
     size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     assert plan.total_bytes == pytest.approx(size, rel=0.1)
 
