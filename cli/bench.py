@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_pipelines, options, printing
+from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_pipelines, bench_plan, options, printing
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
@@ -22,6 +22,7 @@ app.command()(bench_near.rivals)
 app.command(name="guard")(bench_near.guarded)
 app.command()(bench_pipelines.pipeline)
 app.command()(bench_pipelines.chunks)
+app.command()(bench_plan.plan)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

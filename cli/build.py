@@ -37,6 +37,7 @@ def build(
     stdin_format: options.StdinFormat = "jsonl",
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
+    plan: options.PlanFile = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -59,7 +60,7 @@ def build(
     }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
-    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access), sources)
+    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan), sources)
 
 
 def layer_numbers(given: str) -> str | tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcache.cli import amounts, options, printing
+from llmcache.history import note_eviction
 from llmcache.indexes.maintenance import evict as evict_rows
 from llmcache.indexes.store import Store
 
@@ -27,6 +28,8 @@ def evict(
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
         done = evict_rows(opened, most, policy=policy, half_life=half, dry_run=dry_run)
+        if not dry_run:
+            note_eviction(opened, done.rows, most - done.bytes_after)
     finally:
         opened.close()
     if json:

@@ -15,6 +15,7 @@ from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.indexes.store import Store
 from llmcache.namespace import resolved_secret
+from llmcache.plan import Compared, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Asked:
     json: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
+    plan: Path | None = None
 
 
 def fill(asked: Asked, sources: Sources) -> None:
@@ -37,6 +39,7 @@ def fill(asked: Asked, sources: Sources) -> None:
     if asked.dry_run:
         preview(asked.store, asked.namespace, asked.role, sources, asked.json, asked.access)
         return
+    expected = None if asked.plan is None else Plan.read(asked.plan)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
     from llmcache.tally import Tally
@@ -48,6 +51,7 @@ def fill(asked: Asked, sources: Sources) -> None:
     access = asked.access.keywords()
     with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace, **access) as cache:
         before = len(cache)
+        cache.corpus = sources.name
         with progress(reading, bytes_of(sources.corpora)) as advance:
             results = cache.run(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
             for _ in tally.counted(results):
@@ -55,18 +59,27 @@ def fill(asked: Asked, sources: Sources) -> None:
         if asked.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()
+        forecast = None if expected is None else cache.compared(expected)
     report(
         asked,
         reading,
         tally.as_dict(),
         {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()},
+        forecast,
     )
 
 
-def report(asked: Asked, reading: Reading, tally: Mapping[str, Any], store: Mapping[str, Any]) -> None:
+def report(
+    asked: Asked,
+    reading: Reading,
+    tally: Mapping[str, Any],
+    store: Mapping[str, Any],
+    forecast: Compared | None = None,
+) -> None:
     """Print what one run did."""
     if asked.json:
-        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store})
+        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store,
+                          **({} if forecast is None else {"plan": forecast.as_dict()})})  # fmt: skip
         return
     bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
     printing.facts(
@@ -82,6 +95,8 @@ def report(asked: Asked, reading: Reading, tally: Mapping[str, Any], store: Mapp
             ("index", store["index"]),
         ]
     )
+    if forecast is not None:
+        typer.echo(str(forecast))
     warnings(reading)
 
 

@@ -18,8 +18,10 @@ from llmcache.cli import (
     explain,
     gc,
     inspect,
+    plan,
     purge,
     repair,
+    report,
     run,
     sign,
     snapshot,
@@ -40,12 +42,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+app.command()(plan.plan)
 app.command()(build.build)
 app.command()(warm.warm)
 app.command()(run.run)
 app.command()(calibrate.calibrate)
 app.command()(explain.explain)
 app.command()(stats.stats)
+app.command()(report.report)
 app.command()(inspect.inspect)
 app.command()(evict.evict)
 app.command()(compact.compact)

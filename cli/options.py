@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,9 @@ KeyFile = Annotated[str | None, typer.Option(help="File with the key that signs 
 KeyVariable = Annotated[str | None, typer.Option(help="Environment variable with that key, for example LLMCACHE_KEY.")]
 AllowUntrusted = Annotated[
     bool, typer.Option("--allow-untrusted", help="Read a store that nobody vouches for: equal tokens only, no writing.")
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="A forecast of `llmcache plan -o`, to be compared with what comes.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; compute and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for scripts.")]

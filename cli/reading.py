@@ -29,6 +29,12 @@ class Sources:
     skip_bad: bool = False
     stdin_format: str = "jsonl"
 
+    @property
+    def name(self) -> str:
+        """What the corpora are called in the record of runs."""
+        names = [Path(one).name or one for one in self.corpora]
+        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
     def documents(self, reading: Reading) -> Iterator[Document]:
         """The documents; the first is read at once: a corpus that cannot be read fails before anything is made."""
         found = documents(

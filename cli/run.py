@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from llmcache.cli.heads import run_heads
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
+from llmcache.plan import Compared, Plan
 
 if TYPE_CHECKING:
     from llmcache.intake import Refused
@@ -72,6 +73,7 @@ def run(
     offline: Annotated[
         bool, typer.Option("--offline", help="Take the model from this machine; fetch nothing.")
     ] = False,
+    plan: options.PlanFile = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -79,6 +81,7 @@ def run(
 
     What the store has is read, the rest is computed and stored.
     """
+    expected = None if plan is None else Plan.read(plan)
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     limits = Limits.of(max_seconds, max_bytes)
@@ -105,12 +108,14 @@ def run(
     reading = Reading()
     documents = sources.documents(reading)
     with LLMCache.open(store, model, **opened) as cache, progress(reading, bytes_of(corpus)) as advance:
+        cache.corpus = sources.name
         pipeline = Pipeline(
             cache, chunk=None if chunk == "none" else chunk, per=per, batch_size=batch_size, role=role,
             strict=not skip_bad, progress=advance,
         )  # fmt: skip
         written = pipeline.write(documents, out, resume=resume, max_seconds=limits.seconds)
-    report(written, reading, pipeline.errors, cache.stats().counters, json)
+        forecast = None if expected is None else cache.compared(expected)
+    report(written, reading, pipeline.errors, cache.stats().counters, forecast, json)
     if tau is not None and not written.near:
         typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
     if not written.finished:
@@ -131,11 +136,20 @@ class Limits:
         )
 
 
-def report(written: Written, reading: Reading, errors: list[Refused], counters: Counters, json: bool) -> None:
+def report(
+    written: Written,
+    reading: Reading,
+    errors: list[Refused],
+    counters: Counters,
+    forecast: Compared | None,
+    json: bool,
+) -> None:
     """Print what became of the documents, and where the results are."""
     if json:
         shown = {name: getattr(written, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
-        ended = {"refused": written.refused, "resumed": written.resumed, "finished": written.finished}
+        ended: dict[str, Any] = {"refused": written.refused, "resumed": written.resumed, "finished": written.finished}
+        if forecast is not None:
+            ended["plan"] = forecast.as_dict()
         printing.as_json(
             {**shown, "out": str(written.path), "bad": reading.bad, **ended, "counters": counters.as_dict()}
         )
@@ -153,6 +167,8 @@ def report(written: Written, reading: Reading, errors: list[Refused], counters: 
                 ("written to", written.path if written.finished else "nothing yet; the same with --resume goes on"),
             ]
         )
+        if forecast is not None:
+            typer.echo(str(forecast))
     if errors:
         typer.echo(f"llmcache: {written.refused:,} records were refused; {errors[0].id} {errors[0].reason}", err=True)
     warnings(reading)

@@ -18,6 +18,7 @@ def warm(
     stdin_format: options.StdinFormat = "jsonl",
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
+    plan: options.PlanFile = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -30,4 +31,4 @@ def warm(
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
-    fill(Asked(store, None, namespace, role, batch_size, dry_run, json, access=access), sources)
+    fill(Asked(store, None, namespace, role, batch_size, dry_run, json, access=access, plan=plan), sources)

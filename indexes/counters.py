@@ -14,6 +14,7 @@ from typing import Any
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder
+from llmcache.indexes.journal import journal_name, read_journals, write_journal
 from llmcache.indexes.parsing import strict_json
 from llmcache.indexes.usage import UseTable, read_uses, use_name, write_uses
 
@@ -84,6 +85,9 @@ def fold(folder: Folder, writers: list[str], new: str) -> None:
     write_counters(folder, new, {**total, "folded": sorted({*writers, *(earlier & here)})})
     if len(uses.records):
         write_uses(folder, new, uses.records)
+    if runs := read_journals(folder, [writer for writer in writers if writer not in earlier]):
+        write_journal(folder, new, runs)
     for writer in sorted({*writers, *(earlier & here)}):
         folder.remove(use_name(writer))
+        folder.remove(journal_name(writer))
         folder.remove(f"stat/{writer}.json")

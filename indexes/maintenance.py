@@ -222,7 +222,7 @@ def _old_writers(store: Store, grace: float) -> list[str]:
     changed: dict[str, float] = {}
     for name, (_, when) in store.folder.listing("stat").items():
         writer, _, ending = name.rpartition(".")
-        if ending in {"json", "use"} and counting.WRITER.fullmatch(writer) and writer != store.writer:
+        if ending in {"json", "use", "runs"} and counting.WRITER.fullmatch(writer) and writer != store.writer:
             changed[writer] = max(changed.get(writer, 0), when)
     return sorted(writer for writer, when in changed.items() if now - when > grace)
 

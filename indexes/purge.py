@@ -231,7 +231,8 @@ def _sweep(store: Store, doomed: Doomed, purged: Purged, before: int, leaving: R
     passed |= {generation_name(one): one for one in older if one != manifest.generation}
     going += passed
     # records of use list the keys of rows; nothing but the choice of what to evict depends on them
-    going += [f"stat/{name}" for name in folder.names("stat") if name.endswith(".use") or name == own]
+    listing = (".use", ".runs") if doomed.whole is not None else (".use",)  # records of runs name corpora, not entries
+    going += [f"stat/{name}" for name in folder.names("stat") if name.endswith(listing) or name == own]
     for name in going:
         if passed.get(name, 0) <= before:
             purged.bytes += folder.size(name)

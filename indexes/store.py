@@ -53,6 +53,7 @@ class Store:
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
         self.keeps_uses = True
         self.not_stored = 0  # rows given up because the budget had no place for them
+        self.evicted = 0  # rows that this opening evicted to make room
 
     @classmethod
     def open(
@@ -284,10 +285,13 @@ class Store:
         """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
         self.write_uses()
         gone: set[str] = set()
+        spaces = self.manifest.namespaces.values()
+        live = {one.id: one.live for space in spaces for bank in space.banks.values() for one in bank.segments}
         try:
             return eviction.make_room(self.folder, self.publish, budget, nbytes, gone)
         finally:
             if gone:
+                self.evicted += sum(live.get(id, 0) for id in gone)
                 self.forget(gone)
 
     def _commit_index(self, place: Place, bank: Bank) -> None:

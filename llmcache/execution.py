@@ -170,6 +170,15 @@ class Execution:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
         return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
 
+    @property
+    def model(self) -> Model:
+        """What computes, for those who measure it (`llmcache.planning`)."""
+        return self._model
+
+    def seed(self, kind: str, call: Call) -> Seed:
+        """What the keys of this call's "text" or "tokens" begin with."""
+        return self._seed(kind, call)
+
     def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
         call = Call([text], None, prompt, role)
@@ -225,6 +234,7 @@ class Execution:
         if self.config.tau is None:
             return np.arange(len(places))
         rows, similarity = near(self.bank, raw, self.config.tau)
+        self._storing.history.similar(similarity, rows >= 0)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
         answers.similarity[places[found]] = similarity[found]
@@ -242,6 +252,7 @@ class Execution:
         self.reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
         near = self.reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        self._storing.history.similar(near.similarity, near.gate == TAKEN)
         self.reuse.watch(near.similarity)
         again = self.reuse.chosen_for_audit(near)
         served = (near.gate == TAKEN) & ~again

@@ -62,6 +62,11 @@ def results(
         yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
 
 
+def documents_of(sources: Iterable[Source]) -> Iterator[Document]:
+    """The same, as documents; CorpusError for what is none."""
+    return (_document(source, place) for place, source in enumerate(sources))
+
+
 def text_of(source: Source) -> str:
     """The text of a document as it may be given."""
     return _document(source, 0).text

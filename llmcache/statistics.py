@@ -134,6 +134,11 @@ class Statistics:
         """Seconds saved, less everything the cache itself took."""
         return self.counters.saved_seconds - self.counters.overhead_seconds
 
+    def _repr_html_(self) -> str:
+        from llmcache.report.notebook import as_html  # here, since it takes its words from the report
+
+        return as_html(self)
+
     def as_dict(self) -> dict[str, Any]:
         near = [one.as_dict() for one in self.near]
         return {**asdict(self), "near": near, "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
+from llmcache.history import History
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
@@ -31,6 +32,7 @@ class Storing:
         self._most = min(_COMMIT_BYTES, config.max_bytes // 16) if config.max_bytes else _COMMIT_BYTES
         self._committed = time.monotonic()
         self._held = False
+        self.history = History(store, counters)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -79,4 +81,6 @@ class Storing:
             self.store.commit()
         finally:
             self.counters.not_stored += self.store.not_stored - given_up
-        self.store.write_counters(self.counters.as_dict())
+        if any(self.counters.as_dict().values()):  # an opening that did nothing leaves no file
+            self.store.write_counters(self.counters.as_dict())
+            self.history.write()

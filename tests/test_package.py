@@ -17,11 +17,13 @@ PACKAGES = {
     "llmcache": "llmcache",
     "llmcache/bench": "llmcache/bench",
     "llmcache/integrations": "llmcache/integrations",
+    "llmcache/report": "llmcache/report",
     "indexes": "llmcache/indexes",
     "cli": "llmcache/cli",
     "data": "llmcache/data",
 }
 DATA = {"demo.jsonl", "demo_tomorrow.jsonl"}
+PAGE = {"page.html", "chart.html", "style.css"}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def test_the_wheel_holds_exactly_the_source_files(wheel: set[str]) -> None:
     expected = {"llmcache/py.typed"}
     for folder, package in PACKAGES.items():
         expected |= {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    expected |= {f"llmcache/report/{name}" for name in PAGE}
     assert wheel == expected | {f"llmcache/data/{name}" for name in DATA}
 
 

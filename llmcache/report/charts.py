@@ -1,0 +1,101 @@
+"""Charts as percentages of a plot's area: shapes stretch with the page, texts beside them keep their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """kind: "line", "area", "bar" or "rule". points: (x, y) in percent, y from below. colour: a class of the page.
+
+    said: what a pointer over it shows.
+    """
+
+    kind: str
+    colour: str
+    points: list[tuple[float, float]]
+    said: str = ""
+
+    @property
+    def path(self) -> str:
+        return "M" + "L".join(f"{x:.2f} {100 - y:.2f}" for x, y in self.points) + ("Z" if self.kind == "area" else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A text or dot at a place, in percent. side: where the text stands, "left", "right" or "middle" of it."""
+
+    x: float
+    y: float
+    text: str
+    colour: str = ""
+    side: str = "middle"
+
+
+@dataclass(slots=True)
+class Chart:
+    """said: what it shows, for those who cannot see it. rows: its numbers as a table, under columns."""
+
+    said: str
+    shapes: list[Shape] = field(default_factory=list)
+    dots: list[Mark] = field(default_factory=list)
+    labels: list[Mark] = field(default_factory=list)
+    x: list[Mark] = field(default_factory=list)
+    y: list[Mark] = field(default_factory=list)
+    x_name: str = ""
+    y_name: str = ""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+
+
+def ticks(most: float, wanted: int = 4) -> list[float]:
+    """Round numbers from 0 to the first that is not below `most`."""
+    if not most > 0 or not math.isfinite(most):
+        return [0.0, 1.0]
+    raw = most / wanted
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * unit for size in (1, 2, 2.5, 5, 10) if size * unit >= raw * (1 - 1e-9))
+    return [step * i for i in range(math.ceil(most / step - 1e-9) + 1)]
+
+
+def thinned(names: Sequence[str], most: int = 5) -> list[int]:
+    """Places of the names that are written: as many as fit, from the first on, equally far apart."""
+    return list(range(0, len(names), max(1, math.ceil((len(names) - 1) / (most - 1)))))
+
+
+def columns(
+    chart: Chart, names: Sequence[str], stacks: Sequence[Sequence[float]], colours: Sequence[str], said: Sequence[str],
+    top: float,
+) -> None:  # fmt: skip
+    """Stacked columns. stacks: [columns][parts]. top: the value at the upper edge. said: of each column."""
+    slot = 100 / len(names)
+    width = min(0.72 * slot, 9.0)
+    for place, parts in enumerate(stacks):
+        left, below = (place + 0.5) * slot - width / 2, 0.0
+        for part, colour in zip(parts, colours, strict=True):
+            height = 100 * part / top if top else 0.0
+            if height > 0:
+                box = [(left, below), (left + width, below + height)]
+                chart.shapes.append(Shape("bar", colour, box, said[place]))
+            below += height
+    chart.x = [Mark((i + 0.5) * slot, 0, names[i], side=_side(i, len(names), slot)) for i in thinned(names)]
+
+
+def _side(place: int, count: int, slot: float) -> str:
+    """Names at the ends of a dense axis stand inside the plot."""
+    if slot > 14 or 0 < place < count - 1:
+        return "middle"
+    return "right" if place == 0 else "left"
+
+
+def scale(chart: Chart, values: Sequence[float], texts: Sequence[str]) -> float:
+    """Lines and texts of the upright axis; the value at its top."""
+    top = values[-1] or 1.0
+    for value, text in zip(values, texts, strict=True):
+        chart.shapes.insert(0, Shape("rule", "grid", [(0, 100 * value / top), (100, 100 * value / top)]))
+        chart.y.append(Mark(0, 100 * value / top, text))
+    return top

@@ -1,0 +1,50 @@
+"""A report as one HTML page: no script, nothing fetched, light or dark as the reader has it."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import DictLoader, Environment, StrictUndefined, Template
+
+from llmcache import __version__
+from llmcache.errors import CorpusError
+from llmcache.report import sections, words
+from llmcache.report.facts import TIERS, Facts
+
+
+@cache
+def _template() -> Template:
+    names = ("page.html", "chart.html", "style.css")
+    texts = {name: (files("llmcache.report") / name).read_text(encoding="utf-8") for name in names}
+    environment = Environment(
+        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {name: getattr(words, name) for name in ("count", "share", "duration", "size", "money")}
+    return environment.get_template("page.html")
+
+
+def rendered(facts: Facts) -> str:
+    """The page."""
+    budgets = [float(one["budget"]) for one in facts.calibrations.values() if one.get("budget")]
+    return _template().render(
+        facts=facts, sections=sections, tiers=list(zip(TIERS, sections.COLOURS, facts.total.tiers, strict=True)),
+        budget=budgets[0] if len(budgets) == 1 else None, version=__version__,
+        made=time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(facts.made)).lstrip("0"),
+    )  # fmt: skip
+
+
+def write(facts: Facts, path: Path) -> int:
+    """Write the page, whole or not at all; its bytes. CorpusError when it cannot be written there."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    data = rendered(facts).encode("utf-8", "replace")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CorpusError(f"{path} cannot be written ({error.strerror or error}); choose another place") from None
+    return len(data)
