@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmcache.cli import options, printing
+from llmcache.cli.engine import Engine, Workers, opened
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.heads import run_heads
 from llmcache.cli.reading import Sources, bytes_of, progress
@@ -40,6 +41,8 @@ def run(
             help="NAME=FOLDER of a model on the same trunk, as often as you like; each gets a result file OUT.NAME."
         ),
     ] = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -63,13 +66,15 @@ def run(
     if any(out.resolve() == Path(one).resolve() for one in corpus):
         raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
     if head:
+        if engine != "local":
+            raise ConfigError("--head computes in one process; leave --engine out")
         with LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache:
             run_heads(cache, head, sources, out, role, batch_size, json)
         return
     reading, tally = Reading(), Tally()
     documents = sources.documents(reading)
     with (
-        LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache,
+        opened(engine, workers, store, model, namespace=namespace, tau=tau, **access.keywords()) as cache,
         result_writer(out, width=cache.width) as writer,
     ):
         with progress(reading, bytes_of(corpus)) as advance:
