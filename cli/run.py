@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,13 @@ from llmcache.cli import options, printing
 from llmcache.cli.engine import Engine, Workers, opened
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.heads import run_heads
+from llmcache.cli.metrics import MetricsFile, Run
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
 from llmcache.results import result_writer
+
+log = logging.getLogger("llmcache")
 
 
 def run(
@@ -47,6 +51,7 @@ def run(
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
+    metrics_file: MetricsFile = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -59,6 +64,7 @@ def run(
     if dry_run:
         preview(store, namespace, role, sources, json, access)
         return
+    timed = Run("run", metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.tally import Tally
 
@@ -80,6 +86,7 @@ def run(
         with progress(reading, bytes_of(corpus)) as advance:
             writer.write(tally.counted(cache.run(documents, role=role, batch_size=batch_size, progress=advance)))
         stats = cache.stats()
+    timed.ended(namespace, tally, stats)
     counters = stats.counters
     if json:
         printing.as_json({**tally.as_dict(), "out": str(out), "bad": reading.bad, "counters": counters.as_dict()})
@@ -97,5 +104,5 @@ def run(
         ]
     )
     if tau is not None and not tally.near:
-        typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
+        log.warning("no document had a neighbour at similarity %s or above", tau)
     warnings(reading)
