@@ -90,11 +90,11 @@ class SpreadExecution(Execution):
             done[number] = one
             call.progress(len(parts[number]), len(parts[number]))
         self.counters.model_seconds += time.perf_counter() - began
-        for part, one in zip(parts, done, strict=True):
-            assert one is not None
-            answers.outputs[unknown.places[part]] = one.outputs
-            if one.stored:
-                self._remember(call, unknown, part, one)
+        for part, result in zip(parts, done, strict=True):
+            assert result is not None
+            answers.outputs[unknown.places[part]] = result.outputs
+            if result.stored:
+                self._remember(call, unknown, part, result)
             else:
                 self.counters.not_stored += len(part)
 

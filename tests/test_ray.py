@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,8 +19,12 @@ from sentence_transformers import SentenceTransformer
 from llmcache import LLMCache, Result
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
 from llmcache.execution import Sentences
+from llmcache.fingerprint import features
 from llmcache.indexes.maintenance import compact
+from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
+from llmcache.keys import key_seed, text_keys, token_keys
 from llmcache.workers import Place, Share, Worker
 from tests.conftest import Command
 
@@ -55,8 +60,8 @@ def keys_of(path: Path) -> list[bytes]:
     """The key of every live row of a store's output bank, in no order."""
     with closing(Store.open(path)) as store:
         space = store.manifest.namespaces["default"]
-        bank = store.bank("default", "output", lambda: space.banks["output"], None)  # type: ignore[arg-type]
-        rows = [piece.rows["key"][piece.live()] for piece in bank.pieces]  # type: ignore[union-attr]
+        bank = store.bank("default", "output", lambda: space.banks["output"], NearChoice())
+        rows = [piece.rows["key"][piece.live()] for piece in bank.pieces if isinstance(piece, Segment)]
     return [key.tobytes() for part in rows for key in part]
 
 
@@ -154,9 +159,6 @@ def test_a_dataset_is_mapped_by_actors_that_share_a_store(
 
 
 def share_of(model: SentenceTransformer, cache: Any, texts: list[str]) -> Share:
-    from llmcache.execution import features
-    from llmcache.keys import key_seed, text_keys, token_keys
-
     sentences = Sentences(model)
     tokens = sentences.tokenise(sorted(texts, key=len, reverse=True), None, None)
     digest = cache.identity.digest
@@ -206,8 +208,6 @@ def test_two_workers_that_store_the_same_are_made_one_by_compact(
 
 
 def test_a_worker_with_another_model_or_an_older_store_is_refused(model_path: str, store: Path, tmp_path: Path) -> None:
-    import shutil
-
     with LLMCache.open(store, model_path) as cache:
         cache.encode(["one"])
     other = tmp_path / "other"

@@ -327,8 +327,8 @@ def test_another_store_is_neither_pushed_over_nor_pulled_over(filled: Path, tmp_
     for first in (0, 3, 6):
         put(other, first, 3)
     for refused, advice in (
-        (lambda: snapshot.push(other, memory), "push to another URL"),
-        (lambda: snapshot.pull(memory, other), "pull to a new folder and"),
+        (functools.partial(snapshot.push, other, memory), "push to another URL"),
+        (functools.partial(snapshot.pull, memory, other), "pull to a new folder and"),
     ):
         with pytest.raises(LLMCacheError, match=f"another store, or .*went on from here; {advice}"):
             refused()
