@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_ray, options, printing
+from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_ray, bench_scale, options, printing
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
@@ -18,6 +18,7 @@ app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)
 app.command()(bench_ray.ray)
+app.command()(bench_scale.scale)
 app.command(name="guard")(bench_near.guarded)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
