@@ -10,7 +10,6 @@ import typer
 
 from llmcache.cli import options, printing
 from llmcache.corpus import documents
-from llmcache.demo import demo_model_path
 
 
 def ray(
@@ -26,6 +25,7 @@ def ray(
     """The same job in one process, on workers, and with one of them killed: seconds, and whether all is equal."""
     from llmcache.bench.conditions import conditions
     from llmcache.bench.spreading import spread
+    from llmcache.demo import demo_model_path
 
     texts = [one.text for one in islice(documents(data, text_field=text_field), limit)]
     rows = [asdict(one) for one in spread(model or str(demo_model_path()), texts, workers)]

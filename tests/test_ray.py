@@ -134,8 +134,7 @@ def test_a_dataset_is_mapped_by_actors_that_share_a_store(
     before.enable_progress_bars = False
     arguments = {"store": str(store), "threads": 1}
     rows = (
-        ray.data.from_items(documents)
-        .repartition(4)
+        ray.data.from_items(documents, override_num_blocks=4)
         .map_batches(CachedModel, fn_constructor_kwargs=arguments, concurrency=2, num_cpus=0.5, batch_size=100)
         .take_all()
     )
