@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -50,6 +52,9 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+    for one in gc.get_objects():  # Ray does not wait for its own daemons, and Python warns of that at some later moment
+        if isinstance(one, subprocess.Popen):
+            one.wait(30)
 
 
 def facts(results: Sequence[Result]) -> list[tuple[object, ...]]:
