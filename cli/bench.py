@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli import bench_decoding, bench_layers, bench_near, bench_pipelines, bench_plan, options, printing
+from llmcache.cli import (
+    bench_decoding,
+    bench_layers,
+    bench_near,
+    bench_pipelines,
+    bench_plan,
+    bench_ray,
+    bench_scale,
+    options,
+    printing,
+)
 
 app = typer.Typer(
     help="Measure this machine: medians and ratios, the contenders in turn in one process.",
@@ -19,6 +29,8 @@ app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)
 app.command(name="reuse")(bench_near.reusing)
 app.command()(bench_near.rivals)
+app.command()(bench_ray.ray)
+app.command()(bench_scale.scale)
 app.command(name="guard")(bench_near.guarded)
 app.command()(bench_pipelines.pipeline)
 app.command()(bench_pipelines.chunks)

@@ -8,6 +8,7 @@ import typer
 
 from llmcache.cli import options
 from llmcache.cli.filling import Asked, fill
+from llmcache.cli.metrics import MetricsFile
 from llmcache.cli.reading import Sources
 from llmcache.errors import ConfigError
 
@@ -41,6 +42,7 @@ def build(
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
+    metrics_file: MetricsFile = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -60,7 +62,7 @@ def build(
     }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
-    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan), sources)
+    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan, metrics_file), sources)
 
 
 def layer_numbers(given: str) -> str | tuple[int, ...]:

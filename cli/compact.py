@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from llmcache.cli import options, printing
 from llmcache.indexes.maintenance import compact as compact_segments
@@ -11,6 +14,10 @@ from llmcache.indexes.store import Store
 
 def compact(
     store: options.StoreArgument,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="First drop entries that several writers stored at the same time.")
+    ] = False,
+    small: Annotated[bool, typer.Option("--small", help="Make one of many small segments, too.")] = False,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
@@ -19,7 +26,7 @@ def compact(
     """Rewrite the segments of which less than half is alive. `llmcache gc` then frees their space."""
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
-        done = compact_segments(opened, dry_run=dry_run)
+        done = compact_segments(opened, duplicates=duplicates, small=small, dry_run=dry_run)
     finally:
         opened.close()
     if json:
@@ -30,6 +37,7 @@ def compact(
             ("segments to rewrite" if dry_run else "segments rewritten", done.segments),
             ("entries", done.rows),
             ("damaged, left behind", done.damaged),
+            *([("copies dropped", done.duplicates)] if duplicates else []),
             ("left for gc", printing.size(done.bytes)),
         ]
     )

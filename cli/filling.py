@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import typer
 
 from llmcache.cli import printing
+from llmcache.cli.metrics import Run
 from llmcache.cli.options import Access
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.indexes.store import Store
 from llmcache.namespace import resolved_secret
 from llmcache.plan import Compared, Plan
+
+log = logging.getLogger("llmcache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Asked:
     settings: Mapping[str, Any] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
     plan: Path | None = None
+    metrics_file: Path | None = None
 
 
 def fill(asked: Asked, sources: Sources) -> None:
@@ -40,6 +45,7 @@ def fill(asked: Asked, sources: Sources) -> None:
         preview(asked.store, asked.namespace, asked.role, sources, asked.json, asked.access)
         return
     expected = None if asked.plan is None else Plan.read(asked.plan)
+    timed = Run("build" if asked.model is not None else "warm", asked.metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
     from llmcache.tally import Tally
@@ -60,6 +66,7 @@ def fill(asked: Asked, sources: Sources) -> None:
             cache.rebuild()
         stats = cache.stats()
         forecast = None if expected is None else cache.compared(expected)
+    timed.ended(asked.namespace, tally, stats)
     report(
         asked,
         reading,
@@ -104,9 +111,9 @@ def warnings(reading: Reading) -> None:
     """Say on standard error what was odd about a corpus."""
     if reading.bad:
         first = f"; the first: {reading.errors[0]}" if reading.errors else ""
-        typer.echo(f"llmcache: {reading.bad:,} records were skipped{first}", err=True)
+        log.warning("%s records were skipped%s", f"{reading.bad:,}", first)
     if reading.duplicate_ids:
-        typer.echo(f"llmcache: {reading.duplicate_ids:,} documents repeat an earlier id; all were kept", err=True)
+        log.warning("%s documents repeat an earlier id; all were kept", f"{reading.duplicate_ids:,}")
 
 
 def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool, access: Access) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import typer
@@ -18,6 +17,7 @@ from llmcache.cli import (
     explain,
     gc,
     inspect,
+    logs,
     plan,
     purge,
     repair,
@@ -29,7 +29,6 @@ from llmcache.cli import (
     verify_model,
     warm,
 )
-from llmcache.cli.printing import printable
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
@@ -64,7 +63,12 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
-def options(version: bool = typer.Option(False, "--version", help="Show the version and leave.")) -> None:
+def options(
+    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
+    log_level: str | None = typer.Option(None, help="debug, info, warning or error; warning unless said."),
+    log_format: str | None = typer.Option(None, help="Lines on standard error: text, or json for machines."),
+) -> None:
+    logs.choose(log_level, log_format)
     if version:
         from llmcache import __version__
 
@@ -76,7 +80,11 @@ def main() -> None:
     """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 3: `run --max-seconds`
     stopped it, and --resume goes on; 130: stopped with Ctrl-C.
     """
-    logging.basicConfig(level=logging.WARNING, format="llmcache: %(message)s", stream=sys.stderr)
+    with logs.logged():
+        _main()
+
+
+def _main() -> None:
     try:
         code = app(standalone_mode=False) or 0
         sys.exit(stopped() if code == STOPPED else code)
@@ -95,7 +103,7 @@ def main() -> None:
 
 def said(error: object, code: int) -> int:
     """Print one line on standard error and give the exit code back."""
-    typer.echo("llmcache: " + printable(" ".join(str(error).split())), err=True)
+    typer.echo(logs.error_line(" ".join(str(error).split()), code), err=True)
     return code
 
 

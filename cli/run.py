@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcache.cli import amounts, options, printing
+from llmcache.cli.engine import Engine, Workers, opened
 from llmcache.cli.filling import preview, warnings
 from llmcache.cli.heads import run_heads
+from llmcache.cli.metrics import MetricsFile, Run
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
     from llmcache.resuming import Written
     from llmcache.statistics import Counters
 
+log = logging.getLogger("llmcache")
+
 UNFINISHED = 3  # stopped by --max-seconds; --resume goes on
+
+log = logging.getLogger("llmcache")
 
 
 def run(
@@ -49,6 +56,8 @@ def run(
             help="NAME=FOLDER of a model on the same trunk, as often as you like; each gets a result file OUT.NAME."
         ),
     ] = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
@@ -74,6 +83,7 @@ def run(
         bool, typer.Option("--offline", help="Take the model from this machine; fetch nothing.")
     ] = False,
     plan: options.PlanFile = None,
+    metrics_file: MetricsFile = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -92,22 +102,25 @@ def run(
         return
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
+    timed = Run("run", metrics_file)
     if any(out.resolve() == Path(one).resolve() for one in corpus):
         raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
     from llmcache.cache import LLMCache
     from llmcache.pipeline import Pipeline
 
     printing.quiet()
-    opened = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}
+    settings = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}
     if head:
         if resume or limits.seconds is not None or chunk != "none":
             raise ConfigError("--head goes without --resume, --max-seconds and --chunk; run the heads by themselves")
-        with LLMCache.open(store, model, **opened) as cache:
+        if engine != "local":
+            raise ConfigError("--head computes in one process; leave --engine out")
+        with LLMCache.open(store, model, **settings) as cache:
             run_heads(cache, head, sources, out, role, batch_size, json)
         return
     reading = Reading()
     documents = sources.documents(reading)
-    with LLMCache.open(store, model, **opened) as cache, progress(reading, bytes_of(corpus)) as advance:
+    with opened(engine, workers, store, model, **settings) as cache, progress(reading, bytes_of(corpus)) as advance:
         cache.corpus = sources.name
         pipeline = Pipeline(
             cache, chunk=None if chunk == "none" else chunk, per=per, batch_size=batch_size, role=role,
@@ -115,9 +128,11 @@ def run(
         )  # fmt: skip
         written = pipeline.write(documents, out, resume=resume, max_seconds=limits.seconds)
         forecast = None if expected is None else cache.compared(expected)
-    report(written, reading, pipeline.errors, cache.stats().counters, forecast, json)
+    stats = cache.stats()
+    timed.ended(namespace, written, stats)
+    report(written, reading, pipeline.errors, stats.counters, forecast, json)
     if tau is not None and not written.near:
-        typer.echo(f"llmcache: no document had a neighbour at similarity {tau} or above", err=True)
+        log.warning("no document had a neighbour at similarity %s or above", tau)
     if not written.finished:
         raise typer.Exit(UNFINISHED)
 
@@ -170,5 +185,5 @@ def report(
         if forecast is not None:
             typer.echo(str(forecast))
     if errors:
-        typer.echo(f"llmcache: {written.refused:,} records were refused; {errors[0].id} {errors[0].reason}", err=True)
+        log.warning("%s records were refused; %s %s", f"{written.refused:,}", errors[0].id, errors[0].reason)
     warnings(reading)

@@ -43,6 +43,47 @@ def load(
     _transferred(snapshot.load(source, store, copy=copy, dry_run=dry_run), json=json)
 
 
+@app.command()
+def push(
+    store: options.StoreArgument,
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where to: file://, s3://, ... whatever fsspec knows.")],
+    sizes_only: Annotated[
+        bool, typer.Option("--sizes-only", help="Take what is there with the right size for whole; read nothing back.")
+    ] = False,
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Bring a store to a URL, the manifest last. What is there and whole is not sent again."""
+    key = options.signing_key(key_file, key_variable)
+    _carried(snapshot.push(store, url, key=key, sizes_only=sizes_only, dry_run=dry_run), json=json)
+
+
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where a store was pushed to; also http:// and https://.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder, or one that was pulled from there.")],
+    key_file: options.KeyFile = None,
+    key_variable: options.KeyVariable = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Bring a store from a URL into a folder, checking every byte, the manifest last. What is there is not loaded."""
+    key = options.signing_key(key_file, key_variable)
+    _carried(snapshot.pull(url, folder, key=key, dry_run=dry_run), json=json)
+
+
+def _carried(done: snapshot.Carried, *, json: bool) -> None:
+    if json:
+        printing.as_json(asdict(done))
+        return
+    over = "would go over" if done.dry_run else "went over"
+    counts = [("generation", done.generation), ("entries", done.entries), ("files", done.files)]
+    sent = [(f"files that {over}", done.sent), ("of it", printing.size(done.sent_bytes))]
+    printing.facts([("url", done.url), ("folder", done.path), *counts, ("size", printing.size(done.bytes)), *sent])
+
+
 def _transferred(made: snapshot.Snapshot, *, json: bool) -> None:
     if json:
         printing.as_json(asdict(made))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmcache.cli import options
 from llmcache.cli.filling import Asked, fill
+from llmcache.cli.metrics import MetricsFile
 from llmcache.cli.reading import Sources
 
 
@@ -22,6 +23,7 @@ def warm(
     secret_file: options.SecretFile = None,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
+    metrics_file: MetricsFile = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
@@ -31,4 +33,7 @@ def warm(
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
-    fill(Asked(store, None, namespace, role, batch_size, dry_run, json, access=access, plan=plan), sources)
+    fill(
+        Asked(store, None, namespace, role, batch_size, dry_run, json, {}, access, plan, metrics_file),
+        sources,
+    )

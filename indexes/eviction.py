@@ -19,7 +19,7 @@ from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.neighbours import DEAD_SHARE
-from llmcache.indexes.records import ALIGN, ROW
+from llmcache.indexes.records import ALIGN, ROW, Keys
 from llmcache.indexes.replacement import Rows, Terms, Usage, choose
 from llmcache.indexes.sealing import write_alive
 from llmcache.indexes.segment import Segment
@@ -47,11 +47,15 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Rows that could be evicted. places: namespace, bank and segment by segment number; rows: numbers inside it."""
+    """Rows that could be evicted. places: namespace, bank and segment by segment number; rows: numbers inside it.
+
+    keys: uint64 [n, 2].
+    """
 
     usage: Usage
     rows: Rows
     places: list[tuple[str, str, SegmentFacts]]
+    keys: Keys
 
 
 KEPT = ("fitted",)
@@ -85,8 +89,9 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
                 places.append((namespace, name, facts))
     counts = [len(one) for one in rows[1:]]
     width = np.repeat(np.array(widths, np.int64), counts)
-    usage = _usage(np.concatenate(records), uses, width, np.repeat(np.array(numbers, np.int64), counts))
-    return Candidates(usage, np.concatenate(rows), places)
+    every = np.concatenate(records)
+    usage = _usage(every, uses, width, np.repeat(np.array(numbers, np.int64), counts))
+    return Candidates(usage, np.concatenate(rows), places, every["key"])
 
 
 def _usage(records: Any, uses: UseTable, width: Rows, segment: Rows) -> Usage:

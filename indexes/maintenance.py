@@ -17,6 +17,7 @@ import numpy as np
 from llmcache.indexes import collection, compaction, eviction
 from llmcache.indexes import counters as counting
 from llmcache.indexes.collection import disk_bytes, garbage
+from llmcache.indexes.duplicates import drop_duplicates
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import GRACE
 from llmcache.indexes.manifest import SegmentFacts
@@ -42,13 +43,17 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class Compacted:
-    """segments that were rewritten, rows copied, damaged rows left behind; bytes that `gc` may now remove."""
+    """segments that were rewritten, rows copied, damaged rows left behind; bytes that `gc` may now remove.
+
+    duplicates: further copies of an entry that were dropped before.
+    """
 
     segments: int
     rows: int
     damaged: int
     bytes: int
     dry_run: bool
+    duplicates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,24 +177,36 @@ def _under_half_alive(facts: SegmentFacts) -> bool:
     return 2 * facts.live < facts.rows
 
 
-def compact(store: Store, *, dry_run: bool = False) -> Compacted:
+def compact(store: Store, *, duplicates: bool = False, small: bool = False, dry_run: bool = False) -> Compacted:
     """Rewrite the segments of which less than half the rows are alive. What they were is left for `gc`.
 
+    duplicates: first drop what is stored more than once, because several writers computed it at the same time.
+    small: make one of many small segments of a writer, too.
     Rows that do not agree with their checksums are left behind, and counted; segments that cannot be read stay as
     they are. Busy; StoreFull or StoreFenced when a write fails.
     """
     with _locked(store, dry_run):
-        planned = compaction.groups(eviction.current(store.folder), _under_half_alive)
+        dropped = drop_duplicates(store, dry_run=dry_run) if duplicates else 0
+        planned = _planned_groups(store, small)
         if dry_run:
             segments = sum(len(group.sources) for group in planned)
-            return Compacted(segments, sum(g.rows for g in planned), 0, sum(g.bytes for g in planned), dry_run)
+            rows, freed = sum(g.rows for g in planned), sum(g.bytes for g in planned)
+            return Compacted(segments, rows, 0, freed, dry_run, dropped)
         segments = rows = damaged = freed = 0
         for group in planned:
             done = _rewritten(store, group)
             rows, damaged = rows + done.rows, damaged + done.damaged
             if done.replaced:
                 segments, freed = segments + len(group.sources), freed + group.bytes
-        return Compacted(segments, rows, damaged, freed, dry_run)
+        return Compacted(segments, rows, damaged, freed, dry_run, dropped)
+
+
+def _planned_groups(store: Store, small: bool) -> list[compaction.Group]:
+    def wanted(facts: SegmentFacts) -> bool:
+        return _under_half_alive(facts) or (small and 4 * facts.payload < compaction.SEGMENT_BYTES)
+
+    found = compaction.groups(eviction.current(store.folder), wanted)
+    return [one for one in found if len(one.sources) > 1 or _under_half_alive(one.sources[0])]
 
 
 # -- gc -----------------------------------------------------------------------------------------------------

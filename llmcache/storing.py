@@ -78,7 +78,9 @@ class Storing:
         self._committed = time.monotonic()
         given_up = self.store.not_stored
         try:
-            self.store.commit()
+            before, after = self.store.manifest.generation, self.store.commit().generation
+            if after != before:
+                log.info("generation %d is committed", after, extra={"facts": {"llmcache.generation": after}})
         finally:
             self.counters.not_stored += self.store.not_stored - given_up
         if any(self.counters.as_dict().values()):  # an opening that did nothing leaves no file

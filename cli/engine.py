@@ -1,0 +1,41 @@
+"""What computes a run: this process, or the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmcache.cache import LLMCache
+
+Engine = Annotated[str, typer.Option(help="What computes: local, or ray (needs the extra 'ray').")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes of --engine ray, at most; 2 unless said. RAY_ADDRESS names a cluster.")
+]
+
+
+@contextmanager
+def opened(engine: str, workers: int | None, store: str, model: str | None, **keywords: Any) -> Iterator[LLMCache]:
+    """The store with what computes for it. ConfigError for an engine that is not there."""
+    if engine == "ray":
+        from llmcache import ray
+
+        count = 2 if workers is None else workers
+        # Ray says on standard output that a worker died; that is for results
+        with redirect_stdout(sys.stderr), ray.open(store, model, workers=count, **keywords) as cache:
+            yield cache
+        return
+    if engine != "local":
+        raise ConfigError(f"--engine is local or ray, got {engine!r}")
+    if workers is not None:
+        raise ConfigError("--workers is for --engine ray; one process uses all cores")
+    from llmcache.cache import LLMCache
+
+    with LLMCache.open(store, model, **keywords) as cache:
+        yield cache

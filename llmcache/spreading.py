@@ -1,0 +1,190 @@
+"""A cache whose model runs on the workers of a Ray cluster.
+
+Look-ups, order and provenance are those of one process, which asks the same banks in the same way; only the batches are
+computed elsewhere, by processes that store and commit them. So results do not depend on the number of workers: a batch
+has the same documents wherever it is computed. (Only torch may round small batches by the number of its threads.)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import nullcontext
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch.nn import Module
+
+from llmcache.cache import LLMCache
+from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
+from llmcache.execution import Call, Execution, Sentences, Unknown
+from llmcache.identity import Identity
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.records import Keys
+from llmcache.indexes.store import Store
+from llmcache.matching import Answers
+from llmcache.storing import Storing
+from llmcache.workers import Done, Place, Share, Workers, library
+
+_PER_WORKER = 4  # shares of a window for each worker, so that none waits long for the last
+_REMEMBERED = 64 << 20  # bytes of outputs that workers have committed, held until the store is read again
+
+
+class Remembered(Storing):
+    """Keeps what workers committed in memory, until the store is read again. Commits only names of rows."""
+
+    def __init__(self, *finished: Any) -> None:
+        super().__init__(*finished)
+        self._banks: dict[int, Bank] = {}
+        self._names: list[tuple[Bank, Keys, Keys]] = []
+
+    def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
+        kept = bank.put(keys, values, **entry)
+        if text_keys is not None:
+            bank.alias(text_keys, keys)
+        self.counters.not_stored += int((~kept).sum())
+        self._banks[id(bank)] = bank
+
+    def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
+        super().alias(bank, text_keys, keys)
+        if len(keys) and self.store.writable:
+            self._names.append((bank, text_keys, keys))
+
+    def commit(self) -> None:
+        """Read the store as the workers left it, in place of what was remembered; commit names that came up here."""
+        names, self._names = self._names, []
+        if self._banks or names:
+            for bank in self._banks.values():
+                bank.drop_pending()
+            for bank in {id(one): one for one, _, _ in names}.values():
+                bank.drop_pending()
+            self._banks = {}
+            self.store.reload()
+            for bank, text_keys, keys in names:
+                bank.alias(text_keys, keys)
+        super().commit()
+
+
+class SpreadExecution(Execution):
+    """Answers calls as `Execution` does; the batches are computed by workers."""
+
+    workers: Workers
+
+    def answers(self, call: Call) -> Answers:
+        # between two calls nobody holds numbers of rows, which a commit changes here
+        if self._storing.store.pending_bytes > _REMEMBERED:
+            self._storing.commit()
+        return super().answers(call)
+
+    def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
+        order = np.argsort(-unknown.tokens.lengths, kind="stable")
+        if not len(order):
+            return
+        began = time.perf_counter()
+        parts = _parts(order, call.batch_size, self.workers.count)
+        done: list[Done | None] = [None] * len(parts)
+        for number, one in self.workers.computed([_share(call, unknown, part) for part in parts]):
+            done[number] = one
+            call.progress(len(parts[number]), len(parts[number]))
+        self.counters.model_seconds += time.perf_counter() - began
+        for part, result in zip(parts, done, strict=True):
+            assert result is not None
+            answers.outputs[unknown.places[part]] = result.outputs
+            if result.stored:
+                self._remember(call, unknown, part, result)
+            else:
+                self.counters.not_stored += len(part)
+
+    def _remember(self, call: Call, unknown: Unknown, part: NDArray[np.int64], done: Done) -> None:
+        share = _share(call, unknown, part)
+        self._storing.put(
+            self.bank,
+            share.keys,
+            done.outputs,
+            share.text_keys,
+            tokens=share.tokens.ids,
+            sources=share.sources,
+            features=share.features,
+            cost=np.full(len(part), done.seconds / len(part), np.float32),
+        )
+
+
+def _parts(order: NDArray[np.int64], batch_size: int, workers: int) -> list[NDArray[np.int64]]:
+    """Whole batches, in order, so many of them together that each worker gets a few parts."""
+    batches = -(-len(order) // batch_size)
+    size = batch_size * max(1, -(-batches // (_PER_WORKER * workers)))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _share(call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
+    places = unknown.places[part].tolist()
+    return Share(
+        unknown.tokens.take(part.tolist()),
+        unknown.keys[part],
+        unknown.text_keys[part],
+        [call.ids[i] if call.ids else "" for i in places],
+        unknown.features[part],
+        call.batch_size,
+        call.role,
+    )
+
+
+class SpreadCache(LLMCache):
+    """An `LLMCache` whose model runs on workers. Made by `llmcache.ray.open`."""
+
+    workers: Workers
+
+    def __init__(
+        self, store: Store, model: Module, identity: Identity, config: CacheConfig, namespace: str, secret: bytes = b""
+    ) -> None:
+        super().__init__(store, model, identity, config, namespace, secret)
+        self._secret = secret
+
+    @classmethod
+    def on(
+        cls,
+        path: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None,
+        workers: int,
+        threads: int | None,
+        gpus: float,
+        **keywords: Any,
+    ) -> Self:
+        """`LLMCache.open`, with workers that open the same store. ConfigError for what they cannot compute."""
+        library()
+        if workers < 1:
+            raise ConfigError(f"there is at least one worker, got {workers}")
+        cache = cls.open(path, model, **keywords)
+        try:
+            cache._spread(None if model is None else os.fspath(model), (workers, threads, gpus), keywords)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
+    def _spread(self, model: str | None, asked: tuple[int, int | None, float], keywords: dict[str, Any]) -> None:
+        if not isinstance(self.model, SentenceTransformer) or self.config.layers != "output":
+            raise ConfigError(
+                "workers compute embeddings, of a SentenceTransformer and with layers='output'; use one process"
+            )
+        there = {name: value for name, value in keywords.items() if name not in ("config", "tau", "min_generation")}
+        store, old = self._store, self._execution
+        place = Place(os.fspath(store.folder.path), model, store.manifest.generation, there)
+        self._storing = Remembered(store, self.config, self._counters)
+        execution = SpreadExecution(
+            Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext
+        )
+        execution.reuse = old.reuse
+        execution.workers = self.workers = Workers(place, *asked)
+        self._encoding = execution
+
+    def close(self) -> None:
+        """Commit and close, and end the workers."""
+        try:
+            super().close()
+        finally:
+            if hasattr(self, "workers"):
+                self.workers.close()
