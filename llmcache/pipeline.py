@@ -35,8 +35,8 @@ class Pipeline:
     A part is 32 * batch_size documents, fewer where they pass 262,144 characters. In memory are, whatever the length
     of the corpus: `prefetch` + 2 parts of texts, the results of one part, and what the cache itself holds: entries
     that wait to be committed (at most 256 MiB of activations, or a sixteenth of `max_bytes`, or what one minute
-    computes), and its tables, some 300 bytes for each entry of the store. One document is as large as
-    `max_characters` lets it be, and a part may pass its limit by one document.
+    computes), and its tables, some 300 bytes for each entry of the store; `write` holds up to 4096 rows more. One
+    document is as large as `max_characters` lets it be, and a part may pass its limit by one document.
 
     errors: what was wrong with the first 100 refused records, of all runs; refused: how many there were.
     """

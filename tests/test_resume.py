@@ -156,6 +156,7 @@ while True:
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ending", "kills"), [(".parquet", 5), (".npy", 2), (".jsonl", 2)])
 def test_a_run_that_is_killed_at_random_times_gives_the_same_bytes(
     tmp_path: Path, model: SentenceTransformer, model_path: str, one_thread: None, ending: str, kills: int
