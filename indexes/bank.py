@@ -271,6 +271,10 @@ class Bank:
         """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
         return self.pieces.keys(rows)
 
+    def created(self, rows: Rows) -> Rows:
+        """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
+        return self.pieces.created(rows)
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         return self.pieces.key(row)

@@ -153,6 +153,16 @@ class Pieces:
                 found[chosen] = (piece.keys if isinstance(piece, Entries) else piece.rows["key"])[local]
         return found
 
+    def created(self, rows: Rows) -> Rows:
+        """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
+        found = np.zeros(len(rows), np.int64)
+        for piece, chosen, local in self.groups(rows):
+            if isinstance(piece, Entries):
+                found[chosen] = 0 if piece.created is None else piece.created[local]
+            elif not isinstance(piece, Gone):
+                found[chosen] = piece.rows["created"][local]
+        return found
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self.at(row)

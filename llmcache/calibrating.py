@@ -47,6 +47,7 @@ class Calibration:
     traffic: what the similarities of the sample were like, for `shift.Shift`.
     tolerated: highest mean drift over all results for the audits, which know no right answers: the budget; for
     "accuracy" an upper bound of the decisions that change at the threshold.
+    until: when the last of the entries was put, in seconds since the epoch: later ones answer nobody. 0: all do.
     guard: whether differing fields refuse a hit; guard_kinds, guard_pattern: which, see `guard.Rules`.
     curve: (threshold, hits, drift, bound), from strict to loose.
     """
@@ -67,6 +68,7 @@ class Calibration:
     temperature: float
     strength: float
     tolerated: float = 0.0
+    until: int = 0
     guard: bool = True
     guard_kinds: tuple[str, ...] = KINDS
     guard_pattern: str = ""

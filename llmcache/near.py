@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class NearReuse:
         sample and the right answers to them. settings: of `calibrating.calibrated`.
         """
         rows, every = entries_of(self._bank)
+        until = int(self._bank.created(rows).max(initial=0))
         texts = self._decode(every.tokens)
         answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
         answer = np.arange(len(rows)) if known is None else np.flatnonzero(np.isin(rows, known))
@@ -89,6 +91,7 @@ class NearReuse:
         found, fitted = calibrated(
             every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
         )
+        found = replace(found, until=until)
         self.save(found, fitted, None, commit)
         return found
 

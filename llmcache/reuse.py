@@ -62,9 +62,14 @@ class Near:
     kinds: list[str | None] = field(repr=False)
 
 
-def entries_of(bank: Bank, most: int = MOST) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them."""
+def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
+
+    until: only rows that were put by then, in seconds since the epoch; 0 takes all.
+    """
     rows = bank.near.live()
+    if until:
+        rows = rows[bank.created(rows) <= until]
     rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
@@ -147,9 +152,13 @@ class Reuse:
         self._memory = None
 
     def refresh(self) -> Memory:
-        """The entries to find neighbours among; taken again when the bank has doubled."""
-        if self._memory is None or len(self._bank) > 2 * max(1, len(self._rows)):
-            self._rows, entries = entries_of(self._bank)
+        """The entries to find neighbours among: those that were there when it was calibrated.
+
+        Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
+        gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
+        """
+        if self._memory is None:
+            self._rows, entries = entries_of(self._bank, until=self.calibration.until)
             predictor, known = self.fitted.predictor, None
             if self.distilled is not None:
                 known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
@@ -254,7 +263,8 @@ class Reuse:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
                 _, entries = entries_of(self._bank, Refitting.MOST)
                 texts = self._decode(entries.tokens)
-                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank))
+                until = int(self._bank.created(self._bank.near.live()).max(initial=0))
+                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank), until)
             return
         if (found := self._refitting.result()) is None:
             return

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
+from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.execution import Call, Execution, Sentences, Unknown
 from llmcache.identity import Identity
@@ -138,9 +139,16 @@ class SpreadCache(LLMCache):
     workers: Workers
 
     def __init__(
-        self, store: Store, model: Module, identity: Identity, config: CacheConfig, namespace: str, secret: bytes = b""
+        self,
+        store: Store,
+        model: Module,
+        identity: Identity,
+        config: CacheConfig,
+        namespace: str,
+        secret: bytes = b"",
+        drift: Drift | None = None,
     ) -> None:
-        super().__init__(store, model, identity, config, namespace, secret)
+        super().__init__(store, model, identity, config, namespace, secret, drift)
         self._secret = secret
 
     @classmethod

@@ -74,7 +74,7 @@ def test_evict_compact_and_gc_bring_a_store_down_and_say_so(
     code, out, _ = run(capsys, monkeypatch, "evict", filled, "--max-bytes", "100kB", "--policy", "cost", "--json")
     done = json.loads(out)
     assert code == 0
-    assert done["bytes_after"] == size_of(filled) <= 100_000 < done["bytes_before"]
+    assert done["bytes_after"] <= size_of(filled) <= 100_000 < done["bytes_before"], "a record of it comes on top"
     stats = json.loads(run(capsys, monkeypatch, "stats", filled, "--json")[1])
     assert stats["banks"][0]["entries"] == 200 - done["rows"] > 0
     code, out, _ = run(
