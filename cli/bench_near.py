@@ -46,6 +46,7 @@ def reusing(
     drift: Annotated[str, typer.Option(help="accuracy, or label.")] = "accuracy",
     budget: Annotated[float, typer.Option(help="Of the mean drift of all results.")] = 0.005,
     confidence: Annotated[float, typer.Option(help="Of the bound; 0 takes the drift as measured.")] = 0.0,
+    guard: Annotated[bool, typer.Option(help="Refuse hits whose fields differ.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Foldings.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Of each run, in turn with the model alone.")] = 3,
     json: options.Json = False,
@@ -57,7 +58,14 @@ def reusing(
 
     printing.quiet()
     rows = measuring.reusing(
-        demo_model(), data, drift=drift, budget=budget, confidence=confidence or None, seeds=seeds, repeats=repeats
+        demo_model(),
+        data,
+        drift=drift,
+        budget=budget,
+        confidence=confidence or None,
+        guard=guard,
+        seeds=seeds,
+        repeats=repeats,
     )
     if json:
         printing.as_json({**conditions(), "data": data.name, "rows": rows})

@@ -40,9 +40,17 @@ class Rules:
             raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
         self._kinds = tuple(kinds)
 
+    def digests(self, texts: Sequence[str]) -> NDArray[np.uint64]:
+        """The fields of each text, uint64 [n, kinds], for `unequal`."""
+        return digests(texts, self._pattern)
+
+    def unequal(self, ones: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int8]:
+        """Per pair of digests the place in `KINDS` of the first kind that differs, -1 where none does; int8 [n]."""
+        return refused(ones, others, self._kinds)
+
     def refused(self, ones: Sequence[str], others: Sequence[str]) -> NDArray[np.int8]:
-        """Per pair of texts the place in `KINDS` of the first kind that differs, -1 where none does; int8 [n]."""
-        return refused(digests(ones, self._pattern), digests(others, self._pattern), self._kinds)
+        """The same of pairs of texts."""
+        return self.unequal(self.digests(ones), self.digests(others))
 
 
 def differs(one: str, other: str, pattern: re.Pattern[str] | None = None, kinds: Collection[str] = KINDS) -> str | None:

@@ -116,6 +116,7 @@ class Reuse:
     def _begin(self, calibration: Calibration, fitted: Fitted, memory: Memory | None = None) -> None:
         self.calibration, self.fitted, self._memory = calibration, fitted, memory
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._fields: dict[int, NDArray[np.uint64]] = {}
         self._judge = judge_of(calibration, fitted, self._own)
         levels = calibration.levels()
         self.audits = Audits(
@@ -149,7 +150,7 @@ class Reuse:
 
     def forget(self) -> None:
         """Rows have other numbers now: the entries are taken from the bank again."""
-        self._memory = None
+        self._memory, self._fields = None, {}
 
     def refresh(self) -> Memory:
         """The entries to find neighbours among: those that were there when it was calibrated.
@@ -184,13 +185,19 @@ class Reuse:
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
-            mine = self._decode([tokens[i] for i in passed.tolist()])
-            theirs = self._decode([self._bank.tokens(int(row)) for row in rows[passed]])
-            differing = self._guard.refused(mine, theirs)
+            mine = self._guard.digests(self._decode([tokens[i] for i in passed.tolist()]))
+            differing = self._guard.unequal(mine, self._fields_of(rows[passed], self._guard))
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
         return Near(found.results, rows, found.similarity, found.evidence[:, _CONSENSUS], score, gate, kinds)
+
+    def _fields_of(self, rows: NDArray[np.int64], rules: guard.Rules) -> NDArray[np.uint64]:
+        """Digests of the fields of some entries, uint64 [n, kinds], each read once."""
+        missing = [row for row in np.unique(rows).tolist() if row not in self._fields]
+        read = rules.digests(self._decode([self._bank.tokens(row) for row in missing]))
+        self._fields.update(zip(missing, read, strict=True))
+        return np.array([self._fields[row] for row in rows.tolist()], np.uint64)
 
     def neighbours(
         self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]

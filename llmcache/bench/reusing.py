@@ -27,6 +27,7 @@ def reusing(
     drift: str = "accuracy",
     budget: float = 0.005,
     confidence: float | None = None,
+    guard: bool = True,
     seeds: int = 1,
     repeats: int = 3,
 ) -> list[Row]:
@@ -53,7 +54,7 @@ def reusing(
                 found = cache.calibrate(
                     [text for text, _ in known] if drift == "accuracy" else None,
                     truth=answers if drift == "accuracy" else None,
-                    budget=budget, drift=drift, head=head, confidence=confidence, seed=seed,  # type: ignore[arg-type]
+                    budget=budget, drift=drift, head=head, confidence=confidence, guard=guard, seed=seed,  # type: ignore[arg-type]
                 )  # fmt: skip
                 calibrating = time.perf_counter() - began
             runs = [_run(store, Path(name) / "copy", model, texts) for _ in range(repeats)]
@@ -62,7 +63,7 @@ def reusing(
             given, was = head.predict(first["outputs"]), head.predict(plain)
             cosine = cosine_drift(plain, first["outputs"])[near]
             rows.append({
-                "seed": seed, "drift": drift, "budget": budget, "confidence": confidence, "threshold": found.threshold,
+                "seed": seed, "drift": drift, "budget": budget, "confidence": confidence, "guard": guard, "threshold": found.threshold,
                 "reason": found.reason, "calibrating_seconds": calibrating, "calibrated_hits": found.hits,
                 "hits": float(near.mean()), "flips": float((given != was).mean()),
                 "accuracy_drop": float((was == right).mean() - (given == right).mean()),
