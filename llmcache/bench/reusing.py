@@ -64,7 +64,8 @@ def reusing(
             cosine = cosine_drift(plain, first["outputs"])[near]
             rows.append({
                 "seed": seed, "drift": drift, "budget": budget, "confidence": confidence, "guard": guard,
-                "threshold": found.threshold, "reason": found.reason, "calibrating_seconds": calibrating, "calibrated_hits": found.hits,
+                "threshold": found.threshold, "reason": found.reason, "calibrating_seconds": calibrating,
+                "calibrated_hits": found.hits,
                 "hits": float(near.mean()), "flips": float((given != was).mean()),
                 "accuracy_drop": float((was == right).mean() - (given == right).mean()),
                 "cosine_mean": float(cosine.mean()) if len(cosine) else 0.0,
