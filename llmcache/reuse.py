@@ -195,8 +195,9 @@ class Reuse:
     def _fields_of(self, rows: NDArray[np.int64], rules: guard.Rules) -> NDArray[np.uint64]:
         """Digests of the fields of some entries, uint64 [n, kinds], each read once."""
         missing = [row for row in np.unique(rows).tolist() if row not in self._fields]
-        read = rules.digests(self._decode([self._bank.tokens(row) for row in missing]))
-        self._fields.update(zip(missing, read, strict=True))
+        if missing:  # some tokenizers make one text of no texts
+            read = rules.digests(self._decode([self._bank.tokens(row) for row in missing]))
+            self._fields.update(zip(missing, read, strict=True))
         return np.array([self._fields[row] for row in rows.tolist()], np.uint64)
 
     def neighbours(
