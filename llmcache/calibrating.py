@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from llmcache import guard
 from llmcache.calibration import Choice, Curve, choose, flip_bound
-from llmcache.correction import Voting
-from llmcache.crossfit import Entries, Held, Judge, Memory, ask, cross_fit, held_out_voting
+from llmcache.correction import Voting, decided
+from llmcache.crossfit import Entries, Held, Judge, Memory, Scores, ask, cross_fit, held_out_voting
 from llmcache.drift import Drift, beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
 from llmcache.fields import KINDS
@@ -255,13 +255,26 @@ def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -
     """The judge for some of the entries. A head that has seen the others would judge them too kindly: its linear
     picture is fitted again to each of the parts, to the right answers where they are known, else to what it decides.
     """
-    decided = labels(head, entries.outputs) if truth is None else truth
+    answers = labels(head, entries.outputs) if truth is None else truth
 
     def judge_of(rows: NDArray[np.int64]) -> Judge:
-        edge = Boundary.fit(entries.outputs[rows], decided[rows])
-        return measured if edge is None else Judge(label_drift(edge), edge)
+        edge = Boundary.fit(entries.outputs[rows], answers[rows])
+        if edge is None:
+            return measured
+        if truth is None and measured.scores is not None:
+            edge = _as_clear_as(edge, measured.scores, entries.outputs[rows])
+        return Judge(label_drift(edge), edge)
 
     return judge_of
+
+
+def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -> Boundary:
+    """The same decisions, on the scale of the head's own scores: the gate goes by how clearly a head decides, and a
+    fit to clean decisions, or with another penalty, decides more or less clearly than the head itself.
+    """
+    own, fitted = (float(np.median(decided(one(outputs)))) for one in (scores, edge))
+    factor = np.float32(own / fitted if own > 0 and fitted > 0 else 1.0)
+    return Boundary(edge.weights * factor, edge.offset * factor)
 
 
 def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> NDArray[np.float64]:
