@@ -12,7 +12,9 @@ from llmcache.cli.metrics import MetricsFile
 from llmcache.cli.reading import Sources
 from llmcache.errors import ConfigError
 
-INDEXES = "flat, ivf-flat, ivf-fp16, ivf-sq8, ivf-pq, hnsw, binary-flat, binary-ivf, binary-hnsw, or auto by size."
+INDEXES = (
+    "flat, ivf-flat, ivf-fp16, ivf-sq8, ivf-pq, hnsw, binary-flat, binary-ivf, binary-hnsw, torch, or auto by size."
+)
 
 
 def build(

@@ -40,7 +40,8 @@ class FaissMissing(LLMCacheError, ImportError):
     def __init__(self) -> None:
         super().__init__(
             "FAISS is not installed; install one of the two builds: "
-            "pip install 'llmcache[cpu]' (faiss-cpu) or pip install 'llmcache[gpu]' (faiss-gpu)"
+            "pip install 'llmcache[cpu]' (faiss-cpu) or pip install 'llmcache[gpu]' (faiss-gpu); "
+            "or do without: CacheConfig(index='torch') searches in torch"
         )
 
 

@@ -112,7 +112,10 @@ class Neighbours:
     def bury(self, dead: NDArray[np.int64]) -> None:
         """Take note of the rows that were evicted so far, in order."""
         self._dead = dead
-        self._lost = int(np.isin(self._row_of, dead).sum())
+        gone = np.isin(self._row_of, dead)
+        self._lost = int(gone.sum())
+        if self._index is not None and self._index.buries:
+            self._index.bury(np.flatnonzero(gone))
 
     def rebuild(self) -> None:
         """Fit the projection and build the index again, over all rows that live."""
@@ -126,7 +129,7 @@ class Neighbours:
         self._projection = self._fit(rows)
         blocks = [self._projection.apply(block) for block in self._live_features()]
         binary = self._projection.kind == "simhash"
-        kind = choose_kind(rows, binary=binary) if self._choice.index == "auto" else self._choice.index
+        kind = self._chosen(rows, binary) if self._choice.index == "auto" else self._choice.index
         if self._untrainable(kind, rows):
             kind = "binary-flat" if binary else "flat"
         self._index = VectorIndex.build(np.concatenate(blocks), kind=kind, device=self._choice.device)
@@ -237,7 +240,10 @@ class Neighbours:
             return rows >= 2 * self._alike
         if wanted != "auto":
             return wanted != kind and not self._untrainable(wanted, rows)
-        return rows >= 2 * self._built and choose_kind(rows, binary=self._projection.kind == "simhash") != kind
+        return rows >= 2 * self._built and self._chosen(rows, self._projection.kind == "simhash") != kind
+
+    def _chosen(self, rows: int, binary: bool) -> str:
+        return choose_kind(rows, binary=binary, device=self._choice.device)
 
     @staticmethod
     def _untrainable(kind: str, rows: int) -> bool:
@@ -251,6 +257,10 @@ class Neighbours:
             return
         if self._choice.index not in {"auto", facts.kind}:
             return
+        binary = facts.kind.startswith("binary-")
+        elsewhere = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
+        if elsewhere and not facts.kind.startswith("torch"):
+            return  # made where there was a FAISS for it
         spans, live = self._spans(), self._live_spans()
         known = {**spans, **live}
         if any(name not in known for name in facts.segments):

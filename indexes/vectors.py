@@ -1,4 +1,4 @@
-"""One FAISS index over unit vectors, or over packed sign bits. FAISS types stay in here.
+"""One index over unit vectors, or over packed sign bits: FAISS', or an exact search in torch. FAISS types stay in here.
 
 Similarity is the cosine: [-1, 1], higher is nearer. For sign bits (SimHash) it is cos(pi * hamming / bits),
 an estimate of the cosine between the vectors that the bits were taken from.
@@ -6,17 +6,21 @@ an estimate of the cosine between the vectors that the bits were taken from.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, FaissMissing, SnapshotDamaged
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("llmcache")
 
@@ -42,6 +46,8 @@ _FORMS = {
     "binary-flat": _Form("BFlat", b"IBxF", "IndexBinaryFlat"),
     "binary-ivf": _Form("BIVF{lists}", b"IBwF", "IndexBinaryIVF"),
     "binary-hnsw": _Form("BHNSW32", b"IBHf", "IndexBinaryHNSW"),
+    "torch": _Form("float32", b"LTf4", ""),
+    "torch-fp16": _Form("float16", b"LTf2", ""),
 }
 KINDS = tuple(_FORMS)
 """flat: exact.
@@ -53,7 +59,9 @@ ivf-pq: for speed, not for memory, since it keeps the vectors too.
 hnsw: the most accurate of the fast ones on vectors that differ; slow to build; where hundreds of vectors are
 equal, its graph falls apart and it misses others.
 cagra: built on a GPU, searched on either.
-binary-*: over sign bits."""
+binary-*: over sign bits.
+torch: exact, by a matrix product in torch on the device; needs no FAISS, and no search gives rows that were buried.
+torch-fp16: half the memory; similarities are good to 0.0002."""
 
 _GPU_KINDS = frozenset({"flat", "ivf-flat", "ivf-sq8", "ivf-fp16", "cagra"})
 LEAST_TRAINED = 640
@@ -61,8 +69,14 @@ LEAST_TRAINED = 640
 _LOADING = threading.Lock()  # FAISS' limits for loading are global
 
 
-def choose_kind(n: int, *, binary: bool = False) -> str:
-    """The kind of index for n vectors of some hundred components, or n codes of some hundred bits."""
+def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
+    """The kind of index for n vectors of some hundred components, or n codes of some hundred bits.
+
+    device: "cuda" without a FAISS build for it gives the exact search in torch.
+    """
+    if device == "cuda" and not binary and not _faiss_on_gpu():
+        _say_once_that_torch_searches()
+        return "torch" if n < 4_000_000 else "torch-fp16"
     # Milliseconds per query, two cores, 128 components, batches of 64. flat: 0.15 at 20,000, 0.7 at 100,000.
     # ivf-flat: 0.04 at 100,000, 0.44 at a million, and 0.52 GB there; ivf-fp16 takes half of that memory.
     # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
@@ -71,6 +85,18 @@ def choose_kind(n: int, *, binary: bool = False) -> str:
     if n < 20_000:
         return "flat"
     return "ivf-flat" if n < 1_000_000 else "ivf-fp16"
+
+
+def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
+    """Whether an index of this kind, or "auto", on this device is one of FAISS."""
+    if kind == "auto":
+        return device == "cpu" or binary
+    return not kind.startswith("torch")
+
+
+def exact_kind() -> str:
+    """The kind of an exact index in memory: FAISS' own, or the one in torch where there is no FAISS."""
+    return "torch" if importlib.util.find_spec("faiss") is None else "flat"
 
 
 class VectorIndex:
@@ -96,7 +122,7 @@ class VectorIndex:
         """
         vectors = np.asarray(vectors)
         if kind == "auto":
-            kind = choose_kind(len(vectors), binary=vectors.dtype == np.uint8)
+            kind = choose_kind(len(vectors), binary=vectors.dtype == np.uint8, device=device)
         on_gpu = _on_gpu(kind, "cuda" if kind == "cagra" else device)
         vectors = _checked(vectors, kind)
         if ("ivf" in kind or kind == "cagra") and len(vectors) < LEAST_TRAINED:
@@ -106,6 +132,12 @@ class VectorIndex:
             )
         if kind == "cagra":
             return cls(_cagra(vectors), kind, on_gpu)
+        if kind.startswith("torch"):
+            from llmcache.indexes.matrix import Matrix
+
+            matrix = Matrix(vectors.shape[1], _torch_dtype(kind), device)
+            matrix.add(vectors)
+            return cls(matrix, kind, on_gpu)
         index = _trained(vectors, kind, seed)
         return cls(_to_gpu(index) if on_gpu else index, kind, on_gpu)
 
@@ -158,7 +190,36 @@ class VectorIndex:
             similarity[:, :most] = np.where(sound, np.clip(found, -1, 1), -np.inf)
         return ids, similarity
 
+    def nearest_on(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`nearest` of a tensor, float32 [n, dim], finite; ids and similarities on the index's device if it is one of
+        torch, else on that of the queries.
+        """
+        import torch
+
+        if not self._kind.startswith("torch"):
+            found = self.nearest(queries.float().cpu().numpy(), k)
+            ids, similarity = (torch.from_numpy(one).to(queries.device) for one in found)
+            return ids, similarity
+        if k < 1 or queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(
+                f"expected queries [n, {self.dim}] and k of at least 1, got {tuple(queries.shape)} and {k}"
+            )
+        similarity, ids = self._index.search_on(queries, k)
+        return ids, similarity.clamp(max=1)
+
+    @property
+    def buries(self) -> bool:
+        """Whether it can leave out rows that were evicted."""
+        return self._kind.startswith("torch")
+
+    def bury(self, ids: NDArray[np.int64]) -> None:
+        """Let no search give these vectors from now on; where `buries`."""
+        self._index.bury(ids)
+
     def _search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if self._kind.startswith("torch"):
+            answer: tuple[NDArray[np.float32], NDArray[np.int64]] = self._index.search(queries, k)
+            return answer
         faiss, params = _faiss(), None
         if self._kind == "ivf-pq":  # four-bit codes rank roughly, so 256 candidates or more are compared again
             params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, 256 / k))
@@ -169,6 +230,9 @@ class VectorIndex:
 
     def to_bytes(self) -> memoryview:
         """The serialised index, for `from_bytes` on any device."""
+        if self._kind.startswith("torch"):
+            data: memoryview = self._index.to_bytes(_FORMS[self._kind].magic)
+            return data
         # Not faiss.write_index: it returns normally when the disk is full, and does not fsync.
         faiss = _faiss()
         if self.binary:
@@ -191,6 +255,13 @@ class VectorIndex:
         compared a checksum before. ConfigError: unknown kind, no GPU.
         """
         on_gpu = _on_gpu(kind, device)
+        if kind.startswith("torch"):
+            from llmcache.indexes.matrix import Matrix
+
+            raw = np.frombuffer(data, np.uint8)
+            _check_magic(raw, kind)
+            matrix = Matrix.from_bytes(raw, _FORMS[kind].magic, _torch_dtype(kind), dim, count, device)
+            return cls(matrix, kind, on_gpu)
         index = _deserialised(np.frombuffer(data, np.uint8), kind)
         _check_loaded(index, kind, dim, count)
         _tune(index, kind)
@@ -218,17 +289,38 @@ def _on_gpu(kind: str, device: str) -> bool:
         raise ConfigError(f"no index of kind {kind!r}; choose one of: auto, {', '.join(KINDS)}")
     if device not in {"cpu", "cuda"}:
         raise ConfigError(f"an index lives on 'cpu' or 'cuda', got {device!r}")
+    if kind.startswith("torch"):
+        return device == "cuda"
     if device == "cpu":
         return False
-    faiss = _faiss()
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() < 1:
+    if not _faiss_on_gpu():
+        _faiss()
         raise ConfigError(
             "an index on device 'cuda' needs a CUDA device and a FAISS build for it, and FAISS sees none; "
-            "install llmcache[gpu] in place of llmcache[cpu], or use device 'cpu'"
+            "install llmcache[gpu] in place of llmcache[cpu], use index 'torch', or device 'cpu'"
         )
     if kind not in _GPU_KINDS:
         _say_once_that_it_stays(kind)
     return kind in _GPU_KINDS
+
+
+def _faiss_on_gpu() -> bool:
+    """Whether there is a FAISS build that sees a GPU."""
+    if importlib.util.find_spec("faiss") is None:
+        return False
+    faiss = _faiss()
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+@cache
+def _say_once_that_torch_searches() -> None:
+    log.info("there is no FAISS for this GPU: indexes of kind auto are an exact search in torch")
+
+
+def _torch_dtype(kind: str) -> Any:
+    import torch
+
+    return getattr(torch, _FORMS[kind].recipe)
 
 
 @cache
@@ -334,10 +426,14 @@ def _limited(size: int) -> Iterator[None]:
             faiss.set_deserialization_vector_byte_limit(span)
 
 
-def _deserialised(data: NDArray[np.uint8], kind: str) -> Any:
+def _check_magic(data: NDArray[np.uint8], kind: str) -> None:
     magic = data[:4].tobytes()
     if magic != _FORMS[kind].magic:
         raise SnapshotDamaged(f"expected {_FORMS[kind].magic!r} to begin a {kind} index, found {magic!r}")
+
+
+def _deserialised(data: NDArray[np.uint8], kind: str) -> Any:
+    _check_magic(data, kind)
     faiss = _faiss()
     load = faiss.deserialize_index_binary if _binary(kind) else faiss.deserialize_index
     try:

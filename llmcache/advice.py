@@ -97,7 +97,8 @@ def _each(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Iterator[
     yield _layers(amounts, bank, around)
     rows = amounts.known + amounts.computed
     config = around.config
-    kind = choose_kind(rows, binary=config.projection == "simhash") if config.index == "auto" else config.index
+    binary = config.projection == "simhash"
+    kind = choose_kind(rows, binary=binary, device=config.device) if config.index == "auto" else config.index
     yield Advice("index", kind, f"for {rows:,} entries" if config.index == "auto" else "as the settings say")
     yield _dtype(amounts, bank, around)
     yield _tau(amounts, around)

@@ -131,8 +131,8 @@ class LLMCache:
         ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had;
         UntrustedSnapshot when nobody vouches for the store.
         """
-        if importlib.util.find_spec("faiss") is None:
-            raise FaissMissing
+        if config is not None or not os.path.exists(path):  # else the settings are those saved with the store
+            _check_faiss(config or CacheConfig())
         checked_name(namespace)
         salt = resolved_secret(secret, secret_file)
         if key is None and key_file is not None:
@@ -153,6 +153,7 @@ class LLMCache:
                 admit(space, namespace, salt)
             loaded, identity = given or opening.loaded(opening.model_name(store, namespace))
             settled = opening.settled(store, namespace, identity, config, loaded, salt)
+            _check_faiss(settled)
             if tau is not None:
                 settled = replace(settled, tau=tau)
             if max_bytes is not None:
@@ -558,3 +559,8 @@ class LLMCache:
             self.close()
         except LLMCacheError as second:  # the first error is the one to show
             log.warning("%s", second)
+
+
+def _check_faiss(config: CacheConfig) -> None:
+    if config.needs_faiss and importlib.util.find_spec("faiss") is None:
+        raise FaissMissing

@@ -11,6 +11,7 @@ from llmcache.indexes.errors import ConfigError
 from llmcache.indexes.eviction import Budget
 from llmcache.indexes.io import Reading
 from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.vectors import needs_faiss
 
 Index = Literal[
     "auto",
@@ -24,6 +25,8 @@ Index = Literal[
     "binary-flat",
     "binary-ivf",
     "binary-hnsw",
+    "torch",
+    "torch-fp16",
 ]
 Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
@@ -49,10 +52,13 @@ class CacheConfig:
         and the mean again with each token weighted by the attention it draws (llmcache.fingerprint says why).
     projection: how fingerprints are compressed: "pca" (half-whitened), "simhash" (bits), or "none".
     dim: components of the PCA, or bits of the SimHash.
-    index: the FAISS index over the fingerprints; "auto" goes by the number of entries.
+    index: the FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no
+        FAISS; "auto" goes by the number of entries, and takes "torch" on a GPU that FAISS does not see.
     dtype: how activations are stored; "auto" is the model's own, which is lossless. float16 and int8 are smaller and
         round what a hit gives back.
     device: where the index is searched, "cpu" or "cuda".
+    device_bytes, pinned_bytes: outputs kept beside the store's files, in the memory of the model's GPU and in
+        page-locked memory of the host, so that `encode(convert_to_tensor=True)` gathers hits on the device. 0: none.
     reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
         shorten or that lie on a network; "auto" maps on local disks.
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
@@ -80,6 +86,8 @@ class CacheConfig:
     index: Index = "auto"
     dtype: Stored = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
+    device_bytes: int = 0
+    pinned_bytes: int = 0
     reading: Reading = "auto"
     layers: Literal["output", "all"] | tuple[int, ...] = "output"
     reuse: Reuse = "deepest"
@@ -132,6 +140,9 @@ class CacheConfig:
                 f"index {self.index!r} does not go with projection {self.projection!r}: the binary-* indexes are for "
                 "simhash, the others for pca and none"
             )
+        for name in ("device_bytes", "pinned_bytes"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ConfigError(f"{name} is a whole number of bytes, 0 for none, got {getattr(self, name)!r}")
         if not self.commit_seconds > 0:
             raise ConfigError(f"commit_seconds must be above 0, got {self.commit_seconds}")
         if self.max_bytes is not None and (type(self.max_bytes) is not int or self.max_bytes < LEAST_BYTES):
@@ -143,6 +154,11 @@ class CacheConfig:
     def near(self) -> NearChoice:
         """What of this the banks need."""
         return NearChoice(self.index, self.projection, self.dim, self.device)
+
+    @property
+    def needs_faiss(self) -> bool:
+        """Whether its index is one of FAISS."""
+        return needs_faiss(self.index, self.device, binary=self.projection == "simhash")
 
     @property
     def budget(self) -> Budget | None:

@@ -16,7 +16,7 @@ from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, ev
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.neighbours import half
-from llmcache.indexes.vectors import VectorIndex
+from llmcache.indexes.vectors import VectorIndex, exact_kind
 from llmcache.predictor import LEAST, Predictor, fit
 
 Floats = NDArray[np.float32]
@@ -81,14 +81,14 @@ class Memory:
         entries: Entries,
         predictor: Predictor,
         voting: Voting,
-        kind: str = "flat",
+        kind: str = "",
         predictions: Floats | None = None,
     ) -> None:
-        """kind: of the index. predictions: of the entries, `rounded`, where they are known."""
+        """kind: of the index, "" for an exact one. predictions: of the entries, `rounded`, where they are known."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         self._units = units(self._predictions)
-        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind)
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind or exact_kind())
         self._unit = unit_norm(entries.outputs)
 
     @classmethod

@@ -22,6 +22,7 @@ from llmcache.indexes.vectors import KINDS, VectorIndex, choose_kind
 
 faiss: Any = pytest.importorskip("faiss")
 
+FAISS_KINDS = [kind for kind in KINDS if not kind.startswith("torch")]
 CPU_KINDS = [kind for kind in KINDS if kind != "cagra"]
 TRAINED = [kind for kind in CPU_KINDS if "ivf" in kind]
 GPU = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
@@ -94,7 +95,7 @@ def assert_same(one: Answer, other: Answer) -> None:
 
 def slack(kind: str) -> float:
     """How far a reported similarity may be from the exact one."""
-    return {"ivf-sq8": 6e-3, "ivf-fp16": 2e-4}.get(kind, 1e-6)
+    return {"ivf-sq8": 6e-3, "ivf-fp16": 2e-4, "torch-fp16": 2e-4}.get(kind, 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -334,7 +335,7 @@ def test_an_unknown_kind_or_device_says_what_there_is() -> None:
 
 @pytest.mark.skipif(GPU, reason="FAISS sees a GPU")
 def test_a_gpu_that_is_not_there_names_the_extra_to_install() -> None:
-    for kind in KINDS:
+    for kind in FAISS_KINDS:
         with pytest.raises(ConfigError, match=r"llmcache\[gpu\]"):
             VectorIndex.build(for_kind(kind, stored()), kind=kind, device="cuda")
         with pytest.raises(ConfigError, match=r"llmcache\[gpu\]"):
@@ -483,7 +484,7 @@ def damaged(data: bytes, how: str, random: np.random.Generator) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("how", ["bit", "header bit", "extreme value"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAISS_KINDS)  # FAISS is C++; what torch does with a matrix ends in no crash
 def test_damaged_bytes_never_crash_and_never_give_an_id_out_of_range(kind: str, how: str) -> None:
     # Other answers are possible: a flipped bit in a vector is another vector. That is for the checksum.
     threads = faiss.omp_get_max_threads()
