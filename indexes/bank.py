@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from llmcache.indexes.sealing import Entries, seal
 from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
 from llmcache.indexes.usage import USE, Uses, UseTable, read_uses
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("llmcache")
 
@@ -55,6 +59,8 @@ class Bank:
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
         self.uses = Uses(self.pieces.rows)
+        self.moves = 0
+        """How often rows got other numbers."""
         self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
         self._load_keys()
 
@@ -124,6 +130,7 @@ class Bank:
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
         """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
         moved = self.pieces.follow(segments)
+        self.moves += 1
         self.facts, self.lost = facts, lost
         self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
         self.uses = self.uses.moved(moved, self.pieces.rows)
@@ -141,10 +148,10 @@ class Bank:
         """The same by text keys (aliases)."""
         return self._without_damaged(self._texts.find(keys))
 
-    def nearest(self, features: NDArray[np.float32], k: int) -> tuple[Rows, NDArray[np.float32]]:
+    def nearest(self, features: NDArray[np.float32] | Tensor, k: int) -> tuple[Rows, NDArray[np.float32]]:
         """The k nearest rows by fingerprint, and their similarities, nearest first.
 
-        features: float [n, feature width], raw, as `put` takes them. Returns int64 [n, k] (-1: none) and float32
+        features: float [n, feature width], raw, as `put` takes them, or a tensor of them (`near.takes_tensors`). Returns int64 [n, k] (-1: none) and float32
         [n, k] (-inf there).
         """
         unusable = self._dead
@@ -154,7 +161,7 @@ class Bank:
         open_, ask = np.arange(len(features)), k + min(len(unusable), 4 * k + 16)
         while len(open_):
             # damaged and evicted rows are still in the index: ask for more until k that live have come back
-            rows, similarity = self.near.nearest(features[open_], ask)
+            rows, similarity = self.near.nearest(features if len(open_) == len(features) else features[open_], ask)
             more = rows[:, -1] >= 0
             lost = np.isin(rows, unusable) & (rows >= 0)
             similarity[lost], rows[lost] = -np.inf, -1
@@ -213,6 +220,11 @@ class Bank:
         here = self.uses.drift
         elsewhere = elsewhere[elsewhere >= 0]
         return np.union1d(elsewhere[np.isnan(here[elsewhere])], np.flatnonzero(here > limit))
+
+    @property
+    def dead(self) -> Rows:
+        """Rows that were evicted or given up, in order; another array whenever it is not the same ones."""
+        return self._dead
 
     def use_records(self) -> NDArray[np.void]:
         """Records (usage.USE) of the rows that were read or audited since the bank was opened."""

@@ -1,6 +1,6 @@
 """An exact search over unit vectors in torch, on a CPU or a GPU: what a flat FAISS index does, without FAISS.
 
-A matrix product and the largest of its numbers, block by block, so that memory stays bounded. Only what asks for such an
+A matrix product and the largest of its numbers, block by block, so that memory stays bounded. Only who asks for such an
 index imports this module, since it imports torch; it knows no model.
 """
 
@@ -182,17 +182,22 @@ def half(features: Tensor) -> Tensor:
     return torch.nan_to_num(features.clamp(-65504, 65504)).half()
 
 
-def projected(projection: Projection, features: Tensor) -> Tensor:
-    """`Projection.apply` on the device of the features, for kinds "none" and "pca"; float32 [n, dim].
+class Projected:
+    """`Projection.apply` on a device, for kinds "none" and "pca"."""
 
-    features: float16 or float32 [n, width], finite. ConfigError for "simhash", whose codes FAISS searches.
-    """
-    if projection.kind == "simhash":
-        raise ConfigError("codes of a SimHash are searched by FAISS; use projection 'pca' on a device")
-    block = features.double()
-    silent = ~block.any(dim=1, keepdim=True)
-    if projection.kind == "pca":
-        mean, matrix = (torch.from_numpy(one).to(block.device) for one in (projection.mean, projection.matrix))
-        block = ((block - mean) @ matrix).masked_fill(silent, 0)
-    norms = block.norm(dim=1, keepdim=True)
-    return (block / norms.masked_fill(norms == 0, 1)).float()
+    def __init__(self, projection: Projection, device: torch.device | str) -> None:
+        """ConfigError for "simhash", whose codes only FAISS searches."""
+        if projection.kind == "simhash":
+            raise ConfigError("codes of a SimHash are searched by FAISS; use projection 'pca' on a device")
+        self._plain = projection.kind == "none"
+        self._mean, self._matrix = (torch.from_numpy(one).to(device) for one in (projection.mean, projection.matrix))
+
+    @torch.inference_mode()
+    def __call__(self, features: Tensor) -> Tensor:
+        """float32 [n, dim], unit L2 norm, of features float16 or float32 [n, width], finite, on the same device."""
+        block = features.double()
+        silent = ~block.any(dim=1, keepdim=True)
+        if not self._plain:
+            block = ((block - self._mean) @ self._matrix).masked_fill(silent, 0)
+        norms = block.norm(dim=1, keepdim=True)
+        return (block / norms.masked_fill(norms == 0, 1)).float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.sealing import Entries
 from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.vectors import LEAST_TRAINED, VectorIndex, choose_kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("llmcache")
 
@@ -72,6 +76,7 @@ class Neighbours:
         self._read_index = read_index
         self._projection: Projection | None = None
         self._index: VectorIndex | None = None
+        self._projected: tuple[Projection, Any, Any] | None = None  # the projection on a device
         self._row_of = np.zeros(0, np.int64)  # index position -> row
         self._caught_up = 0  # rows that the index was shown
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
@@ -85,15 +90,37 @@ class Neighbours:
         """The FAISS index in use, None while none is needed."""
         return self._index.kind if self._index else None
 
-    def nearest(self, features: NDArray[np.floating], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first."""
+    def nearest(self, features: NDArray[np.floating] | Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first.
+
+        features: an array, or a tensor, which is projected and searched for where it is; see `takes_tensors`.
+        """
         self._catch_up()
         if self._index is None or self._projection is None or not len(features):
             return np.full((len(features), k), -1), np.full((len(features), k), -np.inf, np.float32)
-        queries = self._projection.apply(half(features).astype(np.float32))
-        positions, similarity = self._index.nearest(queries, k)
+        if isinstance(features, np.ndarray):
+            queries = self._projection.apply(half(features).astype(np.float32))
+            positions, similarity = self._index.nearest(queries, k)
+        else:
+            positions, similarity = self._nearest_on(self._projection, self._index, features, k)
         rows = np.where(positions >= 0, self._row_of[np.maximum(positions, 0)], -1)
         return rows, similarity
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether features may stay on the device: it is a GPU, and their projection has no codes."""
+        return self._choice.device == "cuda" and self._choice.projection != "simhash"
+
+    def _nearest_on(
+        self, projection: Projection, index: VectorIndex, features: Tensor, k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Positions and similarities; nothing but these leaves the device of the features."""
+        from llmcache.indexes import matrix  # imports torch, which whoever has a tensor has imported
+
+        if self._projected is None or self._projected[0] is not projection or self._projected[1] != features.device:
+            self._projected = projection, features.device, matrix.Projected(projection, features.device)
+        positions, similarity = index.nearest_on(self._projected[2](matrix.half(features)), k)
+        return positions.cpu().numpy(), similarity.cpu().numpy()
 
     def live(self) -> NDArray[np.int64]:
         """Rows of the bank that were not evicted."""

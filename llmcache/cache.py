@@ -36,6 +36,7 @@ from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
 from llmcache.indexes.trust import Trust
 from llmcache.layers import Layers
+from llmcache.levels import DeviceAnswers, Levels
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.plan import Compared, Plan
@@ -220,9 +221,11 @@ class LLMCache:
             def advance(answered: int, _: int) -> None:
                 bar.update(answered)
 
-            answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance))
+            tensor = convert_to_tensor and precision == "float32"
+            answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance, tensor))
+        outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
         return finished(
-            answers.outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
+            outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
         )  # fmt: skip
 
@@ -508,6 +511,11 @@ class LLMCache:
         self._store.commit()
         self._bank.near.rebuild()
         self.commit()
+
+    @property
+    def levels(self) -> Levels | None:
+        """What is held in the memory of the device and in page-locked memory; None before it is first asked for."""
+        return self._execution.levels
 
     @property
     def corpus(self) -> str:

@@ -13,7 +13,7 @@ from sentence_transformers.util import quantize_embeddings, truncate_embeddings
 
 @torch.inference_mode()
 def finished(
-    outputs: NDArray[np.float32],
+    outputs: NDArray[np.float32] | torch.Tensor,
     model: SentenceTransformer,
     *,
     single: bool,
@@ -25,11 +25,12 @@ def finished(
 ) -> Any:
     """Cut, normalise, quantise and convert in the order in which `encode` does.
 
-    outputs: float32 [n, width], the model's vectors. Returns a numpy array, a tensor on the model's device, or a
+    outputs: [n, width], the model's vectors, float32 where they are an array. Returns a numpy array, a tensor on the model's device, or a
     list of tensors; one vector of it where the input was `single`.
     """
     to_numpy = convert_to_numpy and not convert_to_tensor
-    vectors = torch.from_numpy(outputs).to(device="cpu" if to_numpy else model.device, dtype=model.dtype)
+    given = torch.from_numpy(outputs) if isinstance(outputs, np.ndarray) else outputs
+    vectors = given.to(device="cpu" if to_numpy else model.device, dtype=model.dtype)
     dim = truncate_dim if truncate_dim is not None else model.truncate_dim
     if dim is not None:
         vectors = truncate_embeddings(vectors, dim)

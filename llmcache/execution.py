@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
+from llmcache.begun import Begun
 from llmcache.config import CacheConfig
-from llmcache.fingerprint import features
+from llmcache.fingerprint import features_on
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
+from llmcache.levels import DeviceAnswers, Levels
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
@@ -32,11 +34,15 @@ _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted toge
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width]. seconds: of the model."""
+    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width]. seconds: of the model.
+
+    vectors: what the model gave, [n, width], on its device.
+    """
 
     chosen: list[int]
     outputs: NDArray[np.float32]
     seconds: float
+    vectors: torch.Tensor
 
 
 class Model(Protocol):
@@ -73,14 +79,28 @@ class Sentences:
 
 
 @torch.inference_mode()
-def compute(model: Model, rows: TokenRows, batch_size: int, role: str | None) -> Iterator[Computed]:
-    """The vectors of all rows, batch after batch, longest first, as the model gives them."""
+def compute(
+    model: Model, rows: TokenRows, batch_size: int, role: str | None, *, ahead: bool = False
+) -> Iterator[Computed]:
+    """The vectors of all rows, batch after batch, longest first, as the model gives them.
+
+    ahead: on a GPU, begin the next batch before one is given out, so that it computes while that is looked after.
+    """
     order = np.argsort(-rows.lengths, kind="stable").tolist()
+    begun: Begun | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        if ahead and model.token_embedding().device.type == "cuda":
+            last, begun = begun, Begun(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
+            if last is not None:
+                yield Computed(last.chosen, *last.wait())
+            continue
         began = time.perf_counter()
-        outputs = model.vectors(rows, chosen, role).float().cpu().numpy()
-        yield Computed(chosen, outputs, time.perf_counter() - began)
+        vectors = model.vectors(rows, chosen, role)
+        outputs = vectors.float().cpu().numpy()
+        yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
+    if begun is not None:
+        yield Computed(begun.chosen, *begun.wait())
 
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -93,7 +113,10 @@ def nothing(answered: int, computed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one call asks for. ids: of the documents, to say later where an entry came from, or None."""
+    """What one call asks for. ids: of the documents, to say later where an entry came from, or None.
+
+    tensor: whether the outputs are wanted on the model's device.
+    """
 
     texts: Sequence[str]
     ids: Sequence[str] | None = None
@@ -101,6 +124,7 @@ class Call:
     role: str | None = None
     batch_size: int = 32
     progress: Progress = nothing
+    tensor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +171,13 @@ class Execution:
         self.counters = storing.counters
         self.reuse: Reuse | None = None
         """Calibrated near reuse; None where there is none, and `tau` decides."""
+        self.levels: Levels | None = None
+        """Memory above the bank's files; None before it is wanted."""
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
         before, began = self.counters.model_seconds, time.perf_counter()
-        answers = Answers.empty(len(call.texts), self.bank.facts.width)
+        answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rest = self._exact(answers, distinct, self.bank.find_text(keys[distinct]))
@@ -165,6 +191,16 @@ class Execution:
         answers.repeat(repeats, first[repeats])
         self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
+
+    def _empty(self, call: Call) -> Answers:
+        if not call.tensor or not (self.config.device_bytes or self.config.pinned_bytes):
+            return Answers.empty(len(call.texts), self.bank.facts.width)
+        device, dtype = self._model.token_embedding().device, self._model.token_embedding().dtype
+        if self.levels is None or self.levels.device != device:
+            self.levels = Levels(
+                self.bank, device, device_bytes=self.config.device_bytes, pinned_bytes=self.config.pinned_bytes
+            )
+        return DeviceAnswers.on(self.levels, len(call.texts), dtype)
 
     def _seed(self, kind: str, call: Call) -> Seed:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
@@ -207,7 +243,8 @@ class Execution:
         todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
-        raw = features(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
+        drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
+        raw = drawn.cpu().numpy()
         audited: _Audited | None = None
         if len(todo) and self.reuse is not None:
             open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
@@ -217,7 +254,7 @@ class Execution:
             if self.config.reuse == "layer":
                 open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
             else:
-                open_ = self._near(answers, places[todo], raw)
+                open_ = self._near(answers, places[todo], drawn if self.bank.near.takes_tensors else raw)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
@@ -229,7 +266,7 @@ class Execution:
         others = np.setdiff1d(np.arange(len(places)), todo)
         self._storing.alias(self.bank, text_keys[others], keys[others])
 
-    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32]) -> Places:
+    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32] | torch.Tensor) -> Places:
         """Serve near matches; returns the indices into `places` that stay open."""
         if self.config.tau is None:
             return np.arange(len(places))
@@ -310,8 +347,9 @@ class Execution:
     def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
         with self._inside() as attachment:
-            for done in compute(self._model, tokens, call.batch_size, call.role):
+            for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
                 chosen, where = done.chosen, unknown.places[done.chosen]
+                answers.kept(where, done.vectors)
                 if attachment is None:
                     answers.outputs[where] = done.outputs
                     self.counters.model_seconds += done.seconds

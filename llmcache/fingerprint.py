@@ -22,25 +22,30 @@ def feature_width(embedding: Tensor, fingerprint: str) -> int:
     return int(embedding.shape[1]) * (2 if fingerprint == "mean+attention" else 1)
 
 
-@torch.inference_mode()
 def features(embedding: Tensor, tokens: Sequence[NDArray[np.int32]], fingerprint: str) -> NDArray[np.float32]:
     """Raw features of some documents.
 
     embedding: [vocabulary, width], any float dtype and device. tokens: one array of token ids per document, not empty.
     Returns float32 [n, feature width], on the host.
     """
+    return features_on(embedding, tokens, fingerprint).cpu().numpy()
+
+
+@torch.inference_mode()
+def features_on(embedding: Tensor, tokens: Sequence[NDArray[np.int32]], fingerprint: str) -> Tensor:
+    """The same on the device of the embedding."""
     if not tokens:
-        return np.zeros((0, feature_width(embedding, fingerprint)), np.float32)
+        return torch.zeros((0, feature_width(embedding, fingerprint)), device=embedding.device)
     ids = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(embedding.device)
     lengths = [len(one) for one in tokens]
     starts = torch.tensor([0, *np.cumsum(lengths[:-1]).tolist()], device=embedding.device)
     mean = embedding_bag(ids, embedding, starts, mode="mean").float()
     if fingerprint == "mean":
-        return mean.cpu().numpy()
+        return mean
     vectors = torch.split(embedding[ids].float(), lengths)
     drawn = torch.stack([_attended(one) for one in vectors])
     # both halves at unit length: the two views of a document then weigh the same
-    return torch.cat([normalize(mean, dim=1), normalize(drawn, dim=1)], dim=1).cpu().numpy()
+    return torch.cat([normalize(mean, dim=1), normalize(drawn, dim=1)], dim=1)
 
 
 def _attended(vectors: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MISS, EXACT, NEAR = 0, 1, 2
 TIERS = ("miss", "exact", "near")
@@ -69,14 +73,23 @@ class Answers:
 
     def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
         """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
-        reading = bank.read(rows)
-        good = np.flatnonzero(reading.intact)
-        self.outputs[places[good]] = np.asarray(reading.values)[good]
+        intact = self.fill(places, rows, bank)
+        good = np.flatnonzero(intact)
         self.tier[places[good]] = tier
         self.row[places[good]] = rows[good]
         if tier == EXACT:
             self.similarity[places[good]] = 1
-        return np.flatnonzero(~reading.intact)
+        return np.flatnonzero(~intact)
+
+    def fill(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank) -> NDArray[np.bool_]:
+        """Outputs of these places from these bank rows; bool [n], which could be read."""
+        reading = bank.read(rows)
+        good = np.flatnonzero(reading.intact)
+        self.outputs[places[good]] = np.asarray(reading.values)[good]
+        return reading.intact
+
+    def kept(self, places: NDArray[np.int64], vectors: Tensor) -> None:
+        """The model's own tensor for these places, [n, width], for answers that are wanted where it is."""
 
     def taken_over(
         self,
@@ -121,7 +134,9 @@ def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]])
     return rows
 
 
-def near(bank: Bank, features: NDArray[np.float32], tau: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def near(
+    bank: Bank, features: NDArray[np.float32] | Tensor, tau: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarities.
 
     Returns int64 [n] and float32 [n].

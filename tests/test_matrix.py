@@ -130,11 +130,11 @@ def test_features_are_rounded_and_projected_on_a_device_as_on_the_host() -> None
     found = subject.half(torch.from_numpy(raw))
     np.testing.assert_array_equal(found.numpy(), rounded)
     for projection in (Projection.none(24), fit_pca(raw[6:], 8)):
-        vectors_ = subject.projected(projection, found)
+        vectors_ = subject.Projected(projection, "cpu")(found)
         assert vectors_.dtype == torch.float32
         np.testing.assert_allclose(vectors_.numpy(), projection.apply(rounded), atol=1e-6)
     with pytest.raises(ConfigError, match="pca"):
-        subject.projected(fit_simhash(24, 64), found)
+        subject.Projected(fit_simhash(24, 64), "cpu")
 
 
 def test_a_cache_answers_the_same_with_either_exact_index(
