@@ -9,6 +9,7 @@ import typer
 
 from llmcache.cli import (
     bench_decoding,
+    bench_gpu,
     bench_layers,
     bench_near,
     bench_pipelines,
@@ -35,6 +36,7 @@ app.command(name="guard")(bench_near.guarded)
 app.command()(bench_pipelines.pipeline)
 app.command()(bench_pipelines.chunks)
 app.command()(bench_plan.plan)
+app.command()(bench_gpu.gpu)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

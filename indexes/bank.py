@@ -151,8 +151,8 @@ class Bank:
     def nearest(self, features: NDArray[np.float32] | Tensor, k: int) -> tuple[Rows, NDArray[np.float32]]:
         """The k nearest rows by fingerprint, and their similarities, nearest first.
 
-        features: float [n, feature width], raw, as `put` takes them, or a tensor of them (`near.takes_tensors`). Returns int64 [n, k] (-1: none) and float32
-        [n, k] (-inf there).
+        features: float [n, feature width], raw, as `put` takes them, or a tensor of them
+        (`near.takes_tensors`). Returns int64 [n, k] (-1: none) and float32 [n, k] (-inf there).
         """
         unusable = self._dead
         if self._damaged:

@@ -35,6 +35,11 @@ class Matrix:
         self._rows = torch.empty((0, dim), dtype=dtype, device=self.device)
         self._dead: Tensor | None = None  # bool [ntotal]; None while all are alive
 
+    @property
+    def rows(self) -> Tensor:
+        """[ntotal, dim], on the device; a view."""
+        return self._rows[: self.ntotal]
+
     def add(self, vectors: NDArray[np.float32] | Tensor) -> None:
         """Append vectors, float32 [n, dim], on any device."""
         fresh = torch.as_tensor(vectors)
@@ -113,7 +118,7 @@ class Matrix:
         """What `to_bytes` wrote. SnapshotDamaged: it is not that, or of another size."""
         if len(data) < _HEADER.size:
             raise SnapshotDamaged(f"an index of kind torch has at least {_HEADER.size} bytes, found {len(data)}")
-        begins, width, rows = _HEADER.unpack_from(data)
+        begins, width, rows = _HEADER.unpack_from(data.data)
         stored = np.dtype(_FILES[dtype])
         expected = (magic, dim, count, _HEADER.size + stored.itemsize * dim * count)
         found = (begins, width, rows, len(data))
@@ -157,7 +162,7 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if whole < 4 * k:
         found = scores.topk(k, dim=1)
         return found.values, found.indices
-    groups = scores[:, : whole * _GROUP].unflatten(1, (whole, _GROUP))
+    groups = scores[:, : whole * _GROUP].view(n, whole, _GROUP)
     chosen = groups.amax(2).topk(k, dim=1).indices
     members = groups.gather(1, chosen[:, :, None].expand(n, k, _GROUP)).flatten(1)
     numbers = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
@@ -200,4 +205,5 @@ class Projected:
         if not self._plain:
             block = ((block - self._mean) @ self._matrix).masked_fill(silent, 0)
         norms = block.norm(dim=1, keepdim=True)
-        return (block / norms.masked_fill(norms == 0, 1)).float()
+        unit: Tensor = block / norms.masked_fill(norms == 0, 1)
+        return unit.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ class Begun:
     def __init__(self, vectors: Callable[[], Tensor], chosen: list[int]) -> None:
         """vectors: runs the model, [n, width] on a CUDA device. chosen: places of the rows."""
         self.chosen = chosen
-        self._began, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._copied = torch.cuda.Event()
+        event: Any = torch.cuda.Event  # which torch gives no types
+        self._began, self._ended, self._copied = event(enable_timing=True), event(enable_timing=True), event()
         self._began.record()
         self._vectors = vectors()
         self._ended.record()
@@ -28,5 +29,5 @@ class Begun:
     def wait(self) -> tuple[NDArray[np.float32], float, Tensor]:
         """Outputs on the host, float32 [n, width]; the seconds that the device took; outputs on the device."""
         self._copied.synchronize()
-        seconds = self._began.elapsed_time(self._ended) / 1000
+        seconds = float(self._began.elapsed_time(self._ended)) / 1000
         return self._host.numpy(), seconds, self._vectors

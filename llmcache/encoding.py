@@ -25,8 +25,8 @@ def finished(
 ) -> Any:
     """Cut, normalise, quantise and convert in the order in which `encode` does.
 
-    outputs: [n, width], the model's vectors, float32 where they are an array. Returns a numpy array, a tensor on the model's device, or a
-    list of tensors; one vector of it where the input was `single`.
+    outputs: [n, width], the model's vectors, float32 where they are an array. Returns a numpy array, a tensor on
+    the model's device, or a list of tensors; one vector of it where the input was `single`.
     """
     to_numpy = convert_to_numpy and not convert_to_tensor
     given = torch.from_numpy(outputs) if isinstance(outputs, np.ndarray) else outputs

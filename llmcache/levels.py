@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ class LevelCounters:
 class Table:
     """Some rows of a bank in one tensor of a fixed size. Full, it gives up rows that were not asked for lately.
 
-    A clock with a second chance: a row that was asked for since the hand passed it last stays. For many rows at once that
-    is near to the least recently used, and no order has to be kept. values: [slots, width].
+    A clock with a second chance: a row that was asked for since the hand passed it last stays. For many rows at once
+    that is near to the least recently used, and no order has to be kept. values: [slots, width].
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class Levels:
         self.on_host = self._table(pinned_bytes // row, torch.device("cpu"), pinned=self._cuda)
         self.counters = LevelCounters()
         self._moves, self._dead = bank.moves, bank.dead
-        self._copies = torch.cuda.Stream(self.device) if self._cuda else None
-        self._done = torch.cuda.Event() if self._cuda else None  # the last use of the table on the device
-        self._read = torch.cuda.Event() if self._cuda else None  # the last copy straight out of the one on the host
+        stream, event = (torch.cuda.Stream, torch.cuda.Event) if self._cuda else (_no_device, _no_device)
+        self._copies: Any = stream(self.device)
+        self._done: Any = event()  # the last use of the table on the device
+        self._read: Any = event()  # the last copy straight out of the one on the host
 
     def _table(self, slots: int, device: torch.device, *, pinned: bool = False) -> Table | None:
         if not slots:
@@ -260,9 +262,13 @@ class Levels:
         self._moves, self._dead = self.bank.moves, self.bank.dead
 
 
+def _no_device(*_: object) -> None:
+    """There are neither streams nor events without one."""
+
+
 def _placed(table: Table, rows: Rows, intact: NDArray[np.bool_]) -> tuple[Rows, Rows]:
     """Slots for the intact ones of some rows, and their places in `rows`: each row once, as many as there are slots."""
-    fresh, first = np.unique(rows[intact], return_index=True)
+    _, first = np.unique(rows[intact], return_index=True)
     chosen = np.flatnonzero(intact)[np.sort(first)][: len(table.values)]
     chosen = chosen[table.find(rows[chosen]) < 0]
     return table.place(rows[chosen]), chosen

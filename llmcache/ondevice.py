@@ -43,4 +43,5 @@ class DevicePredictor:
     def fingerprints(self, predicted: Tensor) -> Tensor:
         """Unit vectors of predicted outputs, float32 [n, dim]."""
         short = predicted @ self._basis
-        return short / short.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        unit: Tensor = short / short.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return unit

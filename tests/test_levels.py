@@ -135,7 +135,7 @@ def test_a_damaged_row_is_told_and_never_kept(tmp_path: Path, device: str) -> No
     store, bank = opened(tmp_path / "s", 1000)
     store.commit()
     store.close()
-    (file,) = [one for one in (tmp_path / "s" / "seg").glob("*.seg")][:1]
+    file = sorted((tmp_path / "s" / "seg").glob("*.seg"))[0]
     raw = bytearray(file.read_bytes())
     raw[70] ^= 1
     file.chmod(0o600)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.config import Index
 from llmcache.indexes import matrix as subject
 from llmcache.indexes import vectors
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
@@ -141,8 +142,9 @@ def test_a_cache_answers_the_same_with_either_exact_index(
     model: SentenceTransformer, queries: list[str], tmp_path: Path
 ) -> None:
     found = {}
-    for kind in ("flat", "torch"):
-        with LLMCache.open(tmp_path / kind, model, config=CacheConfig(index=kind, tau=0.8)) as cache:  # type: ignore[arg-type]
+    kinds: tuple[Index, ...] = ("flat", "torch")
+    for kind in kinds:
+        with LLMCache.open(tmp_path / kind, model, config=CacheConfig(index=kind, tau=0.8)) as cache:
             for _ in cache.run(queries[:250]):
                 continue
             cache.commit()
@@ -163,6 +165,7 @@ def test_without_faiss_a_cache_works_by_the_search_in_torch(model_path: str, tmp
 import sys
 sys.modules["faiss"] = None
 from llmcache import CacheConfig, LLMCache
+from llmcache.config import Index
 from llmcache.errors import FaissMissing
 try:
     LLMCache.open({str(tmp_path / "none")!r}, {model_path!r})
