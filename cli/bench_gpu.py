@@ -42,10 +42,11 @@ def gpu(
 
 def _tables(parts: dict[str, Any]) -> None:
     for name, part in parts.items():
-        if "result" not in part:
-            typer.echo(f"{name}: {part.get('error') or part['skipped']}\n")
+        if problem := part.get("error") or part.get("skipped"):
+            typer.echo(f"{name}: {problem}\n")
+        found = part.get("result")
+        if not found:
             continue
-        found = part["result"]
         if name == "bandwidth":
             printing.table(["", "per second"], [[what, f"{one['per_second']:.3g}"] for what, one in found.items()])
         elif name == "search":
@@ -59,11 +60,12 @@ def _tables(parts: dict[str, Any]) -> None:
             )  # fmt: skip
         elif name == "prefix":
             printing.table(
-                ["tokens known", "recompute s", "restore s", "x", "difference"],
+                ["tokens known", "recompute s", "from", "s", "x", "difference"],
                 [
-                    [one["tokens"], f"{one['recompute']['median']:.3g}", f"{one['restore']['median']:.3g}",
-                     f"{one['times_as_fast']:.2f}", f"{one['relative_difference']:.1e}"]
+                    [one["tokens"], f"{one['recompute']['median']:.3g}", level, f"{one[level]['median']:.3g}",
+                     f"{one[level]['times_as_fast']:.2f}", f"{one[level]['relative_difference']:.1e}"]
                     for one in found
+                    for level in ("disk", "pinned memory", "device memory")
                 ],
             )  # fmt: skip
         else:
@@ -75,10 +77,12 @@ def _tiers(name: str, found: dict[str, Any]) -> None:
         [name, "docs/s", "x model", "difference"],
         [
             [what, f"{one['documents_per_second']:,.0f}", f"{one['times_as_fast']:.2f}", f"{one['difference']:.1e}"]
-            for what, one in found["hits"].items()
+            for what, one in found.get("hits", {}).items()
         ],
     )
-    lost = found["misses"]
+    lost = found.get("misses")
+    if lost is None:
+        return
     typer.echo(
         f"Nothing known: {lost['overhead']:+.1%} of the model's time, {lost['overhead_with_commit']:+.1%} with the "
         f"commit; difference {lost['difference']:.1e}.\n"

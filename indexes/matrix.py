@@ -144,10 +144,10 @@ def usable(device: str) -> torch.device:
 @contextmanager
 def _in_full(device: torch.device) -> Iterator[None]:
     """Inside, float32 products are of float32 numbers: rounded to TF32 they would be off by 0.001."""
-    if device.type != "cuda":
+    before = torch.backends.cuda.matmul.fp32_precision
+    if device.type != "cuda" or before in ("none", "ieee"):
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
         yield

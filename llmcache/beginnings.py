@@ -7,22 +7,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llmcache.blocks import Held
 from llmcache.indexes.bank import Bank
 from llmcache.keys import Seed
+from llmcache.levels import Levels
 from llmcache.sharing import Row, next_key
 
 _SHORTEST = 4  # tokens behind the last full block that are worth an entry where rows part
 
-Records = dict[int, NDArray[np.float32]]
+Records = dict[int, NDArray[np.float32] | Tensor]
 
 
 class Beginnings:
     """Full blocks of a row, and one shorter entry where it ended or where rows were seen to part."""
 
-    def __init__(self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int) -> None:
-        self.bank, self.block = bank, block
+    def __init__(
+        self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int, levels: Levels | None = None
+    ) -> None:
+        self.bank, self.block, self.levels = bank, block, levels
         self._seed, self._put = seed, put
 
     # -- finding --------------------------------------------------------------------------------------------
@@ -87,11 +91,12 @@ class Beginnings:
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
             return {}
+        full = {number for row in rows for number in row.chain[: row.known // self.block]} if self.levels else set()
+        records = self._gathered(sorted(full))
+        numbers = [number for number in numbers if number not in full]
         reading = self.bank.read(np.array(numbers, np.int64))
-        records = dict(zip(numbers, reading.values, strict=True))
-        for number, intact in zip(numbers, reading.intact.tolist(), strict=True):
-            if not intact:
-                del records[number]
+        read = zip(numbers, reading.values, reading.intact.tolist(), strict=True)
+        records |= {number: record for number, record, intact in read if intact}
         for row in rows:
             for place, number in enumerate(row.chain):
                 if number not in records:
@@ -99,6 +104,14 @@ class Beginnings:
                     row.chain, row.known = row.chain[:place], place * self.block
                     break
         return records
+
+    def _gathered(self, numbers: list[int]) -> Records:
+        """Whole blocks on the device, by way of the levels."""
+        if self.levels is None or not numbers:
+            return {}
+        values, intact = self.levels.gather(np.array(numbers, np.int64))
+        parts = values.view(len(numbers), self.block, -1).unbind(0)
+        return {number: part for number, part, good in zip(numbers, parts, intact.tolist(), strict=True) if good}
 
     # -- storing --------------------------------------------------------------------------------------------
 

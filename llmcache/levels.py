@@ -23,8 +23,8 @@ from llmcache.matching import Answers
 
 Rows = NDArray[np.int64]
 
-_CHUNK = 4096  # rows that are read and copied together: while one lot is copied, the next is read
-_RUN = 64  # rows on end from which on they are copied to the device straight from where they lie
+_CHUNK = 32 << 20  # bytes that are read and copied together: while one lot is copied, the next is read
+_RUN = 64 << 10  # bytes on end from which on they are copied to the device straight from where they lie
 
 
 @dataclass(slots=True)
@@ -105,20 +105,31 @@ class Table:
 
 
 class Levels:
-    """The levels above the files of one bank of rank 1. For one thread, as the cache is."""
+    """The levels above the files of one bank. For one thread, as the cache is."""
 
-    def __init__(self, bank: Bank, device: torch.device | str, *, device_bytes: int = 0, pinned_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        device: torch.device | str,
+        *,
+        device_bytes: int = 0,
+        pinned_bytes: int = 0,
+        tokens: int = 1,
+    ) -> None:
         """device: where rows are wanted. device_bytes, pinned_bytes: at most so much memory for rows; 0: no such level.
 
+        tokens: of every row that will be asked for, in a bank of rank 2; such a row is [tokens * width] here.
         On a device that is no GPU everything is the same but for the page-locking and the streams.
+        ConfigError: there is not so much memory.
         """
         self.bank, self.device = bank, torch.device(device)
         stored = "float32" if bank.facts.dtype == "int8" else bank.facts.dtype  # int8 rows are kept decoded
         self.dtype: torch.dtype = getattr(torch, stored)
         self._cuda = self.device.type == "cuda"
-        row = bank.facts.width * self.dtype.itemsize
-        self.on_device = self._table(device_bytes // row, self.device)
-        self.on_host = self._table(pinned_bytes // row, torch.device("cpu"), pinned=self._cuda)
+        self.width = bank.facts.width * tokens
+        self._row = self.width * self.dtype.itemsize  # bytes
+        self.on_device = self._table(device_bytes // self._row, self.device)
+        self.on_host = self._table(pinned_bytes // self._row, torch.device("cpu"), pinned=self._cuda)
         self.counters = LevelCounters()
         self._moves, self._dead = bank.moves, bank.dead
         stream, event = (torch.cuda.Stream, torch.cuda.Event) if self._cuda else (_no_device, _no_device)
@@ -130,35 +141,36 @@ class Levels:
         if not slots:
             return None
         try:
-            return Table(slots, self.bank.facts.width, self.dtype, device, pinned=pinned)
+            return Table(slots, self.width, self.dtype, device, pinned=pinned)
         except RuntimeError as error:  # out of memory is one
             raise ConfigError(
-                f"{slots:,} rows of {self.bank.facts.width} numbers cannot be kept in memory of {device}: "
+                f"{slots:,} rows of {self.width} numbers cannot be kept in memory of {device}: "
                 f"{str(error).splitlines()[0]}; give device_bytes and pinned_bytes that fit"
             ) from None
 
     @torch.inference_mode()
     def gather(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
-        """Stored outputs of these rows, all >= 0: [n, width] in the stored dtype, on the device; and bool [n], intact.
+        """What is stored in these rows, all >= 0: [n, width] in the stored dtype, on the device; and bool [n], intact.
 
         Where a row did not agree with its checksum the numbers mean nothing, and the bank knows it from then on. Each
         is counted as a use. The tensor is ready on the current stream.
         """
         self.bank.used(rows)
-        self._follow()
         intact = np.ones(len(rows), np.bool_)
         with self._in_order():
+            self._follow()
             slots = np.full(len(rows), -1) if self.on_device is None else self.on_device.find(rows)
             held, rest = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
             self.counters.device += len(held)
             if self.on_device is not None and not len(rest):
                 return self.on_device.values.index_select(0, self._numbers(slots)), intact
-            found = torch.empty((len(rows), self.bank.facts.width), dtype=self.dtype, device=self.device)
+            found = torch.empty((len(rows), self.width), dtype=self.dtype, device=self.device)
             if self.on_device is not None and len(held):
                 found[self._numbers(held)] = self.on_device.values.index_select(0, self._numbers(slots[held]))
             fetched = []
-            for start in range(0, len(rest), _CHUNK):
-                part = rest[start : start + _CHUNK]
+            chunk = max(1, _CHUNK // self._row)
+            for start in range(0, len(rest), chunk):
+                part = rest[start : start + chunk]
                 values, intact[part] = self._fetched(rows[part])
                 fetched.append((part, values))
             self._wait()
@@ -177,32 +189,40 @@ class Levels:
         self.counters.pinned += len(held)
         if self.on_host is not None and not len(missing):
             runs = np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)
-            if len(runs) * _RUN <= len(slots) or len(runs) == 1:
+            if len(runs) * _RUN <= len(slots) * self._row or len(runs) == 1:
                 parts = [self.on_host.values[int(one[0]) : int(one[-1]) + 1] for one in runs]
                 return self._copied(parts, lying=True), intact
         # the allocator of page-locked memory gives this out again only when the copy from it is done
-        values = torch.empty((len(rows), self.bank.facts.width), dtype=self.dtype, pin_memory=self._cuda)
+        values = torch.empty((len(rows), self.width), dtype=self.dtype, pin_memory=self._cuda)
         if self.on_host is not None and len(held):
             values[torch.from_numpy(held)] = self.on_host.values[torch.from_numpy(slots[held])]
         if len(missing):
-            reading = self.bank.read(rows[missing], count=False)
-            intact[missing] = reading.intact
-            read = torch.from_numpy(np.asarray(reading.values)).to(self.dtype)
+            read, intact[missing] = self._from_files(rows[missing])
             if len(missing) == len(rows):
                 values.copy_(read)
             else:
                 values[torch.from_numpy(missing)] = read
-            self.counters.files += len(missing)
-            self.counters.damaged += int((~reading.intact).sum())
-            self._keep_on_host(rows[missing], read, reading.intact)
+            self._keep_on_host(rows[missing], read, intact[missing])
         return self._copied([values]), intact
+
+    def _from_files(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
+        """[n, width] on the host, and bool [n], intact."""
+        reading = self.bank.read(rows, count=False)
+        self.counters.files += len(rows)
+        self.counters.damaged += int((~reading.intact).sum())
+        if isinstance(reading.values, np.ndarray):
+            return torch.from_numpy(reading.values).to(self.dtype), reading.intact
+        read = torch.zeros((len(rows), self.width), dtype=self.dtype)
+        for i in np.flatnonzero(reading.intact).tolist():
+            read[i] = torch.from_numpy(reading.values[i].reshape(-1))
+        return read, reading.intact
 
     def _copied(self, parts: list[Tensor], *, lying: bool = False) -> Tensor:
         """Rows of the host on the device, one after another, by the stream of copies. lying: in the table itself."""
         if self._copies is None:
             return torch.cat(parts)
         with torch.cuda.stream(self._copies):
-            whole = torch.empty((sum(map(len, parts)), self.bank.facts.width), dtype=self.dtype, device=self.device)
+            whole = torch.empty((sum(map(len, parts)), self.width), dtype=self.dtype, device=self.device)
             at = 0
             for part in parts:
                 whole[at : at + len(part)].copy_(part, non_blocking=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -18,6 +19,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit
+from llmcache.levels import Levels
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
 
@@ -50,11 +52,13 @@ class Prefixes:
         secret: bytes = b"",
         block: int = 16,
         forward_cost: int | None = None,
+        levels: Levels | None = None,
     ) -> None:
         """To be made while the trunk's forward is its own.
 
         bank: with the facts `shape_of(trunk).facts`. digest: of the trunk's identity. put: `put(bank, keys, values,
         tokens=, sources=, features=, cost=)` stores. secret: of the namespace. block: tokens per entry.
+        levels: memory for whole blocks, with `tokens=block`; None reads them from files.
         forward_cost: what a forward costs besides its tokens, in tokens; None estimates it.
         ConfigError when the trunk's beginnings cannot be restored, or the bank is another trunk's.
         """
@@ -68,7 +72,7 @@ class Prefixes:
         if block < 1:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
-        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block)
+        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block, levels)
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
 
@@ -179,9 +183,17 @@ class Prefixes:
             if first != i:  # rows with one beginning in the store: read once, and copied from row to row
                 held.take(i, held, first, tokens)
             else:
-                record = np.concatenate([work.records[number] for number in group[i].chain])
-                held.restore(i, torch.from_numpy(record[:tokens]))
+                held.restore(i, _joined([work.records[number] for number in group[i].chain], held)[:tokens])
             self.counters.restored += tokens
+
+
+def _joined(records: Sequence[NDArray[np.float32] | Tensor], held: Held) -> Tensor:
+    """One record after another, [tokens, record]: on the host where all of them are there, else on the device."""
+    arrays = [one for one in records if isinstance(one, np.ndarray)]
+    if len(arrays) == len(records):
+        return torch.from_numpy(np.concatenate(arrays))
+    device, dtype = held.states.device, held.states.dtype
+    return torch.cat([torch.as_tensor(one).to(device, dtype) for one in records])
 
 
 def _in_layout(layout: Layout, places: Sequence[tuple[Held, int]], *, cached: bool) -> Held:

@@ -61,13 +61,14 @@ def test_what_is_measured_is_right_to_rounding(result: Path) -> None:
         assert misses["difference"] < 2e-5
         device, pinned, files = hits["device memory"]["answered_by"]
         assert device > 0 == pinned
-        assert files == parts[name]["documents"]  # once
+        assert files == parts[name]["model"]["documents"]  # once
         assert hits["pinned memory"]["answered_by"][1] > 0
     assert {one["rows"] for one in parts["search"]} == {2_000, 5_000}
     assert all(one["difference"] < (1e-6 if one["dtype"] == "float32" else 3e-4) for one in parts["search"])
     for one in parts["prefix"]:
-        assert one["restored_tokens"] == 3 * one["tokens"]
-        assert one["relative_difference"] < 1e-4
+        for level in ("disk", "pinned memory", "device memory"):
+            assert one[level]["restored_tokens"] == 3 * one["tokens"]
+            assert one[level]["relative_difference"] < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaModel
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
@@ -223,3 +224,30 @@ def test_a_purged_document_is_not_answered_from_memory(
         assert len(cache.levels.on_device) == 15
         cache.encode(queries[:20], convert_to_tensor=True)
         assert cache.stats().counters.misses == before + 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_beginnings_are_restored_from_memory_as_from_files(tmp_path: Path, device: str) -> None:
+    torch.manual_seed(0)
+    kind: Any = LlamaConfig
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model: Any = LlamaModel(kind(vocab_size=100, num_key_value_heads=2, **sizes)).eval().to(device)
+    begin = torch.randint(100, (1, 77))
+    asked = [torch.cat([begin, torch.randint(100, (1, 9))], 1).to(device) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(ids).last_hidden_state for ids in asked]
+    found = {}
+    for name, config in {
+        "files": CacheConfig(),
+        "memory": CacheConfig(device_bytes=1 << 20, pinned_bytes=1 << 20),
+        "too little": CacheConfig(device_bytes=30_000),  # two blocks
+    }.items():
+        with LLMCache.open(tmp_path / name, model, config=config) as cache, torch.no_grad():
+            with cache.attached():
+                found[name] = [model(ids).last_hidden_state for ids in asked]
+            counters = cache.stats().counters.prefix
+        assert counters.restored >= 3 * 64
+    for name, states in found.items():
+        for one, other, wanted in zip(states, found["files"], expected, strict=True):
+            torch.testing.assert_close(one, wanted, atol=1e-5, rtol=0)
+            assert torch.equal(one, other), name

@@ -80,23 +80,28 @@ def _machine(device: str) -> dict[str, Any]:
 
 def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
+    result: Any = [] if name in ("search", "prefix") else {}
+    ended: dict[str, Any] = {}
     try:
         if name == "bandwidth":
-            result: Any = bandwidth(device)
+            result = bandwidth(device)
         elif name == "search":
             memory = before.get("bandwidth", {}).get("result") or bandwidth(device)
-            result = search(device, memory["memory"]["per_second"])
+            for row in search(device, memory["memory"]["per_second"]):
+                result.append(row)
         elif name == "prefix":
-            result = prefixes(device)
+            for row in prefixes(device):
+                result.append(row)
         else:
-            result = tiers(SHAPES[name], device)
-    except Exception as error:  # whatever it is, the parts after it are worth having
-        device.said(f"{name} failed: {type(error).__name__}: {error}")
-        return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
+            for what, found in tiers(SHAPES[name], device):
+                result[what] = found
+    except Exception as error:  # whatever it is, what was measured before it and the parts after it are worth having
+        ended["error"] = f"{type(error).__name__}: {error}"
+        device.said(f"{name} failed: {ended['error']}")
     finally:
         if device.cuda:
             torch.cuda.empty_cache()
-    return {"result": result, "seconds": time.monotonic() - began}
+    return {"result": result, **ended, "seconds": time.monotonic() - began}
 
 
 def _written(out: Path, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,21 +40,20 @@ def bandwidth(device: Device) -> dict[str, Any]:
     }
 
 
-def search(device: Device, bytes_per_second: float) -> list[dict[str, Any]]:
+def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
     """Exact search for the 8 nearest among 1 and 10 million fingerprints, beside the time that reading them once takes.
 
     bytes_per_second: of the device's memory, measured in the same run. difference: of the similarities of 8 queries to
     those in float64.
     """
     counts = (2_000, 5_000) if device.tiny else (1_000_000, 10_000_000)
-    rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.float16):
         for count in counts:
-            if rows and device.over:
-                return rows
-            rows += _searched(device, dtype, count, bytes_per_second)
-            device.said(f"search among {count:,}, {dtype}: {rows[-1]['milliseconds']:.3g} ms")
-    return rows
+            if (dtype, count) != (torch.float32, counts[0]) and device.over:
+                return
+            for row in _searched(device, dtype, count, bytes_per_second):
+                device.said(f"{row['queries']} among {count:,}, {row['dtype']}: {row['milliseconds']:.3g} ms")
+                yield row
 
 
 def _searched(device: Device, dtype: torch.dtype, count: int, bytes_per_second: float) -> list[dict[str, Any]]:

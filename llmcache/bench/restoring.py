@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +17,84 @@ from llmcache.blocks import shape_of
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.store import Store
+from llmcache.levels import Levels
 from llmcache.prefix import Prefixes
 
 _ASKED = 64  # tokens behind the beginning, new in each call
+_BLOCK = 16  # tokens of a stored block
 
 
-def prefixes(device: Device) -> list[dict[str, Any]]:
+def prefixes(device: Device) -> Iterator[dict[str, Any]]:
     """The 1B-class Llama shape: keys, values and states of one row of 1 to 8 thousand known tokens and 64 new ones.
 
-    recompute: the model alone. restore: the beginning from the store's files, in the page cache, checksums compared.
+    recompute: the model alone. disk: the beginning from the store's files, in the page cache, checksums compared.
+    pinned memory, device memory: its blocks from there.
     """
     shape = tiny(SHAPES["llama-1b"]) if device.tiny else SHAPES["llama-1b"]
     lengths = (64, 128) if device.tiny else (1024, 2048, 4096, 8192)
+    room = (1 << 22) if device.tiny else (1 << 30)
     model = trunk(shape, device.name, device.dtype)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="llmcache-gpu-") as folder:
         store = Store.open(Path(folder) / "s", create=True)
         store.declare("bench", {}, {}, "")
         bank = store.bank("bench", "prefix", lambda: shape_of(model).facts, NearChoice(index="torch"))
-        made = Prefixes(model, bank, b"bench", Bank.put)
-        for length in lengths:
-            if rows and device.over:
+        levels = {
+            "disk": None,
+            "pinned memory": Levels(bank, device.name, pinned_bytes=room, tokens=_BLOCK),
+            "device memory": Levels(bank, device.name, device_bytes=room, tokens=_BLOCK),
+        }
+        made = {
+            name: Prefixes(model, bank, b"bench", Bank.put, block=_BLOCK, levels=one) for name, one in levels.items()
+        }
+        for number, length in enumerate(lengths):
+            if number and device.over:
                 break
-            rows.append(_restored(model, made, store, length, device))
-            device.said(f"beginnings of {length:,} tokens: {rows[-1]['times_as_fast']:.2f} x recomputing them")
+            row = _restored(model, made, store, length, device)
+            device.said(
+                f"beginnings of {length:,} tokens: {row['device memory']['times_as_fast']:.2f} x recomputing them"
+            )
+            yield row
         store.close()
-    return rows
 
 
-def _restored(model: Any, made: Prefixes, store: Store, length: int, device: Device) -> dict[str, Any]:
+def _restored(model: Any, made: Mapping[str, Prefixes], store: Store, length: int, device: Device) -> dict[str, Any]:
     random = torch.Generator().manual_seed(length)
     begin = torch.randint(4, WORDS, (1, length), generator=random)
-    asked = [torch.cat([begin, torch.randint(4, WORDS, (1, _ASKED), generator=random)], 1) for _ in range(24)]
     states: dict[str, torch.Tensor] = {}
 
-    def run(name: str, number: int) -> None:
-        with torch.inference_mode():
-            found = model(input_ids=asked[number].to(device.name), use_cache=True)
+    def run(name: str, ids: torch.Tensor) -> None:
+        with attached(model, made[name]) if name in made else nullcontext(), torch.inference_mode():
+            found = model(input_ids=ids, use_cache=True)
         states[name] = found.last_hidden_state[:, -1].float()
 
-    def restored(number: int) -> None:
-        with attached(model, made):
-            run("restore", number)
+    def asked() -> torch.Tensor:
+        new = torch.randint(4, WORDS, (1, _ASKED), generator=random)
+        return torch.cat([begin, new], 1).to(device.name)
 
-    restored(0)  # computes and stores the beginning
+    run("disk", asked())  # computes and stores the beginning
     store.commit()
-    before, apart = made.counters.restored, 0.0
-    seconds: dict[str, list[float]] = {"recompute": [], "restore": []}
-    for number in range(1, 4 if device.tiny else 8):
-        if number > 2 and device.over:
+    seconds: dict[str, list[float]] = {name: [] for name in ("recompute", *made)}
+    before, apart = {name: one.counters.restored for name, one in made.items()}, dict.fromkeys(made, 0.0)
+    rounds = 3 if device.tiny else 8
+    for number in range(rounds):
+        if number > 1 and device.over:
             break
-        actions: dict[str, Callable[[], None]] = {
-            "recompute": lambda number=number: run("recompute", number),  # type: ignore[misc]
-            "restore": lambda number=number: restored(number),  # type: ignore[misc]
-        }
-        for name, action in actions.items():
-            each = device.seconds(action)
-            if number > 1:  # the first round is to warm up
-                seconds[name].append(each)
-        apart = max(apart, float((states["restore"] - states["recompute"]).abs().max()))
-    largest = float(states["recompute"].abs().max())
+        for name, each in seconds.items():
+            ids = asked()  # new for each: what one has stored the next would know
+            took = device.seconds(lambda name=name, ids=ids: run(name, ids))  # type: ignore[misc]
+            if number:  # the first round is to warm up
+                each.append(took)
+            if name in made and number == rounds - 1:
+                run("recompute", ids)
+                apart[name] = float((states[name] - states["recompute"]).abs().max() / states["recompute"].abs().max())
     return {
-        "tokens": length, "asked": _ASKED, **{name: spread(each) for name, each in seconds.items()},
-        "times_as_fast": against(seconds["recompute"], seconds["restore"]), "relative_difference": apart / largest,
-        "restored_tokens": made.counters.restored - before, "bytes": length * made.shape.record * device.dtype.itemsize,
+        "tokens": length, "asked": _ASKED, "recompute": spread(seconds["recompute"]),
+        "bytes": length * made["disk"].shape.record * device.dtype.itemsize,
+        **{
+            name: {
+                **spread(seconds[name]), "times_as_fast": against(seconds["recompute"], seconds[name]),
+                "relative_difference": apart[name], "restored_tokens": one.counters.restored - before[name],
+            }
+            for name, one in made.items()
+        },
     }  # fmt: skip

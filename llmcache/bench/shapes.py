@@ -65,7 +65,7 @@ def trunk(shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
     with _made(device, dtype):
         kind: Any = BertModel if shape.family == "bert" else LlamaModel
-        model: PreTrainedModel = kind(shape.config()).eval().to(device, dtype)
+        model: PreTrainedModel = kind(shape.config()).eval()
     return model
 
 
@@ -101,8 +101,7 @@ def sentences(shape: Shape, device: str, dtype: torch.dtype) -> SentenceTransfor
         tokenizer().save_pretrained(folder)
         words = Transformer(folder, max_seq_length=shape.tokens + 2)
     words.model = model
-    found = SentenceTransformer(modules=[words, Pooling(model.config.hidden_size)], device=device)
-    return found.to(device, dtype)
+    return SentenceTransformer(modules=[words, Pooling(model.config.hidden_size)], device=device)
 
 
 def texts(count: int, tokens: int, seed: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ _BATCH = 256
 _LEVELS = {"device memory": {"device_bytes": 1 << 28}, "pinned memory": {"pinned_bytes": 1 << 28}, "disk": {}}
 
 
-def tiers(shape: Shape, device: Device) -> dict[str, Any]:
-    """All documents known, level by level, and none known, each beside the model alone in the same rounds.
+def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
+    """All documents known, level by level, and none known, each beside the model alone in the same rounds, by name.
 
     documents: in calls of 8 batches; `encode(convert_to_tensor=True)`, so that results are on the device. disk: the
     store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.
@@ -31,6 +31,11 @@ def tiers(shape: Shape, device: Device) -> dict[str, Any]:
     batch = 16 if device.tiny else _BATCH
     model = sentences(shape, device.name, device.dtype)
     known = texts(batches * batch, shape.tokens, seed=1)
+    yield (
+        "model",
+        {"shape": shape.name, "sizes": shape.sizes, "dtype": str(device.dtype).removeprefix("torch."),
+         "batch": batch, "documents": len(known), "tokens": shape.tokens},
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="llmcache-gpu-") as folder, ExitStack() as stack:
         with LLMCache.open(Path(folder) / "known", model, config=_config(device)) as cache:
             cache.encode(known, batch_size=batch)
@@ -39,17 +44,13 @@ def tiers(shape: Shape, device: Device) -> dict[str, Any]:
             for name, settings in _LEVELS.items()
         }
         hits = _hits(model, caches, known, batch, device, repeats)
-        device.said(
-            f"{shape.name}: all hits from device memory {hits['device memory']['times_as_fast']:,.1f} x the model"
-        )
-        gathered = {name: _gathered(cache, batch, device) for name, cache in caches.items()}
+        yield "hits", hits
+        device.said(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
+        yield "rows", {name: _gathered(cache, batch, device) for name, cache in caches.items()}
         empty = stack.enter_context(LLMCache.open(Path(folder) / "empty", model, config=_config(device)))
         misses = _misses(model, empty, (batches * batch, shape.tokens, batch), device, repeats)
-    device.said(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
-    return {
-        "shape": shape.name, "sizes": shape.sizes, "dtype": str(device.dtype).removeprefix("torch."), "batch": batch,
-        "documents": len(known), "tokens": shape.tokens, "hits": hits, "rows": gathered, "misses": misses,
-    }  # fmt: skip
+        yield "misses", misses
+        device.said(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
 
 
 def _config(device: Device, **settings: int) -> CacheConfig:
