@@ -35,7 +35,8 @@ def inspect(
         printing.facts([("  " + key, _short(value)) for key, value in [*space.identity.items(), *space.config.items()]])
         for layer, bank in sorted(space.banks.items()):
             rows = [(name, size, digest[:12]) for name, size, digest in _files(bank)]
-            printing.table(["file", "bytes", "sha256"], rows, title=f"\nbank {printing.printable(layer)}")
+            index = f", index {bank.index.kind}" if bank.index else ""
+            printing.table(["file", "bytes", "sha256"], rows, title=f"\nbank {printing.printable(layer)}{index}")
             printing.table(["writer", "entries"], _writers(bank).items())
 
 
@@ -46,6 +47,7 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
             "width": bank.width,
             "entries": sum(one.live for one in bank.segments),
             "writers": _writers(bank),
+            "index": bank.index.kind if bank.index else None,
             "files": [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in _files(bank)],
         }
         for layer, bank in space.banks.items()
