@@ -1,14 +1,17 @@
-"""A batch that a GPU computes while the host does something else."""
+"""What is begun before it is needed: a batch on a GPU while the host does something else, and the other way round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Begun:
@@ -31,3 +34,15 @@ class Begun:
         self._copied.synchronize()
         seconds = float(self._began.elapsed_time(self._ended)) / 1000
         return self._host.numpy(), seconds, self._vectors
+
+
+def one_ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """`map` whose next result a thread makes while the caller is busy with this one. An error comes in its turn."""
+    if not items:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="llmcache-ahead") as thread:
+        coming = thread.submit(work, items[0])
+        for item in items[1:]:
+            ready, coming = coming.result(), thread.submit(work, item)
+            yield ready
+        yield coming.result()

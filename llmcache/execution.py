@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.begun import Begun
+from llmcache.begun import Begun, one_ahead
 from llmcache.config import CacheConfig
 from llmcache.fingerprint import features_on
 from llmcache.indexes.bank import Bank
@@ -30,6 +30,8 @@ from llmcache.tokens import TokenRows, batch, tokenise
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
 _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
+_AHEAD = ("cuda",)  # devices beside which the host tokenises
+_BATCHES = 4  # in a window there
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +186,8 @@ class Execution:
         self.counters.exact_text += len(distinct) - len(rest)
         call.progress(len(call.texts) - len(rest), 0)
         rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
-        for start in range(0, len(rest), _WINDOW):
-            window = rest[start : start + _WINDOW]
-            self._answer_unknown(answers, call, window, keys[window])
+        for window, tokens in self._windows(call, rest):
+            self._answer_unknown(answers, call, window, keys[window], tokens)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
@@ -234,9 +235,23 @@ class Execution:
         lost = answers.serve(places[found], rows[found], self.bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])]
 
-    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
+    def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
+        """Documents that are tokenised, looked up and length-sorted together.
+
+        On a GPU they are fewer, and the next are tokenised while it computes; not where near reuse is calibrated, which
+        needs the tokenizer too, and no tokenizer is for two threads.
+        """
+        ahead = self._model.token_embedding().device.type in _AHEAD and self.reuse is None
+        size = min(_WINDOW, _BATCHES * call.batch_size) if ahead else _WINDOW
+        parts = [places[start : start + size] for start in range(0, len(places), size)]
+
+        def tokenised(part: Places) -> TokenRows:
+            return self._model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
+
+        return zip(parts, one_ahead(tokenised, parts) if ahead else map(tokenised, parts), strict=True)
+
+    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
-        tokens = self._model.tokenise([call.texts[i] for i in places], call.prompt, call.role)
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])

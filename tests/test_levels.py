@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaModel
 
-from llmcache import CacheConfig, LLMCache
+from llmcache import CacheConfig, LLMCache, execution
+from llmcache.begun import one_ahead
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
@@ -251,3 +252,27 @@ def test_beginnings_are_restored_from_memory_as_from_files(tmp_path: Path, devic
         for one, other, wanted in zip(states, found["files"], expected, strict=True):
             torch.testing.assert_close(one, wanted, atol=1e-5, rtol=0)
             assert torch.equal(one, other), name
+
+
+def test_what_is_tokenised_ahead_is_answered_alike(
+    model: SentenceTransformer, queries: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*queries[:30], *queries[10:45]]
+    found = {}
+    for name, ahead in (("plain", ()), ("ahead", ("cpu",))):
+        monkeypatch.setattr(execution, "_AHEAD", ahead)
+        with LLMCache.open(tmp_path / name, model) as cache:
+            cache.encode(queries[5:10])
+            found[name] = list(cache.run(asked, batch_size=2))
+    for one, other in zip(*found.values(), strict=True):
+        assert (one.id, one.tier) == (other.id, other.tier)
+        np.testing.assert_allclose(one.output, other.output, atol=1e-6)
+
+
+def test_what_is_made_ahead_comes_in_order_and_errors_in_their_turn() -> None:
+    assert list(one_ahead(lambda n: 10 * n, [])) == []
+    assert list(one_ahead(lambda n: 10 * n, [3, 1, 2])) == [30, 10, 20]
+    results = one_ahead(lambda n: 1 // n, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
