@@ -20,7 +20,7 @@ from llmcache.fingerprint import features_on
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
-from llmcache.levels import DeviceAnswers, Levels
+from llmcache.levels import DeviceAnswers, Levels, levels_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
@@ -175,6 +175,7 @@ class Execution:
         """Calibrated near reuse; None where there is none, and `tau` decides."""
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
+        self._levels_for: torch.device | None = None
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
@@ -194,14 +195,12 @@ class Execution:
         return answers
 
     def _empty(self, call: Call) -> Answers:
-        if not call.tensor or not (self.config.device_bytes or self.config.pinned_bytes):
+        embedding = self._model.token_embedding()
+        if call.tensor and self._levels_for != embedding.device:
+            self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
+        if not call.tensor or self.levels is None:
             return Answers.empty(len(call.texts), self.bank.facts.width)
-        device, dtype = self._model.token_embedding().device, self._model.token_embedding().dtype
-        if self.levels is None or self.levels.device != device:
-            self.levels = Levels(
-                self.bank, device, device_bytes=self.config.device_bytes, pinned_bytes=self.config.pinned_bytes
-            )
-        return DeviceAnswers.on(self.levels, len(call.texts), dtype)
+        return DeviceAnswers.on(self.levels, len(call.texts), embedding.dtype)
 
     def _seed(self, kind: str, call: Call) -> Seed:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""

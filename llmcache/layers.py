@@ -25,7 +25,7 @@ from llmcache.fingerprint import feature_width, features
 from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
-from llmcache.levels import Levels
+from llmcache.levels import levels_of
 from llmcache.passes import Anatomy
 from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
@@ -94,13 +94,7 @@ class Layers:
         shape = shape_of(trunk)
         dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
         bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
-        levels, config = None, self._config
-        if config.device_bytes or config.pinned_bytes:
-            device = next(trunk.parameters()).device
-            levels = Levels(
-                bank, device, device_bytes=config.device_bytes, pinned_bytes=config.pinned_bytes,
-                tokens=config.prefix_block,
-            )  # fmt: skip
+        device = next(trunk.parameters()).device
         made = Prefixes(
             trunk,
             bank,
@@ -108,7 +102,7 @@ class Layers:
             self._storing.put,
             secret=self._secret,
             block=self._config.prefix_block,
-            levels=levels,
+            levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
         )
         made.counters = self._storing.counters.prefix
         return made

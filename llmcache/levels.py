@@ -7,6 +7,7 @@ Copies to the device run on a stream of their own, and the host waits for none o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.matching import Answers
+
+log = logging.getLogger("llmcache")
 
 Rows = NDArray[np.int64]
 
@@ -280,6 +284,18 @@ class Levels:
             else:
                 table.drop(np.setdiff1d(self.bank.dead, self._dead))
         self._moves, self._dead = self.bank.moves, self.bank.dead
+
+
+def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: int = 1) -> Levels | None:
+    """The levels that the settings ask for. None where they ask for none, or there is not so much memory: a warning."""
+    sizes = {"device_bytes": config.device_bytes, "pinned_bytes": config.pinned_bytes}
+    if not any(sizes.values()):
+        return None
+    try:
+        return Levels(bank, device, tokens=tokens, **sizes)
+    except ConfigError as error:  # the settings may be those of another machine, and a cache is never in the way
+        log.warning("%s. Going on with the files alone", error)
+        return None
 
 
 def _no_device(*_: object) -> None:

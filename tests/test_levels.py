@@ -230,9 +230,10 @@ def test_a_purged_document_is_not_answered_from_memory(
 @pytest.mark.parametrize("device", DEVICES)
 def test_beginnings_are_restored_from_memory_as_from_files(tmp_path: Path, device: str) -> None:
     torch.manual_seed(0)
-    kind: Any = LlamaConfig
+    config_of: Any = LlamaConfig
+    model_of: Any = LlamaModel
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model: Any = LlamaModel(kind(vocab_size=100, num_key_value_heads=2, **sizes)).eval().to(device)
+    model: Any = model_of(config_of(vocab_size=100, num_key_value_heads=2, **sizes)).eval().to(device)
     begin = torch.randint(100, (1, 77))
     asked = [torch.cat([begin, torch.randint(100, (1, 9))], 1).to(device) for _ in range(4)]
     with torch.no_grad():
@@ -252,6 +253,17 @@ def test_beginnings_are_restored_from_memory_as_from_files(tmp_path: Path, devic
         for one, other, wanted in zip(states, found["files"], expected, strict=True):
             torch.testing.assert_close(one, wanted, atol=1e-5, rtol=0)
             assert torch.equal(one, other), name
+
+
+def test_a_cache_whose_memory_cannot_be_had_says_so_once_and_serves_from_files(
+    model: SentenceTransformer, queries: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LLMCache.open(tmp_path / "s", model, config=CacheConfig(device_bytes=1 << 60)) as cache:
+        expected = cache.encode(queries[:5])
+        for _ in range(2):
+            assert np.array_equal(cache.encode(queries[:5], convert_to_tensor=True).cpu().numpy(), expected)
+        assert cache.levels is None
+    assert len([one for one in caplog.records if "Going on with the files alone" in one.message]) == 1
 
 
 def test_what_is_tokenised_ahead_is_answered_alike(
