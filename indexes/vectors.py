@@ -94,9 +94,9 @@ def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
     return not kind.startswith("torch")
 
 
-def exact_kind() -> str:
-    """The kind of an exact index in memory: FAISS' own, or the one in torch where there is no FAISS."""
-    return "torch" if importlib.util.find_spec("faiss") is None else "flat"
+def kind_at_hand(n: int) -> str:
+    """`choose_kind` of vectors on a CPU; the exact search in torch where there is no FAISS."""
+    return "torch" if importlib.util.find_spec("faiss") is None else choose_kind(n)
 
 
 class VectorIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.keys import Seed
 from llmcache.levels import Levels
 from llmcache.sharing import Row, next_key
+from llmcache.worth import Worth
 
 _SHORTEST = 4  # tokens behind the last full block that are worth an entry where rows part
 
@@ -24,10 +26,16 @@ class Beginnings:
     """Full blocks of a row, and one shorter entry where it ended or where rows were seen to part."""
 
     def __init__(
-        self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int, levels: Levels | None = None
+        self,
+        bank: Bank,
+        seed: Seed,
+        put: Callable[..., Any],
+        block: int,
+        worth: Worth | None = None,
+        levels: Levels | None = None,
     ) -> None:
         self.bank, self.block, self.levels = bank, block, levels
-        self._seed, self._put = seed, put
+        self._seed, self._put, self._worth = seed, put, worth
 
     # -- finding --------------------------------------------------------------------------------------------
 
@@ -39,6 +47,8 @@ class Beginnings:
         tokens: dict[int, bytes] = {}
         for row in rows:
             row.keys = self._keys(row)
+        if self._worth is not None:
+            rows = [rows[i] for i in self._worth.tried(len(rows)).tolist()]
         found = iter(self._find([key for row in rows for key in row.keys]))
         for row in rows:
             numbers = [next(found) for _ in row.keys]
@@ -91,10 +101,13 @@ class Beginnings:
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
             return {}
+        began, every = time.perf_counter(), np.array(numbers, np.int64)
         full = {number for row in rows for number in row.chain[: row.known // self.block]} if self.levels else set()
         records = self._gathered(sorted(full))
         numbers = [number for number in numbers if number not in full]
         reading = self.bank.read(np.array(numbers, np.int64))
+        if self._worth is not None:
+            self._worth.served(every, time.perf_counter() - began)
         read = zip(numbers, reading.values, reading.intact.tolist(), strict=True)
         records |= {number: record for number, record, intact in read if intact}
         for row in rows:

@@ -129,7 +129,7 @@ def evidence(
         np.log(np.maximum(1 - similarity.mean(axis=1), 0) + _TINY),
         agree.mean(axis=1),
         agree.min(axis=1),
-        np.sqrt(_squares(_mixed(part / norms, outputs))),
+        np.sqrt(_squares(_mixed(np.asarray(part / norms, np.float32), outputs))),
         np.log(moved + _TINY),
         np.log(own + _TINY),
         joint / (own + _TINY),

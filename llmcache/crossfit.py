@@ -16,7 +16,7 @@ from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, ev
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.neighbours import half
-from llmcache.indexes.vectors import VectorIndex, exact_kind
+from llmcache.indexes.vectors import VectorIndex, kind_at_hand
 from llmcache.predictor import LEAST, Predictor, fit
 
 Floats = NDArray[np.float32]
@@ -82,14 +82,15 @@ class Memory:
         entries: Entries,
         predictor: Predictor,
         voting: Voting,
-        kind: str = "",
+        kind: str | None = None,
         predictions: Floats | None = None,
     ) -> None:
-        """kind: of the index, "" for an exact one. predictions: of the entries, `rounded`, where they are known."""
+        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         self._units = units(self._predictions)
-        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind or exact_kind())
+        chosen = kind or kind_at_hand(len(entries))
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=chosen)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod

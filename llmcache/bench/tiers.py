@@ -54,7 +54,8 @@ def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
 
 
 def _config(device: Device, **settings: int) -> CacheConfig:
-    return CacheConfig(index="torch", device="cuda" if device.cuda else "cpu", **settings)  # type: ignore[arg-type]
+    # whatever a level takes is to be seen, also where it does not pay
+    return CacheConfig(index="torch", device="cuda" if device.cuda else "cpu", stand_aside=False, **settings)  # type: ignore[arg-type]
 
 
 def _hits(
