@@ -11,6 +11,7 @@ from llmcache.cli import (
     bench_decoding,
     bench_layers,
     bench_near,
+    bench_paper,
     bench_pipelines,
     bench_plan,
     bench_ray,
@@ -35,6 +36,7 @@ app.command(name="guard")(bench_near.guarded)
 app.command()(bench_pipelines.pipeline)
 app.command()(bench_pipelines.chunks)
 app.command()(bench_plan.plan)
+app.command()(bench_paper.paper)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

@@ -44,7 +44,9 @@ class Task:
     right: Labels = field(repr=False)
 
 
-def accuracy(model: SentenceTransformer, task: Callable[[Outputs], Task], workload: Workload, folder: Path) -> list[Row]:
+def accuracy(
+    model: SentenceTransformer, task: Callable[[Outputs], Task], workload: Workload, folder: Path
+) -> list[Row]:
     """One row per method. task: made from the outputs of the known documents.
 
     hits: share of documents that a neighbour answered. flips: share of all answers that differ from the model's own.
@@ -67,10 +69,11 @@ def accuracy(model: SentenceTransformer, task: Callable[[Outputs], Task], worklo
         given = made.answers(np.array([one.output for one in results]))
         now = float((given == made.right).mean())
         near = np.array([one.tier == "near" for one in results])
+        apart = np.abs(np.array([one.output for one in results]) - own)[~near]
         return {
             **facts, "method": name, "accuracy": now, "drop": base - now, "flips": float((given != answers).mean()),
             "hits": float(near.mean()),
-            "difference_of_computed": float(np.abs(np.array([one.output for one in results]) - own)[~near].max(initial=0)),
+            "difference_of_computed": float(apart.max(initial=0)),
         }  # fmt: skip
 
     for tau in TAUS:

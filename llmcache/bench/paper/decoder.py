@@ -48,7 +48,7 @@ def beginnings(known: Sequence[str], asked: Sequence[str], most: int = BEGINNING
     """One known text for each beginning, at most so many; those that an asked text begins with come first."""
     wanted = {text[:_ALIKE] for text in asked}
     first = {text[:_ALIKE]: text for text in reversed(known)}
-    return sorted(reversed(first.values()), key=lambda text: text[:_ALIKE] not in wanted)[:most]
+    return sorted(list(first.values())[::-1], key=lambda text: text[:_ALIKE] not in wanted)[:most]
 
 
 def _keys_and_values(decoder: Any, asked: Sequence[list[int]], rounds: int) -> Row:

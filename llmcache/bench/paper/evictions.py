@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ FREED = 0.02  # of the budget, at a time
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Documents:
-    """What the replay knows of each. nbytes: float64, in the store. cost: seconds of the model.
+    """What the replay knows of each. nbytes: in the store. cost: seconds of the model.
 
     similarity: float32 [n, n], of the fingerprints, 0 on the diagonal. wrong: bool [n, n], whether taking over the
     column's output changes the row's label. drift: float32 [n, n], 1 - cosine of the outputs.
@@ -64,9 +65,11 @@ def stream(n: int, requests: int, exponent: float = EXPONENT, seed: int = 0) -> 
 
 
 def documents(model: SentenceTransformer, workload: Workload) -> Documents:
-    """Of the known documents of a labelled workload; bytes as the store has them, seconds by their tokens."""
+    """Of the known documents of a labelled workload; bytes as the store has them, seconds measured, by their tokens."""
     tokens = tokenise(model, workload.known, None, None)
+    began = time.perf_counter()
     outputs = np.asarray(model.encode(workload.known, batch_size=64), np.float32)
+    seconds = time.perf_counter() - began
     decided = fitted_head(outputs, np.array(workload.known_labels)).predict(outputs)
     raw = half(features(token_embedding(model), tokens.ids, "mean")).astype(np.float32)
     prints = projection(raw).apply(raw).astype(np.float32)
@@ -75,7 +78,9 @@ def documents(model: SentenceTransformer, workload: Workload) -> Documents:
     unit = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
     # output, feature in float16, token ids, and about what a store adds to an entry
     nbytes = (4 * outputs.shape[1] + 2 * raw.shape[1] + 4 * tokens.lengths + 120).astype(np.int64)
-    cost = 0.25e-3 * tokens.lengths.astype(np.float64)  # the model's own seconds are nearly linear in its tokens
+    cost = (seconds / float(tokens.lengths.sum())) * tokens.lengths.astype(
+        np.float64
+    )  # its time is nearly linear in its tokens
     return Documents(nbytes, cost, similarity, decided[:, None] != decided[None], (1 - unit @ unit.T).clip(0))
 
 
@@ -119,7 +124,7 @@ def replay(
     return {
         "policy": policy, "budget": budget, "requests": n, "hits": (exact + near) / n, "exact": exact / n,
         "near": near / n, "wrong": wrong / n, "wrong_of_near": wrong / near if near else None,
-        "seconds_saved": saved / float(docs.cost[requests].sum()), "evicted": evicted, "stored": stored,
+        "seconds_saved": float(saved) / float(docs.cost[requests].sum()), "evicted": evicted, "stored": stored,
     }  # fmt: skip
 
 
@@ -163,7 +168,9 @@ def evictions(docs: Documents, requests: int = REQUESTS) -> list[Row]:
         for tau in (None, TAU):
             for policy in POLICIES:
                 found = replay(docs, asked, policy, budget, tau)
-                rows.append({"kind": "replay", "documents": len(docs), "room": share, "tau": tau, "bound": bound, **found})
+                rows.append(
+                    {"kind": "replay", "documents": len(docs), "room": share, "tau": tau, "bound": bound, **found}
+                )
     return rows
 
 

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.near import fitted_head
 from llmcache.bench.paper.latency import Row
-from llmcache.bench.paper.layerwise import DIM, LEAST, projection
+from llmcache.bench.paper.layerwise import LEAST, projection
 from llmcache.bench.paper.texts import Workload
 from llmcache.errors import ConfigError
 from llmcache.execution import token_embedding
@@ -82,7 +82,6 @@ def _ways(kind: str, known: NDArray[np.float32], outputs: NDArray[np.float32]) -
             (f"none, {kind}", none.apply),
             (f"distilled ({predictor.kind})", lambda one: predictor.fingerprints(predictor(one))),
         ]
-    assert DIM >= pca.dim
     return found
 
 
@@ -97,7 +96,11 @@ def held_out(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: 
         flips.append(float((hit & wrong[~picked]).mean()))
         taus.append(tau)
     finite = [one for one in taus if np.isfinite(one)]
-    return {"hits": np.mean(hits), "flips": np.mean(flips), "tau": float(np.mean(finite)) if finite else None}
+    return {
+        "hits": float(np.mean(hits)),
+        "flips": float(np.mean(flips)),
+        "tau": float(np.mean(finite)) if finite else None,
+    }
 
 
 def lowest_tau(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: float) -> float:

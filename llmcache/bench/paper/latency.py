@@ -48,6 +48,8 @@ class Answered:
 
 
 class Contender(Protocol):
+    """Who answers the documents of a round."""
+
     name: str
 
     def ask(self, texts: Sequence[str]) -> Answered: ...
@@ -115,7 +117,7 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
     try:
         warm_seconds, known = _warm(made, workload.known, folder / "layers")
         head = decisions(made, known)
-        contenders = [Alone(made), *_caches(made, head, folder)]
+        contenders: list[Contender] = [Alone(made), *_caches(made, head, folder)]
         try:
             size = max(1, min(BATCH, len(workload.asked) // (rounds + 1)))
             batches = [workload.asked[at : at + size] for at in range(0, size * (rounds + 1), size)]

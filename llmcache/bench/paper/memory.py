@@ -52,10 +52,11 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
                 bank = cache.storing.store.bank(cache.namespace, "output", _never, cache.config.near)
                 found, _ = near(bank, asked, TAU)
                 cache.commit()  # the index, once it was asked for
+                size = folder_bytes(folder / "store")
                 rows.append({
                     "data": workload.name, "model": "MiniLM", "weights": "real", "kept": name, "known": count,
                     "asked": len(asked), "tau": TAU, "hits": float((found >= 0).mean()),
-                    "bytes": folder_bytes(folder / "store"), "bytes_per_document": folder_bytes(folder / "store") / count,
+                    "bytes": size, "bytes_per_document": size / count,
                 })  # fmt: skip
             read = np.asarray(cache.encode(some[: counts[-1]], batch_size=64), np.float32)
         for row in rows[-len(counts) :]:

@@ -83,7 +83,7 @@ def chosen(experiments: Experiments, only: str | None) -> list[str]:
 
 
 def run(
-    experiments: Experiments, names: Sequence[str], work: Work, out: Path, *, again: bool = False, say: Say = print
+    experiments: Experiments, names: Sequence[str], work: Work, out: Path, *, say: Say, again: bool = False
 ) -> list[Row]:
     """Measure what is missing below `out`, and give the records, in order.
 

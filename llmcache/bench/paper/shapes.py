@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers import models as modules
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from llmcache.demo import demo_model
 from llmcache.errors import ConfigError
@@ -97,9 +97,9 @@ def seeded(shape: Shape, models: Path, folder: Path) -> Made:
     path = folder / shape.name
     own.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    first: Any = modules.Transformer(str(path))
+    first = Transformer(str(path))
     first.max_seq_length = LENGTH
-    last = modules.Pooling(first.get_embedding_dimension(), pooling_mode=shape.pooling)
+    last = Pooling(first.get_embedding_dimension(), pooling_mode=shape.pooling)
     model = SentenceTransformer(modules=[first, last], device="cpu")
     return Made(shape.name, "seeded", model, own if shape.decodes else None)
 
