@@ -47,8 +47,10 @@ def decoders(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> l
 def beginnings(known: Sequence[str], asked: Sequence[str], most: int = BEGINNINGS) -> list[str]:
     """One known text for each beginning, at most so many; those that an asked text begins with come first."""
     wanted = {text[:_ALIKE] for text in asked}
-    first = {text[:_ALIKE]: text for text in reversed(known)}
-    return sorted(list(first.values())[::-1], key=lambda text: text[:_ALIKE] not in wanted)[:most]
+    first: dict[str, str] = {}
+    for text in known:
+        first.setdefault(text[:_ALIKE], text)
+    return sorted(first.values(), key=lambda text: text[:_ALIKE] not in wanted)[:most]
 
 
 def _keys_and_values(decoder: Any, asked: Sequence[list[int]], rounds: int) -> Row:

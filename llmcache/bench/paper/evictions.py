@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.near import fitted_head
 from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.layerwise import projection
 from llmcache.bench.paper.memory import folder_bytes
+from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
@@ -25,7 +25,7 @@ from llmcache.indexes.replacement import POLICIES, Terms, Usage, choose
 from llmcache.tokens import tokenise
 
 EXPONENT = 1.0
-REQUESTS = 20_000
+REQUESTS = 10_000
 SECONDS = 60
 """Between two requests of the stream, by the clock that policies see; there is no waiting."""
 HALF_LIFE = 86_400.0
@@ -70,7 +70,7 @@ def documents(model: SentenceTransformer, workload: Workload) -> Documents:
     began = time.perf_counter()
     outputs = np.asarray(model.encode(workload.known, batch_size=64), np.float32)
     seconds = time.perf_counter() - began
-    decided = fitted_head(outputs, np.array(workload.known_labels)).predict(outputs)
+    decided = classifier(outputs, workload.known_labels).predict(outputs)
     raw = half(features(token_embedding(model), tokens.ids, "mean")).astype(np.float32)
     prints = projection(raw).apply(raw).astype(np.float32)
     similarity = prints @ prints.T

@@ -11,14 +11,14 @@ from llmcache.bench.paper.records import LABELLED, Experiments, Row, Work
 from llmcache.bench.paper.shapes import REAL, SHAPES
 from llmcache.bench.paper.texts import READERS
 
-KNOWN = 640
+KNOWN = 528
 """Documents a cache of the latency tables is warmed with: from 512 on its fingerprints are compressed by a PCA."""
 
 
 def _latency(work: Work, model: str, data: str) -> list[Row]:
     made = work.made(model)
     asked = (work.repeats + 1) * min(BATCH, max(2, work.known(KNOWN) // 8))
-    workload = READERS[data](work.data).some(work.known(KNOWN), asked)
+    workload = READERS[data](work.data).whole(work.known(KNOWN), asked)
     with work.folder() as folder:
         rows = latency(made, workload, folder / "caches", work.repeats)
         if made.decoder is not None:
@@ -30,8 +30,8 @@ def _layers(work: Work, model: str, data: str) -> list[Row]:
     if data in LABELLED:
         workload = work.labelled(data, 2000, 500)
     else:
-        known = 1000 if model == REAL else 320
-        workload = READERS[data](work.data).some(work.known(known), work.asked(known // 4))
+        known = 640 if model == REAL else 320
+        workload = READERS[data](work.data).whole(work.known(known), work.asked(known // 4))
     return layerwise.layer_hits(work.made(model), workload)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.near import fitted_head
 from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.layerwise import LEAST, projection
+from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.errors import ConfigError
 from llmcache.execution import token_embedding
@@ -44,7 +44,7 @@ def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 
     outputs, own = (
         np.asarray(model.encode(texts, batch_size=64), np.float32) for texts in (workload.known, workload.asked)
     )
-    head = fitted_head(outputs, np.array(workload.known_labels))
+    head = classifier(outputs, workload.known_labels)
     answers, decided = head.predict(outputs), head.predict(own)
     embedding = token_embedding(model)
     rows = []

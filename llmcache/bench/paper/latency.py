@@ -20,6 +20,7 @@ from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.drift import cosine_drift
+from llmcache.errors import ConfigError
 from llmcache.gate import Boundary
 from llmcache.tokens import tokenise
 
@@ -28,7 +29,7 @@ BATCH = 16
 LOWEST, HIGHEST = 0.82, 0.88
 """The paper's range of tau: that of the lowest layer, and that of the deepest."""
 BUDGET = 0.02
-"""Share of all results that may be decided otherwise, for ours. With some 600 known documents and at confidence 0.95 a
+"""Share of all results that may be decided otherwise, for ours. With some 500 known documents and at confidence 0.95 a
 budget of 0.5 % could not be shown to hold: that takes 598 without a single flip.
 """
 CONFIDENCE = 0.95
@@ -114,6 +115,7 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
     to the model alone on the same documents in the same round; storing is in the time, and of the commit, which comes
     once at the end as it does in a pipeline, each round has its share.
     """
+    check(workload, rounds)
     try:
         warm_seconds, known = _warm(made, workload.known, folder / "layers")
         head = decisions(made, known)
@@ -134,6 +136,15 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
         "tokens": tokens, "documents": size * rounds, "rounds": rounds, "warm_ms": 1e3 * warm_seconds,
     }  # fmt: skip
     return [{**facts, **_row(one.name, played, head, commits[one.name])} for one in contenders]
+
+
+def check(workload: Workload, rounds: int) -> None:
+    """ConfigError: there are too few documents for so many rounds and a warm-up."""
+    if len(workload.asked) <= rounds:
+        raise ConfigError(
+            f"{len(workload.asked)} documents to ask are too few for a warm-up and {rounds} rounds; raise --limit or "
+            "lower --repeats"
+        )
 
 
 def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Outputs]:

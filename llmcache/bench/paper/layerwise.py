@@ -32,11 +32,11 @@ def layer_hits(made: Made, workload: Workload) -> list[Row]:
 
     input: by the fingerprint of the input, as a cache can ask for it before any layer runs; tau rises with the layer
     within the paper's range. state: by the mean state that the layer gave, which has to be computed first; tau is one.
-    unchained: a document is looked up at each layer with its own state, whatever hit before. Wrong: the nearest
-    document's output is decided otherwise than the document's own.
+    A document is looked up at each layer with its own state, whatever hit before. Wrong: the nearest document's output,
+    which is the mean of its last states, is decided otherwise than the document's own.
     """
     known, asked = (pooled_states(made, texts) for texts in (workload.known, workload.asked))
-    outputs, own = (np.asarray(made.model.encode(texts), np.float32) for texts in (workload.known, workload.asked))
+    outputs, own = known[-1], asked[-1]
     head = decisions(made, outputs)
     inputs = nearest(*(_input_features(made, texts) for texts in (workload.known, workload.asked)))
     taus = layer_taus(range(made.layers))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from llmcache import snapshot
 from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -34,7 +35,7 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list[Row]:
     """One row per kind of store and number of known documents, which are added in their order.
 
-    bytes: of all files of the store. hits: share of documents asked whose nearest entry is at similarity >= tau; how
+    bytes: of all files of its newest generation, as in a snapshot. hits: share of documents asked whose nearest entry is at similarity >= tau; how
     many documents are known decides it, what is kept of them does not. difference: largest, of stored outputs read
     back, to the model's.
     """
@@ -52,7 +53,7 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
                 bank = cache.storing.store.bank(cache.namespace, "output", _never, cache.config.near)
                 found, _ = near(bank, asked, TAU)
                 cache.commit()  # the index, once it was asked for
-                size = folder_bytes(folder / "store")
+                size = _size(folder)
                 rows.append({
                     "data": workload.name, "model": "MiniLM", "weights": "real", "kept": name, "known": count,
                     "asked": len(asked), "tau": TAU, "hits": float((found >= 0).mean()),
@@ -63,6 +64,14 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
             row["difference"] = float(np.abs(read - own[: len(read)]).max())
         shutil.rmtree(folder / "store")
     return rows
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the store without what is superseded, which the next `gc` takes away."""
+    snapshot.save(folder / "store", folder / "newest")
+    size = folder_bytes(folder / "newest")
+    shutil.rmtree(folder / "newest")
+    return size
 
 
 def _never() -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
+from llmcache.bench.near import fitted_head
 from llmcache.demo import demo_model
 from llmcache.errors import ConfigError
 from llmcache.gate import Boundary
@@ -102,6 +104,13 @@ def seeded(shape: Shape, models: Path, folder: Path) -> Made:
     last = Pooling(first.get_embedding_dimension(), pooling_mode=shape.pooling)
     model = SentenceTransformer(modules=[first, last], device="cpu")
     return Made(shape.name, "seeded", model, own if shape.decodes else None)
+
+
+def classifier(outputs: NDArray[np.float32], labels: Sequence[str]) -> Any:
+    """A logistic head, fitted to the labels of these outputs."""
+    with warnings.catch_warnings():  # few documents of many classes: said by the sizes in every row
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        return fitted_head(outputs, np.array(labels))
 
 
 def decisions(made: Made, outputs: NDArray[np.float32]) -> Boundary:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.near import fitted_head
 from llmcache.bench.paper.latency import Row
+from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
@@ -21,66 +22,75 @@ from llmcache.config import CacheConfig
 TAUS = tuple(round(0.70 + 0.02 * step, 2) for step in range(15))
 BATCH = 64
 
+Outputs = NDArray[np.float32]
+
 
 def taus(model: SentenceTransformer, workload: Workload, folder: Path, rounds: int = 3) -> list[Row]:
     """One row per tau: the nearest neighbour's output by the PCA fingerprint, from that similarity on.
 
     hits: share of documents asked. flips: share of all whose label by a logistic head changes. drop: of accuracy, in
     shares. ratio: times as fast as the model alone, median of rounds over parts of the documents, each in its own
-    round; look-up and storing of what is computed included, opening not.
+    round; look-up and storing of what is computed included, opening and the commit at the end not.
     """
     with LLMCache.open(folder / "known", model) as cache:
         known = np.asarray(cache.encode(workload.known, batch_size=BATCH), np.float32)
-    head = fitted_head(known, np.array(workload.known_labels))
+    head = classifier(known, workload.known_labels)
     right = np.array(workload.asked_labels)
-    parts = [part for part in np.array_split(np.arange(len(workload.asked)), rounds) if len(part)]
-    model.encode(workload.asked[:BATCH], batch_size=BATCH)  # warms up
-    own, alone = _timed(model, workload, parts)
+    parts = [part.tolist() for part in np.array_split(np.arange(len(workload.asked)), rounds) if len(part)]
+    own, alone, given = _in_turn(model, workload, parts, folder)
     answers = head.predict(own)
     base = float((answers == right).mean())
     rows = []
-    for tau in TAUS:
-        outputs, near, seconds = _with_tau(model, workload, parts, folder, tau)
-        given = head.predict(outputs)
-        flips = given != answers
+    for tau, (outputs, near, seconds) in given.items():
+        decided = head.predict(outputs)
+        flips = decided != answers
         ratios = [one / other for one, other in zip(alone, seconds, strict=True)]
         rows.append({
             "data": workload.name, "model": "MiniLM", "weights": "real", "tau": tau, "known": len(workload.known),
             "asked": len(right), "hits": float(near.mean()), "flips": float(flips.mean()),
             "wrong_of_hits": float(flips[near].mean()) if near.any() else None,
-            "accuracy": float((given == right).mean()), "drop": base - float((given == right).mean()),
+            "accuracy": float((decided == right).mean()), "drop": base - float((decided == right).mean()),
             "ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
             "rounds": len(parts),
         })  # fmt: skip
     return rows
 
 
-def _timed(
-    model: SentenceTransformer, workload: Workload, parts: list[NDArray[np.int64]]
-) -> tuple[NDArray[np.float32], list[float]]:
-    """The model alone: outputs of all, and seconds of each part."""
-    outputs, seconds = [], []
-    for part in parts:
-        began = time.perf_counter()
-        outputs.append(np.asarray(model.encode([workload.asked[i] for i in part], batch_size=BATCH), np.float32))
-        seconds.append(time.perf_counter() - began)
-    return np.concatenate(outputs), seconds
+def _in_turn(
+    model: SentenceTransformer, workload: Workload, parts: Sequence[Sequence[int]], folder: Path
+) -> tuple[Outputs, list[float], dict[float, tuple[Outputs, NDArray[np.bool_], list[float]]]]:
+    """Each part by the model alone, and then by a cache at each tau, all on copies of one store.
 
-
-def _with_tau(
-    model: SentenceTransformer, workload: Workload, parts: list[NDArray[np.int64]], folder: Path, tau: float
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], list[float]]:
-    """A fresh copy of the store at this tau: outputs, which were near hits, and seconds of each part."""
-    place = folder / "copy"
-    snapshot.save(folder / "known", place)
-    outputs, near, seconds = [], [], []
-    with LLMCache.open(place, model, config=CacheConfig(tau=tau)) as cache:
-        cache.explain(workload.asked[0])  # loads what a look-up needs
+    Outputs and seconds of each part alone; by tau the outputs, which of them were near hits, and the seconds.
+    """
+    outputs: dict[float, list[NDArray[np.float32]]] = {tau: [] for tau in TAUS}
+    near: dict[float, list[bool]] = {tau: [] for tau in TAUS}
+    seconds: dict[float, list[float]] = {tau: [] for tau in TAUS}
+    own, alone = [], []
+    with ExitStack() as stack:
+        caches = {tau: stack.enter_context(_copy(model, folder, tau)) for tau in TAUS}
+        model.encode(workload.asked[:BATCH], batch_size=BATCH)  # warms up
+        for cache in caches.values():
+            cache.explain(workload.asked[0])  # loads what a look-up needs
         for part in parts:
+            texts = [workload.asked[i] for i in part]
             began = time.perf_counter()
-            results = list(cache.run([workload.asked[i] for i in part], batch_size=BATCH))
-            seconds.append(time.perf_counter() - began)
-            outputs += [one.output for one in results]
-            near += [one.tier == "near" for one in results]
-    shutil.rmtree(place)
-    return np.array(outputs), np.array(near), seconds
+            own.append(np.asarray(model.encode(texts, batch_size=BATCH), np.float32))
+            alone.append(time.perf_counter() - began)
+            for tau, cache in caches.items():
+                began = time.perf_counter()
+                results = list(cache.run(texts, batch_size=BATCH))
+                seconds[tau].append(time.perf_counter() - began)
+                outputs[tau] += [one.output for one in results]
+                near[tau] += [one.tier == "near" for one in results]
+    return (
+        np.concatenate(own),
+        alone,
+        {tau: (np.array(outputs[tau]), np.array(near[tau]), seconds[tau]) for tau in TAUS},
+    )
+
+
+def _copy(model: SentenceTransformer, folder: Path, tau: float) -> LLMCache:
+    place = folder / f"tau-{tau}"
+    snapshot.save(folder / "known", place)
+    return LLMCache.open(place, model, config=CacheConfig(tau=tau))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,22 @@ class Workload:
             [self.known_labels[i] for i in one], [self.asked_labels[i] for i in other],
         )  # fmt: skip
 
+    def whole(self, known: int, asked: int) -> Workload:
+        """Of labels that are drawn evenly all that is known, at most so much; and at most so many that are asked."""
+        labels = list(dict.fromkeys(self.known_labels))
+        counts = Counter(self.known_labels)
+        for most in range(len(labels), 0, -1):
+            chosen = {labels[i] for i in spread(len(labels), most)}
+            if sum(counts[one] for one in chosen) <= known:
+                break
+        one, other = (
+            [i for i, label in enumerate(part) if label in chosen] for part in (self.known_labels, self.asked_labels)
+        )
+        return Workload(
+            self.name, self.about, [self.known[i] for i in one], [self.asked[i] for i in other],
+            [self.known_labels[i] for i in one], [self.asked_labels[i] for i in other],
+        ).some(known, asked)  # fmt: skip
+
 
 def spread(count: int, most: int) -> list[int]:
     """Places of at most so many of `count`, evenly, in order."""
@@ -54,16 +71,16 @@ def spread(count: int, most: int) -> list[int]:
 def wikitext(data: Path) -> Workload:
     """Windows of articles, next to each other: the first four fifths of each are known. Labels: the article."""
     known, asked = [], []
-    for title, words in _articles(_lines(data / "text-wikitext2-valid" / "valid.txt.gz")):
+    for number, (title, words) in enumerate(_articles(_lines(data / "text-wikitext2-valid" / "valid.txt.gz"))):
         windows = [" ".join(words[at : at + WINDOW]) for at in range(0, len(words) - WINDOW + 1, WINDOW)]
         cut = len(windows) * 4 // 5
-        known += [(text, title) for text in windows[:cut]]
-        asked += [(text, title) for text in windows[cut:]]
+        known += [(text, f"{number} {title}") for text in windows[:cut]]
+        asked += [(text, f"{number} {title}") for text in windows[cut:]]
     return _workload("WikiText-2", "later windows of the articles whose beginnings are known", known, asked)
 
 
 def squad(data: Path) -> Workload:
-    """Paragraphs with a question behind: two questions about each are asked, the others known. Labels: the question.
+    """Paragraphs with a question behind: two questions about each are asked, the others known. Labels: the paragraph.
 
     The same paragraph stands before all its questions, so that every one asked is like some that are known.
     """
@@ -72,8 +89,8 @@ def squad(data: Path) -> Workload:
         if len(paragraph["context"].split()) > LONGEST:
             continue
         texts = [f"{paragraph['context']}\nQuestion: {one['question']}\nAnswer:" for one in paragraph["qas"]]
-        known += [(text, text) for text in texts[:-2]]
-        asked += [(text, text) for text in texts[-2:] if len(texts) > 2]
+        known += [(text, paragraph["context"]) for text in texts[:-2]]
+        asked += [(text, paragraph["context"]) for text in texts[-2:] if len(texts) > 2]
     return _workload("SQuAD v2", "other questions about the paragraphs that are known", known, asked)
 
 
@@ -95,10 +112,10 @@ def squad_paragraphs(data: Path) -> list[dict[str, Any]]:
 
 
 def openbookqa(data: Path) -> Workload:
-    """Stems, each with one of its four choices: the fourth is asked, the others known. Labels: whether it is right."""
+    """Stems, each with one of its four choices: the fourth is asked, the others known. Labels: the stem."""
     known, asked = [], []
-    for stem, choices, right in openbook_questions(data):
-        pairs = [(f"{stem} {text}", str(place == right)) for place, text in enumerate(choices)]
+    for stem, choices, _ in openbook_questions(data):
+        pairs = [(f"{stem} {text}", stem) for text in choices]
         known += pairs[:-1]
         asked += pairs[-1:]
     return _workload("OpenBookQA", "the last choices of questions whose other choices are known", known, asked)
