@@ -159,7 +159,9 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     asked = [f"{stem} {one}" for stem, choices, _ in questions for one in choices[2:]]
     blank = [""] * len(known)
     workload = Workload("OpenBookQA", "the other choices of the same questions", known, asked, blank, [""] * len(asked))
-    facts = np.asarray(work.model.encode(texts.openbook_facts(work.data), batch_size=64), np.float32)
+    every = texts.openbook_facts(work.data)
+    book = [every[i] for i in spread(len(every), max(64, work.known(KNOWN)))]
+    facts = np.asarray(work.model.encode(book, batch_size=64), np.float32)
     head = Boundary(facts, np.zeros(len(facts), np.float32))
     right = np.array([place for *_, place in questions])
 

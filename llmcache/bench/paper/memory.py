@@ -35,9 +35,9 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list[Row]:
     """One row per kind of store and number of known documents, which are added in their order.
 
-    bytes: of all files of its newest generation, as in a snapshot. hits: share of documents asked whose nearest entry is at similarity >= tau; how
-    many documents are known decides it, what is kept of them does not. difference: largest, of stored outputs read
-    back, to the model's.
+    bytes: of all files of its newest generation, as in a snapshot. hits: share of documents asked whose nearest entry
+    is at similarity >= tau; how many documents are known decides it, what is kept of them does not. difference:
+    largest, of stored outputs read back, to the model's.
     """
     counts = [max(1, int(len(workload.known) * share)) for share in SHARES]
     tokens = tokenise(model, workload.asked, None, None).ids
