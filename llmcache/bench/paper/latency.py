@@ -49,9 +49,10 @@ class Answered:
 
 
 class Contender(Protocol):
-    """Who answers the documents of a round."""
+    """Who answers the documents of a round. note: what is to be said about it, or ""."""
 
     name: str
+    note: str
 
     def ask(self, texts: Sequence[str]) -> Answered: ...
 
@@ -64,6 +65,7 @@ class Alone:
     """The model without a cache."""
 
     name = "NoCache"
+    note = ""
 
     def __init__(self, made: Made) -> None:
         self._model = made.model
@@ -80,8 +82,8 @@ class Alone:
 class Cached:
     """The model with an open cache."""
 
-    def __init__(self, name: str, cache: LLMCache) -> None:
-        self.name, self.cache = name, cache
+    def __init__(self, name: str, cache: LLMCache, note: str = "") -> None:
+        self.name, self.cache, self.note = name, cache, note
 
     def ask(self, texts: Sequence[str]) -> Answered:
         began = time.perf_counter()
@@ -135,7 +137,7 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
         "model": made.name, "weights": made.weights, "data": workload.name, "known": len(workload.known),
         "tokens": tokens, "documents": size * rounds, "rounds": rounds, "warm_ms": 1e3 * warm_seconds,
     }  # fmt: skip
-    return [{**facts, **_row(one.name, played, head, commits[one.name])} for one in contenders]
+    return [{**facts, "note": one.note, **_row(one.name, played, head, commits[one.name])} for one in contenders]
 
 
 def check(workload: Workload, rounds: int) -> None:
@@ -168,9 +170,11 @@ def _caches(made: Made, head: Boundary, folder: Path) -> list[Cached]:
     found = [Cached("DocCache", fixed), Cached("LLMCache, the paper's rule", rule)]
     if made.decoder is None:
         ours = LLMCache.open(folder / "ours", made.model, config=CacheConfig(recalibrate=False))
-        if len(ours) >= 128:
-            ours.calibrate(budget=BUDGET, confidence=CONFIDENCE, head=head)
-        found.append(Cached("LLMCache, ours", ours))
+        try:
+            note = ours.calibrate(budget=BUDGET, confidence=CONFIDENCE, head=head).reason
+        except ConfigError as error:  # too few documents: near reuse stays off
+            note = str(error)
+        found.append(Cached("LLMCache, ours", ours, note))
     return found
 
 
