@@ -78,9 +78,9 @@ def accuracy(
         }  # fmt: skip
 
     for tau in TAUS:
-        with _copy(model, folder, CacheConfig(tau=tau)) as cache:
+        with _copy(model, folder, CacheConfig(tau=tau, stand_aside=False)) as cache:
             rows.append({**measured(f"the paper's rule, tau {tau}", cache), "tau": tau})
-    with _copy(model, folder, CacheConfig(recalibrate=False)) as cache:
+    with _copy(model, folder, CacheConfig(stand_aside=False)) as cache:
         rows.append(measured("ours, exact only", cache))
         rows[-1]["again_hits"] = float(np.mean([one.tier == "exact" for one in cache.run(workload.asked)]))
     with _copy(model, folder, CacheConfig(recalibrate=False)) as cache:

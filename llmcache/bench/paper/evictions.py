@@ -186,7 +186,8 @@ def in_a_store(
     for policy in POLICIES:
         largest, misses = 0, 0
         place = folder / policy
-        with LLMCache.open(place, model, config=CacheConfig(max_bytes=max_bytes, policy=policy)) as cache:  # type: ignore[arg-type]
+        config = CacheConfig(max_bytes=max_bytes, policy=policy, stand_aside=False)  # type: ignore[arg-type]
+        with LLMCache.open(place, model, config=config) as cache:
             for part in np.array_split(asked, max(1, len(asked) // call)):
                 cache.encode([workload.known[i] for i in part], batch_size=64)
                 cache.commit()

@@ -158,14 +158,17 @@ def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Output
 
 
 def _rule(made: Made) -> CacheConfig:
-    return CacheConfig(layers=made.banked, reuse="layer", layer_tau=layer_taus(made.banked))
+    return CacheConfig(layers=made.banked, reuse="layer", layer_tau=layer_taus(made.banked), stand_aside=False)
 
 
 def _caches(made: Made, head: Boundary, folder: Path) -> list[Cached]:
-    """On copies of one warm store. DocCache at the lowest tau gives the outputs that the layers' rule ends in."""
+    """On copies of one warm store. DocCache at the lowest tau gives the outputs that the layers' rule ends in.
+
+    Only ours stands aside where reuse does not pay: the paper's rule has no such thing.
+    """
     for name in ("outputs", "ours"):
         snapshot.save(folder / "layers", folder / name)
-    fixed = LLMCache.open(folder / "outputs", made.model, config=CacheConfig(tau=LOWEST))
+    fixed = LLMCache.open(folder / "outputs", made.model, config=CacheConfig(tau=LOWEST, stand_aside=False))
     rule = LLMCache.open(folder / "layers", made.model, config=_rule(made))
     found = [Cached("DocCache", fixed), Cached("LLMCache, the paper's rule", rule)]
     if made.decoder is None:

@@ -46,7 +46,7 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
     own = np.asarray(model.encode(some, batch_size=64), np.float32)
     rows = []
     for name, settings in KEPT:
-        with LLMCache.open(folder / "store", model, config=CacheConfig(**settings)) as cache:
+        with LLMCache.open(folder / "store", model, config=CacheConfig(**settings, stand_aside=False)) as cache:
             for before, count in zip([0, *counts], counts, strict=False):
                 cache.encode(workload.known[before:count], batch_size=64)
                 cache.commit()

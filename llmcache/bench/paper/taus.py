@@ -93,4 +93,4 @@ def _in_turn(
 def _copy(model: SentenceTransformer, folder: Path, tau: float) -> LLMCache:
     place = folder / f"tau-{tau}"
     snapshot.save(folder / "known", place)
-    return LLMCache.open(place, model, config=CacheConfig(tau=tau))
+    return LLMCache.open(place, model, config=CacheConfig(tau=tau, stand_aside=False))
