@@ -25,7 +25,9 @@ BATCH = 64
 Outputs = NDArray[np.float32]
 
 
-def taus(model: SentenceTransformer, workload: Workload, folder: Path, rounds: int = 3) -> list[Row]:
+def taus(
+    model: SentenceTransformer, workload: Workload, folder: Path, rounds: int = 3, values: Sequence[float] = TAUS
+) -> list[Row]:
     """One row per tau: the nearest neighbour's output by the PCA fingerprint, from that similarity on.
 
     hits: share of documents asked. flips: share of all whose label by a logistic head changes. drop: of accuracy, in
@@ -37,7 +39,7 @@ def taus(model: SentenceTransformer, workload: Workload, folder: Path, rounds: i
     head = classifier(known, workload.known_labels)
     right = np.array(workload.asked_labels)
     parts = [part.tolist() for part in np.array_split(np.arange(len(workload.asked)), rounds) if len(part)]
-    own, alone, given = _in_turn(model, workload, parts, folder)
+    own, alone, given = _in_turn(model, workload, parts, folder, values)
     answers = head.predict(own)
     base = float((answers == right).mean())
     rows = []
@@ -57,18 +59,22 @@ def taus(model: SentenceTransformer, workload: Workload, folder: Path, rounds: i
 
 
 def _in_turn(
-    model: SentenceTransformer, workload: Workload, parts: Sequence[Sequence[int]], folder: Path
+    model: SentenceTransformer,
+    workload: Workload,
+    parts: Sequence[Sequence[int]],
+    folder: Path,
+    values: Sequence[float],
 ) -> tuple[Outputs, list[float], dict[float, tuple[Outputs, NDArray[np.bool_], list[float]]]]:
     """Each part by the model alone, and then by a cache at each tau, all on copies of one store.
 
     Outputs and seconds of each part alone; by tau the outputs, which of them were near hits, and the seconds.
     """
-    outputs: dict[float, list[NDArray[np.float32]]] = {tau: [] for tau in TAUS}
-    near: dict[float, list[bool]] = {tau: [] for tau in TAUS}
-    seconds: dict[float, list[float]] = {tau: [] for tau in TAUS}
+    outputs: dict[float, list[NDArray[np.float32]]] = {tau: [] for tau in values}
+    near: dict[float, list[bool]] = {tau: [] for tau in values}
+    seconds: dict[float, list[float]] = {tau: [] for tau in values}
     own, alone = [], []
     with ExitStack() as stack:
-        caches = {tau: stack.enter_context(_copy(model, folder, tau)) for tau in TAUS}
+        caches = {tau: stack.enter_context(_copy(model, folder, tau)) for tau in values}
         model.encode(workload.asked[:BATCH], batch_size=BATCH)  # warms up
         for cache in caches.values():
             cache.explain(workload.asked[0])  # loads what a look-up needs
@@ -86,7 +92,7 @@ def _in_turn(
     return (
         np.concatenate(own),
         alone,
-        {tau: (np.array(outputs[tau]), np.array(near[tau]), seconds[tau]) for tau in TAUS},
+        {tau: (np.array(outputs[tau]), np.array(near[tau]), seconds[tau]) for tau in values},
     )
 
 
