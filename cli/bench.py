@@ -12,6 +12,7 @@ from llmcache.cli import (
     bench_gpu,
     bench_layers,
     bench_near,
+    bench_paper,
     bench_pipelines,
     bench_plan,
     bench_ray,
@@ -39,6 +40,7 @@ app.command()(bench_pipelines.pipeline)
 app.command()(bench_pipelines.chunks)
 app.command()(bench_plan.plan)
 app.command()(bench_gpu.gpu)
+app.command()(bench_paper.paper)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]

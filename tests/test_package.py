@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "llmcache": "llmcache",
     "llmcache/bench": "llmcache/bench",
+    "llmcache/bench/paper": "llmcache/bench/paper",
     "llmcache/integrations": "llmcache/integrations",
     "llmcache/report": "llmcache/report",
     "indexes": "llmcache/indexes",

@@ -1,0 +1,114 @@
+"""Fingerprint ablation: PCA, SimHash, attention statistics, none, and the distilled one, on the same documents."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.bench.paper.latency import Row
+from llmcache.bench.paper.layerwise import LEAST, projection
+from llmcache.bench.paper.shapes import classifier
+from llmcache.bench.paper.texts import Workload
+from llmcache.errors import ConfigError
+from llmcache.execution import token_embedding
+from llmcache.fingerprint import features
+from llmcache.indexes.neighbours import half
+from llmcache.indexes.projection import fit_simhash
+from llmcache.indexes.vectors import VectorIndex
+from llmcache.predictor import fit
+from llmcache.tokens import tokenise
+
+FLIPS = 0.005
+BITS = 512
+
+Vectors = NDArray[np.float32] | NDArray[np.uint8]
+Way = Callable[[NDArray[np.float32]], Vectors]
+
+
+def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 3) -> list[Row]:
+    """One row per fingerprint, all fitted on the known documents alone.
+
+    agreement: share of documents asked that have the label of the nearest known one, by a logistic head on both.
+    hits, flips: plain reuse at a tau that is picked on one half of the documents asked, so that at most 0.5 % of its
+    labels change, and reported on the other half; the mean of both ways round. us: microseconds a document from
+    features to the nearest entry, median of repeats. bytes: of one fingerprint.
+    """
+    if len(workload.known) < LEAST:
+        raise ConfigError(f"fingerprints are fitted on {LEAST} documents or more, there are {len(workload.known)}")
+    tokens = [tokenise(model, texts, None, None).ids for texts in (workload.known, workload.asked)]
+    outputs, own = (
+        np.asarray(model.encode(texts, batch_size=64), np.float32) for texts in (workload.known, workload.asked)
+    )
+    head = classifier(outputs, workload.known_labels)
+    answers, decided = head.predict(outputs), head.predict(own)
+    embedding = token_embedding(model)
+    rows = []
+    for kind in ("mean", "mean+attention"):
+        known, asked = (half(features(embedding, part, kind)).astype(np.float32) for part in tokens)
+        for name, way in _ways(kind, known, outputs):
+            stored = way(known)
+            bits = stored.dtype == np.uint8
+            index = VectorIndex.build(stored, kind="binary-flat" if bits else "flat")
+            spent = []
+            for _ in range(repeats + 1):
+                began = time.perf_counter()
+                places, similarity = index.nearest(way(asked), 1)
+                spent.append((time.perf_counter() - began) / len(asked))
+            right = answers[places[:, 0]] == decided
+            rows.append({
+                "data": workload.name, "model": "MiniLM", "weights": "real", "fingerprint": name,
+                "known": len(known), "asked": len(asked), "agreement": float(right.mean()),
+                **held_out(similarity[:, 0], ~right), "us": 1e6 * statistics.median(spent[1:]),
+                "bytes": int(stored[0].nbytes), "repeats": repeats,
+            })  # fmt: skip
+    return rows
+
+
+def _ways(kind: str, known: NDArray[np.float32], outputs: NDArray[np.float32]) -> list[tuple[str, Way]]:
+    """Names of the fingerprints on these features, and how each is made."""
+    pca, simhash = projection(known), fit_simhash(known, BITS)
+    found: list[tuple[str, Way]] = [
+        (f"PCA {pca.dim}, {kind}", pca.apply), (f"SimHash {BITS}, {kind}", simhash.apply),
+    ]  # fmt: skip
+    if kind == "mean":
+        predictor = fit(known, outputs)
+        none = projection(known[:1])
+        found += [
+            (f"none, {kind}", none.apply),
+            (f"distilled ({predictor.kind})", lambda one: predictor.fingerprints(predictor(one))),
+        ]
+    return found
+
+
+def held_out(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: float = FLIPS) -> Row:
+    """hits, flips: shares of all, at a tau picked on every other document and counted on the others, both ways."""
+    hits, flips, taus = [], [], []
+    halves = np.arange(len(wrong)) % 2 == 0
+    for picked in (halves, ~halves):
+        tau = lowest_tau(similarity[picked], wrong[picked], budget)
+        hit = similarity[~picked] >= tau
+        hits.append(float(hit.mean()))
+        flips.append(float((hit & wrong[~picked]).mean()))
+        taus.append(tau)
+    finite = [one for one in taus if np.isfinite(one)]
+    return {
+        "hits": float(np.mean(hits)),
+        "flips": float(np.mean(flips)),
+        "tau": float(np.mean(finite)) if finite else None,
+    }
+
+
+def lowest_tau(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: float) -> float:
+    """Lowest similarity from which on at most this share of all documents is answered wrongly; inf: there is none."""
+    order = np.argsort(-similarity, kind="stable")
+    within = np.flatnonzero(np.cumsum(wrong[order]) <= budget * len(wrong))
+    # of equal similarities all are answered or none
+    for last in within[::-1].tolist():
+        if last + 1 == len(order) or similarity[order[last + 1]] < similarity[order[last]]:
+            return float(similarity[order[last]])
+    return float("inf")
