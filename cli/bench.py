@@ -15,6 +15,7 @@ from llmcache.cli import (
     bench_plan,
     bench_ray,
     bench_scale,
+    bench_suite,
     options,
     printing,
 )
@@ -24,6 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+app.command(name="list")(bench_suite.list_)
+app.command()(bench_suite.run)
 app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)
