@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.bench import contenders as own
 from llmcache.bench import others
 from llmcache.bench.drawing import Bars
+from llmcache.bench.names import ALONE, ONCE, OURS, SORTED
 from llmcache.bench.recording import notes, run, write
 from llmcache.bench.rounds import Contender, Opened, Row, Task, rounds, spread, times
 from llmcache.bench.suite import Benchmark, Record, Sizes, Target, benchmarks, chosen
@@ -24,11 +25,11 @@ from llmcache.bench.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError, LLMCacheError
 from tests.conftest import DATA, Command
 
-ALONE = Contender(own.ALONE, own.alone)
+BASE = Contender(ALONE, own.alone)
 EXACT = [
-    Contender(own.SORTED, own.by_tokens),
-    Contender("in-call de-duplication", own.once_per_call),
-    Contender(own.OURS, own.ours()),
+    Contender(SORTED, own.by_tokens),
+    Contender(ONCE, own.once_per_call),
+    Contender(OURS, own.ours()),
     *others.EXACT_RIVALS,
     others.CUT_LAYER,
 ]
@@ -112,7 +113,7 @@ def test_an_exact_contender_gives_what_the_model_gives(
     assert found[0].shape == (13, 384)
     for vectors, call in zip(found, task.calls, strict=True):
         assert np.abs(vectors - model.encode(list(call))).max() < 1e-5
-    if one.name not in (own.SORTED, "in-call de-duplication"):  # these remember nothing
+    if one.name not in (SORTED, ONCE):  # these remember nothing
         assert computed == 12 - known
 
 
@@ -144,23 +145,23 @@ def test_gptcache_may_install_nothing(model: SentenceTransformer, tmp_path: Path
 
 def test_a_rival_that_is_not_installed_is_named_and_left_out(model: SentenceTransformer, queries: list[str]) -> None:
     absent = Contender("another cache", own.alone, package="a_cache_that_nobody_has")
-    found = last(rounds(Task(model, [], [queries[:4]]), [ALONE, absent, *others.ABSENT], 1))
+    found = last(rounds(Task(model, [], [queries[:4]]), [BASE, absent, *others.ABSENT], 1))
     assert found["another cache"] == {
         "name": "another cache",
         "skipped": "not installed: a_cache_that_nobody_has; install llmcache[rivals]",
     }
     assert "no package of it is on the registry" in found["vCache"]["skipped"]
-    assert found[own.ALONE]["ratio"] == 1
+    assert found[ALONE]["ratio"] == 1
     with pytest.raises(ConfigError, match="what the others are compared with"):
-        next(rounds(Task(model, [], [queries[:4]]), [absent, ALONE], 1))
+        next(rounds(Task(model, [], [queries[:4]]), [absent, BASE], 1))
 
 
 def test_rows_have_each_repeat_and_ratios_to_the_same_rounds_base(
     model: SentenceTransformer, queries: list[str]
 ) -> None:
     texts = queries[:6]
-    found = last(rounds(Task(model, texts, [texts]), [ALONE, Contender(own.OURS, own.ours())], 3))
-    base, mine = found[own.ALONE], found[own.OURS]
+    found = last(rounds(Task(model, texts, [texts]), [BASE, Contender(OURS, own.ours())], 3))
+    base, mine = found[ALONE], found[OURS]
     assert len(base["seconds"]) == len(mine["seconds"]) == 3
     ratios = [a / b for a, b in zip(base["seconds"], mine["seconds"], strict=True)]
     assert mine["ratios"] == pytest.approx(ratios)
@@ -169,7 +170,7 @@ def test_rows_have_each_repeat_and_ratios_to_the_same_rounds_base(
     assert (mine["quickest"], mine["slowest"]) == (min(mine["seconds"]), max(mine["seconds"]))
     assert (base["computed"], mine["computed"]) == (6, 0)
     assert mine["difference"] < 1e-5
-    assert times(list(found.values()), own.OURS, own.ALONE) == pytest.approx(mine["ratio"])
+    assert times(list(found.values()), OURS, ALONE) == pytest.approx(mine["ratio"])
 
 
 def test_a_wrong_answer_shows_in_the_difference(model: SentenceTransformer, queries: list[str]) -> None:
@@ -177,7 +178,7 @@ def test_a_wrong_answer_shows_in_the_difference(model: SentenceTransformer, quer
     def zeros(_: Task, __: Path) -> Iterator[Opened]:
         yield Opened(lambda texts: np.full((len(texts), 384), 0.5, np.float32), lambda: 0)
 
-    found = last(rounds(Task(model, [], [queries[:3]]), [ALONE, Contender("wrong", zeros)], 1))
+    found = last(rounds(Task(model, [], [queries[:3]]), [BASE, Contender("wrong", zeros)], 1))
     expected = np.abs(model.encode(queries[:3]) - 0.5).max()
     assert found["wrong"]["difference"] == pytest.approx(expected)
     assert found["wrong"]["mean_1_minus_cosine"] > 0.5
@@ -195,13 +196,11 @@ def test_a_contender_with_a_share_is_asked_that_many_texts(model: SentenceTransf
         yield Opened(answer, lambda: 0)
 
     calls = [queries[:4], queries[4:8]]
-    found = last(rounds(Task(model, queries[2:8], calls), [ALONE, Contender("slow", slow, share=5)], 1))
+    found = last(rounds(Task(model, queries[2:8], calls), [BASE, Contender("slow", slow, share=5)], 1))
     assert found["slow"]["documents"] == 5
-    assert found[own.ALONE]["documents"] == 8
+    assert found[ALONE]["documents"] == 8
     assert asked == queries[2:5] + queries[:5] * 2  # known, then a round to warm up and one that counts
-    assert found["slow"]["ratio"] == pytest.approx(
-        (found[own.ALONE]["seconds"][0] / 8) / (found["slow"]["seconds"][0] / 5)
-    )
+    assert found["slow"]["ratio"] == pytest.approx((found[ALONE]["seconds"][0] / 8) / (found["slow"]["seconds"][0] / 5))
 
 
 def test_one_repeat_has_no_spread() -> None:
@@ -340,8 +339,8 @@ def test_the_command_measures_names_what_is_missing_and_goes_on(llmcache: Comman
     assert "round 1 of 1" in done.err
     record = json.loads((out / "hit-banking77.json").read_bytes())
     rows = {row["name"]: row for row in record["rows"]}
-    assert rows[own.OURS]["computed"] == 0
-    assert rows[own.OURS]["difference"] < 1e-5
+    assert rows[OURS]["computed"] == 0
+    assert rows[OURS]["difference"] < 1e-5
     assert len(record["load"]) == 2
     assert record["commit"]
     assert record["command"].startswith("llmcache bench run hit-*")

@@ -18,8 +18,6 @@ from llmcache.execution import Sentences, compute, token_embedding
 from llmcache.fingerprint import features
 from llmcache.tokens import tokenise
 
-ALONE, SORTED, OURS = "model alone", "model alone, sorted by tokens", "LLMCache, exact"
-
 
 class Counted:
     """`SentenceTransformer.encode`, which counts what it computes."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from llmcache.bench.contenders import Counted, width
 from llmcache.bench.cutlayer import cut_layer
+from llmcache.bench.names import CUT, DISKCACHE, DISKCACHE_RAW, GPTCACHE, SEMHASH
 from llmcache.bench.rounds import Contender, Floats, Opened, Task
 from llmcache.errors import LLMCacheError
 from llmcache.execution import token_embedding
@@ -30,10 +31,6 @@ NEARLY_ONE = 0.99999
 """Of GPTCache's similarity, 1 - squared distance / 4. Its default, 0.8, is a cosine of 0.6: other queries' vectors."""
 SEMHASH_THRESHOLD = 0.9
 """SemHash's own default."""
-
-DISKCACHE, DISKCACHE_RAW = "exact text on diskcache", "exact text on diskcache, raw bytes"
-GPTCACHE = "GPTCache (FAISS + SQLite)"
-SEMHASH, CUT = "SemHash, then encode", "fixed cut layer, states on disk (as s2re)"
 
 
 @contextmanager

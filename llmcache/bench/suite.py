@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.bench import contenders as own
 from llmcache.bench import others
 from llmcache.bench.drawing import Bars
+from llmcache.bench.names import ALONE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, ONCE, OURS, SORTED
 from llmcache.bench.rounds import Contender, Row, Task, rounds, times
 from llmcache.bench.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError
@@ -84,11 +85,11 @@ class Benchmark:
 # -- vectors of texts, by contenders in turn --------------------------------------------------------------------
 
 _MODELS = [
-    Contender(own.ALONE, own.alone),
-    Contender(own.SORTED, own.by_tokens),
+    Contender(ALONE, own.alone),
+    Contender(SORTED, own.by_tokens),
 ]
-_ONCE = Contender("in-call de-duplication", own.once_per_call)
-_OURS = Contender(own.OURS, own.ours())
+_ONCE = Contender(ONCE, own.once_per_call)
+_OURS = Contender(OURS, own.ours())
 _REUSE = [_OURS, *others.EXACT_RIVALS, others.CUT_LAYER, *others.ABSENT]
 _STREAM = [*_MODELS, _ONCE, *_REUSE, others.SEMHASH_FIRST, *own.near(0.9)]
 
@@ -114,7 +115,7 @@ def _unknown(workload: str) -> Callable[[Sizes], Iterator[Record]]:
 
     def run(sizes: Sizes) -> Iterator[Record]:
         texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
-        targets = [Target(own.OURS, base, 0.97) for base in (own.ALONE, own.SORTED)]
+        targets = [Target(OURS, base, 0.97) for base in (ALONE, SORTED)]
         yield from _measured(
             sizes, Task(sizes.model(), [], [texts]), [*_MODELS, _ONCE, *_REUSE, others.SEMHASH_FIRST], targets, {}
         )
@@ -128,10 +129,10 @@ def _known(workload: str, times_the_model: float) -> Callable[[Sizes], Iterator[
     def run(sizes: Sizes) -> Iterator[Record]:
         texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
         targets = [
-            Target(own.OURS, own.ALONE, times_the_model),
-            Target(own.OURS, others.GPTCACHE, 10),
-            Target(own.OURS, others.DISKCACHE, 3),
-            Target(own.OURS, others.DISKCACHE_RAW, 3),
+            Target(OURS, ALONE, times_the_model),
+            Target(OURS, GPTCACHE, 10),
+            Target(OURS, DISKCACHE, 3),
+            Target(OURS, DISKCACHE_RAW, 3),
         ]
         yield from _measured(sizes, Task(sizes.model(), texts, [texts]), [*_MODELS, *_REUSE], targets, {})
 
