@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,8 @@ from llmcache.bench import contenders as own
 from llmcache.bench import others
 from llmcache.bench.drawing import Bars
 from llmcache.bench.names import ALONE, ONCE, OURS, SORTED
-from llmcache.bench.recording import notes, run, write
+from llmcache.bench.recording import moment, notes, run, write
+from llmcache.bench.recording import others as others_busy
 from llmcache.bench.rounds import Contender, Opened, Row, Task, rounds, spread, times
 from llmcache.bench.suite import Benchmark, Record, Sizes, Target, benchmarks, chosen
 from llmcache.bench.workloads import STREAMS, WORKLOADS, read
@@ -283,14 +286,32 @@ def test_missing_data_and_failures_leave_the_others_alone(tmp_path: Path, sizes:
 
 
 def test_a_noisy_machine_is_reported() -> None:
-    quiet = {"load": [0.1, 1.0], "processors": 2, "repeats": 3, "rows": rows_of([1.0, 1.1])}
+    quiet = {
+        "load": [0.1, 1.0], "processors": 2, "processors_of_others": 0.02, "repeats": 3, "rows": rows_of([1.0, 1.1]),
+    }  # fmt: skip
     assert notes(quiet) == []
-    noisy = notes({**quiet, "load": [3.1, 4.0], "rows": rows_of([1.0, 2.0]), "repeats": 1})
+    noisy = notes({**quiet, "load": [3.1, 4.0], "processors_of_others": 1.3, "rows": rows_of([1.0, 2.0]), "repeats": 1})
     assert noisy == [
-        "the load average was 3.1 on 2 processors before it began: others used the machine",
+        "other processes kept 1.3 of 2 processors busy; the load average was 3.1 before and 4.0 after",
         "one repeat: nothing is known of the spread",
         "a: the slowest repeat took 2.00 times the quickest",
     ]
+
+
+def test_work_of_other_processes_is_told_from_ones_own() -> None:
+    before = moment()
+    while moment()[2] - before[2] < 0.3:
+        pass
+    own = moment()
+    assert own[2] - before[2] >= 0.3
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1)
+        found = others_busy(own, moment())
+    finally:
+        other.kill()
+        other.wait()
+    assert found > 0.2  # a whole processor, or what other tests leave of it
 
 
 def test_a_record_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _encode(sizes: Sizes) -> Iterator[Record]:
 def _layers(sizes: Sizes) -> Iterator[Record]:
     from llmcache.bench.layers import layers, squad_paragraphs
 
-    texts = squad_paragraphs(sizes.data / _SQUAD, max(64, sizes.limit or 256))
+    texts = squad_paragraphs(sizes.data / _SQUAD, max(64, min(256, sizes.limit or 256)))
     yield {"rows": [row.as_dict() for row in layers(sizes.model(), texts, repeats=sizes.repeats)]}
 
 

@@ -18,6 +18,9 @@ from llmcache.errors import ConfigError, LLMCacheError
 NOISE = 1.25
 """Slowest over quickest repeat from which on a record says that its machine was not quiet."""
 
+BUSY = 0.1
+"""Processors that other processes kept busy, on the mean, from which on a record says so."""
+
 Said = Callable[[str], None]
 
 
@@ -55,7 +58,7 @@ def run(
 
 
 def _run(one: Benchmark, sizes: Sizes, path: Path, command: str, said: Said) -> Record:
-    partial, before, began = path.with_suffix(".partial.json"), load(), time.perf_counter()
+    partial, before, at = path.with_suffix(".partial.json"), load(), moment()
     record: Record = {}
     for measured in one.run(sizes):
         record = {
@@ -68,10 +71,11 @@ def _run(one: Benchmark, sizes: Sizes, path: Path, command: str, said: Said) -> 
             "repeats": sizes.repeats,
             "limit": sizes.limit,
             "load": [before, load()],
+            "processors_of_others": others(at, moment()),
             **measured,
         }
         write(partial, record)
-        said(f"{one.name}: {time.perf_counter() - began:.0f} s{_rounds(measured, sizes)}")
+        said(f"{one.name}: {moment()[0] - at[0]:.0f} s{_rounds(measured, sizes)}")
     record["notes"] = notes(record)
     write(path, record)
     partial.unlink()
@@ -129,13 +133,28 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in a record is no JSON")
 
 
+def moment() -> tuple[float, float, float]:
+    """Seconds of a clock, processor seconds of all processes, and those of this one and of its children that ended."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    own = os.times()
+    everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), everybody, own.user + own.system + own.children_user + own.children_system
+
+
+def others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """How many processors other processes kept busy between two moments, on the mean; the kernel's own work too."""
+    seconds, everybody, own = (later - earlier for earlier, later in zip(before, after, strict=True))
+    return max(0.0, everybody - own) / max(seconds, 1e-3)
+
+
 def notes(record: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the machine: other load, spread between repeats, or no spread at all."""
     found = []
-    if record["load"][0] > record["processors"] / 2:
+    if record["processors_of_others"] > BUSY:
         found.append(
-            f"the load average was {record['load'][0]:.1f} on {record['processors']} processors before it began: "
-            "others used the machine"
+            f"other processes kept {record['processors_of_others']:.1f} of {record['processors']} processors busy; "
+            f"the load average was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after"
         )
     if record["repeats"] == 1:
         found.append("one repeat: nothing is known of the spread")
