@@ -14,6 +14,7 @@ from llmcache.cli import (
     bench_pipelines,
     bench_plan,
     bench_ray,
+    bench_roofline,
     bench_scale,
     bench_suite,
     options,
@@ -33,6 +34,7 @@ app.command()(bench_near.near)
 app.command(name="reuse")(bench_near.reusing)
 app.command()(bench_near.rivals)
 app.command()(bench_ray.ray)
+app.command()(bench_roofline.roofline)
 app.command()(bench_scale.scale)
 app.command(name="guard")(bench_near.guarded)
 app.command()(bench_pipelines.pipeline)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
 import typer
 
+from llmcache.balance import Profile
 from llmcache.cli import options, printing
+from llmcache.config import CacheConfig
+from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.nearness import NearReport
-from llmcache.statistics import Counters, layer_counters, statistics
+from llmcache.statistics import BankStatistics, Counters, layer_counters, statistics
 
 
 def stats(
@@ -15,16 +22,22 @@ def stats(
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also measure whether loading each bank's entries pays on this machine.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Show what a store holds, how documents were answered, and what that saved."""
     opened = Store.open(store, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
         found = statistics(opened, Counters())
+        profiles = _profiles(opened, found.banks) if profile else {}
     finally:
         opened.close()
     if json:
-        printing.as_json({name: found.as_dict()[name] for name in ("generation", "lifetime", "banks", "near")})
+        shown = {name: found.as_dict()[name] for name in ("generation", "lifetime", "banks", "near")}
+        measured = {name: {**asdict(one), "pays": one.pays} for name, one in profiles.items()}
+        printing.as_json({**shown, **({"profile": measured} if profile else {})})
         return
     life = found.lifetime
     asked = life["documents"]
@@ -48,6 +61,16 @@ def stats(
         )  # fmt: skip
     for one in found.near:
         _near(one)
+    if profiles:
+        printing.table(
+            ["bank", "entries tried", "ms to compute", "ms to load", "MiB/s", "reuse"],
+            [
+                [name, one.entries, f"{1e3 * one.compute:.3g}", f"{1e3 * (one.look_up + one.load):.3g}",
+                 f"{1 / max(one.load_per_byte, 1e-12) / (1 << 20):,.0f}", "pays" if one.pays else "costs more"]
+                for name, one in profiles.items()
+            ],
+            title="by the model's recorded seconds, and entries loaded now",
+        )  # fmt: skip
     printing.facts(
         [
             ("documents asked", int(asked)),
@@ -57,6 +80,7 @@ def stats(
             ("near", int(life["near"])),
             ("computed", int(life["misses"])),
             ("hit rate", f"{100 * hits:.1f} %"),
+            ("left alone, as loading took longer", int(life.get("left_alone", 0))),
             ("not stored", int(life["not_stored"])),
             ("damaged rows", int(life["damaged"])),
             ("model seconds", life["model_seconds"]),
@@ -65,6 +89,22 @@ def stats(
             ("net", _net(life["saved_seconds"] - life["overhead_seconds"], asked)),
         ]
     )
+
+
+def _profiles(store: Store, banks: Sequence[BankStatistics]) -> dict[str, Profile]:
+    """Of every bank of activations that has entries, by namespace and name."""
+    from llmcache.worth import profiled
+
+    choice = CacheConfig().near
+    return {
+        f"{one.namespace} {one.layer}": profiled(store.bank(one.namespace, one.layer, _there, choice))
+        for one in banks
+        if one.entries and not one.layer.startswith(("fitted", "distilled-"))
+    }
+
+
+def _there() -> BankFacts:
+    raise AssertionError("only banks that are there are profiled")
 
 
 def _near(one: NearReport) -> None:

@@ -280,7 +280,7 @@ class Attachment:
         width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
         one = Pass(enter=enter)
         if self.up_to is None:
-            one.keep = frozenset(layer for layer in banks.layers if layer >= enter)
+            one.keep = frozenset(layer for layer in banks.kept if layer >= enter)
         if enter:
             one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
         began = time.perf_counter()

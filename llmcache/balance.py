@@ -1,6 +1,8 @@
-"""Whether near reuse pays: the seconds it saves against those it takes, of the latest documents."""
+"""Whether reuse pays: the seconds it saves against those it takes, of the latest documents."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,3 +39,42 @@ class Balance:
         if self._documents >= LEAST:
             self.pays = self.saved >= self.spent * (1 if self.pays else _MORE)
         return self.pays != before
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Seconds and bytes of one entry, as measured on a sample of them.
+
+    compute: what the model takes for what an entry holds. measured: whether that was tried here; else it is what was
+    recorded when the entries were made. look_up: by key. load: reading it, checksum included. bytes: of its payload.
+    """
+
+    entries: int
+    compute: float
+    measured: bool
+    look_up: float
+    load: float
+    bytes: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether reuse is quicker than the model; so where nothing is known of the model."""
+        return not self.compute or self.compute >= self.look_up + self.load
+
+    @property
+    def load_per_byte(self) -> float:
+        """Seconds."""
+        return self.load / max(1.0, self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided about a bank. state: "on", "aside" or "too few entries to tell". saved, spent: seconds of the
+    latest documents.
+    """
+
+    bank: str
+    state: str
+    profile: Profile | None
+    saved: float
+    spent: float

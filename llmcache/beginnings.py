@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from llmcache.blocks import Held
 from llmcache.indexes.bank import Bank
 from llmcache.keys import Seed
 from llmcache.sharing import Row, next_key
+from llmcache.worth import Worth
 
 _SHORTEST = 4  # tokens behind the last full block that are worth an entry where rows part
 
@@ -21,9 +23,9 @@ Records = dict[int, NDArray[np.float32]]
 class Beginnings:
     """Full blocks of a row, and one shorter entry where it ended or where rows were seen to part."""
 
-    def __init__(self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int) -> None:
+    def __init__(self, bank: Bank, seed: Seed, put: Callable[..., Any], block: int, worth: Worth | None = None) -> None:
         self.bank, self.block = bank, block
-        self._seed, self._put = seed, put
+        self._seed, self._put, self._worth = seed, put, worth
 
     # -- finding --------------------------------------------------------------------------------------------
 
@@ -35,6 +37,8 @@ class Beginnings:
         tokens: dict[int, bytes] = {}
         for row in rows:
             row.keys = self._keys(row)
+        if self._worth is not None:
+            rows = [rows[i] for i in self._worth.tried(len(rows)).tolist()]
         found = iter(self._find([key for row in rows for key in row.keys]))
         for row in rows:
             numbers = [next(found) for _ in row.keys]
@@ -87,7 +91,10 @@ class Beginnings:
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
             return {}
-        reading = self.bank.read(np.array(numbers, np.int64))
+        began, every = time.perf_counter(), np.array(numbers, np.int64)
+        reading = self.bank.read(every)
+        if self._worth is not None:
+            self._worth.served(every, time.perf_counter() - began)
         records = dict(zip(numbers, reading.values, strict=True))
         for number, intact in zip(numbers, reading.intact.tolist(), strict=True):
             if not intact:

@@ -527,7 +527,9 @@ class LLMCache:
         if self._last is not None:
             return self._last
         index = self._bank.near.kind if self._encoding else None
-        return statistics(self._store, self._counters, index, self.namespace, self._calibrations.states())
+        return statistics(
+            self._store, self._counters, index, self.namespace, self._calibrations.states(), self._storing.decisions()
+        )
 
     def close(self) -> None:
         """Commit and close. Closing twice is fine."""

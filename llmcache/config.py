@@ -67,6 +67,8 @@ class CacheConfig:
     audit_time: what audits may take, as a share of the seconds that near hits have saved, before no more than
         audit_share are made.
     recalibrate: whether a calibration is made again, in the background, when the cache has doubled.
+    stand_aside: whether entries of a bank are left alone while loading them takes longer than computing them; a few are
+        still looked up, to notice when that changes. False: what is stored is always reused.
     prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
     max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
         are evicted; entries that cannot fit at all are computed and not stored.
@@ -88,6 +90,7 @@ class CacheConfig:
     audit_share: float = 0.02
     audit_time: float = 0.25
     recalibrate: bool = True
+    stand_aside: bool = True
     commit_seconds: float = 60.0
     max_bytes: int | None = None
     policy: Policy = "lru"

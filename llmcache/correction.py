@@ -88,8 +88,8 @@ def corrected(
     are of unit norm (`unit_norm`), so that the results have to be.
     """
     voting = Voting(temperature, strength)
-    part = weights(similarity, voting.temperature)[:, None]
-    found = np.matmul(part, outputs - voting.strength * predictions)[:, 0] + voting.strength * predicted
+    part = weights(similarity, voting.temperature)
+    found = _mixed(part, outputs) + voting.strength * (predicted - _mixed(part, predictions))
     return units(found) if unit else np.asarray(found, np.float32)
 
 
@@ -113,15 +113,15 @@ def evidence(
     document and of its best match. scores: logits that the head gives for the corrected results, [n, classes].
     Logarithms where an amount has no natural scale.
     """
-    part = weights(similarity, temperature)[:, None]
-    unit = units(outputs)
-    agree = np.ones((len(unit), 1), np.float32)
+    part = weights(similarity, temperature)
+    norms = np.maximum(np.sqrt(_squares(outputs)), 1e-30)
+    agree = np.ones((len(outputs), 1), np.float32)
     if outputs.shape[1] > 1:
-        agree = np.matmul(unit[:, 1:4], unit[:, 0, :, None])[..., 0]
+        agree = np.matmul(outputs[:, 1:4], outputs[:, 0, :, None])[..., 0] / (norms[:, 1:4] * norms[:, :1])
     residuals = outputs - predictions
-    own = np.matmul(part, np.square(residuals).sum(axis=2)[..., None])[:, 0, 0]
-    joint = np.square(np.matmul(part, residuals)[:, 0]).sum(axis=1)
-    moved = np.square(predicted - np.matmul(part, predictions)[:, 0]).sum(axis=1)
+    own = (part * _squares(residuals)).sum(axis=1)
+    joint = _squares(_mixed(part, residuals))
+    moved = _squares(predicted - _mixed(part, predictions))
     one, other = (np.array([len(ids) for ids in side], np.float64) for side in tokens)
     columns = [
         np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
@@ -129,7 +129,7 @@ def evidence(
         np.log(np.maximum(1 - similarity.mean(axis=1), 0) + _TINY),
         agree.mean(axis=1),
         agree.min(axis=1),
-        np.linalg.norm(np.matmul(part, unit)[:, 0], axis=1),
+        np.sqrt(_squares(_mixed(np.asarray(part / norms, np.float32), outputs))),
         np.log(moved + _TINY),
         np.log(own + _TINY),
         joint / (own + _TINY),
@@ -140,6 +140,16 @@ def evidence(
         gap = decided(scores)
         columns += [gap, np.log(gap + 0.05), gap / np.sqrt(own + _TINY)]
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _mixed(part: Floats, vectors: Floats) -> Floats:
+    """Weighted sums, [n, out], of vectors [n, k, out] by weights [n, k]."""
+    return np.asarray(np.matmul(part[:, None], vectors)[:, 0], np.float32)
+
+
+def _squares(vectors: Floats) -> Floats:
+    """Squared norms along the last axis, without a temporary array as large as the vectors."""
+    return np.asarray(np.einsum("...i,...i->...", vectors, vectors), np.float32)
 
 
 def jaccard(one: Tokens, other: Tokens) -> Floats:

@@ -16,7 +16,7 @@ from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, ev
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.neighbours import half
-from llmcache.indexes.vectors import VectorIndex
+from llmcache.indexes.vectors import VectorIndex, choose_kind
 from llmcache.predictor import LEAST, Predictor, fit
 
 Floats = NDArray[np.float32]
@@ -25,6 +25,7 @@ Tokens = Sequence[NDArray[np.int32]]
 Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 Drift = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
 
+_BLOCK = 256  # documents that are looked up together
 _VOTED = 1000  # held-out entries that temperature and strength are chosen by
 
 
@@ -81,14 +82,15 @@ class Memory:
         entries: Entries,
         predictor: Predictor,
         voting: Voting,
-        kind: str = "flat",
+        kind: str | None = None,
         predictions: Floats | None = None,
     ) -> None:
-        """kind: of the index. predictions: of the entries, `rounded`, where they are known."""
+        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         self._units = units(self._predictions)
-        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=kind)
+        chosen = kind or choose_kind(len(entries))
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=chosen)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
@@ -98,24 +100,46 @@ class Memory:
 
     def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
         """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
-        predicted = self.predictor(asked.features)
-        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), min(NEIGHBOURS, len(self.entries)))
-        similarity = np.matmul(self._units[rows], units(predicted)[:, :, None])[..., 0]
-        order = np.argsort(-similarity, axis=1, kind="stable")
-        rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
-        return predicted, self.entries.outputs[rows], self._predictions[rows], similarity, rows
+        predicted, rows = self._nearest(asked)
+        return predicted, *self._ordered(predicted, rows)
 
     def look_up(self, asked: Entries, scores: Scores | None = None) -> Found:
         """asked: its outputs are not looked at. scores: of the head that the results are for."""
-        predicted, outputs, predictions, similarity, rows = self.neighbours(asked)
+        predicted, rows = self._nearest(asked)
+        starts = range(0, max(1, len(asked)), _BLOCK)
+        parts = [slice(start, start + _BLOCK) for start in starts]
+        found = [self._judged(predicted[part], rows[part], asked.tokens[part], scores) for part in parts]
+        results, nearest, similarity, seen = (np.concatenate(column) for column in zip(*found, strict=True))
+        return Found(results, nearest, similarity, seen)
+
+    def _nearest(self, asked: Entries) -> tuple[Floats, Rows]:
+        """Predictions, and rows int64 [n, k] of the nearest entries: all at once, which the index does four times as
+        fast as in small batches.
+        """
+        predicted = self.predictor(asked.features)
+        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), min(NEIGHBOURS, len(self.entries)))
+        return predicted, rows
+
+    def _ordered(self, predicted: Floats, rows: Rows) -> tuple[Floats, Floats, Floats, Rows]:
+        """outputs, predictions, similarity and rows of the neighbours, the nearest by whole predictions first."""
+        similarity = np.matmul(self._units[rows], units(predicted)[:, :, None])[..., 0]
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
+        return self.entries.outputs[rows], self._predictions[rows], similarity, rows
+
+    def _judged(
+        self, predicted: Floats, rows: Rows, tokens: Tokens, scores: Scores | None
+    ) -> tuple[Floats, Rows, Floats, Floats]:
+        """What `Found` has of a block of documents, whose neighbours' outputs stay in the processor's cache."""
+        outputs, predictions, similarity, rows = self._ordered(predicted, rows)
         voting = self.voting
         results = corrected(
             predicted, outputs, predictions, similarity, voting.temperature, voting.strength, unit=self._unit
         )
-        tokens = (asked.tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
+        both = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
         given = None if scores is None else scores(results)
-        seen = evidence(predicted, outputs, predictions, similarity, tokens, given, voting.temperature)
-        return Found(results, rows[:, 0], similarity[:, 0], seen)
+        seen = evidence(predicted, outputs, predictions, similarity, both, given, voting.temperature)
+        return results, rows[:, 0], similarity[:, 0], seen
 
 
 @dataclass(frozen=True, slots=True, eq=False)

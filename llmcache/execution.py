@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.config import CacheConfig
+from llmcache.errors import ConfigError
 from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
@@ -135,16 +136,18 @@ class Execution:
         bank: Bank,
         secret: bytes,
         inside: Callable[[], AbstractContextManager[Any]],
+        name: str = "output",
     ) -> None:
         """digest: of the model's identity; secret: of the namespace, b"" for none. Both go into every key.
 
-        inside: the context that the model runs in.
+        inside: the context that the model runs in. name: of the bank.
         """
         self._model, self._digest, self._secret = model, digest, secret
         self.config = config
         self._storing, self.bank, self._inside = storing, bank, inside
         self.embedding = model.token_embedding()
         self.counters = storing.counters
+        self._worth = storing.worth(bank, name, self._again)
         self.reuse: Reuse | None = None
         """Calibrated near reuse; None where there is none, and `tau` decides."""
 
@@ -154,9 +157,12 @@ class Execution:
         answers = Answers.empty(len(call.texts), self.bank.facts.width)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        rest = self._exact(answers, distinct, self.bank.find_text(keys[distinct]))
-        self.counters.exact_text += len(distinct) - len(rest)
-        call.progress(len(call.texts) - len(rest), 0)
+        tried = distinct[self._worth.tried(len(distinct))]
+        rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
+        self.counters.exact_text += len(tried) - len(rest)
+        left = np.setdiff1d(distinct, tried)
+        call.progress(len(call.texts) - len(rest) - len(left), 0)
+        self._past(answers, call, left)
         rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
         for start in range(0, len(rest), _WINDOW):
             window = rest[start : start + _WINDOW]
@@ -194,9 +200,31 @@ class Execution:
 
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
-        found = rows >= 0
+        found, began = rows >= 0, time.perf_counter()
         lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+        self._worth.served(rows[found], time.perf_counter() - began)
         return places[~found | np.isin(places, places[found][lost])]
+
+    def _past(self, answers: Answers, call: Call, places: Places) -> None:
+        """Compute documents without looking at the bank, and without keeping them: while it does not pay."""
+        for start in range(0, len(places), _WINDOW):
+            part = places[start : start + _WINDOW]
+            part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
+            tokens = self._model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
+            for done in compute(self._model, tokens, call.batch_size, call.role):
+                answers.outputs[part[done.chosen]] = done.outputs
+                self.counters.model_seconds += done.seconds
+                self.counters.left_alone += len(done.chosen)
+                call.progress(len(done.chosen), len(done.chosen))
+
+    def _again(self, rows: Places) -> float:
+        """Seconds the model takes for documents of the bank, computed again."""
+        ids = [self.bank.tokens(int(row)) for row in rows]
+        try:
+            like = self._model.tokenise(["a"], None, None).like(ids)
+        except ConfigError:  # it takes more than token ids: what was recorded has to do
+            return self.bank.cost(rows)
+        return sum(done.seconds for done in compute(self._model, like, len(ids), None))
 
     def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""

@@ -160,7 +160,7 @@ def _execution(
     dtype = "float32" if config.dtype == "auto" else config.dtype
     name = f"head-{digest.hex()[:16]}"
     bank = layers.bank(name, BankFacts(dtype, probe.outputs.shape[1], 1, width))
-    return name, layers.execution(runner, digest, bank, attachment)
+    return name, layers.execution(runner, digest, bank, name, attachment)
 
 
 def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:

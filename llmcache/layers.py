@@ -98,6 +98,7 @@ class Layers:
             bank,
             keeper.digest(mode),
             self._storing.put,
+            self._storing.worth(bank, PREFIX),
             secret=self._secret,
             block=self._config.prefix_block,
         )
@@ -108,13 +109,13 @@ class Layers:
         """The bank of this name; an empty one with these facts where there is none."""
         return self._storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
 
-    def execution(self, model: Model, digest: bytes, bank: Bank, attachment: Attachment | None) -> Execution:
+    def execution(self, model: Model, digest: bytes, bank: Bank, name: str, attachment: Attachment | None) -> Execution:
         """What answers calls with this model's vectors, from this bank, inside an attachment."""
 
         def inside() -> AbstractContextManager[Any]:
             return nullcontext() if attachment is None else attachment
 
-        return Execution(model, digest, self._config, self._storing, bank, self._secret, inside)
+        return Execution(model, digest, self._config, self._storing, bank, self._secret, inside, name)
 
     def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
         config = self._config

@@ -31,7 +31,7 @@ _TRIED_ROWS, _TRIED_LANDMARKS = 4096, 768  # what a setting is judged by
 _WIDTHS = (0.25, 0.5, 1.0, 2.0)
 _PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _JITTER = 1e-5
-_BLOCK = 512
+_BLOCK = 256
 
 Floats = NDArray[np.float32]
 
@@ -57,6 +57,7 @@ class Predictor:
     penalty: float
     entries: int
     held_out: float
+    _exponents: Floats = field(init=False, repr=False)  # points to exponents of the kernel: one product of matrices
 
     def __post_init__(self) -> None:
         width, components = self.matrix.shape if self.matrix.ndim == 2 else (-1, -1)
@@ -66,6 +67,9 @@ class Predictor:
             raise ConfigError(f"the arrays of a predictor do not fit each other: {seen}, a matrix {width, components}")
         if not all(np.isfinite(one).all() for one in self.to_arrays().values()):
             raise ConfigError("a predictor holds numbers that are not finite; fit it again")
+        squares = self.gamma * np.einsum("ij,ij->i", self.landmarks, self.landmarks)
+        columns = [2 * self.gamma * self.landmarks, -squares[:, None], np.full((len(squares), 1), -self.gamma)]
+        object.__setattr__(self, "_exponents", np.ascontiguousarray(np.hstack(columns).T, np.float32))
 
     @property
     def kind(self) -> str:
@@ -80,7 +84,9 @@ class Predictor:
         for start in range(0, len(features), _BLOCK):
             part = projected(features[start : start + _BLOCK], self.mean, self.matrix)
             if len(self.landmarks):
-                part = kernel(part, self.landmarks, self.gamma)
+                squares = np.einsum("ij,ij->i", part, part)[:, None]
+                part = np.hstack([part, np.ones_like(squares), squares]) @ self._exponents
+                np.exp(part, out=part)
             predicted[start : start + _BLOCK] = part @ self.weights
         predicted += self.offset
         return predicted

@@ -20,6 +20,7 @@ from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
+from llmcache.worth import Worth
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +47,7 @@ class Prefixes:
         bank: Bank,
         digest: bytes,
         put: Callable[..., Any],
+        worth: Worth | None = None,
         *,
         secret: bytes = b"",
         block: int = 16,
@@ -54,8 +56,9 @@ class Prefixes:
         """To be made while the trunk's forward is its own.
 
         bank: with the facts `shape_of(trunk).facts`. digest: of the trunk's identity. put: `put(bank, keys, values,
-        tokens=, sources=, features=, cost=)` stores. secret: of the namespace. block: tokens per entry.
-        forward_cost: what a forward costs besides its tokens, in tokens; None estimates it.
+        tokens=, sources=, features=, cost=)` stores. worth: of the bank; None: it is always looked at. secret: of the
+        namespace. block: tokens per entry. forward_cost: what a forward costs besides its tokens, in tokens; None
+        estimates it.
         ConfigError when the trunk's beginnings cannot be restored, or the bank is another trunk's.
         """
         self.shape = shape_of(trunk)
@@ -68,7 +71,7 @@ class Prefixes:
         if block < 1:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
-        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block)
+        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block, worth)
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
 

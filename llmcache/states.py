@@ -51,6 +51,7 @@ class LayerBanks:
         """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them."""
         self.layers = tuple(sorted(layers))
         self.banks = {layer: open_bank(layer) for layer in self.layers}
+        self._worth = {layer: storing.worth(bank, bank_name(layer)) for layer, bank in self.banks.items()}
         self._digest, self._storing, self._secret, self._features = digest, storing, secret, features
 
     def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
@@ -68,20 +69,26 @@ class LayerBanks:
                 break
             if up_to is not None and layer > up_to:
                 continue
+            tried = open_[self._worth[layer].tried(len(open_))]
             began = time.perf_counter()
             counters = self._storing.counters.layer(bank_name(layer))
-            bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[open_]]
+            bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[tried]]
             at = bank.find(keys)
             for i in np.flatnonzero(at >= 0).tolist():
-                if not np.array_equal(bank.tokens(int(at[i])), rows.ids[chosen[open_[i]]]):
+                if not np.array_equal(bank.tokens(int(at[i])), rows.ids[chosen[tried[i]]]):
                     at[i] = -1
             known = np.flatnonzero(at >= 0)
-            counters.asked += len(open_)
+            counters.asked += len(tried)
             counters.look_up_seconds += time.perf_counter() - began
             if len(known):
-                known = known[self._read(bank, at[known], open_[known], layer, found, counters)]
-            open_ = np.delete(open_, known)
+                known = known[self._read(bank, at[known], tried[known], layer, found, counters)]
+            open_ = np.setdiff1d(open_, tried[known])
         return found
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Layers whose states are worth keeping."""
+        return tuple(layer for layer in self.layers if self._worth[layer].pays)
 
     def _read(
         self,
@@ -101,7 +108,9 @@ class LayerBanks:
             found.seconds[places[i]] = bank.cost(at[i : i + 1])
             found.entries[places[i]] = bank.key(int(at[i]))
         counters.hits += int(reading.intact.sum())
-        counters.load_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        counters.load_seconds += seconds
+        self._worth[layer].served(at, seconds)
         counters.saved_seconds += float(found.seconds[places].sum())
         return reading.intact
 

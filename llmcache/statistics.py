@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from llmcache.balance import Decision
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.nearness import NearReport, near_reports
@@ -54,7 +55,8 @@ class Counters:
 
     exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
     not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
-    checksum. bypassed: handed to the model past the cache. audits: near hits that were recomputed; audited_drift: the
+    checksum. bypassed: handed to the model past the cache. left_alone: not looked up, while loading takes longer than
+    the model. audits: near hits that were recomputed; audited_drift: the
     sum of what they would have been off by; audit_seconds: about what that took. near_asked: documents that calibrated
     near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model took for what it gave.
     overhead_seconds: everything but the model.
@@ -70,6 +72,7 @@ class Counters:
     not_stored: int = 0
     damaged: int = 0
     bypassed: int = 0
+    left_alone: int = 0
     audits: int = 0
     audited_drift: float = 0.0
     near_asked: int = 0
@@ -114,7 +117,8 @@ class BankStatistics:
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included.
-    near: of every namespace whose near reuse is calibrated.
+    near: of every namespace whose near reuse is calibrated. worth: of every bank that this opening has used, whether
+    reuse from it pays.
     """
 
     generation: int
@@ -123,6 +127,7 @@ class Statistics:
     banks: list[BankStatistics] = field(default_factory=list)
     index: str | None = None
     near: list[NearReport] = field(default_factory=list)
+    worth: list[Decision] = field(default_factory=list)
 
     @property
     def hit_rate(self) -> float:
@@ -158,6 +163,7 @@ def statistics(
     index: str | None = None,
     opened: str = "",
     states: Mapping[str, tuple[str, str]] | None = None,
+    worth: Sequence[Decision] = (),
 ) -> Statistics:
     """Statistics of an open store. opened, states: the namespace in use, and its near reuse, see `near_reports`."""
     lifetime = store.counters(without=store.writer)
@@ -169,7 +175,7 @@ def statistics(
         for layer, facts in sorted(space.banks.items())
     ]
     near = near_reports(store, lifetime, opened, states)
-    return Statistics(store.manifest.generation, counters, lifetime, banks, index, near)
+    return Statistics(store.manifest.generation, counters, lifetime, banks, index, near, list(worth))
 
 
 def _bank(namespace: str, layer: str, facts: BankFacts) -> BankStatistics:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llmcache.balance import Decision
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
 from llmcache.history import History
@@ -15,6 +16,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters
+from llmcache.worth import Rows, Worth
 
 log = logging.getLogger("llmcache")
 
@@ -33,6 +35,19 @@ class Storing:
         self._committed = time.monotonic()
         self._held = False
         self.history = History(store, counters)
+        self._aside = config.stand_aside
+        self.worths: dict[str, Worth] = {}
+        """What reuse from a bank is worth, by its name."""
+
+    def worth(self, bank: Bank, name: str, again: Callable[[Rows], float] | None = None) -> Worth:
+        """Of this bank, see `Worth`; the one that is there when it was asked for before."""
+        if name not in self.worths or self.worths[name].bank is not bank:
+            self.worths[name] = Worth(bank, name, on=self._aside, again=again)
+        return self.worths[name]
+
+    def decisions(self) -> list[Decision]:
+        """What was decided about the banks in use."""
+        return [self.worths[name].decision() for name in sorted(self.worths)]
 
     @contextmanager
     def held(self) -> Iterator[None]:

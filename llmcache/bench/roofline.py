@@ -1,0 +1,296 @@
+"""How near each tier comes to what the machine allows: the bytes and operations it must move, and the limits measured.
+
+Limits and tiers are measured in turn in one process, so that a busy machine slows both. A floor is what a tier would
+take if its bytes moved at the speed of `memcpy`, or its operations ran at that of a large product of matrices.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.cache import LLMCache
+from llmcache.correction import Voting
+from llmcache.crossfit import Entries, Memory, rounded
+from llmcache.execution import Sentences, compute, token_embedding
+from llmcache.fingerprint import features
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.store import Store
+from llmcache.indexes.vectors import VectorIndex, choose_kind
+from llmcache.predictor import LANDMARKS, Predictor, directions
+
+BATCH, TOKENS, WIDTH = 256, 150, 384
+"""Rows that are read together, and what one row of a layer's bank holds: float32 [150, 384]."""
+QUERY = 12
+"""Tokens of a query."""
+HELD = 200_000
+"""Entries that near reuse holds in memory at most (`llmcache.reuse.MOST`)."""
+_COPIED = 256 << 20
+_SIDE = 2048
+_ROWS = 2048  # of a layer, 472 MB
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement of one tier. seconds, floors: of each repeat; moved, operations: in one of them."""
+
+    tier: str
+    what: str
+    documents: int
+    bound: str
+    moved: float
+    operations: float
+    seconds: tuple[float, ...]
+    floors: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """With medians; share: floor over seconds, each in its own repeat."""
+        shares = [floor / one for floor, one in zip(self.floors, self.seconds, strict=True)]
+        return {
+            "tier": self.tier, "what": self.what, "documents": self.documents, "bound": self.bound,
+            "bytes": self.moved, "operations": self.operations, "seconds": statistics.median(self.seconds),
+            "microseconds_per_document": 1e6 * statistics.median(self.seconds) / self.documents,
+            "floor_seconds": statistics.median(self.floors), "share": statistics.median(shares),
+            "shares": shares,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    tier: str
+    what: str
+    documents: int
+    moved: float
+    operations: float
+    act: Callable[[], object]
+
+
+def roofline(
+    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5, entries: Sequence[int] = (10_000, 1_000_000)
+) -> dict[str, Any]:
+    """All tiers against their floors, and near look-ups against the model. texts: some thousand different documents.
+
+    entries: sizes of stores whose near look-up is measured, beside what the model takes for a query of 12 tokens.
+    Returns rows (`Row.as_dict`), near (a row per size) and the limits.
+    """
+    load = [os.getloadavg()[0]]
+    rows: dict[str, list[tuple[float, float]]] = {}
+    tasks: dict[str, _Task] = {}
+    limits: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
+        for task in _tasks(model, list(dict.fromkeys(texts)), Path(name)):
+            task.act()
+            for _ in range(repeats):
+                limits.append((_copying(), _multiplying()))
+                floor = max(task.moved / limits[-1][0], task.operations / limits[-1][1])
+                began = time.perf_counter()
+                task.act()
+                rows.setdefault(task.what, []).append((time.perf_counter() - began, floor))
+            tasks[task.what] = task
+    found = []
+    for what, runs in rows.items():
+        task = tasks[what]
+        copied, multiplied = (statistics.median(column) for column in zip(*limits, strict=True))
+        bound = "memory" if task.moved / copied >= task.operations / multiplied else "arithmetic"
+        seconds, floors = zip(*runs, strict=True)
+        found.append(
+            Row(task.tier, what, task.documents, bound, task.moved, task.operations, seconds, floors).as_dict()
+        )
+    near = [near_look_up(model, size, repeats) for size in entries]
+    load.append(os.getloadavg()[0])
+    return {
+        "rows": found, "near": near, "load": load,
+        "copy_bytes_per_second": statistics.median(one for one, _ in limits),
+        "operations_per_second": statistics.median(one for _, one in limits),
+    }  # fmt: skip
+
+
+# -- limits -------------------------------------------------------------------------------------------------
+
+
+def _copying() -> float:
+    """Bytes a second of a copy into new memory, as every reading has to make one."""
+    given = np.ones(_COPIED // 8, np.float64)
+    began = time.perf_counter()
+    given.copy()
+    return given.nbytes / (time.perf_counter() - began)
+
+
+def _multiplying() -> float:
+    """Operations a second of a product of large matrices."""
+    one = np.ones((_SIDE, _SIDE), np.float32)
+    began = time.perf_counter()
+    one @ one
+    return 2 * _SIDE**3 / (time.perf_counter() - began)
+
+
+# -- tiers --------------------------------------------------------------------------------------------------
+
+
+def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterator[_Task]:
+    with closing(Store.open(folder / "layer", create=True)) as store:
+        bank, keys = _layer(store)
+        order = np.random.default_rng(1).permutation(_ROWS)
+        batches = [keys[order[start : start + BATCH]] for start in range(0, _ROWS, BATCH)]
+        size = _ROWS * TOKENS * WIDTH * 4
+        yield _Task(
+            "exact", f"rows of {TOKENS} x {WIDTH} float32, batches of {BATCH}", _ROWS, size, 0,
+            lambda: [bank.read(bank.find(one)) for one in batches],
+        )  # fmt: skip
+    with LLMCache.open(folder / "output", model) as cache:
+        outputs = np.asarray(cache.encode(texts, batch_size=64))
+        cache.commit()
+        characters = sum(map(len, texts))
+        yield _Task(
+            "exact", "texts to vectors, end to end", len(texts), outputs.nbytes + characters, 0,
+            lambda: cache.encode(texts, batch_size=64),
+        )  # fmt: skip
+        execution = Sentences(model)
+        tokens = execution.tokenise(texts, None, None)
+        embedding = token_embedding(model)
+        width = int(embedding.shape[1])
+        total = int(tokens.lengths.sum())
+        yield _Task(
+            "near", "fingerprints: mean token embeddings", len(texts), 4.0 * width * total, 0,
+            lambda: features(embedding, tokens.ids, "mean"),
+        )  # fmt: skip
+    predictor = _predictor(width, outputs.shape[1])
+    raw = features(embedding, tokens.ids, "mean")
+    flops = 2.0 * (width * 256 + 256 * LANDMARKS + LANDMARKS * outputs.shape[1])
+    yield _Task(
+        "near", f"predicted outputs, {LANDMARKS} landmarks", len(raw), 0, flops * len(raw), lambda: predictor(raw)
+    )
+    yield from _searches()
+    yield from _storing(folder, texts, outputs)
+
+
+def _searches() -> Iterator[_Task]:
+    """A flat index must compare every vector: it is bound by arithmetic in large batches."""
+    random = np.random.default_rng(2)
+    vectors = _units(random.standard_normal((10_000, 64)))
+    queries = _units(random.standard_normal((2048, 64)))
+    index = VectorIndex.build(vectors, kind="flat")
+    operations = 2.0 * len(queries) * len(vectors) * 64
+    yield _Task(
+        "near", "8 nearest of 10,000, flat, 64 components", len(queries), 0, operations,
+        lambda: index.nearest(queries, 8),
+    )  # fmt: skip
+
+
+def _storing(folder: Path, texts: list[str], outputs: Floats) -> Iterator[_Task]:
+    """Putting and committing vectors; the floor is a copy, the disk adds to it."""
+    count = [0]
+
+    def store() -> None:
+        count[0] += 1
+        with closing(Store.open(folder / f"stored-{count[0]}", create=True)) as opened:
+            opened.declare("default", {"name": "bench"}, {})
+            _put(opened.bank("default", "output", lambda: BankFacts("float32", outputs.shape[1], 1, 0), _NO_INDEX),
+                 outputs)  # fmt: skip
+            opened.commit()
+
+    yield _Task("store", f"vectors of {outputs.shape[1]} float32, committed", len(outputs), outputs.nbytes, 0, store)
+
+
+_NO_INDEX = NearChoice(projection="none", index="flat")
+
+
+def _layer(store: Store) -> tuple[Bank, NDArray[np.uint64]]:
+    store.declare("default", {"name": "bench"}, {})
+    bank = store.bank("default", "layer-0", lambda: BankFacts("float32", WIDTH, 2, 0), _NO_INDEX)
+    random = np.random.default_rng(0)
+    keys = []
+    for _ in range(0, _ROWS, BATCH):
+        keys.append(_put(bank, list(random.standard_normal((BATCH, TOKENS, WIDTH), np.float32))))
+        store.commit()
+    return bank, np.concatenate(keys)
+
+
+def _put(bank: Bank, values: Any) -> NDArray[np.uint64]:
+    n = len(values)
+    keys = np.random.default_rng(len(bank)).integers(1, 1 << 63, (n, 2)).astype(np.uint64)
+    bank.put(
+        keys, values, tokens=[np.arange(TOKENS, dtype=np.int32)] * n, sources=[""] * n,
+        features=np.zeros((n, 0), np.float32), cost=np.full(n, 0.002, np.float32),
+    )  # fmt: skip
+    return keys
+
+
+# -- near look-ups ------------------------------------------------------------------------------------------
+
+
+def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds per query of 12 tokens: a near look-up among so many entries, corrected results included, and the
+    model.
+
+    The entries are drawn around centres. Near reuse holds at most 200,000 of them in memory; of the plain rule
+    (`tau`) the index over all of them is asked.
+    """
+    random = np.random.default_rng(3)
+    held = min(entries, HELD)
+    tokens = [random.integers(1000, 20_000, QUERY).astype(np.int32) for _ in range(2048)]
+    sentences = Sentences(model)
+    queries = sentences.tokenise(["a"], None, None).like(tokens)
+    embedding = token_embedding(model)
+    width, out = int(embedding.shape[1]), int(model.get_embedding_dimension() or 0)
+    raw = features(embedding, tokens, "mean")
+    predictor, like = _predictor(width, out), random.integers(0, len(raw), held)
+    predictions = predictor(raw)[like] + 0.1 * random.standard_normal((held, out), np.float32)
+    outputs = _units(random.standard_normal((held, out), np.float32))
+    known = Entries(raw[like].astype(np.float16), outputs, [tokens[i] for i in like.tolist()])
+    memory = Memory(known, predictor, Voting(), predictions=rounded(predictions))
+    plain = VectorIndex.build(_units(random.standard_normal((entries, 128), np.float32)), kind=choose_kind(entries))
+    asked, some = _units(random.standard_normal((len(tokens), 128))), queries.take(range(512))
+    runs: dict[str, list[float]] = {"model": [], "corrected": [], "plain": []}
+    for _ in range(repeats):
+        runs["model"].append(1e3 * sum(one.seconds for one in compute(sentences, some, 64, None)) / 512)
+        began = time.perf_counter()
+        memory.look_up(Entries(features(embedding, tokens, "mean"), outputs[:0], tokens))
+        runs["corrected"].append(1e3 * (time.perf_counter() - began) / len(tokens))
+        began = time.perf_counter()
+        features(embedding, tokens, "mean")
+        rows, _ = plain.nearest(asked, 1)
+        outputs[rows[:, 0] % held].copy()
+        runs["plain"].append(1e3 * (time.perf_counter() - began) / len(tokens))
+    return {
+        "entries": entries, "held": held, "index": plain.kind,
+        **{f"{name}_milliseconds": statistics.median(one) for name, one in runs.items()},
+        **{
+            f"{name}_share": statistics.median(a / b for a, b in zip(runs[name], runs["model"], strict=True))
+            for name in ("corrected", "plain")
+        },
+    }  # fmt: skip
+
+
+def _predictor(width: int, out: int) -> Predictor:
+    """One of the usual size; what it predicts does not matter here."""
+    random = np.random.default_rng(4)
+    return Predictor(
+        mean=np.zeros(width, np.float32), matrix=_normal(random, width, min(width, 256)),
+        landmarks=_normal(random, LANDMARKS, min(width, 256)), weights=_normal(random, LANDMARKS, out),
+        offset=np.zeros(out, np.float32), basis=directions(_normal(random, 2 * out, out)),
+        gamma=0.002, penalty=0.1, entries=10_000, held_out=0.9,
+    )  # fmt: skip
+
+
+def _normal(random: np.random.Generator, rows: int, columns: int) -> Floats:
+    return random.standard_normal((rows, columns), np.float32)
+
+
+def _units(vectors: NDArray[np.floating]) -> Floats:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)

@@ -1,0 +1,115 @@
+"""Whether reuse from a bank pays on this machine: a short profile first, and then what is seen while it goes on.
+
+A disk can be slower than the model: then loading what is stored costs more than computing it again, and the cache
+stands aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.balance import LEAST, Balance, Decision, Profile
+from llmcache.indexes.bank import Bank
+
+log = logging.getLogger("llmcache")
+
+PROFILED_ROWS, PROFILED_BYTES = 64, 8 << 20
+"""A profile reads at most so many entries, and so many bytes of them."""
+_PROBED_SECONDS = 0.05  # of recorded model time that a profile may compute again
+
+Rows = NDArray[np.int64]
+
+
+class Worth:
+    """What reuse from one bank is worth; asked before its entries are looked up.
+
+    Decided by a profile before the first look-up, once the bank has 1,024 entries, and from then on by the seconds
+    that loading took and the model would have taken. While it stands aside a few documents are still looked up.
+    """
+
+    def __init__(self, bank: Bank, name: str, *, on: bool, again: Callable[[Rows], float] | None = None) -> None:
+        """on: whether it may stand aside at all. again: seconds the model takes for these rows, computed again."""
+        self.bank, self.name, self._on, self._again = bank, name, on, again
+        self._balance = Balance()
+        self._factor = 1.0  # of this machine's model seconds to the recorded ones
+        self.profile: Profile | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Whether entries are looked up, and kept."""
+        return self._balance.pays
+
+    def tried(self, n: int) -> Rows:
+        """Which of n documents are to be looked up, int64, in order."""
+        if not self._on:
+            return np.arange(n)
+        if self.profile is None and len(self.bank) >= LEAST:
+            self._begin()
+        return self._balance.tried(n)
+
+    def served(self, rows: Rows, seconds: float) -> None:
+        """Take note of entries that were loaded, and the seconds that took."""
+        saved = self.bank.cost(rows) * self._factor
+        if not self._on or not saved:  # nothing is known of what the model took
+            return
+        if self._balance.observe(len(rows), saved, seconds):
+            self._say(f"{self._balance.spent:.3g} seconds to load what the model computes in {self._balance.saved:.3g}")
+
+    def decision(self) -> Decision:
+        state = "on" if self.pays else "aside"
+        if self.profile is None and not self._balance.spent:
+            state = "too few entries to tell" if self._on else "always on"
+        return Decision(self.name, state, self.profile, self._balance.saved, self._balance.spent)
+
+    def _begin(self) -> None:
+        self.profile = profiled(self.bank, self._again)
+        recorded = self.profile.compute
+        if self.profile.measured:
+            rows = sample(self.bank)
+            recorded = self.bank.cost(rows) / max(1, len(rows))
+        self._factor = self.profile.compute / recorded if recorded else 1.0
+        if not self.profile.pays:
+            self._balance.pays = False
+            reuse = self.profile.look_up + self.profile.load
+            self._say(f"an entry takes {1e3 * reuse:.3g} ms to load and {1e3 * self.profile.compute:.3g} ms to compute")
+
+    def _say(self, why: str) -> None:
+        what = "pays again" if self.pays else "costs more than it saves, and is left alone but for a few documents"
+        log.warning("reuse from the bank %s %s: %s", self.name, what, why)
+
+
+def sample(bank: Bank) -> Rows:
+    """Rows for a profile, spread evenly over the bank, int64."""
+    live = bank.near.live()
+    stored = bank.pending_bytes + sum(segment.payload for segment in bank.facts.segments)
+    each = max(1, stored // max(1, len(live)))
+    most = max(1, min(PROFILED_ROWS, PROFILED_BYTES // each))
+    return live[:: -(-len(live) // most)] if len(live) else live
+
+
+def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profile:
+    """A profile of a bank by a sample of its entries. again: see `Worth`; it is asked for about 0.05 seconds of work.
+
+    They are read in four parts, of which the median counts: the first may have to wait for the disk alone.
+    """
+    rows = sample(bank)
+    keys = bank.keys(rows)
+    began = time.perf_counter()
+    bank.find(keys)
+    look_up = (time.perf_counter() - began) / max(1, len(rows))
+    loads, size = [], 0
+    for part in np.array_split(rows, min(4, max(1, len(rows)))):
+        began = time.perf_counter()
+        values = bank.read(part, count=False).values
+        loads.append((time.perf_counter() - began) / max(1, len(part)))
+        size += sum(one.nbytes for one in values)
+    compute, measured = bank.cost(rows) / max(1, len(rows)), False
+    few = rows[: int(_PROBED_SECONDS / compute)] if compute else rows[:0]
+    if again is not None and len(few):
+        compute, measured = again(few) / len(few), True
+    return Profile(len(rows), compute, measured, look_up, float(np.median(loads)), size / max(1, len(rows)))

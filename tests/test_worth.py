@@ -1,0 +1,154 @@
+"""Reuse that costs more than the model is left alone, bank by bank, and said so."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from llmcache import CacheConfig, LLMCache
+from llmcache.balance import LEAST, PROBED, Profile
+from llmcache.indexes.bank import Bank
+from llmcache.worth import PROFILED_ROWS, Worth, profiled, sample
+
+TEXTS = [f"document {i}" for i in range(LEAST + 200)]
+
+
+@pytest.fixture(scope="module")
+def filled(model: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("worth") / "store"
+    with LLMCache.open(store, model) as cache:
+        cache.encode(TEXTS)
+    return store
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every read of entries takes so much longer, as on a slow disk."""
+    read = Bank.read
+
+    def slow(self: Bank, rows: Any, *, count: bool = True) -> Any:
+        time.sleep(seconds)
+        return read(self, rows, count=count)
+
+    monkeypatch.setattr(Bank, "read", slow)
+
+
+def test_entries_are_reused_where_loading_them_is_quicker_than_the_model(
+    filled: Path, model: SentenceTransformer
+) -> None:
+    with LLMCache.open(filled, model) as cache:
+        tiers = {one.tier for one in cache.run(TEXTS)}
+        (decision,) = cache.stats().worth
+    assert tiers == {"exact"}
+    assert (decision.bank, decision.state) == ("output", "on")
+    assert decision.profile is not None
+    assert decision.profile.measured
+    assert decision.profile.compute > decision.profile.load > 0
+    assert decision.profile.bytes == 384 * 4
+    assert decision.saved > decision.spent > 0
+
+
+def test_on_a_disk_slower_than_the_model_the_cache_stands_aside_and_says_so(
+    filled: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = model.encode(TEXTS)
+    slowed(monkeypatch, 5.0)
+    with LLMCache.open(filled, model) as cache, caplog.at_level(logging.WARNING, "llmcache"):
+        before = len(cache)
+        found = list(cache.run(TEXTS))
+        counters, (decision,) = cache.stats().counters, cache.stats().worth
+        assert len(cache) == before, "nothing is stored twice"
+    hits = sum(one.tier == "exact" for one in found)
+    assert hits / len(TEXTS) == pytest.approx(PROBED, abs=0.04), "a few are still looked up"
+    assert counters.left_alone == len(TEXTS) - hits
+    np.testing.assert_allclose(np.stack([one.output for one in found]), expected, atol=2e-6)
+    assert decision.state == "aside"
+    assert any("costs more than it saves" in one.message for one in caplog.records)
+
+
+def test_what_is_stored_is_always_reused_where_that_is_asked_for(
+    filled: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 0.5)
+    with LLMCache.open(filled, model, config=CacheConfig(stand_aside=False)) as cache:
+        assert {one.tier for one in cache.run(TEXTS)} == {"exact"}
+        assert [one.state for one in cache.stats().worth] == ["always on"]
+
+
+def test_a_small_bank_is_not_profiled(model: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLMCache.open(store, model) as cache:
+        cache.encode(TEXTS[:100])
+        slowed(monkeypatch, 0.2)
+        assert {one.tier for one in cache.run(TEXTS[:100])} == {"exact"}
+        assert cache.stats().worth[0].profile is None
+
+
+def test_a_layer_that_is_slower_to_load_than_to_compute_is_neither_loaded_nor_kept(
+    model: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk: Any = model.transformers_model
+    with LLMCache.open(store, model, config=CacheConfig(layers=(2,), commit_seconds=1e6)) as cache:
+        tokenizer: Any = model.tokenizer
+        inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
+        with cache.attached(), torch.no_grad():
+            trunk(**inputs)
+        cache.commit()
+        slowed(monkeypatch, 2.0)
+        rows = {name: part[:512] for name, part in inputs.items()}
+        with cache.attached(), torch.no_grad():
+            found = trunk(**rows).last_hidden_state
+        other = tokenizer([f"another one, {i}" for i in range(64)], return_tensors="pt", padding=True)
+        before = cache._layers.attachment(model).banks.banks[2]
+        count = len(before)
+        with cache.attached(), torch.no_grad():
+            trunk(**other)
+        assert len(before) == count, "states that are not worth loading are not kept either"
+        layer = cache.stats().counters.layer("layer-2")
+        states = {one.bank: one.state for one in cache.stats().worth}
+    assert states["layer-2"] == "aside"
+    assert layer.hits < 0.2 * 512
+    with torch.no_grad():
+        seen = rows["attention_mask"].bool()
+        np.testing.assert_allclose(found[seen], trunk(**rows).last_hidden_state[seen], atol=2e-5)
+
+
+def test_a_profile_is_of_few_entries_and_of_what_they_hold(filled: Path, model: SentenceTransformer) -> None:
+    with LLMCache.open(filled, model) as cache:
+        bank = cache._bank
+        rows = sample(bank)
+        assert len(rows) <= PROFILED_ROWS
+        recorded = profiled(bank)
+        assert not recorded.measured
+        assert recorded.compute == pytest.approx(bank.cost(rows) / len(rows))
+        assert recorded.bytes == 384 * 4
+        tried = profiled(bank, lambda few: 0.25 * len(few))
+        assert tried.measured
+        assert tried.compute == pytest.approx(0.25)
+
+
+def test_a_profile_knows_when_nothing_is_known_of_the_model() -> None:
+    assert Profile(10, 0.0, False, 1.0, 1.0, 8.0).pays
+    assert Profile(10, 3.0, True, 1.0, 1.0, 8.0).pays
+    assert not Profile(10, 1.0, True, 1.0, 1.0, 8.0).pays
+    assert Profile(10, 3.0, True, 1.0, 2.0, 8.0).load_per_byte == 0.25
+
+
+def test_reuse_that_turns_out_slower_than_the_profile_is_left_alone_later(
+    filled: Path, model: SentenceTransformer
+) -> None:
+    with LLMCache.open(filled, model) as cache:
+        worth = Worth(cache._bank, "output", on=True)
+        assert len(worth.tried(10)) == 10
+        rows = np.arange(LEAST)
+        worth.served(rows, 10 * cache._bank.cost(rows))
+        assert not worth.pays
+        assert len(worth.tried(1000)) < 200
+        for _ in range(200):
+            worth.served(rows[:256], 0.0)
+        assert worth.pays
