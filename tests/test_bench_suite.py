@@ -262,7 +262,9 @@ def test_what_is_done_is_kept_when_a_run_is_stopped(tmp_path: Path, sizes: Sizes
 
 def test_a_record_is_measured_anew_on_request_and_never_mixed(tmp_path: Path, sizes: Sizes) -> None:
     list(run([quick("one")], sizes, tmp_path, "before"))
-    with pytest.raises(ConfigError, match=r"--repeats 2 and --limit None; give these, another --out, or --again"):
+    with pytest.raises(
+        ConfigError, match=r"--repeats 2, --limit None and --seed 0; give these, another --out, or --again"
+    ):
         list(run([quick("one")], replace(sizes, limit=5), tmp_path, "after"))
     ((_, record),) = run([quick("one")], replace(sizes, limit=5), tmp_path, "after", again=True)
     assert json.loads((tmp_path / "one.json").read_bytes()) == record

@@ -70,6 +70,7 @@ def _run(one: Benchmark, sizes: Sizes, path: Path, command: str, said: Said) -> 
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "repeats": sizes.repeats,
             "limit": sizes.limit,
+            "seed": sizes.seed,
             "load": [before, load()],
             "processors_of_others": others(at, moment()),
             **measured,
@@ -95,10 +96,10 @@ def _kept(path: Path, sizes: Sizes) -> Record:
         found = None
     if not isinstance(found, dict) or "benchmark" not in found:
         raise ConfigError(f"{path} is no record of a benchmark; remove it, or give --again to write it anew")
-    if (found.get("repeats"), found.get("limit")) != (sizes.repeats, sizes.limit):
+    if tuple(found.get(name) for name in ("repeats", "limit", "seed")) != (sizes.repeats, sizes.limit, sizes.seed):
         raise ConfigError(
-            f"{path} was measured with --repeats {found.get('repeats')} and --limit {found.get('limit')}; give these, "
-            "another --out, or --again to measure it anew"
+            f"{path} was measured with --repeats {found.get('repeats')}, --limit {found.get('limit')} and --seed "
+            f"{found.get('seed')}; give these, another --out, or --again to measure it anew"
         )
     return found
 

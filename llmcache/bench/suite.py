@@ -156,7 +156,7 @@ def _stream(kind: str) -> Callable[[Sizes], Iterator[Record]]:
         length = sizes.limit or STREAM
         pool = read(sizes.data, "banking77", max(2, length // 4))
         texts = [pool[place] for place in STREAMS[kind](len(pool), length, sizes.seed).tolist()]
-        facts = {"pool": len(pool), "seed": sizes.seed, **_redundancy(texts)}
+        facts = {"pool": len(pool), **_redundancy(texts)}
         yield from _measured(sizes, Task(sizes.model(), [], _calls(texts)), _STREAM, [], facts)
 
     return run
