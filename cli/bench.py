@@ -18,6 +18,7 @@ from llmcache.cli import (
     bench_ray,
     bench_roofline,
     bench_scale,
+    bench_suite,
     options,
     printing,
 )
@@ -27,6 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+app.command(name="list")(bench_suite.list_)
+app.command()(bench_suite.run)
 app.command()(bench_layers.layers)
 app.command()(bench_decoding.decoding)
 app.command()(bench_near.near)

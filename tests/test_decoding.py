@@ -272,7 +272,10 @@ def test_the_benchmarks_compare_equal_results() -> None:
     text = "Once upon a time there was a little girl named Lily. She liked to play in the park with her big red ball."
     requests = [(text[i:], f"What did {name} see?") for i in (0, 5) for name in ("Lily", "Tom", "the cat")]
     reports = prefill(model, tokenizer, requests, rows=2)
-    assert [one["name"] for one in reports] == ["plain", "first pass", "known paragraphs", "repeated"]
+    assert [one["name"] for one in reports] == [
+        "plain", "first pass", "known paragraphs", "repeated",
+        "kept by the caller, first pass", "kept by the caller, known paragraphs",
+    ]  # fmt: skip
     assert reports[2]["restored"] > 0
     assert reports[3]["computed"] == 0
     asked = choices(model, tokenizer, [("Once upon a", [" time", " cat"]), ("Lily went to the", [" park", " sun"])])

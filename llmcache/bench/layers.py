@@ -112,7 +112,7 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
         return {name: value[rows, :width] for name, value in inputs.items()}
 
     states = {k: trunk.embeddings(some(rows)["input_ids"]) for k, rows in (("new", new), ("middle", at_middle))}
-    masks = {k: _attention(some(rows)["attention_mask"], trunk) for k, rows in (("new", new), ("middle", at_middle))}
+    masks = {k: attention(some(rows)["attention_mask"], trunk) for k, rows in (("new", new), ("middle", at_middle))}
 
     def remaining() -> None:
         for kind, first in (("new", 0), ("middle", middle + 1)):
@@ -153,7 +153,7 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
     return Comparison("mixed batch", "remaining layers alone", BATCH, tuple(seconds), tuple(base), worst, facts)
 
 
-def _attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
+def attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
     """The mask as the layers get it; None where nothing is hidden."""
     if bool(mask.all()):
         return None

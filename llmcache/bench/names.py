@@ -1,0 +1,11 @@
+"""Names of contenders, as records and tables have them; apart, so that reading a record loads no model's libraries."""
+
+ALONE = "model alone"
+SORTED = "model alone, sorted by tokens"
+ONCE = "in-call de-duplication"
+OURS = "LLMCache, exact"
+DISKCACHE = "exact text on diskcache"
+DISKCACHE_RAW = "exact text on diskcache, raw bytes"
+GPTCACHE = "GPTCache (FAISS + SQLite)"
+SEMHASH = "SemHash, then encode"
+CUT = "fixed cut layer, states on disk (as s2re)"

@@ -1,0 +1,214 @@
+"""Contenders in turn in one process: the same calls to each; medians, spread, ratios, differences to the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.errors import ConfigError
+
+Row = dict[str, Any]
+Floats = NDArray[np.float32]
+
+LEAST_SECONDS = 0.2
+"""What only reads is asked again until this time has passed: one answer alone would be shorter than the noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What every contender is given. known: texts it has answered before the time begins. calls: texts of each call."""
+
+    model: SentenceTransformer
+    known: Sequence[str]
+    calls: Sequence[Sequence[str]]
+    batch_size: int = 32
+
+    def first(self, share: int | None) -> Task:
+        """The same, for a contender that is asked no more than this many texts."""
+        if share is None or sum(map(len, self.calls)) <= share:
+            return self
+        calls, left = [], share
+        for call in self.calls:
+            calls.append(call[:left])
+            left -= len(calls[-1])
+            if not left:
+                break
+        asked = {text for call in calls for text in call}
+        return Task(self.model, [text for text in self.known if text in asked], calls, self.batch_size)
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether all that is asked is known."""
+        known = set(self.known)
+        return bool(known) and all(text in known for call in self.calls for text in call)
+
+
+class Opened(NamedTuple):
+    """A contender at work. answer: texts to vectors, float32 [n, width]. computed: how many the model had to compute so
+    far. commit: makes what was stored last.
+    """
+
+    answer: Callable[[Sequence[str]], Any]
+    computed: Callable[[], int]
+    commit: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to the vectors. opened: with its data in a folder, a context that gives `Opened`, or why it cannot be.
+
+    package: what has to be installed for it. share: texts it is asked at most, when it is too slow for all of them;
+    rates and ratios are per text, so that they stay comparable.
+    """
+
+    name: str
+    opened: Callable[[Task, Path], AbstractContextManager[Opened]] | str
+    package: str = ""
+    share: int | None = None
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot take part; empty when it can."""
+        if isinstance(self.opened, str):
+            return self.opened
+        if self.package and find_spec(self.package) is None:
+            return f"not installed: {self.package}; install llmcache[rivals]"
+        return ""
+
+
+@dataclass(slots=True)
+class Taken:
+    """What one contender gave. seconds: of all its texts, one value a round. outputs: of the last round."""
+
+    documents: int = 0
+    seconds: list[float] = field(default_factory=list)
+    computed: int = 0
+    outputs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
+    """Rows after each round, one per contender; ratios are to the first, which is the model alone.
+
+    A first round warms up and is not counted. Who begins changes from round to round. What a contender has to know is
+    answered by it once, before, and each round works on a copy of that.
+    """
+    able = [one for one in contenders if not one.missing]
+    if not able or able[0] is not contenders[0]:
+        raise ConfigError(f"{contenders[0].name} is what the others are compared with, and it cannot take part")
+    texts = list(dict.fromkeys(text for call in task.calls for text in call))
+    places = {text: place for place, text in enumerate(texts)}
+    expected = np.asarray(task.model.encode(texts, batch_size=task.batch_size), np.float32)
+    taken = {one.name: Taken() for one in able}
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
+        for turn, one in enumerate(able):
+            _fill(one, task.first(one.share), Path(name) / f"known-{turn}")
+        for round_ in range(repeats + 1):
+            turn = round_ % len(able)
+            for place in [*range(turn, len(able)), *range(turn)]:
+                one, work = able[place], Path(name) / "work"
+                shutil.copytree(Path(name) / f"known-{place}", work)
+                _measure(one, task.first(one.share), work, taken[one.name], counted=round_ > 0)
+                shutil.rmtree(work)
+            if round_:
+                yield [_row(one, task, contenders[0], taken, (places, expected)) for one in contenders]
+
+
+def _fill(one: Contender, task: Task, folder: Path) -> None:
+    folder.mkdir()
+    if task.known and not isinstance(one.opened, str):
+        with one.opened(task, folder) as opened:
+            opened.answer(task.known)
+            opened.commit()
+
+
+def _measure(one: Contender, task: Task, folder: Path, taken: Taken, *, counted: bool) -> None:
+    assert not isinstance(one.opened, str)
+    reads = task.only_reads
+    with one.opened(task, folder) as opened:
+        before = opened.computed()
+        seconds: list[float] = []
+        while not seconds or (reads and sum(seconds) < LEAST_SECONDS):
+            began = time.perf_counter()
+            outputs = [opened.answer(call) for call in task.calls]
+            if not reads:  # otherwise there is nothing to make last
+                opened.commit()
+            seconds.append(time.perf_counter() - began)
+        computed = (opened.computed() - before) // len(seconds)
+    if counted:
+        taken.seconds.append(statistics.median(seconds))
+        taken.computed, taken.documents = computed, sum(map(len, task.calls))
+        taken.outputs = np.concatenate([np.asarray(one, np.float32) for one in outputs])
+
+
+# -- rows -----------------------------------------------------------------------------------------------------
+
+
+def _row(
+    one: Contender, task: Task, base: Contender, taken: dict[str, Taken], right: tuple[dict[str, int], Floats]
+) -> Row:
+    if one.missing:
+        return {"name": one.name, "skipped": one.missing}
+    mine = taken[one.name]
+    places, expected = right
+    asked = [text for call in task.first(one.share).calls for text in call]
+    wanted = expected[[places[text] for text in asked]]
+    cosine = np.sum(mine.outputs * wanted, axis=1) / (
+        np.linalg.norm(mine.outputs, axis=1) * np.linalg.norm(wanted, axis=1)
+    )
+    return {
+        "name": one.name,
+        "documents": mine.documents,
+        "seconds": list(mine.seconds),
+        **spread(mine.seconds),
+        "per_second": mine.documents / statistics.median(mine.seconds),
+        **ratios(mine, taken[base.name]),
+        "computed": mine.computed,
+        "difference": float(np.abs(mine.outputs - wanted).max()),
+        "mean_1_minus_cosine": float(np.mean(1 - cosine)),
+    }
+
+
+def spread(seconds: Sequence[float]) -> Row:
+    """Median, quickest and slowest; slowest_of_quickest is None after one repeat, which has no spread."""
+    least, most = min(seconds), max(seconds)
+    return {
+        "median": statistics.median(seconds),
+        "quickest": least,
+        "slowest": most,
+        "slowest_of_quickest": most / least if len(seconds) > 1 else None,
+    }
+
+
+def ratios(mine: Taken, base: Taken) -> Row:
+    """Texts per second as a multiple of the base's, round by round, and their median."""
+    each = [
+        (other / base.documents) / (own / mine.documents) for own, other in zip(mine.seconds, base.seconds, strict=True)
+    ]
+    return {"ratio": statistics.median(each), "ratios": each}
+
+
+def times(rows: Sequence[Row], name: str, other: str) -> float | None:
+    """How many times the texts per second of `other` the contender `name` has, the median over the rounds."""
+    found = {row["name"]: row for row in rows if "ratios" in row}
+    if name not in found or other not in found:
+        return None
+    mine, theirs = found[name]["ratios"], found[other]["ratios"]
+    return float(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)))
+
+
+def load() -> float:
+    """Processes that ran or waited for a processor, the mean of the last minute."""
+    return os.getloadavg()[0]

@@ -1,0 +1,42 @@
+"""Numbers, paragraphs and tables of Markdown, written in one way."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+WIDTH = 125
+
+
+def prose(text: str) -> str:
+    """A paragraph, broken into lines."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    head, rule, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head.replace("|  |", "| |"), rule.replace(" ", ""), *body])
+
+
+def by(rows: Iterable[Row], **wanted: Any) -> Row:
+    """The first row whose fields are these."""
+    return next(row for row in rows if all(row[name] == value for name, value in wanted.items()))
+
+
+def times(value: float) -> str:
+    """A ratio, as three figures."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def rate(value: float) -> str:
+    """Something per second: whole, and thousands where there are many."""
+    return f"{value:,.0f}" if value < 100_000 else f"{round(value, -3):,.0f}"
+
+
+def percent(value: float, places: int = 1) -> str:
+    return f"{100 * value:.{places}f} %"
