@@ -84,8 +84,13 @@ class Answers:
     def fill(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank) -> NDArray[np.bool_]:
         """Outputs of these places from these bank rows; bool [n], which could be read."""
         reading = bank.read(rows)
-        good = np.flatnonzero(reading.intact)
-        self.outputs[places[good]] = np.asarray(reading.values)[good]
+        values = np.asarray(reading.values)
+        if not reading.intact.all():
+            self.outputs[places[reading.intact]] = values[reading.intact]
+        elif np.array_equal(places, np.arange(len(self.outputs))):
+            self.outputs = values  # nothing is copied where everything was there
+        else:
+            self.outputs[places] = values
         return reading.intact
 
     def kept(self, places: NDArray[np.int64], vectors: Tensor) -> None:
@@ -119,6 +124,10 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
     keys: uint64 [n, 2]. Returns int64 [distinct] and int64 [n].
     """
+    _, first, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
+    first = first[which]
+    if np.array_equal(keys[first, 1], keys[:, 1]):  # else two keys have one half in common
+        return np.flatnonzero(first == np.arange(len(keys))), first
     raw = keys.tobytes()
     seen: dict[bytes, int] = {}
     first = np.fromiter((seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys))
