@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -258,7 +259,7 @@ def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -
     answers = labels(head, entries.outputs) if truth is None else truth
 
     def judge_of(rows: NDArray[np.int64]) -> Judge:
-        edge = Boundary.fit(entries.outputs[rows], answers[rows])
+        edge = _again(None if truth is None else head, entries.outputs[rows], answers[rows])
         if edge is None:
             return measured
         if truth is None and measured.scores is not None:
@@ -266,6 +267,21 @@ def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -
         return Judge(label_drift(edge), edge)
 
     return judge_of
+
+
+def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> Boundary | None:
+    """A linear picture of a head that is fitted to these answers: a classifier of scikit-learn as it was fitted, with
+    its own settings; of anything else, or of None, a logistic regression. None where there is but one answer.
+    """
+    from sklearn.base import BaseEstimator, clone
+    from sklearn.exceptions import ConvergenceWarning
+
+    if not isinstance(head, BaseEstimator) or len(np.unique(answers)) < 2:
+        return Boundary.fit(outputs, answers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        same = clone(head).fit(outputs, answers)
+    return Boundary.of(same) or Boundary.fit(outputs, labels(same, outputs))
 
 
 def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -> Boundary:
@@ -291,7 +307,7 @@ def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> N
     for number in np.unique(held.fold):
         apart = held.fold == number
         classes, place = np.unique(truth[~apart], return_inverse=True)
-        edge = Boundary.fit(asked.outputs[~apart], place)
+        edge = _again(head, asked.outputs[~apart], place)
         if edge is not None:
             was, becomes = (classes[labels(edge, one[apart])] == truth[apart] for one in (asked.outputs, held.results))
             lost[apart] = was.astype(np.float64) - becomes

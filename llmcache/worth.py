@@ -21,6 +21,7 @@ log = logging.getLogger("llmcache")
 PROFILED_ROWS, PROFILED_BYTES = 64, 8 << 20
 """A profile reads at most so many entries, and so many bytes of them."""
 _PROBED_SECONDS = 0.05  # of recorded model time that a profile may compute again
+_CLEAR = 10  # times as quick as recorded seconds of the model: they need not be measured again
 
 Rows = NDArray[np.int64]
 
@@ -93,7 +94,8 @@ def sample(bank: Bank) -> Rows:
 
 
 def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profile:
-    """A profile of a bank by a sample of its entries. again: see `Worth`; it is asked for about 0.05 seconds of work.
+    """A profile of a bank by a sample of its entries. again: see `Worth`; it is asked for about 0.05 seconds of work,
+    where loading is not ten times as quick as what was recorded of the model anyway.
 
     They are read in four parts, of which the median counts: the first may have to wait for the disk alone.
     """
@@ -109,7 +111,8 @@ def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profil
         loads.append((time.perf_counter() - began) / max(1, len(part)))
         size += sum(one.nbytes for one in values)
     compute, measured = bank.cost(rows) / max(1, len(rows)), False
-    few = rows[: int(_PROBED_SECONDS / compute)] if compute else rows[:0]
+    in_doubt = compute < _CLEAR * (look_up + float(np.median(loads)))
+    few = rows[: int(_PROBED_SECONDS / compute)] if compute and in_doubt else rows[:0]
     if again is not None and len(few):
         compute, measured = again(few) / len(few), True
     return Profile(len(rows), compute, measured, look_up, float(np.median(loads)), size / max(1, len(rows)))
