@@ -31,7 +31,7 @@ _TRIED_ROWS, _TRIED_LANDMARKS = 4096, 768  # what a setting is judged by
 _WIDTHS = (0.25, 0.5, 1.0, 2.0)
 _PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _JITTER = 1e-5
-_BLOCK = 256
+_BLOCK = 2048  # rows whose kernel is held at once: 25 MB; smaller products of matrices keep two cores less busy
 
 Floats = NDArray[np.float32]
 
