@@ -35,6 +35,7 @@ DECIDED = ("gap", "log_gap", "gap_per_error")
 """Columns after them where a head's scores are known."""
 
 _TINY = 1e-6
+_ID_BITS = 32  # of a token id
 _TEMPERATURES = (0.02, 0.05, 0.1)
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -154,11 +155,18 @@ def _squares(vectors: Floats) -> Floats:
 
 def jaccard(one: Tokens, other: Tokens) -> Floats:
     """Share of distinct tokens that two documents have in common, float32 [n]."""
-    found = np.empty(len(one), np.float32)
-    for i, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-        left, right = set(mine.tolist()), set(theirs.tolist())
-        found[i] = len(left & right) / max(len(left | right), 1)
-    return found
+    mine, theirs = _distinct(one), _distinct(other)
+    both = np.bincount(np.intersect1d(mine, theirs, assume_unique=True) >> _ID_BITS, minlength=len(one))
+    sizes = [np.bincount(each >> _ID_BITS, minlength=len(one)) for each in (mine, theirs)]
+    return np.asarray(both / np.maximum(sizes[0] + sizes[1] - both, 1), np.float32)
+
+
+def _distinct(tokens: Tokens) -> NDArray[np.int64]:
+    """The distinct tokens of every document, each with the document's number above its bits."""
+    if not len(tokens):
+        return np.zeros(0, np.int64)
+    lengths = [len(ids) for ids in tokens]
+    return np.unique((np.repeat(np.arange(len(tokens)), lengths) << _ID_BITS) | np.concatenate(tokens))
 
 
 def decided(scores: NDArray[np.floating]) -> Floats:

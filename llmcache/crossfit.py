@@ -25,7 +25,7 @@ Tokens = Sequence[NDArray[np.int32]]
 Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 Drift = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float64]]
 
-_BLOCK = 256  # documents that are looked up together
+_BLOCK = 512  # documents that are looked up together
 _VOTED = 1000  # held-out entries that temperature and strength are chosen by
 
 

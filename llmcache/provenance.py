@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isnan
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,7 +60,7 @@ def results(
         ids = [document.id for document in part]
         answers = answer([document.text for document in part], ids)
         # all at once: rows may have other numbers after a reload between two results
-        yield from [_result(i, id, ids, answers, bank, layer) for i, id in enumerate(ids)]
+        yield from list(_results(ids, answers, bank, layer))
 
 
 def documents_of(sources: Iterable[Source]) -> Iterator[Document]:
@@ -86,15 +87,18 @@ def _document(source: Source, place: int) -> Document:
     return Document(str(source.get("id", place)), text)
 
 
-def _result(i: int, id: str, ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Result:
-    tier = int(answers.tier[i])
-    if tier == MISS:
-        return Result(id, answers.outputs[i], "miss", None, None, None, bool(answers.audited[i]))
-    row, twin, reused = int(answers.row[i]), int(answers.twin[i]), int(answers.layer[i])
-    if reused >= 0:
-        layer = bank_name(reused)
-    source = ids[twin] if twin >= 0 else answers.entry.get(i)
-    if row >= 0:
-        source = bank.source(row) or bank.key(row)
-    agreed = None if np.isnan(answers.consensus[i]) else float(answers.consensus[i])
-    return Result(id, answers.outputs[i], TIERS[tier], layer, source, float(answers.similarity[i]), consensus=agreed)
+def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Iterator[Result]:
+    # lists: single numbers out of arrays would take most of the time of a hit
+    columns = (answers.tier, answers.row, answers.twin, answers.layer, answers.similarity, answers.consensus)
+    places = zip(ids, *(column.tolist() for column in columns), answers.audited.tolist(), strict=True)
+    for i, (id, tier, row, twin, reused, similarity, consensus, audited) in enumerate(places):
+        if tier == MISS:
+            yield Result(id, answers.outputs[i], "miss", None, None, None, audited)
+            continue
+        source = ids[twin] if twin >= 0 else answers.entry.get(i)
+        if row >= 0:
+            source = bank.source(row) or bank.key(row)
+        yield Result(
+            id, answers.outputs[i], TIERS[tier], bank_name(reused) if reused >= 0 else layer, source, similarity,
+            consensus=None if isnan(consensus) else consensus,
+        )  # fmt: skip
