@@ -35,6 +35,6 @@ def test_sizes_that_make_no_sense_are_refused_in_one_line(llmcache: Command, tmp
     path.write_text("a\nb\n")
     for sizes in ("10", "many"):
         done = llmcache("bench", "roofline", "--data", path, "--entries", sizes)
-        assert done.code == 1
+        assert done.code == 2
         assert sizes in done.err
         assert len(done.err.strip().splitlines()) == 1
