@@ -73,7 +73,9 @@ def run(
     printing.quiet()
     load = cache(lambda: SentenceTransformer(model) if model else demo_model())
     sizes = Sizes(data, repeats, limit, seed, tokenizer, model=load)
-    command = "llmcache " + " ".join(sys.argv[1:])
+    # a record is for others: where the folders lie here is of no use to them
+    folders = {str(data): "DATA", str(out): "OUT", str(tokenizer): "TOKENIZER", str(model): "MODEL"}
+    command = " ".join(["llmcache", *(folders.get(one, one) for one in sys.argv[1:])])
     undone = 0
     for one, record in recording.run(wanted, sizes, out, command, again=again, said=_said):
         undone += "skipped" in record or "failed" in record
