@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 
-from llmcache.calibrating import calibrated
+from llmcache.calibrating import _again, calibrated
 from llmcache.crossfit import Memory
 from llmcache.gate import Boundary
 from tests.test_correction import entries
@@ -34,3 +35,17 @@ def test_how_loud_a_head_decides_changes_neither_the_hits_calibrated_nor_those_g
         assert abs(hits - found.hits) < 0.12, "what was calibrated is what is given"
         given.append(hits)
     assert max(given) - min(given) < 0.12
+
+
+def test_a_classifier_is_fitted_again_with_its_own_settings() -> None:
+    random = np.random.default_rng(0)
+    outputs = random.standard_normal((300, 8)).astype(np.float32)
+    answers = (outputs[:, 0] + 0.5 * random.standard_normal(300) > 0).astype(int)
+    head = LogisticRegression(C=1e-3).fit(outputs[:100], answers[:100])
+    again = _again(head, outputs, answers)
+    expected = LogisticRegression(C=1e-3).fit(outputs, answers)
+    assert again is not None
+    np.testing.assert_allclose(again.weights[1], expected.coef_[0], rtol=1e-4)
+    plain = _again(None, outputs, answers)
+    assert plain is not None
+    assert np.abs(plain.weights).max() > 5 * np.abs(again.weights).max(), "that of nobody has a weak penalty"

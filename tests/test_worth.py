@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmcache import CacheConfig, LLMCache
 from llmcache.balance import LEAST, PROBED, Profile
 from llmcache.indexes.bank import Bank
 from llmcache.worth import PROFILED_ROWS, Worth, profiled, sample
+from tests.conftest import Command
 
 TEXTS = [f"document {i}" for i in range(LEAST + 200)]
 
@@ -156,3 +158,12 @@ def test_reuse_that_turns_out_slower_than_the_profile_is_left_alone_later(
         for _ in range(200):
             worth.served(rows[:256], 0.0)
         assert worth.pays
+
+
+def test_stats_measures_banks_without_the_model_when_asked(filled: Path, llmcache: Command) -> None:
+    found = json.loads(llmcache("stats", filled, "--profile", "--json").out)["profile"]["default output"]
+    assert found["pays"]
+    assert not found["measured"]
+    assert found["compute"] > found["look_up"] + found["load"] > 0
+    assert "profile" not in json.loads(llmcache("stats", filled, "--json").out)
+    assert "pays" in llmcache("stats", filled, "--profile").out
