@@ -279,6 +279,10 @@ class Bank:
         """Id of the document that made a row; empty when it cannot be read."""
         return self.pieces.source(row)
 
+    def sources(self, rows: Rows) -> list[str]:
+        """`source` of each of some rows; much faster than one by one."""
+        return self.pieces.sources(rows)
+
     def keys(self, rows: Rows) -> Keys:
         """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
         return self.pieces.keys(rows)

@@ -134,7 +134,9 @@ class Pieces:
 
     def source(self, row: int) -> str:
         """Id of the document that made a row; empty when it cannot be read."""
-        piece, local = self.at(row)
+        return self._source(*self.at(row))
+
+    def _source(self, piece: Piece, local: int) -> str:
         if isinstance(piece, Entries):
             return piece.sources[local]
         if isinstance(piece, Gone):
@@ -144,6 +146,24 @@ class Pieces:
         except (SnapshotDamaged, OSError) as error:
             log.warning("%s: the sources of its rows are not known", error)
             return ""
+
+    def sources(self, rows: Rows) -> list[str]:
+        """`source` of each of some rows."""
+        found = [""] * len(rows)
+        for piece, chosen, local in self.groups(rows):
+            for place, source in zip(chosen.tolist(), self._sources(piece, local), strict=True):
+                found[place] = source
+        return found
+
+    def _sources(self, piece: Piece, local: Rows) -> list[str]:
+        if isinstance(piece, Gone):
+            return [""] * len(local)
+        if isinstance(piece, Entries):
+            return [piece.sources[i] for i in local.tolist()]
+        try:
+            return piece.sources(local)
+        except (SnapshotDamaged, OSError):  # most of them may still be read
+            return [self._source(piece, i) for i in local.tolist()]
 
     def keys(self, rows: Rows) -> NDArray[np.uint64]:
         """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""

@@ -91,13 +91,15 @@ def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> It
     # lists: single numbers out of arrays would take most of the time of a hit
     columns = (answers.tier, answers.row, answers.twin, answers.layer, answers.similarity, answers.consensus)
     places = zip(ids, *(column.tolist() for column in columns), answers.audited.tolist(), strict=True)
+    names = iter(bank.sources(answers.row[answers.row >= 0]))
     for i, (id, tier, row, twin, reused, similarity, consensus, audited) in enumerate(places):
+        name = next(names) if row >= 0 else ""
         if tier == MISS:
             yield Result(id, answers.outputs[i], "miss", None, None, None, audited)
             continue
         source = ids[twin] if twin >= 0 else answers.entry.get(i)
         if row >= 0:
-            source = bank.source(row) or bank.key(row)
+            source = name or bank.key(row)
         yield Result(
             id, answers.outputs[i], TIERS[tier], bank_name(reused) if reused >= 0 else layer, source, similarity,
             consensus=None if isnan(consensus) else consensus,

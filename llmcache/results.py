@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeAlias
 
@@ -53,6 +54,8 @@ class _Provenance(NamedTuple):
     audited: bool
 
 
+_provenance = attrgetter(*_Provenance._fields)
+
 _Put: TypeAlias = Callable[[NDArray[np.float32], list[_Provenance]], None]
 """Writes one chunk: vectors float32 [rows, width], reused afterwards, and the rest of each row."""
 _Format: TypeAlias = Callable[[ExitStack, list[IO[bytes]], int], tuple[_Put, Callable[[], None]]]
@@ -77,7 +80,7 @@ class ResultWriter:
                     f"opened for {list(self._vectors.shape[1:])}; open it with the model's output width"
                 )
             self._vectors[len(self._provenance)] = result.output
-            self._provenance.append(_Provenance(*(getattr(result, name) for name in _Provenance._fields)))
+            self._provenance.append(_Provenance._make(_provenance(result)))
             self.rows += 1
             if len(self._provenance) == len(self._vectors):
                 self.flush()
@@ -264,9 +267,12 @@ def _jsonl(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, 
     return put, lambda: None
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # made once: json.dumps would make one a row
+
+
 def _json_line(row: dict[str, Any]) -> bytes:
     try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line = _encode(row)
     except ValueError:  # JSON has no word for NaN and the infinities
         line = json.dumps({name: _finite(value) for name, value in row.items()}, ensure_ascii=False)
     return line.encode() + b"\n"
