@@ -115,9 +115,14 @@ class Pieces:
     def groups(self, rows: Rows) -> Iterator[tuple[Piece, Rows, Rows]]:
         """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
         places = np.searchsorted(self._starts, rows, "right") - 1
-        for place in np.unique(places):
-            chosen = np.flatnonzero(places == place)
+        order = np.argsort(places, kind="stable")  # once: there may be hundreds of pieces that are not sealed yet
+        placed = places[order]
+        ends = [*np.flatnonzero(np.diff(placed)) + 1, len(rows)] if len(rows) else []
+        start = 0
+        for end in ends:
+            chosen, place = order[start:end], placed[start]
             yield self._pieces[place], chosen, rows[chosen] - self._starts[place]
+            start = end
 
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Token ids of a row; empty when they cannot be read."""

@@ -33,6 +33,9 @@ Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indic
 _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
 _AHEAD = ("cuda",)  # devices beside which the host tokenises
 _BATCHES = 4  # in a window there
+_TOKENS = 2048
+"""In a batch on a CPU: what it computes stays near the processors then. MiniLM, two cores, 256 tokens a document: 24.8 ms
+a document in batches of 8, 29.6 in batches of 32; 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,13 @@ def compute(
 ) -> Iterator[Computed]:
     """The vectors of all rows, batch after batch, longest first, as the model gives them.
 
+    On a CPU a batch of long rows has fewer than `batch_size`, which is quicker there.
+
     ahead: on a GPU, begin the next batch before one is given out, so that it computes while that is looked after.
     """
-    order = np.argsort(-rows.lengths, kind="stable").tolist()
     begun: Begun | None = None
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    on_cpu = model.token_embedding().device.type == "cpu"
+    for chosen in batches(rows.lengths, batch_size, _TOKENS if on_cpu else None):
         if ahead and model.token_embedding().device.type == "cuda":
             last, begun = begun, Begun(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
             if last is not None:
@@ -104,6 +108,19 @@ def compute(
         yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
     if begun is not None:
         yield Computed(begun.chosen, *begun.wait())
+
+
+def batches(lengths: NDArray[np.int64], most: int, tokens: int | None) -> Iterator[list[int]]:
+    """Places of rows of these lengths, longest first, up to `most` at a time; and no more than come to so many tokens
+    with their padding, but for a single longer one.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = most if tokens is None else min(most, max(1, tokens // longest))
+        yield order[start : start + size]
+        start += size
 
 
 Progress: TypeAlias = Callable[[int, int], None]

@@ -144,10 +144,13 @@ class Pipeline:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
         before, counts = self.refused, Counter[str]()
-        with result_writer(path, width=self._width) as writer, closing(self.run(documents)) as found:
-            for result in found:
-                counts[result.tier] += 1
-                writer.write([clipped(result)])
+        with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
+            for part in found:
+                results = self._answered(part)
+                counts.update(one.tier for one in results)
+                writer.write(map(clipped, results))
+                if part.error is not None:
+                    raise part.error
         return Written.of(path, counts, self.refused - before)
 
     def _write_journaled(
