@@ -39,9 +39,9 @@ _FORMS = {
     "ivf-flat": _Form("IVF{lists},Flat", b"IwFl", "IndexIVFFlat"),
     "ivf-sq8": _Form("IVF{lists},SQ8", b"IwSq", "IndexIVFScalarQuantizer"),
     "ivf-fp16": _Form("IVF{lists},SQfp16", b"IwSq", "IndexIVFScalarQuantizer"),
-    # Four-bit codes of two components each, scanned in registers; the best are compared again as vectors.
+    # Four-bit codes of two components each, scanned in registers; the best are compared again, in float16.
     # Eight-bit codes took 54 s instead of 1.4 s to train on 80,000 vectors, and were slower to search.
-    "ivf-pq": _Form("IVF{lists},PQ{parts}x4fsr,RFlat", b"IxRF", "IndexRefineFlat"),
+    "ivf-pq": _Form("IVF{lists},PQ{parts}x4fsr,Refine(SQfp16)", b"IxRF", "IndexRefine"),
     "hnsw": _Form("HNSW32", b"IHNf", "IndexHNSWFlat"),
     "cagra": _Form("", b"IHc2", "IndexHNSWCagra"),
     "binary-flat": _Form("BFlat", b"IBxF", "IndexBinaryFlat"),
@@ -56,7 +56,8 @@ ivf-flat: exact within the lists probed.
 ivf-sq8: a quarter of the memory; similarities are good to 0.005 (from 64 components on), so among neighbours
 closer to each other than that it may name the wrong one.
 ivf-fp16: half the memory; similarities are good to 0.0001.
-ivf-pq: for speed, not for memory, since it keeps the vectors too.
+ivf-pq: codes of four bits for two components, scanned in registers; the best 64 are compared again as ivf-fp16 does.
+The quickest from 100,000 vectors on, in 0.6 of the memory of ivf-flat.
 hnsw: the most accurate of the fast ones on vectors that differ; slow to build; where hundreds of vectors are
 equal, its graph falls apart and it misses others.
 cagra: built on a GPU, searched on either.
@@ -64,6 +65,7 @@ binary-*: over sign bits.
 torch: exact, by a matrix product in torch on the device; needs no FAISS, and no search gives rows that were buried.
 torch-fp16: half the memory; similarities are good to 0.0002."""
 
+_CANDIDATES = 64
 _GPU_KINDS = frozenset({"flat", "ivf-flat", "ivf-sq8", "ivf-fp16", "cagra"})
 LEAST_TRAINED = 640
 """Vectors to train on: 16 lists, or 16 codes of a quantiser, of 40 vectors each. FAISS asks for 39."""
@@ -78,13 +80,16 @@ def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
     if device == "cuda" and not binary and not _faiss_on_gpu():
         _say_once_that_torch_searches()
         return "torch" if n < 4_000_000 else "torch-fp16"
-    # Milliseconds per query, two cores, 128 components, batches of 64. flat: 0.15 at 20,000, 0.7 at 100,000.
-    # ivf-flat: 0.04 at 100,000, 0.44 at a million, and 0.52 GB there; ivf-fp16 takes half of that memory.
+    # Milliseconds per query, two cores, 128 components, large batches. flat: 0.15 at 20,000, 0.7 at 100,000.
+    # ivf-flat: 0.04 at 100,000, 0.44 at a million, where a query reads 4 MB of lists; ivf-fp16 0.13 there, half of them;
+    # ivf-pq 0.03 at both, with the recall of the others: it reads 0.25 MB of codes and compares 64 vectors.
     # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
     if binary:
         return "binary-flat" if n < 200_000 else "binary-ivf"
     if n < 20_000:
         return "flat"
+    if device == "cpu" and n >= 100_000:
+        return "ivf-pq"
     return "ivf-flat" if n < 1_000_000 else "ivf-fp16"
 
 
@@ -99,8 +104,9 @@ def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
 def _alone(faiss: Any) -> Iterator[None]:
     """FAISS with one thread, where there are no more than two processors.
 
-    A flat search is products of matrices, as what torch and numpy did just before: their threads still wait on the
-    same processors, and on two of them 3,080 queries among 10,000 then take 0.23 s, against 0.1 s with one thread.
+    The threads of what torch and numpy multiplied just before still wait on the same processors. On two of them 3,080
+    queries among 10,000 then take a flat search 0.23 s, against 0.1 s with one thread; 2,048 among 200,000 take ivf-pq
+    0.038 ms each, 0.030 with one thread, and 0.019 when no other threads wait.
     """
     threads = faiss.omp_get_max_threads()
     if threads != 2 or len(os.sched_getaffinity(0)) > 2:
@@ -190,10 +196,13 @@ class VectorIndex:
         stored = _faiss().index_gpu_to_cpu(self._index)
         self._index = _cagra(np.concatenate([stored.storage.reconstruct_n(0, len(self)), vectors]))
 
-    def nearest(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def nearest(
+        self, queries: NDArray[Any], k: int, *, beside: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids int64 [n, k] and similarities float32 [n, k], nearest first; -1 and -inf where there is none.
 
         queries: float32 [n, dim], unit L2 norm, or uint8 [n, bits / 8].
+        beside: numpy multiplied large matrices just before, and its threads still wait on the processors.
         """
         queries = _checked(queries, self._kind, self.dim)
         if k < 1:
@@ -202,7 +211,7 @@ class VectorIndex:
         similarity = np.full((len(queries), k), -np.inf, np.float32)
         most = min(k, len(self))
         if ids.size and most:
-            found, near = self._search(queries, most)
+            found, near = self._search(queries, most, beside)
             # Checked although `from_bytes` did: an id from here becomes the number of a row in a file.
             sound = (near >= 0) & (near < len(self)) & np.isfinite(found)
             ids[:, :most] = np.where(sound, near, -1)
@@ -235,16 +244,17 @@ class VectorIndex:
         """Let no search give these vectors from now on; where `buries`."""
         self._index.bury(ids)
 
-    def _search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: NDArray[Any], k: int, beside: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self._kind.startswith("torch"):
             answer: tuple[NDArray[np.float32], NDArray[np.int64]] = self._index.search(queries, k)
             return answer
         faiss, params = _faiss(), None
-        if self._kind == "ivf-pq":  # four-bit codes rank roughly, so 256 candidates or more are compared again
-            params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, 256 / k))
+        if self._kind == "ivf-pq":  # four-bit codes rank roughly, so many candidates are compared again
+            params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, _CANDIDATES / k))
         elif self._kind == "cagra" and self._on_gpu:
             params = faiss.SearchParametersCagra(itopk_size=max(64, -(-k // 32) * 32))  # must not be below k
-        with _alone(faiss) if self._kind == "flat" and not self._on_gpu else nullcontext():
+        alone = self._kind == "flat" or (beside and "ivf" in self._kind)
+        with _alone(faiss) if alone and not self._on_gpu else nullcontext():
             found, near = self._index.search(queries, k, params=params)
         return (np.cos(found * (np.pi / self.dim)).astype(np.float32) if self.binary else found), near
 
@@ -475,9 +485,10 @@ def _check_loaded(index: Any, kind: str, dim: int, count: int) -> None:
             raise SnapshotDamaged(
                 f"expected in a {kind} index (type, width, count, metric, trained) {expected}, found {found}"
             )
-    codes = {"ivf-sq8": faiss.ScalarQuantizer.QT_8bit, "ivf-fp16": faiss.ScalarQuantizer.QT_fp16}
-    if kind in codes and index.sq.qtype != codes[kind]:
-        raise SnapshotDamaged(f"expected codes of type {codes[kind]} in a {kind} index, found {index.sq.qtype}")
+    codes = {"ivf-sq8": faiss.ScalarQuantizer.QT_8bit, "ivf-fp16": faiss.ScalarQuantizer.QT_fp16, "ivf-pq": faiss.ScalarQuantizer.QT_fp16}
+    coded = faiss.downcast_index(index.refine_index) if kind == "ivf-pq" else index
+    if kind in codes and coded.sq.qtype != codes[kind]:
+        raise SnapshotDamaged(f"expected codes of type {codes[kind]} in a {kind} index, found {coded.sq.qtype}")
     if "ivf" in kind:
         _check_lists(_inverted(index, kind), count)
 
@@ -491,7 +502,7 @@ def _parts(index: Any, kind: str, count: int) -> Iterator[tuple[Any, str, int]]:
     if "hnsw" in kind or kind == "cagra":
         yield downcast(index.storage), flat, count
     if kind == "ivf-pq":
-        yield downcast(index.refine_index), flat, count
+        yield downcast(index.refine_index), "IndexScalarQuantizer", count
         yield downcast(index.base_index), "IndexIVFPQFastScan", count
     if "ivf" in kind:
         inverted = _inverted(index, kind)

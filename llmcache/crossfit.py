@@ -117,7 +117,8 @@ class Memory:
         fast as in small batches.
         """
         predicted = self.predictor(asked.features)
-        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), min(NEIGHBOURS, len(self.entries)))
+        most = min(NEIGHBOURS, len(self.entries))
+        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), most, beside=True)
         return predicted, rows
 
     def _ordered(self, predicted: Floats, rows: Rows) -> tuple[Floats, Floats, Floats, Rows]:
