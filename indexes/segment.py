@@ -174,7 +174,7 @@ class Segment:
         lost = (records["var"] > data.nbytes) | (ends > data.nbytes)
         if lost.any():
             raise SnapshotDamaged(f"row {rows[lost.argmax()]} ends beyond the end of {self.facts.file('var').name}")
-        held = memoryview(data)
+        held = data.data
         places = zip(starts.tolist(), ends.tolist(), strict=True)
         return [str(held[start:end], "utf-8", "replace") for start, end in places]
 

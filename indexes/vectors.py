@@ -81,8 +81,8 @@ def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
         _say_once_that_torch_searches()
         return "torch" if n < 4_000_000 else "torch-fp16"
     # Milliseconds per query, two cores, 128 components, large batches. flat: 0.15 at 20,000, 0.7 at 100,000.
-    # ivf-flat: 0.04 at 100,000, 0.44 at a million, where a query reads 4 MB of lists; ivf-fp16 0.13 there, half of them;
-    # ivf-pq 0.03 at both, with the recall of the others: it reads 0.25 MB of codes and compares 64 vectors.
+    # ivf-flat: 0.04 at 100,000, 0.44 at a million, where a query reads 4 MB of lists; ivf-fp16 0.13 there, and half of
+    # them; ivf-pq 0.03 at both, with the recall of the others: it reads 0.25 MB of codes and compares 64 vectors.
     # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
     if binary:
         return "binary-flat" if n < 200_000 else "binary-ivf"
@@ -485,7 +485,8 @@ def _check_loaded(index: Any, kind: str, dim: int, count: int) -> None:
             raise SnapshotDamaged(
                 f"expected in a {kind} index (type, width, count, metric, trained) {expected}, found {found}"
             )
-    codes = {"ivf-sq8": faiss.ScalarQuantizer.QT_8bit, "ivf-fp16": faiss.ScalarQuantizer.QT_fp16, "ivf-pq": faiss.ScalarQuantizer.QT_fp16}
+    sixteen = faiss.ScalarQuantizer.QT_fp16
+    codes = {"ivf-sq8": faiss.ScalarQuantizer.QT_8bit, "ivf-fp16": sixteen, "ivf-pq": sixteen}
     coded = faiss.downcast_index(index.refine_index) if kind == "ivf-pq" else index
     if kind in codes and coded.sq.qtype != codes[kind]:
         raise SnapshotDamaged(f"expected codes of type {codes[kind]} in a {kind} index, found {coded.sq.qtype}")

@@ -34,8 +34,8 @@ _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted toge
 _AHEAD = ("cuda",)  # devices beside which the host tokenises
 _BATCHES = 4  # in a window there
 _TOKENS = 2048
-"""In a batch on a CPU: what it computes stays near the processors then. MiniLM, two cores, 256 tokens a document: 24.8 ms
-a document in batches of 8, 29.6 in batches of 32; 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32."""
+"""In a batch on a CPU: what it computes stays near the processors then. MiniLM, two cores, milliseconds a document of
+256 tokens: 24.8 in batches of 8, 29.6 in batches of 32; of 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,9 +108,7 @@ def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | Non
     return TokenRows(fields, first.shared)
 
 
-def _preprocessed(
-    model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None
-) -> TokenRows:
+def _preprocessed(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
     fields: dict[str, list[NDArray[np.int32]]] = {}
     shared: dict[str, Any] = {}
     for start in range(0, len(texts), _TOKENISE):

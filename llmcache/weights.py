@@ -32,7 +32,7 @@ class Weights:
         )
 
     def changed(self) -> bool:
-        modules = list(self._module.modules())
+        modules = _within(self._module)
         if modules != self._modules:
             self._modules = modules
             self._holders = [
@@ -66,3 +66,14 @@ class Weights:
 
     def _sampled(self) -> dict[object, Tensor]:
         return {kind: torch.cat(views).nan_to_num() for kind, views in self._views.items()}
+
+
+def _within(module: Module) -> list[Module]:
+    """The module and all below it, each once; `Module.modules` takes ten times as long, for its nested generators."""
+    found, seen = [module], {id(module)}
+    for one in found:  # grows while it is walked
+        for child in one._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found

@@ -267,8 +267,8 @@ def checksum_not_bound_to_the_key(patch: Patch) -> None:
 
 
 def ids_not_bounds_checked(patch: Patch) -> None:
-    def nearest(self: VectorIndex, queries: Any, k: int) -> tuple[Any, Any]:
-        found, near = self._search(queries, min(k, len(self)))
+    def nearest(self: VectorIndex, queries: Any, k: int, *, beside: bool = False) -> tuple[Any, Any]:
+        found, near = self._search(queries, min(k, len(self)), beside)
         return near, found
 
     patch.setattr(VectorIndex, "nearest", nearest)
