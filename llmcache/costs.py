@@ -17,6 +17,9 @@ _LATEST = 20_000  # recorded entries that are looked at
 _LEAST = 32  # of them, to say anything
 _TOKENS = 512  # of a probe on a CPU: enough to keep it busy, and soon done
 _DUE = 8  # rows of the one batch that is computed in any case
+_FEW = 2  # rows of the batch that tells what every batch takes, however small
+_SHORT = 64  # tokens of a row, from which on that is too little to be seen
+_SAME = 1.6  # a probe that is off by less tells of a busy moment, not of another machine
 _PLACES = (0.5, 0.9, 0.15, 0.98, 0.7, 0.3)  # of the probes, among all tokens in order of length
 
 Lengths = NDArray[np.int64]
@@ -27,7 +30,7 @@ Seconds = NDArray[np.float64]
 class Cost:
     """Seconds of one document of L tokens, computed in a batch: fixed + linear L + square L^2.
 
-    source: "recorded", "probed", or "recorded, scaled by a probe".
+    source: "recorded", "probed", or "recorded, scaled by probes" where the machine is another one by now.
     """
 
     fixed: float
@@ -91,35 +94,48 @@ def probed(
     """The cost by computing a few batches of different lengths, each of one row of the sample again and again.
 
     rows: of a sample, at least one; lengths: of its tokens. allowed: seconds that all probes may take, by what is
-    known of the cost so far. known: of a store's entries; one probe then tells how this machine is to that one.
+    known of the cost so far. known: of a store's entries; one probe then tells whether this machine is like that one.
     """
     order = np.argsort(lengths, kind="stable")
     heaped = np.cumsum(lengths[order])
     places = [int(order[np.searchsorted(heaped, share * heaped[-1])]) for share in _PLACES]
-    _probe(model, rows, [places[0]] * 2)  # the first pass of all sets things up
+    _probe(model, rows, [int(order[0])])  # the first pass of all sets things up
     seen: list[int] = []
     seconds: list[float] = []
     spent = 0.0
     cost = known
     for place in places:
-        size = _rows(model, int(lengths[place]), batch_size)
-        if known is not None and not seen:  # a record may be of a quicker machine, or a busier hour: the first is due
-            size = min(size, _DUE)
+        tokens = int(lengths[place])
+        size = _rows(model, tokens, batch_size)
+        if known is not None and not seen:  # the record may be of a quicker machine: the first probe is due
+            size = min(size, _DUE, max(_FEW, _TOKENS // 2 // max(1, tokens)))
         elif cost is not None and spent + size * float(cost(lengths[place])) > allowed(cost):
             break
         took = _probe(model, rows, [place] * size)
-        seen.append(int(lengths[place]))
-        seconds.append(took / size)
         spent += took
+        seen.append(tokens)
+        if size < batch_size and tokens < _SHORT and size > _FEW:
+            few = _probe(model, rows, [place] * _FEW)
+            spent += few
+            seconds.append(in_full_batches(size, took, _FEW, few, batch_size))
+        else:
+            seconds.append(took / size)
         cost = _settled(known, np.array(seen), np.array(seconds))
     assert cost is not None
     return cost
 
 
+def in_full_batches(many: int, took: float, few: int, less: float, most: int) -> float:
+    """Seconds a row in batches of `most`, by what batches of `many` and `few` took: each takes some time for itself."""
+    row = min(max(0.0, (took - less) / (many - few)), took / many)
+    return row + max(0.0, took - many * row) / most
+
+
 def _settled(known: Cost | None, tokens: Lengths, seconds: Seconds) -> Cost:
     if known is None:
         return Cost.fit(tokens, seconds, "probed")
-    return known.scaled(float(seconds.sum() / known(tokens).sum()), "recorded, scaled by probes")
+    factor = float(seconds.sum() / known(tokens).sum())
+    return known if 1 / _SAME < factor < _SAME else known.scaled(factor, "recorded, scaled by probes")
 
 
 def _rows(model: Model, tokens: int, batch_size: int) -> int:

@@ -25,7 +25,7 @@ from llmcache.matching import exact_by_tokens
 from llmcache.plan import Plan
 from llmcache.provenance import Source, documents_of
 from llmcache.reuse import MOST, TAKEN, Reuse
-from llmcache.survey import Folding, Survey, survey
+from llmcache.survey import LONG, Folding, Survey, survey
 from llmcache.tokens import TokenRows
 
 _SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
@@ -33,6 +33,8 @@ _ANSWERED, _STORED = 7e-6, 3e-5  # seconds to answer a document, and to keep one
 _REFRESH, _LOOK_UP = 6e-5, 1.2e-4  # seconds an entry and a document, to find neighbours as calibrated
 _LATEST = 3  # records of runs that near matches are forecast by
 _FEWEST = 400  # documents to be looked up, for a share of near matches of its own
+_CHARACTERS = 100_000  # that are tokenised for lengths at most, but of _FEWEST_TOKENISED documents in any case
+_FEWEST_TOKENISED = 8
 _TOKENISED = 64  # documents at least, to know how long the others are, and how many are stored by their tokens
 
 
@@ -102,18 +104,19 @@ def plan(
     if not found.documents:
         raise CorpusError("there are no documents; nothing can be planned")
     few = max(_TOKENISED, found.documents // 50)
+    few = max(_FEWEST_TOKENISED, min(few, _CHARACTERS * found.documents // max(1, found.characters)))
     some = found.every.texts[:: max(1, len(found.every.texts) // few)]
     seen, rate = _tokenised(execution, some, call)
     lengths = expected_lengths(found.chars, some, seen.lengths, limit)
     cost = _cost(execution, seen, lengths, call.batch_size)
     uncached = float(cost(lengths).sum()) + rate * found.characters
-    shares = _shares(execution, found, call, uncached, rate, around.recent)
+    shares = _shares(execution, found, call, uncached, rate, around.recent, limit)
     missing = int(found.open.sum())
     by_tokens = round(shares.tokens * missing)
     taken = round(shares.near * (missing - by_tokens))
     computed = missing - by_tokens - taken
     model_seconds = float(cost(lengths[found.open]).sum()) * computed / max(1, missing)
-    own = rate * int(found.chars[found.open].sum()) + shares.seconds + _ANSWERED * found.documents + _STORED * computed
+    own = rate * found.new_characters + shares.seconds + _ANSWERED * found.documents + _STORED * computed
     hits = 1 - computed / found.documents
     others = (missing - by_tokens) / found.documents
     amounts = Amounts(
@@ -166,7 +169,13 @@ def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], bat
 
 
 def _shares(
-    execution: Execution, found: Survey, call: Call, uncached: float, rate: float, recent: tuple[int, int]
+    execution: Execution,
+    found: Survey,
+    call: Call,
+    uncached: float,
+    rate: float,
+    recent: tuple[int, int],
+    limit: int | None,
 ) -> _Shares:
     """What a sample of the documents that are not known by text meets in the store."""
     texts, bank = found.unknown.texts, execution.bank
@@ -177,6 +186,8 @@ def _shares(
         (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts))
     )
     texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
+    if limit is not None:  # what a model does not read of a text need not be tokenised
+        texts = [text[: LONG * limit] for text in texts]
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
     known = exact_by_tokens(bank, keys, rows.ids) >= 0

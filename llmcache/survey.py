@@ -14,7 +14,11 @@ from llmcache.indexes.bank import Bank
 from llmcache.keys import Seed, text_keys
 
 _BLOCK = 4096
-_LONG = 16  # characters a token, from which on a text has certainly more tokens than its characters over this
+LONG = 16  # characters a token, from which on a text has certainly more tokens than its characters over this
+_USUAL = 6  # and most texts do
+_WORD = (
+    100  # characters that no word has more of, but for odd ones: what stands so far before a cut is not changed by it
+)
 _SHORT = 2  # and below which a text of so many characters a token is certainly not cut
 _CHECKED = 50_000  # long texts that are tokenised to see where the model stops reading them
 
@@ -45,8 +49,9 @@ class Survey:
 
     documents, characters: in all. in_store: documents whose text is in the store, repeats of such ones included.
     repeats: documents that come again in the corpus and are not in the store; folded: of these, those whose text
-    differs and whose tokens do not. chars: uint32 [documents]; open: bool [documents], is in neither of both.
-    every, unknown: samples of all documents, and of those that are open.
+    differs and whose tokens do not. new_characters: of the texts that are not in the store, each text once.
+    chars: uint32 [documents]; open: bool [documents], is in neither of both. every, unknown: samples of all documents,
+    and of those that are open.
     """
 
     documents: int
@@ -54,6 +59,7 @@ class Survey:
     in_store: int
     repeats: int
     folded: int
+    new_characters: int
     chars: NDArray[np.uint32] = field(repr=False)
     open: NDArray[np.bool_] = field(repr=False)
     every: Sample = field(repr=False)
@@ -95,9 +101,13 @@ class Folding:
         if self._checked >= _CHECKED:
             return text
         self._checked += 1
-        part = self._prompt + text[: _LONG * self._limit]
-        tokens = self._tokenizer(part, truncation=True, max_length=self._limit, return_offsets_mapping=True)
-        end = max(1, max((stop for _, stop in tokens["offset_mapping"]), default=0) - len(self._prompt))
+        for characters in (_USUAL * self._limit, LONG * self._limit):
+            part = self._prompt + text[:characters]
+            tokens = self._tokenizer(part, truncation=True, max_length=self._limit, return_offsets_mapping=True)
+            last = max((stop for _, stop in tokens["offset_mapping"]), default=0)
+            if last < len(part) - _WORD:
+                break
+        end = max(1, last - len(self._prompt))
         fold = "tokens " + " ".join(map(str, tokens["input_ids"]))
         known[end, hash(text[:end])] = fold
         return fold
@@ -126,7 +136,7 @@ def survey(
     seen: set[bytes] = set()
     folds: set[bytes] = set()
     chars, open_ = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)]
-    in_store = repeats = folded = 0
+    in_store = repeats = folded = new = 0
     samples = Sample(every), Sample(unknown)
     stream = iter(texts)
     while block := list(islice(stream, _BLOCK)):
@@ -140,6 +150,7 @@ def survey(
                 repeats += 1
             else:
                 seen.add(key)
+                new += len(block[i])
                 same = fold(block[i])
                 digest = bytes(text_keys(seed, [same])[0])
                 repeats += (again := digest in folds)
@@ -157,6 +168,7 @@ def survey(
         in_store,
         repeats,
         folded,
+        new,
         lengths,
         np.concatenate(open_),
         *samples,

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
-from llmcache import CacheConfig, LLMCache
+from llmcache import CacheConfig, LLMCache, costs
 from llmcache.advice import Amounts, Circumstances, advised, bytes_of
-from llmcache.costs import Cost, recorded
+from llmcache.costs import Cost, in_full_batches, recorded
 from llmcache.errors import CorpusError
 from llmcache.indexes.manifest import BankFacts
 from llmcache.plan import Plan
 from llmcache.survey import Folding, Sample
+from llmcache.tokens import TokenRows
 from tests.conftest import Command
 
 
@@ -326,3 +330,26 @@ def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one", "two", "three", "two"]))
     return path
+
+
+def test_what_a_batch_takes_for_itself_is_spread_over_a_full_one() -> None:
+    """Batches of n rows that take 4.8 ms and 1.08 ms a row."""
+    eight, two = (4.8 + 1.08 * n for n in (8, 2))
+    assert in_full_batches(8, eight, 2, two, 32) == pytest.approx(4.8 / 32 + 1.08)
+    assert in_full_batches(8, 8.0, 2, 2.0, 32) == pytest.approx(1.0), "nothing for itself"
+    assert in_full_batches(8, 8.0, 2, 9.0, 32) == pytest.approx(8.0 / 32), "the small one met a busy moment"
+
+
+@pytest.mark.parametrize(("slower", "forecast", "source"), [(1.3, 1.0, "recorded"), (3.0, 3.0, "recorded, scaled")])
+def test_a_busy_moment_is_not_taken_for_another_machine(
+    monkeypatch: pytest.MonkeyPatch, slower: float, forecast: float, source: str
+) -> None:
+    known = Cost(0.0, 0.001, 0.0, "recorded")
+    monkeypatch.setattr(
+        costs, "_probe", lambda _, rows, chosen: slower * sum(float(known(rows.lengths[i])) for i in chosen)
+    )
+    rows = TokenRows({"input_ids": [np.zeros(n, np.int32) for n in (100, 200)]}, {})
+    model: Any = SimpleNamespace(token_embedding=lambda: torch.zeros(1))
+    found = costs.probed(model, rows, rows.lengths, 32, lambda _: 0.0, known)
+    assert float(found(np.array(150))) == pytest.approx(forecast * 0.15)
+    assert found.source.startswith(source)
