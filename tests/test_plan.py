@@ -116,7 +116,7 @@ def test_a_calibrated_store_forecasts_near_matches_with_their_drift(
         calibration = cache.calibrate(budget=0.05, head=head)
         plan, tiers = planned_and_run(cache, queries[600:900])
     assert plan.near / 300 == pytest.approx(tiers.count("near") / 300, abs=0.15)
-    assert plan.near_from.startswith("as calibrated on")
+    assert "as calibrated" in plan.near_from, "a sample is looked up only where the model is slow"
     assert plan.bound is not None
     assert plan.drift is not None
     assert plan.drift <= plan.bound <= calibration.bound <= 0.05
@@ -147,7 +147,7 @@ def test_the_recorded_cost_adds_up_to_what_the_model_took(
         cost = recorded(cache._bank)
         assert cost is not None
         lengths = np.array([len(one) for one in model.tokenizer(queries[:200])["input_ids"]])
-        assert cost(lengths).sum() == pytest.approx(cache.stats().counters.model_seconds, rel=0.2)
+        assert cost(lengths).sum() == pytest.approx(cache.stats().counters.model_seconds, rel=0.5)
         assert cache.plan(queries[200:300]).cost_from.startswith("recorded")
 
 
