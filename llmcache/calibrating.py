@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmcache import guard
 from llmcache.calibration import Choice, Curve, choose, flip_bound
-from llmcache.correction import Voting, decided
+from llmcache.correction import Voting, decided, eligible_sources
 from llmcache.crossfit import Entries, Held, Judge, Memory, Scores, ask, cross_fit, held_out_voting
 from llmcache.drift import Drift, beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
@@ -216,14 +216,18 @@ def calibrated(
         held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting)
     score = held.score
     if rules:
-        score = np.where(rules.refused(mine, [texts[i] for i in held.nearest.tolist()]) >= 0, -np.inf, score)
+        found = held.found
+        read = rules.digests(texts)
+        eligible = eligible_sources(found.similarities, voting.temperature)
+        _, kind = rules.sharing(read if sample is None else rules.digests(mine), read[found.neighbours], eligible)
+        score = np.where(kind >= 0, -np.inf, score)
     moved, errors = held.drift, 0.0
     if drift == "accuracy" and truth is not None:
         moved, errors = _lost(asked, held, truth, head, sample is None), _MARGIN
         moved = moved if confidence is None else np.maximum(moved, 0)
     choice = choose(moved, score, budget, confidence, errors=errors)
     tolerated = _changing(held.drift, score, choice) if drift == "accuracy" else budget
-    found = Calibration(
+    result = Calibration(
         budget=choice.budget, confidence=choice.confidence, drift=OWN if callable(drift) else drift, limit=limit,
         threshold=choice.threshold, hits=choice.hits, expected=choice.drift, bound=choice.bound,
         bound_of_hits=choice.bound_of_hits, samples=choice.samples, needed=choice.needed, entries=len(entries),
@@ -231,7 +235,7 @@ def calibrated(
         guard=guarded, guard_kinds=tuple(kinds), guard_pattern=pattern, curve=_points(choice.curve),
         traffic=Shift.fitted(held.similarity).state() if len(held.similarity) >= WATCHED else {},
     )  # fmt: skip
-    return found, Fitted(memory.predictor, held.gate, boundary)
+    return result, Fitted(memory.predictor, held.gate, boundary)
 
 
 def _changing(drift: NDArray[np.float64], score: NDArray[np.floating], choice: Choice) -> float:

@@ -72,6 +72,14 @@ def weights(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) 
     return np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-30), np.float32)
 
 
+def eligible_sources(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
+    """Which neighbours a result may be said to come from: those that count at least half as much as the nearest,
+    bool [n, k]. similarity: as of `weights`.
+    """
+    part = weights(similarity, temperature)
+    return (part >= 0.5 * part[:, :1]) & (part > 0)
+
+
 def corrected(
     predicted: Floats,
     outputs: Floats,

@@ -59,14 +59,24 @@ class Entries:
 class Found:
     """What a look-up gives for a batch.
 
-    results: corrected outputs, float32 [n, out]; nearest: int64 [n], row of the best match; similarity: float32 [n], of
-    it; evidence: float32 [n, columns].
+    results: corrected outputs, float32 [n, out]; neighbours: int64 [n, k], rows of the entries that they are made of,
+    the nearest first; similarities: float32 [n, k], to these; evidence: float32 [n, columns].
     """
 
     results: Floats = field(repr=False)
-    nearest: Rows
-    similarity: Floats
+    neighbours: Rows = field(repr=False)
+    similarities: Floats = field(repr=False)
     evidence: Floats = field(repr=False)
+
+    @property
+    def nearest(self) -> Rows:
+        """Row of the best match, int64 [n]."""
+        return self.neighbours[:, 0]
+
+    @property
+    def similarity(self) -> Floats:
+        """To the best match, float32 [n]."""
+        return self.similarities[:, 0]
 
 
 def rounded(predictions: Floats) -> Floats:
@@ -109,8 +119,7 @@ class Memory:
         starts = range(0, max(1, len(asked)), _BLOCK)
         parts = [slice(start, start + _BLOCK) for start in starts]
         found = [self._judged(predicted[part], rows[part], asked.tokens[part], scores) for part in parts]
-        results, nearest, similarity, seen = (np.concatenate(column) for column in zip(*found, strict=True))
-        return Found(results, nearest, similarity, seen)
+        return Found(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def _nearest(self, asked: Entries) -> tuple[Floats, Rows]:
         """Predictions, and rows int64 [n, k] of the nearest entries: all at once, which the index does four times as
@@ -140,25 +149,42 @@ class Memory:
         both = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
         given = None if scores is None else scores(results)
         seen = evidence(predicted, outputs, predictions, similarity, both, given, voting.temperature)
-        return results, rows[:, 0], similarity[:, 0], seen
+        return results, rows, similarity, seen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """What cross-fitting gives, one place per entry: drift and score for `calibration.choose`, and their sources.
 
-    results: float32 [n, out]; evidence: float32 [n, columns]; fold: int8 [n]; gate: fitted on all of them, for use on
-    documents that are none of them.
+    found: what their look-ups gave; fold: int8 [n]; gate: fitted on all of them, for use on documents that are none of
+    them.
     """
 
     drift: NDArray[np.float64]
     score: NDArray[np.float64]
-    results: Floats = field(repr=False)
-    evidence: Floats = field(repr=False)
-    similarity: Floats = field(repr=False)
-    nearest: Rows = field(repr=False)
+    found: Found = field(repr=False)
     fold: NDArray[np.int8] = field(repr=False)
     gate: Gate = field(repr=False)
+
+    @property
+    def results(self) -> Floats:
+        """Corrected outputs, float32 [n, out]."""
+        return self.found.results
+
+    @property
+    def evidence(self) -> Floats:
+        """float32 [n, columns]."""
+        return self.found.evidence
+
+    @property
+    def similarity(self) -> Floats:
+        """To the best match, float32 [n]."""
+        return self.found.similarity
+
+    @property
+    def nearest(self) -> Rows:
+        """Row of the best match, int64 [n]."""
+        return self.found.nearest
 
 
 def cross_fit(
@@ -178,14 +204,12 @@ def cross_fit(
         apart, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         judge = judge_of(rest)
         found = Memory.fit(entries.take(rest), seed, voting).look_up(entries.take(apart), judge.scores)
-        found = Found(found.results, rest[found.nearest], found.similarity, found.evidence)
+        found = Found(found.results, rest[found.neighbours], found.similarities, found.evidence)
         parts.append((apart, found, judge.drift(entries.outputs[apart], found.results)))
     order = np.argsort(np.concatenate([apart for apart, _, _ in parts]))
     drift = np.concatenate([moved for _, _, moved in parts])[order]
-    results, nearest, similarity, seen = (
-        np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__
-    )
-    return _held(Found(results, nearest, similarity, seen), drift, fold)
+    whole = (np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__)
+    return _held(Found(*whole), drift, fold)
 
 
 def ask(memory: Memory, sample: Entries, judge: Judge, *, folds: int = 5, seed: int = 0) -> Held:
@@ -215,7 +239,7 @@ def _held(found: Found, drift: NDArray[np.float64], fold: NDArray[np.int8]) -> H
     for number in np.unique(fold):
         apart = fold == number
         score[apart] = fit_gate(seen[~apart], drift[~apart])(seen[apart])
-    return Held(drift, score, found.results, seen, found.similarity, found.nearest, fold, fit_gate(seen, drift))
+    return Held(drift, score, found, fold, fit_gate(seen, drift))
 
 
 def held_out_voting(entries: Entries, seed: int = 0) -> Voting:

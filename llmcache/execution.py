@@ -349,8 +349,8 @@ class Execution:
         self.reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
         near = self.reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
-        self._storing.history.similar(near.similarity, near.gate == TAKEN)
-        self.reuse.watch(near.similarity)
+        self._storing.history.similar(near.closest, near.gate == TAKEN)
+        self.reuse.watch(near.closest)
         again = self.reuse.chosen_for_audit(near)
         served = (near.gate == TAKEN) & ~again
         where = places[tried[served]]

@@ -2,9 +2,10 @@
 
 Near neighbours can be one figure apart: another model number, another date, a "not". To a fingerprint that is little,
 to the reader it is everything. The guard reads the fields of each text once (`llmcache.fields`); a near hit is refused
-when those of the two texts differ. Fields are compared in a canonical form and in their order ("from 3 to 5" is not
-"from 5 to 3"), so texts with the same fields form classes, and a digest per kind, stored beside an entry, is all a
-look-up needs.
+when those of the two texts differ. A calibrated hit is made of several neighbours: its source is the first that has the
+same fields, among those that count at least half as much as the nearest. Fields are compared in a canonical form and in
+their order ("from 3 to 5" is not "from 5 to 3"), so texts with the same fields form classes, and a digest per kind,
+stored beside an entry, is all a look-up needs.
 """
 
 from __future__ import annotations
@@ -48,9 +49,18 @@ class Rules:
         """Per pair of digests the place in `KINDS` of the first kind that differs, -1 where none does; int8 [n]."""
         return refused(ones, others, self._kinds)
 
-    def refused(self, ones: Sequence[str], others: Sequence[str]) -> NDArray[np.int8]:
-        """The same of pairs of texts."""
-        return self.unequal(self.digests(ones), self.digests(others))
+    def sharing(
+        self, mine: NDArray[np.uint64], theirs: NDArray[np.uint64], eligible: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+        """For each document the first eligible neighbour with the same fields: its place, int64 [n], 0 where there is
+        none; and int8 [n], -1 where there is one, else the kind in which it differs from the first neighbour.
+
+        mine: digests [n, kinds]; theirs: [n, k, kinds]; eligible: [n, k].
+        """
+        n, k, _ = theirs.shape
+        unequal = self.unequal(np.repeat(mine, k, axis=0), theirs.reshape(n * k, -1)).reshape(n, k)
+        same = (unequal < 0) & eligible
+        return same.argmax(axis=1), np.where(same.any(axis=1), np.int8(-1), unequal[:, 0])
 
 
 def differs(one: str, other: str, pattern: re.Pattern[str] | None = None, kinds: Collection[str] = KINDS) -> str | None:

@@ -16,7 +16,7 @@ from llmcache.balance import Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
-from llmcache.correction import EVIDENCE
+from llmcache.correction import EVIDENCE, eligible_sources
 from llmcache.crossfit import Entries, Memory
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
@@ -46,11 +46,13 @@ Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """What near reuse has for some documents. results: float32 [n, out], corrected. rows: int64 [n], of the best match.
+    """What near reuse has for some documents. results: float32 [n, out], corrected. rows: int64 [n], of the source: the
+    best match, or the first of the others that has the fields which that one lacks.
 
     similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
     one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
-    kinds: per document the kind of field that the guard found to differ, or None.
+    kinds: per document the kind of field that the guard found to differ, or None. closest: float32 [n], similarity of
+    the best match.
     """
 
     results: NDArray[np.float32] = field(repr=False)
@@ -60,6 +62,7 @@ class Near:
     score: NDArray[np.float64]
     gate: NDArray[np.int8]
     kinds: list[str | None] = field(repr=False)
+    closest: NDArray[np.float32] = field(repr=False)
 
 
 def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
@@ -180,17 +183,40 @@ class Reuse:
         )
         score = self.fitted.gate(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
-        rows = self._rows[found.nearest]
-        gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
+        rows, similarity = self._rows[found.nearest], found.similarity.copy()
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
+            neighbours, similarities = self._rows[found.neighbours[passed]], found.similarities[passed]
             mine = self._guard.digests(self._decode([tokens[i] for i in passed.tolist()]))
-            differing = self._guard.unequal(mine, self._fields_of(rows[passed], self._guard))
+            place, differing = self._sharing(mine, neighbours, similarities, self._guard)
+            each = np.arange(len(passed))
+            rows[passed], similarity[passed] = neighbours[each, place], similarities[each, place]
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
-        return Near(found.results, rows, found.similarity, found.evidence[:, _CONSENSUS], score, gate, kinds)
+        gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
+        consensus = found.evidence[:, _CONSENSUS]
+        return Near(found.results, rows, similarity, consensus, score, gate, kinds, found.similarity)
+
+    def _sharing(
+        self,
+        mine: NDArray[np.uint64],
+        neighbours: NDArray[np.int64],
+        similarities: NDArray[np.float32],
+        rules: guard.Rules,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+        """See `guard.Rules.sharing`; the other neighbours' fields are read only where those of the nearest differ."""
+        first = self._fields_of(neighbours[:, 0], rules)
+        place, kind = np.zeros(len(mine), np.int64), rules.unequal(mine, first)
+        open_ = np.flatnonzero(kind >= 0)
+        if len(open_):
+            eligible = eligible_sources(similarities[open_], self.calibration.voting.temperature)
+            some = neighbours[open_]
+            theirs = np.broadcast_to(first[open_][:, None], (*some.shape, first.shape[1])).copy()
+            theirs[eligible] = self._fields_of(some[eligible], rules)
+            place[open_], kind[open_] = rules.sharing(mine[open_], theirs, eligible)
+        return place, kind
 
     def _fields_of(self, rows: NDArray[np.int64], rules: guard.Rules) -> NDArray[np.uint64]:
         """Digests of the fields of some entries, uint64 [n, kinds], each read once."""

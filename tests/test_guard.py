@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcache.bench.guard import altered, measure
+from llmcache.correction import eligible_sources
 from llmcache.errors import ConfigError
-from llmcache.guard import KINDS, differs, digests, fields, refused
+from llmcache.guard import KINDS, Rules, differs, digests, fields, refused
 from tests.conftest import DATA
 
 DIFFERENT = [
@@ -289,3 +290,25 @@ def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> No
     texts, others = altered([a for a, _ in pairs])
     assert len(texts) > 3000
     assert (refused(digests(texts), digests(others)) >= 0).all()
+
+
+def test_the_first_neighbour_that_counts_and_has_the_same_fields_is_the_source() -> None:
+    rules = Rules()
+    asked = rules.digests(["a fee of 35 pounds"] * 4)
+    texts = [
+        ["fee: 15 pounds", "fee of 35 pounds", "35 pounds, a fee"],
+        ["35 pounds", "15 pounds", "35 pounds"],
+        ["15 pounds", "not 35 pounds", "25 pounds"],
+        ["15 pounds", "35 pounds", "25 pounds"],
+    ]
+    theirs = np.array([rules.digests(row) for row in texts])
+    eligible = np.ones((4, 3), np.bool_)
+    eligible[3, 1] = False
+    place, kind = rules.sharing(asked, theirs, eligible)
+    assert place.tolist() == [1, 0, 0, 0]
+    assert [None if one < 0 else KINDS[one] for one in kind.tolist()] == [None, None, "number", "number"]
+
+
+def test_only_what_counts_half_as_much_as_the_nearest_may_be_the_source() -> None:
+    similarity = np.array([[0.9, 0.899, 0.5], [0.9, -np.inf, -np.inf]], np.float32)
+    assert eligible_sources(similarity, 0.05).tolist() == [[True, True, False], [True, False, False]]

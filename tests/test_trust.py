@@ -27,6 +27,7 @@ from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.parsing import from_bytes, to_bytes
 from llmcache.indexes.records import HEADER, ROW, Keys, checksum
+from llmcache.indexes.serialised import deserialised
 from llmcache.indexes.signatures import is_signed, secret_from_file, secret_from_variable, signature_name
 from llmcache.indexes.store import Store
 
@@ -195,13 +196,12 @@ def test_hard_links_of_ones_own_files_are_fine(tmp_path: Path) -> None:
 def test_nothing_of_an_untrusted_store_reaches_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = filled(tmp_path / "store", range(20))
     read: list[str] = []
-    deserialised = vectors._deserialised
 
     def recorded(data: Any, kind: str) -> Any:
         read.append(kind)
         return deserialised(data, kind)
 
-    monkeypatch.setattr(vectors, "_deserialised", recorded)
+    monkeypatch.setattr(vectors, "deserialised", recorded)
     with opened(path) as store:
         own, _ = bank_of(store).nearest(values_of([7], FEATURES), 1)
     assert read == ["flat"]

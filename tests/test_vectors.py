@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from llmcache.indexes import vectors as subject
 from llmcache.indexes.errors import ConfigError, FaissMissing, SnapshotDamaged
-from llmcache.indexes.vectors import KINDS, VectorIndex, choose_kind
+from llmcache.indexes.forms import KINDS
+from llmcache.indexes.vectors import VectorIndex, choose_kind
 
 faiss: Any = pytest.importorskip("faiss")
 

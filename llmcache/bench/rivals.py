@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
 from llmcache.calibration import choose
+from llmcache.correction import eligible_sources
 from llmcache.crossfit import Entries, Held, Judge, Memory, ask, cross_fit, held_out_voting
 from llmcache.drift import beyond, label_drift
 from llmcache.gate import Boundary
@@ -91,9 +92,11 @@ def _rules(
     plain, score = memory.entries.outputs[found.nearest], held.gate(found.evidence)
     ours = _threshold(held.drift, held.score, budget)
     guard = Rules()
+    read, temperature = guard.digests(known_texts), memory.voting.temperature
     of_sample, of_asked = (
-        guard.refused(mine, [known_texts[i] for i in nearest.tolist()]) >= 0
-        for mine, nearest in zip(texts, (held.nearest, found.nearest), strict=True)
+        guard.sharing(guard.digests(mine), read[one.neighbours], eligible_sources(one.similarities, temperature))[1]
+        >= 0
+        for mine, one in zip(texts, (held.found, found), strict=True)
     )
     guarded = np.where(of_asked, -np.inf, score)
     with_guard = _threshold(held.drift, np.where(of_sample, -np.inf, held.score), budget)
