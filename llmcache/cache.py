@@ -21,12 +21,13 @@ from llmcache import decoding, opening
 from llmcache.attachment import Attachment
 from llmcache.calibrating import Calibration, DriftKind
 from llmcache.calibrations import Calibrations
+from llmcache.computing import Sentences
 from llmcache.config import CacheConfig
 from llmcache.decoding import Generated, Scores
 from llmcache.drift import Drift
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
-from llmcache.execution import Call, Execution, Progress, Sentences, nothing
+from llmcache.execution import Call, Execution, Progress, nothing
 from llmcache.explaining import Explanation, explain
 from llmcache.fields import KINDS
 from llmcache.heads import Heads

@@ -17,10 +17,11 @@ from torch.nn import Module
 
 from llmcache.architecture import find_trunk
 from llmcache.attachment import Attachment
+from llmcache.computing import Model, Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.digests import Digests
 from llmcache.errors import ConfigError
-from llmcache.execution import Call, Execution, Model, Progress, Sentences, compute, token_embedding
+from llmcache.execution import Call, Execution, Progress
 from llmcache.fingerprint import feature_width
 from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify

@@ -17,10 +17,11 @@ from torch.nn import Module
 from llmcache.architecture import Trunk, find_trunk
 from llmcache.attachment import Attachment, refuse_compiled
 from llmcache.blocks import shape_of
+from llmcache.computing import Model, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.digests import Digests, sha
 from llmcache.errors import ConfigError
-from llmcache.execution import Execution, Model, token_embedding
+from llmcache.execution import Execution
 from llmcache.fingerprint import feature_width, features
 from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank

@@ -9,9 +9,9 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.attachment import refuse_compiled
+from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
-from llmcache.execution import Sentences, compute, token_embedding
 from llmcache.fingerprint import feature_width
 from llmcache.identity import Identity, identify, load, mismatch
 from llmcache.indexes.manifest import BankFacts

@@ -18,10 +18,11 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.cache import LLMCache
+from llmcache.computing import Sentences
 from llmcache.config import CacheConfig
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
-from llmcache.execution import Call, Execution, Sentences, Unknown
+from llmcache.execution import Call, Execution, Unknown
 from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
+from llmcache.computing import Sentences, compute
 from llmcache.errors import ConfigError, LLMCacheError
-from llmcache.execution import Sentences, compute
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.storing import Storing

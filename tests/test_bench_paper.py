@@ -36,8 +36,8 @@ from llmcache.bench.paper.plots import plot
 from llmcache.bench.paper.records import Work
 from llmcache.bench.paper.shapes import REAL, SHAPES, Made, agreement, decisions, seeded
 from llmcache.bench.paper.texts import Workload
+from llmcache.computing import token_embedding
 from llmcache.errors import ConfigError
-from llmcache.execution import token_embedding
 from llmcache.indexes.replacement import POLICIES
 from tests.conftest import DATA, MODELS, Command
 

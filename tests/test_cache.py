@@ -19,6 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, Document, LLMCache, Result
+from llmcache.computing import token_embedding
 from llmcache.errors import (
     ConfigError,
     CorpusError,
@@ -29,7 +30,6 @@ from llmcache.errors import (
     SnapshotNotFound,
     StoreFull,
 )
-from llmcache.execution import token_embedding
 from llmcache.indexes.io import Folder
 from tests.conftest import HEAR_CTRL_C
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.computing import token_embedding
 from llmcache.correction import units
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features, features_on
 from llmcache.indexes.neighbours import half
 from llmcache.ondevice import DevicePredictor

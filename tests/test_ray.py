@@ -19,8 +19,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import LLMCache, Result
+from llmcache.computing import Sentences
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
-from llmcache.execution import Sentences
 from llmcache.fingerprint import features
 from llmcache.indexes.maintenance import compact
 from llmcache.indexes.neighbours import NearChoice

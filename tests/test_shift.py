@@ -112,7 +112,7 @@ def nearest(queries: Floats, entries: Floats) -> Floats:
 @pytest.fixture(scope="module")
 def vectors(model: SentenceTransformer) -> dict[str, Floats]:
     """Features of 4,000 queries of BANKING77 and as many of SNIPS, in random order."""
-    from llmcache.execution import token_embedding
+    from llmcache.computing import token_embedding
     from llmcache.fingerprint import features
     from llmcache.tokens import tokenise
 

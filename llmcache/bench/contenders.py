@@ -13,8 +13,8 @@ import numpy as np
 
 from llmcache.bench.rounds import Contender, Floats, Opened, Task
 from llmcache.cache import LLMCache
+from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
-from llmcache.execution import Sentences, compute, token_embedding
 from llmcache.fingerprint import features
 from llmcache.tokens import tokenise
 

@@ -20,10 +20,10 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.conditions import conditions as conditions
 from llmcache.cache import LLMCache
+from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
 from llmcache.document import Document
 from llmcache.errors import ConfigError
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.identity import identify
 from llmcache.indexes.projection import Projection, fit_pca, fit_simhash

@@ -19,11 +19,11 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.calibration import Choice, choose
+from llmcache.computing import token_embedding
 from llmcache.correction import EVIDENCE, STRENGTH, Voting, units
 from llmcache.crossfit import Entries, Found, Held, Judge, Memory, cross_fit, held_out_voting
 from llmcache.drift import cosine_drift, label_drift
 from llmcache.errors import ConfigError
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.gate import Boundary, fit_gate
 from llmcache.indexes.neighbours import half

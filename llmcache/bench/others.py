@@ -20,8 +20,8 @@ from llmcache.bench.contenders import Counted, width
 from llmcache.bench.cutlayer import cut_layer
 from llmcache.bench.names import CUT, DISKCACHE, DISKCACHE_RAW, GPTCACHE, SEMHASH
 from llmcache.bench.rounds import Contender, Floats, Opened, Task
+from llmcache.computing import token_embedding
 from llmcache.errors import LLMCacheError
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.tokens import tokenise
 

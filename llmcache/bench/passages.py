@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcache.bench.names import ALONE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, OURS, SORTED
+from llmcache.bench.names import ALONE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, NEAR, OURS, SORTED
 from llmcache.bench.writing import Row, by, percent, prose, rate, table, times
 
 Records = Mapping[str, Any]
@@ -76,6 +76,33 @@ def exact(records: Records) -> str:
             ),
             table(["", *known], ([rival, *(cell(name, rival) for name in known)] for rival in rivals)),
             f"The largest difference of LLMCache to the uncached vectors is {apart:.1e}.",
+        ]
+    )
+
+
+def workloads(records: Records) -> str:
+    """From an empty store; for those of the records that are there."""
+    known = [name for name in records if name.startswith(("stream-", "corpus-"))]
+    if not known:
+        return ""
+
+    def cells(name: str) -> list[str]:
+        found = {row["name"]: row for row in records[name]["rows"]}
+        ours, near = found[OURS], found.get(NEAR, {"skipped": ""})
+        rivals = (found.get(rival, {"skipped": ""}) for rival in (SORTED, DISKCACHE_RAW))
+        said = ["not measured" if "skipped" in row else times(row["ratio"]) for row in (*rivals, ours, near)]
+        apart = "" if "skipped" in near else f" ({near['mean_1_minus_cosine']:.3f})"
+        return [name, f"{ours['documents']:,}", percent(1 - ours["computed"] / ours["documents"]), *said[:3],
+                said[3] + apart]  # fmt: skip
+
+    columns = ["", "texts", "repeats", SORTED, DISKCACHE_RAW, OURS, f"{NEAR} (mean 1 - cosine)"]
+    return "\n\n".join(
+        [
+            prose(
+                """Corpora and streams of texts from an empty store, in calls of 256, times `SentenceTransformer.encode`
+                (`llmcache bench run 'stream-*' 'corpus-*'`; what each record's command says of `--limit`):"""
+            ),
+            table(columns, map(cells, known)),
         ]
     )
 
@@ -296,6 +323,43 @@ def rivals(records: Records) -> str:
     )
 
 
+# -- pipelines --------------------------------------------------------------------------------------------------
+
+
+def pipeline(records: Records) -> str:
+    short, long = records["pipeline"]["rows"]
+    return prose(
+        f"""A pipeline that reads {long["documents"]:,} documents of {long["distinct"]:,} different texts, looks up,
+        computes, stores and writes the results takes {times(long["over_the_larger"])} times what the model
+        takes for those that it computes ({times(short["over_the_larger"])} with {short["documents"]:,}), and
+        {long["peak_mib"]:.0f} MiB of memory, {short["peak_mib"]:.0f} with {short["documents"]:,}; the model
+        alone takes {long["model_alone_mib"]:.0f} in a batch of its longest texts (`llmcache bench pipeline`;
+        `pipeline.json`)."""
+    )
+
+
+def chunked(records: Records) -> str:
+    record = records["chunks"]
+    ours, words = (by(record["rows"], chunks_are=name) for name in ("structure", "windows of 180 words"))
+    return prose(
+        f"""Of revised policies, cut by their structure into chunks of {ours["mean_characters"]:.0f} characters on
+        average, {percent(ours["repeated"])} of the text lies in chunks that are known from earlier revisions;
+        in windows of 180 words {percent(words["repeated"])} (`llmcache bench chunks`; `chunks.json`)."""
+    )
+
+
+def plans(records: Records) -> str:
+    rows = records["plan"]["rows"]
+    points = max(abs(row["points"]) for row in rows)
+    off = max(max(row["time"], 1 / row["time"]) - 1 for row in rows)
+    costs = sorted(row["pass_share"] for row in rows)
+    return prose(
+        f"""The forecast of `llmcache plan` was at most {points:.1f} points of hits and {percent(off, 0)} of the
+        seconds off, over {len(rows)} runs of bank queries, policies and logs, and took {percent(costs[0])} to
+        {percent(costs[-1])} of what the model alone takes for the corpus (`llmcache bench plan`; `plan.json`)."""
+    )
+
+
 # -- indexes ----------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +392,7 @@ PASSAGES: tuple[tuple[tuple[str, ...], Callable[[Records], str]], ...] = (
     ((), opening),
     (("encode-banking77",), encode),
     ((), exact),
+    ((), workloads),
     (("open-100000", "open-1000000"), large_stores),
     (("store",), store),
     (("layers-minilm",), layers),
@@ -335,6 +400,9 @@ PASSAGES: tuple[tuple[tuple[str, ...], Callable[[Records], str]], ...] = (
     (("near-banking77",), near),
     (("reuse-banking77", "reuse-banking77-no-guard"), reuse),
     (("rivals-banking77", "rivals-qqp"), rivals),
+    (("pipeline",), pipeline),
+    (("chunks",), chunked),
+    (("plan",), plans),
     (("index-100000",), index),
 )
 """Each passage with the records without which it is left out."""

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
+from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.correction import Voting
 from llmcache.crossfit import Entries, Memory, rounded
-from llmcache.execution import Sentences, compute, token_embedding
 from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts

@@ -17,8 +17,8 @@ from llmcache.bench.paper.memory import folder_bytes
 from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
+from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.replacement import POLICIES, Terms, Usage, choose

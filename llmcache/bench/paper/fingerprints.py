@@ -14,8 +14,8 @@ from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.layerwise import LEAST, projection
 from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload
+from llmcache.computing import token_embedding
 from llmcache.errors import ConfigError
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.projection import fit_simhash

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llmcache.bench.paper.latency import Row, layer_taus
 from llmcache.bench.paper.shapes import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload
-from llmcache.execution import token_embedding
+from llmcache.computing import token_embedding
 from llmcache.fingerprint import features
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.projection import Projection, fit_pca

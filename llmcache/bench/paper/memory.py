@@ -14,8 +14,8 @@ from llmcache import snapshot
 from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
+from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
-from llmcache.execution import token_embedding
 from llmcache.fingerprint import features
 from llmcache.matching import near
 from llmcache.tokens import tokenise
