@@ -31,6 +31,8 @@ log = logging.getLogger("llmcache")
 
 _CANDIDATES = 64
 _GPU_KINDS = frozenset({"flat", "ivf-flat", "ivf-sq8", "ivf-fp16", "cagra"})
+FEW = 20_000
+"""Vectors, below which a flat index is as quick as any other."""
 LEAST_TRAINED = 640
 """Vectors to train on: 16 lists, or 16 codes of a quantiser, of 40 vectors each. FAISS asks for 39."""
 
@@ -49,7 +51,7 @@ def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
     # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
     if binary:
         return "binary-flat" if n < 200_000 else "binary-ivf"
-    if n < 20_000:
+    if n < FEW:
         return "flat"
     if device == "cpu" and n >= 100_000:
         return "ivf-pq"
@@ -216,7 +218,7 @@ class VectorIndex:
             params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, _CANDIDATES / k))
         elif self._kind == "cagra" and self._on_gpu:
             params = faiss.SearchParametersCagra(itopk_size=max(64, -(-k // 32) * 32))  # must not be below k
-        alone = self._kind == "flat" or (beside and "ivf" in self._kind)
+        alone = beside and "ivf" in self._kind if self._kind != "flat" else len(self) < FEW
         with _alone(faiss) if alone and not self._on_gpu else nullcontext():
             found, near = self._index.search(queries, k, params=params)
         return (np.cos(found * (np.pi / self.dim)).astype(np.float32) if self.binary else found), near
