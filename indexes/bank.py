@@ -275,6 +275,10 @@ class Bank:
         """Token ids of a row; empty when they cannot be read."""
         return self.pieces.tokens(row)
 
+    def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
+        """`tokens` of each of some rows; much faster than one by one."""
+        return self.pieces.tokens_of(rows)
+
     def source(self, row: int) -> str:
         """Id of the document that made a row; empty when it cannot be read."""
         return self.pieces.source(row)

@@ -137,6 +137,18 @@ class Pieces:
             log.warning("%s: its rows are found by text only", error)
             return np.zeros(0, np.int32)
 
+    def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
+        """`tokens` of each of some rows."""
+        found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
+        for piece, chosen, local in self.groups(rows):
+            try:
+                read = piece.tokens_of(local) if isinstance(piece, Segment) else None
+            except (SnapshotDamaged, OSError):  # most of them may still be read
+                read = None
+            for i, place in enumerate(chosen.tolist()):
+                found[place] = self.tokens(int(rows[place])) if read is None else read[i]
+        return found
+
     def source(self, row: int) -> str:
         """Id of the document that made a row; empty when it cannot be read."""
         return self._source(*self.at(row))

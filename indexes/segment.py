@@ -153,6 +153,18 @@ class Segment:
             raise SnapshotDamaged(f"row {row} has token ids beyond the end of {self.facts.file('var').name}")
         return data[start:end].view("<i4")
 
+    def tokens_of(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+        """`tokens` of each of some rows, in one go. SnapshotDamaged when those of one are not where its row says."""
+        records, data = self.rows[rows], self._file("var")
+        starts = records["var"].astype(np.int64)
+        ends = starts + 4 * records["tokens"].astype(np.int64)
+        lost = (records["var"] > data.nbytes) | (ends > data.nbytes)
+        if lost.any():
+            raise SnapshotDamaged(
+                f"row {rows[lost.argmax()]} has token ids beyond the end of {self.facts.file('var').name}"
+            )
+        return [data[start:end].view("<i4") for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
     def variable(self, row: int) -> bytes:
         """Token ids and source id of one row, as they are stored. SnapshotDamaged when they are not there."""
         record, data = self.rows[row], self._file("var")

@@ -47,7 +47,7 @@ class Distilled:
         if self._kept and self._store.writable:
             mine.put(
                 keys[missing], found[missing], tokens=[np.zeros(0, np.int32)] * len(missing),
-                sources=[bank.source(row) for row in rows[missing].tolist()],
+                sources=bank.sources(rows[missing]),
                 features=np.zeros((len(missing), 0), np.float32), cost=np.zeros(len(missing), np.float32),
             )  # fmt: skip
         return found

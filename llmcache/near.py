@@ -18,6 +18,7 @@ from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
 from llmcache.nearness import SETTING, calibrations_of
 from llmcache.reuse import Decode, Reuse, entries_of
@@ -92,7 +93,10 @@ class NearReuse:
             every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
         )
         found = replace(found, until=until)
-        self.save(found, fitted, None, commit)
+        place = self.save(found, fitted, None, commit)
+        if found.threshold is not None:  # kept now, so that no opening has to predict for all entries
+            self._distilled(place).predictions(self._bank, rows, half(every.features), fitted.predictor)
+            commit()
         return found
 
     def save(

@@ -78,8 +78,7 @@ def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np
     reading = bank.read(rows, count=False)
     good = reading.intact & features.any(axis=1)
     kept = rows[good]
-    tokens = [bank.tokens(int(row)) for row in kept]
-    return kept, Entries(features[good], np.asarray(reading.values)[good], tokens)
+    return kept, Entries(features[good], np.asarray(reading.values)[good], bank.tokens_of(kept))
 
 
 class Reuse:
