@@ -30,7 +30,7 @@ from llmcache.tokens import TokenRows
 
 _SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
 _ANSWERED, _STORED = 7e-6, 3e-5  # seconds to answer a document, and to keep one, beside what is measured here
-_REFRESH, _LOOK_UP = 6e-5, 1.2e-4  # seconds an entry and a document, to find neighbours as calibrated
+_REFRESH, _LOOK_UP = 2.5e-5, 1e-4  # seconds an entry and a document, to find neighbours as calibrated
 _LATEST = 3  # records of runs that near matches are forecast by
 _FEWEST = 400  # documents to be looked up, for a share of near matches of its own
 _CHARACTERS = 100_000  # that are tokenised for lengths at most, but of _FEWEST_TOKENISED documents in any case
