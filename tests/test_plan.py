@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
-from llmcache import CacheConfig, LLMCache, costs, execution
+from llmcache import CacheConfig, LLMCache, computing, costs, execution
 from llmcache.advice import Amounts, Circumstances, advised, bytes_of
 from llmcache.costs import Cost, in_full_batches, recorded
 from llmcache.errors import CorpusError
@@ -147,7 +147,7 @@ def test_the_recorded_cost_adds_up_to_what_the_model_took(
         for done in real(model, rows, *others, **named):
             yield replace(done, seconds=float((0.001 + 0.0001 * rows.lengths[done.chosen]).sum()))
 
-    real = execution.compute
+    real = computing.compute
     monkeypatch.setattr(execution, "compute", compute)
     with LLMCache.open(store, model) as cache:
         assert recorded(cache._bank) is None
