@@ -530,6 +530,9 @@ def test_damaged_tokens_or_features_leave_the_activations_served(
         assert again.tokens(0).tolist() == []
         assert again.source(0) == ""
         assert again.source(5) == "document 6"
+        some = np.array([5, 0, 6])
+        assert again.sources(some) == ["document 6", "", "document 7"]
+        assert [one.tolist() for one in again.tokens_of(some)] == [again.tokens(row).tolist() for row in (5, 0, 6)]
     else:
         assert again.source(0) == "document 1"
         assert "no near matches" in caplog.text

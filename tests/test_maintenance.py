@@ -826,6 +826,8 @@ def test_an_evicted_segment_is_not_kept_mapped_by_the_store_that_evicted_it(path
         assert not bank.read(rows[:1]).intact[0]
         assert (bank.source(int(rows[0])), bank.key(int(rows[0])), bank.cost(rows[:1])) == ("", "", 0.0)
         assert bank.tokens(int(rows[0])).tolist() == []
+        assert bank.sources(rows[:1]) == [""]
+        assert [one.tolist() for one in bank.tokens_of(rows[:1])] == [[]]
 
 
 def test_while_somebody_maintains_the_store_entries_wait_in_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

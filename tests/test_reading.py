@@ -91,6 +91,8 @@ def test_every_way_of_reading_gives_the_same_bits(path: Path, stores: list[Store
         assert found.tobytes() == states_of(40)[row].tobytes()
     assert [bank.source(row) for row in range(40)] == [f"s{n}" for n in range(40)]
     assert [bank.tokens(row).tolist() for row in range(40)] == [[n] for n in range(40)]
+    assert bank.sources(order) == [f"s{n}" for n in order]
+    assert [one.tolist() for one in bank.tokens_of(order)] == [[n] for n in order]
 
 
 @pytest.mark.parametrize("name", ["vectors", "states"])
