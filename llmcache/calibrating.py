@@ -233,7 +233,7 @@ def calibrated(
         bound_of_hits=choice.bound_of_hits, samples=choice.samples, needed=choice.needed, entries=len(entries),
         reason=choice.reason, temperature=voting.temperature, strength=voting.strength, tolerated=tolerated,
         guard=guarded, guard_kinds=tuple(kinds), guard_pattern=pattern, curve=_points(choice.curve),
-        traffic=Shift.fitted(held.similarity).state() if len(held.similarity) >= WATCHED else {},
+        traffic=Shift.fitted(held.found.similarity).state() if len(held.found.similarity) >= WATCHED else {},
     )  # fmt: skip
     return result, Fitted(memory.predictor, held.gate, boundary)
 
@@ -307,13 +307,15 @@ def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> N
                 f"the head is never right: it gives {labels(head, asked.outputs[:1])[0]!r} for the first document, "
                 f"where {truth[0]!r} is right; give answers as the head does"
             )
-        return np.asarray(right.astype(np.float64) - (labels(head, held.results) == truth))
+        return np.asarray(right.astype(np.float64) - (labels(head, held.found.results) == truth))
     for number in np.unique(held.fold):
         apart = held.fold == number
         classes, place = np.unique(truth[~apart], return_inverse=True)
         edge = _again(head, asked.outputs[~apart], place)
         if edge is not None:
-            was, becomes = (classes[labels(edge, one[apart])] == truth[apart] for one in (asked.outputs, held.results))
+            was, becomes = (
+                classes[labels(edge, one[apart])] == truth[apart] for one in (asked.outputs, held.found.results)
+            )
             lost[apart] = was.astype(np.float64) - becomes
     return lost
 

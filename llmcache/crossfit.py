@@ -166,26 +166,6 @@ class Held:
     fold: NDArray[np.int8] = field(repr=False)
     gate: Gate = field(repr=False)
 
-    @property
-    def results(self) -> Floats:
-        """Corrected outputs, float32 [n, out]."""
-        return self.found.results
-
-    @property
-    def evidence(self) -> Floats:
-        """float32 [n, columns]."""
-        return self.found.evidence
-
-    @property
-    def similarity(self) -> Floats:
-        """To the best match, float32 [n]."""
-        return self.found.similarity
-
-    @property
-    def nearest(self) -> Rows:
-        """Row of the best match, int64 [n]."""
-        return self.found.nearest
-
 
 def cross_fit(
     entries: Entries, judge_of: Callable[[Rows], Judge], *, folds: int = 5, seed: int = 0, voting: Voting | None = None

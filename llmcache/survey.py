@@ -16,9 +16,7 @@ from llmcache.keys import Seed, text_keys
 _BLOCK = 4096
 LONG = 16  # characters a token, from which on a text has certainly more tokens than its characters over this
 _USUAL = 6  # and most texts do
-_WORD = (
-    100  # characters that no word has more of, but for odd ones: what stands so far before a cut is not changed by it
-)
+_WORD = 100  # characters that hardly a word has: what stands so far before a cut is not changed by it
 _SHORT = 2  # and below which a text of so many characters a token is certainly not cut
 _CHECKED = 50_000  # long texts that are tokenised to see where the model stops reading them
 

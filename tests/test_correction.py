@@ -209,7 +209,7 @@ def judge_of(known: Entries) -> Judge:
 def test_no_entry_is_looked_up_among_its_own_fold() -> None:
     known = entries(400)
     held = cross_fit(known, lambda rows: judge_of(known.take(rows)), folds=4)
-    assert (held.fold != held.fold[held.nearest]).all()
+    assert (held.fold != held.fold[held.found.nearest]).all()
     assert np.bincount(held.fold).tolist() == [100] * 4
     assert set(np.unique(held.drift)) <= {0.0, 1.0}
 
@@ -224,7 +224,7 @@ def test_the_judge_is_asked_for_with_the_other_folds_rows_only() -> None:
     held = cross_fit(known, asked, folds=3)
     for number, rows in enumerate(seen):
         np.testing.assert_array_equal(rows, np.flatnonzero(held.fold != number))
-    np.testing.assert_allclose(held.drift, cosine_drift(known.outputs, held.results), atol=1e-6)
+    np.testing.assert_allclose(held.drift, cosine_drift(known.outputs, held.found.results), atol=1e-6)
 
 
 def test_cross_fitted_drift_foretells_that_of_new_documents() -> None:

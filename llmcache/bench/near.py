@@ -215,14 +215,16 @@ def judges(known: Labelled) -> Callable[[NDArray[np.int64]], Judge]:
 
 def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.floating]]]:
     """Name, score of the cached entries and of the documents asked, of each way to decide which hits to trust."""
-    yield "corrected, similarity", held.similarity, found.similarity
-    yield "corrected, consensus", held.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
+    yield "corrected, similarity", held.found.similarity, found.similarity
+    yield "corrected, consensus", held.found.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
     score = np.empty(len(held.score))
     blind = np.arange(len(EVIDENCE))  # not the columns that a head gives
     for number in np.unique(held.fold):
         apart = held.fold == number
-        score[apart] = fit_gate(held.evidence[~apart][:, blind], held.drift[~apart])(held.evidence[apart][:, blind])
-    gate = fit_gate(held.evidence[:, blind], held.drift)
+        score[apart] = fit_gate(held.found.evidence[~apart][:, blind], held.drift[~apart])(
+            held.found.evidence[apart][:, blind]
+        )
+    gate = fit_gate(held.found.evidence[:, blind], held.drift)
     yield "corrected, gate without head", score, gate(found.evidence[:, blind])
     yield "corrected, gate", held.score, held.gate(found.evidence)
 
@@ -235,7 +237,7 @@ def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Ro
         head = fitted_head(known.entries.outputs[~apart], known.labels[~apart])
         right = known.labels[apart]
         kept = head.predict(known.entries.outputs[apart]) == right
-        lost[apart] = kept.astype(float) - (head.predict(held.results[apart]) == right)
+        lost[apart] = kept.astype(float) - (head.predict(held.found.results[apart]) == right)
     choice = choose(lost, held.score, 0.005, None, errors=1.0)
     return {**truth.row(choice, found.results, held.gate(found.evidence)), "drift_is": "accuracy"}
 
@@ -244,10 +246,10 @@ def _embeddings(
     known: Labelled, asked: Labelled, held: Held, found: Found, truth: _Truth, confidence: float
 ) -> Iterator[Row]:
     """Budgets of the mean 1 - cosine, where no head is known: what is reused is the embedding."""
-    drift = cosine_drift(known.entries.outputs, held.results)
+    drift = cosine_drift(known.entries.outputs, held.found.results)
     queries = known.entries.outputs[np.random.default_rng(0).permutation(len(known.labels))[:_QUERIES]]
     for budget in BUDGETS:
-        choice = choose(drift, held.similarity, budget, confidence)
+        choice = choose(drift, held.found.similarity, budget, confidence)
         hit = found.similarity >= (np.inf if choice.threshold is None else choice.threshold)
         served = np.where(hit[:, None], found.results, asked.entries.outputs)
         facts = truth.reused(found.results, hit)

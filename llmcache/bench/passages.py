@@ -100,7 +100,8 @@ def workloads(records: Records) -> str:
         [
             prose(
                 """Corpora and streams of texts from an empty store, in calls of 256, times `SentenceTransformer.encode`
-                (`llmcache bench run 'stream-*' 'corpus-*'`; what each record's command says of `--limit`):"""
+                (`llmcache bench run 'stream-*' 'corpus-*' --repeats 1 --limit N`, N in the column of texts;
+                one repeat, so that a tenth more or less says nothing):"""
             ),
             table(columns, map(cells, known)),
         ]
@@ -333,8 +334,8 @@ def pipeline(records: Records) -> str:
         computes, stores and writes the results takes {times(long["over_the_larger"])} times what the model
         takes for those that it computes ({times(short["over_the_larger"])} with {short["documents"]:,}), and
         {long["peak_mib"]:.0f} MiB of memory, {short["peak_mib"]:.0f} with {short["documents"]:,}; the model
-        alone takes {long["model_alone_mib"]:.0f} in a batch of its longest texts (`llmcache bench pipeline`;
-        `pipeline.json`)."""
+        alone takes {long["model_alone_mib"]:.0f} in a batch of its longest texts (`llmcache bench pipeline
+        --data DATA`; `pipeline.json`)."""
     )
 
 
@@ -344,7 +345,8 @@ def chunked(records: Records) -> str:
     return prose(
         f"""Of revised policies, cut by their structure into chunks of {ours["mean_characters"]:.0f} characters on
         average, {percent(ours["repeated"])} of the text lies in chunks that are known from earlier revisions;
-        in windows of 180 words {percent(words["repeated"])} (`llmcache bench chunks`; `chunks.json`)."""
+        in windows of 180 words {percent(words["repeated"])} (`llmcache bench chunks
+        --histories 1`; `chunks.json`)."""
     )
 
 
@@ -356,7 +358,8 @@ def plans(records: Records) -> str:
     return prose(
         f"""The forecast of `llmcache plan` was at most {points:.1f} points of hits and {percent(off, 0)} of the
         seconds off, over {len(rows)} runs of bank queries, policies and logs, and took {percent(costs[0])} to
-        {percent(costs[-1])} of what the model alone takes for the corpus (`llmcache bench plan`; `plan.json`)."""
+        {percent(costs[-1])} of what the model alone takes for the corpus (`llmcache bench
+        plan --data DATA --repeats 1`; `plan.json`)."""
     )
 
 

@@ -100,7 +100,7 @@ def _rules(
     )
     guarded = np.where(of_asked, -np.inf, score)
     with_guard = _threshold(held.drift, np.where(of_sample, -np.inf, held.score), budget)
-    tau = _threshold(held.drift, held.similarity, budget)
+    tau = _threshold(held.drift, held.found.similarity, budget)
     as_many = float(np.sort(found.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
     for name, results, hit in (
         ("ours: corrected, gate", found.results, score >= ours),
