@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
+from llmcache.predictor import Predictor
 from tests.conftest import DATA, Command
 
 KNOWN, ASKED = 700, 200
@@ -77,6 +78,24 @@ def test_who_asks_for_exact_reuse_gets_the_models_own_results_from_a_calibrated_
     with LLMCache.open(known, model, config=CacheConfig(reuse="exact")) as cache:
         assert {one.tier for one in cache.run(asked)} == {"miss"}
         np.testing.assert_allclose(cache.encode(asked), model.encode(asked), atol=1e-5)
+
+
+def test_opening_a_calibrated_store_predicts_for_no_entry(
+    model: SentenceTransformer, known: Path, asks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLMCache.open(known, model) as cache:
+        cache.calibrate(budget=0.2, drift="beyond", limit=0.3)
+    predicted: list[int] = []
+    real = Predictor.__call__
+
+    def noted(self: Predictor, features: np.ndarray[Any, Any]) -> Any:
+        predicted.append(len(features))
+        return real(self, features)
+
+    monkeypatch.setattr(Predictor, "__call__", noted)
+    with LLMCache.open(known, model, config=CacheConfig(recalibrate=False)) as cache:
+        list(cache.run(asks[KNOWN : KNOWN + 5]))
+    assert predicted == [5]
 
 
 def test_near_results_are_neither_stored_nor_given_as_exact(
