@@ -71,9 +71,7 @@ class KeyTable:
                 open_ &= ~match
                 place = place + 1
         if self._recent:
-            raw = keys.tobytes()
-            for i in range(len(keys)):
-                row = self._recent.get(raw[16 * i : 16 * i + 16])
-                if row is not None:
-                    rows[i] = row
+            raw, get = keys.tobytes(), self._recent.get
+            recent = np.array([get(raw[i : i + 16], -1) for i in range(0, len(raw), 16)], np.int64)
+            rows = np.where(recent >= 0, recent, rows)
         return rows

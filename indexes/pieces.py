@@ -114,6 +114,9 @@ class Pieces:
 
     def groups(self, rows: Rows) -> Iterator[tuple[Piece, Rows, Rows]]:
         """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
+        if len(self._pieces) == 1 and len(rows):
+            yield self._pieces[0], np.arange(len(rows)), rows
+            return
         places = np.searchsorted(self._starts, rows, "right") - 1
         order = np.argsort(places, kind="stable")  # once: there may be hundreds of pieces that are not sealed yet
         placed = places[order]

@@ -42,6 +42,8 @@ ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
 _HEAD = np.dtype([("key", "<u8", (2,)), ("nbytes", "<u8"), ("scale", "<f4")])  # what a checksum covers, then the bytes
 STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
 MAGIC = b"LLMCROW1"
+_SHORT = 4 << 10  # bytes of a row up to which copying it costs less than what a hash takes to begin and to end
+_NEAR = 256 << 10  # bytes that are copied and then hashed: no more than a processor's own cache holds
 _PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
 
 
@@ -77,20 +79,35 @@ def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryvie
     """The checksum of each row that these bytes should have; records: of ROW, as many as there are parts."""
     head, size = heads(records), _HEAD.itemsize
     strong = (records["flags"] & STRONG > 0).tolist()
+    if isinstance(parts, np.ndarray) and parts.shape[1] <= _SHORT and not any(strong) and len(parts) == len(records):
+        return _together(head, parts)
     return [
         _digest(head[size * i : size * i + size], part, one)
         for i, (part, one) in enumerate(zip(parts, strong, strict=True))
     ]
 
 
+def _together(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
+    """The same for short rows, a copy of each behind its head: one call of the hash for a row, not three."""
+    size, step = _HEAD.itemsize, max(1, _NEAR // (_HEAD.itemsize + parts.shape[1]))
+    found: list[bytes] = []
+    before = np.frombuffer(head, np.uint8).reshape(-1, size)
+    whole = np.empty((min(step, len(parts)), size + parts.shape[1]), np.uint8)
+    for start in range(0, len(parts), step):
+        some = whole[: len(parts) - start]
+        some[:, :size], some[:, size:] = before[start : start + step], parts[start : start + step]
+        found += map(xxhash.xxh3_128_digest, some)
+    return found
+
+
 def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview] | NDArray[np.uint8]) -> list[bool]:
     """Which rows' bytes are as long as their records say, and agree with their checksums."""
-    wanted = records["checksum"].tobytes()
+    wanted, found = records["checksum"].tobytes(), digests(records, parts)
+    if isinstance(parts, np.ndarray) and b"".join(found) == wanted and (records["nbytes"] == parts.shape[1]).all():
+        return [True] * len(records)
     return [
-        part.nbytes == size and found == wanted[16 * i : 16 * i + 16]
-        for i, (part, size, found) in enumerate(
-            zip(parts, records["nbytes"].tolist(), digests(records, parts), strict=True)
-        )
+        part.nbytes == size and one == wanted[16 * i : 16 * i + 16]
+        for i, (part, size, one) in enumerate(zip(parts, records["nbytes"].tolist(), found, strict=True))
     ]
 
 

@@ -29,7 +29,7 @@ from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.records import ALIAS, HEADER, MAGIC, ROW, STRONG, agree, portions
 from llmcache.indexes.sealed import Sealed
 
-_NEAR = 256 << 10  # bytes that are copied and then compared: no more than a processor's own cache holds
+_NEAR = 512 << 10  # bytes that are copied and then compared: no more than a processor's own cache holds
 
 
 @dataclass(frozen=True, slots=True)

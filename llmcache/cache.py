@@ -217,12 +217,13 @@ class LLMCache:
         if batch_size <= 0:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
         resolved = self._prompt(role, prompt_name, prompt)
-        with tqdm(total=len(texts), desc="Documents", disable=not show_progress_bar) as bar:
+        tensor = convert_to_tensor and precision == "float32"
+        with tqdm(total=len(texts), desc="Documents") if show_progress_bar else nullcontext() as bar:
 
             def advance(answered: int, _: int) -> None:
-                bar.update(answered)
+                if bar is not None:
+                    bar.update(answered)
 
-            tensor = convert_to_tensor and precision == "float32"
             answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance, tensor))
         outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
         return finished(

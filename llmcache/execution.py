@@ -117,22 +117,25 @@ class Execution:
         tried = distinct[self._worth.tried(len(distinct))]
         rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
         self.counters.exact_text += len(tried) - len(rest)
-        left = np.setdiff1d(distinct, tried)
+        left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
         call.progress(len(call.texts) - len(rest) - len(left), 0)
         self._past(answers, call, left)
-        rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
-        for window, tokens in self._windows(call, rest):
-            self._answer_unknown(answers, call, window, keys[window], tokens)
+        if len(rest):
+            rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+            for window, tokens in self._windows(call, rest):
+                self._answer_unknown(answers, call, window, keys[window], tokens)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
 
     def _empty(self, call: Call) -> Answers:
+        if not call.tensor:
+            return Answers.empty(len(call.texts), self.bank.facts.width)
         embedding = self._model.token_embedding()
-        if call.tensor and self._levels_for != embedding.device:
+        if self._levels_for != embedding.device:
             self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
-        if not call.tensor or self.levels is None:
+        if self.levels is None:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         return DeviceAnswers.on(self.levels, len(call.texts), embedding.dtype)
 
@@ -167,7 +170,7 @@ class Execution:
         found, began = rows >= 0, time.perf_counter()
         lost = answers.serve(places[found], rows[found], self.bank, EXACT)
         self._worth.served(rows[found], time.perf_counter() - began)
-        return places[~found | np.isin(places, places[found][lost])]
+        return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
     def _past(self, answers: Answers, call: Call, places: Places) -> None:
         """Compute documents without looking at the bank, and without keeping them: while it does not pay."""
@@ -342,11 +345,11 @@ class Execution:
         counters = self.counters
         counters.documents += len(answers.tier)
         counters.repeats += repeats
-        counters.near += int((answers.tier == NEAR).sum())
-        counters.misses += int((answers.tier == MISS).sum())
+        counters.near += int(np.count_nonzero(answers.tier == NEAR))
+        counters.misses += int(np.count_nonzero(answers.tier == MISS))
         counters.damaged = self.bank.damaged
         counters.overhead_seconds += seconds
         counters.saved_seconds += self.bank.cost(answers.row[answers.row >= 0])
-        of_computed = int(((answers.twin >= 0) & (answers.row < 0)).sum())
+        of_computed = int(np.count_nonzero((answers.twin >= 0) & (answers.row < 0)))
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -62,29 +62,28 @@ def optional(text: str | None) -> bytes:
 
 def text_keys(seed: Seed, texts: Sequence[str]) -> NDArray[np.uint8]:
     """A key per text, uint8 [n, 16]. Lone surrogates are allowed."""
-    # a loop of its own, not token_keys over a list of encodings, which would be a second copy of the texts
-    copy, digests = seed.copy, bytearray()
-    for text in texts:
-        field = text.encode("utf-8", "surrogatepass")
-        one = copy()
-        one.update(_length(len(field)) + field)
-        digests += one.digest()
-    return _cut(digests)
+    # one after the other, not a list of encodings, which would be a second copy of the texts
+    try:
+        return _keys(seed, map(str.encode, texts))
+    except UnicodeEncodeError:
+        return _keys(seed, (text.encode("utf-8", "surrogatepass") for text in texts))
 
 
 def token_keys(seed: Seed, rows: Sequence[bytes]) -> NDArray[np.uint8]:
     """A key per row of token bytes (ids, and whatever else goes into the model with them), uint8 [n, 16]."""
-    copy, digests = seed.copy, bytearray()
-    for row in rows:
+    return _keys(seed, rows)
+
+
+def _keys(seed: Seed, fields: Iterable[bytes]) -> NDArray[np.uint8]:
+    copy, length, digests = seed.copy, _length, list[bytes]()
+    for field in fields:
         one = copy()
-        one.update(_length(len(row)) + row)
-        digests += one.digest()
-    return _cut(digests)
+        one.update(length(len(field)))
+        one.update(field)  # by itself: in front of a long text, eight bytes would cost a copy of it
+        digests.append(one.digest())
+    whole = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    return np.ascontiguousarray(whole[:, :KEY_BYTES])
 
 
 def _hashed(data: bytes, secret: bytes) -> Seed:
     return hmac.new(secret, data, "sha256") if secret else hashlib.sha256(data)
-
-
-def _cut(digests: bytearray) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.frombuffer(digests, np.uint8).reshape(-1, 32)[:, :KEY_BYTES])

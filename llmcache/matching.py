@@ -74,12 +74,13 @@ class Answers:
     def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
         """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
         intact = self.fill(places, rows, bank)
-        good = np.flatnonzero(intact)
-        self.tier[places[good]] = tier
-        self.row[places[good]] = rows[good]
+        lost = np.flatnonzero(~intact)
+        if len(lost):
+            places, rows = places[intact], rows[intact]
+        self.tier[places], self.row[places] = tier, rows
         if tier == EXACT:
-            self.similarity[places[good]] = 1
-        return np.flatnonzero(~intact)
+            self.similarity[places] = 1
+        return lost
 
     def fill(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank) -> NDArray[np.bool_]:
         """Outputs of these places from these bank rows; bool [n], which could be read."""
@@ -87,7 +88,7 @@ class Answers:
         values = np.asarray(reading.values)
         if not reading.intact.all():
             self.outputs[places[reading.intact]] = values[reading.intact]
-        elif np.array_equal(places, np.arange(len(self.outputs))):
+        elif len(places) == len(self.outputs) and (places == np.arange(len(places))).all():
             self.outputs = values  # nothing is copied where everything was there
         else:
             self.outputs[places] = values
@@ -109,6 +110,8 @@ class Answers:
 
     def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
         """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
+        if not len(places):
+            return
         self.outputs[places] = self.outputs[first]
         self.similarity[places] = np.where(self.tier[first] == NEAR, self.similarity[first], 1)
         self.tier[places] = np.where(self.tier[first] == NEAR, NEAR, EXACT)
@@ -124,6 +127,9 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
     keys: uint64 [n, 2]. Returns int64 [distinct] and int64 [n].
     """
+    halves = np.sort(keys[:, 0])
+    if (halves[1:] != halves[:-1]).all():  # nothing is there twice, as in most calls
+        return np.arange(len(keys)), np.arange(len(keys))
     _, first, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
     first = first[which]
     if np.array_equal(keys[first, 1], keys[:, 1]):  # else two keys have one half in common

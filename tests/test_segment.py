@@ -21,7 +21,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.records import ALIAS, Keys, checksum
+from llmcache.indexes.records import ALIAS, ROW, STRONG, Keys, agree, checksum, digests
 from llmcache.indexes.sealing import Entries, seal
 from llmcache.indexes.segment import Segment
 
@@ -374,6 +374,31 @@ def test_right_bytes_with_another_scale_are_not_intact(folder: Folder) -> None:
     segment.rows = segment.rows.copy()
     segment.rows["scale"][1] *= 2
     assert intact(segment) == [True, False, True]
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("nbytes", [0, 1, 100, 4096, 4097, 70_000])
+def test_checksums_of_rows_in_one_block_are_those_of_each_row_alone(nbytes: int, strong: bool) -> None:
+    random = np.random.default_rng(nbytes)
+    block, records = random.integers(0, 256, (9, nbytes), np.uint8), np.zeros(9, ROW)
+    records["key"], records["nbytes"] = random.integers(0, 1 << 64, (9, 2), np.uint64), nbytes
+    records["scale"], records["flags"] = random.random(9), STRONG * strong
+    alone = [checksum(one["key"], part, one["scale"], strong=strong) for one, part in zip(records, block, strict=True)]
+    assert digests(records, block) == digests(records, list(block)) == alone
+    records["checksum"] = np.frombuffer(b"".join(alone), np.uint8).reshape(-1, 16)
+    assert agree(records, block) == [True] * 9
+    records["checksum"][4, 7] ^= 1
+    records["nbytes"][6] += 1
+    assert agree(records, block) == [place not in (4, 6) for place in range(9)]
+    assert agree(records[:0], block[:0]) == []
+
+
+def test_rows_of_both_kinds_of_checksums_are_told_apart() -> None:
+    block, records = np.arange(80, dtype=np.uint8).reshape(4, 20), np.zeros(4, ROW)
+    records["nbytes"], records["scale"], records["flags"] = 20, 1, [0, STRONG, STRONG, 0]
+    assert digests(records, block) == [
+        checksum(one["key"], part, strong=bool(one["flags"])) for one, part in zip(records, block, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("nbytes", [64, 100, 300_000])
