@@ -109,6 +109,8 @@ def _show(name: str, record: dict[str, Any]) -> None:
         for row in rows:
             if "skipped" in row:
                 typer.echo(f"{row['name']}: {row['skipped']}")
+            if "noted" in row:
+                typer.echo(f"{row['name']}: {', '.join(f'{key}: {one}' for key, one in row['noted'].items())}")
     else:
         typer.echo(f"{name}: measured")
     for target in record.get("targets", ()):

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.bench import contenders as own
 from llmcache.bench import others
 from llmcache.bench.drawing import Bars
-from llmcache.bench.names import ALONE, ONCE, OURS, SORTED
+from llmcache.bench.names import ALONE, ASIDE, ONCE, OURS, SORTED
 from llmcache.bench.recording import moment, notes, run, write
 from llmcache.bench.recording import others as others_busy
 from llmcache.bench.rounds import Contender, Opened, Row, Task, rounds, spread, times
@@ -206,6 +206,33 @@ def test_a_contender_with_a_share_is_asked_that_many_texts(model: SentenceTransf
     assert found["slow"]["ratio"] == pytest.approx((found[ALONE]["seconds"][0] / 8) / (found["slow"]["seconds"][0] / 5))
 
 
+def test_what_keeps_nothing_is_asked_only_within_the_time(model: SentenceTransformer, queries: list[str]) -> None:
+    asked: dict[str, list[str]] = {"keeps": [], "forgets": []}
+
+    def named(name: str) -> Contender:
+        @contextmanager
+        def opened(task: Task, _: Path) -> Iterator[Opened]:
+            def answer(texts: Sequence[str]) -> Any:
+                asked[name].extend(texts)
+                return task.model.encode(list(texts))
+
+            yield Opened(
+                answer,
+                lambda: len(asked[name]),
+                noted=lambda: {"asked": len(asked[name]), "name": name, "on": True, "share": 0.5},
+            )
+
+        return Contender(name, opened, keeps=name == "keeps")
+
+    known, before, call = queries[:2], queries[2:5], queries[5:7]
+    task = Task(model, known, [call], before=[before[:2], before[2:]])
+    found = last(rounds(task, [BASE, named("keeps"), named("forgets")], 1))
+    assert asked == {"keeps": known + (before + call) * 2, "forgets": call * 2}
+    assert (found["keeps"]["computed"], found["forgets"]["computed"]) == (2, 2)
+    assert found["keeps"]["noted"] == {"asked": 2, "name": "keeps", "on": True, "share": 0.5}
+    assert "noted" not in found[ALONE]
+
+
 def test_one_repeat_has_no_spread() -> None:
     assert spread([2.0])["slowest_of_quickest"] is None
     assert spread([2.0, 5.0, 4.0]) == {"median": 4.0, "quickest": 2.0, "slowest": 5.0, "slowest_of_quickest": 2.5}
@@ -371,6 +398,23 @@ def test_the_command_measures_names_what_is_missing_and_goes_on(llmcache: Comman
     assert (out / "hit-banking77.png").read_bytes().startswith(b"\x89PNG")
     again = llmcache("bench", "run", "hit-banking77", *arguments)
     assert (again.code, "kept as it is" in again.out) == (0, True)
+
+
+def test_near_reuse_that_went_off_is_recorded_with_the_reason(llmcache: Command, tmp_path: Path) -> None:
+    if not (DATA / "cls-sst2" / "train.txt").exists():
+        pytest.skip(f"SST-2 is not in {DATA}")
+    done = llmcache("bench", "run", "off-sst2", "--data", DATA, "--out", tmp_path, "--repeats", 1, "--limit", 12)
+    assert done.code == 0
+    record = json.loads((tmp_path / "off-sst2.json").read_bytes())
+    assert (record["known"], record["before"], record["texts"]) == (192, 12, 12)
+    row = {one["name"]: one for one in record["rows"]}[ASIDE]
+    assert row["noted"]["off"]
+    assert (row["noted"]["asked"], row["noted"]["near"]) == (12, 0)
+    assert row["noted"]["looked_up"] <= 12
+    assert row["computed"] == 12
+    assert row["difference"] < 1e-5
+    assert [(one["base"], one["at_least"]) for one in record["targets"]] == [(ALONE, 0.99), (SORTED, 0.99)]
+    assert row["noted"]["off"] in done.out
 
 
 def test_the_list_says_what_cannot_be_run(llmcache: Command, tmp_path: Path) -> None:

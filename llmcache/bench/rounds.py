@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,16 @@ LEAST_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What every contender is given. known: texts it has answered before the time begins. calls: texts of each call."""
+    """What every contender is given. known: texts it has answered, once. calls: texts of each call, in each round.
+
+    before: texts of calls that a contender which keeps something answers in each round before the time begins.
+    """
 
     model: SentenceTransformer
     known: Sequence[str]
     calls: Sequence[Sequence[str]]
     batch_size: int = 32
+    before: Sequence[Sequence[str]] = ()
 
     def first(self, share: int | None) -> Task:
         """The same, for a contender that is asked no more than this many texts."""
@@ -47,7 +51,7 @@ class Task:
             if not left:
                 break
         asked = {text for call in calls for text in call}
-        return Task(self.model, [text for text in self.known if text in asked], calls, self.batch_size)
+        return replace(self, known=[text for text in self.known if text in asked], calls=calls)
 
     @property
     def only_reads(self) -> bool:
@@ -58,12 +62,13 @@ class Task:
 
 class Opened(NamedTuple):
     """A contender at work. answer: texts to vectors, float32 [n, width]. computed: how many the model had to compute so
-    far. commit: makes what was stored last.
+    far. commit: makes what was stored last. noted: what else is to be said of it; whole numbers are counts so far.
     """
 
     answer: Callable[[Sequence[str]], Any]
     computed: Callable[[], int]
     commit: Callable[[], None] = lambda: None
+    noted: Callable[[], Row] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +76,14 @@ class Contender:
     """One way to the vectors. opened: with its data in a folder, a context that gives `Opened`, or why it cannot be.
 
     package: what has to be installed for it. share: texts it is asked at most, when it is too slow for all of them;
-    rates and ratios are per text, so that they stay comparable.
+    rates and ratios are per text, so that they stay comparable. keeps: whether it remembers anything from call to call.
     """
 
     name: str
     opened: Callable[[Task, Path], AbstractContextManager[Opened]] | str
     package: str = ""
     share: int | None = None
+    keeps: bool = True
 
     @property
     def missing(self) -> str:
@@ -91,12 +97,13 @@ class Contender:
 
 @dataclass(slots=True)
 class Taken:
-    """What one contender gave. seconds: of all its texts, one value a round. outputs: of the last round."""
+    """What one contender gave. seconds: of all its texts, one value a round. The others are of the last round."""
 
     documents: int = 0
     seconds: list[float] = field(default_factory=list)
     computed: int = 0
     outputs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    noted: Row = field(default_factory=dict)
 
 
 def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
@@ -128,7 +135,7 @@ def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterato
 
 def _fill(one: Contender, task: Task, folder: Path) -> None:
     folder.mkdir()
-    if task.known and not isinstance(one.opened, str):
+    if task.known and one.keeps and not isinstance(one.opened, str):
         with one.opened(task, folder) as opened:
             opened.answer(task.known)
             opened.commit()
@@ -138,7 +145,11 @@ def _measure(one: Contender, task: Task, folder: Path, taken: Taken, *, counted:
     assert not isinstance(one.opened, str)
     reads = task.only_reads
     with one.opened(task, folder) as opened:
-        before = opened.computed()
+        for call in task.before if one.keeps else ():
+            opened.answer(call)
+        if task.before:
+            opened.commit()
+        before, noted = opened.computed(), opened.noted()
         seconds: list[float] = []
         while not seconds or (reads and sum(seconds) < LEAST_SECONDS):
             began = time.perf_counter()
@@ -147,10 +158,15 @@ def _measure(one: Contender, task: Task, folder: Path, taken: Taken, *, counted:
                 opened.commit()
             seconds.append(time.perf_counter() - began)
         computed = (opened.computed() - before) // len(seconds)
+        noted = {name: _since(noted[name], value) for name, value in opened.noted().items()}
     if counted:
         taken.seconds.append(statistics.median(seconds))
-        taken.computed, taken.documents = computed, sum(map(len, task.calls))
+        taken.computed, taken.documents, taken.noted = computed, sum(map(len, task.calls)), noted
         taken.outputs = np.concatenate([np.asarray(one, np.float32) for one in outputs])
+
+
+def _since(before: Any, value: Any) -> Any:
+    return value - before if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 # -- rows -----------------------------------------------------------------------------------------------------
@@ -178,6 +194,7 @@ def _row(
         "computed": mine.computed,
         "difference": float(np.abs(mine.outputs - wanted).max()),
         "mean_1_minus_cosine": float(np.mean(1 - cosine)),
+        **({"noted": mine.noted} if mine.noted else {}),
     }
 
 

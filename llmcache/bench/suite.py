@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.bench import contenders as own
 from llmcache.bench import others
 from llmcache.bench.drawing import Bars
-from llmcache.bench.names import ALONE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, ONCE, OURS, SORTED
+from llmcache.bench.names import ALONE, ASIDE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, ONCE, OURS, SORTED
 from llmcache.bench.rounds import Contender, Row, Task, rounds, times
 from llmcache.bench.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError
@@ -24,6 +24,8 @@ CALL = 256
 """Texts of one call in a stream."""
 STREAM = 4096
 """Texts of a stream, drawn from a quarter as many."""
+_KNOWN, _BEFORE = 3584, 1280  # of `off-sst2`: texts to calibrate on, and texts after which it is seen what that pays
+_LEAST = 192  # texts that a calibration needs, and some
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,10 @@ class Benchmark:
 # -- vectors of texts, by contenders in turn --------------------------------------------------------------------
 
 _MODELS = [
-    Contender(ALONE, own.alone),
-    Contender(SORTED, own.by_tokens),
+    Contender(ALONE, own.alone, keeps=False),
+    Contender(SORTED, own.by_tokens, keeps=False),
 ]
-_ONCE = Contender(ONCE, own.once_per_call)
+_ONCE = Contender(ONCE, own.once_per_call, keeps=False)
 _OURS = Contender(OURS, own.ours())
 _REUSE = [_OURS, *others.EXACT_RIVALS, others.CUT_LAYER, *others.ABSENT]
 _STREAM = [*_MODELS, _ONCE, *_REUSE, others.SEMHASH_FIRST, *own.near(0.9)]
@@ -139,6 +141,20 @@ def _known(workload: str, times_the_model: float) -> Callable[[Sizes], Iterator[
     return run
 
 
+def _off(sizes: Sizes) -> Iterator[Record]:
+    """New texts for a cache whose near reuse does not pay with what it knows, and has noticed that."""
+    texts = list(dict.fromkeys(read(sizes.data, "sst2")))
+    known, before, asked = texts[:_KNOWN], texts[_KNOWN : _KNOWN + _BEFORE], texts[_KNOWN + _BEFORE :]
+    if sizes.limit is not None:
+        known, before, asked = known[: max(sizes.limit, _LEAST)], before[: sizes.limit], asked[: sizes.limit]
+    task = Task(sizes.model(), known, _calls(asked), before=_calls(before))
+    targets = [Target(ASIDE, base, 0.99) for base in (ALONE, SORTED)]
+    facts = {"before": len(before), "budget": own.ASIDE_BUDGET, "drift": "cosine"}
+    for record in _measured(sizes, task, [*_MODELS, _OURS, Contender(ASIDE, own.aside)], targets, facts):
+        off = all(row["noted"]["off"] for row in record["rows"] if "noted" in row)
+        yield record if off else {**record, "targets": []}
+
+
 def _corpus(workload: str) -> Callable[[Sizes], Iterator[Record]]:
     """A corpus in its own order, in calls, from an empty store: its own redundancy decides."""
 
@@ -183,6 +199,10 @@ def _of_texts() -> Iterator[Benchmark]:
         needs = (WORKLOADS[name].path,)
         yield Benchmark(f"miss-{name}", f"{new}: {WORKLOADS[name].about}", needs, _unknown(name), _BARS)
         yield Benchmark(f"hit-{name}", f"{known}: {WORKLOADS[name].about}", needs, _known(name, times_the_model), _BARS)
+    yield Benchmark(
+        "off-sst2", "near reuse that does not pay and has gone off by itself, storing included: film sentences",
+        (WORKLOADS["sst2"].path,), _off, _BARS,
+    )  # fmt: skip
     for kind in STREAMS:
         about = f"bank queries drawn again and again, {kind}"
         yield Benchmark(f"stream-{kind}", about, (WORKLOADS["banking77"].path,), _stream(kind), _BARS)
