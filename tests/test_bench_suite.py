@@ -22,7 +22,7 @@ from llmcache.bench.drawing import Bars
 from llmcache.bench.names import ALONE, ASIDE, ONCE, OURS, SORTED
 from llmcache.bench.recording import moment, notes, run, write
 from llmcache.bench.recording import others as others_busy
-from llmcache.bench.rounds import Contender, Opened, Row, Task, rounds, spread, times
+from llmcache.bench.rounds import WARM, Contender, Opened, Row, Task, rounds, spread, times
 from llmcache.bench.suite import Benchmark, Record, Sizes, Target, benchmarks, chosen
 from llmcache.bench.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError, LLMCacheError
@@ -231,6 +231,23 @@ def test_what_keeps_nothing_is_asked_only_within_the_time(model: SentenceTransfo
     assert (found["keeps"]["computed"], found["forgets"]["computed"]) == (2, 2)
     assert found["keeps"]["noted"] == {"asked": 2, "name": "keeps", "on": True, "share": 0.5}
     assert "noted" not in found[ALONE]
+
+
+@pytest.mark.parametrize("known", [0, WARM + 8])
+def test_new_texts_are_few_in_the_round_that_warms_up(known: int, model: SentenceTransformer) -> None:
+    texts, asked = [f"text {i}" for i in range(WARM + 8)], list[int]()
+
+    @contextmanager
+    def opened(task: Task, _: Path) -> Iterator[Opened]:
+        def answer(texts: Sequence[str]) -> Any:
+            asked.append(len(texts))
+            return np.ones((len(texts), 384), np.float32)
+
+        yield Opened(answer, lambda: 0)
+
+    next(rounds(Task(model, texts[:known], [texts]), [Contender("quick", opened)], 1))
+    assert asked[-1] == WARM + 8
+    assert (asked[0], WARM in asked) == ((WARM, True) if not known else (WARM + 8, False))
 
 
 def test_one_repeat_has_no_spread() -> None:

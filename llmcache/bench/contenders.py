@@ -125,7 +125,7 @@ def ours(config: CacheConfig | None = None) -> Callable[[Task, Path], AbstractCo
 
 @contextmanager
 def aside(task: Task, folder: Path) -> Iterator[Opened]:
-    """The cache with near reuse calibrated on what it knows, for a budget of vectors that hardly any neighbour keeps."""
+    """The cache, calibrated on what it knows to a mean 1 - cosine that hardly any neighbour keeps."""
     with LLMCache.open(folder / "store", task.model) as cache:
 
         def answer(texts: Sequence[str]) -> Any:

@@ -23,6 +23,8 @@ from llmcache.errors import ConfigError
 Row = dict[str, Any]
 Floats = NDArray[np.float32]
 
+WARM = 256
+"""Texts of the round that warms up."""
 LEAST_SECONDS = 0.2
 """What only reads is asked again until this time has passed: one answer alone would be shorter than the noise."""
 
@@ -109,7 +111,7 @@ class Taken:
 def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
     """Rows after each round, one per contender; ratios are to the first, which is the model alone.
 
-    A first round warms up and is not counted. Who begins changes from round to round. What a contender has to know is
+    A first round, of no more than `WARM` new texts, warms up and is not counted. Who begins changes from round to round. What a contender has to know is
     answered by it once, before, and each round works on a copy of that.
     """
     able = [one for one in contenders if not one.missing]
@@ -118,7 +120,7 @@ def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterato
     texts = list(dict.fromkeys(text for call in task.calls for text in call))
     places = {text: place for place, text in enumerate(texts)}
     expected = np.asarray(task.model.encode(texts, batch_size=task.batch_size), np.float32)
-    taken = {one.name: Taken() for one in able}
+    taken, reads = {one.name: Taken() for one in able}, task.only_reads
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
         for turn, one in enumerate(able):
             _fill(one, task.first(one.share), Path(name) / f"known-{turn}")
@@ -127,7 +129,10 @@ def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterato
             for place in [*range(turn, len(able)), *range(turn)]:
                 one, work = able[place], Path(name) / "work"
                 shutil.copytree(Path(name) / f"known-{place}", work)
-                _measure(one, task.first(one.share), work, taken[one.name], counted=round_ > 0)
+                asked = task.first(one.share)
+                if not round_ and not reads:
+                    asked = replace(asked.first(WARM), before=asked.before[:1])
+                _measure(one, asked, work, taken[one.name], counted=round_ > 0)
                 shutil.rmtree(work)
             if round_:
                 yield [_row(one, task, contenders[0], taken, (places, expected)) for one in contenders]
