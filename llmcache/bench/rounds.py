@@ -111,7 +111,7 @@ class Taken:
 def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
     """Rows after each round, one per contender; ratios are to the first, which is the model alone.
 
-    A first round, of no more than `WARM` new texts, warms up and is not counted. Who begins changes from round to round.
+    A first round, of at most `WARM` new texts, warms up and is not counted. Who begins changes from round to round.
     What a contender has to know is answered by it once, before, and each round works on a copy of that.
     """
     able = [one for one in contenders if not one.missing]
