@@ -22,6 +22,7 @@ from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.levels import DeviceAnswers, Levels, levels_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.ondevice import place_of
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
 from llmcache.storing import Storing
@@ -102,11 +103,21 @@ class Execution:
         self.embedding = model.token_embedding()
         self.counters = storing.counters
         self._worth = storing.worth(bank, name, self._again)
-        self.reuse: Reuse | None = None
-        """Calibrated near reuse; None where there is none, and `tau` decides."""
+        self._near_reuse: Reuse | None = None
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
         self._levels_for: torch.device | None = None
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """Calibrated near reuse, which looks up where the model is now; None where there is none, and `tau` decides."""
+        if self._near_reuse is not None:
+            self._near_reuse.place = place_of(self.config, self.embedding)
+        return self._near_reuse
+
+    @reuse.setter
+    def reuse(self, reuse: Reuse | None) -> None:
+        self._near_reuse = reuse
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
@@ -132,9 +143,10 @@ class Execution:
         embedding = self._model.token_embedding()
         if call.tensor and self._levels_for != embedding.device:
             self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
-        if not call.tensor or self.levels is None:
+        near_there = self.reuse is not None and self.reuse.place is not None
+        if not call.tensor or (self.levels is None and not near_there):
             return Answers.empty(len(call.texts), self.bank.facts.width)
-        return DeviceAnswers.on(self.levels, len(call.texts), embedding.dtype)
+        return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: Call) -> Seed:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
@@ -218,7 +230,8 @@ class Execution:
         raw = drawn.cpu().numpy()
         audited: _Audited | None = None
         if len(todo) and self.reuse is not None:
-            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
+            asked = raw if self.reuse.place is None else drawn
+            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         elif len(todo) and self.config.reuse != "exact" and (self.config.tau is not None or self.config.layer_tau):
@@ -250,22 +263,30 @@ class Execution:
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
 
     def _reuse(
-        self, answers: Answers, places: Places, tokens: Sequence[NDArray[np.int32]], raw: NDArray[np.float32]
+        self,
+        answers: Answers,
+        places: Places,
+        tokens: Sequence[NDArray[np.int32]],
+        raw: NDArray[np.float32] | torch.Tensor,
     ) -> tuple[Places, _Audited | None]:
         """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
-        assert self.reuse is not None
-        tried = self.reuse.tried(len(places))
+        reuse = self.reuse
+        assert reuse is not None
+        tried = reuse.tried(len(places))
         if not len(tried):
             return np.arange(len(places)), None
-        self.reuse.refresh()  # its time is that of opening, not of a look-up
+        reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
-        near = self.reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        near = reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
         self._storing.history.similar(near.closest, near.gate == TAKEN)
-        self.reuse.watch(near.closest)
-        again = self.reuse.chosen_for_audit(near)
+        reuse.watch(near.closest)
+        again = reuse.chosen_for_audit(near)
         served = (near.gate == TAKEN) & ~again
         where = places[tried[served]]
-        answers.outputs[where] = near.results[served]
+        if isinstance(answers, DeviceAnswers) and isinstance(given := near.given(served), torch.Tensor):
+            answers.kept(where, given)
+        else:
+            answers.outputs[where] = near.on_host(served)
         answers.tier[where], answers.row[where] = NEAR, near.rows[served]
         answers.similarity[where], answers.consensus[where] = near.similarity[served], near.consensus[served]
         self.bank.used(near.rows[served])
@@ -274,7 +295,7 @@ class Execution:
         counters.near_asked += len(tried)
         counters.near_seconds += seconds
         counters.near_saved_seconds += self.bank.cost(near.rows[served])
-        counters.audit_seconds += self.reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
+        counters.audit_seconds += reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
         return np.setdiff1d(np.arange(len(places)), tried[served]), _Audited(places[tried], near, again)
 
     def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.manifest import BankFacts
 from llmcache.matching import Answers
 
 log = logging.getLogger("llmcache")
@@ -108,6 +109,12 @@ class Table:
         self.drop(self._row_of[self._row_of >= 0])
 
 
+def dtype_of(facts: BankFacts) -> torch.dtype:
+    """The dtype in which a bank's numbers are held in memory: the stored one, which is exact; int8 is held decoded."""
+    found: torch.dtype = getattr(torch, "float32" if facts.dtype == "int8" else facts.dtype)
+    return found
+
+
 class Levels:
     """The levels above the files of one bank. For one thread, as the cache is."""
 
@@ -127,8 +134,7 @@ class Levels:
         ConfigError: there is not so much memory.
         """
         self.bank, self.device = bank, torch.device(device)
-        stored = "float32" if bank.facts.dtype == "int8" else bank.facts.dtype  # int8 rows are kept decoded
-        self.dtype: torch.dtype = getattr(torch, stored)
+        self.dtype = dtype_of(bank.facts)
         self._cuda = self.device.type == "cuda"
         self.width = bank.facts.width * tokens
         self._row = self.width * self.dtype.itemsize  # bytes
@@ -252,8 +258,7 @@ class Levels:
                 self._done.record()
 
     def _numbers(self, numbers: NDArray[np.int64]) -> Tensor:
-        found = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
-        return found.pin_memory().to(self.device, non_blocking=True) if self._cuda else found
+        return numbers_on(self.device, numbers)
 
     # -- keeping --------------------------------------------------------------------------------------------
 
@@ -298,6 +303,12 @@ def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: 
         return None
 
 
+def numbers_on(device: torch.device, numbers: NDArray[np.int64]) -> Tensor:
+    """Numbers of rows or places as a tensor on a device; the host waits for no copy."""
+    found = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 def _no_device(*_: object) -> None:
     """There are neither streams nor events without one."""
 
@@ -312,9 +323,10 @@ def _placed(table: Table, rows: Rows, intact: NDArray[np.bool_]) -> tuple[Rows, 
 
 @dataclass(slots=True)
 class DeviceAnswers(Answers):
-    """Answers whose outputs are on a device: hits are gathered there, and what is computed there stays.
+    """Answers whose outputs are on a device: hits are gathered there, and what is computed or corrected there stays.
 
-    tensor: [n, width]; there: bool [n], which rows of it are filled. The others are in `outputs`.
+    levels: None where hits come from the files. tensor: [n, width]; there: bool [n], which rows of it are filled. The
+    others are in `outputs`.
     """
 
     levels: Levels | None = field(default=None, kw_only=True)
@@ -322,17 +334,21 @@ class DeviceAnswers(Answers):
     there: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), kw_only=True)
 
     @classmethod
-    def on(cls, levels: Levels, n: int, dtype: torch.dtype) -> DeviceAnswers:
-        """For n documents. dtype: of the model, whose own numbers are not to be rounded as stored ones may be."""
-        width = levels.bank.facts.width
-        plain = Answers.empty(n, width)
+    def on(cls, like: Tensor, facts: BankFacts, levels: Levels | None, n: int) -> DeviceAnswers:
+        """For n documents, on the device of `like`, a tensor of the model, whose own numbers are not to be rounded as
+        stored ones may be.
+        """
+        plain = Answers.empty(n, facts.width)
         found = cls(*(getattr(plain, name) for name in Answers.__slots__))
         found.levels, found.there = levels, np.zeros(n, np.bool_)
-        found.tensor = torch.zeros((n, width), dtype=torch.promote_types(dtype, levels.dtype), device=levels.device)
+        dtype = torch.promote_types(like.dtype, dtype_of(facts))
+        found.tensor = torch.zeros((n, facts.width), dtype=dtype, device=like.device)
         return found
 
     def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
-        assert self.levels is not None
+        if self.levels is None:
+            self.there[places] = False
+            return Answers.fill(self, places, rows, bank)
         values, intact = self.levels.gather(rows)
         good = np.flatnonzero(intact)
         if len(good):
@@ -360,5 +376,4 @@ class DeviceAnswers(Answers):
         self.there[places] = True
 
     def _numbers(self, numbers: Rows) -> Tensor:
-        assert self.levels is not None
-        return self.levels._numbers(numbers)
+        return numbers_on(self.tensor.device, numbers)
