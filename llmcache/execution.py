@@ -125,7 +125,7 @@ class Execution:
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        tried = distinct[self._worth.tried(len(distinct))]
+        tried = distinct[self._tried(answers, keys[distinct])]
         rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
         self.counters.exact_text += len(tried) - len(rest)
         left = np.setdiff1d(distinct, tried)
@@ -174,11 +174,23 @@ class Execution:
         seed = self._seed("tokens", Call(texts, None, prompt))
         return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
 
+    def _tried(self, answers: Answers, keys: Keys) -> Places:
+        """Which of these documents to look up, int64, in order: all, unless it does not pay."""
+        some, levels = self._worth.tried(len(keys)), _levels(answers)
+        if len(some) == len(keys) or levels is None:
+            return some
+        return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
+
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
-        found, began = rows >= 0, time.perf_counter()
-        lost = answers.serve(places[found], rows[found], self.bank, EXACT)
-        self._worth.served(rows[found], time.perf_counter() - began)
+        found, levels, began = rows >= 0, _levels(answers), time.perf_counter()
+        if levels is None:
+            lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+            self._worth.served(rows[found], time.perf_counter() - began)
+        else:
+            held, read = levels.holds(rows[found]), levels.counters.seconds
+            lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+            self._worth.gathered(rows[found], held, time.perf_counter() - began, levels.counters.seconds - read)
         return places[~found | np.isin(places, places[found][lost])]
 
     def _past(self, answers: Answers, call: Call, places: Places) -> None:
@@ -371,3 +383,8 @@ class Execution:
         of_computed = int(((answers.twin >= 0) & (answers.row < 0)).sum())
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
+
+
+def _levels(answers: Answers) -> Levels | None:
+    """The memory above the files that a call's hits come from, where there is any."""
+    return answers.levels if isinstance(answers, DeviceAnswers) else None

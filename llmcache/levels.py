@@ -8,6 +8,7 @@ Copies to the device run on a stream of their own, and the host waits for none o
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,12 +35,16 @@ _RUN = 64 << 10  # bytes on end from which on they are copied to the device stra
 
 @dataclass(slots=True)
 class LevelCounters:
-    """Rows asked for, by the level that had them. damaged: of the files, rows that failed their checksum."""
+    """Rows asked for, by the level that had them. damaged: of the files, rows that failed their checksum.
+
+    seconds: of reading the files.
+    """
 
     device: int = 0
     pinned: int = 0
     files: int = 0
     damaged: int = 0
+    seconds: float = 0.0
 
 
 class Table:
@@ -63,10 +68,15 @@ class Table:
 
     def find(self, rows: Rows) -> Rows:
         """Slot of each row, -1 where it is not held; a use of those that are. int64 [n]."""
-        slots = np.full(len(rows), -1, np.int64)
-        known = rows < len(self._slot_of)
-        slots[known] = self._slot_of[rows[known]]
+        slots = self.slots(rows)
         self._recent[slots[slots >= 0]] = True
+        return slots
+
+    def slots(self, rows: Rows) -> Rows:
+        """The same, and no use of them."""
+        slots = np.full(len(rows), -1, np.int64)
+        known = (rows >= 0) & (rows < len(self._slot_of))
+        slots[known] = self._slot_of[rows[known]]
         return slots
 
     def place(self, rows: Rows) -> Rows:
@@ -158,6 +168,14 @@ class Levels:
                 f"{str(error).splitlines()[0]}; give device_bytes and pinned_bytes that fit"
             ) from None
 
+    def holds(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows are in memory, so that no file is read for them; bool [n]. -1 never is. It is no use of them."""
+        held = np.zeros(len(rows), np.bool_)
+        if self._moves == self.bank.moves:  # else rows have other numbers, and everything is given up at the next call
+            for table in filter(None, (self.on_device, self.on_host)):
+                held |= table.slots(rows) >= 0
+        return held
+
     @torch.inference_mode()
     def gather(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
         """What is stored in these rows, all >= 0: [n, width] in the stored dtype, on the device; and bool [n], intact.
@@ -217,7 +235,9 @@ class Levels:
 
     def _from_files(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
         """[n, width] on the host, and bool [n], intact."""
+        began = time.perf_counter()
         reading = self.bank.read(rows, count=False)
+        self.counters.seconds += time.perf_counter() - began
         self.counters.files += len(rows)
         self.counters.damaged += int((~reading.intact).sum())
         if isinstance(reading.values, np.ndarray):

@@ -87,6 +87,28 @@ def test_rows_that_are_asked_for_again_and_again_stay() -> None:
     assert (table.find(loved) >= 0).all()
 
 
+def test_asking_whether_rows_are_held_is_no_use_of_them(tmp_path: Path) -> None:
+    store, bank = opened(tmp_path / "s", 1000)
+    levels = Levels(bank, "cpu", device_bytes=50 * 4 * WIDTH, pinned_bytes=100 * 4 * WIDTH)
+    assert not levels.holds(np.arange(-1, 1000)).any()
+    levels.gather(np.arange(40))
+    levels.gather(np.arange(100, 140))
+    held = levels.holds(np.array([-1, 0, 39, 100, 139, 140, 10**6]))
+    assert held.tolist() == [False, True, True, True, True, False, False]
+    assert levels.on_device is not None
+    assert levels.on_host is not None
+    recent = [table._recent.copy() for table in (levels.on_device, levels.on_host)]
+    levels.holds(np.arange(1000))
+    assert [table._recent.tolist() for table in (levels.on_device, levels.on_host)] == [one.tolist() for one in recent]
+    assert levels.counters.seconds > 0
+    before = levels.counters.seconds
+    levels.gather(np.arange(100, 140))
+    assert levels.counters.seconds == before, "no file was read"
+    bank.moves += 1  # as after `reload`
+    assert not levels.holds(np.arange(1000)).any()
+    store.close()
+
+
 def test_rows_that_are_dropped_leave_nothing_in_memory() -> None:
     table = Table(10, 1, torch.float32, torch.device("cpu"))
     slots = table.place(np.arange(5))
