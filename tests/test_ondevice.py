@@ -110,7 +110,7 @@ def test_matches_among_real_queries_are_those_of_the_host(embedded: Entries, dev
     known, asked = embedded.take(np.arange(KNOWN)), embedded.take(np.arange(KNOWN, KNOWN + ASKED))
     known = Entries(half(known.features), known.outputs, known.tokens)
     random = np.random.default_rng(1)
-    head = Boundary(random.standard_normal((7, 384)).astype(np.float32), np.arange(7, dtype=np.float32) / 10)
+    head = Boundary(random.standard_normal((7, 384)).astype(np.float32), np.linspace(0, 0.6, 7, dtype=np.float32))
     scores: Any = {"no head": None, "a linear head": head, "logits": lambda outputs: outputs}[kind]
     predictor, voting = fit(known.features, known.outputs, landmarks=500), Voting(0.05, 0.75)
     kept = rounded(predictor(known.features))
