@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("llmcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """What one segment is made of: rows on end that are not sealed yet, and names of rows. Nobody changes them."""
+
+    batches: list[Entries]
+    aliases: list[tuple[Keys, Keys]]
+    shelf: Shelf | None = None
+    """Memory of the rows that is theirs alone."""
 
 
 class Bank:
@@ -55,7 +66,8 @@ class Bank:
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self._shelf = Shelf()
-        self.pending_bytes = 0  # activations that are not sealed yet
+        self._spare: Shelf | None = None
+        self.pending_bytes = 0  # activations that are not sealed yet, nor on their way
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
         self.uses = Uses(self.pieces.rows)
@@ -259,7 +271,7 @@ class Bank:
         """
         rows = self.pieces.drop_pending(after[0])
         self._aliases = self._aliases[: after[1]]
-        self.pending_bytes = sum(_nbytes(one.payload) for one in self.pieces.pending)
+        self._count_pending()
         if not self.pieces.pending:
             self._shelf.clear()
         self._load_keys()
@@ -357,23 +369,52 @@ class Bank:
             self._texts.add(text_keys[found], rows[found])
             self._aliases.append((text_keys[found], keys[found]))
 
-    def seal(self, id: str) -> SegmentFacts:
-        """Write what is pending as one durable segment; it counts once a manifest names it (`sealed`)."""
-        aliases = np.zeros(sum(len(text) for text, _ in self._aliases), ALIAS)
-        if len(aliases):
-            aliases["text"] = np.concatenate([text for text, _ in self._aliases])
-            aliases["row"] = np.concatenate([row for _, row in self._aliases])
-        return seal(self._folder, id, self.pieces.pending, aliases, self.facts.feature_width, strong=self._strong)
+    def lots(self) -> list[Lot]:
+        """What waits to be sealed, in the lots that can be: a segment's rows are numbered on end."""
+        runs = self.pieces.runs()
+        return [Lot(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
 
-    def sealed(self, facts: BankFacts, segment: SegmentFacts) -> None:
+    def set_apart(self) -> Lot:
+        """The first of the lots, to be sealed while other rows are put: these come after it, and into other memory."""
+        lot = self.lots()[0]
+        if len(lot.batches) == len(self.pieces.pending):
+            lot, self._shelf = replace(lot, shelf=self._shelf), self._spare or Shelf()
+            self._spare = None
+        self.pending_bytes -= sum(_nbytes(one.payload) for one in lot.batches)
+        return lot
+
+    def seal(self, id: str, lot: Lot) -> SegmentFacts:
+        """Write a lot as one durable segment; it counts once a manifest names it (`sealed`).
+
+        It may run in a thread beside everything else that is done with the bank.
+        """
+        aliases = np.zeros(sum(len(text) for text, _ in lot.aliases), ALIAS)
+        if len(aliases):
+            aliases["text"] = np.concatenate([text for text, _ in lot.aliases])
+            aliases["row"] = np.concatenate([row for _, row in lot.aliases])
+        return seal(self._folder, id, lot.batches, aliases, self.facts.feature_width, strong=self._strong)
+
+    def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: Lot) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
         self.facts = facts
-        self._aliases = []
-        self.pieces.seal(Segment.open(self._folder, segment))  # may fail: what is pending is then still served
-        self._aliases, self.pending_bytes = [], 0
-        self._shelf.clear()
+        self._aliases = self._aliases[len(lot.aliases) :]
+        try:
+            self.pieces.seal(Segment.open(self._folder, segment), lot.batches)
+        except BaseException:  # it is still served from memory
+            self._aliases = [*lot.aliases, *self._aliases]
+            self._count_pending()
+            raise
+        if lot.shelf is not None:
+            lot.shelf.clear()
+            self._spare = lot.shelf
+        elif not self.pieces.pending:
+            self._shelf.clear()
+        self._count_pending()
         self._rows.settle()
         self._texts.settle()
+
+    def _count_pending(self) -> None:
+        self.pending_bytes = sum(_nbytes(one.payload) for one in self.pieces.pending)
 
 
 def _nbytes(payload: Payload) -> int:

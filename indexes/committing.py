@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import uuid
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeAlias
 
-from llmcache.indexes.bank import Bank
+from llmcache.indexes.bank import Bank, Lot
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged
 from llmcache.indexes.eviction import Publish, index_stands
 from llmcache.indexes.io import Folder
@@ -20,14 +21,24 @@ Place: TypeAlias = tuple[str, str]  # names of a namespace and of a bank in it
 _TRIES = 3  # times a segment is written anew whose files, or whose commit, were collected
 
 
-def commit_rows(folder: Folder, publish: Publish, writer: str, place: Place, bank: Bank) -> None:
-    """Seal what is pending, publish it and serve from it. OSError when it could not be written.
+def commit_rows(
+    folder: Folder,
+    publish: Publish,
+    writer: str,
+    place: Place,
+    bank: Bank,
+    lot: Lot,
+    begun: Future[SegmentFacts] | None = None,
+) -> None:
+    """Seal a lot of the bank, publish it and serve from it. OSError when it could not be written.
 
     publish: with `once`, since the segment's files must not be named by a second manifest.
+    begun: the lot on its way into a segment, to wait for; None: it is written here.
     """
     for round in range(_TRIES):
         try:
-            segment = replace(bank.seal(uuid.uuid4().hex), writer=writer)
+            written = begun.result() if begun and not round else bank.seal(uuid.uuid4().hex, lot)
+            segment = replace(written, writer=writer)
             manifest = _published(folder, publish, place, bank.facts, segment)
             break
         except (Collected, Republished):  # it slept, or others have evicted the commit since
@@ -35,7 +46,7 @@ def commit_rows(folder: Folder, publish: Publish, writer: str, place: Place, ban
                 raise
     namespace, name = place
     try:
-        bank.sealed(manifest.namespaces[namespace].banks[name], segment)
+        bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
     except (SnapshotDamaged, OSError) as error:
         # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
         log.warning("what was just committed cannot be opened: %s", error)

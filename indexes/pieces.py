@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -48,6 +48,16 @@ class Pieces:
         """What is not sealed yet."""
         return [piece for piece in self._pieces if isinstance(piece, Entries)]
 
+    def runs(self) -> list[list[Entries]]:
+        """What is not sealed yet, in runs of rows that are numbered on end: what was given up leaves gaps."""
+        runs: list[list[Entries]] = []
+        for before, piece in zip([None, *self._pieces], self._pieces, strict=False):
+            if isinstance(piece, Entries):
+                if not isinstance(before, Entries):
+                    runs.append([])
+                runs[-1].append(piece)
+        return runs
+
     def placed(self) -> Iterator[tuple[Piece, int]]:
         """The pieces, each with the number of its first row."""
         return zip(self._pieces, self._starts.tolist(), strict=False)
@@ -61,9 +71,10 @@ class Pieces:
         self._starts = np.append(self._starts, first + len(entries))
         return np.arange(first, first + len(entries))
 
-    def seal(self, segment: Segment) -> None:
-        """Let the segment that holds what was pending take its place."""
-        self._become([*(piece for piece in self._pieces if not isinstance(piece, Entries)), segment])
+    def seal(self, segment: Segment, run: Sequence[Entries]) -> None:
+        """Let the segment that holds the rows of a run take their place."""
+        first = next((n for n, piece in enumerate(self._pieces) if run and piece is run[0]), len(self._pieces))
+        self._become([*self._pieces[:first], segment, *self._pieces[first + len(run) :]])
 
     def drop_pending(self, after: int = 0) -> int:
         """Give up what is pending but for the first `after` batches; returns how many rows that was.

@@ -16,6 +16,7 @@ import numpy as np
 from llmcache.indexes import counters as counting
 from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.behind import Behind
 from llmcache.indexes.committing import Place, commit_index, commit_rows
 from llmcache.indexes.errors import Busy, ForkedStoreError, ModelMismatch, StoreFenced
 from llmcache.indexes.generations import generations
@@ -48,6 +49,7 @@ class Store:
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
         self._banks: dict[Place, Bank] = {}
+        self._behind = Behind(folder)
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
@@ -116,8 +118,10 @@ class Store:
 
     def close(self) -> None:
         """Give the descriptors back. What was not committed is lost."""
-        if self.folder.pid() == self._pid and not self._fenced:
-            self.write_uses()
+        if self.folder.pid() == self._pid:  # no thread survives a fork
+            self._behind.give_up()
+            if not self._fenced:
+                self.write_uses()
         self._banks = {}
         self.folder.close()
 
@@ -198,7 +202,9 @@ class Store:
         return sum(bank.pending_bytes for bank in self._banks.values())
 
     def pending(self) -> dict[Place, tuple[int, int]]:
-        """What waits in each open bank: a mark for `drop_pending`."""
+        """What waits in each open bank: a mark for `drop_pending`. What is on its way is waited for first."""
+        if self.writable:
+            self.land()
         return {place: bank.pending for place, bank in self._banks.items()}
 
     def drop_pending(self, after: Mapping[Place, tuple[int, int]]) -> int:
@@ -256,6 +262,7 @@ class Store:
         self._check()
         if self._fenced:
             raise self._fenced
+        self.land()
         for place, bank in self._banks.items():
             if bank.has_pending:
                 self._commit_rows(place, bank)
@@ -265,15 +272,50 @@ class Store:
             self.write_uses()
         return self.manifest
 
-    def _commit_rows(self, place: Place, bank: Bank) -> None:
+    def commit_behind(self) -> Manifest:
+        """Begin to commit everything that was put, in a thread; it counts from `land` or `commit` on.
+
+        What was begun before is waited for first. With a budget, for which files may have to go before new ones are
+        written, this is `commit`.
+        """
+        if self.budget is not None:
+            return self.commit()
+        self.land()
+        for place, bank in self._banks.items():
+            if bank.has_pending:
+                self._behind.begin(place, bank)
+        return self.manifest
+
+    @property
+    def arrived(self) -> bool:
+        """Whether what `commit_behind` began is written, so that `land` does not wait."""
+        return self._behind.arrived
+
+    def land(self) -> Manifest:
+        """Let what `commit_behind` began count, when it is written. Returns the newest manifest. Errors: as `commit`."""
+        self._check()
+        if self._fenced:
+            raise self._fenced
         publish = partial(self.publish, once=True)
+        for one in self._behind.taken():
+            try:
+                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one.written)
+            except OSError as error:
+                raise self._fence(error) from error
+        return self.manifest
+
+    def _commit_rows(self, place: Place, bank: Bank) -> None:
+        def commit_all() -> None:
+            for lot in bank.lots():
+                commit_rows(self.folder, partial(self.publish, once=True), self.writer, place, bank, lot)
+
         try:
             if self.budget is None:
-                commit_rows(self.folder, publish, self.writer, place, bank)
+                commit_all()
                 return
             with eviction.waiting_lock(self.folder):
                 if self._room_for(bank.sealed_bytes(), self.budget) is not None:
-                    commit_rows(self.folder, publish, self.writer, place, bank)
+                    commit_all()
                 else:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
@@ -310,6 +352,7 @@ class Store:
 
     def let_go(self) -> None:
         """Give the open banks up, with what was put and not committed, and what they know of the use of their rows."""
+        self._behind.give_up()
         self._banks = {}
 
     def publish(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> Manifest:

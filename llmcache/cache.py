@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from llmcache import decoding, opening
+from llmcache import decoding, leaving, opening
 from llmcache.attachment import Attachment
 from llmcache.calibrating import Calibration, DriftKind
 from llmcache.calibrations import Calibrations
@@ -93,6 +93,7 @@ class LLMCache:
             self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
             self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
+        leaving.opened(self)
         self._last: Statistics | None = None
         self._planned_at: dict[str, float] = {}
 
@@ -542,7 +543,7 @@ class LLMCache:
         )
 
     def close(self) -> None:
-        """Commit and close. Closing twice is fine."""
+        """Commit and close. Closing twice is fine; what is still open when Python exits is closed then."""
         if not self._opened:
             return
         try:

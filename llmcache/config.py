@@ -62,6 +62,8 @@ class CacheConfig:
     reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
         shorten or that lie on a network; "auto" maps on local disks.
     commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
+    background: whether commits that come due during a call are written by a thread, while the model goes on; up to two
+        lots of 256 MiB are in memory then. A store with max_bytes waits for its commits, since room is made first.
     layers: which layers have banks: "output", the model's last result alone; "all"; or the numbers of layers, from 0.
         A bank holds what its layer gives, float [tokens, width] per document, which is large.
     reuse: what a near match takes over: "deepest", the deepest activation stored for the neighbour; or "layer", the
@@ -100,6 +102,7 @@ class CacheConfig:
     recalibrate: bool = True
     stand_aside: bool = True
     commit_seconds: float = 60.0
+    background: bool = True
     max_bytes: int | None = None
     policy: Policy = "lru"
 

@@ -13,6 +13,7 @@ from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
 from llmcache.history import History
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.manifest import Manifest
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters
@@ -35,7 +36,7 @@ class Storing:
         self._committed = time.monotonic()
         self._held = False
         self.history = History(store, counters)
-        self._aside = config.stand_aside
+        self._aside, self._behind = config.stand_aside, config.background
         self.worths: dict[str, Worth] = {}
         """What reuse from a bank is worth, by its name."""
 
@@ -76,12 +77,21 @@ class Storing:
         if text_keys is not None:
             bank.alias(text_keys, keys)
         self.counters.not_stored += int((~kept).sum())
-        if self.due and not self._held:
+        if not self._held:
             try:
-                self.commit()
+                self._keep_up()
             except LLMCacheError as error:
                 log.warning("%s. Going on without storing", error)
         self.counters.store_seconds += time.perf_counter() - began
+
+    def _keep_up(self) -> None:
+        if self.due and not self._behind:
+            self.commit()
+        elif self.due:
+            self._committed = time.monotonic()
+            self._taking(self.store.commit_behind)
+        elif self.store.arrived:
+            self._taking(self.store.land)
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
         """Let these texts lead to the rows of these keys from now on."""
@@ -91,9 +101,13 @@ class Storing:
     def commit(self) -> None:
         """Commit what was put. StoreFull or StoreFenced when a write fails."""
         self._committed = time.monotonic()
+        self._taking(self.store.commit)
+
+    def _taking(self, step: Callable[[], Manifest]) -> None:
+        """A step of a commit, and what is to be said and counted after it."""
         given_up = self.store.not_stored
         try:
-            before, after = self.store.manifest.generation, self.store.commit().generation
+            before, after = self.store.manifest.generation, step().generation
             if after != before:
                 log.info("generation %d is committed", after, extra={"facts": {"llmcache.generation": after}})
         finally:

@@ -355,6 +355,19 @@ def _put_and_commit(disk: Disk, ledger: Ledger, stores: list[Store]) -> None:
     commit(store, ledger, [44])
 
 
+def _commit_behind(disk: Disk, ledger: Ledger, stores: list[Store]) -> None:
+    store = open_in(disk, stores)
+    for numbers in (range(24, 34), range(34, 44)):
+        put(store, numbers)
+        ledger.begun |= {*numbers, numbers[0] + 20}
+        store.commit_behind()
+        put(store, [numbers[0] + 20])
+        store.land()  # only now this thread touches the disk again: the order of calls is always the same
+        ledger.acknowledged |= set(numbers)
+    store.commit()
+    ledger.acknowledged |= {44, 54}
+
+
 def _two_writers(disk: Disk, ledger: Ledger, stores: list[Store]) -> None:
     one, other = open_in(disk, stores), open_in(disk, stores)
     commit(one, ledger, range(24, 27))
@@ -662,6 +675,7 @@ MAINTENANCE = (
 OPERATIONS = (
     Operation("create", _create, fresh=True),
     Operation("put and commit", _put_and_commit, after=keep_up),
+    Operation("commit behind", _commit_behind, after=keep_up),
     Operation("two writers", _two_writers),
     Operation("reopen and read", _reopen),
     Operation("index", _index, after=keep_up),

@@ -333,7 +333,7 @@ def test_a_full_disk_ends_storing_and_never_the_inference(
 ) -> None:
     with LLMCache.open(store, model) as cache:
         kept = cache.encode(["kept"])
-    cache = LLMCache.open(store, model, config=CacheConfig(commit_seconds=1e-9))
+    cache = LLMCache.open(store, model, config=CacheConfig(commit_seconds=1e-9, background=False))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

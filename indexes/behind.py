@@ -1,0 +1,68 @@
+"""Commits in the background: a thread writes lots of rows into segments while their owner goes on."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from llmcache.indexes.bank import Bank, Lot
+from llmcache.indexes.committing import Place
+from llmcache.indexes.io import Folder
+from llmcache.indexes.manifest import SegmentFacts
+
+log = logging.getLogger("llmcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A lot on its way into a segment, which nothing names yet."""
+
+    place: Place
+    bank: Bank
+    lot: Lot
+    written: Future[SegmentFacts]
+
+
+class Behind:
+    """What a thread writes for one store: at most one lot of each bank, so that memory is bounded by two of them.
+
+    The thread only makes new files of rows that nobody changes any more. What they are, and when they count, is for
+    the thread that owns the store.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: list[Begun] = []
+
+    def begin(self, place: Place, bank: Bank) -> None:
+        """Have what waits in the bank written; call it when nothing of the bank is on its way."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
+        lot = bank.set_apart()
+        self._begun.append(Begun(place, bank, lot, self._thread.submit(bank.seal, uuid.uuid4().hex, lot)))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether there is something, and all of it is written or has failed."""
+        return bool(self._begun) and all(one.written.done() for one in self._begun)
+
+    def taken(self) -> Iterator[Begun]:
+        """Each lot once, oldest first; whoever takes it waits for its future."""
+        while self._begun:
+            yield self._begun.pop(0)
+
+    def give_up(self) -> None:
+        """Wait for the thread and remove what it has written: nothing will name it."""
+        for one in self.taken():
+            try:
+                for file in one.written.result().files:
+                    self._folder.remove(file.name)
+            except OSError as error:  # what is left is for gc
+                log.info("a segment that was given up was not removed: %s", error)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
