@@ -183,14 +183,9 @@ class Execution:
 
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
-        found, levels, began = rows >= 0, _levels(answers), time.perf_counter()
-        if levels is None:
+        found = rows >= 0
+        with self._worth.loading(rows[found], _levels(answers)):
             lost = answers.serve(places[found], rows[found], self.bank, EXACT)
-            self._worth.served(rows[found], time.perf_counter() - began)
-        else:
-            held, read = levels.holds(rows[found]), levels.counters.seconds
-            lost = answers.serve(places[found], rows[found], self.bank, EXACT)
-            self._worth.gathered(rows[found], held, time.perf_counter() - began, levels.counters.seconds - read)
         return places[~found | np.isin(places, places[found][lost])]
 
     def _past(self, answers: Answers, call: Call, places: Places) -> None:

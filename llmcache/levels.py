@@ -241,10 +241,10 @@ class Levels:
         self.counters.files += len(rows)
         self.counters.damaged += int((~reading.intact).sum())
         if isinstance(reading.values, np.ndarray):
-            return torch.from_numpy(reading.values).to(self.dtype), reading.intact
+            return tensor_of(reading.values).to(self.dtype), reading.intact
         read = torch.zeros((len(rows), self.width), dtype=self.dtype)
         for i in np.flatnonzero(reading.intact).tolist():
-            read[i] = torch.from_numpy(reading.values[i].reshape(-1))
+            read[i] = tensor_of(reading.values[i].reshape(-1))
         return read, reading.intact
 
     def _copied(self, parts: list[Tensor], *, lying: bool = False) -> Tensor:
@@ -321,6 +321,11 @@ def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: 
     except ConfigError as error:  # the settings may be those of another machine, and a cache is never in the way
         log.warning("%s. Going on with the files alone", error)
         return None
+
+
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    """A tensor of these numbers; a copy of what is only to be read, as what lies in a file is: torch warns of it."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def numbers_on(device: torch.device, numbers: NDArray[np.int64]) -> Tensor:

@@ -18,6 +18,7 @@ from llmcache.correction import EVIDENCE, NEIGHBOURS, Voting, likeness, unit_nor
 from llmcache.crossfit import Entries, Matches, Scores, Tokens
 from llmcache.gate import Boundary
 from llmcache.indexes.matrix import Matrix, half, in_full, usable
+from llmcache.levels import tensor_of
 from llmcache.predictor import Predictor
 
 _DEVICES = ("cuda",)  # on which near reuse looks up; on the host numpy and FAISS are as quick
@@ -235,5 +236,4 @@ def _decided(scores: Tensor) -> Tensor:
 
 
 def _there(array: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of these numbers on a device. What is only to be read is copied first: torch warns of it otherwise."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device, dtype)
+    return tensor_of(array).to(device, dtype)

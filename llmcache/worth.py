@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,7 @@ class Worth:
     that loading took and the model would have taken. While it stands aside a few documents are still looked up.
 
     Memory above the files (`Levels`) is filled by what is loaded, so what it saves speaks for loading too: once entries
-    come again and again, also a file that is slower than the model is read, and that is never more than was saved.
+    come again and again, also a file that is slower than the model is read, for as long as both together pay.
     """
 
     def __init__(self, bank: Bank, name: str, *, on: bool, again: Callable[[Rows], float] | None = None) -> None:
@@ -73,6 +74,18 @@ class Worth:
         held = np.flatnonzero(levels.holds(rows()))
         self._memory.observe(0, 0.0, time.perf_counter() - began)
         return np.union1d(some, held)
+
+    @contextmanager
+    def loading(self, rows: Rows, levels: Levels | None = None) -> Iterator[None]:
+        """Inside, these entries are loaded, from the files or by way of the levels: note is taken of the seconds."""
+        held, read = None if levels is None else levels.holds(rows), 0.0 if levels is None else levels.counters.seconds
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if levels is None or held is None:
+            self.served(rows, seconds)
+        else:
+            self.gathered(rows, held, seconds, levels.counters.seconds - read)
 
     def gathered(self, rows: Rows, held: NDArray[np.bool_], seconds: float, reading: float) -> None:
         """Take note of entries that came by way of the levels. held: which of them were in memory before.
