@@ -271,6 +271,25 @@ def test_near_and_exact_hits_and_misses_of_a_batch_stay_on_the_device(
         np.testing.assert_allclose(arrays, again.cpu().numpy(), atol=1e-5)
 
 
+def test_near_hits_of_the_host_are_among_tensors_that_come_from_memory(
+    model: SentenceTransformer, calibrated: Path, asks: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "s")
+    asked = asks[KNOWN - 20 : KNOWN + 100]
+    config = CacheConfig(audit_share=0, recalibrate=False, device_bytes=1 << 20)
+    with LLMCache.open(tmp_path / "s", model, config=config) as cache:
+        assert cache._execution.reuse is not None
+        assert cache._execution.reuse.place is None
+        answers = cache._execution.answers(Call(asked, tensor=True))
+        assert isinstance(answers, DeviceAnswers)
+        near = answers.tier == NEAR
+        assert near.any()
+        assert (answers.there == ~near).all()
+        outputs = answers.vectors().numpy()
+        np.testing.assert_array_equal(outputs[near], answers.outputs[near])
+        np.testing.assert_allclose(outputs[~near], model.encode([asked[i] for i in np.flatnonzero(~near)]), atol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_audits_judge_what_was_found_on_the_device(
     fresh_model: SentenceTransformer,
