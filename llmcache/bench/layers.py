@@ -69,7 +69,7 @@ def layers(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5
         return [
             _mixed(model, texts[:BATCH], Path(folder) / "mixed", repeats),
             _second_head(model, texts, Path(folder) / "heads", repeats),
-            _all_miss(model, texts, Path(folder) / "miss", repeats),
+            *_all_miss(model, texts, Path(folder) / "miss", repeats),
         ]
 
 
@@ -240,28 +240,37 @@ def _like(head: _Classifier) -> _Classifier:
 # -- nothing is known ---------------------------------------------------------------------------------------
 
 
-def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Comparison:
-    """`model.encode` while attached to an empty store, what is computed being stored, against the model by itself."""
+def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> list[Comparison]:
+    """`model.encode` while attached to an empty store, what is computed being stored, against the model by itself.
+
+    With the last output stored, and with the states of all layers, committed in the background and at once.
+    """
+    ways = {
+        "attached, all miss": CacheConfig(),
+        "all layers stored, all miss": CacheConfig(layers="all"),
+        "all layers stored, all miss, no thread": CacheConfig(layers="all", background=False),
+    }
     expected = model.encode(list(texts), batch_size=32)
-    seconds, base, worst = [], [], 0.0
-    for round_ in range(repeats + 1):
-        cache = LLMCache.open(folder / str(round_), model)
-        with cache.attached():
-            took, found = _timed(lambda: model.encode(list(texts), batch_size=32))
-        committing, _ = _timed(cache.close)
-        own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
-        shutil.rmtree(folder / str(round_))
-        worst = max(worst, float(np.abs(found - expected).max()))
-        if round_:
-            seconds.append(took + committing)
-            base.append(own)
     lengths = tokenise(model, list(texts), None, None).lengths
-    return Comparison(
-        "attached, all miss",
-        "plain model",
-        len(texts),
-        tuple(seconds),
-        tuple(base),
-        worst,
-        {"tokens": float(lengths.mean())},
-    )
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    base: list[float] = []
+    worst, size = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+    for round_ in range(repeats + 1):
+        own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
+        for name, config in ways.items():
+            cache = LLMCache.open(folder / name, model, config=config)
+            with cache.attached():
+                took, found = _timed(lambda: model.encode(list(texts), batch_size=32))
+            committing, _ = _timed(cache.close)
+            size[name] = sum(one.stat().st_size for one in (folder / name).rglob("*") if one.is_file())
+            shutil.rmtree(folder / name)
+            worst[name] = max(worst[name], float(np.abs(found - expected).max()))
+            seconds[name] += [took + committing] if round_ else []
+        base += [own] if round_ else []
+    return [
+        Comparison(
+            name, "plain model", len(texts), tuple(seconds[name]), tuple(base), worst[name],
+            {"tokens": float(lengths.mean()), "store_bytes": size[name]},
+        )
+        for name in ways
+    ]  # fmt: skip
