@@ -176,7 +176,8 @@ class Execution:
 
     def _tried(self, answers: Answers, keys: Keys) -> Places:
         """Which of these documents to look up, int64, in order: all, unless it does not pay."""
-        some, levels = self._worth.tried(len(keys)), _levels(answers)
+        levels = _levels(answers)
+        some = self._worth.tried(len(keys), memory=levels is not None)
         if len(some) == len(keys) or levels is None:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))

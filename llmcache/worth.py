@@ -54,8 +54,11 @@ class Worth:
         """Whether entries are looked up, and kept."""
         return self._balance.pays
 
-    def tried(self, n: int) -> Rows:
-        """Which of n documents are to be looked up, int64, in order."""
+    def tried(self, n: int, *, memory: bool = False) -> Rows:
+        """Which of n documents are to be looked up, int64, in order. memory: there is some above the files, and
+        `with_memory` is asked next.
+        """
+        self._levelled |= memory
         if not self._on:
             return np.arange(n)
         if self.profile is None and len(self.bank) >= LEAST:
@@ -67,7 +70,6 @@ class Worth:
 
         rows: gives the row of each document, -1 where there is none; what that takes counts as spent.
         """
-        self._levelled = True
         if not self._memory.pays:  # some are enough to notice when it does
             return some
         began = time.perf_counter()
@@ -95,8 +97,8 @@ class Worth:
         self._levelled = True
         count = int(held.sum())
         saved = self.bank.cost(rows[held]) * self._factor
-        if count and saved:
-            self._held += count
+        self._held += count
+        if saved:
             self._memory.observe(count, saved, (seconds - reading) * count / len(rows))
         self.served(rows, seconds)
 
