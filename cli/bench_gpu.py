@@ -14,13 +14,14 @@ def gpu(
     out: Annotated[Path | None, typer.Option(help="Write the JSON here, anew after every part.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Parts that would begin after these are left out.")] = 8.0,
     only: Annotated[
-        str, typer.Option(help="Of bandwidth, search, minilm, bert-base, llama-1b, prefix; with commas between.")
+        str, typer.Option(help="Of bandwidth, search, minilm, bert-base, llama-1b, near, prefix; with commas between.")
     ] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu to try it out.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Almost nothing of everything, to try it out.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Hits from device memory, pinned memory and disk beside the model alone, misses, long beginnings, and search.
+    """Hits from device memory, pinned memory and disk beside the model alone, misses, near look-ups, long beginnings,
+    and search.
 
     Models have seeded weights of known shapes; nothing is downloaded. `python -m llmcache.bench.gpu` does the same
     where FAISS and the libraries of the command line are not installed.
@@ -55,6 +56,16 @@ def _tables(parts: dict[str, Any]) -> None:
                 [
                     [one["rows"], one["dtype"], one["queries"], f"{one['milliseconds']:.3g}",
                      f"{one['floor_milliseconds']:.3g}", f"{one['of_floor']:.2f}", f"{one['difference']:.1e}"]
+                    for one in found
+                ],
+            )  # fmt: skip
+        elif name == "near":
+            printing.table(
+                ["entries", "queries", "ms each", "ms on the host", "ms of the model", "of the model", "difference"],
+                [
+                    [one["entries"], one["queries"],
+                     *(f"{one[f'{what}_milliseconds']:.3g}" for what in ("device", "host", "model")),
+                     f"{one['of_model']:.1%}", f"{one['difference']:.1e}"]
                     for one in found
                 ],
             )  # fmt: skip

@@ -86,7 +86,7 @@ class Matrix:
         best = torch.full((len(queries), k), -torch.inf, device=self.device)
         which = torch.full((len(queries), k), -1, dtype=torch.int64, device=self.device)
         block = max(_GROUP * 64, _SCORES[self.device.type] // (4 * len(queries)))
-        with _in_full(self.device):
+        with in_full(self.device):
             for start in range(0, self.ntotal, block):
                 end = min(start + block, self.ntotal)
                 scores = self._scores(queries, start, end)
@@ -142,17 +142,20 @@ def usable(device: str) -> torch.device:
 
 
 @contextmanager
-def _in_full(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products are of float32 numbers: rounded to TF32 they would be off by 0.001."""
+def in_full(device: torch.device) -> Iterator[None]:
+    """Inside, float32 products are of float32 numbers, whatever the caller computes in: rounded to TF32 they would be
+    off by 0.001, and under autocast by more.
+    """
     before = torch.backends.cuda.matmul.fp32_precision
-    if device.type != "cuda" or before in ("none", "ieee"):
-        yield
-        return
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or before in ("none", "ieee"):
+            yield
+            return
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was decided about a bank. state: "on", "aside" or "too few entries to tell". saved, spent: seconds of the
-    latest documents.
+    """What was decided about a bank. state: "on", "aside", "too few entries to tell", or "memory": the files are left
+    alone but for a few entries, and those that memory holds (`Levels`) are reused.
+
+    saved, spent: seconds of the latest documents. held: of all documents, how many memory answered; held_saved,
+    held_spent: seconds of the latest of these.
     """
 
     bank: str
@@ -78,3 +81,6 @@ class Decision:
     profile: Profile | None
     saved: float
     spent: float
+    held: int = 0
+    held_saved: float = 0.0
+    held_spent: float = 0.0

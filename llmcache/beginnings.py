@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,19 +47,44 @@ class Beginnings:
         tokens: dict[int, bytes] = {}
         for row in rows:
             row.keys = self._keys(row)
-        if self._worth is not None:
-            rows = [rows[i] for i in self._worth.tried(len(rows)).tolist()]
-        found = iter(self._find([key for row in rows for key in row.keys]))
+        tried, in_memory = self._tried(rows)
+        self._chain(tried, tokens)
+        self._look_up_ends(tried, tokens)
+        if in_memory:  # of these the files are left alone: up to the first block that is not held, and nothing is kept
+            self._chain(in_memory, tokens, held=True)
+            for row in in_memory:
+                row.missing = []
+        return self._read([*tried, *in_memory])
+
+    def _tried(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Rows to be looked up, and others, whose first block is in memory, to be looked up there alone."""
+        if self._worth is None:
+            return rows, ()
+        some = self._worth.tried(len(rows), memory=self.levels is not None)
+        held = some
+        if self.levels is not None and len(some) < len(rows):
+            held = self._worth.with_memory(some, self.levels, lambda: self._first(rows))
+        return [rows[i] for i in some.tolist()], [rows[i] for i in np.setdiff1d(held, some).tolist()]
+
+    def _first(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+        """Number of the first block of each row, -1 where there is none; int64 [n]."""
+        numbers, full = np.full(len(rows), -1, np.int64), [i for i, row in enumerate(rows) if row.keys]
+        numbers[full] = self._find([rows[i].keys[0] for i in full])
+        return numbers
+
+    def _chain(self, rows: Sequence[Row], tokens: dict[int, bytes], *, held: bool = False) -> None:
+        """Set missing, chain and known of each row, by its full blocks. held: go by what memory holds alone."""
+        found = self._find([key for row in rows for key in row.keys])
+        there = self.levels.holds(np.array(found, np.int64)).tolist() if held and self.levels else [True] * len(found)
+        blocks = iter(zip(found, there, strict=True))
         for row in rows:
-            numbers = [next(found) for _ in row.keys]
-            row.missing = [place for place, number in enumerate(numbers) if number < 0]
-            for place, number in enumerate(numbers):
-                if number < 0 or not self._same(number, row, place * self.block, self.block, tokens):
+            numbers = [next(blocks) for _ in row.keys]
+            row.missing = [place for place, (number, _) in enumerate(numbers) if number < 0]
+            for place, (number, usable) in enumerate(numbers):
+                if number < 0 or not usable or not self._same(number, row, place * self.block, self.block, tokens):
                     break
                 row.chain += (number,)
             row.known = len(row.chain) * self.block
-        self._look_up_ends(rows, tokens)
-        return self._read(rows)
 
     def _keys(self, row: Row) -> list[bytes]:
         keys, previous = [], b""
@@ -101,13 +126,12 @@ class Beginnings:
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
             return {}
-        began, every = time.perf_counter(), np.array(numbers, np.int64)
         full = {number for row in rows for number in row.chain[: row.known // self.block]} if self.levels else set()
-        records = self._gathered(sorted(full))
+        records = self._gathered(np.array(sorted(full), np.int64))
         numbers = [number for number in numbers if number not in full]
-        reading = self.bank.read(np.array(numbers, np.int64))
-        if self._worth is not None:
-            self._worth.served(every, time.perf_counter() - began)
+        rest = np.array(numbers, np.int64)
+        with nullcontext() if self._worth is None else self._worth.loading(rest):
+            reading = self.bank.read(rest)
         read = zip(numbers, reading.values, reading.intact.tolist(), strict=True)
         records |= {number: record for number, record, intact in read if intact}
         for row in rows:
@@ -118,13 +142,15 @@ class Beginnings:
                     break
         return records
 
-    def _gathered(self, numbers: list[int]) -> Records:
+    def _gathered(self, numbers: NDArray[np.int64]) -> Records:
         """Whole blocks on the device, by way of the levels."""
-        if self.levels is None or not numbers:
+        if self.levels is None or not len(numbers):
             return {}
-        values, intact = self.levels.gather(np.array(numbers, np.int64))
+        with nullcontext() if self._worth is None else self._worth.loading(numbers, self.levels):
+            values, intact = self.levels.gather(numbers)
         parts = values.view(len(numbers), self.block, -1).unbind(0)
-        return {number: part for number, part, good in zip(numbers, parts, intact.tolist(), strict=True) if good}
+        every = zip(numbers.tolist(), parts, intact.tolist(), strict=True)
+        return {number: part for number, part, good in every if good}
 
     # -- storing --------------------------------------------------------------------------------------------
 

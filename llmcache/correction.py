@@ -131,7 +131,6 @@ def evidence(
     own = (part * _squares(residuals)).sum(axis=1)
     joint = _squares(_mixed(part, residuals))
     moved = _squares(predicted - _mixed(part, predictions))
-    one, other = (np.array([len(ids) for ids in side], np.float64) for side in tokens)
     columns = [
         np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
@@ -142,8 +141,7 @@ def evidence(
         np.log(moved + _TINY),
         np.log(own + _TINY),
         joint / (own + _TINY),
-        np.log((np.minimum(one, other) + 1) / (np.maximum(one, other) + 1)),
-        jaccard(*tokens),
+        *likeness(*tokens),
     ]
     if scores is not None:
         gap = decided(scores)
@@ -159,6 +157,13 @@ def _mixed(part: Floats, vectors: Floats) -> Floats:
 def _squares(vectors: Floats) -> Floats:
     """Squared norms along the last axis, without a temporary array as large as the vectors."""
     return np.asarray(np.einsum("...i,...i->...", vectors, vectors), np.float32)
+
+
+def likeness(one: Tokens, other: Tokens) -> tuple[Floats, Floats]:
+    """What tokens alone say of pairs of documents, the columns "length" and "overlap": float32 [n] each."""
+    mine, theirs = (np.array([len(ids) for ids in side], np.float64) for side in (one, other))
+    ratio = np.log((np.minimum(mine, theirs) + 1) / (np.maximum(mine, theirs) + 1))
+    return np.asarray(ratio, np.float32), jaccard(one, other)
 
 
 def jaccard(one: Tokens, other: Tokens) -> Floats:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.vectors import VectorIndex, kind_at_hand
 from llmcache.predictor import LEAST, Predictor, fit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -79,6 +83,34 @@ class Found:
         return self.similarities[:, 0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Matches:
+    """What `Found` has, of a batch that was matched: all but the results is on the host.
+
+    results: float32 [n, out], an array, or a tensor on the device of the entries.
+    """
+
+    results: Floats | Tensor = field(repr=False)
+    neighbours: Rows = field(repr=False)
+    similarities: Floats = field(repr=False)
+    evidence: Floats = field(repr=False)
+
+
+class Neighbourhood(Protocol):
+    """Entries that documents are looked up among: `Memory` on the host, `ondevice.DeviceMemory` on a device.
+
+    features: raw, [n, width], not rounded, an array or a tensor on any device; tokens: ids of each document.
+    """
+
+    def match(self, features: Floats | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
+        """What reuse has for these documents. scores: of the head that the results are for."""
+        ...
+
+    def nearest(self, features: Floats | Tensor, tokens: Tokens) -> tuple[Rows, Floats]:
+        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
+        ...
+
+
 def rounded(predictions: Floats) -> Floats:
     """As they are kept: to float16, and float32 again."""
     return half(predictions).astype(np.float32)
@@ -121,6 +153,16 @@ class Memory:
         found = [self._judged(predicted[part], rows[part], asked.tokens[part], scores) for part in parts]
         return Found(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
+    def match(self, features: Floats | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
+        """See `Neighbourhood`."""
+        found = self.look_up(_asked(features, tokens), scores)
+        return Matches(found.results, found.neighbours, found.similarities, found.evidence)
+
+    def nearest(self, features: Floats | Tensor, tokens: Tokens) -> tuple[Rows, Floats]:
+        """See `Neighbourhood`."""
+        *_, similarity, rows = self.neighbours(_asked(features, tokens))
+        return rows, similarity
+
     def _nearest(self, asked: Entries) -> tuple[Floats, Rows]:
         """Predictions, and rows int64 [n, k] of the nearest entries: all at once, which the index does four times as
         fast as in small batches.
@@ -150,6 +192,12 @@ class Memory:
         given = None if scores is None else scores(results)
         seen = evidence(predicted, outputs, predictions, similarity, both, given, voting.temperature)
         return results, rows, similarity, seen
+
+
+def _asked(features: Floats | Tensor, tokens: Tokens) -> Entries:
+    """Documents that nothing was computed for yet, their features rounded as those of entries are."""
+    raw = features if isinstance(features, np.ndarray) else features.float().cpu().numpy()
+    return Entries(half(raw), np.zeros((len(raw), 0), np.float32), tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

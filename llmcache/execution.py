@@ -22,6 +22,7 @@ from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
 from llmcache.levels import DeviceAnswers, Levels, levels_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.ondevice import place_of
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
 from llmcache.storing import Storing
@@ -102,11 +103,21 @@ class Execution:
         self.embedding = model.token_embedding()
         self.counters = storing.counters
         self._worth = storing.worth(bank, name, self._again)
-        self.reuse: Reuse | None = None
-        """Calibrated near reuse; None where there is none, and `tau` decides."""
+        self._near_reuse: Reuse | None = None
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
         self._levels_for: torch.device | None = None
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """Calibrated near reuse, which looks up where the model is now; None where there is none, and `tau` decides."""
+        if self._near_reuse is not None:
+            self._near_reuse.place = place_of(self.config, self.embedding)
+        return self._near_reuse
+
+    @reuse.setter
+    def reuse(self, reuse: Reuse | None) -> None:
+        self._near_reuse = reuse
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
@@ -114,7 +125,7 @@ class Execution:
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        tried = distinct[self._worth.tried(len(distinct))]
+        tried = distinct[self._tried(answers, keys[distinct])]
         rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
         self.counters.exact_text += len(tried) - len(rest)
         left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
@@ -135,9 +146,10 @@ class Execution:
         embedding = self._model.token_embedding()
         if self._levels_for != embedding.device:
             self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
-        if self.levels is None:
+        near_there = self.reuse is not None and self.reuse.place is not None
+        if self.levels is None and not near_there:
             return Answers.empty(len(call.texts), self.bank.facts.width)
-        return DeviceAnswers.on(self.levels, len(call.texts), embedding.dtype)
+        return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: Call) -> Seed:
         """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
@@ -165,11 +177,19 @@ class Execution:
         seed = self._seed("tokens", Call(texts, None, prompt))
         return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
 
+    def _tried(self, answers: Answers, keys: Keys) -> Places:
+        """Which of these documents to look up, int64, in order: all, unless it does not pay."""
+        levels = _levels(answers)
+        some = self._worth.tried(len(keys), memory=levels is not None)
+        if len(some) == len(keys) or levels is None:
+            return some
+        return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
+
     def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
-        found, began = rows >= 0, time.perf_counter()
-        lost = answers.serve(places[found], rows[found], self.bank, EXACT)
-        self._worth.served(rows[found], time.perf_counter() - began)
+        found = rows >= 0
+        with self._worth.loading(rows[found], _levels(answers)):
+            lost = answers.serve(places[found], rows[found], self.bank, EXACT)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
     def _past(self, answers: Answers, call: Call, places: Places) -> None:
@@ -221,7 +241,8 @@ class Execution:
         raw = drawn.cpu().numpy()
         audited: _Audited | None = None
         if len(todo) and self.reuse is not None:
-            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], raw)
+            asked = raw if self.reuse.place is None else drawn
+            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked)
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         elif len(todo) and self.config.reuse != "exact" and (self.config.tau is not None or self.config.layer_tau):
@@ -253,22 +274,30 @@ class Execution:
         return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), found[lost]))
 
     def _reuse(
-        self, answers: Answers, places: Places, tokens: Sequence[NDArray[np.int32]], raw: NDArray[np.float32]
+        self,
+        answers: Answers,
+        places: Places,
+        tokens: Sequence[NDArray[np.int32]],
+        raw: NDArray[np.float32] | torch.Tensor,
     ) -> tuple[Places, _Audited | None]:
         """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
-        assert self.reuse is not None
-        tried = self.reuse.tried(len(places))
+        reuse = self.reuse
+        assert reuse is not None
+        tried = reuse.tried(len(places))
         if not len(tried):
             return np.arange(len(places)), None
-        self.reuse.refresh()  # its time is that of opening, not of a look-up
+        reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
-        near = self.reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        near = reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
         self._storing.history.similar(near.closest, near.gate == TAKEN)
-        self.reuse.watch(near.closest)
-        again = self.reuse.chosen_for_audit(near)
+        reuse.watch(near.closest)
+        again = reuse.chosen_for_audit(near)
         served = (near.gate == TAKEN) & ~again
         where = places[tried[served]]
-        answers.outputs[where] = near.results[served]
+        if isinstance(answers, DeviceAnswers) and isinstance(given := near.given(served), torch.Tensor):
+            answers.kept(where, given)
+        else:
+            answers.outputs[where] = near.on_host(served)
         answers.tier[where], answers.row[where] = NEAR, near.rows[served]
         answers.similarity[where], answers.consensus[where] = near.similarity[served], near.consensus[served]
         self.bank.used(near.rows[served])
@@ -277,7 +306,7 @@ class Execution:
         counters.near_asked += len(tried)
         counters.near_seconds += seconds
         counters.near_saved_seconds += self.bank.cost(near.rows[served])
-        counters.audit_seconds += self.reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
+        counters.audit_seconds += reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
         return np.setdiff1d(np.arange(len(places)), tried[served]), _Audited(places[tried], near, again)
 
     def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:
@@ -353,3 +382,8 @@ class Execution:
         of_computed = int(np.count_nonzero((answers.twin >= 0) & (answers.row < 0)))
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
+
+
+def _levels(answers: Answers) -> Levels | None:
+    """The memory above the files that a call's hits come from, where there is any."""
+    return answers.levels if isinstance(answers, DeviceAnswers) else None

@@ -8,6 +8,7 @@ Copies to the device run on a stream of their own, and the host waits for none o
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.manifest import BankFacts
 from llmcache.matching import Answers
 
 log = logging.getLogger("llmcache")
@@ -33,12 +35,16 @@ _RUN = 64 << 10  # bytes on end from which on they are copied to the device stra
 
 @dataclass(slots=True)
 class LevelCounters:
-    """Rows asked for, by the level that had them. damaged: of the files, rows that failed their checksum."""
+    """Rows asked for, by the level that had them. damaged: of the files, rows that failed their checksum.
+
+    seconds: of reading the files.
+    """
 
     device: int = 0
     pinned: int = 0
     files: int = 0
     damaged: int = 0
+    seconds: float = 0.0
 
 
 class Table:
@@ -62,10 +68,15 @@ class Table:
 
     def find(self, rows: Rows) -> Rows:
         """Slot of each row, -1 where it is not held; a use of those that are. int64 [n]."""
-        slots = np.full(len(rows), -1, np.int64)
-        known = rows < len(self._slot_of)
-        slots[known] = self._slot_of[rows[known]]
+        slots = self.slots(rows)
         self._recent[slots[slots >= 0]] = True
+        return slots
+
+    def slots(self, rows: Rows) -> Rows:
+        """The same, and no use of them."""
+        slots = np.full(len(rows), -1, np.int64)
+        known = (rows >= 0) & (rows < len(self._slot_of))
+        slots[known] = self._slot_of[rows[known]]
         return slots
 
     def place(self, rows: Rows) -> Rows:
@@ -108,6 +119,12 @@ class Table:
         self.drop(self._row_of[self._row_of >= 0])
 
 
+def dtype_of(facts: BankFacts) -> torch.dtype:
+    """The dtype in which a bank's numbers are held in memory: the stored one, which is exact; int8 is held decoded."""
+    found: torch.dtype = getattr(torch, "float32" if facts.dtype == "int8" else facts.dtype)
+    return found
+
+
 class Levels:
     """The levels above the files of one bank. For one thread, as the cache is."""
 
@@ -127,8 +144,7 @@ class Levels:
         ConfigError: there is not so much memory.
         """
         self.bank, self.device = bank, torch.device(device)
-        stored = "float32" if bank.facts.dtype == "int8" else bank.facts.dtype  # int8 rows are kept decoded
-        self.dtype: torch.dtype = getattr(torch, stored)
+        self.dtype = dtype_of(bank.facts)
         self._cuda = self.device.type == "cuda"
         self.width = bank.facts.width * tokens
         self._row = self.width * self.dtype.itemsize  # bytes
@@ -151,6 +167,14 @@ class Levels:
                 f"{slots:,} rows of {self.width} numbers cannot be kept in memory of {device}: "
                 f"{str(error).splitlines()[0]}; give device_bytes and pinned_bytes that fit"
             ) from None
+
+    def holds(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows are in memory, so that no file is read for them; bool [n]. -1 never is. It is no use of them."""
+        held = np.zeros(len(rows), np.bool_)
+        if self._moves == self.bank.moves:  # else rows have other numbers, and everything is given up at the next call
+            for table in filter(None, (self.on_device, self.on_host)):
+                held |= table.slots(rows) >= 0
+        return held
 
     @torch.inference_mode()
     def gather(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -211,14 +235,16 @@ class Levels:
 
     def _from_files(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
         """[n, width] on the host, and bool [n], intact."""
+        began = time.perf_counter()
         reading = self.bank.read(rows, count=False)
+        self.counters.seconds += time.perf_counter() - began
         self.counters.files += len(rows)
         self.counters.damaged += int((~reading.intact).sum())
         if isinstance(reading.values, np.ndarray):
-            return torch.from_numpy(reading.values).to(self.dtype), reading.intact
+            return tensor_of(reading.values).to(self.dtype), reading.intact
         read = torch.zeros((len(rows), self.width), dtype=self.dtype)
         for i in np.flatnonzero(reading.intact).tolist():
-            read[i] = torch.from_numpy(reading.values[i].reshape(-1))
+            read[i] = tensor_of(reading.values[i].reshape(-1))
         return read, reading.intact
 
     def _copied(self, parts: list[Tensor], *, lying: bool = False) -> Tensor:
@@ -252,8 +278,7 @@ class Levels:
                 self._done.record()
 
     def _numbers(self, numbers: NDArray[np.int64]) -> Tensor:
-        found = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
-        return found.pin_memory().to(self.device, non_blocking=True) if self._cuda else found
+        return numbers_on(self.device, numbers)
 
     # -- keeping --------------------------------------------------------------------------------------------
 
@@ -298,6 +323,17 @@ def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: 
         return None
 
 
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    """A tensor of these numbers; a copy of what is only to be read, as what lies in a file is: torch warns of it."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def numbers_on(device: torch.device, numbers: NDArray[np.int64]) -> Tensor:
+    """Numbers of rows or places as a tensor on a device; the host waits for no copy."""
+    found = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 def _no_device(*_: object) -> None:
     """There are neither streams nor events without one."""
 
@@ -312,9 +348,10 @@ def _placed(table: Table, rows: Rows, intact: NDArray[np.bool_]) -> tuple[Rows, 
 
 @dataclass(slots=True)
 class DeviceAnswers(Answers):
-    """Answers whose outputs are on a device: hits are gathered there, and what is computed there stays.
+    """Answers whose outputs are on a device: hits are gathered there, and what is computed or corrected there stays.
 
-    tensor: [n, width]; there: bool [n], which rows of it are filled. The others are in `outputs`.
+    levels: None where hits come from the files. tensor: [n, width]; there: bool [n], which rows of it are filled. The
+    others are in `outputs`.
     """
 
     levels: Levels | None = field(default=None, kw_only=True)
@@ -322,17 +359,21 @@ class DeviceAnswers(Answers):
     there: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), kw_only=True)
 
     @classmethod
-    def on(cls, levels: Levels, n: int, dtype: torch.dtype) -> DeviceAnswers:
-        """For n documents. dtype: of the model, whose own numbers are not to be rounded as stored ones may be."""
-        width = levels.bank.facts.width
-        plain = Answers.empty(n, width)
+    def on(cls, like: Tensor, facts: BankFacts, levels: Levels | None, n: int) -> DeviceAnswers:
+        """For n documents, on the device of `like`, a tensor of the model, whose own numbers are not to be rounded as
+        stored ones may be.
+        """
+        plain = Answers.empty(n, facts.width)
         found = cls(*(getattr(plain, name) for name in Answers.__slots__))
         found.levels, found.there = levels, np.zeros(n, np.bool_)
-        found.tensor = torch.zeros((n, width), dtype=torch.promote_types(dtype, levels.dtype), device=levels.device)
+        dtype = torch.promote_types(like.dtype, dtype_of(facts))
+        found.tensor = torch.zeros((n, facts.width), dtype=dtype, device=like.device)
         return found
 
     def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
-        assert self.levels is not None
+        if self.levels is None:
+            self.there[places] = False
+            return Answers.fill(self, places, rows, bank)
         values, intact = self.levels.gather(rows)
         good = np.flatnonzero(intact)
         if len(good):
@@ -360,5 +401,4 @@ class DeviceAnswers(Answers):
         self.there[places] = True
 
     def _numbers(self, numbers: Rows) -> Tensor:
-        assert self.levels is not None
-        return self.levels._numbers(numbers)
+        return numbers_on(self.tensor.device, numbers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmcache import guard
@@ -17,11 +18,14 @@ from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
 from llmcache.correction import EVIDENCE, eligible_sources
-from llmcache.crossfit import Entries, Memory
+from llmcache.crossfit import Entries, Memory, Neighbourhood
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
+from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
+from llmcache.levels import dtype_of
+from llmcache.ondevice import DeviceMemory
 from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
 
@@ -46,8 +50,9 @@ Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """What near reuse has for some documents. results: float32 [n, out], corrected. rows: int64 [n], of the source: the
-    best match, or the first of the others that has the fields which that one lacks.
+    """What near reuse has for some documents. results: float32 [n, out], corrected, an array, or a tensor where that is
+    looked up on a device. rows: int64 [n], of the source: the best match, or the first of the others that has the
+    fields which that one lacks.
 
     similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
     one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
@@ -55,7 +60,7 @@ class Near:
     the best match.
     """
 
-    results: NDArray[np.float32] = field(repr=False)
+    results: NDArray[np.float32] | torch.Tensor = field(repr=False)
     rows: NDArray[np.int64]
     similarity: NDArray[np.float32]
     consensus: NDArray[np.float32]
@@ -63,6 +68,17 @@ class Near:
     gate: NDArray[np.int8]
     kinds: list[str | None] = field(repr=False)
     closest: NDArray[np.float32] = field(repr=False)
+
+    def given(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32] | torch.Tensor:
+        """The results of some of the documents, where they are."""
+        if isinstance(self.results, np.ndarray):
+            return np.asarray(self.results[chosen], np.float32)
+        return self.results[torch.from_numpy(np.flatnonzero(chosen)).to(self.results.device)]
+
+    def on_host(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The same as an array."""
+        given = self.given(chosen)
+        return given if isinstance(given, np.ndarray) else given.cpu().numpy()
 
 
 def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
@@ -110,13 +126,15 @@ class Reuse:
         self._refitting: Refitting | None = None
         self._random = np.random.default_rng()
         self._audit_seconds = self._saved_seconds = 0.0
+        self._place: torch.device | None = None
         self._begin(calibration, fitted)
         if kept:
             self.audits.restore(kept["audits"])
             self.stopped = str(kept["stopped"])
 
-    def _begin(self, calibration: Calibration, fitted: Fitted, memory: Memory | None = None) -> None:
-        self.calibration, self.fitted, self._memory = calibration, fitted, memory
+    def _begin(self, calibration: Calibration, fitted: Fitted) -> None:
+        self.calibration, self.fitted = calibration, fitted
+        self._memory: Neighbourhood | None = None
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._fields: dict[int, NDArray[np.uint64]] = {}
         self._judge = judge_of(calibration, fitted, self._own)
@@ -154,7 +172,17 @@ class Reuse:
         """Rows have other numbers now: the entries are taken from the bank again."""
         self._memory, self._fields = None, {}
 
-    def refresh(self) -> Memory:
+    @property
+    def place(self) -> torch.device | None:
+        """The device whose memory holds the entries, and where they are looked up; None for the host."""
+        return self._place
+
+    @place.setter
+    def place(self, place: torch.device | None) -> None:
+        if place != self._place:
+            self._place, self._memory = place, None
+
+    def refresh(self) -> Neighbourhood:
         """The entries to find neighbours among: those that were there when it was calibrated.
 
         Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
@@ -165,24 +193,35 @@ class Reuse:
             predictor, known = self.fitted.predictor, None
             if self.distilled is not None:
                 known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
-            self._memory = Memory(entries, predictor, self.calibration.voting, predictions=known)
+            self._memory = self._remembered(entries, known)
             self._divergent = self._bank.divergent(WORST)
         return self._memory
+
+    def _remembered(self, entries: Entries, known: NDArray[np.float32] | None) -> Neighbourhood:
+        predictor, voting = self.fitted.predictor, self.calibration.voting
+        if self._place is not None:
+            dtype = dtype_of(self._bank.facts)
+            try:
+                return DeviceMemory(entries, predictor, voting, self._place, predictions=known, dtype=dtype)
+            except (ConfigError, RuntimeError) as error:  # out of memory is one, and a cache is never in the way
+                log.warning(
+                    "near reuse cannot hold %s entries in memory of %s: %s. Going on with them on the host",
+                    f"{len(entries):,}", self._place, str(error).splitlines()[0],
+                )  # fmt: skip
+        return Memory(entries, predictor, voting, predictions=known)
 
     def tried(self, n: int) -> NDArray[np.int64]:
         """Which of n documents to look up, int64, in order: all, or a few while it does not pay."""
         self._refit()
         return self.balance.tried(n)
 
-    def look_up(self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]) -> Near:
+    def look_up(self, features: NDArray[np.float32] | torch.Tensor, tokens: Sequence[NDArray[np.int32]]) -> Near:
         """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
-        memory = self.refresh()
-        found = memory.look_up(
-            Entries(half(features), np.zeros((len(features), 0), np.float32), tokens), self._judge.scores
-        )
+        found = self.refresh().match(features, tokens, self._judge.scores)
+        closest = found.similarities[:, 0]
         score = self.fitted.gate(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
-        rows, similarity = self._rows[found.nearest], found.similarity.copy()
+        rows, similarity = self._rows[found.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
@@ -196,7 +235,7 @@ class Reuse:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         consensus = found.evidence[:, _CONSENSUS]
-        return Near(found.results, rows, similarity, consensus, score, gate, kinds, found.similarity)
+        return Near(found.results, rows, similarity, consensus, score, gate, kinds, closest)
 
     def _sharing(
         self,
@@ -229,8 +268,7 @@ class Reuse:
         self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
-        asked = Entries(half(features), np.zeros((len(features), 0), np.float32), tokens)
-        *_, similarity, places = self.refresh().neighbours(asked)
+        places, similarity = self.refresh().nearest(features, tokens)
         return self._rows[places], similarity
 
     def watch(self, similarity: NDArray[np.float32]) -> None:
@@ -258,7 +296,7 @@ class Reuse:
         """
         drift = np.zeros(0)
         if len(computed):
-            drift = np.clip(np.nan_to_num(self._judge.drift(computed, near.results[again]), nan=1.0), 0, 1)
+            drift = np.clip(np.nan_to_num(self._judge.drift(computed, near.on_host(again)), nan=1.0), 0, 1)
             rows = near.rows[again]
             self._bank.audit(rows, drift.astype(np.float32))
             self._divergent = np.union1d(np.setdiff1d(self._divergent, rows), rows[drift > WORST])

@@ -1,20 +1,25 @@
 """Whether reuse from a bank pays on this machine: a short profile first, and then what is seen while it goes on.
 
 A disk can be slower than the model: then loading what is stored costs more than computing it again, and the cache
-stands aside.
+stands aside. What memory above the files holds is reused all the same, for as long as that pays by itself.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.balance import LEAST, Balance, Decision, Profile
 from llmcache.indexes.bank import Bank
+
+if TYPE_CHECKING:
+    from llmcache.levels import Levels
 
 log = logging.getLogger("llmcache")
 
@@ -31,12 +36,16 @@ class Worth:
 
     Decided by a profile before the first look-up, once the bank has 1,024 entries, and from then on by the seconds
     that loading took and the model would have taken. While it stands aside a few documents are still looked up.
+
+    Memory above the files (`Levels`) is filled by what is loaded, so what it saves speaks for loading too: once entries
+    come again and again, also a file that is slower than the model is read, for as long as both together pay.
     """
 
     def __init__(self, bank: Bank, name: str, *, on: bool, again: Callable[[Rows], float] | None = None) -> None:
         """on: whether it may stand aside at all. again: seconds the model takes for these rows, computed again."""
         self.bank, self.name, self._on, self._again = bank, name, on, again
-        self._balance = Balance()
+        self._balance, self._memory = Balance(), Balance()
+        self._levelled, self._held = False, 0
         self._factor = 1.0  # of this machine's model seconds to the recorded ones
         self.profile: Profile | None = None
 
@@ -45,13 +54,53 @@ class Worth:
         """Whether entries are looked up, and kept."""
         return self._balance.pays
 
-    def tried(self, n: int) -> Rows:
-        """Which of n documents are to be looked up, int64, in order."""
+    def tried(self, n: int, *, memory: bool = False) -> Rows:
+        """Which of n documents are to be looked up, int64, in order. memory: there is some above the files, and
+        `with_memory` is asked next.
+        """
+        self._levelled |= memory
         if not self._on:
             return np.arange(n)
         if self.profile is None and len(self.bank) >= LEAST:
             self._begin()
         return self._balance.tried(n)
+
+    def with_memory(self, some: Rows, levels: Levels, rows: Callable[[], Rows]) -> Rows:
+        """Documents to be looked up, int64, in order: some, see `tried`, and those whose rows are in memory.
+
+        rows: gives the row of each document, -1 where there is none; what that takes counts as spent.
+        """
+        if not self._memory.pays:  # some are enough to notice when it does
+            return some
+        began = time.perf_counter()
+        held = np.flatnonzero(levels.holds(rows()))
+        self._memory.observe(0, 0.0, time.perf_counter() - began)
+        return np.union1d(some, held)
+
+    @contextmanager
+    def loading(self, rows: Rows, levels: Levels | None = None) -> Iterator[None]:
+        """Inside, these entries are loaded, from the files or by way of the levels: note is taken of the seconds."""
+        held, read = None if levels is None else levels.holds(rows), 0.0 if levels is None else levels.counters.seconds
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if levels is None or held is None:
+            self.served(rows, seconds)
+        else:
+            self.gathered(rows, held, seconds, levels.counters.seconds - read)
+
+    def gathered(self, rows: Rows, held: NDArray[np.bool_], seconds: float, reading: float) -> None:
+        """Take note of entries that came by way of the levels. held: which of them were in memory before.
+
+        seconds: that all of it took; reading: those in which files were read.
+        """
+        self._levelled = True
+        count = int(held.sum())
+        saved = self.bank.cost(rows[held]) * self._factor
+        self._held += count
+        if saved:
+            self._memory.observe(count, saved, (seconds - reading) * count / len(rows))
+        self.served(rows, seconds)
 
     def served(self, rows: Rows, seconds: float) -> None:
         """Take note of entries that were loaded, and the seconds that took."""
@@ -62,10 +111,15 @@ class Worth:
             self._say(f"{self._balance.spent:.3g} seconds to load what the model computes in {self._balance.saved:.3g}")
 
     def decision(self) -> Decision:
-        state = "on" if self.pays else "aside"
+        state = "on" if self.pays else "memory" if self._from_memory else "aside"
         if self.profile is None and not self._balance.spent:
             state = "too few entries to tell" if self._on else "always on"
-        return Decision(self.name, state, self.profile, self._balance.saved, self._balance.spent)
+        seconds = self._balance.saved, self._balance.spent
+        return Decision(self.name, state, self.profile, *seconds, self._held, self._memory.saved, self._memory.spent)
+
+    @property
+    def _from_memory(self) -> bool:
+        return self._levelled and self._memory.pays
 
     def _begin(self) -> None:
         self.profile = profiled(self.bank, self._again)
@@ -80,7 +134,8 @@ class Worth:
             self._say(f"an entry takes {1e3 * reuse:.3g} ms to load and {1e3 * self.profile.compute:.3g} ms to compute")
 
     def _say(self, why: str) -> None:
-        what = "pays again" if self.pays else "costs more than it saves, and is left alone but for a few documents"
+        but = "but for a few documents" + (" and what memory holds" if self._from_memory else "")
+        what = "pays again" if self.pays else f"costs more than it saves, and is left alone {but}"
         log.warning("reuse from the bank %s %s: %s", self.name, what, why)
 
 

@@ -65,6 +65,13 @@ def test_what_is_measured_is_right_to_rounding(result: Path) -> None:
         assert hits["pinned memory"]["answered_by"][1] > 0
     assert {one["rows"] for one in parts["search"]} == {2_000, 5_000}
     assert all(one["difference"] < (1e-6 if one["dtype"] == "float32" else 3e-4) for one in parts["search"])
+    assert [(one["entries"], one["queries"]) for one in parts["near"]] == [
+        (entries, queries) for entries in (500, 1000) for queries in (1, 32, 64)
+    ]
+    for one in parts["near"]:
+        assert one["difference"] < 1e-4
+        assert one["same_neighbours"] > 0.95
+        assert min(one[f"{what}_milliseconds"] for what in ("device", "host", "model")) > 0
     for one in parts["prefix"]:
         for level in ("disk", "pinned memory", "device memory"):
             assert one[level]["restored_tokens"] == 3 * one["tokens"]
@@ -99,9 +106,15 @@ def test_the_table_is_for_people_and_a_failure_leaves_the_other_parts(
 
     monkeypatch.setattr(subject, "prefixes", broken)
     out = tmp_path / "found.json"
-    done = llmcache("bench", "gpu", "--device", "cpu", "--tiny", "--only", "prefix,bandwidth,minilm", "--out", out)
+    done = llmcache("bench", "gpu", "--device", "cpu", "--tiny", "--only", "prefix,bandwidth,minilm,near", "--out", out)
     assert done.code == 1
-    for name in ("device memory", "Nothing known", "matrix product", "prefix: RuntimeError: out of memory"):
+    for name in (
+        "device memory",
+        "Nothing known",
+        "matrix product",
+        "of the model",
+        "prefix: RuntimeError: out of memory",
+    ):
         assert name in done.out
     parts = json.loads(out.read_text())["parts"]
     assert parts["prefix"]["error"] == "RuntimeError: out of memory"

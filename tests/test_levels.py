@@ -87,6 +87,28 @@ def test_rows_that_are_asked_for_again_and_again_stay() -> None:
     assert (table.find(loved) >= 0).all()
 
 
+def test_asking_whether_rows_are_held_is_no_use_of_them(tmp_path: Path) -> None:
+    store, bank = opened(tmp_path / "s", 1000)
+    levels = Levels(bank, "cpu", device_bytes=50 * 4 * WIDTH, pinned_bytes=100 * 4 * WIDTH)
+    assert not levels.holds(np.arange(-1, 1000)).any()
+    levels.gather(np.arange(40))
+    levels.gather(np.arange(100, 140))
+    held = levels.holds(np.array([-1, 0, 39, 100, 139, 140, 10**6]))
+    assert held.tolist() == [False, True, True, True, True, False, False]
+    assert levels.on_device is not None
+    assert levels.on_host is not None
+    recent = [table._recent.copy() for table in (levels.on_device, levels.on_host)]
+    levels.holds(np.arange(1000))
+    assert [table._recent.tolist() for table in (levels.on_device, levels.on_host)] == [one.tolist() for one in recent]
+    assert levels.counters.seconds > 0
+    before = levels.counters.seconds
+    levels.gather(np.arange(100, 140))
+    assert levels.counters.seconds == before, "no file was read"
+    bank.moves += 1  # as after `reload`
+    assert not levels.holds(np.arange(1000)).any()
+    store.close()
+
+
 def test_rows_that_are_dropped_leave_nothing_in_memory() -> None:
     table = Table(10, 1, torch.float32, torch.device("cpu"))
     slots = table.place(np.arange(5))
@@ -253,6 +275,56 @@ def test_beginnings_are_restored_from_memory_as_from_files(tmp_path: Path, devic
         for one, other, wanted in zip(states, found["files"], expected, strict=True):
             torch.testing.assert_close(one, wanted, atol=1e-5, rtol=0)
             assert torch.equal(one, other), name
+
+
+def test_beginnings_in_memory_are_restored_while_the_files_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config_of: Any = LlamaConfig
+    model_of: Any = LlamaModel
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = model_of(config_of(vocab_size=100, num_key_value_heads=2, **sizes)).eval()
+    known, other = torch.randint(100, (1, 64)), torch.randint(100, (1, 64))
+    read, plain = [], Bank.read
+
+    def noted(self: Bank, rows: Any, *, count: bool = True) -> Any:
+        read.extend(rows.tolist())
+        return plain(self, rows, count=count)
+
+    def asked(begin: torch.Tensor) -> int:
+        """Tokens that were restored for a row that begins so; what is given is right."""
+        ids = torch.cat([begin, torch.randint(100, (1, 9))], 1)
+        before = counters.restored
+        with torch.no_grad():
+            with cache.attached():
+                found = model(ids).last_hidden_state
+            torch.testing.assert_close(found, model(ids).last_hidden_state, atol=1e-5, rtol=0)
+        return counters.restored - before
+
+    with LLMCache.open(tmp_path / "s", model, config=CacheConfig(device_bytes=1 << 20)) as cache:
+        counters = cache.stats().counters.prefix
+        asked(known), asked(other)
+        cache.commit()
+        assert asked(known) == 64, "its blocks are in memory from now on"
+        worth = cache._storing.worths["prefix"]
+        worth.served(np.zeros(2048, np.int64), 1e6)  # a very slow disk
+        assert not worth.pays
+        monkeypatch.setattr(worth._balance, "_random", Never())
+        monkeypatch.setattr(Bank, "read", noted)
+        assert asked(known) == 64
+        assert asked(torch.cat([known[:, :32], other[:, 32:]], 1)) == 32
+        assert asked(other) == 0, "these would have to be read"
+        assert not read
+        (decision,) = (one for one in cache.stats().worth if one.bank == "prefix")
+        assert (decision.state, decision.held) == ("memory", 4 + 2)
+
+
+class Never:
+    """Draws that choose none of the documents which are looked up to see whether it pays again."""
+
+    def random(self, n: int) -> NDArray[np.float64]:
+        return np.ones(n)
 
 
 def test_a_cache_whose_memory_cannot_be_had_says_so_once_and_serves_from_files(

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache import CacheConfig, LLMCache
 from llmcache.balance import LEAST, PROBED, Profile
 from llmcache.indexes.bank import Bank
+from llmcache.levels import Levels
 from llmcache.worth import PROFILED_ROWS, Worth, profiled, sample
 from tests.conftest import Command
 
@@ -167,3 +168,82 @@ def test_stats_measures_banks_without_the_model_when_asked(filled: Path, llmcach
     assert found["compute"] > found["look_up"] + found["load"] > 0
     assert "profile" not in json.loads(llmcache("stats", filled, "--json").out)
     assert "pays" in llmcache("stats", filled, "--profile").out
+
+
+# -- memory above the files -------------------------------------------------------------------------------------
+
+
+def test_beside_a_slow_file_what_memory_holds_is_reused_and_nothing_is_read_for_it(
+    filled: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = model.encode(TEXTS, convert_to_tensor=True)
+    slowed(monkeypatch, 0.25)
+    read, plain = set[int](), Bank.read
+
+    def noted(self: Bank, rows: Any, *, count: bool = True) -> Any:
+        read.update(rows.tolist())
+        return plain(self, rows, count=count)
+
+    monkeypatch.setattr(Bank, "read", noted)
+    config = CacheConfig(device_bytes=1 << 22)
+    with LLMCache.open(filled, model, config=config) as cache, caplog.at_level(logging.WARNING, "llmcache"):
+        cache.encode(TEXTS, convert_to_tensor=True)
+        levels, counters = cache.levels, cache.stats().counters
+        assert levels is not None
+        assert levels.on_device is not None
+        for _ in range(3):
+            held = set(np.flatnonzero(levels.holds(np.arange(len(TEXTS)))).tolist())
+            read.clear()
+            device, alone = levels.counters.device, counters.left_alone
+            found = cache.encode(TEXTS, convert_to_tensor=True)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+            assert held
+            assert not held & read, "what memory holds is not read"
+            assert levels.counters.device - device == len(held), "and all of it is given"
+            assert counters.left_alone - alone == len(TEXTS) - len(held) - len(read)
+            assert len(levels.on_device) == len(held) + len(read), "the few that are looked up fill it"
+        (decision,) = cache.stats().worth
+        assert decision.state == "memory"
+        assert decision.held == levels.counters.device
+        assert decision.held_saved > decision.held_spent > 0
+        assert any("but for a few documents and what memory holds" in one.message for one in caplog.records)
+        before = counters.left_alone
+        cache.encode(TEXTS)  # wants nothing from there
+        assert (counters.left_alone - before) / len(TEXTS) > 1 - PROBED - 0.04
+
+
+def test_what_memory_saves_speaks_for_loading_until_more_is_spent_than_saved(
+    filled: Path, model: SentenceTransformer
+) -> None:
+    with LLMCache.open(filled, model) as cache:
+        bank, rows = cache._bank, np.arange(LEAST)
+        worth, levels = Worth(bank, "output", on=True), Levels(bank, "cpu", device_bytes=1 << 22)
+        cost, none = bank.cost(rows), np.zeros(LEAST, np.bool_)
+        assert len(worth.tried(10)) == 10
+        worth.gathered(rows, none, 3 * cost, 3 * cost)
+        assert worth.decision().state == "memory"
+        some = np.array([3, 900])
+        assert worth.with_memory(some, levels, lambda: rows).tolist() == [3, 900]
+        levels.gather(rows[:200])
+        assert worth.with_memory(some, levels, lambda: rows).tolist() == [*range(200), 900]
+        worth.gathered(rows, ~none, 0.01 * cost, 0.0)
+        assert worth.decision().state == "memory", "3 were spent and 2 saved"
+        for _ in range(4):
+            worth.gathered(rows, ~none, 0.01 * cost, 0.0)
+        decision = worth.decision()
+        assert (decision.state, decision.held) == ("on", 5 * LEAST)
+        assert decision.held_spent == pytest.approx(0.01 * decision.held_saved, rel=0.1)
+        worth.gathered(rows, none, 30 * cost, 30 * cost)
+        assert worth.decision().state == "memory"
+
+
+def test_memory_that_takes_longer_than_the_model_is_left_alone_too(filled: Path, model: SentenceTransformer) -> None:
+    def asked() -> Any:
+        raise AssertionError("no key is looked up")
+
+    with LLMCache.open(filled, model) as cache:
+        bank, rows = cache._bank, np.arange(LEAST)
+        worth, levels = Worth(bank, "output", on=True), Levels(bank, "cpu", device_bytes=1 << 22)
+        worth.gathered(rows, np.ones(LEAST, np.bool_), 3 * bank.cost(rows), 0.0)
+        assert worth.decision().state == "aside"
+        assert worth.with_memory(np.array([3]), levels, asked).tolist() == [3]

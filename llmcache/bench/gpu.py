@@ -20,13 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmcache.bench.conditions import conditions
 from llmcache.bench.device import Device
+from llmcache.bench.gpu_near import near
 from llmcache.bench.onboard import bandwidth, search
 from llmcache.bench.restoring import prefixes
 from llmcache.bench.shapes import SHAPES
 from llmcache.bench.tiers import tiers
 from llmcache.errors import ConfigError, LLMCacheError
 
-PARTS = ("bandwidth", "search", *SHAPES, "prefix")
+PARTS = ("bandwidth", "search", *SHAPES, "near", "prefix")
 
 
 def measured(
@@ -80,7 +81,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
-    result: Any = [] if name in ("search", "prefix") else {}
+    result: Any = [] if name in ("search", "near", "prefix") else {}
     ended: dict[str, Any] = {}
     try:
         if name == "bandwidth":
@@ -89,8 +90,8 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
             memory = before.get("bandwidth", {}).get("result") or bandwidth(device)
             for row in search(device, memory["memory"]["per_second"]):
                 result.append(row)
-        elif name == "prefix":
-            for row in prefixes(device):
+        elif name in ("near", "prefix"):
+            for row in (near if name == "near" else prefixes)(device):
                 result.append(row)
         else:
             for what, found in tiers(SHAPES[name], device):
