@@ -122,9 +122,9 @@ class Held:
             one[:, i, :, to : to + tokens] = other[:, j, :, of : of + tokens]
         self.states[i, to : to + tokens] = source.states[j, of : of + tokens]
 
-    def restore(self, i: int, record: Tensor) -> None:
-        """Write the first tokens of row i from records, float32 [tokens, record], on any device."""
-        to, tokens, at = self.firsts[i], len(record), 0
+    def restore(self, i: int, record: Tensor, first: int = 0) -> None:
+        """Write tokens of row i, from the first-th on, from records, float32 [tokens, record], on any device."""
+        to, tokens, at = self.firsts[i] + first, len(record), 0
         record = record.to(self.states.device)
         for one in self.planes:
             places, _, heads, _, dim = one.shape

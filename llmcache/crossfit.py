@@ -130,7 +130,8 @@ class Memory:
         """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known."""
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
-        self._units = units(self._predictions)
+        # not unit vectors beside them: those would be as many bytes again to hold, and to read for each document
+        self._lengths = np.maximum(np.linalg.norm(self._predictions, axis=1), 1e-30)
         chosen = kind or kind_at_hand(len(entries))
         self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=chosen)
         self._unit = unit_norm(entries.outputs)
@@ -174,10 +175,11 @@ class Memory:
 
     def _ordered(self, predicted: Floats, rows: Rows) -> tuple[Floats, Floats, Floats, Rows]:
         """outputs, predictions, similarity and rows of the neighbours, the nearest by whole predictions first."""
-        similarity = np.matmul(self._units[rows], units(predicted)[:, :, None])[..., 0]
+        predictions = self._predictions[rows]
+        similarity = np.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self._lengths[rows]
         order = np.argsort(-similarity, axis=1, kind="stable")
         rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
-        return self.entries.outputs[rows], self._predictions[rows], similarity, rows
+        return self.entries.outputs[rows], np.take_along_axis(predictions, order[:, :, None], axis=1), similarity, rows
 
     def _judged(
         self, predicted: Floats, rows: Rows, tokens: Tokens, scores: Scores | None

@@ -185,8 +185,19 @@ class Prefixes:
             if first != i:  # rows with one beginning in the store: read once, and copied from row to row
                 held.take(i, held, first, tokens)
             else:
-                held.restore(i, _joined([work.records[number] for number in group[i].chain], held)[:tokens])
+                restore(held, i, [work.records[number] for number in group[i].chain], tokens)
             self.counters.restored += tokens
+
+
+def restore(held: Held, i: int, records: Sequence[NDArray[np.float32] | Tensor], tokens: int) -> None:
+    """Write the first tokens of row i from these records, each [its tokens, record], one after another."""
+    if held.states.device.type != "cpu":
+        held.restore(i, _joined(records, held)[:tokens])
+        return
+    at = 0
+    for one in records:  # to join them would be a copy more
+        held.restore(i, torch.as_tensor(one)[: tokens - at], at)
+        at += len(one)
 
 
 def _joined(records: Sequence[NDArray[np.float32] | Tensor], held: Held) -> Tensor:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.blocks import Held, Shape
 from llmcache.cache import LLMCache
 from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.correction import Voting
@@ -31,9 +33,12 @@ from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.store import Store
 from llmcache.indexes.vectors import VectorIndex, choose_kind
 from llmcache.predictor import LANDMARKS, Predictor, directions
+from llmcache.prefix import restore
 
 BATCH, TOKENS, WIDTH = 256, 150, 384
 """Rows that are read together, and what one row of a layer's bank holds: float32 [150, 384]."""
+BEGINNING, BLOCK = 512, 16
+"""Tokens of a decoder's beginning, and of a block of it that is stored as one row."""
 QUERY = 12
 """Tokens of a query."""
 HELD = 200_000
@@ -41,6 +46,7 @@ HELD = 200_000
 _COPIED = 256 << 20
 _SIDE = 2048
 _ROWS = 2048  # of a layer, 472 MB
+_BEGINNINGS = 8  # 315 MB
 
 Floats = NDArray[np.float32]
 
@@ -152,6 +158,7 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
             "exact", f"rows of {TOKENS} x {WIDTH} float32, batches of {BATCH}", _ROWS, size, 0,
             lambda: [bank.read(bank.find(one)) for one in batches],
         )  # fmt: skip
+    yield from _beginnings(folder)
     with LLMCache.open(folder / "output", model) as cache:
         outputs = np.asarray(cache.encode(texts, batch_size=64))
         cache.commit()
@@ -177,6 +184,29 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
     )
     yield from _searches()
     yield from _storing(folder, texts, outputs)
+
+
+def _beginnings(folder: Path) -> Iterator[_Task]:
+    """Keys, values and states of GPT-2-small's shape, read from blocks and put where a forward goes on from them."""
+    heads, dim, layers = 12, 64, 12
+    shape = Shape(((heads, dim),) * (2 * layers), heads * dim, torch.float32, True, True, tuple)
+    each = BEGINNING // BLOCK
+    with closing(Store.open(folder / "prefix", create=True)) as store:
+        store.declare("default", {"name": "bench"}, {})
+        bank = store.bank("default", "prefix", lambda: shape.facts, _NO_INDEX)
+        random = np.random.default_rng(5)
+        keys = []
+        for _ in range(_BEGINNINGS):
+            keys.append(_put(bank, list(random.standard_normal((each, BLOCK, shape.record), np.float32)), BLOCK))
+            store.commit()
+
+        def act() -> None:
+            for one in keys:
+                held = Held.empty(shape, [BEGINNING + 1], [0], BEGINNING + 1, torch.device("cpu"))
+                restore(held, 0, list(bank.read(bank.find(one)).values), BEGINNING)
+
+        size = _BEGINNINGS * BEGINNING * shape.record * 4
+        yield _Task("prefix", f"beginnings of {BEGINNING} tokens, GPT-2-small", _BEGINNINGS, size, 0, act)
 
 
 def _searches() -> Iterator[_Task]:
@@ -221,11 +251,11 @@ def _layer(store: Store) -> tuple[Bank, NDArray[np.uint64]]:
     return bank, np.concatenate(keys)
 
 
-def _put(bank: Bank, values: Any) -> NDArray[np.uint64]:
+def _put(bank: Bank, values: Any, tokens: int = TOKENS) -> NDArray[np.uint64]:
     n = len(values)
     keys = np.random.default_rng(len(bank)).integers(1, 1 << 63, (n, 2)).astype(np.uint64)
     bank.put(
-        keys, values, tokens=[np.arange(TOKENS, dtype=np.int32)] * n, sources=[""] * n,
+        keys, values, tokens=[np.arange(tokens, dtype=np.int32)] * n, sources=[""] * n,
         features=np.zeros((n, 0), np.float32), cost=np.full(n, 0.002, np.float32),
     )  # fmt: skip
     return keys
@@ -256,11 +286,12 @@ def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict
     memory = Memory(known, predictor, Voting(), predictions=rounded(predictions))
     plain = VectorIndex.build(_units(random.standard_normal((entries, 128), np.float32)), kind=choose_kind(entries))
     asked, some = _units(random.standard_normal((len(tokens), 128))), queries.take(range(512))
+    nothing = np.zeros((len(tokens), 0), np.float32)
     runs: dict[str, list[float]] = {"model": [], "corrected": [], "plain": []}
     for _ in range(repeats):
         runs["model"].append(1e3 * sum(one.seconds for one in compute(sentences, some, 64, None)) / 512)
         began = time.perf_counter()
-        memory.look_up(Entries(features(embedding, tokens, "mean"), outputs[:0], tokens))
+        memory.look_up(Entries(features(embedding, tokens, "mean"), nothing, tokens))
         runs["corrected"].append(1e3 * (time.perf_counter() - began) / len(tokens))
         began = time.perf_counter()
         features(embedding, tokens, "mean")
