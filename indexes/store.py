@@ -292,7 +292,7 @@ class Store:
         return self._behind.arrived
 
     def land(self) -> Manifest:
-        """Let what `commit_behind` began count, when it is written. Returns the newest manifest. Errors: as `commit`."""
+        """Let what `commit_behind` began count, when it is written. Returns the newest manifest; errors as `commit`."""
         self._check()
         if self._fenced:
             raise self._fenced

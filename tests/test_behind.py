@@ -14,10 +14,11 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.indexes.disk import Fault
 from llmcache.indexes.errors import StoreFull
 from llmcache.indexes.eviction import Budget
 from llmcache.indexes.io import Folder
-from llmcache.indexes.memory import Fault, MemoryFolder
+from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import Ledger, MemoryDisk, Violation, bank_of, found_in, keys_of, open_in, put, recover, values_of
 
