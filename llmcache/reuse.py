@@ -211,9 +211,9 @@ class Reuse:
         return Memory(entries, predictor, voting, predictions=known)
 
     def tried(self, n: int) -> NDArray[np.int64]:
-        """Which of n documents to look up, int64, in order: all, or a few while it does not pay."""
+        """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
         self._refit()
-        return self.balance.tried(n)
+        return np.zeros(0, np.int64) if self.off else self.balance.tried(n)
 
     def look_up(self, features: NDArray[np.float32] | torch.Tensor, tokens: Sequence[NDArray[np.int32]]) -> Near:
         """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
