@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcache.bench.names import ALONE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, NEAR, OURS, SORTED
-from llmcache.bench.writing import Row, by, percent, prose, rate, table, times
+from llmcache.bench.of_texts import encode, exact, off, workloads
+from llmcache.bench.writing import Row, by, percent, prose, table, times
 
 Records = Mapping[str, Any]
 
@@ -20,91 +20,6 @@ def opening(_: Records) -> str:
         contenders in turn in one process, medians; from the recorded runs in `data/bench/`. Ratios carry over to
         other machines better than seconds do. `llmcache bench run` measures it on yours:
         [docs/benchmarks.md](docs/benchmarks.md)."""
-    )
-
-
-def encode(records: Records) -> str:
-    rows = records["encode-banking77"]["rows"]
-    said = {
-        "model alone": "`SentenceTransformer.encode`",
-        "all miss": "cache, nothing known",
-        "half hit": "cache, half known",
-        "all hit": "cache, all known",
-        "each text 3 times": "cache, every text three times in one call",
-    }
-    shown = [(text, by(rows, name=name)) for name, text in said.items()]
-    cells = [
-        [text, rate(row["rate"]), "1" if name == "model alone" else times(row["ratio"])]
-        for (text, row), name in zip(shown, said, strict=True)
-    ]
-    return "\n\n".join(
-        [
-            f"BANKING77, {rows[0]['documents']:,} short queries (`llmcache bench encode --data test.csv`; "
-            "`encode-banking77.json`):",
-            table(["", "documents per second", "times the model alone"], cells),
-            prose(
-                f"""The largest difference to the model's own vectors is
-                {max(row["difference"] for _, row in shown):.1e}; another batch size alone makes
-                {by(rows, name="other batch size")["difference"]:.1e}. Hits are the stored bits."""
-            ),
-        ]
-    )
-
-
-EXACT = ("miss-banking77", "miss-squad", "hit-banking77", "hit-squad")
-
-
-def exact(records: Records) -> str:
-    """Beside other caches; for those of the four records that are there."""
-    known = [name for name in EXACT if name in records]
-    if not known:
-        return ""
-    rivals = (ALONE, SORTED, OURS, DISKCACHE, DISKCACHE_RAW, GPTCACHE)
-    found = {name: {row["name"]: row for row in records[name]["rows"]} for name in known}
-    apart = max(found[name][OURS]["difference"] for name in known)
-
-    def cell(name: str, rival: str) -> str:
-        row = found[name].get(rival, {"skipped": ""})
-        return "not measured" if "skipped" in row else f"{rate(row['per_second'])} ({times(row['ratio'])})"
-
-    return "\n\n".join(
-        [
-            prose(
-                f"""Beside other caches that give the same vectors, texts per second and times
-                `SentenceTransformer.encode`, nothing known (what is new is stored, durably, in the time) and all
-                known (`llmcache bench run {" ".join(known)}`):"""
-            ),
-            table(["", *known], ([rival, *(cell(name, rival) for name in known)] for rival in rivals)),
-            f"The largest difference of LLMCache to the uncached vectors is {apart:.1e}.",
-        ]
-    )
-
-
-def workloads(records: Records) -> str:
-    """From an empty store; for those of the records that are there."""
-    known = [name for name in records if name.startswith(("stream-", "corpus-"))]
-    if not known:
-        return ""
-
-    def cells(name: str) -> list[str]:
-        found = {row["name"]: row for row in records[name]["rows"]}
-        ours, near = found[OURS], found.get(NEAR, {"skipped": ""})
-        rivals = (found.get(rival, {"skipped": ""}) for rival in (SORTED, DISKCACHE_RAW))
-        said = ["not measured" if "skipped" in row else times(row["ratio"]) for row in (*rivals, ours, near)]
-        apart = "" if "skipped" in near else f" ({near['mean_1_minus_cosine']:.3f})"
-        return [name, f"{ours['documents']:,}", percent(1 - ours["computed"] / ours["documents"]), *said[:3],
-                said[3] + apart]  # fmt: skip
-
-    columns = ["", "texts", "repeats", SORTED, DISKCACHE_RAW, OURS, f"{NEAR} (mean 1 - cosine)"]
-    return "\n\n".join(
-        [
-            prose(
-                """Corpora and streams of texts from an empty store, in calls of 256, times `SentenceTransformer.encode`
-                (`llmcache bench run 'stream-*' 'corpus-*' --repeats 1 --limit N`, N in the column of texts;
-                one repeat, so that a tenth more or less says nothing):"""
-            ),
-            table(columns, map(cells, known)),
-        ]
     )
 
 
@@ -185,6 +100,7 @@ def store(records: Records) -> str:
 def layers(records: Records) -> str:
     rows = records["layers-minilm"]["rows"]
     mixed, second, new = (by(rows, name=name) for name in ("mixed batch", "second head", "attached, all miss"))
+    every, at_once = (by(rows, name=f"all layers stored, all miss{how}") for how in ("", ", no thread"))
     facts = mixed["facts"]
     entered = facts["entered"]
     known = (
@@ -201,6 +117,13 @@ def layers(records: Records) -> str:
             f"{second['difference']:.1e}",
         ],
         ["attached, nothing known; throughput", "the plain model", f"{new['ratio']:.2f}", f"{new['difference']:.1g}"],
+        [
+            "the same, the states of all layers stored "
+            f"({every['facts']['store_bytes'] / every['documents'] / 2**20:.1f} MiB a document)",
+            "the plain model",
+            f"{every['ratio']:.2f}, without a thread that writes {at_once['ratio']:.2f}",
+            f"{every['difference']:.1g}",
+        ],
     ]
     return "\n\n".join(
         [
@@ -395,6 +318,7 @@ PASSAGES: tuple[tuple[tuple[str, ...], Callable[[Records], str]], ...] = (
     ((), opening),
     (("encode-banking77",), encode),
     ((), exact),
+    (("off-sst2",), off),
     ((), workloads),
     (("open-100000", "open-1000000"), large_stores),
     (("store",), store),
