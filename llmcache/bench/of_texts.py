@@ -73,8 +73,8 @@ def off(records: Records) -> str:
     aside, noted = rows[ASIDE], rows[ASIDE]["noted"]
     return prose(
         f"""Where near reuse does not pay it gets out of the way. Of {noted["asked"]:,} new sentences of SST-2, asked
-        of a cache that was calibrated to a drift which hardly any neighbour keeps, {noted["looked_up"]:,} were still looked
-        up, and all were answered {times(aside["ratio"])} times as fast as by `SentenceTransformer.encode`, storing
+        of a cache that was calibrated to a drift which hardly any neighbour keeps, {noted["looked_up"]:,} were still
+        looked up, and all were answered {times(aside["ratio"])} times as fast as by `SentenceTransformer.encode`, storing
         included; {times(rows[OURS]["ratio"])} times without near reuse, {times(rows[SORTED]["ratio"])} times by the
         model sorted by tokens (`llmcache bench run off-sst2`)."""
     )
@@ -100,7 +100,8 @@ def workloads(records: Records) -> str:
         [
             prose(
                 """Corpora and streams of texts from an empty store, in calls of 256, times `SentenceTransformer.encode`
-                (`llmcache bench run 'stream-*' 'corpus-*' --repeats R --limit N`, N and R from the table; where R is 1, a tenth more or less says nothing):"""
+                (`llmcache bench run 'stream-*' 'corpus-*' --repeats R --limit N`, N and R from the table; where R is
+                1, a tenth more or less says nothing):"""
             ),
             table(columns, map(cells, known)),
         ]
