@@ -75,8 +75,8 @@ def off(records: Records) -> str:
         f"""Where near reuse does not pay it gets out of the way. Of {noted["asked"]:,} new sentences of SST-2, asked
         of a cache that was calibrated to a drift which hardly any neighbour keeps, {noted["looked_up"]:,} were still
         looked up, and all were answered {times(aside["ratio"])} times as fast as by `SentenceTransformer.encode`,
-        storing included; {times(rows[OURS]["ratio"])} times without near reuse, {times(rows[SORTED]["ratio"])} times by the
-        model sorted by tokens (`llmcache bench run off-sst2`)."""
+        storing included; {times(rows[OURS]["ratio"])} times without near reuse, {times(rows[SORTED]["ratio"])}
+        times by the model sorted by tokens (`llmcache bench run off-sst2`)."""
     )
 
 
