@@ -122,9 +122,9 @@ class Held:
             one[:, i, :, to : to + tokens] = other[:, j, :, of : of + tokens]
         self.states[i, to : to + tokens] = source.states[j, of : of + tokens]
 
-    def restore(self, i: int, record: Tensor, first: int = 0) -> None:
-        """Write tokens of row i, from the first-th on, from records, float32 [tokens, record], on any device."""
-        to, tokens, at = self.firsts[i] + first, len(record), 0
+    def restore(self, i: int, record: Tensor) -> None:
+        """Write the first tokens of row i from records, float32 [tokens, record], on any device."""
+        to, tokens, at = self.firsts[i], len(record), 0
         record = record.to(self.states.device)
         for one in self.planes:
             places, _, heads, _, dim = one.shape
@@ -132,6 +132,21 @@ class Held:
             one[:, i, :, to : to + tokens] = part.permute(1, 2, 0, 3)
             at += places * heads * dim
         self.states[i, to : to + tokens] = record[:, -self.shape.width :]
+
+    @property
+    def in_arrays(self) -> bool:
+        """Whether all of it is what numpy could have, see `restore_from`."""
+        return self.states.device.type == "cpu" and self.states.dtype == torch.float32
+
+    def restore_from(self, i: int, record: NDArray[np.float32], first: int) -> None:
+        """`restore` of an array, which nobody may write to, for tokens from the first-th on; where `in_arrays`."""
+        to, tokens, at = self.firsts[i] + first, len(record), 0
+        for one in self.planes:
+            places, _, heads, _, dim = one.shape
+            part = record[:, at : at + places * heads * dim].reshape(tokens, places, heads, dim)
+            one.numpy()[:, i, :, to : to + tokens] = part.transpose(1, 2, 0, 3)
+            at += places * heads * dim
+        self.states.numpy()[i, to : to + tokens] = record[:, -self.shape.width :]
 
     def records(self, i: int, start: int, stop: int) -> NDArray[np.float32]:
         """Records of tokens start to stop of row i; a copy on the host, float32 [tokens, record]."""

@@ -191,12 +191,13 @@ class Prefixes:
 
 def restore(held: Held, i: int, records: Sequence[NDArray[np.float32] | Tensor], tokens: int) -> None:
     """Write the first tokens of row i from these records, each [its tokens, record], one after another."""
-    if held.states.device.type != "cpu":
+    arrays = [one for one in records if isinstance(one, np.ndarray)]
+    if len(arrays) < len(records) or not held.in_arrays:
         held.restore(i, _joined(records, held)[:tokens])
         return
     at = 0
-    for one in records:  # to join them would be a copy more
-        held.restore(i, torch.as_tensor(one)[: tokens - at], at)
+    for one in arrays:  # to join them would be a copy more
+        held.restore_from(i, one[: tokens - at], at)
         at += len(one)
 
 
