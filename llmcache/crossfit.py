@@ -179,7 +179,8 @@ class Memory:
         similarity = np.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self._lengths[rows]
         order = np.argsort(-similarity, axis=1, kind="stable")
         rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
-        return self.entries.outputs[rows], np.take_along_axis(predictions, order[:, :, None], axis=1), similarity, rows
+        predictions = predictions[np.arange(len(order))[:, None], order]
+        return self.entries.outputs[rows], predictions, similarity, rows
 
     def _judged(
         self, predicted: Floats, rows: Rows, tokens: Tokens, scores: Scores | None
