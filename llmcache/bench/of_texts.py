@@ -73,8 +73,8 @@ def off(records: Records) -> str:
     aside, noted = rows[ASIDE], rows[ASIDE]["noted"]
     return prose(
         f"""Where near reuse does not pay it gets out of the way. A cache that was calibrated to a drift which hardly
-        any neighbour keeps looked {noted["looked_up"]:,} of {noted["asked"]:,} new sentences of SST-2 up, and answered them
-        {times(aside["ratio"])} times as fast as `SentenceTransformer.encode`, storing included;
+        any neighbour keeps looked {noted["looked_up"]:,} of {noted["asked"]:,} new sentences of SST-2 up, and
+        answered them {times(aside["ratio"])} times as fast as `SentenceTransformer.encode`, storing included;
         {times(rows[OURS]["ratio"])} times without near reuse, {times(rows[SORTED]["ratio"])} times by the model
         sorted by tokens (`llmcache bench run off-sst2 --repeats {len(aside["seconds"])}`)."""
     )
