@@ -252,12 +252,17 @@ def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, re
     }
     expected = model.encode(list(texts), batch_size=32)
     lengths = tokenise(model, list(texts), None, None).lengths
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     base: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     worst, size = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
     for round_ in range(repeats + 1):
-        own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
-        for name, config in ways.items():
+        turns = [None, *ways.items()]
+        for turn in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:  # what one writes may slow the next
+            if turn is None:
+                own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
+                base += [own] if round_ else []
+                continue
+            name, config = turn
             cache = LLMCache.open(folder / name, model, config=config)
             with cache.attached():
                 took, found = _timed(lambda: model.encode(list(texts), batch_size=32))
@@ -266,7 +271,6 @@ def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, re
             shutil.rmtree(folder / name)
             worst[name] = max(worst[name], float(np.abs(found - expected).max()))
             seconds[name] += [took + committing] if round_ else []
-        base += [own] if round_ else []
     return [
         Comparison(
             name, "plain model", len(texts), tuple(seconds[name]), tuple(base), worst[name],
