@@ -129,7 +129,7 @@ def layers(records: Records) -> str:
         [
             prose(
                 f"""Layers of all-MiniLM-L6-v2, SQuAD paragraphs of {new["facts"]["tokens"]:.0f} tokens (`llmcache
-                bench layers --data dev-v2.0.json.gz`; `layers-minilm.json`):"""
+                bench layers --data dev-v2.0.json.gz --limit 256`; `layers-minilm.json`):"""
             ),
             table(["", "against", "ratio", "largest difference"], cells),
         ]
