@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,10 @@ class Voting:
             )
 
 
+Mixed: TypeAlias = tuple[Floats, Floats]
+"""Weighted means, see `mixtures`; float32 [n, out] each."""
+
+
 def units(vectors: NDArray[np.floating]) -> Floats:
     """Unit L2 norm along the last axis, float32, a copy; zeros stay zeros. Of predictions: the fingerprints."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
@@ -80,6 +85,12 @@ def eligible_sources(similarity: NDArray[np.floating], temperature: float = TEMP
     return (part >= 0.5 * part[:, :1]) & (part > 0)
 
 
+def mixtures(outputs: Floats, predictions: Floats, similarity: NDArray[np.floating], temperature: float) -> Mixed:
+    """Means of the neighbours' outputs and of their predictions by what each counts; arguments as for `corrected`."""
+    part = weights(similarity, temperature)
+    return _mixed(part, outputs), _mixed(part, predictions)
+
+
 def corrected(
     predicted: Floats,
     outputs: Floats,
@@ -89,16 +100,17 @@ def corrected(
     strength: float = STRENGTH,
     *,
     unit: bool = True,
+    mixed: Mixed | None = None,
 ) -> Floats:
     """Results for a batch, float32 [n, out].
 
     predicted: [n, out], of the documents asked. outputs, predictions: [n, k, out], stored and predicted, of their
     neighbours. similarity: [n, k], between the fingerprints, -inf where there is no neighbour. unit: the stored outputs
-    are of unit norm (`unit_norm`), so that the results have to be.
+    are of unit norm (`unit_norm`), so that the results have to be. mixed: `mixtures` of the same, where they are known.
     """
     voting = Voting(temperature, strength)
-    part = weights(similarity, voting.temperature)
-    found = _mixed(part, outputs) + voting.strength * (predicted - _mixed(part, predictions))
+    ours, theirs = mixed or mixtures(outputs, predictions, similarity, voting.temperature)
+    found = ours + voting.strength * (predicted - theirs)
     return units(found) if unit else np.asarray(found, np.float32)
 
 
@@ -115,6 +127,7 @@ def evidence(
     tokens: tuple[Tokens, Tokens],
     scores: NDArray[np.floating] | None = None,
     temperature: float = TEMPERATURE,
+    mixed: Mixed | None = None,
 ) -> Floats:
     """What is known of each hit before anything is computed, float32 [n, columns], named by `EVIDENCE`, then `DECIDED`.
 
@@ -123,14 +136,16 @@ def evidence(
     Logarithms where an amount has no natural scale.
     """
     part = weights(similarity, temperature)
-    norms = np.maximum(np.sqrt(_squares(outputs)), 1e-30)
+    squares = _squares(outputs)
+    norms = np.maximum(np.sqrt(squares), 1e-30)
     agree = np.ones((len(outputs), 1), np.float32)
     if outputs.shape[1] > 1:
         agree = np.matmul(outputs[:, 1:4], outputs[:, 0, :, None])[..., 0] / (norms[:, 1:4] * norms[:, :1])
-    residuals = outputs - predictions
-    own = (part * _squares(residuals)).sum(axis=1)
-    joint = _squares(_mixed(part, residuals))
-    moved = _squares(predicted - _mixed(part, predictions))
+    # the residuals' norms by products, and their mixture by two: an array of all residuals takes longer to make
+    between = np.einsum("nki,nki->nk", outputs, predictions)
+    own = (part * np.maximum(squares + _squares(predictions) - 2 * between, 0)).sum(axis=1)
+    ours, theirs = mixed or mixtures(outputs, predictions, similarity, temperature)
+    joint, moved = _squares(ours - theirs), _squares(predicted - theirs)
     columns = [
         np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
@@ -168,18 +183,20 @@ def likeness(one: Tokens, other: Tokens) -> tuple[Floats, Floats]:
 
 def jaccard(one: Tokens, other: Tokens) -> Floats:
     """Share of distinct tokens that two documents have in common, float32 [n]."""
-    mine, theirs = _distinct(one), _distinct(other)
-    both = np.bincount(np.intersect1d(mine, theirs, assume_unique=True) >> _ID_BITS, minlength=len(one))
-    sizes = [np.bincount(each >> _ID_BITS, minlength=len(one)) for each in (mine, theirs)]
-    return np.asarray(both / np.maximum(sizes[0] + sizes[1] - both, 1), np.float32)
+    if not len(one):
+        return np.zeros(0, np.float32)
+    # all tokens of both sides by document, token and side: numpy sorts faster than it finds what is unique
+    every = np.sort(np.concatenate([_numbered(one, 0), _numbered(other, 1)]))
+    every = every[np.flatnonzero(np.diff(every, prepend=-1))]
+    both = np.bincount(every[:-1][np.diff(every >> 1) == 0] >> 1 + _ID_BITS, minlength=len(one))
+    total = np.bincount(every >> 1 + _ID_BITS, minlength=len(one))
+    return np.asarray(both / np.maximum(total - both, 1), np.float32)
 
 
-def _distinct(tokens: Tokens) -> NDArray[np.int64]:
-    """The distinct tokens of every document, each with the document's number above its bits."""
-    if not len(tokens):
-        return np.zeros(0, np.int64)
-    lengths = [len(ids) for ids in tokens]
-    return np.unique((np.repeat(np.arange(len(tokens)), lengths) << _ID_BITS) | np.concatenate(tokens))
+def _numbered(tokens: Tokens, side: int) -> NDArray[np.int64]:
+    """Every token, with the number of its document above its bits and the side below them."""
+    documents = np.repeat(np.arange(len(tokens)), [len(ids) for ids in tokens])
+    return np.asarray((documents << _ID_BITS | np.concatenate(tokens)) << 1 | side, np.int64)
 
 
 def decided(scores: NDArray[np.floating]) -> Floats:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, unit_norm, units
+from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, mixtures, unit_norm, units
 from llmcache.errors import ConfigError
 from llmcache.gate import Gate, fit_gate
 from llmcache.indexes.neighbours import half
@@ -187,13 +187,13 @@ class Memory:
     ) -> tuple[Floats, Rows, Floats, Floats]:
         """What `Found` has of a block of documents, whose neighbours' outputs stay in the processor's cache."""
         outputs, predictions, similarity, rows = self._ordered(predicted, rows)
-        voting = self.voting
-        results = corrected(
-            predicted, outputs, predictions, similarity, voting.temperature, voting.strength, unit=self._unit
-        )
+        temperature, strength = self.voting.temperature, self.voting.strength
+        near = predicted, outputs, predictions, similarity
+        mixed = mixtures(outputs, predictions, similarity, temperature)
+        results = corrected(*near, temperature, strength, unit=self._unit, mixed=mixed)
         both = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
         given = None if scores is None else scores(results)
-        seen = evidence(predicted, outputs, predictions, similarity, both, given, voting.temperature)
+        seen = evidence(*near, both, given, temperature, mixed)
         return results, rows, similarity, seen
 
 
