@@ -53,7 +53,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement of one tier. seconds, floors: of each repeat; moved, operations: in one of them."""
+    """One measurement of one tier. seconds: of each repeat; moved, operations: in one of them; floor: seconds."""
 
     tier: str
     what: str
@@ -62,16 +62,16 @@ class Row:
     moved: float
     operations: float
     seconds: tuple[float, ...]
-    floors: tuple[float, ...]
+    floor: float
 
     def as_dict(self) -> dict[str, Any]:
-        """With medians; share: floor over seconds, each in its own repeat."""
-        shares = [floor / one for floor, one in zip(self.floors, self.seconds, strict=True)]
+        """With medians; share: floor over seconds."""
+        shares = [self.floor / one for one in self.seconds]
         return {
             "tier": self.tier, "what": self.what, "documents": self.documents, "bound": self.bound,
             "bytes": self.moved, "operations": self.operations, "seconds": statistics.median(self.seconds),
             "microseconds_per_document": 1e6 * statistics.median(self.seconds) / self.documents,
-            "floor_seconds": statistics.median(self.floors), "share": statistics.median(shares),
+            "floor_seconds": self.floor, "share": statistics.median(shares),
             "shares": shares,
         }  # fmt: skip
 
@@ -95,7 +95,7 @@ def roofline(
     Returns rows (`Row.as_dict`), near (a row per size) and the limits.
     """
     load = [os.getloadavg()[0]]
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[float]] = {}
     tasks: dict[str, _Task] = {}
     limits: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
@@ -103,26 +103,24 @@ def roofline(
             task.act()
             for _ in range(repeats):
                 limits.append((_copying(), _multiplying()))
-                floor = max(task.moved / limits[-1][0], task.operations / limits[-1][1])
                 began = time.perf_counter()
                 task.act()
-                rows.setdefault(task.what, []).append((time.perf_counter() - began, floor))
+                rows.setdefault(task.what, []).append(time.perf_counter() - began)
             tasks[task.what] = task
+    # of all of them: a copy that meets the kernel tidying its pages up is several times as slow as the next one
+    copied, multiplied = (statistics.median(column) for column in zip(*limits, strict=True))
     found = []
-    for what, runs in rows.items():
+    for what, seconds in rows.items():
         task = tasks[what]
-        copied, multiplied = (statistics.median(column) for column in zip(*limits, strict=True))
-        bound = "memory" if task.moved / copied >= task.operations / multiplied else "arithmetic"
-        seconds, floors = zip(*runs, strict=True)
-        found.append(
-            Row(task.tier, what, task.documents, bound, task.moved, task.operations, seconds, floors).as_dict()
-        )
+        moving, counting = task.moved / copied, task.operations / multiplied
+        bound, floor = ("memory", moving) if moving >= counting else ("arithmetic", counting)
+        row = Row(task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor)
+        found.append(row.as_dict())
     near = [near_look_up(model, size, repeats) for size in entries]
     load.append(os.getloadavg()[0])
     return {
         "rows": found, "near": near, "load": load,
-        "copy_bytes_per_second": statistics.median(one for one, _ in limits),
-        "operations_per_second": statistics.median(one for _, one in limits),
+        "copy_bytes_per_second": copied, "operations_per_second": multiplied,
     }  # fmt: skip
 
 
