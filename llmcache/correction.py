@@ -140,7 +140,7 @@ def evidence(
     norms = np.maximum(np.sqrt(squares), 1e-30)
     agree = np.ones((len(outputs), 1), np.float32)
     if outputs.shape[1] > 1:
-        agree = np.matmul(outputs[:, 1:4], outputs[:, 0, :, None])[..., 0] / (norms[:, 1:4] * norms[:, :1])
+        agree = np.einsum("nki,ni->nk", outputs[:, 1:4], outputs[:, 0]) / (norms[:, 1:4] * norms[:, :1])
     # the residuals' norms by products, and their mixture by two: an array of all residuals takes longer to make
     between = np.einsum("nki,nki->nk", outputs, predictions)
     own = (part * np.maximum(squares + _squares(predictions) - 2 * between, 0)).sum(axis=1)

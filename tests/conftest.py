@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from llmcache.indexes.store import Store
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -79,6 +81,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def stores() -> Iterator[list[Store]]:
+    """For stores that are opened in a test, and closed after it."""
+    opened: list[Store] = []
+    yield opened
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture

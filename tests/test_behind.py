@@ -6,7 +6,6 @@ import errno
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,6 @@ ALL = range(60)
 @pytest.fixture
 def disk() -> MemoryDisk:
     return MemoryDisk(MemoryFolder(create=True))
-
-
-@pytest.fixture
-def stores() -> Iterator[list[Store]]:
-    opened: list[Store] = []
-    yield opened
-    for store in opened:
-        store.close()
 
 
 class Gate:

@@ -22,7 +22,11 @@ def test_every_tier_is_beside_a_floor_of_what_it_moves(llmcache: Command, tmp_pa
     predicted = rows[f"predicted outputs, {LANDMARKS} landmarks"]
     assert predicted["operations"] == 40 * 2 * (384 * 256 + 256 * LANDMARKS + LANDMARKS * 384)
     assert predicted["bound"] == "arithmetic"
+    beginning = rows["beginnings of 512 tokens, GPT-2-small"]
+    assert beginning["bytes"] == 8 * 512 * (12 * 2 + 1) * 768 * 4
     for row in found["rows"]:
+        limit = found["copy_bytes_per_second"], found["operations_per_second"]
+        assert row["floor_seconds"] == pytest.approx(max(row["bytes"] / limit[0], row["operations"] / limit[1]))
         assert row["share"] == pytest.approx(row["floor_seconds"] / row["seconds"])
     (near,) = found["near"]
     assert near["entries"] == near["held"] == 2000

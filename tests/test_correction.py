@@ -10,12 +10,14 @@ from sklearn.linear_model import LogisticRegression
 from llmcache.correction import (
     DECIDED,
     EVIDENCE,
+    TEMPERATURE,
     Voting,
     choose_voting,
     corrected,
     decided,
     evidence,
     jaccard,
+    mixtures,
     unit_norm,
     units,
     weights,
@@ -97,6 +99,15 @@ def test_evidence_names_what_it_says() -> None:
     np.testing.assert_allclose(column["margin"], similarity[:, 0] - similarity[:, 1], rtol=1e-4)
     np.testing.assert_allclose(column["consensus"], agree.mean(axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(column["least_consensus"], agree.min(axis=1), rtol=1e-4, atol=1e-5)
+    for i in range(6):
+        raw = np.exp(similarity[i] / TEMPERATURE)
+        weight, apart = raw / raw.sum(), outputs[i] - predictions[i]
+        own = weight @ np.square(apart).sum(axis=1)
+        moved = np.square(predicted[i] - weight @ predictions[i]).sum()
+        vote = np.linalg.norm(weight @ (outputs[i] / np.linalg.norm(outputs[i], axis=1, keepdims=True)))
+        expected = np.log(moved), np.log(own), np.square(weight @ apart).sum() / own, vote
+        given = [column[name][i] for name in ("shift", "residual", "coherence", "vote")]
+        np.testing.assert_allclose(given, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(column["length"], np.log(0.5), rtol=1e-4)
     np.testing.assert_allclose(column["overlap"], 3 / 7, rtol=1e-4)
     np.testing.assert_allclose(column["gap"], 2)
@@ -129,6 +140,22 @@ def test_a_single_neighbour_agrees_with_itself() -> None:
 def test_token_overlap_counts_distinct_tokens() -> None:
     one = [np.array([1, 2, 2, 3]), np.array([], np.int64)]
     np.testing.assert_allclose(jaccard(one, [np.array([2, 3, 4]), np.array([], np.int64)]), [0.5, 0])
+    random = np.random.default_rng(0)
+    sizes = random.integers(0, 9, (2, 200))
+    many, others = ([random.integers(0, 30, size).astype(np.int32) for size in side] for side in sizes)
+    pairs = [(set(a.tolist()), set(b.tolist())) for a, b in zip(many, others, strict=True)]
+    np.testing.assert_allclose(jaccard(many, others), [len(a & b) / max(1, len(a | b)) for a, b in pairs], rtol=1e-6)
+    highest = [np.array([2**31 - 1, 0], np.int32)]
+    np.testing.assert_array_equal(jaccard(highest * 3, highest * 3), 1)
+
+
+def test_means_that_are_known_give_the_same_as_those_that_are_not() -> None:
+    predicted, outputs, predictions, similarity = near = batch()
+    tokens = [np.arange(3)] * 6, [np.arange(7)] * 6
+    mixed = mixtures(outputs, predictions, similarity, 0.1)
+    np.testing.assert_array_equal(corrected(*near, 0.1, 0.6, mixed=mixed), corrected(*near, 0.1, 0.6))
+    np.testing.assert_array_equal(evidence(*near, tokens, None, 0.1, mixed), evidence(*near, tokens, None, 0.1))
+    assert (corrected(predicted, *near[1:], 0.1, 0.6, mixed=(mixed[1], mixed[0])) != corrected(*near, 0.1, 0.6)).any()
 
 
 def test_a_head_decides_as_clearly_as_its_best_two_scores_differ() -> None:

@@ -199,6 +199,7 @@ def test_a_budget_of_nothing_and_too_few_documents_leave_near_reuse_off_and_say_
         assert few.needed == 2995 - KNOWN
         assert "more are needed" in cache.near_is_off
         assert {one.tier for one in cache.run(["something quite new", "and another"])} == {"miss"}
+        assert cache.stats().counters.near_asked == 0  # nothing is paid for what cannot be given
     with LLMCache.open(tmp_path / "empty", model) as cache, pytest.raises(ConfigError, match="too few"):
         cache.calibrate(budget=0.01, drift="cosine")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +58,6 @@ def path(tmp_path: Path) -> Path:
     store.commit()
     store.close()
     return tmp_path / "store"
-
-
-@pytest.fixture
-def stores() -> Iterator[list[Store]]:
-    opened: list[Store] = []
-    yield opened
-    for store in opened:
-        store.close()
 
 
 def bank_of(path: Path, stores: list[Store], reading: Reading, name: str = "vectors") -> Bank:
