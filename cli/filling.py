@@ -48,10 +48,9 @@ def fill(asked: Asked, sources: Sources) -> None:
     timed = Run("build" if asked.model is not None else "warm", asked.metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
-    from llmcache.tally import Tally
 
     printing.quiet()
-    reading, tally = Reading(), Tally()
+    reading = Reading()
     documents = sources.documents(reading)
     config = CacheConfig(**asked.settings) if asked.settings else None
     access = asked.access.keywords()
@@ -59,9 +58,7 @@ def fill(asked: Asked, sources: Sources) -> None:
         before = len(cache)
         cache.corpus = sources.name
         with progress(reading, bytes_of(sources.corpora)) as advance:
-            results = cache.run(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
-            for _ in tally.counted(results):
-                continue
+            tally = cache.warm(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
         if asked.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()
@@ -85,12 +82,14 @@ def report(
 ) -> None:
     """Print what one run did."""
     if asked.json:
-        printing.as_json({**tally, "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store,
-                          **({} if forecast is None else {"plan": forecast.as_dict()})})  # fmt: skip
+        shown = {**tally, **counts(reading), "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store}
+        printing.as_json(shown if forecast is None else {**shown, "plan": forecast.as_dict()})
         return
     bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
     printing.facts(
         [
+            ("records read", reading.documents + reading.bad),
+            ("refused", reading.bad),
             ("documents", tally["documents"]),
             ("were there", tally["exact"]),
             ("computed", tally["misses"]),
@@ -107,8 +106,19 @@ def report(
     warnings(reading)
 
 
+def counts(reading: Reading) -> dict[str, int]:
+    """Records that were read, refused ones among them, and files that were left out, for JSON."""
+    return {
+        "read": reading.documents + reading.bad,
+        "refused": reading.bad,
+        "files_skipped": reading.skipped.total(),
+    }
+
+
 def warnings(reading: Reading) -> None:
-    """Say on standard error what was odd about a corpus."""
+    """Report on standard error what of a corpus was not read, and ids that repeat."""
+    if reading.skipped:
+        log.warning("%s", reading.skipped_said)
     if reading.bad:
         first = f"; the first: {reading.errors[0]}" if reading.errors else ""
         log.warning("%s records were skipped%s", f"{reading.bad:,}", first)
@@ -125,10 +135,14 @@ def preview(store: str, namespace: str, role: str | None, sources: Sources, json
     secret = resolved_secret(None, access.secret_file)
     found = forecast_against(there, namespace, role, sources.documents(reading), secret)
     if json:
-        printing.as_json({"documents": found.documents, "distinct": found.distinct, "known": found.known})
+        printing.as_json(
+            {**counts(reading), "documents": found.documents, "distinct": found.distinct, "known": found.known}
+        )
         return
     printing.facts(
         [
+            ("records read", reading.documents + reading.bad),
+            ("refused", reading.bad),
             ("documents", found.documents),
             ("distinct texts", found.distinct),
             ("there already", found.known),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcache.cli import printing
-from llmcache.cli.filling import warnings
+from llmcache.cli.filling import counts, warnings
 from llmcache.cli.reading import Sources, bytes_of, progress
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
@@ -47,12 +47,13 @@ def run_heads(
     }
     if json:
         shown = {name: {**tally.as_dict(), "out": str(files[name])} for name, tally in tallies.items()}
-        printing.as_json({"heads": shown, "layers": layers, "bad": reading.bad})
+        printing.as_json({"heads": shown, "layers": layers, **counts(reading), "bad": reading.bad})
         return
     printing.table(
         ["head", "documents", "reused", "computed", "written to"],
         [[name, one.documents, one.exact + one.near, one.misses, files[name]] for name, one in tallies.items()],
     )
+    printing.facts([("records read", reading.documents + reading.bad), ("refused", reading.bad)])
     printing.facts(
         [(f"{name} entered after", f"{one['hits']:,} of {one['asked']:,} rows") for name, one in layers.items()]
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcache.cli import options, printing
-from llmcache.cli.filling import warnings
+from llmcache.cli.filling import counts, warnings
 from llmcache.cli.reading import Sources
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError, CorpusError
@@ -67,7 +67,7 @@ def plan(
     if out is not None:
         written(found, out)
     if json:
-        printing.as_json({**found.to_json(), "bad": reading.bad})
+        printing.as_json({**found.to_json(), **counts(reading), "bad": reading.bad})
     else:
         show(found)
     warnings(reading)

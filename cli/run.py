@@ -12,7 +12,7 @@ import typer
 
 from llmcache.cli import amounts, options, printing
 from llmcache.cli.engine import Engine, Workers, opened
-from llmcache.cli.filling import preview, warnings
+from llmcache.cli.filling import counts, preview, warnings
 from llmcache.cli.heads import run_heads
 from llmcache.cli.metrics import MetricsFile, Run
 from llmcache.cli.reading import Sources, bytes_of, progress
@@ -162,7 +162,12 @@ def report(
     """Print what became of the documents, and where the results are."""
     if json:
         shown = {name: getattr(written, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
-        ended: dict[str, Any] = {"refused": written.refused, "resumed": written.resumed, "finished": written.finished}
+        ended: dict[str, Any] = {
+            **counts(reading),
+            "refused": written.refused + reading.bad,
+            "resumed": written.resumed,
+            "finished": written.finished,
+        }
         if forecast is not None:
             ended["plan"] = forecast.as_dict()
         printing.as_json(
@@ -171,6 +176,8 @@ def report(
     else:
         printing.facts(
             [
+                ("records read", reading.documents + reading.bad),
+                ("refused", written.refused + reading.bad),
                 ("documents", written.documents),
                 *([("of these before the stop", written.resumed)] if written.resumed else []),
                 ("exact", written.exact),

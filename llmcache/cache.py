@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
@@ -36,6 +37,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
 from llmcache.indexes.trust import Trust
+from llmcache.intake import is_table
 from llmcache.layers import Layers
 from llmcache.levels import DeviceAnswers, Levels
 from llmcache.matching import Answers
@@ -46,6 +48,7 @@ from llmcache.prompts import ROLES, resolve
 from llmcache.provenance import Result, Source, results
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
+from llmcache.tally import Tally
 from llmcache.weights import Weights
 
 log = logging.getLogger("llmcache")
@@ -96,6 +99,7 @@ class LLMCache:
         leaving.opened(self)
         self._last: Statistics | None = None
         self._planned_at: dict[str, float] = {}
+        self._reasons: set[str] = set()  # why calls of `encode` went past the cache, as far as it was said
 
     @classmethod
     def open(
@@ -177,7 +181,7 @@ class LLMCache:
 
     def encode(
         self,
-        inputs: Any,
+        inputs: Any = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -189,29 +193,39 @@ class LLMCache:
         device: Any = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
         **others: Any,
     ) -> Any:
-        """`SentenceTransformer.encode`, with the same arguments, result type and order.
+        """Embed texts: `SentenceTransformer.encode`, with the same arguments, result type and order.
 
-        What the output bank cannot hold goes to the model itself, past the cache (`stats().counters.bypassed`):
-        inputs that are not texts, `output_value` other than "sentence_embedding", a list of devices, `pool` and other
-        keywords.
+        What the output bank cannot hold goes to the model itself, past the cache (`stats().counters.bypassed`, and a
+        warning that names the reason once): inputs that are not texts, `output_value` other than
+        "sentence_embedding", a list of devices, a `pool`, and other keywords.
+        Raises ConfigError for a frame or table; give one of its columns.
         """
         self._check_open()
         execution, model = self._execution, cast(Any, self.model)
         self._check_weights()
+        inputs = _renamed(inputs, others)
+        if is_table(inputs):
+            raise ConfigError(f"encode takes texts, got a {type(inputs).__name__}; give one of its columns, as a list")
         single = model.is_singular_input(inputs)
-        texts = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
-        role = others.pop("task") if others.get("task") in ROLES else None
-        past_it = others or isinstance(device, list) or output_value != "sentence_embedding"
-        if past_it or not texts or not all(isinstance(text, str) for text in texts):
-            self._counters.bypassed += len(texts)
-            past: Any = getattr(model, f"encode_{role}" if role else "encode")
-            return past(
-                inputs, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size, output_value=output_value,
-                show_progress_bar=show_progress_bar, precision=precision, convert_to_numpy=convert_to_numpy,
-                convert_to_tensor=convert_to_tensor, device=device, normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim, **others,
+        texts = [inputs] if single else inputs if isinstance(inputs, list) else list(inputs)
+        role = others.pop("task", None)
+        reason = _past_the_cache(texts, role, device, output_value, pool, others)
+        if reason is not None or not texts:
+            self._bypass(reason, len(texts))
+            asked = {} if role is None else {"task": role}
+            if role in ROLES:  # as `encode_query` and `encode_document` choose it
+                prompt_name, prompt = None, self._prompt(role, prompt_name, prompt)
+            # the method of the class: `model.encode` may be this very method
+            return type(model).encode(
+                model, inputs if single else texts, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size,
+                output_value=output_value, show_progress_bar=show_progress_bar, precision=precision,
+                convert_to_numpy=convert_to_numpy, convert_to_tensor=convert_to_tensor, device=device,
+                normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim, pool=pool, chunk_size=chunk_size,
+                **asked, **others,
             )  # fmt: skip
         if device is not None:
             model.to(device)  # as `encode` does
@@ -232,17 +246,20 @@ class LLMCache:
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
         )  # fmt: skip
 
-    def encode_query(
-        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any
-    ) -> Any:
+    def encode_query(self, *arguments: Any, **settings: Any) -> Any:
         """`SentenceTransformer.encode_query`. A text as query and as document never share an entry."""
-        return self.encode(inputs, prompt_name, prompt, task="query", **others)
+        return self.encode(*arguments, **{**settings, "task": "query"})
 
-    def encode_document(
-        self, inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **others: Any
-    ) -> Any:
+    def encode_document(self, *arguments: Any, **settings: Any) -> Any:
         """`SentenceTransformer.encode_document`. A text as query and as document never share an entry."""
-        return self.encode(inputs, prompt_name, prompt, task="document", **others)
+        return self.encode(*arguments, **{**settings, "task": "document"})
+
+    def _bypass(self, reason: str | None, documents: int) -> None:
+        """Count documents that the model answers past the cache, and say why, once for each reason."""
+        self._counters.bypassed += documents
+        if reason is not None and reason not in self._reasons:
+            self._reasons.add(reason)
+            log.warning("encode goes past the cache: %s", reason)
 
     def run(
         self,
@@ -271,6 +288,33 @@ class LLMCache:
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
         return results(documents, answer, bank, LAYER, chunk)
+
+    def warm(
+        self,
+        documents: Iterable[Source],
+        *,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        chunk: int = CHUNK,
+        progress: Progress = nothing,
+    ) -> Tally:
+        """Store the outputs of documents that the cache does not know yet; the arguments are those of `run`.
+
+        Returns how many documents were known and how many were computed. What was known counts as no saving, since
+        nobody takes the outputs.
+        """
+        resolved, tally = self._prompt(role, prompt_name, prompt), Tally()
+
+        def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+            self._check_open()
+            self._check_weights()
+            return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress, wanted=False))
+
+        for _ in tally.counted(results(documents, answer, self._bank, LAYER, chunk)):
+            continue
+        return tally
 
     def plan(
         self,
@@ -572,6 +616,38 @@ class LLMCache:
             self.close()
         except LLMCacheError as second:  # the first error is the one to show
             log.warning("%s", second)
+
+
+def _renamed(inputs: Any, others: dict[str, Any]) -> Any:
+    """The texts of a call of `encode`, which sentence-transformers also takes under their former name."""
+    former = others.pop("sentences", None)
+    given = former if inputs is None else inputs
+    if given is None:
+        raise TypeError("encode() needs inputs: a text or a list of texts")
+    if isinstance(given, torch.Tensor | list | tuple | str):
+        return given
+    for name in ("tolist", "to_list", "to_pylist"):  # a series of pandas or polars, an Arrow array, an array of texts
+        if hasattr(given, name) and getattr(given, "ndim", 1) == 1:
+            values = getattr(given, name)()
+            return values if values and all(isinstance(text, str) for text in values) else given
+    return given
+
+
+def _past_the_cache(
+    texts: Sequence[Any], role: Any, device: Any, output_value: Any, pool: Any, others: Mapping[str, Any]
+) -> str | None:
+    """Why the output bank cannot answer a call of `encode`; None where it can."""
+    if pool is not None or isinstance(device, list):
+        return "it computes in a pool of processes"
+    if output_value != "sentence_embedding":
+        return f"output_value={output_value!r} is not kept"
+    if role is not None and role not in ROLES:
+        return f"task={role!r} is not known"
+    if others:
+        return f"the argument {min(others)!r} is not known"
+    if not all(isinstance(text, str) for text in texts):
+        return "its inputs are not all texts"
+    return None
 
 
 def _check_faiss(config: CacheConfig) -> None:

@@ -16,7 +16,7 @@ from llmcache.execution import Call, Execution
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
 from llmcache.near import NearReuse
-from llmcache.provenance import Source, results, text_of
+from llmcache.provenance import Source, documents_of, results
 from llmcache.reuse import Decode
 
 CHUNK = 8192  # documents of a sample that are answered together
@@ -63,7 +63,8 @@ class Calibrations:
         settings: of `calibrating.calibrated`.
         """
         check(settings["budget"], settings["confidence"])
-        documents, right = None if sample is None else list(sample), None if truth is None else np.asarray(list(truth))
+        documents = None if sample is None else list(documents_of(sample))
+        right = None if truth is None else np.asarray(list(truth))
         if settings["drift"] == "accuracy" and right is None:
             raise ConfigError('drift="accuracy" needs the right answers of a sample; give truth=, one for each')
         if right is not None and len(right) != len(documents or ()):
@@ -75,7 +76,7 @@ class Calibrations:
             _compute(execution, documents or (), prompt)
             answers = None
             if right is not None and documents is not None:
-                rows = execution.rows([text_of(one) for one in documents], prompt)
+                rows = execution.rows([document.text for document in documents], prompt)
                 answers = rows[rows >= 0], right[rows >= 0]
             near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, self._decode)
             found = near.calibrate(None if documents is None else known, commit=self._commit, truth=answers, **settings)

@@ -1,12 +1,15 @@
-"""Documents cut into chunks at headings, paragraphs and sentences, so that an edit changes only the chunks it touches.
+"""Cut documents into chunks at headings, paragraphs and sentences, so that an edit changes only the chunks it touches.
 
 A cut depends on the text around it, never on a count from the beginning of the document: fixed windows shift behind
-every insertion, and then nothing behind it is a repeat.
+every insertion, and then nothing behind it is a repeat. Text without spaces (Chinese, Japanese, Thai, base64) is cut
+at punctuation, and where there is none at places chosen by the characters before them.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +19,10 @@ _BLANK = re.compile(r"\n[^\S\n]*\n\s*")
 _HEADING = re.compile(r"#{1,6}\s|[^\n]{1,100}\n[=-]{3,}\s*\Z")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[\u3002\uff01\uff1f])|\n")  # the last three of CJK
 _SPACE = re.compile(r"\s+")
+# punctuation inside a sentence after which a run of characters without spaces may be cut: CJK, Arabic, Latin, data
+_CLAUSE = re.compile("[\u3001\uff0c\uff1b\uff1a\u30fb\u2026\u2014\u060c\u061b,;:|/&=)\\]}>\u300d\u300f\u3011\uff09-]+")
+_JOINERS = "\u200d\u2060"  # zero-width joiner and word joiner: never cut beside them
+_CONTEXT = 8  # characters before a place that decide whether a run is cut there
 
 LIMIT, LEAST = 800, 200
 
@@ -30,12 +37,14 @@ class Chunk:
 
 
 def chunks(text: str, *, limit: int = LIMIT, least: int = LEAST, length: Callable[[str], int] = len) -> list[Chunk]:
-    """The text in parts that are at most `limit` long, in order; only white space lies between them.
+    """Cut a text into chunks of at most `limit`, in order; only white space lies between them, and nothing is left out.
 
-    A part begins at a heading or a paragraph, and a paragraph shorter than `least` is joined with the next ones; a
-    longer one than `limit` is cut at sentences, and a longer sentence at spaces. A word that is longer stands alone.
-    length: of a text; characters, or for example its tokens: `lambda text: len(tokenizer.encode(text))`.
-    ConfigError for limits that make no sense.
+    A chunk begins at a heading or a paragraph, and a paragraph shorter than `least` is joined with the next ones. A
+    paragraph longer than `limit` is cut at sentences, a longer sentence at spaces, and a longer word after punctuation
+    or between characters (never inside a character with its combining marks). Only a single character longer than
+    `limit` by the given measure is left too long.
+    length: measure of a text; characters, or for example tokens: `lambda text: len(tokenizer.encode(text))`.
+    Raises ConfigError for limits that make no sense.
     """
     if not 0 <= least <= limit or limit < 1:
         raise ConfigError(f"limit is at least 1 and least from 0 to limit, got limit={limit} and least={least}")
@@ -92,14 +101,67 @@ def _packed(text: str, start: int, stop: int, limit: int, length: Callable[[str]
 
 
 def _words(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
+    """Cut a sentence at spaces into pieces of at most `limit`; a word longer than that is cut by `_run`."""
+    pieces: list[tuple[int, int]] = []
     begin = end = start
-    for one, other in _spans(text, start, stop, _SPACE):
-        if end > begin and length(text[begin:other]) > limit:
-            found.append((begin, end))
-            begin = one
-        end = other
-    return [*found, (begin, end)]
+    for first, last in _spans(text, start, stop, _SPACE):
+        if end > begin and length(text[begin:last]) > limit:
+            pieces.append((begin, end))
+            begin = first
+        end = last
+        if length(text[begin:end]) > limit:
+            *whole, (begin, end) = _run(text, max(begin, first), last, limit, length)
+            pieces += whole
+    return [*pieces, (begin, end)]
+
+
+def _run(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> list[tuple[int, int]]:
+    """Cut a run of characters without spaces into pieces of at most `limit`.
+
+    Each cut lies in the second half of what fits: after the last punctuation there, else at the place whose preceding
+    characters have the smallest checksum, so that an insertion moves only the cuts near it.
+    """
+    pieces: list[tuple[int, int]] = []
+    while length(text[start:stop]) > limit:
+        fits = _longest_prefix(text, start, stop, limit, length)
+        cut = _best_cut(text, start + (fits - start + 1) // 2, fits)
+        if cut is None:
+            cut = next((at for at in range(fits, start, -1) if _may_cut(text, at)), None)
+        if cut is None:  # one character with its marks is longer than the limit
+            cut = next((at for at in range(fits + 1, stop) if _may_cut(text, at)), stop)
+        pieces.append((start, cut))
+        start = cut
+        if start == stop:
+            return pieces
+    return [*pieces, (start, stop)]
+
+
+def _longest_prefix(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> int:
+    """End of a long prefix of text[start:stop] that is within `limit`, by bisection; at least one character."""
+    low, high = start + 1, stop
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if length(text[start:middle]) <= limit else (low, middle - 1)
+    return low
+
+
+def _best_cut(text: str, first: int, last: int) -> int | None:
+    """A place from `first` to `last` at which to cut a run of characters; None where no place is allowed."""
+    clauses = [one.end() for one in _CLAUSE.finditer(text, max(0, first - 1), last) if one.end() >= first]
+    places = [at for at in clauses if _may_cut(text, at)]
+    if places:
+        return places[-1]
+    places = [at for at in range(first, last + 1) if _may_cut(text, at)]
+    return min(places, key=lambda at: (zlib.crc32(text[max(0, at - _CONTEXT) : at].encode()), at), default=None)
+
+
+def _may_cut(text: str, at: int) -> bool:
+    """Whether a text may be cut before this character: not inside a letter with its marks or a joined emoji."""
+    if at >= len(text):
+        return True
+    after, before = text[at], text[at - 1]
+    marks = unicodedata.category(after) in ("Mn", "Mc", "Me") or "\U0001f3fb" <= after <= "\U0001f3ff"
+    return not (marks or after in _JOINERS or before in _JOINERS)
 
 
 def _spans(text: str, start: int, stop: int, between: re.Pattern[str]) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ FOREIGN = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "
 
 @dataclass(slots=True)
 class Reading:
-    """What has been read so far; filled in while `documents` is iterated.
+    """Counts of what has been read so far; filled in while `documents` is iterated.
 
     files: begun. documents: given out. duplicate_ids: of these, the ones whose id came before.
     bytes: taken from the files, as stored; runs up to 128 KiB ahead. errors: messages of the first five bad.
     bad: records that could not be read; a file whose rest could not be read counts as one.
+    skipped: files in the given folders that were not read because of their ending, by that ending.
     """
 
     files: int = 0
@@ -40,6 +42,7 @@ class Reading:
     duplicate_ids: int = 0
     bytes: int = 0
     errors: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
     _ids: set[int] = field(default_factory=set, repr=False, compare=False)
 
     def take(self, document: Document) -> None:
@@ -47,6 +50,15 @@ class Reading:
         seen = len(self._ids)
         self._ids.add(hash(document.id))  # 64 bits in place of the id: a collision only costs a wrong count
         self.duplicate_ids += len(self._ids) == seen
+
+    @property
+    def skipped_said(self) -> str:
+        """How many files were not read and of which endings, for a message; "" when all were."""
+        if not self.skipped:
+            return ""
+        endings = ", ".join(f"{count:,} {ending}" for ending, count in self.skipped.most_common(5))
+        more = ", ..." if len(self.skipped) > 5 else ""
+        return f"{self.skipped.total():,} files in the folders were not read ({endings}{more}); read are {UNDERSTOOD}"
 
     def refuse(self, error: CorpusError) -> None:
         self.bad += 1
@@ -67,7 +79,8 @@ def documents(
     """The documents of all sources, in the order of the sources.
 
     sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, by name,
-    without hidden files, unknown endings and linked folders. Gzip is recognised by its content.
+    without hidden files and linked folders; files of other endings are counted in `reading`. Gzip is recognised by
+    its content.
     text_field, id_field: field of a JSON object or column of a table; a JSON line may be a bare text too.
     A document without an id gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
     unit: what a document is in a .txt file: a line that is not blank, or a paragraph between blank lines.
@@ -90,7 +103,7 @@ def _documents(
     sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: Reading
 ) -> Iterator[Document]:
     # all paths are looked up first: a mistyped one should not show after an hour's work on those before it
-    for file in [file for source in sources for file in _files(source, stdin_format)]:
+    for file in [file for source in sources for file in _files(source, stdin_format, reading)]:
         reading.files += 1
         for found in _read(file, fields, reading):
             if isinstance(found, Document):
@@ -102,12 +115,12 @@ def _documents(
                     raise found
 
 
-def _files(source: str | Path, stdin_format: str) -> list[File]:
+def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File]:
     if str(source) == "-":
         return [File(None, "stdin", "standard input", stdin_format)]
     path, title = Path(source), _shown(source)
     if os.path.isdir(path):
-        return _folder(path)
+        return _folder(path, reading)
     if not os.path.exists(path):
         raise CorpusError(f"{title} does not exist; give files, folders, or - for standard input")
     format = _format(path.name)
@@ -116,7 +129,7 @@ def _files(source: str | Path, stdin_format: str) -> list[File]:
     return [File(path, _shown(path.name), title, format)]
 
 
-def _folder(folder: Path) -> list[File]:
+def _folder(folder: Path, reading: Reading) -> list[File]:
     found = []
     for root, folders, names in os.walk(folder, onerror=_raise_unlisted):  # does not follow links: no loops
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -125,6 +138,8 @@ def _folder(folder: Path) -> list[File]:
             # a link to nothing is kept and then reported; a pipe is not, since reading it may never end
             if format is not None and (os.path.isfile(path) or not os.path.exists(path)):
                 found.append(File(path, _shown(path.relative_to(folder)), _shown(path), format))
+            else:
+                reading.skipped[_shown(path.suffix.lower()) or "without an ending"] += 1
     if not found:
         raise CorpusError(f"the folder {_shown(folder)} holds no file with an ending of {UNDERSTOOD}")
     return sorted(found, key=lambda file: Path(file.name).parts)

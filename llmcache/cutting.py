@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.chunk_places import NoChunk, chunk_places
 from llmcache.chunking import LEAST, LIMIT, Chunk, chunks
 from llmcache.document import Document
 from llmcache.errors import ConfigError
@@ -74,7 +75,8 @@ class Fitting:
             self._fast.no_padding()
         self._slow: Any = model.tokenizer
         self._prompt = prompt or ""
-        self._most: int | None = model.max_seq_length
+        self.most: int | None = model.max_seq_length
+        """Tokens that the model reads of a text; None where it has no limit."""
         self._fitting: set[bytes] = set()
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
@@ -86,31 +88,58 @@ class Fitting:
 
     def too_long(self, texts: Sequence[str]) -> list[bool]:
         """Whether the model would not read each text to its end. Chunks that come again are not counted again."""
-        if self._most is None:
+        if self.most is None:
             return [False] * len(texts)
         keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
         unknown = [i for i, key in enumerate(keys) if key not in self._fitting]
         counts = self.tokens([texts[i] for i in unknown]) if unknown else []
-        long = {i for i, count in zip(unknown, counts, strict=True) if count > self._most}
+        long = {i for i, count in zip(unknown, counts, strict=True) if count > self.most}
         if len(self._fitting) > _REMEMBERED:
             self._fitting.clear()
         self._fitting.update(keys[i] for i in unknown if i not in long)
         return [i in long for i in range(len(texts))]
 
-    def again(self, one: Chunk) -> list[Chunk]:
-        """A chunk that is too long in halves, and these in halves, until all fit; a single word stays whole."""
-        found = chunks(one.text, limit=max(1, len(one.text) // 2), least=0)
+    def again(self, chunk: Chunk) -> list[Chunk]:
+        """Cut a chunk that is too long in half, and the halves again, until the model reads each of them whole.
+
+        A single character that is still too long stays as it is; `too_long` says so.
+        """
+        found = chunks(chunk.text, limit=max(1, len(chunk.text) // 2), least=0)
         if len(found) == 1:
-            return [one]
-        parts = [Chunk(one.start + part.start, one.start + part.end, part.text) for part in found]
+            return [chunk]
+        parts = [Chunk(chunk.start + part.start, chunk.start + part.end, part.text) for part in found]
         long = self.too_long([part.text for part in parts])
         return [half for part, cut in zip(parts, long, strict=True) for half in (self.again(part) if cut else [part])]
 
 
 def _structure(fitting: Fitting, documents: list[Document]) -> list[list[Chunk] | str]:
-    cut = [chunks(one.text, limit=LIMIT, least=LEAST) or [_whole(one.text)] for one in documents]
-    long = iter(fitting.too_long([chunk.text for found in cut for chunk in found]))
-    return [[part for one in found for part in (fitting.again(one) if next(long) else [one])] for found in cut]
+    """Chunks of each document by its structure, or why it is refused: a part that the model would cut off."""
+    cut = [chunks(document.text, limit=LIMIT, least=LEAST) or [_whole(document.text)] for document in documents]
+    long = iter(fitting.too_long([chunk.text for document_chunks in cut for chunk in document_chunks]))
+    return [_all_fitting(fitting, document_chunks, long) for document_chunks in cut]
+
+
+def _all_fitting(fitting: Fitting, cut: list[Chunk], long: Iterator[bool]) -> list[Chunk] | str:
+    """The chunks of one document, cut on until they fit. long: whether each is too long, taken from in step."""
+    fitted: list[Chunk] = []
+    refused: Chunk | None = None
+    for chunk in cut:
+        if not next(long):
+            fitted.append(chunk)
+            continue
+        smaller = fitting.again(chunk)
+        fitted += smaller
+        if len(smaller) == 1:  # nothing left to cut
+            refused = smaller[0]
+        else:
+            still = fitting.too_long([part.text for part in smaller])
+            refused = next((part for part, over in zip(smaller, still, strict=True) if over), refused)
+    if refused is not None:
+        return (
+            f"cannot be cut into parts that the model reads whole: {refused.text[:20]!r} at character "
+            f"{refused.start:,} has more tokens than max_seq_length={fitting.most}"
+        )
+    return fitted
 
 
 def _whole(text: str) -> Chunk:
@@ -122,22 +151,15 @@ def _by_caller(cutting: Cutting, documents: list[Document]) -> list[list[Chunk] 
 
 
 def _as_given(cutting: Cutting, text: str) -> list[Chunk] | str:
-    found: list[Chunk] = []
+    """The caller's chunks of one text with their places, or why the document is refused."""
     try:
         given = list(cutting(text))
     except Exception as error:  # of one document: collected with it
         return f"cannot be cut: {type(error).__name__}: {error}"
-    at = 0
-    for one in given:
-        if isinstance(one, str):
-            start = text.find(one, at)
-            one = (start, start + len(one))
-        start, end = (one.start, one.end) if isinstance(one, Chunk) else one
-        if not 0 <= start <= end <= len(text):
-            return f"cannot be cut: {one!r:.60} is no part of its {len(text):,} characters"
-        at = end
-        found.append(Chunk(start, end, text[start:end]))
-    return found or [_whole(text)]
+    places = chunk_places(text, given)
+    if isinstance(places, NoChunk):
+        return f"cannot be cut: {places.part!r:.60} is no part of its {len(text):,} characters"
+    return [Chunk(start, end, text[start:end]) for start, end in places] or [_whole(text)]
 
 
 def pooled(vectors: NDArray[np.float32], weights: NDArray[np.int64], *, unit: bool) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcache.errors import ConfigError
+from llmcache.intake import check_many
 
 Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -65,6 +66,7 @@ def generate(
     that is too long for the model ends in the model's own error.
     """
     _check_batch_size(batch_size)
+    check_many(prompts, "prompts")
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     rows = [list(tokenizer(prompt)["input_ids"]) if whole else _ids(tokenizer, prompt) for prompt in prompts]
     answers: list[NDArray[np.int64]] = []
@@ -99,6 +101,8 @@ def score(
     becomes the tokenizer's first (or last) special token.
     """
     _check_batch_size(batch_size)
+    check_many(prompts, "prompts")
+    check_many(choices, "choices")
     each = _of_each(choices, len(prompts))
     if len(each) != len(prompts):
         raise ConfigError(f"there are {len(prompts)} prompts and {len(each)} lists of choices; give one list for each")
@@ -271,7 +275,9 @@ def _padding(model: Any, tokenizer: Any) -> int:
 def _of_each(choices: Sequence[Any], prompts: int) -> list[list[str]]:
     if choices and all(isinstance(one, str) for one in choices):
         return [list(choices)] * prompts
-    return [list(one) for one in choices]
+    for some in choices:
+        check_many(some, "choices of a prompt")
+    return [list(some) for some in choices]
 
 
 def _check_batch_size(batch_size: int) -> None:

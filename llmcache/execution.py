@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,7 +47,8 @@ def nothing(answered: int, computed: int) -> None:
 class Call:
     """What one call asks for. ids: of the documents, to say later where an entry came from, or None.
 
-    tensor: whether the outputs are wanted on the model's device.
+    tensor: whether the outputs are wanted on the model's device. wanted: whether somebody takes the outputs; a call
+    that only fills the store saves nobody the model's time with what it finds there.
     """
 
     texts: Sequence[str]
@@ -57,6 +58,7 @@ class Call:
     batch_size: int = 32
     progress: Progress = nothing
     tensor: bool = False
+    wanted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,25 @@ class Execution:
         self._near_reuse = reuse
 
     def answers(self, call: Call) -> Answers:
-        """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of."""
+        """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
+
+        A call that is interrupted counts the documents that were answered until then.
+        """
+        counters, answered, computed = self.counters, 0, 0
+
+        def advance(more: int, by_model: int) -> None:
+            nonlocal answered, computed
+            answered, computed = answered + more, computed + by_model
+            call.progress(more, by_model)
+
+        try:
+            return self._answers(replace(call, progress=advance))
+        except BaseException:
+            counters.documents += answered
+            counters.misses += computed
+            raise
+
+    def _answers(self, call: Call) -> Answers:
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
@@ -137,7 +157,7 @@ class Execution:
                 self._answer_unknown(answers, call, window, keys[window], tokens)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
-        self._count(answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
 
     def _empty(self, call: Call) -> Answers:
@@ -370,7 +390,7 @@ class Execution:
                 )
                 call.progress(len(chosen), len(chosen))
 
-    def _count(self, answers: Answers, repeats: int, seconds: float) -> None:
+    def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:
         counters = self.counters
         counters.documents += len(answers.tier)
         counters.repeats += repeats
@@ -378,6 +398,8 @@ class Execution:
         counters.misses += int(np.count_nonzero(answers.tier == MISS))
         counters.damaged = self.bank.damaged
         counters.overhead_seconds += seconds
+        if not call.wanted:
+            return
         counters.saved_seconds += self.bank.cost(answers.row[answers.row >= 0])
         of_computed = int(np.count_nonzero((answers.twin >= 0) & (answers.row < 0)))
         if counters.misses:

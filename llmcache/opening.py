@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -16,6 +17,7 @@ from llmcache.fingerprint import feature_width
 from llmcache.identity import Identity, identify, load, mismatch
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
+from llmcache.loading import packaged_model
 from llmcache.namespace import admit, secret_check
 from llmcache.tokens import check_inputs
 
@@ -24,11 +26,15 @@ def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tup
     if isinstance(model, Module):
         refuse_compiled(model)
         return model, identify(model, tokenizer=tokenizer)
+    name = os.fspath(model)
     try:
-        return load(os.fspath(model))
+        return load(name)
     except (OSError, ValueError, ImportError) as error:
+        if (folder := packaged_model(name)) is not None:  # the hub cannot be reached, and a package carries this model
+            packaged, identity = load(folder)
+            return packaged, replace(identity, name=name)
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the model {os.fspath(model)!r} cannot be loaded: {reason}") from error
+        raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
 
 
 def model_name(store: Store, namespace: str) -> str:

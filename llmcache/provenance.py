@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from llmcache.document import Document
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
+from llmcache.intake import Refused, Wanted, intake
 from llmcache.matching import MISS, TIERS, Answers
 from llmcache.states import bank_name
 
 Source: TypeAlias = str | Document | Mapping[str, Any]
-"""A document as it may be given: a text, a Document, or a mapping with "text" and perhaps "id"."""
+"""A document as callers give it: a text, a Document, or a mapping with "text" and perhaps "id"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +51,33 @@ def results(
     bank: Bank,
     layer: str,
     chunk: int,
-    start: int = 0,
 ) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+    """One Result per document, in order; `chunk` documents are read, answered and given out at a time."""
+    stream = documents_of(documents)
 
-    start: place of the first document, which is its id where it has none.
+    def answered() -> Iterator[Result]:
+        while part := list(islice(stream, chunk)):
+            ids = [document.id for document in part]
+            answers = answer([document.text for document in part], ids)
+            # all at once: rows may have other numbers after a reload between two results
+            yield from list(_results(ids, answers, bank, layer))
+
+    return answered()
+
+
+def documents_of(sources: Any) -> Iterator[Document]:
+    """The documents of an iterable, a frame, a table or a data set, as `llmcache.intake.intake` reads them.
+
+    A document without an id gets its place. ConfigError, at once, for a single text, mapping or path where many
+    documents are meant; CorpusError, when it is reached, for a record that is no document.
     """
-    stream = enumerate(documents, start)
-    while part := [_document(source, place) for place, source in islice(stream, chunk)]:
-        ids = [document.id for document in part]
-        answers = answer([document.text for document in part], ids)
-        # all at once: rows may have other numbers after a reload between two results
-        yield from list(_results(ids, answers, bank, layer))
+    return map(_accepted, intake(sources, Wanted(most=sys.maxsize)))
 
 
-def documents_of(sources: Iterable[Source]) -> Iterator[Document]:
-    """The same, as documents; CorpusError for what is none."""
-    return (_document(source, place) for place, source in enumerate(sources))
-
-
-def text_of(source: Source) -> str:
-    """The text of a document as it may be given."""
-    return _document(source, 0).text
-
-
-def _document(source: Source, place: int) -> Document:
-    if isinstance(source, Document):
-        return source
-    if isinstance(source, str):
-        return Document(str(place), source)
-    text = source.get("text") if isinstance(source, Mapping) else None
-    if not isinstance(text, str):
-        raise CorpusError(
-            f"document {place} is neither a text nor a mapping with a text under 'text' "
-            f"(it is {type(source).__name__}{f' with {sorted(source)}' if isinstance(source, Mapping) else ''})"
-        )
-    return Document(str(source.get("id", place)), text)
+def _accepted(taken: Document | Refused) -> Document:
+    if isinstance(taken, Refused):
+        raise CorpusError(f"document {taken.place} {taken.reason}; Pipeline answers the others and collects such")
+    return taken
 
 
 def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Iterator[Result]:

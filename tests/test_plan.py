@@ -329,7 +329,7 @@ def test_documents_that_are_none_stop_a_plan(store: Path, model: SentenceTransfo
     with LLMCache.open(store, model) as cache:
         with pytest.raises(CorpusError, match="no documents"):
             cache.plan([])
-        with pytest.raises(CorpusError, match="neither a text nor a mapping"):
+        with pytest.raises(CorpusError, match="document 0 has no field 'text'"):
             cache.plan([{"id": "a"}])
         list(cache.run(["one"]))
         assert cache.plan(["one"]).hit_rate == 1.0
