@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -309,48 +310,70 @@ def test_looking_at_a_store_imports_neither_torch_nor_transformers(
     subprocess.run([sys.executable, "-c", program, *named], check=True, capture_output=True)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    program = HEAR_CTRL_C + "from llmcache.cli.main import main; main()"
+@contextmanager
+def started(*arguments: object, first: str = "") -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, which is gone at the end. first: Python lines that it runs before."""
+    program = f"{HEAR_CTRL_C}{first}\nfrom llmcache.cli.main import main; main()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
+SAYS_WHEN_IT_STORES = """
+import sys
+from llmcache.storing import Storing
+put = Storing.put
+def noted(*arguments, **entry):
+    put(*arguments, **entry)
+    print("stored a batch", file=sys.stderr, flush=True)
+Storing.put = noted
+"""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("batches", [1, 3])
 def test_ctrl_c_keeps_what_was_computed_and_the_next_run_goes_on(
-    llmcache: Command, store: Path, tmp_path: Path, model_path: str
+    llmcache: Command, store: Path, tmp_path: Path, model_path: str, batches: int
 ) -> None:
     path = tmp_path / "c.txt"
-    path.write_text("".join(f"document {i} " + "word " * 80 + "\n" for i in range(30_000)))
-    kept = 0
-    for patience in (8, 16, 32, 64):  # into the middle: the first window is tokenised, and some batches are computed
-        child = start("build", path, "-m", model_path, "-s", store)
-        deadline = time.monotonic() + 60
-        while not list(store.glob("m-*.json")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(patience)
+    path.write_text("".join(f"document {i} " + "word " * 80 + "\n" for i in range(9_000)))
+    with started("build", path, "-m", model_path, "-s", store, first=SAYS_WHEN_IT_STORES) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            batches -= line.startswith("stored a batch")
+            if not batches:
+                break
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate()
         assert child.returncode == 130
-        assert err.strip().splitlines()[-1].startswith("llmcache: stopped;")
-        assert "Traceback" not in err
-        banks = json.loads(llmcache("stats", store, "--json").out)["banks"]
-        kept = banks[0]["entries"] if banks else 0
-        if kept:
-            break
-    assert 0 < kept < 30_000
+    assert err.strip().splitlines()[-1].startswith("llmcache: stopped;")
+    assert "Traceback" not in err
+    stats = json.loads(llmcache("stats", store, "--json").out)
+    kept = stats["banks"][0]["entries"]
+    assert 0 < kept < 9_000
+    assert stats["lifetime"]["documents"] >= stats["lifetime"]["misses"] == kept, "what was asked is counted too"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[: kept // 2]))
     done = json.loads(llmcache("build", path, "-m", model_path, "-s", store, "--json").out)
     assert done["documents"] == kept // 2
 
 
+@pytest.mark.timeout(900)
 def test_two_builds_on_one_store_at_once_lose_nothing(
     llmcache: Command, store: Path, tmp_path: Path, model_path: str
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("shared\n" + "".join(f"text {name} {i}\n" for i in range(300)))
-    children = [start("build", tmp_path / f"{name}.txt", "-m", model_path, "-s", store) for name in ("a", "b")]
-    for child in children:
-        _, err = child.communicate(timeout=120)
-        assert child.returncode == 0, err
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(started("build", tmp_path / f"{name}.txt", "-m", model_path, "-s", store))
+            for name in ("a", "b")
+        ]
+        for child in children:
+            _, err = child.communicate()
+            assert child.returncode == 0, err
     for name in ("a", "b"):
         done = json.loads(llmcache("warm", tmp_path / f"{name}.txt", "-s", store, "--json").out)
         assert (done["exact"], done["misses"]) == (301, 0)
