@@ -25,16 +25,20 @@ from llmcache.tokens import check_inputs
 def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
     if isinstance(model, Module):
         refuse_compiled(model)
+        if isinstance(model, SentenceTransformer):
+            check_inputs(model)
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
     try:
-        return load(name)
+        found, identity = load(name)
     except (OSError, ValueError, ImportError) as error:
-        if (folder := packaged_model(name)) is not None:  # the hub cannot be reached, and a package carries this model
-            packaged, identity = load(folder)
-            return packaged, replace(identity, name=name)
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
+        folder = packaged_model(name)
+        if folder is None:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
+        found, identity = load(folder)  # the hub cannot be reached, and a package carries this model
+    check_inputs(found)
+    return found, replace(identity, name=name)
 
 
 def model_name(store: Store, namespace: str) -> str:
@@ -58,8 +62,6 @@ def settled(
 ) -> CacheConfig:
     """The settings to use, once it is certain that the namespace is this model's."""
     if store.namespace(namespace) is None:
-        if isinstance(model, SentenceTransformer):
-            check_inputs(model)
         store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)
     assert space is not None

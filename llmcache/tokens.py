@@ -70,12 +70,23 @@ class TokenRows:
 
 
 def check_inputs(model: SentenceTransformer) -> None:
-    """ConfigError unless the model takes one row of token ids and a mask per text."""
-    features = model.preprocess(["a text", "another"])
+    """ConfigError unless the model takes one row of token ids and a mask per text, from a tokenizer of transformers."""
+    first = type(model[0]).__name__
+    if not hasattr(model.tokenizer, "init_kwargs"):
+        raise ConfigError(
+            f"{first} has a {type(model.tokenizer).__name__} and no tokenizer of transformers; LLMCache needs one, "
+            "and a model of word vectors alone is faster than any cache"
+        )
+    try:
+        features = model.preprocess(["a text", "another"])
+    except Exception as error:
+        raise ConfigError(
+            f"{first} cannot turn texts into model inputs ({type(error).__name__}: {error}); LLMCache embeds texts"
+        ) from error
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or ids.ndim != 2:
         raise ConfigError(
-            f"{type(model[0]).__name__} turns texts into {sorted(features)}; LLMCache needs input_ids and a mask "
+            f"{first} turns texts into {sorted(features)}; LLMCache needs input_ids and a mask "
             "of shape [batch, tokens]. Static embeddings are faster than any cache; for flash attention set "
             "model[0].unpad_inputs = False"
         )

@@ -330,3 +330,44 @@ def test_the_command_line_says_what_was_read_answered_refused_and_left_out(
     assert "records read" in shown.out
     counts = json.loads(llmcache(command, folder, *options, "--json").out)
     assert (counts["read"], counts["documents"], counts["refused"], counts["files_skipped"]) == (4, 2, 2, 4)
+
+
+# -- models that are no transformers ------------------------------------------------------------------------
+
+
+def without_tokens() -> dict[str, Any]:
+    """SentenceTransformers that do not read token ids with a mask, by their first module."""
+    from sentence_transformers.sentence_transformer.modules import BoW, Pooling, StaticEmbedding, WordEmbeddings
+    from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+    from tokenizers import Tokenizer, models
+
+    words = ["where", "is", "my", "card"]
+    vectors = np.eye(len(words), 8, dtype=np.float32)
+    library = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="where"))
+    return {
+        "WordEmbeddings": [WordEmbeddings(WhitespaceTokenizer(vocab=words), vectors), Pooling(8)],
+        "BoW": [BoW(vocab=words)],
+        "StaticEmbedding": [StaticEmbedding(library, embedding_weights=vectors)],
+    }
+
+
+@pytest.mark.parametrize("first", ["WordEmbeddings", "BoW", "StaticEmbedding"])
+def test_a_model_that_reads_no_token_ids_is_refused_with_the_reason(store: Path, first: str) -> None:
+    model = SentenceTransformer(modules=without_tokens()[first], device="cpu")
+    with pytest.raises(ConfigError, match=first):
+        LLMCache.open(store, model)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_the_demo_s_model_is_found_offline_by_the_name_it_has_on_the_hub(
+    store: Path, model: SentenceTransformer, name: str, llmcache: Command, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "where is my card"}\n')
+    assert llmcache("build", corpus, "--model", name, "--store", store).code == 0
+    with LLMCache.open(store) as cache:  # the store says which model it was made with, by that name
+        assert cache.identity.name == name
+        (found,) = cache.run(["where is my card"])
+    assert found.tier == "exact"
+    np.testing.assert_allclose(found.output, model.encode("where is my card"), atol=1e-6)
