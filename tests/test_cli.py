@@ -111,14 +111,15 @@ def test_near_matches_are_used_when_asked_for(llmcache: Command, store: Path, tm
 
 def test_a_dry_run_counts_and_writes_nothing(llmcache: Command, corpus: Path, store: Path, model_path: str) -> None:
     done = llmcache("build", corpus, "-m", model_path, "-s", store, "--dry-run", "--json")
-    assert json.loads(done.out) == {"documents": 4, "distinct": 3, "known": 0}
+    read = {"read": 4, "refused": 0, "files_skipped": 0}
+    assert json.loads(done.out) == {**read, "documents": 4, "distinct": 3, "known": 0}
     assert not store.exists()
     llmcache("build", corpus, "-m", model_path, "-s", store)
     corpus.write_text(corpus.read_text() + '{"text": "four"}\n')
     before = sorted((path.name, path.stat().st_mtime_ns) for path in store.rglob("*"))
     for command in (["warm"], ["run", "-o", "never.jsonl"]):
         done = llmcache(*command, corpus, "-s", store, "--dry-run", "--json")
-        assert json.loads(done.out) == {"documents": 5, "distinct": 4, "known": 3}
+        assert json.loads(done.out) == {**read, "read": 5, "documents": 5, "distinct": 4, "known": 3}
     assert sorted((path.name, path.stat().st_mtime_ns) for path in store.rglob("*")) == before
     assert not Path("never.jsonl").exists()
 
