@@ -81,7 +81,7 @@ def test_records_that_are_no_documents_are_named_with_their_place(
     cache: LLMCache, model: SentenceTransformer, way: str
 ) -> None:
     for bad in (None, 3, b"bytes", {"text": None}, {"body": "x"}, {"id": [1], "text": "x"}, "half \ud800"):
-        records = ["one", "two", bad, "three"]
+        records: list[Any] = ["one", "two", bad, "three"]
         with pytest.raises(CorpusError, match="document 2 "):
             list(cache.run(records) if way == "run" else cache.run_heads(records, {"same": model}))
 
@@ -135,7 +135,7 @@ def test_run_takes_tables_as_pipelines_do(cache: LLMCache, model: SentenceTransf
 def test_an_id_is_kept_as_it_is_and_a_missing_one_becomes_the_place(cache: LLMCache, id: Any) -> None:
     missing = id is None or (isinstance(id, float | np.floating) and math.isnan(id))
     expected = "1" if missing else str(int(id)) if isinstance(id, float) else str(id)
-    records = ["first", {"id": id, "text": "second"}]
+    records: list[Any] = ["first", {"id": id, "text": "second"}]
     assert [one.id for one in cache.run(records)] == ["0", expected]
     assert [one.id for one in Pipeline(cache).run(records)] == ["0", expected]
 
@@ -226,7 +226,8 @@ def test_a_chunk_that_is_none_refuses_its_document_alone(cache: LLMCache, bad: A
     assert [one.id for one in pipeline.run(["fine", "one two", "fine too"])] == ["0", "2"]
     assert [one.id for one in pipeline.errors] == ["1"]
     assert "cannot be cut" in pipeline.errors[0].reason
-    assert [Chunk(0, 3, "one")] == _by_caller(lambda _: [(np.int64(0), np.int64(3))], [Document("a", "one two")])[0]
+    numpy_pair: Any = (np.int64(0), np.int64(3))
+    assert _by_caller(lambda _: [numpy_pair], [Document("a", "one two")]) == [[Chunk(0, 3, "one")]]
 
 
 # -- encode -----------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_a_model_whose_encode_is_the_cache_s_own_does_not_call_itself_for_ever(
     with LLMCache.open(store, fresh_model) as cache:
         fresh_model.encode = cache.encode  # type: ignore[method-assign]
         np.testing.assert_allclose(fresh_model.encode(TEXTS), plain, atol=1e-6)
-        again: Any = fresh_model.encode_query(TEXTS, output_value="token_embeddings")  # type: ignore[call-overload]
+        again: Any = fresh_model.encode_query(TEXTS, output_value="token_embeddings")
         for mine, theirs in zip(again, tokens, strict=True):
             assert torch.allclose(mine, theirs, atol=1e-5)
         assert [one.tier for one in cache.run(TEXTS)] == ["exact"] * 3
