@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from llmcache.errors import ConfigError
 from llmcache.fields import KINDS, Fields, fields
 
-__all__ = ["KINDS", "RULES", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
+__all__ = ["KINDS", "RULES_VERSION", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
 
-RULES = 1  # goes into every digest: entries stored under other rules are refused, never trusted
+RULES_VERSION: int = 2  # part of every digest: digests made by other rules never match these
 
 
 class Rules:
@@ -102,7 +102,7 @@ def refused(ones: NDArray[np.uint64], others: NDArray[np.uint64], kinds: Collect
 
 
 def _empty(pattern: re.Pattern[str] | None) -> NDArray[np.uint64]:
-    rules = (str(RULES), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
+    rules = (str(RULES_VERSION), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
     return np.array([_digest(place, rules) for place in range(len(KINDS))], np.uint64)
 
 
