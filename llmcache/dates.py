@@ -6,9 +6,10 @@ Text is expected in the plain form of `llmcache.plain_text`, with its numbers in
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
 
-from llmcache.lexicon import DOUBTFUL_WEEKDAYS, MONTHS, SURE_MONTHS, WEEKDAYS
+from llmcache.lexicon import DOUBTFUL_WEEKDAYS, GERMAN_WEEKDAYS, MONTHS, SURE_MONTHS, WEEKDAYS
 
 _WORD = re.compile(r"[^\W\d_]+")
 _NTH = r"(?:st|nd|rd|th|er|o|ª|º|\.)?"
@@ -58,25 +59,28 @@ def months(text: str, names: frozenset[str], into: list[str]) -> str:
     return text
 
 
-_SURE_DAY = (
-    r"(?:(?:on|by|next|last|this|every|until|till|since|each|am|bis|jeden|ab|chaque|cada|or|and|und|to|-|,) ?)"
-)
+_DAYS = "|".join(sorted(DOUBTFUL_WEEKDAYS, key=len, reverse=True))
 _SHORT_DAY = re.compile(
-    rf"(?:(?<=\bon )|(?<=\bby )|(?<=\bnext )|(?<=\blast )|(?<=\bthis )|(?<=\bevery )|(?<=\buntil )|(?<=\btill )|(?<=\bam )"
-    rf"|(?<=\bsince ))({'|'.join(sorted(DOUBTFUL_WEEKDAYS, key=len, reverse=True))})\b(?! [a-z]+(?:ed|ing)\b)"
-    rf"|\b({'|'.join(sorted(DOUBTFUL_WEEKDAYS, key=len, reverse=True))})(?=\.? ?-|\.?,? ?(?:[0-9]|and (?:mon|tue|wed|thu|fri|sat|sun)"
-    rf"|und (?:di|mi|do|fr|sa|so)\b)|\. (?:und|and)\b)"
-    rf"|(?<=\bund )(di|mi|do|fr|sa|so)\b\.?"
+    rf"\b(?:on|by|next|last|this|every|until|till|am|since|and|or) ({_DAYS})\b(?! [a-z]+(?:ed|ing)\b)"
+    rf"|\b({_DAYS})(?=\.? ?-|\.?,? ?(?:[0-9]|(?:and|or|to) (?:{_DAYS})\b)|\.? (?:morning|afternoon|evening|night)\b)"
 )
+_GERMAN_DAY = re.compile(r"\b(mo|di|mi|do|fr|sa|so)\b\.?(?=\.? ?- ?(?:mo|di|mi|do|fr|sa|so)\b|\.? (?:und|bis) (?:mo|di|mi|do|fr|sa|so)\b)"
+                         r"|(?<=und |bis )(mo|di|mi|do|fr|sa|so)\b")  # fmt: skip
 
 
 def weekdays(text: str, words: frozenset[str]) -> list[str]:
     """The weekdays of a text in its order. words: those of it that are or may be weekdays."""
-    days = [(found.start(), WEEKDAYS[found[0]]) for found in _WORD.finditer(text) if found[0] in WEEKDAYS]
+    days = []
+    if not words.isdisjoint(WEEKDAYS):
+        days = [(found.start(), WEEKDAYS[found[0]]) for found in _WORD.finditer(text) if found[0] in WEEKDAYS]
     if not words.isdisjoint(DOUBTFUL_WEEKDAYS):
-        days += [
-            (found.start(), DOUBTFUL_WEEKDAYS[found[1] or found[2] or found[3]]) for found in _SHORT_DAY.finditer(text)
-        ]
+        for found in _SHORT_DAY.finditer(text):
+            group = 1 if found[1] else 2
+            days.append((found.start(group), DOUBTFUL_WEEKDAYS[found[group]]))
+    if not words.isdisjoint(("und", "bis")) and not words.isdisjoint(GERMAN_WEEKDAYS):
+        for found in _GERMAN_DAY.finditer(text):
+            group = 1 if found[1] else 2
+            days.append((found.start(group), GERMAN_WEEKDAYS[found[group]]))
     return [day for _, day in sorted(set(days))]
 
 
@@ -122,27 +126,35 @@ _AND_HALF = re.compile(
     r"\b([0-9]{1,2})(?: heures?| h| uhr)? (?:y|et|e) (media|cuarto|demie|quart|meia|mezza)\b|\b([0-9]{1,2})\.5 heures\b(?= du)"
     r"|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
 )
+_HALVES = frozenset("media cuarto demie quart meia mezza heures".split())
 _CLOCK = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) ?o'? ?clock\b")
 _UHR = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) uhr ([0-9]{1,2})\b")
 _PART_OF_DAY = re.compile(
     rf"(?<![\w.,:/-])([0-9]{{1,2}})(?:[:.]([0-9]{{2}}))?(?: ?h| heures?| uhr| horas?)?,? "
     rf"(?:in the |at |de la |da |du |de l'|di |del |della |por la )?(?:({_EVENING}|night)|({_MORNING}))\b"
 )
-_MAY_PART = re.compile(rf"{_EVENING}|{_MORNING}|night")
+_PART_WORDS = frozenset(f"{_EVENING}|{_MORNING}|night|midi|après|l'après".replace("-midi", "").split("|"))
 _NOON = re.compile(r"\b(?:12 )?(noon|midday|midnight)\b")
-_MAY_PHRASE = re.compile(r"past|after|before|\bto\b|till|clock|noon|midday|midnight|nach|vor|halb|\b(?:y|et|e)\b|menos|moins|uhr")
 
 
-def clock_phrases(text: str) -> str:
-    """The text with spoken times in figures: half past 3, quarter to 6, halb 4, 9 o'clock, 8 in the evening, noon."""
-    if _MAY_PHRASE.search(text):
+def clock_phrases(text: str, words: Collection[str]) -> str:
+    """The text with spoken times in figures: half past 3, quarter to 6, halb 4, 9 o'clock, 8 in the evening, noon.
+
+    words: those of the text.
+    """
+    if "half" in text or "quarter" in text or "viertel" in text or "minutes" in text:
         text = _PAST.sub(_past, text)
+    if "halb" in text:
         text = _HALB.sub(lambda found: f"{(1 if found[1] == 'eins' else int(found[1])) - 1 or 12}:30", text)
+    if not _HALVES.isdisjoint(words):
         text = _AND_HALF.sub(_and_half, text)
+    if "clock" in text:
         text = _CLOCK.sub(r"\1:00", text)
+    if " uhr " in text:
         text = _UHR.sub(lambda found: f"{found[1]}:{int(found[2]):02}", text)
+    if "noon" in text or "midday" in text or "midnight" in text:
         text = _NOON.sub(lambda found: "0:00" if found[1] == "midnight" else "12:00", text)
-    if _MAY_PART.search(text):
+    if not _PART_WORDS.isdisjoint(words):
         text = _PART_OF_DAY.sub(_part_of_day, text)
     return text
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from llmcache.dates import clock_phrases, dates, months, times, weekdays
 from llmcache.digits import fractions, glued_multipliers, signs
-from llmcache.identifiers import linkless, numbered, quotations, spelled_codes
-from llmcache.lexicon import DOUBTFUL_WEEKDAYS, MONTHS, WEEKDAYS
+from llmcache.identifiers import linkless, may_spell, numbered, quotations, spelled_codes
+from llmcache.lexicon import CURRENCIES, DOUBTFUL_WEEKDAYS, GERMAN_WEEKDAYS, MONTHS, WEEKDAYS
+from llmcache.negations import TRIGGERS as NEGATION_TRIGGERS
 from llmcache.negations import negations
 from llmcache.number_lexicon import joined_number, number_words
 from llmcache.number_words import in_digits
@@ -46,9 +47,21 @@ KINDS = Fields._fields
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 _MARKED_WORD = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+(?:'[^\W\d_]+)*")  # with the vowel signs of Hindi
 _HAS_DIGIT = re.compile(r"[0-9]")
-_JOINED = re.compile(r"\w{1,40}(?:tausend|duizend|mila|mille)\w{0,40}|tausend\w{2,40}|duizend\w{2,40}|mille\w{2,40}")
+_JOINED = re.compile(r"tausend|duizend|mil(?:a|le)")  # inside German, Dutch and Italian numbers that are one word
 _OTHER_SCRIPT = re.compile(r"[\u0900-\u097f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 _CLOCK = re.compile(r"noon|midday|midnight")
+
+
+NO_FIELDS = Fields()
+_GERMAN_DAYS = frozenset(GERMAN_WEEKDAYS) | {"und", "bis"}
+_MARKED = re.compile(r"""[0-9"`@_/\\]|--[a-z]|n'|nicht|\.[a-z]|(?<![a-z'])'[a-z]""")
+_LONE = frozenset("bcfghjkpqrvwxz")  # letters that may be a code of their own: vitamin c
+
+
+@cache
+def _triggers() -> frozenset[str]:
+    """Words without which a text in ASCII has no field, if it has no mark either."""
+    return _known().union(NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight"))
 
 
 @cache
@@ -61,6 +74,8 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     matched = _matches(pattern, text) if pattern else []
     text = plain_text(text)
     words = _WORD.findall(text)
+    if text.isascii() and _triggers().isdisjoint(words) and not _MARKED.search(text) and not may_spell(text) and not _JOINED.search(text):
+        return Fields(pattern=tuple(matched)) if matched else NO_FIELDS
     negated = negations(text, words)
     quoted = quotations(text)
     identifiers: list[str] = []
@@ -72,17 +87,17 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
         words = _MARKED_WORD.findall(text)
     identifiers += spelled_codes(text)
     known = _known().intersection(words)
-    joined = {word for word in words if joined_number(word) is not None} if _JOINED.search(text) else set()
+    joined = {word for word in words if len(word) > 7 and joined_number(word)} if _JOINED.search(text) else set()
     if joined or not number_words().isdisjoint(known):
         text = in_digits(text, known | joined)
-    if known:
-        when += weekdays(text, known)
+    if known or not _GERMAN_DAYS.isdisjoint(words):
+        when += weekdays(text, known | _GERMAN_DAYS.intersection(words))
     if _HAS_DIGIT.search(text):
         text = numbered(text, identifiers)
         text = signs(fractions(glued_multipliers(text)))
-        text = hindi_times(clock_phrases(text))
+        text = hindi_times(clock_phrases(text, words))
     elif _CLOCK.search(text):
-        text = clock_phrases(text)
+        text = clock_phrases(text, words)
     if not known.isdisjoint(MONTHS.keys()):
         text = months(text, known.intersection(MONTHS), when)
     if _HAS_DIGIT.search(text):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.fields import KINDS, Fields, fields
+from llmcache.fields import KINDS, NO_FIELDS, Fields, fields
 
 __all__ = ["KINDS", "RULES_VERSION", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
 
@@ -86,7 +86,10 @@ def digests(texts: Sequence[str], pattern: re.Pattern[str] | None = None) -> NDA
     empty = _empty(pattern)
     rows = np.tile(empty, (len(texts), 1))
     for row, text in enumerate(texts):
-        for column, values in enumerate(fields(text, pattern)):
+        read = fields(text, pattern)
+        if read is NO_FIELDS:
+            continue
+        for column, values in enumerate(read):
             if values:
                 rows[row, column] = _digest(int(empty[column]), values)
     return rows

@@ -47,6 +47,7 @@ _ACCOUNT = re.compile(
     r"(?<![a-z0-9])[a-z]{2}[0-9]{2}(?: ?[a-z0-9]{4}){3,7}(?: ?[a-z0-9]{1,3})?(?![a-z0-9])"
     r"|(?<![\w-])[0-9]{4}(?:[ -][0-9]{4}){3}(?![\w-])"
 )
+_MANY_DIGITS = re.compile(r"(?:[0-9][a-z ()./-]{0,4}){8}")
 _VERSION = re.compile(
     r"\b(?:v|ver|version|versión|versione|release|rev|revision|build|python|java|node|android|ios|windows|macos|ubuntu"
     r"|php|perl|ruby|django|postgres|mysql|kernel|firmware)\.? ?([0-9]+(?:\.[0-9]+)*)(?![0-9%,]|\.[0-9]|-?[a-z])"
@@ -87,10 +88,16 @@ def numbered(text: str, identifiers: list[str]) -> str:
             return match[0]
         return letters + digits
 
-    text = _TELEPHONE.sub(take, _ACCOUNT.sub(take, text))
+    if _MANY_DIGITS.search(text):
+        text = _TELEPHONE.sub(take, _ACCOUNT.sub(take, text))
     if _MAY_VERSION.search(text):
         text = _SPLIT_CODE.sub(join, _VERSION.sub(version, text))
     return text
+
+
+def may_spell(text: str) -> bool:
+    """Whether the text has a word without a vowel."""
+    return _MAY_SPELL.search(text) is not None
 
 
 def spelled_codes(text: str) -> list[str]:
@@ -106,17 +113,21 @@ def spelled_codes(text: str) -> list[str]:
 # -- quotations ------------------------------------------------------------------------------------------------
 
 _QUOTED = re.compile(
-    r"""(?<![\w"])"(?=\S)([^"\n]{1,300}?)(?<=\S)"(?![a-z0-9])|[“„”]([^“”„"]{1,300})[”“"]|«([^«»]{1,300})»|»([^«»]{1,300})«"""
-    r"""|「([^「」]{1,300})」|『([^『』]{1,300})』|《([^《》]{1,300})》|〈([^〈〉]{1,300})〉|‹([^‹›]{1,300})›|›([^‹›]{1,300})‹"""
-    r"""|(?<![\w`])`([^`\n]{1,300})`(?![\w`])|[‘‚]([^‘’‚]{1,300})[’‘](?![a-z0-9])"""
-    r"""|(?<![\w'])'(?=[^\s'])((?:[^'\n]|(?<=\w)'(?=\w)){2,300}?)(?<=\S)'(?![a-z0-9'])"""
+    r"""(?<![\w"])"(?=\S)([^"\n]{1,80}?)(?<=\S)"(?![a-z0-9])|[“„”]([^“”„"]{1,80})[”“"]|«([^«»]{1,80})»|»([^«»]{1,80})«"""
+    r"""|「([^「」]{1,80})」|『([^『』]{1,80})』|《([^《》]{1,80})》|〈([^〈〉]{1,80})〉|‹([^‹›]{1,80})›|›([^‹›]{1,80})‹"""
+    r"""|(?<![\w`])`([^`\n]{1,80})`(?![\w`])|[‘‚]([^‘’‚]{1,80})[’‘](?![a-z0-9])"""
+    r"""|(?<![\w'])'(?=[^\s'])((?:[^'\n]|(?<=\w)'(?=\w)){2,80}?)(?<=\S)'(?![a-z0-9'])"""
 )
+_PUNCTUATION = re.compile(r"[,;:!?。、，]|\.(?=\s|$)")
 _MAY_QUOTE = re.compile(r"""["“„”«»「『`《〈‹›‘‚]|(?<![\w'])'\w""")
 
 
 def quotations(text: str) -> list[str]:
-    """What stands in quotation marks, of all styles, without the punctuation at its ends."""
+    """What stands in quotation marks, of all styles, without its punctuation; at most 80 characters long.
+
+    Longer ones are sentences, which a paraphrase seldom leaves as they are; their numbers and negations are read anyway.
+    """
     if not _MAY_QUOTE.search(text):
         return []
     groups = (next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(text))
-    return [name for name in (group.strip(" .,;:!?。、，") for group in groups) if name]
+    return [name for name in (" ".join(_PUNCTUATION.sub(" ", group).split()) for group in groups) if name]

@@ -155,15 +155,16 @@ WEEKDAYS = _table(
 # abbreviations that are other words too: weekdays only where a preposition or another day stands beside them
 DOUBTFUL_WEEKDAYS = _table(
     {
-        "mon": "mon mo",
-        "tue": "tue di",
-        "wed": "wed mi",
-        "thu": "thu thur do",
-        "fri": "fri fr",
-        "sat": "sat sa",
-        "sun": "sun so",
+        "mon": "mon",
+        "tue": "tue",
+        "wed": "wed",
+        "thu": "thu thur",
+        "fri": "fri",
+        "sat": "sat",
+        "sun": "sun",
     }
 )
+GERMAN_WEEKDAYS = {"mo": "mon", "di": "tue", "mi": "wed", "do": "thu", "fr": "fri", "sa": "sat", "so": "sun"}
 # words of two letters that stand before a number without being a part of its name
 SHORT_WORDS = _words(
     """am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu ad al

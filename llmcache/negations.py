@@ -20,9 +20,7 @@ NEGATIONS = _words(
     """not cannot cant never without none nobody nothing nowhere neither unable
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt aint
     impossible unavailable incorrect invalid inactive unlikely illegal unsuccessful incomplete unauthorized unauthorised
-    unpaid unused unsafe unknown unhappy unfair unsure uncertain unclear unwilling unlimited unusual incapable insecure
-    inaccurate ineligible irregular irrelevant inappropriate unnecessary unacceptable unavoidable unhelpful untrue
-    nonrefundable nontoxic dishonest disagree dislike
+    unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable
     nicht nichts nie niemals niemand niemandem niemanden nirgends nirgendwo kein keine keinen keinem keiner keines keins
     weder ohne unmöglich ungültig unfähig unsicher unbekannt ungenau unvollständig unwahrscheinlich unbezahlt unklar
     ungern unnötig unzufrieden
@@ -69,27 +67,40 @@ _KOREAN_HARMLESS = re.compile(
 )
 _NUMERO = re.compile(r"\bno\.? ?(?=[0-9#])")  # "no. 5" counts, it does not negate
 _LATIN_HARMLESS = re.compile(
-    r"\bno (?:problem|worries|doubt|matter|wonder|obstante|sólo|solo|biggie|prob|probs)\b|\bwithout (?:a )?doubt\b"
-    r"|\bsans doute\b|\bsin (?:duda|embargo)\b|\bohne zweifel\b|\bpas (?:mal|de problème|de souci)\b|\bwhy not\b|\bpourquoi pas\b|\bwarum nicht\b"
-    r"|\bwhy (?:don't|dont) (?:you|we)\b|\bpor qué no\b"
-    r"|\b(?:whether )?or not\b|\bnot (?:only|just|merely)\b|\bnicht (?:nur|wahr)\b|\bnon (?:seulement|solo)\b|\bniet alleen\b|\bnão (?:só|apenas)\b"
-    r"|\bn'est-ce pas\b|\bcan't wait\b|\bcannot wait\b|\bdo not hesitate\b|\bdon't hesitate\b|\blast but not least\b|\bnothing but\b"
-    r"|\bdon't forget\b|\bdo not forget\b|\bdon't worry\b|\bif not\b"
+    r"no (?:problem|worries|doubt|matter|wonder|obstante|sólo|solo|biggie|prob|probs)\b|without (?:a )?doubt\b"
+    r"|sans doute\b|sin (?:duda|embargo)\b|ohne zweifel\b|pas (?:mal|de problème|de souci)\b|why not\b|pourquoi pas\b|warum nicht\b"
+    r"|why (?:don't|dont) (?:you|we)\b|por qué no\b"
+    r"|or not\b|not (?:only|just|merely)\b|nicht (?:nur|wahr)\b|non (?:seulement|solo)\b|niet alleen\b|não (?:só|apenas)\b"
+    r"|n'est-ce pas\b|can't wait\b|cannot wait\b|do not hesitate\b|don't hesitate\b|last but not least\b|nothing but\b"
+    r"|don't forget\b|do not forget\b|don't worry\b|if not\b"
     r"|, (?:is|are|do|does|did|was|were|have|has|had|can|could|would|will|wo|should|ai)n't (?:i|you|he|she|it|we|they|there)\b ?(?=\?)"
-    r"|(?:^|, ?)(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?"
+    r"|, ?(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?|^non ?\?$"
 )
-_LATIN_MAY_BE_HARMLESS = re.compile(
-    r"doubt|\bn(?:o|ot|on|icht|iet|ão)\b|\bsans\b|\bsin\b|\bohne\b|\bpas\b|n't|nothing but|pourquoi"
+# words of which each of these phrases has one
+_OF_HARMLESS = _words("no not sans sin ohne pas warum nicht non niet não nothing last dont nein pourquoi por without why")
+# "I don't know how to pay" asks what "how do I pay" asks, so that it is "I know how to pay" that differs from both
+_KNOWING = re.compile(
+    r"\b(?:i|we)(?:'m| am|'re| are)? (?:really |honestly |also |still |just )?"
+    r"(?P<doubt>(?:don't|dont|do not|didn't|did not) (?:really |quite )?(?:know|understand|remember)|not (?:quite |really )?sure|unsure"
+    r"|(?:can't|cant|cannot|can not|couldn't) (?:seem to )?(?:figure out|tell|understand)|have no (?:idea|clue)"
+    r"|(?:don't|dont|do not) have (?:any|a) (?:idea|clue))?"
+    r"(?P<certain>(?:do |already |now |can )*(?:know|understand|remember|figure out|tell)|sure|have an idea)?"
+    r"(?: as to| of)? (?=(?:how|why|what|where|when|who|which|whether|if)\b)"
 )
+_MAY_KNOW = re.compile(r"know|sure|understand|remember|figure|idea|clue|tell")
 _HINDI_HARMLESS = re.compile(r"न (?:केवल|सिर्फ)|(?:है|हैं|हो) ना?(?= ?[?।.!]|$)|नहीं तो")
 _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _DEVANAGARI = re.compile(r"[\u0900-\u0963\u0971-\u097f]+")
 
 
+TRIGGERS = _ALL | _words("know sure understand remember figure idea clue tell")  # words without which none is counted
+
+
 def negations(text: str, words: Sequence[str]) -> int:
     """The number of negations in a plain text. words: its words in order, with their apostrophes."""
-    count = 0 if _ALL.isdisjoint(words) and "n'" not in text and "nicht" not in text else _alphabetic(text)
+    negated = not _ALL.isdisjoint(words) or "n'" in text or "nicht" in text
+    count = _alphabetic(text, words) if negated or (_MAY_KNOW.search(text) and _KNOWING.search(text)) else 0
     if not text.isascii():
         if _HAN.search(text):
             count += len(_HAN_PARTS.findall(_HAN_HARMLESS.sub(" ", text)))
@@ -104,11 +115,20 @@ def negations(text: str, words: Sequence[str]) -> int:
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
-def _alphabetic(text: str) -> int:
-    if _LATIN_MAY_BE_HARMLESS.search(text):
-        text = _LATIN_HARMLESS.sub(" ", text)
+def _polarity(phrase: re.Match[str]) -> str:
+    return " " if phrase["doubt"] else " not " if phrase["certain"] else phrase[0]
+
+
+def _alphabetic(text: str, words: Sequence[str]) -> int:
+    changed = 0
+    if "n't" in text or "n'" in text or not _OF_HARMLESS.isdisjoint(words):
+        text, changed = _LATIN_HARMLESS.subn(" ", text)
+    if _MAY_KNOW.search(text):
+        text, known = _KNOWING.subn(_polarity, text)
+        changed += known
     count = particles = echoes = 0
-    words = _WORD.findall(text)
+    if changed:
+        words = _WORD.findall(text)
     for word in words:
         if word in NEGATIONS or word.endswith("n't") or (word.startswith("nicht") and len(word) > 9):
             count += 1

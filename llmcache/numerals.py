@@ -75,7 +75,9 @@ def _read(token: str, text: str, start: int, end: int, numbers: list[str], ident
     if _FRACTION.fullmatch(body):
         numbers.append(body)
     elif _PURE.fullmatch(body) and not _coded(body):
-        numbers.append(_measured(body, unit, text, start, end))
+        measured = _measured(body, unit, text, start, end)
+        if measured != "1" or not _NOUN.match(text, end):
+            numbers.append(measured)
     else:
         identifiers.append(_JOINTS.sub("", body))
 
@@ -104,6 +106,10 @@ def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> s
     if money and _MONEY_GROUP.fullmatch(body):  # no price has three decimals: 1.234 € is 1234 €
         body = body.replace(".", "")
     return f"{sign}{plain_number(body)}{currency or ''}{unit if unit and unit != currency else ''}"
+
+
+# "one card", "1 card" and "my first card" say no more than "a card": a lone 1 before a noun is no field
+_NOUN = re.compile(r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de|sur|di)\b)[^\W\d_]{3}")
 
 
 _CURRENCY_CODES = frozenset(CURRENCIES.values())
