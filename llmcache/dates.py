@@ -62,7 +62,7 @@ def months(text: str, names: frozenset[str], into: list[str]) -> str:
 _DAYS = "|".join(sorted(DOUBTFUL_WEEKDAYS, key=len, reverse=True))
 _SHORT_DAY = re.compile(
     rf"\b(?:on|by|next|last|this|every|until|till|am|since|and|or) ({_DAYS})\b(?! [a-z]+(?:ed|ing)\b)"
-    rf"|\b({_DAYS})(?=\.? ?-|\.?,? ?(?:[0-9]|(?:and|or|to) (?:{_DAYS})\b)|\.? (?:morning|afternoon|evening|night)\b)"
+    rf"|(?<=[a-z]-)({_DAYS})\b|\b({_DAYS})(?=\.? ?-|\.?,? ?(?:[0-9]|(?:and|or|to) (?:{_DAYS})\b)|\.? (?:morning|afternoon|evening|night)\b)"
 )
 _GERMAN_DAY = re.compile(r"\b(mo|di|mi|do|fr|sa|so)\b\.?(?=\.? ?- ?(?:mo|di|mi|do|fr|sa|so)\b|\.? (?:und|bis) (?:mo|di|mi|do|fr|sa|so)\b)"
                          r"|(?<=und |bis )(mo|di|mi|do|fr|sa|so)\b")  # fmt: skip
@@ -75,7 +75,7 @@ def weekdays(text: str, words: frozenset[str]) -> list[str]:
         days = [(found.start(), WEEKDAYS[found[0]]) for found in _WORD.finditer(text) if found[0] in WEEKDAYS]
     if not words.isdisjoint(DOUBTFUL_WEEKDAYS):
         for found in _SHORT_DAY.finditer(text):
-            group = 1 if found[1] else 2
+            group = next(place for place in (1, 2, 3) if found[place])
             days.append((found.start(group), DOUBTFUL_WEEKDAYS[found[group]]))
     if not words.isdisjoint(("und", "bis")) and not words.isdisjoint(GERMAN_WEEKDAYS):
         for found in _GERMAN_DAY.finditer(text):
@@ -124,7 +124,7 @@ _PAST = re.compile(r"\b(?:a )?(half|quarter|viertel|[0-9]{1,2} minutes) (past|af
 _HALB = re.compile(r"\bhalb ([0-9]{1,2}|eins)\b")
 _AND_HALF = re.compile(
     r"\b([0-9]{1,2})(?: heures?| h| uhr)? (?:y|et|e) (media|cuarto|demie|quart|meia|mezza)\b|\b([0-9]{1,2})\.5 heures\b(?= du)"
-    r"|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
+    r"|\b(?:las?|a las|às|alle) ([0-9]{1,2})\.5\b|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
 )
 _HALVES = frozenset("media cuarto demie quart meia mezza heures".split())
 _CLOCK = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) ?o'? ?clock\b")
@@ -170,10 +170,10 @@ def _past(found: re.Match[str]) -> str:
 
 
 def _and_half(found: re.Match[str]) -> str:
-    if found[4]:
-        return f"{int(found[4]) - 1 or 12}:45"
-    if found[3]:
-        return f"{found[3]}:30"
+    if found[5]:
+        return f"{int(found[5]) - 1 or 12}:45"
+    if found[3] or found[4]:
+        return f"{found[3] or found[4]}:30"
     return f"{found[1]}:{15 if found[2] in ('cuarto', 'quart') else 30}"
 
 

@@ -22,6 +22,11 @@ _GROUPED = re.compile(
 )
 
 
+def is_grouped(digits: str) -> bool:
+    """Whether the points or commas of a number part its thousands."""
+    return _GROUPED.fullmatch(digits) is not None
+
+
 def plain_number(digits: str) -> str:
     """One spelling for a number: 1,234.50 and 1.234,50 and 1234.5 are the same, and so are 05 and 5."""
     if _GROUPED.fullmatch(digits):

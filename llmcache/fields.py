@@ -21,7 +21,7 @@ from llmcache.negations import TRIGGERS as NEGATION_TRIGGERS
 from llmcache.negations import negations
 from llmcache.number_lexicon import joined_number, number_words
 from llmcache.number_words import in_digits
-from llmcache.numerals import amounts, currencies
+from llmcache.numerals import amounts, currencies, named_dollars
 from llmcache.plain_text import plain_text
 from llmcache.scripts import hindi_times, rewritten
 
@@ -54,14 +54,14 @@ _CLOCK = re.compile(r"noon|midday|midnight")
 
 NO_FIELDS = Fields()
 _GERMAN_DAYS = frozenset(GERMAN_WEEKDAYS) | {"und", "bis"}
-_MARKED = re.compile(r"""[0-9"`@_/\\]|--[a-z]|n'|nicht|\.[a-z]|(?<![a-z'])'[a-z]""")
-_LONE = frozenset("bcfghjkpqrvwxz")  # letters that may be a code of their own: vitamin c
+_MARKED = re.compile(r"""[0-9"`@_/\\#]|--[a-z]|n'|nicht|\.[a-z]|(?<![a-z'])'[a-z]""")
+_LONE = frozenset("bcfghjkpqrvwxzdelmnostuy")  # letters that may be a code of their own: vitamin c
 
 
 @cache
 def _triggers() -> frozenset[str]:
     """Words without which a text in ASCII has no field, if it has no mark either."""
-    return _known().union(NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight"))
+    return _known().union(NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight", "mo", "di", "mi", "sa", "und"))
 
 
 @cache
@@ -85,6 +85,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     if not text.isascii() and _OTHER_SCRIPT.search(text):
         text = rewritten(text)
         words = _MARKED_WORD.findall(text)
+    text = named_dollars(text)
     identifiers += spelled_codes(text)
     known = _known().intersection(words)
     joined = {word for word in words if len(word) > 7 and joined_number(word)} if _JOINED.search(text) else set()

@@ -17,7 +17,7 @@ _HOSTS = "com|org|net|edu|gov|io|info|dev|app|de|fr|es|it|uk|nl|eu|ch|at|jp|kr|c
 _END = r"\s<>\"'”»)\]\u3000-\u303f\u3400-\u9fff\uac00-\ud7a3"
 _LINK = re.compile(
     rf"""(?:https?|ftp|s3|file)://[^{_END}]+|www\.[^{_END}]+"""
-    r"""|(?<![a-z0-9.+_-])[a-z0-9.+_-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+|(?<![\w@])@\w{2,}"""
+    r"""|(?<![a-z0-9.+_-])[a-z0-9.+_-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+|(?<![\w@])@\w{2,}|(?<![\w#])#[a-z]\w+"""
     r"""|(?<![\w/.])(?:~|\.{1,2})?(?:/[\w.+-]+){2,}/?|\b[a-z]:\\[^\s"']+"""
     rf"""|(?<![\w.-])(?:[\w-]{{1,63}}\.){{1,5}}(?:com|org|net|edu|gov|io|info|dev|app)\b(?:/[^{_END}]*)?"""
     rf"""|(?<![\w.-])(?:[a-z0-9-]{{2,63}}\.){{1,5}}(?:{_HOSTS})(?:/[^{_END}]+)"""
@@ -25,7 +25,7 @@ _LINK = re.compile(
     r"""|(?<!\w)--[a-z][\w-]+|(?<!\w)_*[^\W_]+(?:_+[^\W_]+)+"""
 )
 _MAY_LINK = re.compile(
-    rf"[@\\_]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\."
+    rf"[@\\_]|#[a-z]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\."
 )
 _SCHEME = re.compile(r"^(?:https?://)?(?:www\.)?")
 # letters only and no vowel in one of the parts: lcs-csj, php
@@ -34,6 +34,11 @@ _SPELLED = re.compile(rf"(?<![\w./@'-])(?:[^\W\d_]+-)*{_NO_VOWEL}{{3,}}(?:-[^\W\
 _MAY_SPELL = re.compile(rf"\b{_NO_VOWEL}{{3,}}\b")
 # a consonant alone: vitamin C, C++. Two of them (TV, CV) refused as many right pairs as wrong ones
 _LONE = re.compile(r"(?<![\w'./&-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
+# any letter is a name beside these words: size M, plan B, class D
+_NAMED_LETTER = re.compile(
+    r"\b(?:size|plan|class|type|group|grade|team|option|section|terminal|gate|level|appendix|block|wing|zone|drive|platform|row"
+    r"|größe|gruppe|typ|klasse|talla|taille|grupo|groupe|tipo) ([adeilmnostuy])\b(?![' ]\w|'|-)"
+)
 _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": spellings of words
     r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we|they|there) )r\b"
     r"|\bc (?=u\b|ya\b|you\b)|\b(?:to|will|ll|ill|b|can|2|must|should|wanna|gonna|might) b\b|\bb (?=there|back|here|ok|good|able|home|in\b)"
@@ -41,6 +46,7 @@ _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": spellings of wor
 )
 _TELEPHONE = re.compile(
     r"(?<![\w+.])\+[0-9]{1,3}(?:[ .()/-]{0,2}[0-9]{1,5}){2,7}(?![0-9])"
+    r"|(?<![\w.,])0[0-9]{1,4}[ /-]{1,3}[0-9]{4,9}(?![0-9])"
     r"|(?<![\w.])(?:\+?1[ .-])?(?:\([0-9]{3}\) ?|[0-9]{3}[-. ])[0-9]{3}[-. ][0-9]{4}(?![0-9])"
 )
 _ACCOUNT = re.compile(
@@ -107,7 +113,7 @@ def spelled_codes(text: str) -> list[str]:
         codes = [code.replace("-", "") for code in _SPELLED.findall(text) if code not in NO_CODES]
     if _LONE.search(text):
         codes += _LONE.findall(_CHAT_LETTER.sub(" ", text))
-    return codes
+    return codes + _NAMED_LETTER.findall(text)
 
 
 # -- quotations ------------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ _QUOTED = re.compile(
     r"""(?<![\w"])"(?=\S)([^"\n]{1,80}?)(?<=\S)"(?![a-z0-9])|[“„”]([^“”„"]{1,80})[”“"]|«([^«»]{1,80})»|»([^«»]{1,80})«"""
     r"""|「([^「」]{1,80})」|『([^『』]{1,80})』|《([^《》]{1,80})》|〈([^〈〉]{1,80})〉|‹([^‹›]{1,80})›|›([^‹›]{1,80})‹"""
     r"""|(?<![\w`])`([^`\n]{1,80})`(?![\w`])|[‘‚]([^‘’‚]{1,80})[’‘](?![a-z0-9])"""
-    r"""|(?<![\w'])'(?=[^\s'])((?:[^'\n]|(?<=\w)'(?=\w)){2,80}?)(?<=\S)'(?![a-z0-9'])"""
+    r"""|(?<![\w'])'(?=[^\s'])((?:[^'\n]|(?<=\w)'(?=\w)){2,80}?|[^\x00-\x7f])(?<=\S)'(?![a-z0-9'])"""
 )
 _PUNCTUATION = re.compile(r"[,;:!?。、，]|\.(?=\s|$)")
 _MAY_QUOTE = re.compile(r"""["“„”«»「『`《〈‹›‘‚]|(?<![\w'])'\w""")

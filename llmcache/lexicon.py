@@ -119,7 +119,7 @@ NO_CODES = frozenset(GLUED) | _words("pls plz thx tnx tks btw hmm msg ppl mrs sh
 
 MONTHS = _table(
     {
-        "1": "january jan januar janvier janv enero ene janeiro gennaio januari stycznia января ocak",
+        "1": "january jan januar janvier janv enero ene janeiro gennaio januari jänner stycznia января ocak",
         "2": "february feb februar février févr fevrier febrero fevereiro febbraio februari lutego февраля şubat",
         "3": "march mar märz maerz mrz mars marzo março marco maart marca марта mart mmarch",
         "4": "april apr avril avr abril abr aprile kwietnia апреля nisan",

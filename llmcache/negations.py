@@ -20,7 +20,7 @@ NEGATIONS = _words(
     """not cannot cant never without none nobody nothing nowhere neither unable
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt aint
     impossible unavailable incorrect invalid inactive unlikely illegal unsuccessful incomplete unauthorized unauthorised
-    unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable
+    unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable disagree disagrees disabled disable disallowed
     nicht nichts nie niemals niemand niemandem niemanden nirgends nirgendwo kein keine keinen keinem keiner keines keins
     weder ohne unmöglich ungültig unfähig unsicher unbekannt ungenau unvollständig unwahrscheinlich unbezahlt unklar
     ungern unnötig unzufrieden
@@ -50,8 +50,8 @@ _HAN_PARTS = re.compile(
     r"|ません|なかった|ない|ずに|ぬ(?=。|$)"
 )
 _HAN_HARMLESS = re.compile(
-    r"对不起|对不住|對不起|不过|不過|差不多|不仅|不僅|不但|不光|不只|不止|不错|不錯|不断|不斷|不久|不同|不管|不论|不論|不好意思|不客气|不客氣|不妨|不禁|不得不|不料|"
-    r"不惜|不愧|不然|不由|不时|不時|不如|未来|未來|未必|少ない|莫斯科|莫大|莫非|とんでもない|かもしれません|かもしれない|没关系|沒關係|没问题|沒問題|没事|"
+    r"对不起|对不住|對不起|不过|不過|差不多|不仅|不僅|不但|不光|不只|不止|不错|不錯|不断|不斷|不久|不同(?!意)|不管|不论|不論|不好意思|不客气|不客氣|不妨|不禁|不得不|不料|"
+    r"不惜|不愧|不然|不由|不时|不時|不如|未来|未來|少ない|莫斯科|莫大|莫非|とんでもない|かもしれません|かもしれない|没关系|沒關係|"
     r"无论|無論|无线|無線|无聊|無聊|无奈|無奈|无数|無數|无限|無限|无人机|无锡|無料|是否|能否|可否|否则|否則|会否|与否|别人|别的|别墅|别名|别处|别针|别扭|"
     r"淹没|埋没|沉没|没收|出没|没完|ないといけない|なければなりません|なければならない|しかない|ではないか|ませんか|"
     r"(?P<verb>[\u3400-\u9fff]{1,2})[不没沒](?P=verb)|可不可以|有没有|有沒有"
@@ -62,22 +62,21 @@ _KOREAN_PARTS = re.compile(
     r"|(?<![가-힣])[불비미](?=가능|완전|포함|확실|필요|성년)"
 )
 _KOREAN_HARMLESS = re.compile(
-    r"아니면|뿐(?:만)? ?아니라|틀림없|끊임없|못지않|지 ?않나요|지 ?않을까|지 ?않아요\?|아닌가요|어이없|상관없|문제없|잘못|머지않|만만치 않"
+    r"아니면|뿐(?:만)? ?아니라|틀림없|끊임없|못지않|어이없|상관없|잘못|머지않|만만치 않"
     r"|못(?=박|자국)|(?<![가-힣])안 (?=에서|에는|에|으로|쪽)|없이는 안"
 )
 _NUMERO = re.compile(r"\bno\.? ?(?=[0-9#])")  # "no. 5" counts, it does not negate
 _LATIN_HARMLESS = re.compile(
-    r"no (?:problem|worries|doubt|matter|wonder|obstante|sólo|solo|biggie|prob|probs)\b|without (?:a )?doubt\b"
-    r"|sans doute\b|sin (?:duda|embargo)\b|ohne zweifel\b|pas (?:mal|de problème|de souci)\b|why not\b|pourquoi pas\b|warum nicht\b"
-    r"|why (?:don't|dont) (?:you|we)\b|por qué no\b"
-    r"|or not\b|not (?:only|just|merely)\b|nicht (?:nur|wahr)\b|non (?:seulement|solo)\b|niet alleen\b|não (?:só|apenas)\b"
-    r"|n'est-ce pas\b|can't wait\b|cannot wait\b|do not hesitate\b|don't hesitate\b|last but not least\b|nothing but\b"
-    r"|don't forget\b|do not forget\b|don't worry\b|if not\b"
-    r"|, (?:is|are|do|does|did|was|were|have|has|had|can|could|would|will|wo|should|ai)n't (?:i|you|he|she|it|we|they|there)\b ?(?=\?)"
+    r"(?:^|, ?|[.!;] )no (?:problem|worries|doubt|wonder|biggie|prob|probs)\b(?=[,.!;]|$)|no (?:matter|obstante)\b"
+    r"|without (?:a )?doubt\b|sans doute\b|sin (?:duda|embargo)\b|ohne zweifel\b|or not\b|if not,"
+    r"|not (?:only|just|merely)\b(?=.{1,80}\bbut\b)|nicht nur\b(?=.{1,80}\bsondern\b)|nicht wahr\b|do(?: not|n't) hesitate\b"
+    r"|non seulement\b(?=.{1,80}\bmais\b)|no solo\b(?=.{1,80}\bsino\b)|no sólo\b(?=.{1,80}\bsino\b)"
+    r"|n'est-ce pas\b|last but not least\b|nothing but\b"
+    r"|, ?(?:is|are|do|does|did|was|were|have|has|had|can|could|would|will|wo|should|ai)n't (?:i|you|he|she|it|we|they|there) ?(?=\?)"
     r"|, ?(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?|^non ?\?$"
 )
 # words of which each of these phrases has one
-_OF_HARMLESS = _words("no not sans sin ohne pas warum nicht non niet não nothing last dont nein pourquoi por without why")
+_OF_HARMLESS = _words("no not sans sin ohne pas warum nicht non não nothing last nein without")
 # "I don't know how to pay" asks what "how do I pay" asks, so that it is "I know how to pay" that differs from both
 _KNOWING = re.compile(
     r"\b(?:i|we)(?:'m| am|'re| are)? (?:really |honestly |also |still |just )?"

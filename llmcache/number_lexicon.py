@@ -67,6 +67,7 @@ _MORE = {
     18: "dixhuit",
     19: "dezanove dixneuf",
     20: "двадцать vingts",
+    80: "quatrevingt",
     22: "veintidos",
     23: "veintitres",
     26: "veintiseis",

@@ -35,6 +35,8 @@ _NOT_BEFORE_FIRST = frozenset("at".split())
 _NOT_AFTER_FIRST = frozenset("of name names and place hand off class".split())
 _AFTER_A_SECOND = frozenset("to of for and but i it that this please later ago if or in".split())
 _ABBREVIATED = frozenset("mio mln mrd mld bn md".split())
+_PARTIAL = frozenset("half quarter halb viertel दो demie demi media meia mezza".split())
+_DECIMAL_POINTS = frozenset("point komma virgule coma vírgula virgola दशमलव".split())
 _CLOCK_WORDS = frozenset("past to after till before nach vor".split())
 
 
@@ -43,6 +45,7 @@ _CLOCK_WORDS = frozenset("past to after till before nach vor".split())
 _TOKEN = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+|[0-9]+(?:[.,][0-9]+)*")
 
 
+_QUATRE_VINGT = re.compile(r"\bquatre[- ]vingts?\b")
 _DIX = re.compile(r"\bdix-(sept|huit|neuf)\b")
 _HALF_A = re.compile(r"\b(half|quarter) (?:of )?an? ")  # half a million, half an hour: the article says nothing
 
@@ -53,11 +56,16 @@ def in_digits(text: str, known: Collection[str]) -> str:
     text: plain. known: the words of the text that are in `number_words` or pass `may_be_number`.
     """
     language = _language(text) if not ONLY_IN.keys().isdisjoint(known) else ""
+    text = _QUATRE_VINGT.sub("quatrevingt", text) if "quatre" in text else text
     text = _DIX.sub(r"dix\1", _HALF_A.sub(r"\1 ", text))
     tokens = list(_TOKEN.finditer(text))
     parts: list[str] = []
     done = place = 0
     while place < len(tokens):
+        word = tokens[place][0]
+        if word not in known and word not in ("quatrevingt", "dixsept", "dixhuit", "dixneuf") and not word[0].isdecimal():
+            place += 1
+            continue
         read = _number(text, tokens, place, language)
         if read is None:
             place += 1
@@ -74,6 +82,9 @@ def in_digits(text: str, known: Collection[str]) -> str:
 def _language(text: str) -> str:
     words = set(re.findall(r"[^\W\d_]+", text))
     counts = {name: len(words & listed) for name, listed in _vocabulary().items()}
+    for name in counts:
+        shared = sum(name in ONLY_IN[word].split() for word in words & ONLY_IN.keys())
+        counts[name] += shared if shared > 1 else 0  # "mille neuf cents" has no other French word
     best = max(counts.values())
     return " ".join(name for name, count in counts.items() if count == best) if best else ""
 
@@ -126,6 +137,17 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
                 break
             current, end = Decimal(plain_number(word)), end + 1
             continue
+        if word in _DECIMAL_POINTS and current is not None and end + 1 < len(tokens):
+            decimals, last = _decimals(text, tokens, end + 1)
+            if not decimals:
+                break
+            current, end = Decimal(f"{int(total + current)}.{decimals}"), last
+            total = Decimal(0)
+            if end >= len(tokens) or tokens[end][0] not in factors:
+                break
+            continue
+        if word in ("cent", "cents") and "fr" not in language:
+            break
         if word in factors and (began or ahead == end) and (began or _is_read(word, language)):
             multiplier = factors[word]
             if not began and (word in _PLURAL or word in ("mil", "mille", "md") and not _is_read(word, language)):
@@ -155,14 +177,12 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
             value = None
         if value is None and word == "one" and not began and _counts(tokens, end, text):
             value = Decimal(1)
-        if value is not None and not began and word in ("half", "quarter", "halb", "viertel", "दो"):
+        if value is not None and not began and word in _PARTIAL:
             value = _part(text, tokens, end, value)
         if value is not None and (not began or _adds(total, current, value, word)):
             if current in (18, 19, 20) and value >= 10:
                 current = current * 100  # nineteen ninety-five
             current = (current or Decimal(0)) + value
-            if word in ("vingt", "vingts") and current == 24:
-                current = Decimal(80)
             end = ahead + 1
             if half:
                 return _written_half(text, tokens, end, current)
@@ -181,6 +201,18 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
     return written(total + (current or Decimal(0))), end
 
 
+def _decimals(text: str, tokens: Sequence[re.Match[str]], place: int) -> tuple[str, int]:
+    """The digits in words after a decimal point, as in "three point one four", and the place after the last."""
+    digits = ""
+    while place < len(tokens) and len(digits) < 9:
+        value = cardinals().get(tokens[place][0], Decimal(1) if tokens[place][0] in _LINKED_ONE else None)
+        if value is None or value % 1 or value > 99 or text[tokens[place - 1].end() : tokens[place].start()] != " ":
+            break
+        digits += str(int(value))
+        place += 1
+    return digits, place
+
+
 def _written_half(text: str, tokens: Sequence[re.Match[str]], end: int, value: Decimal) -> tuple[str, int]:
     """Hindi साढ़े adds a half to the number after it, before the multiplier: साढ़े तीन लाख is 350,000."""
     value += Decimal("0.5")
@@ -197,9 +229,7 @@ def _adds(total: Decimal, current: Decimal | None, value: Decimal, word: str) ->
         return value < 1000
     if current % 1:
         return False
-    if word in ("vingt", "vingts") and current == 4:
-        return True
-    if current in (18, 19, 20) and 10 <= value < 100 and word not in ("vingt", "vingts"):
+    if current in (18, 19, 20) and 10 <= value < 100:
         return True
     if current % 100 == 0 and current > 0:
         return value < 100
@@ -242,6 +272,8 @@ def _part(text: str, tokens: Sequence[re.Match[str]], place: int, value: Decimal
     if word == "दो":
         return value if after and text[tokens[place].end() : tokens[place].end() + 1] == " " else None
     if after in _CLOCK_WORDS:
+        return None
+    if word in ("demie", "demi", "media", "meia", "mezza") and place and tokens[place - 1][0] in ("et", "y", "e"):
         return None
     if word == "halb" and (after in cardinals() or after == "eins" or after.isdecimal()):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from llmcache.digits import plain_number
+from llmcache.digits import is_grouped, plain_number
 from llmcache.lexicon import CURRENCIES, GLUED, ORDINALS, UNITS
 
 _LETTER = "a-z\u00aa\u00b5\u00ba\u00df-\u024f\u0370-\u052f"  # scripts in which a code may mix letters and digits
@@ -27,12 +27,14 @@ _SPAN = re.compile(rf"({_AMOUNT})-({_AMOUNT})")
 _FRACTION = re.compile(rf"{_AMOUNT}/{_AMOUNT}")
 _NAMED = re.compile(r"([a-z]*[aeiouy][a-z]*)-?([1-9][0-9]{0,3})")  # covid-19, iphone12: a word and a number
 _BEFORE = re.compile(r"(-?)(?:([$€£¥₹₽₩₺]) ?|\b([a-z]{2,3}\$?)\.? )?(-?)$")
-_AFTER = re.compile(r" ?(%|‰|°(?: ?[cf]\b)?|[$€£¥₹₽₩₺円元원]|[^\W\d_]+)")
+_AFTER = re.compile(r" ?(?:de |d'|di )?(%|‰|°(?: ?[cf]\b)?|[$€£¥₹₽₩₺円元원]|[^\W\d_]+)")
 _PER_CENT = re.compile(r" per cent\b")
 _MONEY_GROUP = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
-_GROUPED = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}")
 _JOINTS = re.compile(r"[-_]+")
 _SPACED_GROUPS = re.compile(r"(?<![\w.,-])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9]|[-/][0-9])(?! [0-9])")
+_DOLLARS = re.compile(r"\b(us|u\.s\.|american|canadian|australian|hong kong|singapore|new zealand) dollars?\b")
+_DOLLAR_CODES = {"us": "usd", "u.s": "usd", "ame": "usd", "can": "cad", "aus": "aud", "hon": "hkd", "sin": "sgd",
+                 "new": "nzd"}  # fmt: skip
 _CHAT = frozenset(
     "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 every1"
     " some1 no1 2getha 4get 4got 4give".split()
@@ -85,7 +87,7 @@ def _read(token: str, text: str, start: int, end: int, numbers: list[str], ident
 def _coded(digits: str) -> bool:
     """Whether digits are a code: leading zeros, or a version with several dots."""
     return (digits[0] == "0" and len(digits) > 2 and digits.isdecimal()) or (
-        digits.count(".") > 1 and not _GROUPED.fullmatch(digits)
+        digits.count(".") > 1 and not is_grouped(digits)
     )
 
 
@@ -118,7 +120,12 @@ _CURRENCY_NAMES = frozenset(
     word for word in CURRENCIES if len(word) > 2 and word not in {"pound", "quid", "real", "reais", "won", "buck", "bucks",
     "cents", "lira", "livres", "libras", "peso", "sterling", "pence", "franc", "rub", "cad", "try"}
 )
-_LONE_CURRENCY = re.compile(r"(?<![0-9] )(?<![\w$])([^\W\d_]+)(?!\w)(?! ?[0-9])")
+_LONE_CURRENCY = re.compile(r"(?<![0-9] )(?<![0-9] de )(?<![0-9] di )(?<![0-9] d')(?<![\w$])([^\W\d_]+)(?!\w)(?! ?[0-9])")
+
+
+def named_dollars(text: str) -> str:
+    """The text with the codes of US, Canadian and other dollars in place of their names."""
+    return _DOLLARS.sub(lambda found: _DOLLAR_CODES[found[1][:3]], text) if "dollar" in text else text
 
 
 def currencies(text: str, words: Collection[str], numbers: list[str]) -> None:

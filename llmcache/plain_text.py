@@ -17,7 +17,7 @@ _MARKS = {
 _MARK = re.compile("[" + "".join(map(chr, _MARKS)) + "]")
 _GROUP = re.compile(r"(?<=\d)[\u00a0\u202f\u2009\u2019'](?=\d{3}(?!\d))")  # 1 234, 1'234
 _APOSTROPHE = re.compile(r"(?<=[^\W\d_])[\u2019\u2018\u02bc\u00b4`\u2032](?=[^\W\d_])|(?<= n)\u2019(?=t\b)")
-_DASH = re.compile(r"(?<=\d)[\u2012-\u2014](?=\d)|(?:(?<=[\s(])|^)[\u2012\u2013](?=\d)")
+_DASH = re.compile(r"(?<=\d)[\u2012-\u2014](?=\d)|(?<=\w)[\u2012\u2013](?=\w)|(?:(?<=[\s(])|^)[\u2012\u2013](?=\d)")
 _MONEY_SIGN = re.compile("[\uffe0-\uffe6]")
 _BULLET = re.compile(r"(?:^|(?<=\s))[-*•] (?=\S)")
 

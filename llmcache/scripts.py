@@ -41,7 +41,7 @@ _COUNTERS = "个個张張只隻条條位名次天年月日号號元块塊角秒�
 _LONE_COUNTERS = "张張只隻条條次天年月日元块塊岁歲周週杯瓶斤公米层層楼樓章节節页頁课課题題间間台辆輛份套双秒小個个位件封首折円"  # after a single 一
 _HAN_NUMERAL = re.compile(
     r"(?P<digits>[0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})? ?(?P<han>[零〇一二两兩三四五六七八九十百千万萬亿億]{1,24})"
-    r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?!分))?"
+    r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻]))?"
 )
 _NO_NUMERAL = frozenset("千万 万一 一一 万千 千百 一二 三三 百万一 十万个为什么".split())
 _HAN_WEEKDAY = re.compile(r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])|([月火水木金土日])曜日?")
@@ -55,7 +55,7 @@ _HAN_CLOCK = re.compile(
 )
 _DAY_HALF = re.compile(r"(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚|深夜) ?([0-9]{1,2}):([0-9]{2})")
 _HAN_SIGN = re.compile(r"(?:负|負|零下|マイナス|(?<=[\u3400-\u9fff])-) ?(?=[0-9])")
-_HAN_HALF = re.compile(r"([0-9]+)(个|個|年|天|小时|月)半")
+_HAN_HALF = re.compile(r"(?<![0-9])([0-9]{1,9})(个|個|年|天|小时|月)半")
 _HAN_ALONE_HALF = re.compile(r"半(?=个?小时|个|個|天|年|价|月|杯|斤|時間)")
 _HAN_UNITS = (
     (re.compile(r"(?<=[0-9]) ?(?:个|個)?(?:小时|小時|鐘頭|钟头|時間)"), " hours "),
@@ -76,9 +76,14 @@ _HAN_UNITS = (
 )
 
 
+_HAN_FRACTION = re.compile(r"([二三四五六七八九十])分之([一二两三四五六七八九])")
+
+
 def _han(text: str) -> str:
     text = _HAN_WEEKDAY.sub(lambda day: f" {_WEEKDAY_NAMES[day[1]] if day[1] else _YOUBI[day[2]]} ", text)
     text = _HAN_PERCENT.sub(lambda share: f" {_share(share)}% ", text)
+    text = _HAN_FRACTION.sub(lambda part: f" {_decimal(_han_value(part[2]))}/{_decimal(_han_value(part[1]))} ", text)
+    text = text.replace("一半", "0.5")
     text = _HAN_ALONE_HALF.sub("0.5", text)
     text = _HAN_NUMERAL.sub(_han_number, text)
     text = _HAN_CLOCK.sub(_han_time, text)
