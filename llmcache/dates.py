@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from functools import lru_cache
 
-from llmcache.lexicon import DOUBTFUL_WEEKDAYS, GERMAN_WEEKDAYS, MONTHS, SURE_MONTHS, WEEKDAYS
+from llmcache.lexicon import DOUBTFUL_WEEKDAYS, GERMAN_WEEKDAYS, MONTHS, SURE_MONTHS, WEEKDAYS, word_set
 
 _WORD = re.compile(r"[^\W\d_]+")
 _NTH = r"(?:st|nd|rd|th|er|o|ª|º|\.)?"
@@ -120,13 +120,15 @@ def _noted(into: list[str], year: str | None, month: str, day: str | None) -> st
 
 _EVENING = r"afternoon|evening|tarde|noche|noite|abends|nachmittags|mittags|soir|après-midi|pomeriggio|sera"
 _MORNING = r"morning|mañana|madrugada|manhã|morgens|früh|vormittags|nachts|matin|mattina|mattino"
-_PAST = re.compile(r"\b(?:a )?(half|quarter|viertel|[0-9]{1,2} minutes) (past|after|to|before|till|nach|vor) ([0-9]{1,2})\b(?![:.,]?[0-9])")
+_PAST = re.compile(
+    r"\b(?:a )?(half|quarter|viertel|[0-9]{1,2} minutes) (past|after|to|before|till|nach|vor) ([0-9]{1,2})\b(?![:.,]?[0-9])"
+)
 _HALB = re.compile(r"\bhalb ([0-9]{1,2}|eins)\b")
 _AND_HALF = re.compile(
     r"\b([0-9]{1,2})(?: heures?| h| uhr)? (?:y|et|e) (media|cuarto|demie|quart|meia|mezza)\b|\b([0-9]{1,2})\.5 heures\b(?= du)"
     r"|\b(?:las?|a las|às|alle) ([0-9]{1,2})\.5\b|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
 )
-_HALVES = frozenset("media cuarto demie quart meia mezza heures".split())
+_HALVES = word_set("media cuarto demie quart meia mezza heures")
 _CLOCK = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) ?o'? ?clock\b")
 _UHR = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) uhr ([0-9]{1,2})\b")
 _PART_OF_DAY = re.compile(
@@ -181,7 +183,11 @@ def _part_of_day(found: re.Match[str]) -> str:
     hour = int(found[1])
     if not 1 <= hour <= 24:
         return found[0]
-    late = bool(found[3]) and not (found[3] in ("night", "noche") and hour < 5) and not (hour == 12 and "night" in found[3])
+    late = (
+        bool(found[3])
+        and not (found[3] in ("night", "noche") and hour < 5)
+        and not (hour == 12 and "night" in found[3])
+    )
     if hour < 12 and late:
         hour += 12
     elif hour == 12 and not late:

@@ -11,6 +11,8 @@ from decimal import Decimal
 
 def written(value: Decimal) -> str:
     """A number as it is compared: no trailing zeros, three decimals at most."""
+    if value.adjusted() > 20:  # more digits than are computed with
+        return f"{value.normalize():e}"
     if value % 1 == 0:
         return str(int(value))
     return format(round(value, 3).normalize(), "f")
@@ -86,5 +88,5 @@ _BELOW_ZERO = re.compile(
 
 
 def signs(text: str) -> str:
-    """"minus 5" and "5 degrees below zero" with a minus sign."""
+    """ "minus 5" and "5 degrees below zero" with a minus sign."""
     return _BELOW_ZERO.sub(r"-\1\2", _MINUS.sub("-", text))

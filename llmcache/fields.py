@@ -61,7 +61,9 @@ _LONE = frozenset("bcfghjkpqrvwxzdelmnostuy")  # letters that may be a code of t
 @cache
 def _triggers() -> frozenset[str]:
     """Words without which a text in ASCII has no field, if it has no mark either."""
-    return _known().union(NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight", "mo", "di", "mi", "sa", "und"))
+    return _known().union(
+        NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight", "mo", "di", "mi", "sa", "und")
+    )
 
 
 @cache
@@ -74,7 +76,13 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     matched = _matches(pattern, text) if pattern else []
     text = plain_text(text)
     words = _WORD.findall(text)
-    if text.isascii() and _triggers().isdisjoint(words) and not _MARKED.search(text) and not may_spell(text) and not _JOINED.search(text):
+    if (
+        text.isascii()
+        and _triggers().isdisjoint(words)
+        and not _MARKED.search(text)
+        and not may_spell(text)
+        and not _JOINED.search(text)
+    ):
         return Fields(pattern=tuple(matched)) if matched else NO_FIELDS
     negated = negations(text, words)
     quoted = quotations(text)

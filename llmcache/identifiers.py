@@ -24,9 +24,7 @@ _LINK = re.compile(
     rf"""|(?<![\w.-])[\w-]{{1,99}}\.(?:{_FILES})\b"""
     r"""|(?<!\w)--[a-z][\w-]+|(?<!\w)_*[^\W_]+(?:_+[^\W_]+)+"""
 )
-_MAY_LINK = re.compile(
-    rf"[@\\_]|#[a-z]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\."
-)
+_MAY_LINK = re.compile(rf"[@\\_]|#[a-z]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\.")
 _SCHEME = re.compile(r"^(?:https?://)?(?:www\.)?")
 # letters only and no vowel in one of the parts: lcs-csj, php
 _NO_VOWEL = "[b-df-hj-np-tv-xz]"

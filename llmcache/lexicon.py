@@ -7,12 +7,13 @@ Sources: CLDR's names of units, currencies, months and weekdays, and the abbrevi
 from __future__ import annotations
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text that is separated by white space, in lower case."""
     return frozenset(text.casefold().split())
 
 
 def _table(rows: dict[str, str]) -> dict[str, str]:
-    return {word: meaning for meaning, words in rows.items() for word in sorted(_words(words))}
+    return {word: meaning for meaning, words in rows.items() for word in sorted(word_set(words))}
 
 
 # -- units ----------------------------------------------------------------------------------------------------
@@ -110,10 +111,10 @@ GLUED = UNITS | _table(
         "x": "x",
     }
 )
-ORDINALS = _words("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
+ORDINALS = word_set("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
 
 # words without a vowel that are no codes
-NO_CODES = frozenset(GLUED) | _words("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
+NO_CODES = frozenset(GLUED) | word_set("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
 
 # -- dates ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ DOUBTFUL_WEEKDAYS = _table(
 )
 GERMAN_WEEKDAYS = {"mo": "mon", "di": "tue", "mi": "wed", "do": "thu", "fr": "fri", "sa": "sat", "so": "sun"}
 # words of two letters that stand before a number without being a part of its name
-SHORT_WORDS = _words(
+SHORT_WORDS = word_set(
     """am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu ad al
     el en ha la le lo mi ni se si su te tu un ya au ce de du et il je ma ne on ou qu sa ta va vu di ed io ma tra ao as eu
     na os em ik is je of op te wo hr pm tv pc ca ed re st nd rd th cv id dr mr ms mrs rs kg km cm mm ml lb oz mi ft gb mb

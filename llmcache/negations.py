@@ -11,12 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.casefold().split())
+from llmcache.lexicon import word_set
 
 
-NEGATIONS = _words(
+NEGATIONS = word_set(
     """not cannot cant never without none nobody nothing nowhere neither unable
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt aint
     impossible unavailable incorrect invalid inactive unlikely illegal unsuccessful incomplete unauthorized unauthorised
@@ -34,15 +32,15 @@ NEGATIONS = _words(
     không chẳng chưa đừng tidak bukan jangan tanpa belum"""
 )
 # languages where one negation is said twice: "ne ... pas", "no ... nada", "не ... никогда" count once
-PARTICLES = _words("no non não nao ne не нет nie нельзя ні не nu nein")
-ECHOES = _words(
+PARTICLES = word_set("no non não nao ne не нет nie нельзя ні не nu nein")
+ECHOES = word_set(
     """pas jamais rien aucun aucune guère
     nada nadie nunca jamás ningún ninguno ninguna ninguém nenhum nenhuma tampoco jamais nem ni
     niente nulla nessuno nessuna nemmeno neanche né
     никогда ничего никто никого нигде ни никакой
     nigdy nic nikt żaden żadna nikdy nikdo"""
 )
-_HINDI = _words("नहीं नही मत न ना बिना बगैर")
+_HINDI = word_set("नहीं नही मत न ना बिना बगैर")
 _ALL = NEGATIONS | PARTICLES | ECHOES
 # parts of words, in scripts without spaces or with endings
 _HAN_PARTS = re.compile(
@@ -76,7 +74,7 @@ _LATIN_HARMLESS = re.compile(
     r"|, ?(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?|^non ?\?$"
 )
 # words of which each of these phrases has one
-_OF_HARMLESS = _words("no not sans sin ohne pas warum nicht non não nothing last nein without")
+_OF_HARMLESS = word_set("no not sans sin ohne pas warum nicht non não nothing last nein without")
 # "I don't know how to pay" asks what "how do I pay" asks, so that it is "I know how to pay" that differs from both
 _KNOWING = re.compile(
     r"\b(?:i|we)(?:'m| am|'re| are)? (?:really |honestly |also |still |just )?"
@@ -93,7 +91,7 @@ _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _DEVANAGARI = re.compile(r"[\u0900-\u0963\u0971-\u097f]+")
 
 
-TRIGGERS = _ALL | _words("know sure understand remember figure idea clue tell")  # words without which none is counted
+TRIGGERS = _ALL | word_set("know sure understand remember figure idea clue tell")  # words without which none is counted
 
 
 def negations(text: str, words: Sequence[str]) -> int:

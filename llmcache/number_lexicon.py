@@ -174,6 +174,8 @@ LANGUAGE_WORDS = {
     "en": "the a an of to and is are was i you he she it we they my your for with on in at by this that not do have "
     "please what how when can be",
 }
+
+
 @cache
 def cardinals() -> dict[str, Decimal]:
     """Words for whole numbers below 1000 and the multipliers' own words are in `_multipliers`."""

@@ -13,31 +13,28 @@ from decimal import Decimal
 from functools import cache
 
 from llmcache.digits import plain_number, written
+from llmcache.lexicon import word_set
 from llmcache.number_lexicon import LANGUAGE_WORDS, ONLY_IN, cardinals, joined_number, multipliers, ordinals
 
-_AND = frozenset("and und y et e en и".split())
-_LINKED_ONE = frozenset("one un uno una une um uma ein eine een एक один".split())  # numbers inside a longer one only
-_PLURAL = frozenset("dozens millions billions trillions lakhs crores docenas douzaines millones milliards cents".split())
+_AND = word_set("and und y et e en и")
+_LINKED_ONE = word_set("one un uno una une um uma ein eine een एक один")  # numbers inside a longer one only
+_PLURAL = word_set("dozens millions billions trillions lakhs crores docenas douzaines millones milliards cents")
 # what follows "one" where it is no number: "one of them", "the one with a chip"
-_NOT_AFTER_ONE = frozenset(
-    """of another that which who whom whose is was are were for to in on at with and or but can could should would must
+_NOT_AFTER_ONE = word_set("""of another that which who whom whose is was are were for to in on at with and or but can could should would must
     may might has had have does did do will from as by so than then if i you he she we they it not ever the a an this
     more thing way please too else when where because before after about like just really only be been here there now
     up out off over s sided self only who's that's
-    """.split()
-)
-_NOT_BEFORE_ONE = frozenset(
-    """the this that which another no every each any some same other right wrong only new old good bad big small first
+    """)
+_NOT_BEFORE_ONE = word_set("""the this that which another no every each any some same other right wrong only new old good bad big small first
     last next my your his her our their next-to such what loved a an it's he's she's better best
-    """.split()
-)
-_NOT_BEFORE_FIRST = frozenset("at".split())
-_NOT_AFTER_FIRST = frozenset("of name names and place hand off class".split())
-_AFTER_A_SECOND = frozenset("to of for and but i it that this please later ago if or in".split())
-_ABBREVIATED = frozenset("mio mln mrd mld bn md".split())
-_PARTIAL = frozenset("half quarter halb viertel दो demie demi media meia mezza".split())
-_DECIMAL_POINTS = frozenset("point komma virgule coma vírgula virgola दशमलव".split())
-_CLOCK_WORDS = frozenset("past to after till before nach vor".split())
+    """)
+_NOT_BEFORE_FIRST = word_set("at")
+_NOT_AFTER_FIRST = word_set("of name names and place hand off class")
+_AFTER_A_SECOND = word_set("to of for and but i it that this please later ago if or in")
+_ABBREVIATED = word_set("mio mln mrd mld bn md")
+_PARTIAL = word_set("half quarter halb viertel दो demie demi media meia mezza")
+_DECIMAL_POINTS = word_set("point komma virgule coma vírgula virgola दशमलव")
+_CLOCK_WORDS = word_set("past to after till before nach vor")
 
 
 # -- composing -------------------------------------------------------------------------------------------------
@@ -63,7 +60,11 @@ def in_digits(text: str, known: Collection[str]) -> str:
     done = place = 0
     while place < len(tokens):
         word = tokens[place][0]
-        if word not in known and word not in ("quatrevingt", "dixsept", "dixhuit", "dixneuf") and not word[0].isdecimal():
+        if (
+            word not in known
+            and word not in ("quatrevingt", "dixsept", "dixhuit", "dixneuf")
+            and not word[0].isdecimal()
+        ):
             place += 1
             continue
         read = _number(text, tokens, place, language)

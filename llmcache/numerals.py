@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 
 from llmcache.digits import is_grouped, plain_number
-from llmcache.lexicon import CURRENCIES, GLUED, ORDINALS, UNITS
+from llmcache.lexicon import CURRENCIES, GLUED, ORDINALS, UNITS, word_set
 
 _LETTER = "a-z\u00aa\u00b5\u00ba\u00df-\u024f\u0370-\u052f"  # scripts in which a code may mix letters and digits
 _ALNUM = f"[{_LETTER}0-9]"
@@ -35,9 +35,9 @@ _SPACED_GROUPS = re.compile(r"(?<![\w.,-])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0
 _DOLLARS = re.compile(r"\b(us|u\.s\.|american|canadian|australian|hong kong|singapore|new zealand) dollars?\b")
 _DOLLAR_CODES = {"us": "usd", "u.s": "usd", "ame": "usd", "can": "cad", "aus": "aud", "hon": "hkd", "sin": "sgd",
                  "new": "nzd"}  # fmt: skip
-_CHAT = frozenset(
+_CHAT = word_set(
     "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 every1"
-    " some1 no1 2getha 4get 4got 4give".split()
+    " some1 no1 2getha 4get 4got 4give"
 )  # spellings of words in text messages, no codes
 
 
@@ -111,16 +111,42 @@ def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> s
 
 
 # "one card", "1 card" and "my first card" say no more than "a card": a lone 1 before a noun is no field
-_NOUN = re.compile(r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de|sur|di)\b)[^\W\d_]{3}")
+_NOUN = re.compile(
+    r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de|sur|di)\b)[^\W\d_]{3}"
+)
 
 
 _CURRENCY_CODES = frozenset(CURRENCIES.values())
 # currencies that are read without a number beside them
 _CURRENCY_NAMES = frozenset(
-    word for word in CURRENCIES if len(word) > 2 and word not in {"pound", "quid", "real", "reais", "won", "buck", "bucks",
-    "cents", "lira", "livres", "libras", "peso", "sterling", "pence", "franc", "rub", "cad", "try"}
+    word
+    for word in CURRENCIES
+    if len(word) > 2
+    and word
+    not in {
+        "pound",
+        "quid",
+        "real",
+        "reais",
+        "won",
+        "buck",
+        "bucks",
+        "cents",
+        "lira",
+        "livres",
+        "libras",
+        "peso",
+        "sterling",
+        "pence",
+        "franc",
+        "rub",
+        "cad",
+        "try",
+    }
 )
-_LONE_CURRENCY = re.compile(r"(?<![0-9] )(?<![0-9] de )(?<![0-9] di )(?<![0-9] d')(?<![\w$])([^\W\d_]+)(?!\w)(?! ?[0-9])")
+_LONE_CURRENCY = re.compile(
+    r"(?<![0-9] )(?<![0-9] de )(?<![0-9] di )(?<![0-9] d')(?<![\w$])([^\W\d_]+)(?!\w)(?! ?[0-9])"
+)
 
 
 def named_dollars(text: str) -> str:

@@ -25,7 +25,9 @@ _BULLET = re.compile(r"(?:^|(?<=\s))[-*•] (?=\S)")
 def plain_text(text: str) -> str:
     """The text in lower case, with single spaces, ASCII digits and marks, and compatibility forms undone."""
     if not text.isascii():
-        text = _RAISED.sub(lambda mark: f"^{unicodedata.digit(mark[0])}" if mark[0] else " ", _GROUP.sub("", _RANK.sub("", text)))
+        text = _RAISED.sub(
+            lambda mark: f"^{unicodedata.digit(mark[0])}" if mark[0] else " ", _GROUP.sub("", _RANK.sub("", text))
+        )
         text = _DASH.sub("-", _APOSTROPHE.sub("'", text))
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)

@@ -12,6 +12,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from llmcache.digits import written
+from llmcache.lexicon import word_set
+
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _DEVANAGARI = re.compile(r"[\u0900-\u097f]")
@@ -28,10 +31,6 @@ def rewritten(text: str) -> str:
     return text
 
 
-def _decimal(value: Decimal) -> str:
-    return str(int(value)) if value % 1 == 0 else format(value.normalize(), "f")
-
-
 # -- Chinese and Japanese --------------------------------------------------------------------------------------
 
 _HAN_DIGITS = {digit: place for place, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}
@@ -43,17 +42,25 @@ _HAN_NUMERAL = re.compile(
     r"(?P<digits>[0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})? ?(?P<han>[零〇一二两兩三四五六七八九十百千万萬亿億]{1,24})"
     r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻]))?"
 )
-_NO_NUMERAL = frozenset("千万 万一 一一 万千 千百 一二 三三 百万一 十万个为什么".split())
-_HAN_WEEKDAY = re.compile(r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])|([月火水木金土日])曜日?")
+_NO_NUMERAL = word_set("千万 万一 一一 万千 千百 一二 三三")
+_HAN_WEEKDAY = re.compile(
+    r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])|([月火水木金土日])曜日?"
+)
 _WEEKDAY_NAMES = {"一": "monday", "二": "tuesday", "三": "wednesday", "四": "thursday", "五": "friday",
                   "六": "saturday", "日": "sunday", "天": "sunday"}  # fmt: skip
-_YOUBI = dict(zip("月火水木金土日", ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"), strict=True))
-_HAN_PERCENT = re.compile(r"百分之([零〇一二两三四五六七八九十百千]{1,12}|[0-9.]{1,12})(?:点([零〇一二三四五六七八九]{1,9}))?")
+_YOUBI = dict(
+    zip("月火水木金土日", ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"), strict=True)
+)
+_HAN_PERCENT = re.compile(
+    r"百分之([零〇一二两三四五六七八九十百千]{1,12}|[0-9.]{1,12})(?:点([零〇一二三四五六七八九]{1,9}))?"
+)
 _HAN_CLOCK = re.compile(
     r"(?:(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚|深夜)的?)? ?(?<![0-9.])([0-9]{1,2})(?:点钟?|點鐘?|时(?!间)|時(?!間))"
     r"(?:(半)|(一刻|三刻)|([0-9]{1,2})分?)?(?:整|钟)?"
 )
-_DAY_HALF = re.compile(r"(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚|深夜) ?([0-9]{1,2}):([0-9]{2})")
+_DAY_HALF = re.compile(
+    r"(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚|深夜) ?([0-9]{1,2}):([0-9]{2})"
+)
 _HAN_SIGN = re.compile(r"(?:负|負|零下|マイナス|(?<=[\u3400-\u9fff])-) ?(?=[0-9])")
 _HAN_HALF = re.compile(r"(?<![0-9])([0-9]{1,9})(个|個|年|天|小时|月)半")
 _HAN_ALONE_HALF = re.compile(r"半(?=个?小时|个|個|天|年|价|月|杯|斤|時間)")
@@ -82,7 +89,7 @@ _HAN_FRACTION = re.compile(r"([二三四五六七八九十])分之([一二两三
 def _han(text: str) -> str:
     text = _HAN_WEEKDAY.sub(lambda day: f" {_WEEKDAY_NAMES[day[1]] if day[1] else _YOUBI[day[2]]} ", text)
     text = _HAN_PERCENT.sub(lambda share: f" {_share(share)}% ", text)
-    text = _HAN_FRACTION.sub(lambda part: f" {_decimal(_han_value(part[2]))}/{_decimal(_han_value(part[1]))} ", text)
+    text = _HAN_FRACTION.sub(lambda part: f" {written(_han_value(part[2]))}/{written(_han_value(part[1]))} ", text)
     text = text.replace("一半", "0.5")
     text = _HAN_ALONE_HALF.sub("0.5", text)
     text = _HAN_NUMERAL.sub(_han_number, text)
@@ -96,7 +103,7 @@ def _han(text: str) -> str:
 
 
 def _share(share: re.Match[str]) -> str:
-    whole = share[1] if share[1][0].isascii() else _decimal(_han_value(share[1]))
+    whole = share[1] if share[1][0].isascii() else written(_han_value(share[1]))
     return f"{whole}.{_digits(share[2])}" if share[2] else whole
 
 
@@ -110,19 +117,21 @@ def _han_number(found: re.Match[str]) -> str:
     before = text[found.start() - 1] if found.start() else ""
     after = text[found.end() : found.end() + 1]
     if part and not digits and after not in _COUNTERS + "%倍":  # 三点五: half past or a decimal, by what follows
-        clock = f"{_decimal(_han_value(han))}点{_decimal(_han_value(part))}"
+        clock = f"{written(_han_value(han))}点{written(_han_value(part))}"
         return clock if len(han) < 3 else found[0]
     if digits:
         if han[0] not in _HAN_TENS and han[0] not in _HAN_GROUPS:
             return found[0]
-        return _decimal(_han_value(han, Decimal(digits.replace(",", "")))) if after not in ("克", "米") else found[0]
+        return written(_han_value(han, Decimal(digits.replace(",", "")))) if after not in ("克", "米") else found[0]
     if han in _NO_NUMERAL:
         return found[0]
     if len(han) == 1 and not part:
         beside = _LONE_COUNTERS if han == "一" else _COUNTERS
         clock = after in ("点", "點", "时", "時") and han != "一"
         if han == "一" and after in ("点", "點"):
-            clock = bool(re.match(r"点[半钟整]", text[found.end() :]) or re.search(r"[午上晚晨]$", text[: found.start()]))
+            clock = bool(
+                re.match(r"点[半钟整]", text[found.end() :]) or re.search(r"[午上晚晨]$", text[: found.start()])
+            )
         numbered = bool(before) and before in "第初负負"
         if han in "百千" and after in "克米分度":
             return found[0]
@@ -133,7 +142,7 @@ def _han_number(found: re.Match[str]) -> str:
     if not any(one in _HAN_TENS or one in _HAN_GROUPS for one in han):
         value = _digits(han)
     else:
-        value = _decimal(_han_value(han))
+        value = written(_han_value(han))
     return f"{value}.{_digits(part)}" if part else value
 
 
@@ -192,7 +201,9 @@ _KOREAN_CLOCK = re.compile(
 )
 _KOREAN_HALF = re.compile(r"(오전|오후|새벽|저녁|밤) ?([0-9]{1,2}):([0-9]{2})")
 _KOREAN_WEEKDAY = re.compile(r"([월화수목금토일])요일")
-_KOREAN_DAYS = dict(zip("월화수목금토일", ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"), strict=True))
+_KOREAN_DAYS = dict(
+    zip("월화수목금토일", ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"), strict=True)
+)
 _KOREAN_UNITS = (
     (re.compile(r"(?:영하|마이너스) ?(?=[0-9])"), " -"),
     (re.compile(r"영상 ?(?=[0-9])"), " "),
@@ -219,7 +230,7 @@ def _korean(text: str) -> str:
         lambda found: str(_NATIVE_TENS.get(found[1], 0) + _NATIVE.get(found[2], 0)) if found[0] else "", text
     )
     text = _KOREAN_SINO.sub(_sino_number, text)
-    text = _KOREAN_MIXED.sub(lambda found: _decimal(_sino_value(found[2], Decimal(found[1].replace(",", "")))), text)
+    text = _KOREAN_MIXED.sub(lambda found: written(_sino_value(found[2], Decimal(found[1].replace(",", "")))), text)
     text = _KOREAN_CLOCK.sub(_korean_time, text)
     text = _KOREAN_HALF.sub(lambda time: f" {_korean_hour(time[1], int(time[2]))}:{time[3]} ", text)
     for pattern, name in _KOREAN_UNITS:
@@ -232,12 +243,12 @@ def _sino_number(found: re.Match[str]) -> str:
     if digits:
         if sino[0] in _SINO:
             return found[0]
-        return _decimal(_sino_value(sino, Decimal(digits.replace(",", ""))))
+        return written(_sino_value(sino, Decimal(digits.replace(",", ""))))
     if len(sino) == 1 and _SINO_ONE.match(found.string, found.start()):
         return found[0]
     if all(one in _SINO for one in sino) and len(sino) > 1:
         return "".join(str(_SINO[one]) for one in sino)
-    return _decimal(_sino_value(sino))
+    return written(_sino_value(sino))
 
 
 def _sino_value(sino: str, number: Decimal | None = None) -> Decimal:

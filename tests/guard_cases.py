@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 - texts in several scripts
+# ruff: noqa: RUF001, SIM905, E501, T201 - texts in several scripts, word lists, a table to read
 """Pairs of texts for the field guard: those of `guard_pairs.jsonl`, written by hand, and drawn ones.
 
 A drawn pair is a template with a value in it, and the same template with another value (the guard has to refuse) or
@@ -67,7 +67,9 @@ _DE = "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dre
 _DE_TENS = "- - zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
 _ES = "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis diecisiete dieciocho diecinueve veinte veintiuno veintidós veintitrés veinticuatro veinticinco veintiséis veintisiete veintiocho veintinueve".split()
 _ES_TENS = "- - veinte treinta cuarenta cincuenta sesenta setenta ochenta noventa".split()
-_ES_HUNDREDS = "- ciento doscientos trescientos cuatrocientos quinientos seiscientos setecientos ochocientos novecientos".split()
+_ES_HUNDREDS = (
+    "- ciento doscientos trescientos cuatrocientos quinientos seiscientos setecientos ochocientos novecientos".split()
+)
 _FR = "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit dix-neuf".split()
 _FR_TENS = "- - vingt trente quarante cinquante soixante".split()
 _ZH = "零一二三四五六七八九"
@@ -99,7 +101,9 @@ def german(n: int) -> str:
 
 def spanish(n: int) -> str:
     if n >= 1000:
-        return ("" if n // 1000 == 1 else spanish(n // 1000) + " ") + "mil" + (f" {spanish(n % 1000)}" if n % 1000 else "")
+        return (
+            ("" if n // 1000 == 1 else spanish(n // 1000) + " ") + "mil" + (f" {spanish(n % 1000)}" if n % 1000 else "")
+        )
     if n >= 100:
         return "cien" if n == 100 else _ES_HUNDREDS[n // 100] + (f" {spanish(n % 100)}" if n % 100 else "")
     return _ES[n] if n < 30 else _ES_TENS[n // 10] + (f" y {_ES[n % 10]}" if n % 10 else "")
@@ -107,10 +111,16 @@ def spanish(n: int) -> str:
 
 def french(n: int) -> str:
     if n >= 1000:
-        return ("" if n // 1000 == 1 else french(n // 1000) + " ") + "mille" + (f" {french(n % 1000)}" if n % 1000 else "")
+        return (
+            ("" if n // 1000 == 1 else french(n // 1000) + " ") + "mille" + (f" {french(n % 1000)}" if n % 1000 else "")
+        )
     if n >= 100:
         plural = "s" if n % 100 == 0 and n > 100 else ""
-        return ("" if n // 100 == 1 else _FR[n // 100] + " ") + f"cent{plural}" + (f" {french(n % 100)}" if n % 100 else "")
+        return (
+            ("" if n // 100 == 1 else _FR[n // 100] + " ")
+            + f"cent{plural}"
+            + (f" {french(n % 100)}" if n % 100 else "")
+        )
     if n < 20:
         return _FR[n]
     if n >= 80:
@@ -141,7 +151,14 @@ def korean(n: int) -> str:
     return out + (_KO[n] if n else "")
 
 
-_WORDS: dict[str, Callable[[int], str]] = {"en": english, "de": german, "es": spanish, "fr": french, "zh": chinese, "ko": korean}
+_WORDS: dict[str, Callable[[int], str]] = {
+    "en": english,
+    "de": german,
+    "es": spanish,
+    "fr": french,
+    "zh": chinese,
+    "ko": korean,
+}
 _COUNTED = {
     "en": ["We ordered {} chairs for the office", "There are {} people in the queue", "It took {} days to arrive"],
     "de": ["Wir haben {} Stühle bestellt", "In der Schlange stehen {} Leute", "Es hat {} Tage gedauert"],
@@ -174,10 +191,22 @@ def _numbers(random: Random, count: int) -> Iterator[Pair]:
 
 
 _LARGE = {
-    "en": [("a budget of {} thousand euros", 10**3), ("a budget of {} million euros", 10**6), ("a budget of {} billion euros", 10**9)],
-    "de": [("ein Budget von {} Tausend Euro", 10**3), ("ein Budget von {} Millionen Euro", 10**6), ("ein Budget von {} Milliarden Euro", 10**9)],
+    "en": [
+        ("a budget of {} thousand euros", 10**3),
+        ("a budget of {} million euros", 10**6),
+        ("a budget of {} billion euros", 10**9),
+    ],
+    "de": [
+        ("ein Budget von {} Tausend Euro", 10**3),
+        ("ein Budget von {} Millionen Euro", 10**6),
+        ("ein Budget von {} Milliarden Euro", 10**9),
+    ],
     "es": [("un presupuesto de {} mil euros", 10**3), ("un presupuesto de {} millones de euros", 10**6)],
-    "fr": [("un budget de {} mille euros", 10**3), ("un budget de {} millions d'euros", 10**6), ("un budget de {} milliards d'euros", 10**9)],
+    "fr": [
+        ("un budget de {} mille euros", 10**3),
+        ("un budget de {} millions d'euros", 10**6),
+        ("un budget de {} milliards d'euros", 10**9),
+    ],
     "zh": [("预算是{}万元", 10**4), ("预算是{}亿元", 10**8)],
     "ko": [("예산은 {}만 원입니다", 10**4), ("예산은 {}억 원입니다", 10**8)],
     "hi": [("बजट {} हज़ार रुपये है", 10**3), ("बजट {} लाख रुपये है", 10**5), ("बजट {} करोड़ रुपये है", 10**7)],
@@ -290,7 +319,12 @@ def _signs(random: Random, count: int) -> Iterator[Pair]:
 
 
 _CURRENCIES = {
-    "en": [["${}", "{} dollars", "USD {}", "{} USD"], ["€{}", "{} euros", "EUR {}"], ["£{}", "{} pounds", "GBP {}"], ["{} yen", "JPY {}"]],
+    "en": [
+        ["${}", "{} dollars", "USD {}", "{} USD"],
+        ["€{}", "{} euros", "EUR {}"],
+        ["£{}", "{} pounds", "GBP {}"],
+        ["{} yen", "JPY {}"],
+    ],
     "de": [["{} Dollar", "{} $"], ["{} Euro", "{} €", "EUR {}"], ["{} Franken", "CHF {}"]],
     "es": [["{} dólares", "${}"], ["{} euros", "{} €"], ["{} pesos", "MXN {}"]],
     "fr": [["{} dollars", "{} $"], ["{} euros", "{} €"], ["{} francs", "CHF {}"]],
@@ -310,7 +344,9 @@ def _currencies(random: Random, count: int) -> Iterator[Pair]:
             template = _PAID[language]
             first, second = random.sample(group, 2)
             yield Pair("currency", language, False, template.format(first.format(n)), template.format(second.format(n)))
-            yield Pair("currency", language, True, template.format(first.format(n)), template.format(another[0].format(n)))
+            yield Pair(
+                "currency", language, True, template.format(first.format(n)), template.format(another[0].format(n))
+            )
 
 
 def _identifiers(random: Random, count: int) -> Iterator[Pair]:
@@ -325,7 +361,9 @@ def _identifiers(random: Random, count: int) -> Iterator[Pair]:
         return f"{text[:place]}{(int(text[place]) + random.randrange(1, 10)) % 10}{text[place + 1 :]}"
 
     for _ in range(count):
-        code = "".join(random.choice(letters) for _ in range(2)) + digits(random.randrange(3, 7)) + random.choice(letters)
+        code = (
+            "".join(random.choice(letters) for _ in range(2)) + digits(random.randrange(3, 7)) + random.choice(letters)
+        )
         language, template = random.choice((("en", "my order {} is late"), ("de", "meine Bestellung {} fehlt"), ("es", "mi pedido {} falta"),
                                             ("fr", "ma commande {} manque"), ("zh", "订单 {} 在哪里"), ("ko", "주문 {} 어디"),
                                             ("hi", "ऑर्डर {} कहाँ है")))  # fmt: skip
@@ -344,8 +382,20 @@ def _identifiers(random: Random, count: int) -> Iterator[Pair]:
         name = random.choice("ann bob kim lee".split()) + digits(2)
         host = random.choice(("example.com", "mail.example.org", "beispiel.de"))
         yield Pair("address", language, True, template.format(f"{name}@{host}"), template.format(f"x{name}@{host}"))
-        yield Pair("address", language, True, template.format(f"https://{host}/{name}"), template.format(f"https://{host}/{name}x"))
-        yield Pair("address", language, False, template.format(f"https://{host}/{name}"), template.format(f"http://www.{host}/{name}/"))
+        yield Pair(
+            "address",
+            language,
+            True,
+            template.format(f"https://{host}/{name}"),
+            template.format(f"https://{host}/{name}x"),
+        )
+        yield Pair(
+            "address",
+            language,
+            False,
+            template.format(f"https://{host}/{name}"),
+            template.format(f"http://www.{host}/{name}/"),
+        )
 
 
 _QUOTED = {
@@ -368,8 +418,12 @@ def _quotations(random: Random, count: int) -> Iterator[Pair]:
         for language, (template, words) in _QUOTED.items():
             word, another = random.sample(words, 2)
             style, second = random.sample(_STYLES[language], 2)
-            yield Pair("quotation", language, False, template.format(style.format(word)), template.format(second.format(word)))
-            yield Pair("quotation", language, True, template.format(style.format(word)), template.format(style.format(another)))
+            yield Pair(
+                "quotation", language, False, template.format(style.format(word)), template.format(second.format(word))
+            )
+            yield Pair(
+                "quotation", language, True, template.format(style.format(word)), template.format(style.format(another))
+            )
 
 
 # -- negations -------------------------------------------------------------------------------------------------
@@ -377,12 +431,35 @@ def _quotations(random: Random, count: int) -> Iterator[Pair]:
 _AUXILIARIES = {"can": "can't", "could": "couldn't", "will": "won't", "would": "wouldn't", "should": "shouldn't", "must": "mustn't", "do": "don't",
                 "did": "didn't", "have": "haven't", "had": "hadn't"}  # fmt: skip
 _FRAMES = {  # positive, negative, another spelling of the negative
-    "de": [("Ich kann {} sehen", "Ich kann {} nicht sehen", "Nicht sehen kann ich {}"), ("Wir haben {}", "Wir haben ohne Zweifel kein {}", "Wir haben kein {}")],
-    "es": [("Quiero {}", "No quiero {}", "NO quiero {}"), ("Siempre compro {}", "Nunca compro {}", "No compro nunca {}"), ("con {}", "sin {}", "Sin {}")],
-    "fr": [("Je veux {}", "Je ne veux pas {}", "Je veux pas {}"), ("J'aime {}", "Je n'aime pas {}", "Je n’aime pas {}"), ("avec {}", "sans {}", "Sans {}")],
-    "zh": [("我喜欢{}", "我不喜欢{}", "我 不喜欢 {}"), ("我买了{}", "我没买{}", "我沒买{}"), ("请带{}", "请别带{}", "请勿带{}")],
-    "ko": [("{} 좋아합니다", "{} 좋아하지 않습니다", "{} 안 좋아합니다"), ("{} 있어요", "{} 없어요", "{} 없습니다"), ("{} 사세요", "{} 사지 마세요", "{} 사지 마십시오")],
-    "hi": [("मुझे {} चाहिए", "मुझे {} नहीं चाहिए", "मुझे {} नही चाहिए"), ("{} लाओ", "{} मत लाओ", "{} न लाओ"), ("{} के साथ", "{} के बिना", "बिना {} के")],
+    "de": [
+        ("Ich kann {} sehen", "Ich kann {} nicht sehen", "Nicht sehen kann ich {}"),
+        ("Wir haben {}", "Wir haben ohne Zweifel kein {}", "Wir haben kein {}"),
+    ],
+    "es": [
+        ("Quiero {}", "No quiero {}", "NO quiero {}"),
+        ("Siempre compro {}", "Nunca compro {}", "No compro nunca {}"),
+        ("con {}", "sin {}", "Sin {}"),
+    ],
+    "fr": [
+        ("Je veux {}", "Je ne veux pas {}", "Je veux pas {}"),
+        ("J'aime {}", "Je n'aime pas {}", "Je n’aime pas {}"),
+        ("avec {}", "sans {}", "Sans {}"),
+    ],
+    "zh": [
+        ("我喜欢{}", "我不喜欢{}", "我 不喜欢 {}"),
+        ("我买了{}", "我没买{}", "我沒买{}"),
+        ("请带{}", "请别带{}", "请勿带{}"),
+    ],
+    "ko": [
+        ("{} 좋아합니다", "{} 좋아하지 않습니다", "{} 안 좋아합니다"),
+        ("{} 있어요", "{} 없어요", "{} 없습니다"),
+        ("{} 사세요", "{} 사지 마세요", "{} 사지 마십시오"),
+    ],
+    "hi": [
+        ("मुझे {} चाहिए", "मुझे {} नहीं चाहिए", "मुझे {} नही चाहिए"),
+        ("{} लाओ", "{} मत लाओ", "{} न लाओ"),
+        ("{} के साथ", "{} के बिना", "बिना {} के"),
+    ],
 }
 _THINGS = {"de": "Wasser Geld Brot Salz".split(), "es": "agua pan café leche".split(), "fr": "ce livre|ce café|ce pain".split("|"), "zh": "咖啡 米饭 苹果 茶".split(),
            "ko": "커피 사과 빵 물".split(), "hi": "चाय चीनी पानी किताब".split()}  # fmt: skip
@@ -392,7 +469,10 @@ def _negations(random: Random, count: int) -> Iterator[Pair]:
     for _ in range(count):
         auxiliary = random.choice(sorted(_AUXILIARIES))
         short = _AUXILIARIES[auxiliary]
-        subject, action = random.choice(("I", "we", "you", "they")), random.choice(("see the card", "open the door", "pay the bill", "help him"))
+        subject, action = (
+            random.choice(("I", "we", "you", "they")),
+            random.choice(("see the card", "open the door", "pay the bill", "help him")),
+        )
         negative = f"{subject} {short} {action}"
         yield Pair("negation", "en", True, f"{subject} {auxiliary} {action}", negative)
         yield Pair("negation", "en", True, f"{subject} {auxiliary} {action}", f"{subject} {auxiliary} not {action}")
