@@ -36,7 +36,8 @@ def _named(names: frozenset[str]) -> tuple[re.Pattern[str], re.Pattern[str], re.
     month = "(" + "|".join(sorted(map(re.escape, names), key=len, reverse=True)) + ")"
     return (
         re.compile(
-            rf"(?<![\w.,/-])(\d{{1,2}}){_NTH}[ /]?{_OF}(?:the )?{month}\b\.?(?:[,/]? ?(?:de |del |do )?(\d{{4}})(?!\w))?"
+            rf"(?<![\w.,/-])(\d{{1,2}}){_NTH}[ /]?{_OF}(?:the )?{month}\b\.?(?:[,/]? ?(?:de |del "
+            rf"|do )?(\d{{4}})(?!\w))?"
         ),
         re.compile(rf"\b{month}\b\.? (?:the )?(\d{{1,2}})(?:st|nd|rd|th)?(?![\w:])(?:,? (\d{{4}})(?!\w))?"),
         re.compile(rf"\b{month}\b\.?,? (?:of |de |del |do )?(\d{{4}})(?!\w)"),
@@ -62,9 +63,10 @@ def months(text: str, names: frozenset[str], into: list[str]) -> str:
 _DAYS = "|".join(sorted(DOUBTFUL_WEEKDAYS, key=len, reverse=True))
 _SHORT_DAY = re.compile(
     rf"\b(?:on|by|next|last|this|every|until|till|am|since|and|or) ({_DAYS})\b(?! [a-z]+(?:ed|ing)\b)"
-    rf"|(?<=[a-z]-)({_DAYS})\b|\b({_DAYS})(?=\.? ?-|\.?,? ?(?:[0-9]|(?:and|or|to) (?:{_DAYS})\b)|\.? (?:morning|afternoon|evening|night)\b)"
+    rf"|(?<=[a-z]-)({_DAYS})\b|\b({_DAYS})(?=\.? ?-|\.?,? ?(?:[0-9]|(?:and|or|to) (?:{_DAYS})\b)"
+    rf"|\.? (?:morning|afternoon|evening|night)\b)"
 )
-_GERMAN_DAY = re.compile(r"\b(mo|di|mi|do|fr|sa|so)\b\.?(?=\.? ?- ?(?:mo|di|mi|do|fr|sa|so)\b|\.? (?:und|bis) (?:mo|di|mi|do|fr|sa|so)\b)"
+_GERMAN_DAY = re.compile(r"\b(mo|di|mi|do|fr|sa|so)\b\.?(?=\.? (?:- |und |bis )?-?(?:mo|di|mi|do|fr|sa|so)\b)"
                          r"|(?<=und |bis )(mo|di|mi|do|fr|sa|so)\b")  # fmt: skip
 
 
@@ -121,11 +123,13 @@ def _noted(into: list[str], year: str | None, month: str, day: str | None) -> st
 _EVENING = r"afternoon|evening|tarde|noche|noite|abends|nachmittags|mittags|soir|après-midi|pomeriggio|sera"
 _MORNING = r"morning|mañana|madrugada|manhã|morgens|früh|vormittags|nachts|matin|mattina|mattino"
 _PAST = re.compile(
-    r"\b(?:a )?(half|quarter|viertel|[0-9]{1,2} minutes) (past|after|to|before|till|nach|vor) ([0-9]{1,2})\b(?![:.,]?[0-9])"
+    r"\b(?:a )?(half|quarter|viertel|[0-9]{1,2} minutes) (past|after|to|before|till|nach"
+    r"|vor) ([0-9]{1,2})\b(?![:.,]?[0-9])"
 )
 _HALB = re.compile(r"\bhalb ([0-9]{1,2}|eins)\b")
 _AND_HALF = re.compile(
-    r"\b([0-9]{1,2})(?: heures?| h| uhr)? (?:y|et|e) (media|cuarto|demie|quart|meia|mezza)\b|\b([0-9]{1,2})\.5 heures\b(?= du)"
+    r"\b([0-9]{1,2})(?: heures?| h| uhr)? (?:y|et|e) (media|cuarto|demie|quart|meia|mezza)\b"
+    r"|\b([0-9]{1,2})\.5 heures\b(?= du)"
     r"|\b(?:las?|a las|às|alle) ([0-9]{1,2})\.5\b|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
 )
 _HALVES = word_set("media cuarto demie quart meia mezza heures")

@@ -49,7 +49,8 @@ def plain_number(digits: str) -> str:
 
 
 _GLUED_MULTIPLIER = re.compile(
-    r"(?<![\w.,])([$€£¥₹]? ?)([0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})(k|bn|mn|mio|m)(?![\w])( ?(?:dollars?|euros?|usd|eur|pounds?|users?"
+    r"(?<![\w.,])([$€£¥₹]? ?)([0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})(k|bn|mn|mio|m)(?![\w])( ?(?:dollars?"
+    r"|euros?|usd|eur|pounds?|users?"
     r"|people|views|followers)\b)?"
 )
 _FRACTIONS = re.compile(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([1-9])/([2-9])(?![\w/]|[.,][0-9])")

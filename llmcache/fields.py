@@ -2,8 +2,8 @@
 
 The rules hold across languages: digits of every script, Unicode's compatibility forms, word lists for a dozen
 languages. They do not look at case or at the width of white space. A text is brought into one spelling
-(`llmcache.plain_text`), then its numbers in words are rewritten in digits (`llmcache.number_words`, `llmcache.scripts`),
-and what is left is read as dates, identifiers and amounts. Time grows with the length of the text, whatever stands in it:
+(`llmcache.plain_text`), its numbers in words are rewritten in digits (`llmcache.number_words`, `llmcache.scripts`), and
+the result is read as dates, identifiers and amounts. Time grows with the length of the text, whatever stands in it:
 repetitions inside the patterns are bounded or anchored.
 """
 

@@ -34,12 +34,15 @@ _MAY_SPELL = re.compile(rf"\b{_NO_VOWEL}{{3,}}\b")
 _LONE = re.compile(r"(?<![\w'./&-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
 # any letter is a name beside these words: size M, plan B, class D
 _NAMED_LETTER = re.compile(
-    r"\b(?:size|plan|class|type|group|grade|team|option|section|terminal|gate|level|appendix|block|wing|zone|drive|platform|row"
+    r"\b(?:size|plan|class|type|group|grade|team|option|section|terminal|gate|level|appendix|block|wing"
+    r"|zone|drive|platform|row"
     r"|größe|gruppe|typ|klasse|talla|taille|grupo|groupe|tipo) ([adeilmnostuy])\b(?![' ]\w|'|-)"
 )
 _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": spellings of words
-    r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we|they|there) )r\b"
-    r"|\bc (?=u\b|ya\b|you\b)|\b(?:to|will|ll|ill|b|can|2|must|should|wanna|gonna|might) b\b|\bb (?=there|back|here|ok|good|able|home|in\b)"
+    r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we"
+    r"|they|there) )r\b"
+    r"|\bc (?=u\b|ya\b|you\b)|\b(?:to|will|ll|ill|b|can|2|must|should|wanna|gonna|might) b\b|\bb (?=there"
+    r"|back|here|ok|good|able|home|in\b)"
     r"|(?<=[0-9] )[bghklmvw]\b|^k\b|\b(?:o|ok|it) k\b|\bx(?: x)*$|\bw (?=me\b|you\b|u\b)"
 )
 _TELEPHONE = re.compile(
@@ -129,7 +132,7 @@ _MAY_QUOTE = re.compile(r"""["“„”«»「『`《〈‹›‘‚]|(?<![\w'])
 def quotations(text: str) -> list[str]:
     """What stands in quotation marks, of all styles, without its punctuation; at most 80 characters long.
 
-    Longer ones are sentences, which a paraphrase seldom leaves as they are; their numbers and negations are read anyway.
+    Longer ones are sentences, which a paraphrase seldom leaves as they are; their numbers and negations are read.
     """
     if not _MAY_QUOTE.search(text):
         return []

@@ -142,7 +142,7 @@ SURE_MONTHS = frozenset(
 )
 WEEKDAYS = _table(
     {
-        "mon": "monday mondays montag montags montage lundi lundis lunes lunedì maandag segunda-feira понедельник 月曜日",
+        "mon": "monday mondays montag montags montage lundi lundis lunes lunedì maandag понедельник 月曜日",
         "tue": "tuesday tuesdays tues dienstag dienstags mardi mardis martes martedì dinsdag вторник 火曜日",
         "wed": "wednesday wednesdays mittwoch mittwochs mercredi mercredis miércoles miercoles mercoledì woensdag "
         "среда среду 水曜日",
@@ -168,9 +168,10 @@ DOUBTFUL_WEEKDAYS = _table(
 GERMAN_WEEKDAYS = {"mo": "mon", "di": "tue", "mi": "wed", "do": "thu", "fr": "fri", "sa": "sat", "so": "sun"}
 # words of two letters that stand before a number without being a part of its name
 SHORT_WORDS = word_set(
-    """am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu ad al
-    el en ha la le lo mi ni se si su te tu un ya au ce de du et il je ma ne on ou qu sa ta va vu di ed io ma tra ao as eu
-    na os em ik is je of op te wo hr pm tv pc ca ed re st nd rd th cv id dr mr ms mrs rs kg km cm mm ml lb oz mi ft gb mb
-    tb kb hz kw ep pg pp ch no nr no art bis von aus mit für the and for per via than then der die das les des los las
+    """
+    am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu
+    ad al el en ha la le lo mi ni se si su te tu un ya au ce de et il je ma ne ou qu sa ta va vu di ed io tra ao
+    eu na os em ik op wo hr pm tv pc ca re st nd rd th cv id dr mr ms mrs rs kg km cm mm ml lb oz ft gb mb tb kb
+    hz kw ep pg pp ch nr art bis von aus mit für the and for per via than then der die das les des los las
     """
 )

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - the words of many scripts
-"""How many negations a text has: words (not, kein, sans), contractions (can't), prefixes and endings (unable, 않다, 不).
+"""The number of negations in a text: words (not, kein), contractions (can't), prefixes and endings (unable, 않다).
 
 Fixed words that hold a negation and negate nothing (不过, 안녕, no doubt, not only) do not count, nor do tag questions
 ("isn't it?") or the Chinese question 是不是. A negation that a language says twice ("ne ... pas", "no ... nada") counts
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from llmcache.lexicon import word_set
 
-
 NEGATIONS = word_set(
     """not cannot cant never without none nobody nothing nowhere neither unable
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt aint
     impossible unavailable incorrect invalid inactive unlikely illegal unsuccessful incomplete unauthorized unauthorised
-    unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable disagree disagrees disabled disable disallowed
+    unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable
+    disagree disagrees disabled disable disallowed
     nicht nichts nie niemals niemand niemandem niemanden nirgends nirgendwo kein keine keinen keinem keiner keines keins
     weder ohne unmöglich ungültig unfähig unsicher unbekannt ungenau unvollständig unwahrscheinlich unbezahlt unklar
     ungern unnötig unzufrieden
@@ -48,15 +48,19 @@ _HAN_PARTS = re.compile(
     r"|ません|なかった|ない|ずに|ぬ(?=。|$)"
 )
 _HAN_HARMLESS = re.compile(
-    r"对不起|对不住|對不起|不过|不過|差不多|不仅|不僅|不但|不光|不只|不止|不错|不錯|不断|不斷|不久|不同(?!意)|不管|不论|不論|不好意思|不客气|不客氣|不妨|不禁|不得不|不料|"
-    r"不惜|不愧|不然|不由|不时|不時|不如|未来|未來|少ない|莫斯科|莫大|莫非|とんでもない|かもしれません|かもしれない|没关系|沒關係|"
-    r"无论|無論|无线|無線|无聊|無聊|无奈|無奈|无数|無數|无限|無限|无人机|无锡|無料|是否|能否|可否|否则|否則|会否|与否|别人|别的|别墅|别名|别处|别针|别扭|"
+    r"对不起|对不住|對不起|不过|不過|差不多|不仅|不僅|不但|不光|不只|不止|不错|不錯|不断|不斷|不久"
+    r"|不同(?!意)|不管|不论|不論|不好意思|不客气|不客氣|不妨|不禁|不得不|不料|"
+    r"不惜|不愧|不然|不由|不时|不時|不如|未来|未來|少ない|莫斯科|莫大|莫非|とんでもない|かもしれません"
+    r"|かもしれない|没关系|沒關係|"
+    r"无论|無論|无线|無線|无聊|無聊|无奈|無奈|无数|無數|无限|無限|无人机|无锡|無料|是否|能否|可否|否则"
+    r"|否則|会否|与否|别人|别的|别墅|别名|别处|别针|别扭|"
     r"淹没|埋没|沉没|没收|出没|没完|ないといけない|なければなりません|なければならない|しかない|ではないか|ませんか|"
     r"(?P<verb>[\u3400-\u9fff]{1,2})[不没沒](?P=verb)|可不可以|有没有|有沒有"
 )
 _KOREAN_PARTS = re.compile(
     r"않|없|아니|아닙|아닌|못|지 ?(?:마세요|마라|말아|말고|마십시오|마요|말자|말라|마)"
-    r"|(?<![가-힣])안(?= [가-힣])|(?<![가-힣])안(?=되|돼|된|됩|될|됐|해|합|함|했|열|먹|가요|와요|나와|보여|보이|좋|사|써|쓰)"
+    r"|(?<![가-힣])안(?= [가-힣])|(?<![가-힣])안(?=되|돼|된|됩|될|됐|해|합|함|했|열|먹|가요|와요|나와|보여"
+    r"|보이|좋|사|써|쓰)"
     r"|(?<![가-힣])[불비미](?=가능|완전|포함|확실|필요|성년)"
 )
 _KOREAN_HARMLESS = re.compile(
@@ -67,10 +71,12 @@ _NUMERO = re.compile(r"\bno\.? ?(?=[0-9#])")  # "no. 5" counts, it does not nega
 _LATIN_HARMLESS = re.compile(
     r"(?:^|, ?|[.!;] )no (?:problem|worries|doubt|wonder|biggie|prob|probs)\b(?=[,.!;]|$)|no (?:matter|obstante)\b"
     r"|without (?:a )?doubt\b|sans doute\b|sin (?:duda|embargo)\b|ohne zweifel\b|or not\b|if not,"
-    r"|not (?:only|just|merely)\b(?=.{1,80}\bbut\b)|nicht nur\b(?=.{1,80}\bsondern\b)|nicht wahr\b|do(?: not|n't) hesitate\b"
+    r"|not (?:only|just|merely)\b(?=.{1,80}\bbut\b)|nicht nur\b(?=.{1,80}\bsondern\b)|nicht wahr\b"
+    r"|do(?: not|n't) hesitate\b"
     r"|non seulement\b(?=.{1,80}\bmais\b)|no solo\b(?=.{1,80}\bsino\b)|no sólo\b(?=.{1,80}\bsino\b)"
     r"|n'est-ce pas\b|last but not least\b|nothing but\b"
-    r"|, ?(?:is|are|do|does|did|was|were|have|has|had|can|could|would|will|wo|should|ai)n't (?:i|you|he|she|it|we|they|there) ?(?=\?)"
+    r"|, ?(?:is|are|do|does|did|was|were|have|has|had|can|could|would|will|wo|should|ai)n't (?:i|you|he"
+    r"|she|it|we|they|there) ?(?=\?)"
     r"|, ?(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?|^non ?\?$"
 )
 # words of which each of these phrases has one
@@ -78,7 +84,8 @@ _OF_HARMLESS = word_set("no not sans sin ohne pas warum nicht non não nothing l
 # "I don't know how to pay" asks what "how do I pay" asks, so that it is "I know how to pay" that differs from both
 _KNOWING = re.compile(
     r"\b(?:i|we)(?:'m| am|'re| are)? (?:really |honestly |also |still |just )?"
-    r"(?P<doubt>(?:don't|dont|do not|didn't|did not) (?:really |quite )?(?:know|understand|remember)|not (?:quite |really )?sure|unsure"
+    r"(?P<doubt>(?:don't|dont|do not|didn't|did not) (?:really |quite )?(?:know|understand|remember)"
+    r"|not (?:quite |really )?sure|unsure"
     r"|(?:can't|cant|cannot|can not|couldn't) (?:seem to )?(?:figure out|tell|understand)|have no (?:idea|clue)"
     r"|(?:don't|dont|do not) have (?:any|a) (?:idea|clue))?"
     r"(?P<certain>(?:do |already |now |can )*(?:know|understand|remember|figure out|tell)|sure|have an idea)?"

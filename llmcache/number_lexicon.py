@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 - the words of several scripts
 """Words for numbers: cardinals, ordinals, multipliers and parts, with the compounds of German, Dutch and Italian.
 
 The word lists follow the usual grammars of these languages and CLDR's spell-out rules.
@@ -159,8 +158,8 @@ ONLY_IN = {
     "seis": "es pt", "tres": "es", "mln": "de it nl", "primer": "es", "viertel": "de", "quatro": "pt",
 }  # fmt: skip
 LANGUAGE_WORDS = {
-    "de": "ich du er sie es wir ihr der die das den dem ein eine einen ist sind war und nicht kein keine mit für auf im "
-    "am um zu von mein meine haben habe brauche bitte uhr tage stunden jahre prozent leute kosten kostet nach vor "
+    "de": "ich du er sie es wir ihr der die das den dem ein eine einen ist sind war und nicht kein keine mit für auf "
+    "im am um zu von mein haben habe brauche bitte uhr tage stunden jahre prozent leute kosten kostet nach vor "
     "seit wir karten",
     "es": "el la los las un una de que es son y no por para con mi tengo necesito quiero en del al se años personas "
     "euros veces libros días horas a ciudad millones cuesta hay",

@@ -1,8 +1,7 @@
-# ruff: noqa: RUF001 - the words of several scripts
 """Numbers written in words, rewritten in digits: "twenty-one cards" is "21 cards", "3 thousand" is "3000".
 
-English, German, Spanish, French, Italian, Portuguese, Dutch and Hindi, with ordinals, fractions and multipliers, and the
-common words of Russian (`llmcache.number_lexicon`). Text is expected in the plain form of `llmcache.plain_text`.
+English, German, Spanish, French, Italian, Portuguese, Dutch and Hindi, with ordinals, fractions and multipliers, and
+the common words of Russian (`llmcache.number_lexicon`). Text is expected in the plain form of `llmcache.plain_text`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ _AND = word_set("and und y et e en и")
 _LINKED_ONE = word_set("one un uno una une um uma ein eine een एक один")  # numbers inside a longer one only
 _PLURAL = word_set("dozens millions billions trillions lakhs crores docenas douzaines millones milliards cents")
 # what follows "one" where it is no number: "one of them", "the one with a chip"
-_NOT_AFTER_ONE = word_set("""of another that which who whom whose is was are were for to in on at with and or but can could should would must
+_NOT_AFTER_ONE = word_set("""
+    of another that which who whom whose is was are were for to in on at with and or but can could should would must
     may might has had have does did do will from as by so than then if i you he she we they it not ever the a an this
     more thing way please too else when where because before after about like just really only be been here there now
     up out off over s sided self only who's that's
     """)
-_NOT_BEFORE_ONE = word_set("""the this that which another no every each any some same other right wrong only new old good bad big small first
+_NOT_BEFORE_ONE = word_set("""
+    the this that which another no every each any some same other right wrong only new old good bad big small first
     last next my your his her our their next-to such what loved a an it's he's she's better best
     """)
 _NOT_BEFORE_FIRST = word_set("at")
@@ -151,7 +152,7 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
             break
         if word in factors and (began or ahead == end) and (began or _is_read(word, language)):
             multiplier = factors[word]
-            if not began and (word in _PLURAL or word in ("mil", "mille", "md") and not _is_read(word, language)):
+            if not began and (word in _PLURAL or (word in ("mil", "mille", "md") and not _is_read(word, language))):
                 break
             if multiplier == 100 and current is not None and current < 100 and current % 1 == 0:
                 current = current * 100

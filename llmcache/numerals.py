@@ -36,8 +36,8 @@ _DOLLARS = re.compile(r"\b(us|u\.s\.|american|canadian|australian|hong kong|sing
 _DOLLAR_CODES = {"us": "usd", "u.s": "usd", "ame": "usd", "can": "cad", "aus": "aud", "hon": "hkd", "sin": "sgd",
                  "new": "nzd"}  # fmt: skip
 _CHAT = word_set(
-    "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 every1"
-    " some1 no1 2getha 4get 4got 4give"
+    "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 "
+    "every1 some1 no1 2getha 4get 4got 4give"
 )  # spellings of words in text messages, no codes
 
 
@@ -112,7 +112,8 @@ def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> s
 
 # "one card", "1 card" and "my first card" say no more than "a card": a lone 1 before a noun is no field
 _NOUN = re.compile(
-    r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de|sur|di)\b)[^\W\d_]{3}"
+    r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de"
+    r"|sur|di)\b)[^\W\d_]{3}"
 )
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 - the marks of several scripts
 """Text in one spelling: lower case, single spaces, ASCII digits, one kind of apostrophe, dash and minus sign."""
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def plain_text(text: str) -> str:
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
         text = _MARK.sub(lambda mark: _MARKS[ord(mark[0])], text)
-        if "\u0900" <= max(text):
+        if max(text) >= "\u0900":
             text = text.replace("\u0901", "\u0902")  # पाँच is पांच
     elif "'" in text or "`" in text:
         text = _APOSTROPHE.sub("'", _GROUP.sub("", text))

@@ -1,10 +1,11 @@
 # ruff: noqa: RUF001 - the words of several scripts
 """Numbers, dates and times of Chinese, Japanese, Korean and Hindi texts, rewritten as the other rules read them.
 
-三张卡 becomes 3张卡, 下午三点半 becomes 15:30, 星期一 becomes monday, 零下5度 becomes -5 °, 오후 세 시 becomes 15:00, 5만 원 becomes
-50000 krw, शाम 8 बजे becomes 20:00. These scripts put no spaces around a number, so a numeral is read where a counter, a
-unit or another numeral stands beside it: 一起 (together) and 十分 (very) hold none. Text is expected in the plain form of
-`llmcache.plain_text`. Sources: the counters of common grammars and CLDR's date fields.
+三张卡 becomes 3张卡, 下午三点半 becomes 15:30, 星期一 becomes monday, 零下5度 becomes -5 °,
+오후 세 시 becomes 15:00, 5만 원 becomes 50000 krw, शाम 8 बजे becomes 20:00. These scripts put no spaces around a number, so
+a numeral is read where a counter, a unit or another numeral stands beside it: 一起 (together) and 十分 (very) hold none. Text is expected in the
+plain form of `llmcache.plain_text`.
+Sources: the counters of common grammars and CLDR's date fields.
 """
 
 from __future__ import annotations
@@ -36,15 +37,21 @@ def rewritten(text: str) -> str:
 _HAN_DIGITS = {digit: place for place, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}
 _HAN_TENS = {"十": 10, "百": 100, "千": 1000}
 _HAN_GROUPS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
-_COUNTERS = "个個张張只隻条條位名次天年月日号號元块塊角秒岁歲周週人杯瓶斤公米层層楼樓章节節页頁课課题題间間台辆輛份套雙双把支枝倍度寸克吨升小钟鐘季集场場件封首句字字章級级階阶代区區折円ヶか"
-_LONE_COUNTERS = "张張只隻条條次天年月日元块塊岁歲周週杯瓶斤公米层層楼樓章节節页頁课課题題间間台辆輛份套双秒小個个位件封首折円"  # after a single 一
+_COUNTERS = (
+    "个個张張只隻条條位名次天年月日号號元块塊角秒岁歲周週人杯瓶斤公米层層楼樓章节節页頁课課题題间"
+    "間台辆輛份套雙双把支枝倍度寸克吨升小钟鐘季集场場件封首句字字章級级階阶代区區折円ヶか"
+)
+_LONE_COUNTERS = (  # after a single 一
+    "张張只隻条條次天年月日元块塊岁歲周週杯瓶斤公米层層楼樓章节節页頁课課题題间間台辆輛份套双秒小個个位件封首折円"
+)
 _HAN_NUMERAL = re.compile(
     r"(?P<digits>[0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})? ?(?P<han>[零〇一二两兩三四五六七八九十百千万萬亿億]{1,24})"
     r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻]))?"
 )
 _NO_NUMERAL = word_set("千万 万一 一一 万千 千百 一二 三三")
 _HAN_WEEKDAY = re.compile(
-    r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])|([月火水木金土日])曜日?"
+    r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])"
+    r"|([月火水木金土日])曜日?"
 )
 _WEEKDAY_NAMES = {"一": "monday", "二": "tuesday", "三": "wednesday", "四": "thursday", "五": "friday",
                   "六": "saturday", "日": "sunday", "天": "sunday"}  # fmt: skip
@@ -55,7 +62,8 @@ _HAN_PERCENT = re.compile(
     r"百分之([零〇一二两三四五六七八九十百千]{1,12}|[0-9.]{1,12})(?:点([零〇一二三四五六七八九]{1,9}))?"
 )
 _HAN_CLOCK = re.compile(
-    r"(?:(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚|深夜)的?)? ?(?<![0-9.])([0-9]{1,2})(?:点钟?|點鐘?|时(?!间)|時(?!間))"
+    r"(?:(凌晨|清晨|早上|早晨|上午|午前|中午|下午|午後|午后|傍晚|晚上|夜里|夜晚"
+    r"|深夜)的?)? ?(?<![0-9.])([0-9]{1,2})(?:点钟?|點鐘?|时(?!间)|時(?!間))"
     r"(?:(半)|(一刻|三刻)|([0-9]{1,2})分?)?(?:整|钟)?"
 )
 _DAY_HALF = re.compile(
@@ -139,10 +147,8 @@ def _han_number(found: re.Match[str]) -> str:
         minutes = minutes or (after == "分" and before in ("点", "時", "时"))
         if not (numbered or clock or minutes or (after and after in beside)):
             return found[0]
-    if not any(one in _HAN_TENS or one in _HAN_GROUPS for one in han):
-        value = _digits(han)
-    else:
-        value = written(_han_value(han))
+    placed = any(sign in _HAN_TENS or sign in _HAN_GROUPS for sign in han)
+    value = written(_han_value(han)) if placed else _digits(han)
     return f"{value}.{_digits(part)}" if part else value
 
 
@@ -179,25 +185,31 @@ def _han_time(found: re.Match[str]) -> str:
 
 _NATIVE_TENS = {"열": 10, "스물": 20, "스무": 20, "서른": 30, "마흔": 40, "쉰": 50, "예순": 60, "일흔": 70, "여든": 80,
                 "아흔": 90}  # fmt: skip
-_NATIVE = {"하나": 1, "한": 1, "둘": 2, "두": 2, "셋": 3, "세": 3, "석": 3, "넷": 4, "네": 4, "넉": 4, "다섯": 5, "여섯": 6,
-           "일곱": 7, "여덟": 8, "아홉": 9}  # fmt: skip
+_NATIVE = {
+    "하나": 1, "한": 1, "둘": 2, "두": 2, "셋": 3, "세": 3, "석": 3, "넷": 4, "네": 4, "넉": 4, "다섯": 5, "여섯": 6,
+    "일곱": 7, "여덟": 8, "아홉": 9,
+}  # fmt: skip
 _SINO = {"영": 0, "공": 0, "일": 1, "이": 2, "삼": 3, "사": 4, "오": 5, "육": 6, "칠": 7, "팔": 8, "구": 9}
 _SINO_TENS = {"십": 10, "백": 100, "천": 1000}
 _SINO_GROUPS = {"만": 10**4, "억": 10**8}
 _KOREAN_COUNTERS = (
-    "개월|개|장|명|번째|번|시간|시|살|마리|권|잔|병|대|년|월|일|분|초|원|층|주|퍼센트|프로|인분|호|달러|유로|엔|도|킬로|미터|배|가지|"
-    "사람|달|박|점|쪽|페이지|세|회|차|등|위|편|곡|줄|칸|벌|송이|그루|채|통|봉지|상자|박스|과|급|차례|파운드"
+    "개월|개|장|명|번째|번|시간|시|살|마리|권|잔|병|대|년|월|일|분|초|원|층|주|"
+    "퍼센트|프로|인분|호|달러|유로|엔|도|킬로|미터|배|가지|사람|달|박|점|쪽|페이지|세|회|차|등|"
+    "위|편|곡|줄|칸|벌|송이|그루|채|통|봉지|상자|박스|과|급|차례|파운드"
 )
 _KOREAN_NATIVE = re.compile(
-    rf"(?<![가-힣])(?!한 ?번(?!째))({'|'.join(_NATIVE_TENS)})?({'|'.join(_NATIVE)})?(?<=[가-힣])(?= ?(?:{_KOREAN_COUNTERS}))"
+    rf"(?<![가-힣])(?!한 ?번(?!째))({'|'.join(_NATIVE_TENS)})?({'|'.join(_NATIVE)})?"
+    rf"(?<=[가-힣])(?= ?(?:{_KOREAN_COUNTERS}))"
 )
 _KOREAN_SINO = re.compile(
-    rf"(?<![가-힣])(?:([0-9]{{1,15}}(?:[.,][0-9]{{1,9}}){{0,4}}) ?)?([영공일이삼사오육칠팔구십백천만억]{{1,24}})(?= ?(?:{_KOREAN_COUNTERS}))"
+    rf"(?<![가-힣])(?:([0-9]{{1,15}}(?:[.,][0-9]{{1,9}}){{0,4}}) ?)?"
+    rf"([영공일이삼사오육칠팔구십백천만억]{{1,24}})(?= ?(?:{_KOREAN_COUNTERS}))"
 )
 _KOREAN_MIXED = re.compile(r"([0-9]{1,15}(?:[.,][0-9]{1,9}){0,4}) ?([백천만억]{1,9})(?![가-힣])")
 _SINO_ONE = re.compile(r"[일이](?= (?!년|개월|층|주|퍼센트|킬로))")
 _KOREAN_CLOCK = re.compile(
-    r"(?:(오전|오후|새벽|아침|낮|저녁|밤) ?)?(?<![0-9.:])([0-9]{1,2}) ?시(?!간|스|작|험|민)(?: ?(?:([0-9]{1,2}) ?분|(반)))?"
+    r"(?:(오전|오후|새벽|아침|낮|저녁|밤) ?)?(?<![0-9.:])([0-9]{1,2}) ?시(?!간|스|작|험"
+    r"|민)(?: ?(?:([0-9]{1,2}) ?분|(반)))?"
 )
 _KOREAN_HALF = re.compile(r"(오전|오후|새벽|저녁|밤) ?([0-9]{1,2}):([0-9]{2})")
 _KOREAN_WEEKDAY = re.compile(r"([월화수목금토일])요일")
@@ -311,9 +323,9 @@ def hindi_times(text: str) -> str:
 
 def _hindi_time(found: re.Match[str]) -> str:
     hour, half = int(found[2]), found[1] or found[5]
-    if half in ("दोपहर", "शाम") and hour < 12 and not (half == "दोपहर" and hour > 10):
-        hour += 12
-    elif half == "रात" and 6 <= hour < 12:
+    if (half in ("दोपहर", "शाम") and hour < 12 and not (half == "दोपहर" and hour > 10)) or (
+        half == "रात" and 6 <= hour < 12
+    ):
         hour += 12
     elif half == "रात" and hour == 12:
         hour = 0

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 - texts in several scripts
+# ruff: noqa: RUF001, E501 - texts in several scripts
 """The field guard on pairs of texts by kind of field and language, and on texts made to be slow to read."""
 
 from __future__ import annotations
