@@ -132,6 +132,7 @@ _AND_HALF = re.compile(
     r"|\b([0-9]{1,2})\.5 heures\b(?= du)"
     r"|\b(?:las?|a las|às|alle) ([0-9]{1,2})\.5\b|\b([0-9]{1,2})(?: heures?)? (?:menos cuarto|moins le quart)\b"
 )
+_HALF_OF_DAY = re.compile(r"\b([0-9]{1,2})\.5(?= (?:de la|da|du|di|del) )")
 _HALVES = word_set("media cuarto demie quart meia mezza heures")
 _CLOCK = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) ?o'? ?clock\b")
 _UHR = re.compile(r"(?<![\w.,:/-])([0-9]{1,2}) uhr ([0-9]{1,2})\b")
@@ -154,6 +155,8 @@ def clock_phrases(text: str, words: Collection[str]) -> str:
         text = _HALB.sub(lambda found: f"{(1 if found[1] == 'eins' else int(found[1])) - 1 or 12}:30", text)
     if not _HALVES.isdisjoint(words):
         text = _AND_HALF.sub(_and_half, text)
+    if ".5 d" in text:
+        text = _HALF_OF_DAY.sub(r"\1:30", text)
     if "clock" in text:
         text = _CLOCK.sub(r"\1:00", text)
     if " uhr " in text:

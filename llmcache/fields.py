@@ -21,7 +21,7 @@ from llmcache.negations import TRIGGERS as NEGATION_TRIGGERS
 from llmcache.negations import negations
 from llmcache.number_lexicon import joined_number, number_words
 from llmcache.number_words import in_digits
-from llmcache.numerals import amounts, currencies, named_dollars
+from llmcache.numerals import amounts, currencies, named_units
 from llmcache.plain_text import plain_text
 from llmcache.scripts import hindi_times, rewritten
 
@@ -93,7 +93,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     if not text.isascii() and _OTHER_SCRIPT.search(text):
         text = rewritten(text)
         words = _MARKED_WORD.findall(text)
-    text = named_dollars(text)
+    text = named_units(text)
     identifiers += spelled_codes(text)
     known = _known().intersection(words)
     joined = {word for word in words if len(word) > 7 and joined_number(word)} if _JOINED.search(text) else set()

@@ -43,11 +43,11 @@ _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": spellings of wor
     r"|they|there) )r\b"
     r"|\bc (?=u\b|ya\b|you\b)|\b(?:to|will|ll|ill|b|can|2|must|should|wanna|gonna|might) b\b|\bb (?=there"
     r"|back|here|ok|good|able|home|in\b)"
-    r"|(?<=[0-9] )[bghklmvw]\b|^k\b|\b(?:o|ok|it) k\b|\bx(?: x)*$|\bw (?=me\b|you\b|u\b)"
+    r"|(?<=[0-9] )[bghklmvwx]\b|^k\b|\b(?:o|ok|it) k\b|\bx(?: x)*$|\bw (?=me\b|you\b|u\b)"
 )
 _TELEPHONE = re.compile(
     r"(?<![\w+.])\+[0-9]{1,3}(?:[ .()/-]{0,2}[0-9]{1,5}){2,7}(?![0-9])"
-    r"|(?<![\w.,])0[0-9]{1,4}[ /-]{1,3}[0-9]{4,9}(?![0-9])"
+    r"|(?<![\w.,/-])(?:0[0-9]{1,4}[ -]{1,3}[0-9]{5,9}|0[0-9]{2,4}/ ?[0-9]{4,9})(?![0-9])"
     r"|(?<![\w.])(?:\+?1[ .-])?(?:\([0-9]{3}\) ?|[0-9]{3}[-. ])[0-9]{3}[-. ][0-9]{4}(?![0-9])"
 )
 _ACCOUNT = re.compile(

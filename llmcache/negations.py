@@ -45,6 +45,7 @@ _ALL = NEGATIONS | PARTICLES | ECHOES
 # parts of words, in scripts without spaces or with endings
 _HAN_PARTS = re.compile(
     r"不|没|沒|未|勿|莫|并非|並非|绝非|無|无|(?<=[请請你您们們就先都也可千万])别|(?:^|(?<=[，。！？,.!? ]))别|否"
+    r"|(?<![除是莫并並绝])非(?![常洲得凡])"
     r"|ません|なかった|ない|ずに|ぬ(?=。|$)"
 )
 _HAN_HARMLESS = re.compile(
@@ -61,7 +62,7 @@ _KOREAN_PARTS = re.compile(
     r"않|없|아니|아닙|아닌|못|지 ?(?:마세요|마라|말아|말고|마십시오|마요|말자|말라|마)"
     r"|(?<![가-힣])안(?= [가-힣])|(?<![가-힣])안(?=되|돼|된|됩|될|됐|해|합|함|했|열|먹|가요|와요|나와|보여"
     r"|보이|좋|사|써|쓰)"
-    r"|(?<![가-힣])[불비미](?=가능|완전|포함|확실|필요|성년)"
+    r"|(?<![가-힣])[불비미](?=가능|완전|포함|확실|필요|성년|회원|정상|공개|활성|납)"
 )
 _KOREAN_HARMLESS = re.compile(
     r"아니면|뿐(?:만)? ?아니라|틀림없|끊임없|못지않|어이없|상관없|잘못|머지않|만만치 않"
@@ -134,7 +135,7 @@ def _alphabetic(text: str, words: Sequence[str]) -> int:
     if changed:
         words = _WORD.findall(text)
     for word in words:
-        if word in NEGATIONS or word.endswith("n't") or (word.startswith("nicht") and len(word) > 9):
+        if word in NEGATIONS or word.endswith(("n't", "n't've")) or (word.startswith("nicht") and len(word) > 9):
             count += 1
         elif word in PARTICLES or word.startswith("n'"):
             particles += 1

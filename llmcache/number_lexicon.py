@@ -5,6 +5,7 @@ The word lists follow the usual grammars of these languages and CLDR's spell-out
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
 from functools import cache
@@ -67,6 +68,7 @@ _MORE = {
     19: "dezanove dixneuf",
     20: "двадцать vingts",
     80: "quatrevingt",
+    21: "veintiún veintiun veintiuna",
     22: "veintidos",
     23: "veintitres",
     26: "veintiseis",
@@ -175,6 +177,12 @@ LANGUAGE_WORDS = {
 }
 
 
+def _spelling(word: str) -> str:
+    """The word as `llmcache.plain_text` spells it: lower case, without the dots and moons that Hindi may leave out."""
+    plain = unicodedata.normalize("NFKC", word.casefold())
+    return plain.replace("\u093c", "").replace("\u0901", "\u0902")
+
+
 @cache
 def cardinals() -> dict[str, Decimal]:
     """Words for whole numbers below 1000 and the multipliers' own words are in `_multipliers`."""
@@ -182,7 +190,7 @@ def cardinals() -> dict[str, Decimal]:
 
     def put(word: str, value: int | str) -> None:
         if word != "-":
-            words.setdefault(word.casefold(), Decimal(value))
+            words.setdefault(_spelling(word), Decimal(value))
 
     for line in (_ENGLISH, _GERMAN, _SPANISH, _FRENCH, _ITALIAN, _PORTUGUESE, _DUTCH, _HINDI):
         for value, word in enumerate(line.split()):
@@ -244,7 +252,7 @@ def _compounds() -> Iterator[tuple[int | str, str]]:
 
 @cache
 def ordinals() -> dict[str, Decimal]:
-    words = {word.casefold(): Decimal(value) for value, line in _ORDINALS.items() for word in line.split()}
+    words = {_spelling(word): Decimal(value) for value, line in _ORDINALS.items() for word in line.split()}
     german = dict(enumerate(_GERMAN.split()))
     german |= dict(zip(_TENS, _TEN_WORDS["de"].split(), strict=True))
     for ten in _TENS:
@@ -262,14 +270,14 @@ def ordinals() -> dict[str, Decimal]:
 
 @cache
 def multipliers() -> dict[str, int]:
-    return {word.casefold(): value for value, line in _MULTIPLIERS.items() for word in line.split()}
+    return {_spelling(word): value for value, line in _MULTIPLIERS.items() for word in line.split()}
 
 
 @cache
 def number_words() -> frozenset[str]:
     """All words that may be, or begin, a number."""
-    return frozenset((*cardinals(), *ordinals(), *multipliers(), "one", "साढ़े", "minus", "negative", "moins", "menos",
-                      "meno", "माइनस"))  # fmt: skip
+    signs = ("minus", "negative", "moins", "menos", "meno", "माइनस")
+    return frozenset((*cardinals(), *ordinals(), *multipliers(), "one", _spelling("साढ़े"), *signs))
 
 
 def may_be_number(word: str) -> bool:

@@ -44,6 +44,7 @@ _TOKEN = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+|[0-9]+(?:[.,][0
 
 
 _QUATRE_VINGT = re.compile(r"\bquatre[- ]vingts?\b")
+_AND_A_HALF = re.compile(r"\b([0-9]{1,9}|one)(?: and a half| et demie?)\b")
 _DIX = re.compile(r"\bdix-(sept|huit|neuf)\b")
 _HALF_A = re.compile(r"\b(half|quarter) (?:of )?an? ")  # half a million, half an hour: the article says nothing
 
@@ -55,6 +56,7 @@ def in_digits(text: str, known: Collection[str]) -> str:
     """
     language = _language(text) if not ONLY_IN.keys().isdisjoint(known) else ""
     text = _QUATRE_VINGT.sub("quatrevingt", text) if "quatre" in text else text
+    text = _AND_A_HALF.sub(lambda found: f"{found[1] if found[1] != 'one' else 1}.5", text)
     text = _DIX.sub(r"dix\1", _HALF_A.sub(r"\1 ", text))
     tokens = list(_TOKEN.finditer(text))
     parts: list[str] = []
@@ -111,7 +113,7 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
     current: Decimal | None = None
     half = False
     end = place
-    if first == "साढ़े" and place + 1 < len(tokens):
+    if first == "साढे" and place + 1 < len(tokens):
         half, end = True, place + 1
     biggest = 0
     while end < len(tokens):

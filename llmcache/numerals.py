@@ -35,6 +35,7 @@ _SPACED_GROUPS = re.compile(r"(?<![\w.,-])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0
 _DOLLARS = re.compile(r"\b(us|u\.s\.|american|canadian|australian|hong kong|singapore|new zealand) dollars?\b")
 _DOLLAR_CODES = {"us": "usd", "u.s": "usd", "ame": "usd", "can": "cad", "aus": "aud", "hon": "hkd", "sin": "sgd",
                  "new": "nzd"}  # fmt: skip
+_DEGREES = re.compile(r"(?:degrees?|grad|grados|degrés|gradi|°) ?([cf])(?:elsius|ahrenheit)?\b")
 _CHAT = word_set(
     "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 "
     "every1 some1 no1 2getha 4get 4got 4give"
@@ -150,9 +151,13 @@ _LONE_CURRENCY = re.compile(
 )
 
 
-def named_dollars(text: str) -> str:
-    """The text with the codes of US, Canadian and other dollars in place of their names."""
-    return _DOLLARS.sub(lambda found: _DOLLAR_CODES[found[1][:3]], text) if "dollar" in text else text
+def named_units(text: str) -> str:
+    """The text with codes in place of units of several words: US dollars, degrees Celsius."""
+    if "dollar" in text:
+        text = _DOLLARS.sub(lambda found: _DOLLAR_CODES[found[1][:3]], text)
+    if "°" in text or "deg" in text or "gra" in text:
+        text = _DEGREES.sub(r"°\1", text)
+    return text
 
 
 def currencies(text: str, words: Collection[str], numbers: list[str]) -> None:

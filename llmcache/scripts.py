@@ -2,8 +2,9 @@
 """Numbers, dates and times of Chinese, Japanese, Korean and Hindi texts, rewritten as the other rules read them.
 
 三张卡 becomes 3张卡, 下午三点半 becomes 15:30, 星期一 becomes monday, 零下5度 becomes -5 °,
-오후 세 시 becomes 15:00, 5만 원 becomes 50000 krw, शाम 8 बजे becomes 20:00. These scripts put no spaces around a number, so
-a numeral is read where a counter, a unit or another numeral stands beside it: 一起 (together) and 十分 (very) hold none. Text is expected in the
+오후 세 시 becomes 15:00, 5만 원 becomes 50000 krw, शाम 8 बजे becomes 20:00.
+These scripts put no spaces around a number, so a numeral is read where a counter, a unit or another numeral stands
+beside it: 一起 (together) and 十分 (very) hold none. Text is expected in the
 plain form of `llmcache.plain_text`.
 Sources: the counters of common grammars and CLDR's date fields.
 """
@@ -46,7 +47,7 @@ _LONE_COUNTERS = (  # after a single 一
 )
 _HAN_NUMERAL = re.compile(
     r"(?P<digits>[0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})? ?(?P<han>[零〇一二两兩三四五六七八九十百千万萬亿億]{1,24})"
-    r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻]))?"
+    r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻十]))?"
 )
 _NO_NUMERAL = word_set("千万 万一 一一 万千 千百 一二 三三")
 _HAN_WEEKDAY = re.compile(

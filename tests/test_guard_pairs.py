@@ -30,8 +30,8 @@ def test_the_written_pairs_are_of_all_kinds_and_languages() -> None:
     pairs = written_pairs()
     assert sum(pair.refuse for pair in pairs) >= 150
     assert sum(not pair.refuse for pair in pairs) >= 150
-    assert {pair.kind for pair in pairs} == set(KINDS)
-    assert {pair.language for pair in pairs} == set(LANGUAGES)
+    assert {pair.kind for pair in pairs} >= set(KINDS)
+    assert {pair.language for pair in pairs} >= set(LANGUAGES)
 
 
 def test_written_pairs_are_refused_when_a_field_changed_and_accepted_when_only_its_spelling_did() -> None:

@@ -1,7 +1,7 @@
 """What the field guard refuses, measured on pairs of texts of which it is known whether they say the same.
 
-`llmcache bench guard --data DATA` prints the rows. DATA holds dup-products, dup-site-policy-revisions, pair-qqp, pair-mrpc,
-pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; what is absent is left out.
+`llmcache bench guard --data DATA` prints the rows. DATA holds dup-products, dup-site-policy-revisions, pair-qqp,
+pair-mrpc, pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; what is absent is left out.
 """
 
 from __future__ import annotations
