@@ -31,8 +31,7 @@ def plain_text(text: str) -> str:
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
         text = _MARK.sub(lambda mark: _MARKS[ord(mark[0])], text)
-        if max(text) >= "\u0900":
-            text = text.replace("\u0901", "\u0902")  # पाँच is पांच
+        text = text.replace("\u0901", "\u0902")  # पाँच is पांच
     elif "'" in text or "`" in text:
         text = _APOSTROPHE.sub("'", _GROUP.sub("", text))
     if '"' in text and text.count('"') % 2:  # a mark without a partner: 15"

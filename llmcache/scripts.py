@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from llmcache.digits import written
+from llmcache.digits import plain_number, written
 from llmcache.lexicon import word_set
 
 _HAN = re.compile(r"[\u3400-\u9fff]")
@@ -131,7 +131,7 @@ def _han_number(found: re.Match[str]) -> str:
     if digits:
         if han[0] not in _HAN_TENS and han[0] not in _HAN_GROUPS:
             return found[0]
-        return written(_han_value(han, Decimal(digits.replace(",", "")))) if after not in ("克", "米") else found[0]
+        return written(_han_value(han, Decimal(plain_number(digits)))) if after not in ("克", "米") else found[0]
     if han in _NO_NUMERAL:
         return found[0]
     if len(han) == 1 and not part:
@@ -243,7 +243,7 @@ def _korean(text: str) -> str:
         lambda found: str(_NATIVE_TENS.get(found[1], 0) + _NATIVE.get(found[2], 0)) if found[0] else "", text
     )
     text = _KOREAN_SINO.sub(_sino_number, text)
-    text = _KOREAN_MIXED.sub(lambda found: written(_sino_value(found[2], Decimal(found[1].replace(",", "")))), text)
+    text = _KOREAN_MIXED.sub(lambda found: written(_sino_value(found[2], Decimal(plain_number(found[1])))), text)
     text = _KOREAN_CLOCK.sub(_korean_time, text)
     text = _KOREAN_HALF.sub(lambda time: f" {_korean_hour(time[1], int(time[2]))}:{time[3]} ", text)
     for pattern, name in _KOREAN_UNITS:
@@ -256,7 +256,7 @@ def _sino_number(found: re.Match[str]) -> str:
     if digits:
         if sino[0] in _SINO:
             return found[0]
-        return written(_sino_value(sino, Decimal(digits.replace(",", ""))))
+        return written(_sino_value(sino, Decimal(plain_number(digits))))
     if len(sino) == 1 and _SINO_ONE.match(found.string, found.start()):
         return found[0]
     if all(one in _SINO for one in sino) and len(sino) > 1:

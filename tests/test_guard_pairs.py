@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmcache.guard import RULES_VERSION, Rules, digests, refused
 from tests.guard_cases import Pair, drawn_pairs, mistakes, table, written_pairs
@@ -74,6 +76,15 @@ def test_digests_of_other_rules_do_not_match(monkeypatch: pytest.MonkeyPatch) ->
     ours = Rules().digests(["pay 5"])
     monkeypatch.setattr("llmcache.guard.RULES_VERSION", RULES_VERSION + 1)
     assert Rules().unequal(ours, Rules().digests(["pay 5"])).tolist() == [0]
+
+
+WORDS = sorted({word for pair in written_pairs() for text in (pair.one, pair.other) for word in text.split()})
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=6), max_size=9), st.sampled_from([" ", "", ".", "-", ","]))
+def test_any_mixture_of_words_of_these_languages_is_read(parts: list[str], joint: str) -> None:
+    text = joint.join(parts)
+    assert refused(digests([text]), digests([text])).tolist() == [-1]
 
 
 @pytest.mark.parametrize(
