@@ -201,8 +201,8 @@ def cardinals() -> dict[str, Decimal]:
     for line in _TEN_WORDS.values():
         for value, word in zip(_TENS, line.split(), strict=True):
             put(word, value)
-    for value, word in _compounds():
-        put(word, value)
+    for amount, word in _compounds():
+        put(word, amount)
     for number, line in _PARTS.items():
         for word in line.split():
             put(word, number)

@@ -126,8 +126,7 @@ def _han_number(found: re.Match[str]) -> str:
     before = text[found.start() - 1] if found.start() else ""
     after = text[found.end() : found.end() + 1]
     if part and not digits and after not in _COUNTERS + "%倍":  # 三点五: half past or a decimal, by what follows
-        clock = f"{written(_han_value(han))}点{written(_han_value(part))}"
-        return clock if len(han) < 3 else found[0]
+        return f"{written(_han_value(han))}点{written(_han_value(part))}" if len(han) < 3 else found[0]
     if digits:
         if han[0] not in _HAN_TENS and han[0] not in _HAN_GROUPS:
             return found[0]
@@ -138,9 +137,7 @@ def _han_number(found: re.Match[str]) -> str:
         beside = _LONE_COUNTERS if han == "一" else _COUNTERS
         clock = after in ("点", "點", "时", "時") and han != "一"
         if han == "一" and after in ("点", "點"):
-            clock = bool(
-                re.match(r"点[半钟整]", text[found.end() :]) or re.search(r"[午上晚晨]$", text[: found.start()])
-            )
+            clock = before in tuple("午上晚晨") or text[found.end() : found.end() + 2] in ("点半", "点钟", "点整")
         numbered = bool(before) and before in "第初负負"
         if han in "百千" and after in "克米分度":
             return found[0]
