@@ -18,9 +18,11 @@ from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamage
 from llmcache.indexes.files import sync_files
 from llmcache.indexes.generations import generations, newest
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.opening import found
 from llmcache.indexes.partial import new_folder
+from llmcache.indexes.presence import lost, without
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing
@@ -114,11 +116,12 @@ def join(
     if dry_run:
         pass
     elif base is None:
-        with new() as folder:
+        with new() as folder, Lease(folder) as lease:
             found(folder)
-            _bring(folder, plans, stores, link=not copy, derived=True)
+            _bring(folder, plans, stores, lease, link=not copy, derived=True)
     else:
-        _bring(base.folder, plans, stores, link=not copy, derived=False)
+        with Lease(base.folder) as lease:
+            _bring(base.folder, plans, stores, lease, link=not copy, derived=False)
     return [_told(plan) for plan in plans]
 
 
@@ -269,12 +272,14 @@ def _choose_aliases(plan: _Plan) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, link: bool, derived: bool) -> None:
+def _bring(
+    folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], lease: Lease, *, link: bool, derived: bool
+) -> None:
     """Write what the plans say and commit it; what fails before the commit leaves no file behind."""
     made: list[str] = []
     committing = False
     try:
-        added = [(plan, _segments(folder, plan, made, link=link)) for plan in plans]
+        added = [(plan, _segments(folder, plan, made, lease, link=link)) for plan in plans]
         indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
         derived_files = [file.name for facts in indexes.values() if facts for file in _derived(facts)]
         sync_files(folder, [*made, *derived_files])
@@ -290,6 +295,9 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
         if derived or change(now) != now:
             committing = True
             publishing.commit(folder, uuid.uuid4().hex, change, once=True)
+            if name := lost(folder, made):
+                publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {one[4:36] for one in made}))
+                raise LLMCacheError(f"{folder.path}: another program removed {name} during the merge; merge again")
     except BaseException:
         if not (committing and _named(folder, made)):
             for name in made:
@@ -307,7 +315,7 @@ def _named(folder: Folder, made: Sequence[str]) -> bool:
     return not named.isdisjoint(made)
 
 
-def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> list[SegmentFacts]:
+def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, link: bool) -> list[SegmentFacts]:
     kept: list[SegmentFacts] = []
     taken = {name.partition(".")[0].partition("-")[0] for name in folder.names("seg")}
     for piece in plan.pieces:
@@ -315,6 +323,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> li
             old = piece.segment.facts
             id = uuid.uuid4().hex if old.id in taken else old.id
             taken.add(id)
+            lease.add(id)
             try:
                 facts, _ = carry_segment(piece.segment.folder, folder, old, id, link=link)
             except SnapshotDamaged as error:
@@ -323,7 +332,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> li
             made += [file.name for file in files_of(facts)]
     for picks in _batches(plan.pieces):
         try:
-            facts = rewrite(folder, uuid.uuid4().hex, picks, plan.facts.feature_width)
+            facts = rewrite(folder, lease.new(), picks, plan.facts.feature_width)
         except SnapshotDamaged as error:
             raise advised(error, picks[0].segment.folder) from error
         kept.append(facts)

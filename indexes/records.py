@@ -75,6 +75,12 @@ def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) 
     return digest.digest()
 
 
+def begun_digest(record: NDArray[Any]) -> Any:
+    """A hash of one record of ROW, [1], to be updated with the row's bytes; its first 16 bytes are the checksum."""
+    strong = bool(record["flags"][0] & STRONG)
+    return hashlib.sha256(heads(record)) if strong else xxhash.xxh3_128(heads(record))
+
+
 def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryview]) -> list[bytes]:
     """The checksum of each row that these bytes should have; records: of ROW, as many as there are parts."""
     head, size = heads(records), _HEAD.itemsize

@@ -281,9 +281,12 @@ class Store:
         if self.budget is not None:
             return self.commit()
         self.land()
-        for place, bank in self._banks.items():
-            if bank.has_pending:
-                self._behind.begin(place, bank)
+        try:
+            for place, bank in self._banks.items():
+                if bank.has_pending:
+                    self._behind.begin(place, bank)
+        except OSError as error:
+            raise self._fence(error) from error
         return self.manifest
 
     @property
@@ -299,7 +302,7 @@ class Store:
         publish = partial(self.publish, once=True)
         for one in self._behind.taken():
             try:
-                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one.written)
+                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one)
             except OSError as error:
                 raise self._fence(error) from error
         return self.manifest
