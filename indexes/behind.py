@@ -43,16 +43,11 @@ class Behind:
         self._begun: list[Begun] = []
 
     def begin(self, place: tuple[str, str], bank: Bank) -> None:
-        """Have what waits in the bank written; call it when nothing of the bank is on its way.
-
-        OSError when the lease on its files cannot be written; nothing is begun then.
-        """
+        """Have what waits in the bank written; call it when nothing of the bank is on its way."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
-        lease = Lease(self._folder)
-        id = lease.new()
-        lot = bank.set_apart()
-        self._begun.append(Begun(place, bank, lot, lease, self._thread.submit(bank.seal, id, lot)))
+        lease, lot = Lease(self._folder), bank.set_apart()
+        self._begun.append(Begun(place, bank, lot, lease, self._thread.submit(_sealed, bank, lot, lease)))
 
     @property
     def arrived(self) -> bool:
@@ -77,3 +72,7 @@ class Behind:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
+
+
+def _sealed(bank: Bank, lot: Lot, lease: Lease) -> SegmentFacts:
+    return bank.seal(lease.new(), lot)

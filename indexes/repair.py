@@ -97,6 +97,7 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
     """`repair` of the store in a folder that is open. Busy while another process evicts, compacts or collects."""
     with failing(folder.path):
         check_own(folder)
+        _format_whole(folder)  # a later format is left alone
         odd = _odd_parts(folder)
         history = history_of(folder, strict=True)
         _check_known(folder, history, list(_salvaged(folder, history)))

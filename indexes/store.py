@@ -281,12 +281,9 @@ class Store:
         if self.budget is not None:
             return self.commit()
         self.land()
-        try:
-            for place, bank in self._banks.items():
-                if bank.has_pending:
-                    self._behind.begin(place, bank)
-        except OSError as error:
-            raise self._fence(error) from error
+        for place, bank in self._banks.items():
+            if bank.has_pending:
+                self._behind.begin(place, bank)
         return self.manifest
 
     @property

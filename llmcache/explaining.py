@@ -77,6 +77,8 @@ def explain(execution: Execution, text: str, prompt: str | None, role: str | Non
 def _calibrated(
     bank: Bank, reuse: Reuse, raw: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]], decode: Decode
 ) -> Explanation:
+    if reuse.refresh() is None:
+        return Explanation("miss", reuse.off, gates=(("a neighbour", False),))
     near = reuse.look_up(raw, tokens)
     rows, similarity = (one[0, :SHOWN] for one in reuse.neighbours(raw, tokens))
     gate, threshold, score = int(near.gate[0]), reuse.audits.threshold, float(near.score[0])

@@ -56,11 +56,21 @@ class NearReuse:
         try:
             place, kept = raw.pop("fitted"), raw.pop("kept", None)
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
+            self._check(fitted)
             distilled = self._distilled(place)
             return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift, distilled)
-        except (ConfigError, KeyError) as error:
+        except ConfigError as error:
             log.warning("near reuse is off: %s", error)
-            return None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            log.warning("near reuse is off: its calibration cannot be read (%r); calibrate again", error)
+        return None
+
+    def _check(self, fitted: Fitted) -> None:
+        """ConfigError when the predictor does not take this bank's features, or gives other outputs than its rows."""
+        facts = self._bank.facts
+        given = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
+        if given.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(given)):
+            raise ConfigError(f"what was fitted gives {given.shape[-1]} numbers, outputs have {facts.width}")
 
     def calibrate(
         self,

@@ -17,7 +17,7 @@ from llmcache.balance import Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
-from llmcache.correction import EVIDENCE, eligible_sources
+from llmcache.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.crossfit import Entries, Memory, Neighbourhood
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
@@ -81,6 +81,15 @@ class Near:
         return given if isinstance(given, np.ndarray) else given.cpu().numpy()
 
 
+def _no_neighbours(n: int, width: int) -> Near:
+    """What near reuse has for n documents where there is no entry to be near to: nothing."""
+    apart = np.full(n, -np.inf, np.float32)
+    return Near(
+        np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
+        np.full(n, ALONE, np.int8), [None] * n, apart,
+    )  # fmt: skip
+
+
 def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
     """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
 
@@ -135,6 +144,7 @@ class Reuse:
     def _begin(self, calibration: Calibration, fitted: Fitted) -> None:
         self.calibration, self.fitted = calibration, fitted
         self._memory: Neighbourhood | None = None
+        self._too_few = ""
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._fields: dict[int, NDArray[np.uint64]] = {}
         self._judge = judge_of(calibration, fitted, self._own)
@@ -152,7 +162,7 @@ class Reuse:
     @property
     def off(self) -> str:
         """Why nothing is reused; "" while something is."""
-        return self.stopped
+        return self.stopped or self._too_few
 
     @property
     def stands_aside(self) -> str:
@@ -170,7 +180,7 @@ class Reuse:
 
     def forget(self) -> None:
         """Rows have other numbers now: the entries are taken from the bank again."""
-        self._memory, self._fields = None, {}
+        self._memory, self._fields, self._too_few = None, {}, ""
 
     @property
     def place(self) -> torch.device | None:
@@ -182,14 +192,24 @@ class Reuse:
         if place != self._place:
             self._place, self._memory = place, None
 
-    def refresh(self) -> Neighbourhood:
+    def refresh(self) -> Neighbourhood | None:
         """The entries to find neighbours among: those that were there when it was calibrated.
+
+        None where fewer are left than a result is made of, because they were evicted, purged or damaged: what was
+        calibrated says nothing of results that are made of fewer, so near reuse is off then, and `off` says why.
 
         Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
         gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
         """
-        if self._memory is None:
+        if self._memory is None and not self._too_few:
             self._rows, entries = entries_of(self._bank, until=self.calibration.until)
+            if len(self._rows) < NEIGHBOURS:
+                self._too_few = (
+                    f"{len(self._rows)} entries are left of those that it was calibrated on, and a near match is made "
+                    f"of {NEIGHBOURS}; calibrate again"
+                )
+                log.warning("near reuse is off: %s", self._too_few)
+                return None
             predictor, known = self.fitted.predictor, None
             if self.distilled is not None:
                 known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
@@ -213,11 +233,16 @@ class Reuse:
     def tried(self, n: int) -> NDArray[np.int64]:
         """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
         self._refit()
+        if not self.stopped and n:
+            self.refresh()  # says whether there are entries at all
         return np.zeros(0, np.int64) if self.off else self.balance.tried(n)
 
     def look_up(self, features: NDArray[np.float32] | torch.Tensor, tokens: Sequence[NDArray[np.int32]]) -> Near:
         """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
-        found = self.refresh().match(features, tokens, self._judge.scores)
+        memory = self.refresh()
+        if memory is None or not len(tokens):
+            return _no_neighbours(len(tokens), self._bank.facts.width)
+        found = memory.match(features, tokens, self._judge.scores)
         closest = found.similarities[:, 0]
         score = self.fitted.gate(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
@@ -267,8 +292,11 @@ class Reuse:
     def neighbours(
         self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
-        places, similarity = self.refresh().nearest(features, tokens)
+        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first; k is 0 without entries."""
+        memory = self.refresh()
+        if memory is None:
+            return np.zeros((len(tokens), 0), np.int64), np.zeros((len(tokens), 0), np.float32)
+        places, similarity = memory.nearest(features, tokens)
         return self._rows[places], similarity
 
     def watch(self, similarity: NDArray[np.float32]) -> None:
