@@ -223,6 +223,14 @@ class Folder:
                 return flaw
         return None
 
+    def writable(self) -> bool:
+        """Whether this process may make files here: not on a read-only mount, nor without the rights."""
+        for sub in ("", *SUBFOLDERS):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder(sub), effective_ids=True):
+                    return False
+        return True
+
     # -- changing -----------------------------------------------------------------------------------------
 
     def restrict(self) -> None:

@@ -200,6 +200,10 @@ class MemoryFolder(Folder):
         """Never: there are no other users here."""
         return None
 
+    def writable(self) -> bool:
+        """Always: there are no rights here."""
+        return True
+
     # -- changing -----------------------------------------------------------------------------------------
 
     def restrict(self) -> None:

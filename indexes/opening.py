@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -18,11 +19,25 @@ from llmcache.indexes.places import SUBFOLDERS
 log = logging.getLogger("llmcache")
 
 _FORMAT_LIMIT = 4096
+_UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
 def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
     """The folder of a store, or of one to be made; SnapshotNotFound or SnapshotDamaged where it can be neither."""
+    try:
+        _check_place(where, create=create)
+    except OSError as error:
+        raise not_opened(where, error) from error
+    try:
+        return Folder(where, create=create, reading=reading)
+    except OSError as error:
+        if not create or error.errno not in _UNWRITABLE or not (where / "FORMAT").exists():
+            raise not_opened(where, error) from error
+    return folder_at(where, create=False, reading=reading)  # a store that can only be read, without empty sub-folders
+
+
+def _check_place(where: Path, *, create: bool) -> None:
     if where.exists() and not where.is_dir():
         raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
     if not create and not (where / "FORMAT").exists():
@@ -31,10 +46,6 @@ def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
         )
     if not (where / "FORMAT").exists() and where.exists():
         refuse_strangers(where)
-    try:
-        return Folder(where, create=create, reading=reading)
-    except OSError as error:
-        raise not_opened(where, error) from error
 
 
 def prepared(folder: Folder) -> None:

@@ -120,6 +120,7 @@ class LLMCache:
         key_file: str | os.PathLike[str] | None = None,
         min_generation: int = 0,
         allow_untrusted: bool = False,
+        read_only: bool = False,
     ) -> Self:
         """Open the store in this folder, or make one, for this model.
 
@@ -135,6 +136,8 @@ class LLMCache:
             Whoever has another one, or none, is refused.
         trust, key, key_file, min_generation, allow_untrusted: who vouches for the store, see `Store.open`. What nobody
             vouches for is only read, with the model given, and only equal token ids match.
+        read_only: write nothing below the folder: what is known is served, the rest is computed and not kept. So it is,
+            with a warning, where the folder cannot be written.
         ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had;
         UntrustedSnapshot when nobody vouches for the store.
         """
@@ -148,13 +151,17 @@ class LLMCache:
         given = None if model is None else opening.loaded(model, tokenizer)
         store = Store.open(
             path,
-            create=given is not None and not allow_untrusted,
+            create=given is not None and not allow_untrusted and not read_only,
             trust=trust,
             key=key,
             min_generation=min_generation,
             allow_untrusted=allow_untrusted,
+            read_only=read_only,
         )
         try:
+            if store.writable and not store.folder.writable():
+                log.warning("%s cannot be written: what is computed is not kept", store.folder.path)
+                store.only_read("its folder cannot be written")
             space = store.namespace(namespace)
             if space is not None:  # before a model is loaded
                 admit(space, namespace, salt)
@@ -387,6 +394,8 @@ class LLMCache:
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
+        if self._store.read_only:
+            raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
         prompt = self._prompt(None, None, None) if isinstance(self.model, SentenceTransformer) else None
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
         return self._calibrations.calibrate(
@@ -533,8 +542,13 @@ class LLMCache:
         """Entries in the output bank, those not committed yet included."""
         return len(self._bank)
 
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing is kept, because the store was opened so or its folder cannot be written."""
+        return self._store.read_only
+
     def commit(self) -> None:
-        """Make what was computed durable and visible to other processes.
+        """Make what was computed durable and visible to other processes; nothing in a store that is only read.
 
         StoreFull or StoreFenced when a write fails. Everything committed before is safe, and the cache goes on
         serving what it has and computing the rest, without storing.

@@ -99,9 +99,15 @@ class Storing:
             bank.alias(text_keys, keys)
 
     def commit(self) -> None:
-        """Commit what was put. StoreFull or StoreFenced when a write fails."""
+        """Commit what was put. StoreFull or StoreFenced when a write fails; nothing in a store that is only read."""
+        if self.store.read_only:
+            return
         self._committed = time.monotonic()
         self._taking(self.store.commit)
+
+    def give_up(self) -> None:
+        """Count what was put and cannot be committed any more as not stored, and let it go."""
+        self.counters.not_stored += self.store.drop_pending({})
 
     def _taking(self, step: Callable[[], Manifest]) -> None:
         """A step of a commit, and what is to be said and counted after it."""
