@@ -18,7 +18,7 @@ from llmcache.indexes.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
 from llmcache.indexes.pieces import Pieces, Rows, opened
 from llmcache.indexes.reading import Payload, Reading, states, vectors
-from llmcache.indexes.records import ALIAS, ROW, Keys
+from llmcache.indexes.records import ALIAS, ROW, Keys, seconds32
 from llmcache.indexes.sealing import Entries, seal
 from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
@@ -218,7 +218,7 @@ class Bank:
         log.warning("%d stored rows did not agree with their checksums; they are computed again", len(rows))
 
     def _now(self) -> int:
-        self._clock = max(self._clock, int(self._folder.now()))
+        self._clock = max(self._clock, seconds32(self._folder.now()))
         return self._clock
 
     def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:

@@ -25,7 +25,7 @@ from llmcache.indexes.durable import FOLDER, make_durably, sync_name
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.places import QUARANTINE, SUBFOLDERS, placed
 from llmcache.indexes.sealed import Sealed, read_into
-from llmcache.indexes.system import begin_sync, changed, file_system, flaw_of, kind_of, mapped
+from llmcache.indexes.system import begin_sync, changed, file_system, flaw_in, kind_of, mapped
 
 Reading = Literal["auto", "mmap", "pread"]
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
@@ -164,14 +164,28 @@ class Folder:
             os.close(descriptor)
 
     def sealed(self, name: str, size: int) -> Sealed:
-        """A file to read rows from, kept open; its size must be exactly `size`."""
+        """A file to read rows from; its size must be exactly `size`. Where it is not mapped, it may be opened again."""
         if self.maps:
             return Sealed(size, mapped=self.map(name, size))
         descriptor, found = self._open(name)
         if found != size:
             os.close(descriptor)
             raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
-        return Sealed(size, descriptor=descriptor)
+        same = os.fstat(descriptor)
+        return Sealed(size, descriptor=descriptor, again=lambda: self._again(name, same))
+
+    def _again(self, name: str, same: os.stat_result) -> int:
+        """Descriptor of a file that was looked at before; OSError when it is another one, or this folder is closed."""
+        if not self._descriptors:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), name)
+        try:
+            descriptor, _ = self._open(name)
+        except SnapshotDamaged as error:
+            raise OSError(errno.ESTALE, str(error), name) from error
+        if not os.path.samestat(os.fstat(descriptor), same):
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        return descriptor
 
     def open(self, name: str) -> tuple[int, int]:
         """Descriptor of a plain file, for reading with `read_at`, and its bytes; close it with `close_file`."""
@@ -212,14 +226,7 @@ class Folder:
                 continue
             except OSError:  # not a folder, so it holds nothing; whose it is was seen above
                 continue
-            flaw = flaw_of(sub or str(self.path), os.fstat(folder))
-            for leaf in os.listdir(folder):
-                try:
-                    facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
-                except FileNotFoundError:  # removed since the listing
-                    continue
-                flaw = flaw or flaw_of(f"{sub}/{leaf}" if sub else leaf, facts)
-            if flaw:
+            if flaw := flaw_in(folder, sub, str(self.path)):
                 return flaw
         return None
 

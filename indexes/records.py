@@ -47,6 +47,11 @@ _NEAR = 256 << 10  # bytes that are copied and then hashed: no more than a proce
 _PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
 
 
+def seconds32(now: float) -> int:
+    """A time as records hold it, in 32 bits: the first second for clocks before 1970, the last one after 2106."""
+    return min(max(int(now), 0), (1 << 32) - 1)
+
+
 def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, strong: bool = False) -> bytes:
     """128 bits over key, length, scale and bytes, so that the right bytes in the wrong row do not pass.
 

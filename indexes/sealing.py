@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.files import write_file
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.records import HEADER, MAGIC, ROW, STRONG, Keys, aligned, digests, portions
+from llmcache.indexes.records import HEADER, MAGIC, ROW, STRONG, Keys, aligned, digests, portions, seconds32
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[
         rows["nbytes"] = np.concatenate([_sizes(batch) for batch in batches])
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
-    now = np.uint32(folder.now())
+    now = np.uint32(seconds32(folder.now()))
     stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
     rows["created"] = np.concatenate(stamps) if stamps else now
     steps = aligned(rows["nbytes"].astype(np.uint64))

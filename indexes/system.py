@@ -84,6 +84,22 @@ def changed(facts: os.stat_result) -> float:
     return max(facts.st_mtime, facts.st_ctime)
 
 
+def flaw_in(folder: int, sub: str, path: str) -> str | None:
+    """Why a folder, given by descriptor, or a name in it is not this user's alone; None where all of it is.
+
+    sub: name of the folder in a store, "" for the store's own, which is called `path`.
+    """
+    flaw = flaw_of(sub or path, os.fstat(folder))
+    for leaf in () if flaw else os.listdir(folder):
+        try:
+            facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:  # removed since the listing
+            continue
+        if flaw := flaw_of(f"{sub}/{leaf}" if sub else leaf, facts):
+            break
+    return flaw
+
+
 def flaw_of(name: str, facts: os.stat_result) -> str | None:
     """Why a file or folder is not this user's alone; None where it is."""
     if facts.st_uid != os.geteuid():
