@@ -188,8 +188,11 @@ def carry(
                 pass
         with _Opened(source, facts.name, facts.size) as descriptor:
             source.sync(descriptor)  # whoever copied the source here may not have waited for the disk
-            if target.link_from(source, facts.name, new):
-                return True
+            try:
+                if target.link_from(source, facts.name, new):
+                    return True
+            except FileNotFoundError:  # removed since it was opened
+                raise SnapshotDamaged(f"{facts.name} is missing") from None
     write_whole(target, new, (part.data for part in checked(source, facts, records and records())), durable=False)
     return False
 

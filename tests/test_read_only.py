@@ -130,7 +130,14 @@ def test_the_command_line_runs_from_a_folder_that_is_mounted_read_only(
         subprocess.run(["mount", "-o", "remount,ro,bind", str(view)], check=True)
 
         def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-            whole = [sys.executable, "-c", "from llmcache.cli.main import main; main()", *arguments, "--store", str(view)]
+            whole = [
+                sys.executable,
+                "-c",
+                "from llmcache.cli.main import main; main()",
+                *arguments,
+                "--store",
+                str(view),
+            ]
             return subprocess.run(whole, env=environment, capture_output=True, text=True, check=False)
 
         done = command("run", str(tmp_path / "corpus.txt"), "--out", str(out))
