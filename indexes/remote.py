@@ -19,13 +19,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.agreement import alike
 from llmcache.indexes.errors import ConfigError, LLMCacheError, SnapshotDamaged, SnapshotNotFound
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
 from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import FileFacts, Manifest, SegmentFacts
-from llmcache.indexes.merge import alike
 from llmcache.indexes.opening import check_format, found, refuse_strangers
 from llmcache.indexes.parsing import MAX_BYTES
 from llmcache.indexes.places import SUBFOLDERS

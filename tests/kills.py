@@ -86,8 +86,8 @@ def random_kills(where: Path, trials: int, seed: int) -> Tally:
 
 
 _CHANGES = (
-    "_make_parts", "create", "create_locked", "sync", "close_file", "sync_folder", "link", "link_from", "replace", "remove",
-    "set_aside", "rename", "sync_above", "discard", "lock",
+    "_make_parts", "create", "create_locked", "sync", "close_file", "sync_folder", "link", "link_from", "replace",
+    "remove", "set_aside", "rename", "sync_above", "discard", "lock",
 )  # fmt: skip
 
 

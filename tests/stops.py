@@ -33,6 +33,8 @@ from tests.faults import Tally
 from tests.kills import RealDisk, forked, ledger_of, note
 from tests.operations import UNIVERSE, Ledger, bank_of, check, close, open_in, put
 
+log = logging.getLogger("tests.stops")
+
 _PER_PROCESS = 100_000  # numbers from which a process takes its own
 _SOURCES = 6  # stores that one merger merges
 
@@ -114,6 +116,7 @@ def stops(where: Path, trials: int, seed: int, grace: float = 0.05, seconds: flo
         with tally.trial("trials of stops and kills", f"seed {seed}, trial {trial}"):
             _trial(place / "store", f"{seed} {trial}", grace, seconds, tally)
         shutil.rmtree(place)
+        log.info("%d trials, %d failures", trial + 1, len(tally.failures))
     return tally
 
 
@@ -205,7 +208,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grace", type=float, default=0.05)
     options = parser.parse_args()
-    logging.disable(logging.CRITICAL)
+    logging.getLogger("llmcache").disabled = True
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     where = Path(tempfile.mkdtemp(prefix="stops-"))
     try:
         tally = stops(where, options.trials, options.seed, options.grace)

@@ -166,7 +166,8 @@ def test_a_disk_that_fills_up_during_a_run_fails_no_run_and_is_counted(
     assert cache.stats().counters.not_stored == len(set(MIXED) - set(KNOWN))
     assert sum("No space left" in record.getMessage() for record in caplog.records) == 1
     monkeypatch.undo()
-    with pytest.raises(LLMCacheError), LLMCache.open(store, model) as broken:
-        monkeypatch.setattr(Folder, "write", full)
+    with LLMCache.open(store, model) as broken:
         broken.encode(MIXED)
-        broken.commit()
+        monkeypatch.setattr(Folder, "write", full)
+        with pytest.raises(LLMCacheError, match="No space left"):
+            broken.commit()  # whoever asks for a commit is told
