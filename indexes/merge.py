@@ -114,6 +114,10 @@ def join(
     for round in range(_ROUNDS):
         try:
             return _join(base, stores, new, copy=copy, dry_run=dry_run)
+        except publishing.Republished:
+            if base is None or round == _ROUNDS - 1:
+                raise
+            base.reload()  # it took a number that was used while this process slept; its files are gone again
         except SnapshotDamaged:  # or compacted and collected since it was opened, and a newer generation is whole
             opened = [*([base] if base else []), *stores]
             before = [store.manifest.generation for store in opened]

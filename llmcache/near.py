@@ -20,7 +20,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
-from llmcache.nearness import SETTING, calibrations_of
+from llmcache.nearness import SETTING, calibrations_of, unreadable
 from llmcache.reuse import Decode, Reuse, entries_of
 
 log = logging.getLogger("llmcache")
@@ -54,6 +54,8 @@ class NearReuse:
             return None
         raw = dict(raw)
         try:
+            if field := unreadable(raw):
+                raise ConfigError(f"{field!r} of its calibration cannot be read; calibrate again")
             place, kept = raw.pop("fitted"), raw.pop("kept", None)
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
             self._check(fitted)
