@@ -8,16 +8,19 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from llmcache.indexes import leases
+from llmcache.indexes import leases, snapshot
 from llmcache.indexes.collection import files, garbage
+from llmcache.indexes.errors import Busy
 from llmcache.indexes.io import Folder
 from llmcache.indexes.leases import Lease, leased
-from llmcache.indexes.maintenance import gc
+from llmcache.indexes.maintenance import compact, gc
+from llmcache.indexes.manifest import SegmentFacts
 from llmcache.indexes.merge import merge
+from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import save
 from llmcache.indexes.store import Store
 from llmcache.indexes.verify import verify
@@ -248,6 +251,56 @@ def test_where_there_are_no_locks_the_age_of_files_decides(tmp_path: Path, monke
     assert not garbage(store.folder, 3600, 3600).sizes
     store.close()
     check_whole(path, {*range(5), *range(100, 110)})
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_merge_and_a_snapshot_begin_again_when_a_store_is_compacted_and_collected_under_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, copy: bool
+) -> None:
+    a, b = make(tmp_path / "a", range(50)), make(tmp_path / "b", range(100, 150))
+    for path in (a, b):
+        for number in range(3):
+            make(path, range(number, number + 1) if path is a else range(150 + number, 151 + number))
+    real, left = Segment.open.__func__, list(range(2 * times))  # type: ignore[attr-defined]
+    real_carry, maintaining = snapshot.carry_segment, list[bool]()
+
+    def renewed() -> None:
+        """All segments of both stores are other ones, and the files of the old ones are gone."""
+        if not left or maintaining:
+            return
+        left.pop()
+        maintaining.append(True)
+        try:
+            for path in (a, b):
+                make(path, range(300 + len(left), 301 + len(left)))
+                store = Store.open(path)
+                compact(store, small=True)
+                gc(store, 0)
+                store.close()
+        except Busy:  # the snapshot keeps collectors off by now
+            left.clear()
+        finally:
+            maintaining.clear()
+
+    def open_late(cls: type[Segment], folder: Folder, facts: SegmentFacts) -> Segment:
+        renewed()
+        return cast(Segment, real(cls, folder, facts))
+
+    def carry_late(*arguments: Any, **named: Any) -> Any:
+        renewed()
+        return real_carry(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "carry_segment", carry_late)
+        save(b, tmp_path / "snapshot", copy=copy)
+    assert {*range(100, 153)} <= present(tmp_path / "snapshot", range(400))
+    left[:] = range(2 * times)
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "open", classmethod(open_late))
+        merge([a], b, copy=copy)
+    assert {*range(50), *range(100, 153)} <= present(b, range(400))
+    check_whole(b, present(b, range(400)))
 
 
 def test_stops_and_kills_at_random_lose_nothing_and_leave_stores_that_can_be_snapshotted(tmp_path: Path) -> None:
