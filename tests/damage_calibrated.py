@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -233,7 +232,7 @@ def asked(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5 and re.fullmatch(r"\d+", sys.argv[2]):
+    if len(sys.argv) == 5 and not sys.argv[1].startswith("-"):
         main(*sys.argv[1:])
     else:
         sys.exit(asked(sys.argv[1:]))
