@@ -22,7 +22,7 @@ from llmcache.indexes.opening import check_format, found
 from llmcache.indexes.parsing import MAX_BYTES, salvage
 from llmcache.indexes.records import HEADER, ROW
 from llmcache.indexes.rewrite import Pick, rewrite
-from llmcache.indexes.segment import Segment, records_of
+from llmcache.indexes.segment import Segment, mark_bytes, marks_of, records_of
 from llmcache.indexes.snapshot import banks, failing
 from llmcache.indexes.transfer import chunks, files_of, living
 from llmcache.indexes.trust import check_own
@@ -172,7 +172,9 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
     folder.close_file(descriptor)
     data = folder.sealed(name, size)
     # pitch 0: the file may end within the padding of its last row
-    segment = Segment(facts, folder, result.records, result.aliases, 0, feature_width, data)
+    segment = Segment(
+        facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
+    )
     return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
 
 
@@ -242,7 +244,7 @@ def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
     try:
         files = tuple(_file_facts(folder, f"seg/{id}.{kind}", kind != "seg") for kind in _KINDS)
         sizes = {kind: file.size for kind, file in zip(_KINDS, files, strict=True)}
-        rows = (sizes["row"] - HEADER.itemsize) // ROW.itemsize
+        rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
         facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
         records, _, feature_width = records_of(folder, facts)
     except (SnapshotDamaged, FileNotFoundError, ValueError):
