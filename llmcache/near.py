@@ -18,6 +18,7 @@ from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
 from llmcache.marking import FieldDigests
@@ -89,6 +90,11 @@ class NearReuse:
         """
         rows, every = entries_of(self._bank, scope)
         if len(rows) < 2 * LEAST and len(self._bank) >= 2 * LEAST:
+            if unknown := len(self._bank.in_scope(UNKNOWN)):
+                raise ConfigError(
+                    f"{unknown} of the {len(self._bank)} entries do not say for which role and prompt they are, as "
+                    "older versions stored them, and answer no near match; store the documents in a fresh namespace"
+                )
             raise ConfigError(
                 f"{len(rows)} of the {len(self._bank)} entries are for this role and prompt, which are too few; give "
                 f"the role= and prompt= that the others are for, or warm the store with at least {2 * LEAST} documents"

@@ -254,8 +254,9 @@ class Reuse:
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
-            unread = self._digests.unread(self._bank.marks(neighbours[:, 0]))
-            for i in passed[unread & (gate[passed] == GUARDED)].tolist():
+            refused = np.flatnonzero(differing >= 0)
+            unread = self._digests.unread(self._bank.marks(neighbours[refused, 0]))
+            for i in passed[refused[unread]].tolist():
                 kinds[i] = UNREAD
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         consensus = found.evidence[:, _CONSENSUS]

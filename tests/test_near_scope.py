@@ -263,3 +263,46 @@ def test_a_forecast_counts_near_matches_of_the_same_way_only(folder: str, tmp_pa
         cache.calibrate(budget=0.9, drift="cosine", role="query", guard=False)
         assert "another role" in cache.plan(ASKED, role="document").near_from
         assert "as calibrated" in cache.plan(ASKED, role="query").near_from
+
+
+@pytest.mark.parametrize("rule", ["tau", "layer"])
+def test_entries_from_before_there_were_scopes_are_exact_matches_and_answer_no_near_one(
+    folder: str, tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_prompts(folder)
+    with monkeypatch.context() as older:
+        older.setattr("llmcache.indexes.parsing.FORMAT", 1)
+        older.setattr("llmcache.execution.Execution.marks", lambda *_: None)
+        older.setattr("llmcache.states.scoped", lambda *_: None)
+        stored(tmp_path / "s", model, RULES[rule], {"plain": {}})
+    (manifest,) = {max((tmp_path / "s").glob("m-*.json"))}
+    assert b'"format":1' in manifest.read_bytes()
+    with LLMCache.open(tmp_path / "s", model, config=RULES[rule]) as cache:
+        assert {one.tier for one in cache.run(TEXTS[:40])} == {"exact"}
+        given = list(cache.run(ASKED))
+        assert "near" not in {one.tier for one in given[:1]}
+        np.testing.assert_allclose(given[0].output, model.encode(ASKED[0]), atol=1e-5)
+        assert {one.tier for one in cache.run([text + "." for text in ASKED])} == {"near"}, "what is new answers"
+    assert b'"format":2' in max((tmp_path / "s").glob("m-*.json")).read_bytes()
+
+
+def test_a_calibration_from_before_there_were_scopes_is_off_and_says_so(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_prompts(folder)
+    with monkeypatch.context() as older:
+        older.setattr("llmcache.execution.Execution.marks", lambda *_: None)
+        stored(tmp_path / "old", model, RULES["calibrated"], {"plain": {}})
+    with LLMCache.open(tmp_path / "old", model) as cache, pytest.raises(ConfigError, match="older versions"):
+        cache.calibrate(budget=0.9, drift="cosine")
+    stored(tmp_path / "s", model, RULES["calibrated"], {"plain": {}})
+    calibrated(tmp_path / "s", model, RULES["calibrated"], {})
+    store = Store.open(tmp_path / "s")
+    space = store.namespace("default")
+    assert space is not None
+    setting = {name: one for name, one in space.config["calibration"].items() if name != "scope"}
+    store.declare("default", space.identity, {**space.config, "calibration": setting})
+    store.close()
+    with LLMCache.open(tmp_path / "s", model, config=RULES["calibrated"]) as cache:
+        assert "calibrate again" in cache.near_is_off
+        assert {one.tier for one in cache.run(LATER)} == {"miss"}
