@@ -78,7 +78,7 @@ def test_texts_that_differ_in_what_a_tokenizer_may_lose_never_answer_each_other(
     allowed = FieldDigests()(asked)
     for mine, one in zip(allowed, cache.run(asked), strict=True):
         if one.tier == "near":  # of an entry with the very same fields, then
-            source = cache._execution.bank.marks(np.array([_row(cache, one.source)]))
+            source = cache._execution.bank.marks(np.array([_row(cache, str(one.source))]))
             np.testing.assert_array_equal(source["fields"][0], mine)
             assert one.source not in {_key(cache, other) for other in known}
         else:
