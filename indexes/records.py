@@ -35,7 +35,8 @@ HEADER = np.dtype(
         ("feature_width", "<u4"),
         ("rows", "<u8"),
         ("pitch", "<u8"),  # bytes from one row to the next where all rows are equally long, else 0
-        ("reserved", "S32"),
+        ("mark", "<u4"),  # bytes of a row's mark, 0 where the rows have none
+        ("reserved", "S28"),
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])

@@ -26,7 +26,7 @@ from llmcache.indexes.parsing import MAX_BYTES, salvage
 from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
 from llmcache.indexes.records import HEADER, MAGIC, ROW
 from llmcache.indexes.rewrite import Pick, rewrite
-from llmcache.indexes.segment import Segment, records_of
+from llmcache.indexes.segment import Segment, mark_bytes, marks_of, records_of
 from llmcache.indexes.snapshot import banks, failing
 from llmcache.indexes.transfer import chunks, files_of, living
 from llmcache.indexes.trust import check_own
@@ -218,7 +218,9 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
     folder.close_file(descriptor)
     data = folder.sealed(name, size)
     # pitch 0: the file may end within the padding of its last row
-    segment = Segment(facts, folder, result.records, result.aliases, 0, feature_width, data)
+    segment = Segment(
+        facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
+    )
     return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
 
 
@@ -291,7 +293,7 @@ def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
     """What a manifest would say of a segment, from its files alone; None when they do not go together."""
     try:
         sizes = {kind: _size(folder, f"seg/{id}.{kind}") for kind in _KINDS}
-        rows = (sizes["row"] - HEADER.itemsize) // ROW.itemsize
+        rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
         header = _header(folder, f"seg/{id}.row")
         width = int(header["feature_width"])
         # before anything is read: files may be far larger than what they hold

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from llmcache.architecture import Trunk
 from llmcache.errors import ConfigError
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
 from llmcache.matching import first_occurrences
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
@@ -75,8 +76,11 @@ class Attachment:
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
         self.entries: list[str] = []
         """Per row of the last pass the key of the entry that was reused, in hexadecimal; "" where none was."""
+        self._given: NDArray[np.int64] | None = None  # by `last_pass`
         self.up_to: int | None = None
         """Deepest layer whose states are reused, None for any; while it is set nothing is kept."""
+        self.asked: tuple[str | None, str | None] | None = None
+        """Role and prompt of the texts that pass; None while token ids are given, of which that is not known."""
 
     def __enter__(self) -> Self:
         module = self.trunk.module
@@ -117,6 +121,19 @@ class Attachment:
     def banks(self) -> LayerBanks:
         """The banks of the layers, for the autocast state at hand."""
         return self._anatomy()[1]
+
+    def last_pass(self) -> tuple[NDArray[np.int64], list[str]] | None:
+        """`entered` and `entries` of the last pass, given once; None where nothing has passed since they were given, as
+        when a model with several trunks has used another one.
+        """
+        if not len(self.entered) or self.entered is self._given:
+            return None
+        self._given = self.entered
+        return self.entered, self.entries
+
+    def scope(self, layer: int) -> int:
+        """Which states of a layer may stand for those of the texts that pass now; see `LayerBanks.scope`."""
+        return UNKNOWN if self.asked is None else self.banks.scope(layer, self._mode(), self.asked)
 
     @property
     def decodes(self) -> bool:
@@ -313,7 +330,7 @@ class Attachment:
         for layer, table in kept.items():
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
-            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
+            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)
 
 
 def _merged(

@@ -86,7 +86,7 @@ class LLMCache:
         self._storing.history.namespace, self._storing.history.model = namespace, identity.name
         self._weights, self._current = Weights(model), identity
         self._layers = Layers(model, self._identity_now, config, namespace, self._storing, secret)
-        self._calibrations = Calibrations(store, namespace, config, self._decoded, drift, self._storing.commit)
+        self._calibrations = Calibrations(store, namespace, config, drift, self._storing.commit)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
             bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
@@ -374,6 +374,9 @@ class LLMCache:
         guard_pattern: str = "",
         seed: int = 0,
         of: Module | None = None,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
     ) -> Calibration:
         """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
 
@@ -388,7 +391,10 @@ class LLMCache:
             again to `open`.
         truth: right answers of the sample, whose documents may then also be in the cache.
         guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
-            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields.
+            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields; it is read in the
+            texts that are stored from now on, and entries from before pass no guard with it.
+        role, prompt_name, prompt: of the documents that near matches are for, as for `run`: a near match never comes
+            from an entry with another role or prompt, and what is calibrated here holds for these only.
         seed: of the folds. of: a head, as `run_heads` takes it: what it gives is calibrated, instead of embeddings.
         The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
         ConfigError: settings that cannot work, or too few entries or documents.
@@ -396,10 +402,11 @@ class LLMCache:
         self._check_open()
         if self._store.read_only:
             raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
-        prompt = self._prompt(None, None, None) if isinstance(self.model, SentenceTransformer) else None
+        if isinstance(self.model, SentenceTransformer):
+            prompt = self._prompt(role, prompt_name, prompt)
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
         return self._calibrations.calibrate(
-            name, execution, sample, truth, prompt, budget=budget, drift=drift, head=head, limit=limit,
+            name, execution, sample, truth, prompt, role, budget=budget, drift=drift, head=head, limit=limit,
             confidence=confidence, guarded=bool(guard), pattern=guard_pattern, seed=seed,
             kinds=KINDS if isinstance(guard, bool) else tuple(guard),
         )  # fmt: skip
@@ -416,10 +423,12 @@ class LLMCache:
         reuse = self._execution.reuse
         return reuse.off or reuse.stands_aside if reuse else ""
 
-    def explain(self, text: str, *, role: str | None = None) -> Explanation:
+    def explain(
+        self, text: str, *, role: str | None = None, prompt_name: str | None = None, prompt: str | None = None
+    ) -> Explanation:
         """How one text would be answered: the tier, its nearest neighbour, and what decided. Nothing is computed."""
         self._check_open()
-        return explain(self._execution, text, self._prompt(role, None, None), role, self._decoded)
+        return explain(self._execution, text, self._prompt(role, prompt_name, prompt), role, self._decoded)
 
     def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode([one.tolist() for one in tokens], skip_special_tokens=True)

@@ -66,6 +66,12 @@ class Sentences:
     def token_embedding(self) -> torch.Tensor:
         return token_embedding(self._model)
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text that the model reads; None: all."""
+        found: int | None = self._model.max_seq_length
+        return found
+
 
 @torch.inference_mode()
 def compute(

@@ -18,13 +18,15 @@ from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.fingerprint import features_on
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import Marks
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
+from llmcache.layerwise import Asking, asked_with, near_layers
 from llmcache.levels import DeviceAnswers, Levels, levels_of
+from llmcache.marking import FieldDigests, scope_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.ondevice import place_of
 from llmcache.reuse import TAKEN, Near, Reuse
-from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
 
@@ -106,6 +108,8 @@ class Execution:
         self.counters = storing.counters
         self._worth = storing.worth(bank, name, self._again)
         self._near_reuse: Reuse | None = None
+        self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
+        """Digests of what the guard compares, of the texts that are stored here and asked for."""
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
         self._levels_for: torch.device | None = None
@@ -184,6 +188,19 @@ class Execution:
         """What the keys of this call's "text" or "tokens" begin with."""
         return self._seed(kind, call)
 
+    def scope(self, call: Call) -> int:
+        """Which entries may answer near matches of this call: those stored with the same number in their marks.
+
+        It comes from the same bytes as the keys, so whatever decides which entries match exactly decides this too.
+        """
+        return scope_of(self._seed("scope", call))
+
+    def marks(self, call: Call, places: Places) -> Marks | None:
+        """Marks of the entries that are made of these documents; None where nothing is stored, or found by likeness."""
+        if not self._storing.store.writable or not self.bank.facts.feature_width:
+            return None
+        return self.fields.marks(self.scope(call), [call.texts[i] for i in places.tolist()])
+
     def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
         call = Call([text], None, prompt, role)
@@ -191,10 +208,10 @@ class Execution:
         by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
         return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
 
-    def rows(self, texts: Sequence[str], prompt: str | None) -> Places:
-        """Rows of texts that the bank holds, -1 elsewhere; int64 [n]."""
-        tokens = self._model.tokenise(texts, prompt, None)
-        seed = self._seed("tokens", Call(texts, None, prompt))
+    def rows(self, texts: Sequence[str], call: Call) -> Places:
+        """Rows of texts that the bank holds for the role and prompt of a call, -1 elsewhere; int64 [n]."""
+        tokens = self._model.tokenise(texts, call.prompt, call.role)
+        seed = self._seed("tokens", call)
         return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
 
     def _tried(self, answers: Answers, keys: Keys) -> Places:
@@ -260,16 +277,24 @@ class Execution:
         drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
         raw = drawn.cpu().numpy()
         audited: _Audited | None = None
-        if len(todo) and self.reuse is not None:
-            asked = raw if self.reuse.place is None else drawn
-            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked)
-            call.progress(len(todo) - len(open_), 0)
-            todo, raw = todo[open_], raw[open_]
+        reuse = self.reuse
+        if len(todo) and reuse is not None:
+            if reuse.scope == self.scope(call):
+                asked = raw if reuse.place is None else drawn
+                texts = [call.texts[i] for i in places[todo].tolist()]
+                open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked, texts)
+                call.progress(len(todo) - len(open_), 0)
+                todo, raw = todo[open_], raw[open_]
+            else:
+                reuse.foreign += len(todo)
         elif len(todo) and self.config.reuse != "exact" and (self.config.tau is not None or self.config.layer_tau):
             if self.config.reuse == "layer":
-                open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
+                with self._inside() as attachment, asked_with(attachment, call):
+                    asking = Asking(call, places[todo], tokens.take(todo.tolist()), raw)
+                    open_ = near_layers(attachment, self._model, self.config, self.counters, answers, asking)
             else:
-                open_ = self._near(answers, places[todo], drawn if self.bank.near.takes_tensors else raw)
+                asked = drawn if self.bank.near.takes_tensors else raw
+                open_ = self._near(answers, places[todo], asked, self.scope(call))
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
@@ -281,11 +306,11 @@ class Execution:
         others = np.setdiff1d(np.arange(len(places)), todo)
         self._storing.alias(self.bank, text_keys[others], keys[others])
 
-    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32] | torch.Tensor) -> Places:
-        """Serve near matches; returns the indices into `places` that stay open."""
+    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32] | torch.Tensor, scope: int) -> Places:
+        """Serve near matches from entries of this scope; returns the indices into `places` that stay open."""
         if self.config.tau is None:
             return np.arange(len(places))
-        rows, similarity = near(self.bank, raw, self.config.tau)
+        rows, similarity = near(self.bank, raw, self.config.tau, scope)
         self._storing.history.similar(similarity, rows >= 0)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
@@ -299,6 +324,7 @@ class Execution:
         places: Places,
         tokens: Sequence[NDArray[np.int32]],
         raw: NDArray[np.float32] | torch.Tensor,
+        texts: Sequence[str],
     ) -> tuple[Places, _Audited | None]:
         """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
         reuse = self.reuse
@@ -308,7 +334,8 @@ class Execution:
             return np.arange(len(places)), None
         reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
-        near = reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        chosen = tried.tolist()
+        near = reuse.look_up(raw[tried], [tokens[i] for i in chosen], [texts[i] for i in chosen])
         self._storing.history.similar(near.closest, near.gate == TAKEN)
         reuse.watch(near.closest)
         again = reuse.chosen_for_audit(near)
@@ -338,46 +365,18 @@ class Execution:
         self.counters.audits += len(drift)
         self.counters.audited_drift += float(drift.sum())
 
-    def _near_layers(
-        self, answers: Answers, call: Call, places: Places, tokens: TokenRows, raw: NDArray[np.float32]
-    ) -> Places:
-        """Serve near matches by the paper's rule: the state of the deepest layer whose tau is reached, and on from it.
-
-        Everything above a state is a function of it, so this is the neighbour's output, computed from that layer on.
-        """
-        open_ = np.arange(len(places))
-        with self._inside() as attachment:
-            for layer in reversed(attachment.banks.layers):
-                tau = self.config.layer_tau.get(layer, self.config.tau)
-                if tau is None or not len(open_):
-                    continue
-                rows, similarity = near(attachment.banks.banks[layer], raw[open_], tau)
-                found = np.flatnonzero(rows >= 0)
-                bank = attachment.banks.banks[layer]
-                neighbours = tokens.like([bank.tokens(int(row)) for row in rows[found]])
-                attachment.up_to = layer
-                try:
-                    for done in compute(self._model, neighbours, call.batch_size, call.role):
-                        where = places[open_[found[done.chosen]]]
-                        answers.taken_over(where, done.outputs, attachment.entered, attachment.entries)
-                        answers.similarity[where] = similarity[found[done.chosen]]
-                finally:
-                    attachment.up_to = None
-                self.counters.layer(bank_name(layer)).near += len(found)
-                open_ = np.delete(open_, found)
-        return open_
-
     def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
-        with self._inside() as attachment:
+        with self._inside() as attachment, asked_with(attachment, call):
             for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
                 chosen, where = done.chosen, unknown.places[done.chosen]
                 answers.kept(where, done.vectors)
-                if attachment is None:
+                passed = None if attachment is None else attachment.last_pass()
+                if passed is None:
                     answers.outputs[where] = done.outputs
                     self.counters.model_seconds += done.seconds
-                else:  # which counts the seconds itself
-                    answers.computed(where, done.outputs, attachment.entered, attachment.entries)
+                else:  # the attachment counts the seconds itself
+                    answers.computed(where, done.outputs, *passed)
                 self._storing.put(
                     self.bank,
                     unknown.keys[chosen],
@@ -387,6 +386,7 @@ class Execution:
                     sources=[call.ids[i] if call.ids else "" for i in where],
                     features=unknown.features[chosen],
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
+                    marks=self.marks(call, where),
                 )
                 call.progress(len(chosen), len(chosen))
 

@@ -50,9 +50,17 @@ class Head:
             return tokenise(self._source, texts, prompt, role)
         if self._tokenizer is None:
             raise ConfigError("texts need a tokenizer; open the cache with tokenizer=...")
-        limit = getattr(self._tokenizer, "model_max_length", None)
         texts = texts if prompt is None else [prompt + text for text in texts]
-        return tokenise_plainly(self._tokenizer, texts, limit if limit and limit < 1 << 30 else None)
+        return tokenise_plainly(self._tokenizer, texts, self.limit)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text that are read; None: all."""
+        if isinstance(self._source, SentenceTransformer):
+            found: int | None = self._source.max_seq_length
+            return found
+        limit = getattr(self._tokenizer, "model_max_length", None)
+        return limit if limit and limit < 1 << 30 else None
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
         self._model.eval()

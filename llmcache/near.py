@@ -18,10 +18,13 @@ from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
+from llmcache.marking import FieldDigests
 from llmcache.nearness import SETTING, calibrations_of, unreadable
-from llmcache.reuse import Decode, Reuse, entries_of
+from llmcache.predictor import LEAST
+from llmcache.reuse import Reuse, entries_of
 
 log = logging.getLogger("llmcache")
 
@@ -39,12 +42,14 @@ class NearReuse:
         config: CacheConfig,
         name: str,
         bank: Bank,
-        decode: Decode,
+        fields: FieldDigests,
         drift: Drift | None = None,
     ) -> None:
-        """name, bank: of the outputs. decode: token ids to texts, for the guard. drift: the user's own function."""
+        """name, bank: of the outputs. fields: digests of texts and entries, for the guard. drift: the user's own
+        function.
+        """
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
-        self._decode, self._drift = decode, drift
+        self._fields, self._drift = fields, drift
         self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
 
     def saved(self) -> Reuse | None:
@@ -60,7 +65,7 @@ class NearReuse:
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
             self._check(fitted)
             distilled = self._distilled(place)
-            return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift, distilled)
+            return Reuse(self._bank, found, fitted, self._fields, self._config, kept, self._drift, distilled)
         except ConfigError as error:
             log.warning("near reuse is off: %s", error)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -74,9 +79,16 @@ class NearReuse:
         if given.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(given)):
             raise ConfigError(f"what was fitted gives {given.shape[-1]} numbers, outputs have {facts.width}")
 
+    @property
+    def pattern(self) -> str:
+        """The regular expression for the user's own fields that a calibration was saved with; "" for none."""
+        pattern = self._saved().get(self._setting, {}).get("guard_pattern", "")
+        return pattern if isinstance(pattern, str) else ""
+
     def calibrate(
         self,
         known: NDArray[np.int64] | None,
+        scope: int,
         *,
         commit: Callable[[], None],
         truth: tuple[NDArray[np.int64], Truth] | None = None,
@@ -84,12 +96,23 @@ class NearReuse:
     ) -> Calibration:
         """Choose a threshold and save it, see `LLMCache.calibrate`.
 
-        known: rows of the bank that answer; the others are the sample. None: all of them are both. truth: rows of the
+        known: rows of the bank that answer; the others are the sample. None: all of them are both. scope: only entries
+        of this one take part, and answer afterwards. truth: rows of the
         sample and the right answers to them. settings: of `calibrating.calibrated`.
         """
-        rows, every = entries_of(self._bank)
+        rows, every = entries_of(self._bank, scope)
+        if len(rows) < 2 * LEAST and len(self._bank) >= 2 * LEAST:
+            if unknown := len(self._bank.in_scope(UNKNOWN)):
+                raise ConfigError(
+                    f"{unknown} of the {len(self._bank)} entries do not say for which role and prompt they are, as "
+                    "older versions stored them, and answer no near match; store the documents in a fresh namespace"
+                )
+            raise ConfigError(
+                f"{len(rows)} of the {len(self._bank)} entries are for this role and prompt, which are too few; give "
+                f"the role= and prompt= that the others are for, or warm the store with at least {2 * LEAST} documents"
+            )
         until = int(self._bank.created(rows).max(initial=0))
-        texts = self._decode(every.tokens)
+        read = self._fields.of(self._bank.marks(rows))
         answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
         answer = np.arange(len(rows)) if known is None else np.flatnonzero(np.isin(rows, known))
         asked = np.setdiff1d(np.arange(len(rows)), answer)
@@ -101,10 +124,8 @@ class NearReuse:
         right = (
             np.array([answers[row] for row in rows[answer if sample is None else asked].tolist()]) if answers else None
         )
-        found, fitted = calibrated(
-            every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
-        )
-        found = replace(found, until=until)
+        found, fitted = calibrated(every.take(answer), read[answer], sample, read[asked], truth=right, **settings)
+        found = replace(found, until=until, scope=f"{scope:016x}")
         place = self.save(found, fitted, None, commit)
         if found.threshold is not None:  # kept now, so that no opening has to predict for all entries
             self._distilled(place).predictions(self._bank, rows, half(every.features), fitted.predictor)

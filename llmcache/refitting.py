@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from threading import Thread
 
-from llmcache.calibrating import Calibration, Fitted, calibrated
+from llmcache.calibrating import Calibration, Digests, Fitted, calibrated
 from llmcache.crossfit import Entries
 from llmcache.errors import LLMCacheError
 
@@ -33,12 +32,14 @@ class Refitting:
     """Entries that take part: fewer that answer than there are make the evidence pessimistic, not wrong."""
 
     def __init__(
-        self, entries: Entries, texts: Sequence[str], before: Calibration, fitted: Fitted, of: int, until: int
+        self, entries: Entries, read: Digests, before: Calibration, fitted: Fitted, of: int, until: int
     ) -> None:
-        """texts: of the entries, for the guard. of: how many entries there are in all; until: when the last was put."""
+        """read: digests of the fields of the entries, for the guard. of: how many entries there are in all;
+        until: when the last was put.
+        """
         self._found: tuple[Calibration, Fitted] | None = None
         self._of, self._until = of, until
-        self._thread = Thread(target=self._run, args=(entries, texts, before, fitted), daemon=True)
+        self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
         self._thread.start()
 
     def result(self) -> tuple[Calibration, Fitted] | None:
@@ -49,14 +50,14 @@ class Refitting:
         """Until it is done."""
         self._thread.join()
 
-    def _run(self, entries: Entries, texts: Sequence[str], before: Calibration, fitted: Fitted) -> None:
+    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: Fitted) -> None:
         try:
             found, numbers = calibrated(
-                entries, texts, None, (), budget=before.budget, drift=before.drift, head=fitted.boundary,
+                entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,
                 limit=before.limit, confidence=before.confidence, guarded=before.guard, kinds=before.guard_kinds,
                 pattern=before.guard_pattern, seed=self._of, refit_head=True,
             )  # fmt: skip
         except LLMCacheError as error:
             log.warning("near reuse keeps its calibration on %d entries: %s", before.entries, error)
             return
-        self._found = replace(found, entries=self._of, until=self._until), numbers
+        self._found = replace(found, entries=self._of, until=self._until, scope=before.scope), numbers

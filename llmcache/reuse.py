@@ -23,8 +23,10 @@ from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.levels import dtype_of
+from llmcache.marking import FieldDigests
 from llmcache.ondevice import DeviceMemory
 from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
@@ -44,6 +46,9 @@ GATES = (
 """What decided on a near match, by number."""
 _CONSENSUS = EVIDENCE.index("consensus")
 
+UNREAD = "fields that are not stored with the entry under the rules in use"
+"""What the guard says of an entry that was stored without digests of its fields, or with those of other rules."""
+_BEFORE_SCOPES = "it was calibrated before entries said for which role and prompt they are; calibrate again"
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 """Token ids of documents back to texts."""
 
@@ -90,12 +95,12 @@ def _no_neighbours(n: int, width: int) -> Near:
     )  # fmt: skip
 
 
-def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
+def entries_of(bank: Bank, scope: int, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of one scope of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
 
     until: only rows that were put by then, in seconds since the epoch; 0 takes all.
     """
-    rows = bank.near.live()
+    rows = bank.in_scope(scope)
     if until:
         rows = rows[bank.created(rows) <= until]
     rows = rows[:: max(1, -(-len(rows) // most))]
@@ -118,16 +123,16 @@ class Reuse:
         bank: Bank,
         calibration: Calibration,
         fitted: Fitted,
-        decode: Decode,
+        fields: FieldDigests,
         config: CacheConfig,
         kept: Mapping[str, Any] | None = None,
         drift: Drift | None = None,
         distilled: Distilled | None = None,
     ) -> None:
-        """kept: a `state` to go on from. drift: the user's own function, for a calibration that was made by one.
-        distilled: predictions of the entries, where they are kept.
+        """fields: digests of texts and entries, for the guard. kept: a `state` to go on from. drift: the user's own
+        function, for a calibration that was made by one. distilled: predictions of the entries, where they are kept.
         """
-        self._bank, self._decode, self._config, self._own = bank, decode, config, drift
+        self._bank, self._digests, self._config, self._own = bank, fields, config, drift
         self.distilled = distilled
         self.balance = Balance()
         self.changed = False
@@ -137,7 +142,9 @@ class Reuse:
         self._audit_seconds = self._saved_seconds = 0.0
         self._place: torch.device | None = None
         self._begin(calibration, fitted)
-        if kept:
+        self.foreign = 0
+        """Documents of other scopes than the calibrated one that came by in this opening; they were not looked up."""
+        if kept and self.scope != UNKNOWN:
             self.audits.restore(kept["audits"])
             self.stopped = str(kept["stopped"])
 
@@ -146,7 +153,6 @@ class Reuse:
         self._memory: Neighbourhood | None = None
         self._too_few = ""
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._fields: dict[int, NDArray[np.uint64]] = {}
         self._judge = judge_of(calibration, fitted, self._own)
         levels = calibration.levels()
         self.audits = Audits(
@@ -158,6 +164,13 @@ class Reuse:
         self.shifted = ""
         """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
         self.stopped = calibration.reason if calibration.threshold is None else ""
+        if self.scope == UNKNOWN:
+            self.stopped = _BEFORE_SCOPES
+
+    @property
+    def scope(self) -> int:
+        """The scope that is calibrated: whose entries answer, and whose documents are looked up."""
+        return int(self.calibration.scope or "0", 16)
 
     @property
     def off(self) -> str:
@@ -180,7 +193,7 @@ class Reuse:
 
     def forget(self) -> None:
         """Rows have other numbers now: the entries are taken from the bank again."""
-        self._memory, self._fields, self._too_few = None, {}, ""
+        self._memory, self._too_few = None, ""
 
     @property
     def place(self) -> torch.device | None:
@@ -202,7 +215,7 @@ class Reuse:
         gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
         """
         if self._memory is None and not self._too_few:
-            self._rows, entries = entries_of(self._bank, until=self.calibration.until)
+            self._rows, entries = entries_of(self._bank, self.scope, until=self.calibration.until)
             if len(self._rows) < NEIGHBOURS:
                 self._too_few = (
                     f"{len(self._rows)} entries are left of those that it was calibrated on, and a near match is made "
@@ -237,8 +250,16 @@ class Reuse:
             self.refresh()  # says whether there are entries at all
         return np.zeros(0, np.int64) if self.off else self.balance.tried(n)
 
-    def look_up(self, features: NDArray[np.float32] | torch.Tensor, tokens: Sequence[NDArray[np.int32]]) -> Near:
-        """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
+    def look_up(
+        self,
+        features: NDArray[np.float32] | torch.Tensor,
+        tokens: Sequence[NDArray[np.int32]],
+        texts: Sequence[str],
+    ) -> Near:
+        """Near matches of some documents of the calibrated scope, and what decided on each.
+
+        features: raw, [n, width], as the bank's. texts: the original ones, without their prompt, for the guard.
+        """
         memory = self.refresh()
         if memory is None or not len(tokens):
             return _no_neighbours(len(tokens), self._bank.facts.width)
@@ -251,13 +272,17 @@ class Reuse:
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
             neighbours, similarities = self._rows[found.neighbours[passed]], found.similarities[passed]
-            mine = self._guard.digests(self._decode([tokens[i] for i in passed.tolist()]))
+            mine = self._digests([texts[i] for i in passed.tolist()])
             place, differing = self._sharing(mine, neighbours, similarities, self._guard)
             each = np.arange(len(passed))
             rows[passed], similarity[passed] = neighbours[each, place], similarities[each, place]
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
+            refused = np.flatnonzero(differing >= 0)
+            unread = self._digests.unread(self._bank.marks(neighbours[refused, 0]))
+            for i in passed[refused[unread]].tolist():
+                kinds[i] = UNREAD
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         consensus = found.evidence[:, _CONSENSUS]
         return Near(found.results, rows, similarity, consensus, score, gate, kinds, closest)
@@ -270,24 +295,20 @@ class Reuse:
         rules: guard.Rules,
     ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """See `guard.Rules.sharing`; the other neighbours' fields are read only where those of the nearest differ."""
-        first = self._fields_of(neighbours[:, 0], rules)
+        first = self._fields_of(neighbours[:, 0])
         place, kind = np.zeros(len(mine), np.int64), rules.unequal(mine, first)
         open_ = np.flatnonzero(kind >= 0)
         if len(open_):
             eligible = eligible_sources(similarities[open_], self.calibration.voting.temperature)
             some = neighbours[open_]
             theirs = np.broadcast_to(first[open_][:, None], (*some.shape, first.shape[1])).copy()
-            theirs[eligible] = self._fields_of(some[eligible], rules)
+            theirs[eligible] = self._fields_of(some[eligible])
             place[open_], kind[open_] = rules.sharing(mine[open_], theirs, eligible)
         return place, kind
 
-    def _fields_of(self, rows: NDArray[np.int64], rules: guard.Rules) -> NDArray[np.uint64]:
-        """Digests of the fields of some entries, uint64 [n, kinds], each read once."""
-        missing = [row for row in np.unique(rows).tolist() if row not in self._fields]
-        if missing:  # some tokenizers make one text of no texts
-            read = rules.digests(self._decode([self._bank.tokens(row) for row in missing]))
-            self._fields.update(zip(missing, read, strict=True))
-        return np.array([self._fields[row] for row in rows.tolist()], np.uint64)
+    def _fields_of(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Digests of the fields of some entries, uint64 [n, kinds]."""
+        return self._digests.of(self._bank.marks(rows))
 
     def neighbours(
         self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
@@ -360,10 +381,11 @@ class Reuse:
         """Once the cache has doubled, calibrate again in the background, and go on with that when it is there."""
         if self._refitting is None:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
-                _, entries = entries_of(self._bank, Refitting.MOST)
-                texts = self._decode(entries.tokens)
-                until = int(self._bank.created(self._bank.near.live()).max(initial=0))
-                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank), until)
+                mine = self._bank.in_scope(self.scope)
+                if grown(self.calibration, len(mine)):
+                    rows, entries = entries_of(self._bank, self.scope, Refitting.MOST)
+                    read, until = self._fields_of(rows), int(self._bank.created(mine).max(initial=0))
+                    self._refitting = Refitting(entries, read, self.calibration, self.fitted, len(mine), until)
             return
         if (found := self._refitting.result()) is None:
             return

@@ -88,20 +88,20 @@ class SpreadExecution(Execution):
         began = time.perf_counter()
         parts = _parts(order, call.batch_size, self.workers.count)
         done: list[Done | None] = [None] * len(parts)
-        for number, one in self.workers.computed([_share(call, unknown, part) for part in parts]):
+        shares = [self._share(call, unknown, part) for part in parts]
+        for number, one in self.workers.computed(shares):
             done[number] = one
             call.progress(len(parts[number]), len(parts[number]))
         self.counters.model_seconds += time.perf_counter() - began
-        for part, result in zip(parts, done, strict=True):
+        for part, share, result in zip(parts, shares, done, strict=True):
             assert result is not None
             answers.outputs[unknown.places[part]] = result.outputs
             if result.stored:
-                self._remember(call, unknown, part, result)
+                self._remember(share, result)
             else:
                 self.counters.not_stored += len(part)
 
-    def _remember(self, call: Call, unknown: Unknown, part: NDArray[np.int64], done: Done) -> None:
-        share = _share(call, unknown, part)
+    def _remember(self, share: Share, done: Done) -> None:
         self._storing.put(
             self.bank,
             share.keys,
@@ -110,7 +110,22 @@ class SpreadExecution(Execution):
             tokens=share.tokens.ids,
             sources=share.sources,
             features=share.features,
-            cost=np.full(len(part), done.seconds / len(part), np.float32),
+            cost=np.full(len(share.keys), done.seconds / len(share.keys), np.float32),
+            marks=share.marks,
+        )
+
+    def _share(self, call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
+        """What one worker computes: some of the documents that are not known."""
+        places = unknown.places[part]
+        return Share(
+            unknown.tokens.take(part.tolist()),
+            unknown.keys[part],
+            unknown.text_keys[part],
+            [call.ids[i] if call.ids else "" for i in places.tolist()],
+            unknown.features[part],
+            call.batch_size,
+            call.role,
+            self.marks(call, places),
         )
 
 
@@ -119,19 +134,6 @@ def _parts(order: NDArray[np.int64], batch_size: int, workers: int) -> list[NDAr
     batches = -(-len(order) // batch_size)
     size = batch_size * max(1, -(-batches // (_PER_WORKER * workers)))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _share(call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
-    places = unknown.places[part].tolist()
-    return Share(
-        unknown.tokens.take(part.tolist()),
-        unknown.keys[part],
-        unknown.text_keys[part],
-        [call.ids[i] if call.ids else "" for i in places],
-        unknown.features[part],
-        call.batch_size,
-        call.role,
-    )
 
 
 class SpreadCache(LLMCache):
@@ -186,7 +188,7 @@ class SpreadCache(LLMCache):
         execution = SpreadExecution(
             Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext
         )
-        execution.reuse = old.reuse
+        execution.reuse, execution.fields = old.reuse, old.fields
         execution.workers = self.workers = Workers(place, *asked)
         self._encoding = execution
 

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import scoped
 from llmcache.indexes.records import Keys
 from llmcache.inputs import InputRows
 from llmcache.keys import key_seed, token_keys
+from llmcache.marking import scope_of
 from llmcache.statistics import LayerCounters
 from llmcache.storing import Storing
 
@@ -58,6 +60,12 @@ class LayerBanks:
         """uint64 [n, 2]. mode: whatever else of the running process decides the states (autocast)."""
         kind = f"layer {layer} {rows.signature} {mode}"
         return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
+
+    def scope(self, layer: int, mode: str, asked: tuple[str | None, str | None]) -> int:
+        """Which states of a layer may stand for others that are alike: those of texts with the same role and prompt,
+        of a model that is the same up to this layer. mode: as for `keys`; asked: role and prompt.
+        """
+        return scope_of(key_seed(self._digest(layer), f"layer {layer} scope {mode}", *asked, self._secret))
 
     def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
         """The deepest state that is stored for each of the chosen rows. up_to: deepest layer to look at."""
@@ -122,9 +130,14 @@ class LayerBanks:
         states: Sequence[NDArray[np.float32]],
         seconds: NDArray[np.float32],
         mode: str,
+        asked: tuple[str | None, str | None] | None,
     ) -> None:
-        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width], taken over."""
+        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width], taken over.
+
+        asked: role and prompt of the texts; None: token ids were given, whose states stand for no others.
+        """
         ids = [rows.ids[i] for i in chosen.tolist()]
+        alike = self.banks[layer].facts.feature_width > 0
         self._storing.put(
             self.banks[layer],
             self.keys(layer, rows, mode)[chosen],
@@ -133,4 +146,5 @@ class LayerBanks:
             sources=[""] * len(ids),
             features=self._features(ids),
             cost=seconds,
+            marks=scoped(len(ids), self.scope(layer, mode, asked)) if asked is not None and alike else None,
         )
