@@ -17,6 +17,7 @@ from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.fingerprint import features_on
+from llmcache.hit_audits import AuditedHits
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
@@ -105,6 +106,8 @@ class Execution:
         self.embedding = model.token_embedding()
         self.counters = storing.counters
         self._worth = storing.worth(bank, name, self._again)
+        self._exact_audits = storing.exact_audits
+        self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._near_reuse: Reuse | None = None
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
@@ -124,7 +127,8 @@ class Execution:
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
 
-        A call that is interrupted counts the documents that were answered until then.
+        A call that is interrupted counts the documents that were answered until then. ModelMismatch when an audit finds
+        that stored results are not the model's; with `on_mismatch="bypass"` all documents are computed instead.
         """
         counters, answered, computed = self.counters, 0, 0
 
@@ -133,8 +137,9 @@ class Execution:
             answered, computed = answered + more, computed + by_model
             call.progress(more, by_model)
 
+        told = replace(call, progress=advance)
         try:
-            return self._answers(replace(call, progress=advance))
+            return self._exact_audits.answered(lambda: self._answers(told), lambda: self._uncached(told))
         except BaseException:
             counters.documents += answered
             counters.misses += computed
@@ -146,11 +151,12 @@ class Execution:
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         tried = distinct[self._tried(answers, keys[distinct])]
-        rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
+        rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
         self.counters.exact_text += len(tried) - len(rest)
         left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
         call.progress(len(call.texts) - len(rest) - len(left), 0)
         self._past(answers, call, left)
+        self.counters.left_alone += len(left)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
             for window, tokens in self._windows(call, rest):
@@ -158,6 +164,17 @@ class Execution:
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        return answers
+
+    def _uncached(self, call: Call) -> Answers:
+        """Outputs of the model alone, for all texts of the call; each distinct text is computed once."""
+        answers = Answers.empty(len(call.texts), self.bank.facts.width)
+        distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
+        self._past(answers, call, distinct)
+        repeats = np.flatnonzero(first != np.arange(len(first)))
+        answers.repeat(repeats, first[repeats])
+        self.counters.bypassed += len(call.texts)
+        self._count(call, answers, len(repeats), 0.0)
         return answers
 
     def _empty(self, call: Call) -> Answers:
@@ -205,15 +222,20 @@ class Execution:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
 
-    def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
-        """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
+    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, began: float | None = None) -> Places:
+        """Serve the places that have a row; returns those that have none, or one that could not be read, in order.
+
+        A few of them are audited: ModelMismatch. began: `perf_counter` at the beginning of the call.
+        """
         found = rows >= 0
         with self._worth.loading(rows[found], _levels(answers)):
             lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+        served = places[found] if not len(lost) else np.delete(places[found], lost)
+        self._hits.audit(answers, served, call.texts, call.prompt, call.role, began)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
     def _past(self, answers: Answers, call: Call, places: Places) -> None:
-        """Compute documents without looking at the bank, and without keeping them: while it does not pay."""
+        """Compute documents without looking at the bank, and without keeping them."""
         for start in range(0, len(places), _WINDOW):
             part = places[start : start + _WINDOW]
             part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
@@ -222,7 +244,6 @@ class Execution:
                 answers.outputs[part[done.chosen]] = done.outputs
                 answers.kept(part[done.chosen], done.vectors)
                 self.counters.model_seconds += done.seconds
-                self.counters.left_alone += len(done.chosen)
                 call.progress(len(done.chosen), len(done.chosen))
 
     def _again(self, rows: Places) -> float:
@@ -254,7 +275,9 @@ class Execution:
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
-        todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
+        todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows))]
+        if len(todo):  # before anything that is near is given, and before anything is stored beside what is there
+            self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
@@ -388,6 +411,7 @@ class Execution:
                     features=unknown.features[chosen],
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
                 )
+                self._hits.computed(unknown.keys[chosen])
                 call.progress(len(chosen), len(chosen))
 
     def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:
