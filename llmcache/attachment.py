@@ -261,7 +261,7 @@ class Attachment:
             self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
-        audit_states(found, rows, distinct, banks, self._states)
+        audit_states(found, rows, distinct, banks, mode, self._states)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)

@@ -389,6 +389,7 @@ class LLMCache:
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
+        self._exact_audits.require()
         prompt = self._prompt(None, None, None) if isinstance(self.model, SentenceTransformer) else None
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
         return self._calibrations.calibrate(

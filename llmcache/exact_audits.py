@@ -92,6 +92,11 @@ class ExactAudits:
             raise ModelMismatch(self.mismatch)
         return "an audit has found stored results that are not this model's"
 
+    def require(self) -> None:
+        """ModelMismatch where a difference was found: for what cannot do without the store."""
+        if self.mismatch:
+            raise ModelMismatch(self.mismatch)
+
     def answered(self, cached: Callable[[], Result], uncached: Callable[[], Result]) -> Result:
         """The result of `cached`; of `uncached` where an audit finds a difference and the settings ask for that."""
         if self.refusal() is not None:
@@ -293,7 +298,7 @@ def _described(evidence: Evidence, row: int, agreement: Agreement) -> str:
     )
     return (
         f"entry {evidence.bank.key(row)}{document} of the bank {evidence.name} is not what this model gives: {how}. "
-        "Either the model is not the one that filled the store, although it looks alike (a hook, a setting, code changed "
-        "in place), or the entry was stored by such a model. Nothing more is reused or stored in this opening: check the "
-        "model with `llmcache verify-model --model M --data FILE`, and open the store with a fresh namespace"
+        "Either the model is not the one that filled the store, although it looks alike (a hook, a setting, code "
+        "changed in place), or the entry was stored by such a model. Nothing more is reused or stored in this opening: "
+        "check the model with `llmcache verify-model --model M --data FILE`, and open the store with a fresh namespace"
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from llmcache.begun import one_ahead
 from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
-from llmcache.errors import ConfigError
 from llmcache.fingerprint import features_on
 from llmcache.hit_audits import AuditedHits
 from llmcache.indexes.bank import Bank
@@ -28,6 +28,7 @@ from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
+from llmcache.uncached import answer_by_model, seconds_again
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
@@ -105,7 +106,7 @@ class Execution:
         self._storing, self.bank, self._inside = storing, bank, inside
         self.embedding = model.token_embedding()
         self.counters = storing.counters
-        self._worth = storing.worth(bank, name, self._again)
+        self._worth = storing.worth(bank, name, partial(seconds_again, model, bank))
         self._exact_audits = storing.exact_audits
         self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._near_reuse: Reuse | None = None
@@ -155,7 +156,7 @@ class Execution:
         self.counters.exact_text += len(tried) - len(rest)
         left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
         call.progress(len(call.texts) - len(rest) - len(left), 0)
-        self._past(answers, call, left)
+        answer_by_model(answers, call, left, self._model, self.counters)
         self.counters.left_alone += len(left)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
@@ -170,7 +171,7 @@ class Execution:
         """Outputs of the model alone, for all texts of the call; each distinct text is computed once."""
         answers = Answers.empty(len(call.texts), self.bank.facts.width)
         distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
-        self._past(answers, call, distinct)
+        answer_by_model(answers, call, distinct, self._model, self.counters)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self.counters.bypassed += len(call.texts)
@@ -233,27 +234,6 @@ class Execution:
         served = places[found] if not len(lost) else np.delete(places[found], lost)
         self._hits.audit(answers, served, call.texts, call.prompt, call.role, began)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
-
-    def _past(self, answers: Answers, call: Call, places: Places) -> None:
-        """Compute documents without looking at the bank, and without keeping them."""
-        for start in range(0, len(places), _WINDOW):
-            part = places[start : start + _WINDOW]
-            part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
-            tokens = self._model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
-            for done in compute(self._model, tokens, call.batch_size, call.role):
-                answers.outputs[part[done.chosen]] = done.outputs
-                answers.kept(part[done.chosen], done.vectors)
-                self.counters.model_seconds += done.seconds
-                call.progress(len(done.chosen), len(done.chosen))
-
-    def _again(self, rows: Places) -> float:
-        """Seconds the model takes for documents of the bank, computed again."""
-        ids = [self.bank.tokens(int(row)) for row in rows]
-        try:
-            like = self._model.tokenise(["a"], None, None).like(ids)
-        except ConfigError:  # it takes more than token ids: what was recorded has to do
-            return self.bank.cost(rows)
-        return sum(done.seconds for done in compute(self._model, like, len(ids), None))
 
     def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Documents that are tokenised, looked up and length-sorted together.

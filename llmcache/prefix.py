@@ -22,7 +22,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit
 from llmcache.levels import Levels
-from llmcache.prefix_audits import audit_beginnings
+from llmcache.prefix_audits import audit_beginnings, audit_sample
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
 from llmcache.worth import Worth
@@ -118,6 +118,8 @@ class Prefixes:
         if self._evidence is not None:
             recomputed = partial(self._recomputed, original, ids)
             audit_beginnings(rows, records, self._evidence, self._trunk, self.shape, recomputed)
+            if self._evidence.open and any(row.missing for row in rows):
+                audit_sample(self._beginnings, self._evidence, self._trunk, self.shape, recomputed)
         waves = Waves(rows, self._forward_cost)
         work = _Work(original, waves, records, ids, {})
         whole = [row for row in rows if row.known == len(row)]

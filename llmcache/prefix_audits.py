@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llmcache.agreement import Recomputations, compared, machine_epsilon
-from llmcache.beginnings import Records
+from llmcache.beginnings import Beginnings, Records
 from llmcache.blocks import Shape
 from llmcache.exact_audits import Evidence
 from llmcache.sharing import Row
@@ -39,7 +39,35 @@ def audit_beginnings(
     places = evidence.chosen_among([np.array(row.chain, np.int64) for row in hits], [row.known for row in hits])
     if not places:
         return
-    audited = [hits[place] for place in places]
+    _audit([hits[place] for place in places], records, evidence, trunk, shape, recomputed)
+
+
+def audit_sample(
+    beginnings: Beginnings, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+) -> None:
+    """Audit a few first blocks of the bank, before others are stored beside them.
+
+    A changed model then does not add to what an unchanged one has stored.
+    """
+    sampled = evidence.sample(b"first blocks")
+    rows = []
+    for number, ids in zip(sampled.tolist(), beginnings.bank.tokens_of(sampled), strict=True):
+        row = Row(ids, 0, 0, chain=(number,), known=len(ids))
+        if len(ids) == beginnings.block and beginnings.first_key(row).hex() == beginnings.bank.key(number):
+            rows.append(row)
+    places = evidence.spread(np.ones(len(rows), np.bool_), lambda: np.arange(len(rows)))
+    rows = [rows[place] for place in places.tolist()]
+    reading = beginnings.bank.read(np.array([row.chain[0] for row in rows], np.int64), count=False)
+    records: Records = {
+        row.chain[0]: values for row, values, intact in zip(rows, reading.values, reading.intact, strict=True) if intact
+    }
+    if records:
+        _audit([row for row in rows if row.chain[0] in records], records, evidence, trunk, shape, recomputed)
+
+
+def _audit(
+    audited: Sequence[Row], records: Records, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+) -> None:
     known = [row.known for row in audited]
 
     def runs() -> Recomputations:
