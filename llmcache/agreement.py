@@ -136,9 +136,11 @@ def _difference(one: NDArray[np.float32], other: NDArray[np.float32], scale: NDA
 def _rounding(stored: NDArray[np.float32], dtype: str) -> NDArray[np.float32] | float:
     """What rounding to the stored dtype may have changed of each number."""
     if dtype == "int8":  # half a step, and the largest number is 127 steps
-        return float(np.abs(stored).max(initial=0.0)) / 254 * 1.001
+        return float(np.abs(np.nan_to_num(stored)).max(initial=0.0)) / 254 * 1.001
     if dtype in _STORED_EPSILON:
-        return np.abs(stored) * np.float32(_STORED_EPSILON[dtype]) + np.float32(6e-8 if dtype == "float16" else 0)
+        return np.abs(np.nan_to_num(stored)) * np.float32(_STORED_EPSILON[dtype]) + np.float32(
+            6e-8 if dtype == "float16" else 0
+        )
     return 0.0
 
 

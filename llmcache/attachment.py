@@ -150,7 +150,12 @@ class Attachment:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
             answer = self._decode if decoding else self._answer
-            return self._exact_audits.answered(lambda: answer(call), lambda: own(*args, **kwargs))
+
+            def uncached() -> Any:
+                self._bypass(str(self._exact_audits.refusal()), call)
+                return own(*args, **kwargs)
+
+            return self._exact_audits.answered(lambda: answer(call), uncached)
 
         disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
         uncompiled: Callable[..., Any] = disable(forward)
