@@ -17,7 +17,7 @@ from llmcache.begun import one_ahead
 from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
 from llmcache.fingerprint import features_on
-from llmcache.hit_audits import AuditedHits
+from llmcache.hit_audits import AuditedHits, Window
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
@@ -223,16 +223,16 @@ class Execution:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
 
-    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, began: float | None = None) -> Places:
+    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, window: Window | float) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order.
 
-        A few of them are audited: ModelMismatch. began: `perf_counter` at the beginning of the call.
+        A few of them are audited: ModelMismatch. window: see `AuditedHits.audit`.
         """
         found = rows >= 0
         with self._worth.loading(rows[found], _levels(answers)):
             lost = answers.serve(places[found], rows[found], self.bank, EXACT)
         served = places[found] if not len(lost) else np.delete(places[found], lost)
-        self._hits.audit(answers, served, call.texts, call.prompt, call.role, began)
+        self._hits.audit(answers, served, call, window)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
     def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
@@ -255,7 +255,7 @@ class Execution:
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
-        todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows))]
+        todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows, (places, tokens)))]
         if len(todo):  # before anything that is near is given, and before anything is stored beside what is there
             self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
         self.counters.exact_tokens += len(distinct) - len(todo)

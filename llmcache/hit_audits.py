@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,12 @@ from llmcache.keys import Seed, token_keys
 from llmcache.matching import Answers
 from llmcache.tokens import TokenRows
 
+if TYPE_CHECKING:
+    from llmcache.execution import Call
+
 Rows = NDArray[np.int64]
-_COMPANION = "a"
+Window: TypeAlias = tuple[Rows, TokenRows]
+"""Places of some documents of a call, int64 [n], and their tokens."""
 _OTHER_TOKENS = "the tokenizer makes other token ids of its text"
 
 
@@ -33,31 +38,27 @@ class AuditedHits:
         """Count the entries of these keys, uint64 [n, 2], as verified: the model has just computed them."""
         self._evidence.computed(keys)
 
-    def audit(
-        self,
-        answers: Answers,
-        places: Rows,
-        texts: Sequence[str],
-        prompt: str | None,
-        role: str | None,
-        began: float | None = None,
-    ) -> None:
+    def audit(self, answers: Answers, places: Rows, call: Call, window: Window | float) -> None:
         """Audit a few of the hits that were just served: nothing is changed in the answers.
 
-        places: int64 [n], of the hits in the call. texts, prompt, role: of the call; the texts are tokenised anew.
-        began: `time.perf_counter` at the beginning of the call.
+        places: int64 [n], of the hits in the call. window: documents of the call that are tokenised already, the hits
+        among them; or `time.perf_counter` at the beginning of the call, where none are, and the texts are tokenised.
         ModelMismatch when what is stored is not what the model gives, or stored token ids are not the tokenizer's.
         """
-        elapsed = 0.0 if began is None else time.perf_counter() - began
-        rows = answers.row[places]
+        elapsed = time.perf_counter() - window if isinstance(window, float) else 0.0
+        rows, texts = answers.row[places], call.texts
         chosen = self._evidence.chosen(rows, lambda: _lengths(texts, places), elapsed)
         if not len(chosen):
             return
-        audited = [texts[place] for place in places[chosen].tolist()]
-        longest = max((texts[place] for place in places[:64].tolist()), key=len)
+        few = places[:64].tolist()
+        some = [*places[chosen].tolist(), *(pick(few, key=lambda place: len(texts[place])) for pick in (max, min))]
         with self._evidence.recompute():
-            tokens = self._model.tokenise([*audited, longest, _COMPANION], prompt, role)
-            self._conclude(rows[chosen], answers.given(places[chosen]), tokens, role)
+            if isinstance(window, float):
+                tokens = self._model.tokenise([texts[place] for place in some], call.prompt, call.role)
+            else:  # on a GPU the tokenizer is at work on the next documents, in a thread
+                at = {place: i for i, place in enumerate(window[0].tolist())}
+                tokens = window[1].take([at[place] for place in some])
+            self._conclude(rows[chosen], answers.given(places[chosen]), tokens, call.role)
 
     def audit_sample(self, like: TokenRows, seed: Seed, role: str | None) -> None:
         """Audit a few entries of the bank that were made as those of this call are, with the same role and prompt.

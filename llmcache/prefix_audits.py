@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from llmcache.agreement import Recomputations, compared, machine_epsilon
+from llmcache.agreement import Recomputations, compared, machine_epsilon, other_kernels
 from llmcache.beginnings import Beginnings, Records
 from llmcache.blocks import Shape
 from llmcache.exact_audits import Evidence
@@ -71,12 +71,14 @@ def _audit(
     known = [row.known for row in audited]
 
     def runs() -> Recomputations:
-        """The rows in one batch, each by itself, in two steps, and with padding beside all of them."""
+        """The rows in one batch, each by itself, in two steps, and with padding, and by other kernels."""
         yield recomputed(audited, known, split=False)
         if len(audited) > 1:
             yield [recomputed([row], [row.known], split=False)[0] for row in audited]
         yield recomputed(audited, known, split=True)
         yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)], split=False)[: len(audited)]
+        with other_kernels():
+            yield recomputed(audited, known, split=False)
 
     with evidence.recompute():
         stored = [_stored(row, records) for row in audited]
