@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -172,5 +172,11 @@ def shapes(count: int, companions: int, run: Callable[[Sequence[int], int], Arra
 @contextmanager
 def other_kernels() -> Iterator[None]:
     """Inside, products and attention are computed by other kernels where there are some: as on another processor."""
-    with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-        yield
+    onednn: Any = torch.backends.mkldnn  # its own context manager sets more, and warns of that
+    before = onednn.enabled
+    onednn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        onednn.enabled = before
