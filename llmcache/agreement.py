@@ -116,9 +116,11 @@ def _scales(array: NDArray[np.float32], groups: Sequence[int] | None) -> NDArray
     """Largest absolute number of each vector, or of each of its groups, as an array that divides it."""
     magnitudes = np.abs(np.nan_to_num(array, nan=0.0, posinf=0.0, neginf=0.0))
     if groups is None:
-        return np.maximum(magnitudes.max(axis=-1, keepdims=True, initial=0.0), _TINY)
-    starts = np.concatenate([[0], np.cumsum(groups)[:-1]])
-    return np.maximum(np.repeat(np.maximum.reduceat(magnitudes, starts, axis=-1), groups, axis=-1), _TINY)
+        scales = magnitudes.max(axis=-1, keepdims=True, initial=0.0)
+    else:
+        starts = np.concatenate([[0], np.cumsum(groups)[:-1]])
+        scales = np.repeat(np.maximum.reduceat(magnitudes, starts, axis=-1), groups, axis=-1)
+    return np.asarray(np.maximum(scales, _TINY), np.float32)
 
 
 def _differences(one: Arrays, other: Arrays, scales: Arrays, dtype: str) -> NDArray[np.float64]:
