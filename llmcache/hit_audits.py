@@ -98,17 +98,17 @@ class AuditedHits:
             if len(ids) and not np.array_equal(ids, tokens.ids[place]):
                 self._evidence.conclude(rows, Agreement(place, np.inf, 0.0, 0.0, _OTHER_TOKENS))
 
-        def run(places: Sequence[int], size: int) -> NDArray[np.float32]:
+        def run(places: Sequence[int], size: int) -> list[NDArray[np.float32]]:
             outputs = np.zeros((len(places), stored.shape[1]), np.float32)
             for done in compute(self._model, tokens.take(places), size, role):
                 if done.outputs.shape[1] != stored.shape[1]:  # a module was put in or taken out
-                    return np.full_like(outputs, np.nan)
+                    return list(np.full_like(outputs, np.nan))
                 outputs[done.chosen] = done.outputs
-            return outputs
+            return list(outputs)
 
         epsilon = machine_epsilon(self._model.module, self._model.token_embedding().device)
         recomputed = shapes(count, len(tokens.ids) - count, run)
-        self._evidence.conclude(rows, compared(stored, recomputed, epsilon, self._bank.facts.dtype))
+        self._evidence.conclude(rows, compared(list(stored), recomputed, epsilon, self._bank.facts.dtype))
 
 
 def _lengths(texts: Sequence[str], places: Rows) -> NDArray[np.int64]:
