@@ -224,6 +224,11 @@ class Store:
         """Give up what was put and not committed since `pending` gave this; returns how many rows that was."""
         return sum(bank.drop_pending(after.get(place, (0, 0))) for place, bank in self._banks.items())
 
+    def discard(self) -> int:
+        """Give up all that was put and not committed, what a thread is writing included; returns how many rows."""
+        self._behind.give_up()
+        return self.drop_pending({})
+
     def committed(self, writer: str) -> int:
         """Segments of a writer that the manifest names, as this store knows it."""
         banks = [bank for space in self.manifest.namespaces.values() for bank in space.banks.values()]

@@ -19,11 +19,13 @@ from torch.nn import Module
 
 from llmcache.architecture import Trunk
 from llmcache.errors import ConfigError
+from llmcache.exact_audits import ExactAudits
 from llmcache.indexes.marks import UNKNOWN
 from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
 from llmcache.matching import first_occurrences
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
 from llmcache.prefix import Prefixes
+from llmcache.state_audits import audit_states
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 from llmcache.weights import Weights
@@ -50,6 +52,7 @@ class Attachment:
         changed: Callable[[], None],
         prefixes: Callable[[str], Prefixes | None],
         counters: Counters,
+        exact_audits: ExactAudits,
         *,
         states_only: bool = False,
     ) -> None:
@@ -61,7 +64,7 @@ class Attachment:
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
-        self._open_prefixes, self._states_only = prefixes, states_only
+        self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
         self._blocks = Blocks(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
         self._main = _main_input(trunk.module, self._signature)
@@ -147,7 +150,7 @@ class Attachment:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
             length = getattr(call.get("past_key_values"), "get_seq_length", None)
-            if length is not None and length() > 0:  # a decoder's next token
+            if self._exact_audits.recomputing or (length is not None and length() > 0):  # a decoder's next token
                 return own(*args, **kwargs)
             if not self.trunk.module.training and self._weights.changed():
                 if self.trunk.replaced:
@@ -158,13 +161,18 @@ class Attachment:
                 self._anatomies.clear()
                 self._prefixes.clear()
             decoding = not self.trunk.module.training and self._keeps_keys(call)
-            reason = self._prefix_refusal(call) if decoding else self._refusal(call)
+            refusal = self._prefix_refusal if decoding else self._refusal
+            reason = self._exact_audits.refusal() or refusal(call)
             if reason is not None:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
-            if decoding:
-                return self._decode(call)
-            return self._answer(call, *self._anatomy(call.get("return_dict")))
+            answer = self._decode if decoding else self._answer
+
+            def uncached() -> Any:
+                self._bypass(str(self._exact_audits.refusal()), call)
+                return own(*args, **kwargs)
+
+            return self._exact_audits.answered(lambda: answer(call), uncached)
 
         disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
         uncompiled: Callable[..., Any] = disable(forward)
@@ -266,7 +274,8 @@ class Attachment:
         parameters = self._signature.parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks) -> Any:
+    def _answer(self, call: Call) -> Any:
+        anatomy, banks = self._anatomy(call.get("return_dict"))
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
@@ -274,6 +283,7 @@ class Attachment:
             self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
+        audit_states(found, rows, distinct, banks, mode, self._states)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)
@@ -307,6 +317,14 @@ class Attachment:
         self._counters.model_seconds += seconds
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
         return output
+
+    @torch.no_grad()
+    def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
+        """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
+        width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
+        states = Pass(keep=layers)
+        self._blocks.run(states, self._forward, rows.some(chosen, width))
+        return states.kept
 
     def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: Anatomy) -> Tensor:
         known = [state for state in states if state is not None]

@@ -28,6 +28,7 @@ from llmcache.decoding import Generated, Scores
 from llmcache.drift import Drift
 from llmcache.encoding import finished
 from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
+from llmcache.exact_audits import ExactAudits
 from llmcache.execution import Call, Execution, Progress, nothing
 from llmcache.explaining import Explanation, explain
 from llmcache.fields import KINDS
@@ -82,7 +83,8 @@ class LLMCache:
         self._store = store
         store.budget = config.budget
         self._counters = Counters()
-        self._storing = Storing(store, config, self._counters)
+        self._exact_audits = ExactAudits(config, self._counters)
+        self._storing = Storing(store, config, self._counters, self._exact_audits)
         self._storing.history.namespace, self._storing.history.model = namespace, identity.name
         self._weights, self._current = Weights(model), identity
         self._layers = Layers(model, self._identity_now, config, namespace, self._storing, secret)
@@ -400,6 +402,7 @@ class LLMCache:
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
+        self._exact_audits.require()
         if self._store.read_only:
             raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
         if isinstance(self.model, SentenceTransformer):
@@ -607,8 +610,9 @@ class LLMCache:
             return self._last
         index = self._bank.near.kind if self._encoding else None
         return statistics(
-            self._store, self._counters, index, self.namespace, self._calibrations.states(), self._storing.decisions()
-        )
+            self._store, self._counters, index, self.namespace, self._calibrations.states(), self._storing.decisions(),
+            self._exact_audits.mismatch,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Commit and close. Closing twice is fine; what is still open when Python exits is closed then."""

@@ -37,6 +37,11 @@ class Computed:
 class Model(Protocol):
     """What computes one vector per document."""
 
+    @property
+    def module(self) -> Module:
+        """The torch module that computes."""
+        ...
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows: ...
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
@@ -53,6 +58,10 @@ class Sentences:
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
+
+    @property
+    def module(self) -> Module:
+        return self._model
 
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
         return tokenise(self._model, texts, prompt, role)

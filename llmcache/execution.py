@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from llmcache.begun import one_ahead
 from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
-from llmcache.errors import ConfigError
 from llmcache.fingerprint import features_on
+from llmcache.hit_audits import AuditedHits, Window
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.marks import Marks
 from llmcache.indexes.records import Keys
@@ -29,6 +30,7 @@ from llmcache.ondevice import place_of
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
+from llmcache.uncached import answer_by_model, seconds_again
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
@@ -106,7 +108,9 @@ class Execution:
         self._storing, self.bank, self._inside = storing, bank, inside
         self.embedding = model.token_embedding()
         self.counters = storing.counters
-        self._worth = storing.worth(bank, name, self._again)
+        self._worth = storing.worth(bank, name, partial(seconds_again, model, bank))
+        self._exact_audits = storing.exact_audits
+        self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._near_reuse: Reuse | None = None
         self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
         """Digests of what the guard compares, of the texts that are stored here and asked for."""
@@ -128,7 +132,8 @@ class Execution:
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
 
-        A call that is interrupted counts the documents that were answered until then.
+        A call that is interrupted counts the documents that were answered until then. ModelMismatch when an audit finds
+        that stored results are not the model's; with `on_mismatch="bypass"` all documents are computed instead.
         """
         counters, answered, computed = self.counters, 0, 0
 
@@ -137,8 +142,9 @@ class Execution:
             answered, computed = answered + more, computed + by_model
             call.progress(more, by_model)
 
+        told = replace(call, progress=advance)
         try:
-            return self._answers(replace(call, progress=advance))
+            return self._exact_audits.answered(lambda: self._answers(told), lambda: self._uncached(told))
         except BaseException:
             counters.documents += answered
             counters.misses += computed
@@ -150,11 +156,12 @@ class Execution:
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         tried = distinct[self._tried(answers, keys[distinct])]
-        rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
+        rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
         self.counters.exact_text += len(tried) - len(rest)
         left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
         call.progress(len(call.texts) - len(rest) - len(left), 0)
-        self._past(answers, call, left)
+        answer_by_model(answers, call, left, self._model, self.counters)
+        self.counters.left_alone += len(left)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
             for window, tokens in self._windows(call, rest):
@@ -162,6 +169,17 @@ class Execution:
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        return answers
+
+    def _uncached(self, call: Call) -> Answers:
+        """Outputs of the model alone, for all texts of the call; each distinct text is computed once."""
+        answers = Answers.empty(len(call.texts), self.bank.facts.width)
+        distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
+        answer_by_model(answers, call, distinct, self._model, self.counters)
+        repeats = np.flatnonzero(first != np.arange(len(first)))
+        answers.repeat(repeats, first[repeats])
+        self.counters.bypassed += len(call.texts)
+        self._count(call, answers, len(repeats), 0.0)
         return answers
 
     def _empty(self, call: Call) -> Answers:
@@ -222,34 +240,17 @@ class Execution:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
 
-    def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
-        """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
+    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, window: Window | float) -> Places:
+        """Serve the places that have a row; returns those that have none, or one that could not be read, in order.
+
+        A few of them are audited: ModelMismatch. window: see `AuditedHits.audit`.
+        """
         found = rows >= 0
         with self._worth.loading(rows[found], _levels(answers)):
             lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+        served = places[found] if not len(lost) else np.delete(places[found], lost)
+        self._hits.audit(answers, served, call, window)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
-
-    def _past(self, answers: Answers, call: Call, places: Places) -> None:
-        """Compute documents without looking at the bank, and without keeping them: while it does not pay."""
-        for start in range(0, len(places), _WINDOW):
-            part = places[start : start + _WINDOW]
-            part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
-            tokens = self._model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
-            for done in compute(self._model, tokens, call.batch_size, call.role):
-                answers.outputs[part[done.chosen]] = done.outputs
-                answers.kept(part[done.chosen], done.vectors)
-                self.counters.model_seconds += done.seconds
-                self.counters.left_alone += len(done.chosen)
-                call.progress(len(done.chosen), len(done.chosen))
-
-    def _again(self, rows: Places) -> float:
-        """Seconds the model takes for documents of the bank, computed again."""
-        ids = [self.bank.tokens(int(row)) for row in rows]
-        try:
-            like = self._model.tokenise(["a"], None, None).like(ids)
-        except ConfigError:  # it takes more than token ids: what was recorded has to do
-            return self.bank.cost(rows)
-        return sum(done.seconds for done in compute(self._model, like, len(ids), None))
 
     def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Documents that are tokenised, looked up and length-sorted together.
@@ -271,7 +272,9 @@ class Execution:
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
-        todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
+        todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows, (places, tokens)))]
+        if len(todo):  # before anything that is near is given, and before anything is stored beside what is there
+            self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
@@ -388,6 +391,7 @@ class Execution:
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
                     marks=self.marks(call, where),
                 )
+                self._hits.computed(unknown.keys[chosen])
                 call.progress(len(chosen), len(chosen))
 
     def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:

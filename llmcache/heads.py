@@ -45,6 +45,10 @@ class Head:
         self._takes = set(parameters)
         self._open = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
+    @property
+    def module(self) -> Module:
+        return self._model
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
         if isinstance(self._source, SentenceTransformer):
             return tokenise(self._source, texts, prompt, role)

@@ -86,6 +86,7 @@ class Layers:
             keeper.renew,
             lambda mode: self._prefixes(trunk.module, keeper, mode),
             self._storing.counters,
+            self._storing.exact_audits,
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
@@ -105,6 +106,7 @@ class Layers:
             secret=self._secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
+            evidence=self._storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
         )
         made.counters = self._storing.counters.prefix
         return made
@@ -140,7 +142,7 @@ class Layers:
             store = self._storing.store
             return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
 
-        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of, trunk)
 
 
 def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:

@@ -108,6 +108,10 @@ class Answers:
         self.computed(places, outputs, entered, entries)
         self.tier[places] = NEAR
 
+    def given(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Outputs of these places as the caller gets them, float32 [n, width], on the host."""
+        return self.outputs[places]
+
     def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
         """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
         if not len(places):

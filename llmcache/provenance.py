@@ -31,7 +31,8 @@ class Result:
         is not "output" the layers after it were computed.
     source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
     similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
-        output could have been given, to see how far that would have been. consensus: of a calibrated near hit, how far
+        output could have been given, to see how far that would have been; an exact hit that was recomputed to check the
+        store is given as stored, and is not marked. consensus: of a calibrated near hit, how far
         the other neighbours agree with the nearest: mean cosine of their outputs to its own.
     """
 

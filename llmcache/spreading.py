@@ -44,6 +44,9 @@ class Remembered(Storing):
         self._names: list[tuple[Bank, Keys, Keys]] = []
 
     def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
+        if self.exact_audits.mismatch:
+            self.counters.not_stored += len(keys)
+            return
         kept = bank.put(keys, values, **entry)
         if text_keys is not None:
             bank.alias(text_keys, keys)
@@ -52,8 +55,13 @@ class Remembered(Storing):
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
         super().alias(bank, text_keys, keys)
-        if len(keys) and self.store.writable:
+        if len(keys) and self.store.writable and not self.exact_audits.mismatch:
             self._names.append((bank, text_keys, keys))
+
+    def discard(self) -> None:
+        """Forget what workers committed since the last commit, and the names of rows that came up here."""
+        self._banks, self._names = {}, []
+        self.store.discard()
 
     def commit(self) -> None:
         """Read the store as the workers left it, in place of what was remembered; commit names that came up here."""
@@ -184,7 +192,7 @@ class SpreadCache(LLMCache):
         there = {name: value for name, value in keywords.items() if name not in ("config", "tau", "min_generation")}
         store, old = self._store, self._execution
         place = Place(os.fspath(store.folder.path), model, store.manifest.generation, there)
-        self._storing = Remembered(store, self.config, self._counters)
+        self._storing = Remembered(store, self.config, self._counters, self._exact_audits)
         execution = SpreadExecution(
             Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext
         )

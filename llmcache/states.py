@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.nn import Module
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.marks import scoped
@@ -29,13 +30,14 @@ class Found:
 
     states: per row float32 [tokens, width], what the layer before `enter` gave; None where nothing is known.
     seconds: float64 [n], what the model took for it when it was computed. entries: keys of what was found, in
-    hexadecimal, or "".
+    hexadecimal, or "". rows: int64 [n], rows of the bank of the layer before `enter`, or -1.
     """
 
     enter: NDArray[np.int64]
     states: list[NDArray[np.float32] | None]
     seconds: NDArray[np.float64]
     entries: list[str]
+    rows: NDArray[np.int64]
 
 
 class LayerBanks:
@@ -49,11 +51,21 @@ class LayerBanks:
         storing: Storing,
         secret: bytes,
         features: Callable[[Sequence[NDArray[np.int32]]], NDArray[np.float32]],
+        trunk: Module,
     ) -> None:
-        """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them."""
+        """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them.
+
+        trunk: the module whose states they are.
+        """
         self.layers = tuple(sorted(layers))
         self.banks = {layer: open_bank(layer) for layer in self.layers}
         self._worth = {layer: storing.worth(bank, bank_name(layer)) for layer, bank in self.banks.items()}
+        audits = storing.exact_audits
+        self.evidence = {
+            layer: audits.evidence(bank, bank_name(layer), trunk, digest(layer)) for layer, bank in self.banks.items()
+        }
+        """What was verified of each layer's bank with this trunk."""
+        self.trunk = trunk
         self._digest, self._storing, self._secret, self._features = digest, storing, secret, features
 
     def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
@@ -70,7 +82,7 @@ class LayerBanks:
     def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
         """The deepest state that is stored for each of the chosen rows. up_to: deepest layer to look at."""
         n = len(chosen)
-        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n)
+        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         open_ = np.arange(n)
         for layer in reversed(self.layers):
             if not len(open_):
@@ -115,6 +127,7 @@ class LayerBanks:
             found.enter[places[i]] = layer + 1
             found.seconds[places[i]] = bank.cost(at[i : i + 1])
             found.entries[places[i]] = bank.key(int(at[i]))
+            found.rows[places[i]] = at[i]
         counters.hits += int(reading.intact.sum())
         seconds = time.perf_counter() - began
         counters.load_seconds += seconds
@@ -138,9 +151,10 @@ class LayerBanks:
         """
         ids = [rows.ids[i] for i in chosen.tolist()]
         alike = self.banks[layer].facts.feature_width > 0
+        keys = self.keys(layer, rows, mode)[chosen]
         self._storing.put(
             self.banks[layer],
-            self.keys(layer, rows, mode)[chosen],
+            keys,
             states,
             tokens=ids,
             sources=[""] * len(ids),
@@ -148,3 +162,4 @@ class LayerBanks:
             cost=seconds,
             marks=scoped(len(ids), self.scope(layer, mode, asked)) if asked is not None and alike else None,
         )
+        self.evidence[layer].computed(keys)
