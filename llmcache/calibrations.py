@@ -112,5 +112,5 @@ def _compute(execution: Execution, documents: Iterable[Source], prompt: str | No
     def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
         return execution.answers(Call(texts, ids, prompt))
 
-    for _ in results(documents, answer, execution.bank, "output", CHUNK):
+    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK):
         continue
