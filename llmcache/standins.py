@@ -57,8 +57,8 @@ class PlainState:
         self._module = module
 
     def __call__(self) -> Any:
-        module: Any = self._module
-        state = type(module).__getstate__(module)
+        kind: Any = type(self._module)
+        state = kind.__getstate__(self._module)
         if isinstance(state, tuple) and state and isinstance(state[0], dict):
             return (without_stand_ins(state[0]), *state[1:])
         return without_stand_ins(state) if isinstance(state, dict) else state
