@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 
@@ -27,12 +27,6 @@ _TIMES = 5.0  # later ones are made when the model took so many times what a com
 _SHARE = 0.02  # and this share of all that it took
 
 
-class Called(Protocol):
-    """What has public methods that are wrapped by `call`."""
-
-    _calls: Calls
-
-
 def call(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Wrap a public method of a cache, so that it runs inside `Calls`."""
 
@@ -41,7 +35,9 @@ def call(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, 
         with self._calls:
             return method(self, *args, **kwargs)
 
-    return wrapped
+    decorated: Any = wrapped  # typed as taking `self` by name
+    typed: Callable[Concatenate[Any, P], R] = decorated
+    return typed
 
 
 class Calls:
