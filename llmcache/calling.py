@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 
@@ -19,25 +19,22 @@ from llmcache.storing import Storing
 
 log = logging.getLogger("llmcache")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _EACH = 256  # commits of a worker process that are made at the end of a call, whatever it computed
 _TIMES = 5.0  # later ones are made when the model took so many times what a commit takes
 _SHARE = 0.02  # and this share of all that it took
 
 
-def call(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+def call(method: F) -> F:
     """Wrap a public method of a cache, so that it runs inside `Calls`."""
 
     @wraps(method)
-    def wrapped(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._calls:
             return method(self, *args, **kwargs)
 
-    decorated: Any = wrapped  # typed as taking `self` by name
-    typed: Callable[Concatenate[Any, P], R] = decorated
-    return typed
+    return cast(F, wrapped)
 
 
 class Calls:
