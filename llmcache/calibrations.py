@@ -123,5 +123,5 @@ def _compute(execution: Execution, documents: Iterable[Source], call: Call) -> N
     def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
         return execution.answers(replace(call, texts=texts, ids=ids))
 
-    for _ in results(documents, answer, execution.bank, "output", CHUNK):
+    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK):
         continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llmcache.execution import Call, Execution, Progress
 from llmcache.fingerprint import feature_width
 from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
 from llmcache.provenance import Result, Source, documents_of, results
@@ -126,19 +128,29 @@ class Heads:
         return self._banks[name], execution
 
     def results(
-        self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
+        self,
+        documents: Iterable[Source],
+        prompt: str | None,
+        role: str | None,
+        batch_size: int,
+        progress: Progress,
+        calls: Callable[[], AbstractContextManager[Any]],
     ) -> Iterator[dict[str, Result]]:
-        """One result per head and document, in order."""
+        """One result per head and document, in order. calls: entered to answer documents, see `results`."""
         stream = documents_of(documents)
         while window := list(islice(stream, _WINDOW)):
-            found: dict[str, list[Result]] = {}
-            for name, execution in self._executions.items():
+            answered: dict[str, list[Result]] = {}
+            with calls():
+                for name, execution in self._executions.items():
 
-                def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
-                    return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
+                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
+                        return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
 
-                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW))
-            yield from (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+                    def bank(execution: Execution = execution) -> Bank:
+                        return execution.bank
+
+                    answered[name] = list(results(window, answer, bank, "output", _WINDOW))
+            yield from (dict(zip(answered, row, strict=True)) for row in zip(*answered.values(), strict=True))
 
 
 def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], int]:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from llmcache.architecture import Trunk, find_trunk
-from llmcache.attachment import Attachment, refuse_compiled
+from llmcache.attachment import Attachment
 from llmcache.blocks import shape_of
+from llmcache.compiled import refuse_compiled
 from llmcache.computing import Model, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.digests import Digests, sha
@@ -27,6 +28,7 @@ from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.levels import levels_of
+from llmcache.locking import CallLock
 from llmcache.passes import Anatomy
 from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
@@ -49,8 +51,14 @@ class Layers:
         namespace: str,
         storing: Storing,
         secret: bytes,
+        lock: CallLock,
+        is_open: Callable[[], bool],
     ) -> None:
-        """model, identity: the cache's own, as it is now; others are identified when they are attached."""
+        """model, identity: the cache's own, as it is now; others are identified when they are attached.
+
+        lock: of the cache's calls. is_open: whether the cache is open.
+        """
+        self._lock, self._is_open = lock, is_open
         self._model, self._identity = model, identity
         self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
@@ -87,6 +95,8 @@ class Layers:
             lambda mode: self._prefixes(trunk.module, keeper, mode),
             self._storing.counters,
             self._storing.exact_audits,
+            lock=self._lock,
+            is_open=self._is_open,
             states_only=layers != "output" or not self._config.prefix_block,
         )
 

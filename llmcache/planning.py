@@ -26,6 +26,7 @@ from llmcache.plan import Plan
 from llmcache.provenance import Source, documents_of
 from llmcache.reuse import MOST, TAKEN, Reuse
 from llmcache.survey import LONG, Folding, Survey, survey
+from llmcache.tokenizing import PrivateCopy
 from llmcache.tokens import TokenRows
 
 _SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
@@ -59,7 +60,8 @@ def planned(
     limit = getattr(model, "max_seq_length", None)
     uses = deepcopy(execution.bank.uses)
     try:
-        return plan(execution, texts, call, tokenizer=model.tokenizer, limit=limit, around=around)
+        tokenizer = PrivateCopy().of(model.tokenizer)  # the documents may come from somebody who uses the model's
+        return plan(execution, texts, call, tokenizer=tokenizer, limit=limit, around=around)
     finally:
         execution.bank.uses = uses  # what was only looked at was not used
 

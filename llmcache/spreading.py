@@ -21,7 +21,7 @@ from llmcache.cache import LLMCache
 from llmcache.computing import Sentences
 from llmcache.config import CacheConfig
 from llmcache.drift import Drift
-from llmcache.errors import ConfigError
+from llmcache.errors import ConfigError, ForkedStoreError
 from llmcache.execution import Call, Execution, Unknown
 from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
@@ -200,10 +200,19 @@ class SpreadCache(LLMCache):
         execution.workers = self.workers = Workers(place, *asked)
         self._encoding = execution
 
+    def _reopen(self) -> None:
+        raise ForkedStoreError(
+            "a cache with Ray workers was used by a child of the process that opened it; open the store in the child"
+        )
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a cache with Ray workers cannot be pickled; open the store where it is needed")
+
     def close(self) -> None:
         """Commit and close, and end the workers."""
+        inherited = self._calls.inherited
         try:
             super().close()
         finally:
-            if hasattr(self, "workers"):
+            if hasattr(self, "workers") and not inherited:  # they are the parent's
                 self.workers.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from llmcache.balance import Decision
@@ -29,6 +29,8 @@ class Storing:
     """Puts rows into the banks of a store. A failure ends storing, with one warning, and never an inference."""
 
     def __init__(self, store: Store, config: CacheConfig, counters: Counters, exact_audits: ExactAudits) -> None:
+        self.lock: AbstractContextManager[Any] = nullcontext()
+        """For whoever commits outside of a call of the cache, while other threads may be inside one."""
         self.store = store
         self.exact_audits = exact_audits
         exact_audits.discard_with(self.discard)
@@ -61,6 +63,11 @@ class Storing:
             yield
         finally:
             self._held = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a caller commits by itself, see `held`."""
+        return self._held
 
     @property
     def due(self) -> bool:
