@@ -156,7 +156,7 @@ def use_named(name: str, small: SentenceTransformer) -> Use:
             given: Any = (small if cache is None else cache).encode(list(texts), convert_to_tensor=tensor)
             return list(given.cpu().numpy() if tensor else given)
 
-        layers = "all" if name == "encode with layers" else "output"
+        layers: Any = "all" if name == "encode with layers" else "output"
         memory = 1 << 20 if tensor else 0
         return Use(small, encode, settings=lambda **more: CacheConfig(layers=layers, device_bytes=memory, **more))
     if name in ("run", "run with a role"):
@@ -173,7 +173,8 @@ def use_named(name: str, small: SentenceTransformer) -> Use:
         heads: dict[str, Any] = {}
         for number, head in enumerate(("topic", "tone")):
             made = hf.BertForSequenceClassification(hf.BertConfig(**architectures._SIZES, num_labels=3 + number)).eval()
-            made.bert.load_state_dict(small.transformers_model.state_dict(), strict=False)
+            trunk: Any = small.transformers_model
+            made.bert.load_state_dict(trunk.state_dict(), strict=False)
             heads[head] = made
 
         @torch.inference_mode()
@@ -320,6 +321,7 @@ def test_what_waits_to_be_committed_is_dropped_when_a_difference_is_found(
 
 
 def test_one_use_that_differs_ends_reuse_for_all_of_them(small: SentenceTransformer, tmp_path: Path) -> None:
+    trunk: Any = small.transformers_model
     known = texts_of(np.random.default_rng(2), 6)
     with LLMCache.open(tmp_path / "store", small, config=CacheConfig(layers="all")) as cache:
         cache.encode(known)
@@ -330,7 +332,7 @@ def test_one_use_that_differs_ends_reuse_for_all_of_them(small: SentenceTransfor
         with pytest.raises(ModelMismatch):
             list(cache.run(["w1 w2"]))
         with pytest.raises(ModelMismatch), cache.attached(), torch.no_grad():
-            small.transformers_model(**small.tokenizer("w1", return_tensors="pt"))
+            trunk(**small.tokenizer("w1", return_tensors="pt"))
         with pytest.raises(ModelMismatch):
             cache.calibrate(budget=0.1)
 
@@ -459,7 +461,7 @@ def test_healthy_beginnings_raise_no_alarm_whatever_split_and_padding(
 
 def test_a_stored_number_differs_only_beyond_its_rounding_and_nan_is_equal_to_nan() -> None:
     random = np.random.default_rng(9)
-    values = random.normal(size=(3, 64)).astype(np.float32)
+    values: Any = random.normal(size=(3, 64)).astype(np.float32)
     values[1, 3] = np.nan
     for dtype, step in (("float32", 1e-7), ("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
         near = (values * (1 + step * 0.9)).astype(np.float32)
