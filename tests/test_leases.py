@@ -59,9 +59,7 @@ def stop_before(call: str, number: int) -> None:
     setattr(Folder, call, stopping)
 
 
-def beside_a_stopped(
-    path: Path, work: Callable[[], None], call: str, number: int, meanwhile: Callable[[], None]
-) -> int:
+def beside_a_stopped(work: Callable[[], object], call: str, number: int, meanwhile: Callable[[], None]) -> int:
     """Run `work` in a process that is stopped before a call; do something meanwhile, and let it end; its exit code."""
 
     def stopped() -> None:
