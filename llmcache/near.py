@@ -21,7 +21,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
 from llmcache.nearness import SETTING, calibrations_of
-from llmcache.reuse import Decode, Reuse, entries_of
+from llmcache.reuse import Decode, Reuse, answering_keys, entries_of
 
 log = logging.getLogger("llmcache")
 
@@ -72,30 +72,31 @@ class NearReuse:
     ) -> Calibration:
         """Choose a threshold and save it, see `LLMCache.calibrate`.
 
-        known: rows of the bank that answer; the others are the sample. None: all of them are both. truth: rows of the
-        sample and the right answers to them. settings: of `calibrating.calibrated`.
+        known: rows of the bank that answer, now and afterwards; the others are the sample. None: all of them are both.
+        truth: rows of the sample and the right answers to them; where all of the sample is known, these rows alone
+        answer. settings: of `calibrating.calibrated`.
         """
-        rows, every = entries_of(self._bank)
-        until = int(self._bank.created(rows).max(initial=0))
-        texts = self._decode(every.tokens)
+        live = self._bank.near.live()
         answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
-        answer = np.arange(len(rows)) if known is None else np.flatnonzero(np.isin(rows, known))
-        asked = np.setdiff1d(np.arange(len(rows)), answer)
+        asked = np.setdiff1d(live, live if known is None else known)
         if known is not None and not len(asked):
             if not answers:
                 raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
-            known, answer = None, np.flatnonzero(np.isin(rows, truth[0] if truth else ()))
-        sample: Entries | None = None if known is None else every.take(asked)
-        right = (
-            np.array([answers[row] for row in rows[answer if sample is None else asked].tolist()]) if answers else None
-        )
+            known = None
+        rows, entries = entries_of(self._bank, among=np.array(list(answers)) if answers and known is None else known)
+        sample: Entries | None = None
+        if known is not None:
+            asked, sample = entries_of(self._bank, among=asked)
+        of_sample = self._decode(sample.tokens) if sample is not None else []
+        right = np.array([answers[row] for row in (rows if sample is None else asked).tolist()]) if answers else None
         found, fitted = calibrated(
-            every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
+            entries, self._decode(entries.tokens), sample, of_sample, truth=right, **settings
         )
-        found = replace(found, until=until)
+        found = replace(found, size=len(live))
+        fitted = replace(fitted, answering=answering_keys(self._bank, rows))
         place = self.save(found, fitted, None, commit)
-        if found.threshold is not None:  # kept now, so that no opening has to predict for all entries
-            self._distilled(place).predictions(self._bank, rows, half(every.features), fitted.predictor)
+        if found.threshold is not None:  # stored now, so that no opening has to predict for all entries
+            self._distilled(place).predictions(self._bank, rows, half(entries.features), fitted.predictor)
             commit()
         return found
 
@@ -124,7 +125,7 @@ class NearReuse:
         calibration = reuse.calibration.to_json()
         if all(raw.get(name) == calibration[name] for name in ("threshold", "entries", "budget")):
             self._declare({**raw, "kept": reuse.state()})
-        elif raw.get("entries", 0) <= reuse.calibration.entries:
+        elif raw.get("size", 0) <= reuse.calibration.size:
             place = self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
             reuse.distilled = self._distilled(place)
 

@@ -22,6 +22,7 @@ from llmcache.crossfit import Entries, Memory, Neighbourhood
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
+from llmcache.gate import safety
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
 from llmcache.levels import dtype_of
@@ -81,14 +82,23 @@ class Near:
         return given if isinstance(given, np.ndarray) else given.cpu().numpy()
 
 
-def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
+def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """First halves of the keys of some rows, uint64 [n], sorted: `Fitted.answering` of a calibration on them."""
+    return np.sort(bank.keys(rows)[:, 0])
 
-    until: only rows that were put by then, in seconds since the epoch; 0 takes all.
+
+def entries_of(
+    bank: Bank, most: int = MOST, among: NDArray[np.int64] | None = None, answering: NDArray[np.uint64] | None = None
+) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of a bank and their contents, at most so many, spread evenly. It does not count as use of them.
+
+    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
     """
     rows = bank.near.live()
-    if until:
-        rows = rows[bank.created(rows) <= until]
+    if among is not None:
+        rows = rows[np.isin(rows, among)]
+    if answering is not None:
+        rows = rows[np.isin(bank.keys(rows)[:, 0], answering)]
     rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
@@ -183,13 +193,14 @@ class Reuse:
             self._place, self._memory = place, None
 
     def refresh(self) -> Neighbourhood:
-        """The entries to find neighbours among: those that were there when it was calibrated.
+        """The entries to find neighbours among: those that the calibration looked its documents up among.
 
-        Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
-        gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
+        With others neither the measured hits nor the bound would hold: later ones may be of another kind, which the
+        predictor has never seen, and a sample that was given was looked up without itself. They take part from the next
+        calibration on, which is made when the bank has doubled.
         """
         if self._memory is None:
-            self._rows, entries = entries_of(self._bank, until=self.calibration.until)
+            self._rows, entries = entries_of(self._bank, answering=self.fitted.answering)
             predictor, known = self.fitted.predictor, None
             if self.distilled is not None:
                 known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
@@ -219,7 +230,7 @@ class Reuse:
         """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
         found = self.refresh().match(features, tokens, self._judge.scores)
         closest = found.similarities[:, 0]
-        score = self.fitted.gate(found.evidence)
+        score = safety(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
         rows, similarity = self._rows[found.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
@@ -332,10 +343,9 @@ class Reuse:
         """Once the cache has doubled, calibrate again in the background, and go on with that when it is there."""
         if self._refitting is None:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
-                _, entries = entries_of(self._bank, Refitting.MOST)
-                texts = self._decode(entries.tokens)
-                until = int(self._bank.created(self._bank.near.live()).max(initial=0))
-                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank), until)
+                rows, entries = entries_of(self._bank)
+                texts, answering = self._decode(entries.tokens), answering_keys(self._bank, rows)
+                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank), answering)
             return
         if (found := self._refitting.result()) is None:
             return
