@@ -29,7 +29,7 @@ OWN = "own"
 _CURVE = 60  # points of the curve that are kept
 _FOLDS = 5
 RULE = 2
-"""How a calibration was measured. Others cannot be used: their scores were of another kind, and their bound did not hold."""
+"""The version of the scores that calibrations are made of: those of another one cannot be used."""
 _STRICTER = (1.0, 0.5, 0.25)  # shares of the calibrated hits that audits may tighten to
 _DECIDED = ("label", "accuracy")  # kinds of drift that a head is needed for
 _MARGIN = 1.0  # standard errors that a drop of accuracy has to stay below its budget, where no confidence is asked

@@ -1,7 +1,8 @@
 """Evidence that nothing fitted has seen: the entries of a cache looked up among the others, fold by fold.
 
-In each fold predictor and head are fitted on the other folds. Settings that look at no drift are the same in all folds
-and in the cache that answers afterwards: kind, kernel width and penalty of the predictor, and how neighbours are weighed.
+In each fold predictor and head are fitted on the other folds. Settings that look at no drift are the same in all
+folds and in the cache that answers afterwards: kind, kernel width and penalty of the predictor, and how neighbours are
+weighed.
 """
 
 from __future__ import annotations
@@ -140,7 +141,10 @@ class Memory:
     def fit(
         cls, entries: Entries, seed: int = 0, voting: Voting | None = None, like: Predictor | None = None
     ) -> Memory:
-        """A memory of entries with a predictor fitted to them. voting: None uses the defaults. like: see `predictor.fit`."""
+        """A memory of entries with a predictor fitted to them.
+
+        voting: None uses the defaults. like: see `predictor.fit`.
+        """
         predictor = fit(entries.features, entries.outputs, seed=seed, like=like)
         return cls(entries, predictor, voting or Voting())
 
@@ -232,8 +236,8 @@ def cross_fit(
     """Every entry as if it were asked and not known, with all that is fitted coming from the other folds.
 
     judge_of: the judge for some entries (by row): fits the head to them where it can be fitted again. A head that was
-    trained on the entries judges them too kindly; give documents it has not seen, then. like: the predictor that answers
-    later, whose settings those of the folds take.
+    trained on the entries judges them too kindly; give documents it has not seen, then. like: the predictor that
+    answers later, whose settings those of the folds take.
     ConfigError: too few entries for so many folds.
     """
     if folds < 2 or len(entries) * (folds - 1) // folds < LEAST:

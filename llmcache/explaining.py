@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,14 +64,18 @@ def explain(execution: Execution, text: str, prompt: str | None, role: str | Non
             return Explanation("exact", why, _named(bank, [row], [1.0], decode))
     raw = features(execution.embedding, tokens.ids, config.fingerprint)
     if reuse is not None:
-        return _calibrated(bank, reuse, raw, tokens.ids, decode)
+        found = _calibrated(bank, reuse, raw, tokens.ids, decode)
+        if found.tier == "near" and not execution.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]:
+            why = "it was answered near before in this opening: asked again it is computed and stored"
+            return replace(found, tier="miss", why=why, gates=(*found.gates, ("repeats", False)))
+        return found
     rows, similarity = (one[0] for one in bank.nearest(raw, SHOWN))
-    found = _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
+    named = _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
     if config.tau is None or config.reuse == "exact":
-        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", found)
-    near = bool(found) and found[0].similarity >= config.tau
+        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", named)
+    near = bool(named) and named[0].similarity >= config.tau
     why = f"the nearest entry is {'at' if near else 'below'} tau {config.tau:g}" + (" or above" if near else "")
-    return Explanation("near" if near else "miss", why, found, None, None, config.tau, (("tau", near),))
+    return Explanation("near" if near else "miss", why, named, None, None, config.tau, (("tau", near),))
 
 
 def _calibrated(

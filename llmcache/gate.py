@@ -34,7 +34,9 @@ def safety(evidence: NDArray[np.floating]) -> Floats:
     ConfigError: the evidence has other columns.
     """
     if evidence.ndim != 2 or evidence.shape[1] not in {len(EVIDENCE), len(EVIDENCE) + len(DECIDED)}:
-        raise ConfigError(f"evidence has {len(EVIDENCE)} columns, {len(DECIDED)} more with a head, got {evidence.shape}")
+        raise ConfigError(
+            f"evidence has {len(EVIDENCE)} columns, {len(DECIDED)} more with a head, got {evidence.shape}"
+        )
     usable = np.isfinite(evidence).all(axis=1)
     columns = evidence[usable].astype(np.float64)
     scores = np.full(len(evidence), -np.inf)

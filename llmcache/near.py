@@ -89,9 +89,7 @@ class NearReuse:
             asked, sample = entries_of(self._bank, among=asked)
         of_sample = self._decode(sample.tokens) if sample is not None else []
         right = np.array([answers[row] for row in (rows if sample is None else asked).tolist()]) if answers else None
-        found, fitted = calibrated(
-            entries, self._decode(entries.tokens), sample, of_sample, truth=right, **settings
-        )
+        found, fitted = calibrated(entries, self._decode(entries.tokens), sample, of_sample, truth=right, **settings)
         found = replace(found, size=len(live))
         fitted = replace(fitted, answering=answering_keys(self._bank, rows))
         place = self.save(found, fitted, None, commit)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmcache import guard
 from llmcache.auditing import Audits
-from llmcache.balance import Balance
+from llmcache.balance import LEAST, Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
@@ -27,6 +27,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.neighbours import half
 from llmcache.levels import dtype_of
 from llmcache.ondevice import DeviceMemory
+from llmcache.pace import Pace
 from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
 
@@ -130,7 +131,8 @@ class Reuse:
         """
         self._bank, self._decode, self._config, self._own = bank, decode, config, drift
         self.distilled = distilled
-        self.balance = Balance()
+        self.balance, self.pace = Balance(), Pace()
+        self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits from before the pace was known
         self.changed = False
         """Whether there is something to save: audits, or another calibration."""
         self._refitting: Refitting | None = None
@@ -327,15 +329,23 @@ class Reuse:
         self.stopped = f"{reason}; calibrate again"
         log.warning("near reuse is off: %s", self.stopped)
 
-    def paid(self, looked_up: int, rows: NDArray[np.int64], spent: float, audited: NDArray[np.int64]) -> float:
-        """Take note of what some documents have cost and saved. rows: of the hits given. spent: seconds of look-up.
-        audited: rows of those computed again. Returns the seconds of audits.
+    def paid(self, looked_up: int, given: int, spent: float, audited: int) -> tuple[float, float]:
+        """Take note of what some documents have cost and saved, in seconds of the model on this machine.
+
+        given, audited: tokens of the documents that were answered, and of those that are computed to audit them. spent:
+        seconds of the look-up. Returns the seconds saved and those of audits; 0 until the pace of the model is known,
+        then also those from before.
         """
-        saved, audits = self._bank.cost(rows), self._bank.cost(audited)
+        self._unpriced += given, audited
+        if self.balance.documents + looked_up >= LEAST:
+            self.pace.measure()
+        saved, audits = (self.pace.seconds(int(tokens)) for tokens in self._unpriced)
+        if self.pace.known:
+            self._unpriced[:] = 0
         self._saved_seconds, self._audit_seconds = self._saved_seconds + saved, self._audit_seconds + audits
         if self.balance.observe(looked_up, saved, spent + audits):
             log.warning("%s", self.stands_aside or "near reuse pays again: all documents are looked up")
-        return audits
+        return saved, audits
 
     # -- learning again -------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class Counters:
     checksum. bypassed: handed to the model past the cache. left_alone: not looked up, while loading takes longer than
     the model. audits: near hits that were recomputed; audited_drift: the
     sum of what they would have been off by; audit_seconds: about what that took. near_asked: documents that calibrated
-    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model took for what it gave.
+    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes
+    here for what it gave, as measured in this opening.
     overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """

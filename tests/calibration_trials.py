@@ -27,7 +27,6 @@ from scipy.stats import beta
 
 from llmcache.calibration import least_samples
 from llmcache.config import CacheConfig
-from llmcache.crossfit import Entries
 from llmcache.drift import cosine_drift
 from llmcache.gate import Boundary
 from llmcache.indexes.bank import Bank
@@ -271,7 +270,9 @@ def main() -> None:
         for name in CORPORA:
             embed(given.corpora, given.embeddings, name)
         groups["corpora"] = {name: corpus(given.embeddings, name) for name in CORPORA}
-    print("| documents | calibrations | near reuse on | above the budget | share (0.95 interval) | near hits where on |")
+    print(
+        "| documents | calibrations | near reuse on | above the budget | share (0.95 interval) | near hits where on |"
+    )
     print("|---|---|---|---|---|---|")
     every: list[Trial] = []
     for group, draws in groups.items():
