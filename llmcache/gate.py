@@ -1,9 +1,9 @@
 """Which near hits to trust: a fixed score over their evidence, and a linear picture of a head's decisions.
 
-The score is a formula without fitted numbers. A gate that is fitted to the drift of the same documents that the bound is
-computed on gives too low a bound: with few drifted documents it finds, among the many directions of the evidence, one
-that is clean by luck in all of them, and cross-fitting does not remove that, since the luck is in every fold. A formula
-has the same scale in every fold of a calibration and when it answers.
+The score is a formula without fitted numbers. A gate that is fitted to the drift of the same documents that the bound
+is computed on gives too low a bound: with few drifted documents it finds, among the many directions of the evidence,
+one that is clean by luck in all of them, and cross-fitting does not remove that, since the luck is in every fold. A
+formula has the same scale in every fold of a calibration and when it answers.
 """
 
 from __future__ import annotations

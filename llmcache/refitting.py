@@ -45,8 +45,9 @@ class Refitting:
         size: int,
         answering: NDArray[np.uint64],
     ) -> None:
-        """entries: those that answer afterwards. texts: of the entries, for the guard. size: of the bank. answering: see
-        `Fitted.answering`.
+        """entries: those that answer afterwards. texts: of the entries, for the guard. size: of the bank.
+
+        answering: see `Fitted.answering`.
         """
         self._found: tuple[Calibration, Fitted] | None = None
         self._size, self._answering = size, answering

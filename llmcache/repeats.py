@@ -1,9 +1,9 @@
 """Which documents were answered near in this opening, so that one wrong answer is not given again and again.
 
-Near answers are not stored. The bound of a calibration is over distinct documents, so a document that a thousand requests
-ask for could be a thousand wrong answers. When each document is answered near at most once, and computed and stored when
-it is asked again, there are at most as many wrong answers among the requests as among the distinct documents, and the
-bound holds for requests too.
+Near answers are not stored. The bound of a calibration is over distinct documents, so a document that a thousand
+requests ask for could be a thousand wrong answers. When each document is answered near at most once, and computed and
+stored when it is asked again, there are at most as many wrong answers among the requests as among the distinct
+documents, and the bound holds for requests too.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
+from llmcache.bench.near import fitted_head
 from llmcache.calibration import least_samples
 from llmcache.config import CacheConfig
-from llmcache.drift import cosine_drift
+from llmcache.drift import cosine_drift, label_drift
 from llmcache.gate import Boundary
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
@@ -54,17 +56,19 @@ Draw = Callable[[np.random.Generator, int], "Documents"]
 class Documents:
     """features: float16 [n, width]; outputs: float32 [n, out], unit norm; tokens: ids of each document.
 
-    head: the classifier of outputs that decides, for drift of labels.
+    head: the classifier of outputs that decides, for drift of labels. labels: the right answers, where there are any.
     """
 
     features: NDArray[np.float16] = field(repr=False)
     outputs: Floats = field(repr=False)
     tokens: list[NDArray[np.int32]] = field(repr=False)
-    head: Boundary
+    head: Any
+    labels: NDArray[np.str_] | None = field(default=None, repr=False)
 
     def take(self, places: NDArray[np.int64]) -> Documents:
         tokens = [self.tokens[place] for place in places.tolist()]
-        return Documents(self.features[places], self.outputs[places], tokens, self.head)
+        labels = None if self.labels is None else self.labels[places]
+        return Documents(self.features[places], self.outputs[places], tokens, self.head, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class Trial:
 
     source: str
     sample: bool
+    head: str
     drift_kind: str
     measured: int
     budget: float
@@ -118,11 +123,8 @@ def corpus(folder: Path, name: str) -> Draw:
     arrays = np.load(folder / f"{name}.npz")
     tokens = np.split(arrays["tokens"].astype(np.int32), np.cumsum(arrays["lengths"])[:-1])
     seen = len(tokens) // 3
-    from llmcache.bench.near import fitted_head
-
-    head = Boundary.of(fitted_head(arrays["outputs"][:seen], arrays["labels"][:seen]))
-    assert head is not None
-    pool = Documents(arrays["features"], arrays["outputs"].astype(np.float32), tokens, head)
+    head = fitted_head(arrays["outputs"][:seen], arrays["labels"][:seen])
+    pool = Documents(arrays["features"], arrays["outputs"].astype(np.float32), tokens, head, arrays["labels"])
 
     def draw(random: np.random.Generator, n: int) -> Documents:
         return pool.take(seen + random.permutation(len(tokens) - seen)[:n])
@@ -163,11 +165,20 @@ def put(bank: Bank, documents: Documents) -> None:
 
 
 def trial(
-    draw: Draw, source: str, *, seed: int, measured: int, budget: float, sample: bool, drift: str, fresh: int
+    draw: Draw,
+    source: str,
+    *,
+    seed: int,
+    measured: int,
+    budget: float,
+    sample: bool,
+    drift: str,
+    fresh: int,
+    head: str = "unseen",
 ) -> Trial:
     """Calibrate once and look fresh documents up. measured: documents of the sample, or entries without one.
 
-    drift: "label", or "cosine".
+    drift: "label", or "cosine". head: "unseen", trained on other documents, or "trained" on the entries.
     """
     random = np.random.default_rng(seed)
     entries = max(LEAST_ENTRIES, measured // 2) if sample else max(LEAST_ENTRIES, measured)
@@ -185,6 +196,9 @@ def trial(
             put(bank, every.take(rest[:measured]))
             rest = rest[measured:]
         near = NearReuse(store, "trial", config, "output", bank, lambda tokens: [""] * len(tokens))
+        if head == "trained":
+            assert known.labels is not None
+            every = replace(every, head=fitted_head(known.outputs, known.labels))
         settings: dict[str, Any] = {"head": every.head} if drift == "label" else {}
         found = near.calibrate(
             rows if sample else None, commit=store.commit, budget=budget, drift=drift, confidence=CONFIDENCE,
@@ -195,7 +209,7 @@ def trial(
         asked = every.take(rest)
         hit, moved = answered(saved, asked, drift)
     return Trial(
-        source, sample, drift, found.samples, budget, round(found.curve[-1][2] * found.samples) if found.curve else 0,
+        source, sample, head, drift, found.samples, budget, round(found.curve[-1][2] * found.samples) if found.curve else 0,
         found.hits, found.bound, float(hit.mean()), float(moved.mean()),
     )  # fmt: skip
 
@@ -207,7 +221,7 @@ def answered(reuse: Reuse, asked: Documents, drift: str) -> tuple[NDArray[np.boo
     near = reuse.look_up(asked.features.astype(np.float32), asked.tokens)
     hit, given = near.gate == TAKEN, np.asarray(near.results)
     if drift == "label":
-        moved = (asked.head(asked.outputs).argmax(axis=1) != asked.head(given).argmax(axis=1)).astype(np.float64)
+        moved = label_drift(asked.head)(asked.outputs, given)
     else:
         moved = cosine_drift(asked.outputs, given)
     return hit, np.where(hit, moved, 0.0)
@@ -225,8 +239,9 @@ def trials(
     settings: Sequence[tuple[int, float]] = SETTINGS,
     fresh: int = 4000,
     seed: int = 0,
+    head: str = "unseen",
 ) -> Iterator[Trial]:
-    """So many trials, their sources and settings in turn. Settings under which no calibration could pass are left out."""
+    """So many trials, their sources and settings in turn; without settings under which no calibration could pass."""
     possible = [(n, budget) for n, budget in settings if n >= least_samples(budget, CONFIDENCE)]
     sources = sorted(draws)
     for number in range(count):
@@ -234,7 +249,7 @@ def trials(
         source = sources[number // len(possible) % len(sources)]
         yield trial(
             draws[source], source, seed=seed + number, measured=measured, budget=budget, sample=sample, drift=drift,
-            fresh=fresh,
+            fresh=fresh, head=head,
         )  # fmt: skip
 
 
@@ -257,6 +272,11 @@ def row(name: str, found: Sequence[Trial]) -> str:
     )
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=400, help="calibrations of each line of the table")
@@ -270,20 +290,18 @@ def main() -> None:
         for name in CORPORA:
             embed(given.corpora, given.embeddings, name)
         groups["corpora"] = {name: corpus(given.embeddings, name) for name in CORPORA}
-    print(
-        "| documents | calibrations | near reuse on | above the budget | share (0.95 interval) | near hits where on |"
-    )
-    print("|---|---|---|---|---|---|")
+    _say("| documents | calibrations | near reuse on | above the budget | share (0.95 interval) | near hits |")
+    _say("|---|---|---|---|---|---|")
     every: list[Trial] = []
     for group, draws in groups.items():
         for drift in ("label", "cosine"):
             for sample in (False, True):
                 found = list(trials(draws, given.trials, sample=sample, drift=drift, seed=given.seed))
-                print(row(f"{group}, {drift}, {'a sample' if sample else 'own entries'}", found), flush=True)
+                _say(row(f"{group}, {drift}, {'a sample' if sample else 'own entries'}", found))
                 every += found
                 few = [one for one in found if 1 <= one.drifted <= 7]
                 if few and drift == "label":
-                    print(row("of these with 1 to 7 drifted documents", few), flush=True)
+                    _say(row("of these with 1 to 7 drifted documents", few))
     if given.out:
         given.out.write_text(json.dumps([asdict(one) for one in every], indent=0))
 
