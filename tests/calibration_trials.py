@@ -39,11 +39,10 @@ from llmcache.near import NearReuse
 from llmcache.reuse import TAKEN, Reuse
 
 CONFIDENCE = 0.95
-SETTINGS = (
-    (70, 0.05), (150, 0.02), (150, 0.05), (300, 0.01), (300, 0.02), (600, 0.005), (600, 0.01), (1000, 0.005),
-    (2000, 0.005), (2000, 0.01),
-)  # fmt: skip
+SETTINGS = ((70, 0.05), (160, 0.02), (160, 0.05), (300, 0.01), (300, 0.02), (600, 0.005), (600, 0.01))
 """Documents that the drift is measured on, and budgets."""
+LARGE = (2000, 0.005), (1000, 0.01)
+"""Others, one for each round of those above: to fit to so many entries takes long."""
 LEAST_ENTRIES = 160
 CORPORA = ("cls-banking77", "cls-snips", "cls-sst2")
 
@@ -99,15 +98,18 @@ class Trial:
 # -- documents ----------------------------------------------------------------------------------------------
 
 
-def law(noise: float, classes: int = 4, width: int = 12, out: int = 6) -> Draw:
-    """Documents whose outputs are a smooth function of their features and noise that no feature tells."""
+def law(noise: float, curve: float = 6.0, classes: int = 4, width: int = 12, out: int = 6) -> Draw:
+    """Documents whose outputs are a smooth function of their features and noise that no feature tells.
+
+    curve: larger is nearer to linear, so that fewer results drift.
+    """
     fixed = np.random.default_rng(7)
     one, two = fixed.standard_normal((width, 16)), fixed.standard_normal((16, out))
     head = Boundary(fixed.standard_normal((classes, out)).astype(np.float32), np.zeros(classes, np.float32))
 
     def draw(random: np.random.Generator, n: int) -> Documents:
         features = half(random.standard_normal((n, width)))
-        outputs = np.tanh(features.astype(np.float64) @ one / 6) @ two
+        outputs = curve * np.tanh(features.astype(np.float64) @ one / curve) @ two / 6
         outputs += noise * random.exponential(size=(n, 1)) * random.standard_normal((n, out))
         outputs /= np.linalg.norm(outputs, axis=1, keepdims=True)
         tokens = list(random.integers(1000, 30_000, (n, 6)).astype(np.int32))
@@ -208,9 +210,10 @@ def trial(
         assert saved is not None
         asked = every.take(rest)
         hit, moved = answered(saved, asked, drift)
+    drifted = round(found.curve[-1][2] * found.samples) if found.curve else 0
     return Trial(
-        source, sample, head, drift, found.samples, budget, round(found.curve[-1][2] * found.samples) if found.curve else 0,
-        found.hits, found.bound, float(hit.mean()), float(moved.mean()),
+        source, sample, head, drift, found.samples, budget, drifted, found.hits, found.bound, float(hit.mean()),
+        float(moved.mean()),
     )  # fmt: skip
 
 
@@ -220,10 +223,8 @@ def answered(reuse: Reuse, asked: Documents, drift: str) -> tuple[NDArray[np.boo
         return np.zeros(len(asked.outputs), np.bool_), np.zeros(len(asked.outputs))
     near = reuse.look_up(asked.features.astype(np.float32), asked.tokens)
     hit, given = near.gate == TAKEN, np.asarray(near.results)
-    if drift == "label":
-        moved = label_drift(asked.head)(asked.outputs, given)
-    else:
-        moved = cosine_drift(asked.outputs, given)
+    measure = label_drift(asked.head) if drift == "label" else cosine_drift
+    moved = measure(asked.outputs, given)
     return hit, np.where(hit, moved, 0.0)
 
 
@@ -237,16 +238,20 @@ def trials(
     sample: bool,
     drift: str,
     settings: Sequence[tuple[int, float]] = SETTINGS,
+    large: Sequence[tuple[int, float]] = LARGE,
     fresh: int = 4000,
     seed: int = 0,
     head: str = "unseen",
 ) -> Iterator[Trial]:
     """So many trials, their sources and settings in turn; without settings under which no calibration could pass."""
-    possible = [(n, budget) for n, budget in settings if n >= least_samples(budget, CONFIDENCE)]
-    sources = sorted(draws)
+    possible = [
+        (n, budget) for n, budget in settings if n >= max(least_samples(budget, CONFIDENCE), 0 if sample else 128)
+    ]
+    sources, many = sorted(draws), len(possible) + bool(large)
     for number in range(count):
-        measured, budget = possible[number % len(possible)]
-        source = sources[number // len(possible) % len(sources)]
+        turn, place = divmod(number, many)
+        measured, budget = possible[place] if place < len(possible) else large[turn % len(large)]
+        source = sources[turn % len(sources)]
         yield trial(
             draws[source], source, seed=seed + number, measured=measured, budget=budget, sample=sample, drift=drift,
             fresh=fresh, head=head,
@@ -285,7 +290,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write every trial to this file as JSON")
     given = parser.parse_args()
-    groups: dict[str, dict[str, Draw]] = {"known law": {"noise 0.1": law(0.1), "noise 0.4": law(0.4)}}
+    groups: dict[str, dict[str, Draw]] = {
+        "known law": {"few drift": law(0.03, 24.0, classes=2), "some": law(0.1), "many": law(0.4)}
+    }
     if given.corpora:
         for name in CORPORA:
             embed(given.corpora, given.embeddings, name)
