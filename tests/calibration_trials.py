@@ -13,6 +13,7 @@ Documents come from a known law, without end, or from embedded corpora, split an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
 from llmcache.near import NearReuse
+from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Reuse
 
 CONFIDENCE = 0.95
@@ -75,7 +77,8 @@ class Trial:
     """One calibration and what came of it.
 
     measured: documents that the drift was measured on, of which so many drifted. hits, drift: shares of the fresh
-    documents, looked up in the cache that answers.
+    documents, looked up in the cache that answers. requests, requests_once: drift of all requests where popularity
+    follows Zipf's law: with any number of near answers for each document, and with one, see `CacheConfig.near_repeats`.
     """
 
     source: str
@@ -89,10 +92,12 @@ class Trial:
     bound: float
     hits: float
     drift: float
+    requests: float
+    requests_once: float
 
-    @property
-    def exceeds(self) -> bool:
-        return self.drift > self.budget
+    def exceeds(self, measure: str = "drift") -> bool:
+        """Whether "drift", "requests" or "requests_once" is above the budget."""
+        return bool(getattr(self, measure) > self.budget)
 
 
 # -- documents ----------------------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def trial(
     drifted = round(found.curve[-1][2] * found.samples) if found.curve else 0
     return Trial(
         source, sample, head, drift, found.samples, budget, drifted, found.hits, found.bound, float(hit.mean()),
-        float(moved.mean()),
+        float(moved.mean()), *(drift_of_requests(hit, moved, most, seed) for most in (None, 1)),
     )  # fmt: skip
 
 
@@ -226,6 +231,28 @@ def answered(reuse: Reuse, asked: Documents, drift: str) -> tuple[NDArray[np.boo
     measure = label_drift(asked.head) if drift == "label" else cosine_drift
     moved = measure(asked.outputs, given)
     return hit, np.where(hit, moved, 0.0)
+
+
+def drift_of_requests(
+    hit: NDArray[np.bool_], moved: NDArray[np.float64], most: int | None, seed: int, call: int = 64
+) -> float:
+    """Mean drift of requests for documents, three for each, whose popularity follows Zipf's law.
+
+    hit, moved: of each document. They come in calls of so many; a document that is computed is stored, and exact after.
+    """
+    random = np.random.default_rng(seed + 1)
+    weight = 1 / np.arange(1, len(hit) + 1)
+    asked = random.permutation(len(hit))[random.choice(len(hit), 3 * len(hit), p=weight / weight.sum())]
+    answers, stored, total = NearAnswers(most), ~hit, 0.0
+    for start in range(0, len(asked), call):
+        documents, copies = np.unique(asked[start : start + call], return_counts=True)
+        documents, copies = documents[~stored[documents]], copies[~stored[documents]]
+        keys = np.stack([documents, documents], axis=1).astype(np.uint64)
+        near = answers.allowed(keys, copies)
+        answers.add(keys[near], copies[near])
+        total += float((moved[documents] * copies)[near].sum())
+        stored[documents[~near]] = True
+    return total / len(asked)
 
 
 # -- many trials --------------------------------------------------------------------------------------------
@@ -265,9 +292,9 @@ def interval(exceeding: int, count: int) -> tuple[float, float]:
     return low, high
 
 
-def row(name: str, found: Sequence[Trial]) -> str:
-    """A line of the table."""
-    exceeding = sum(one.exceeds for one in found)
+def row(name: str, found: Sequence[Trial], measure: str = "drift") -> str:
+    """A line of the table. measure: see `Trial.exceeds`."""
+    exceeding = sum(one.exceeds(measure) for one in found)
     low, high = interval(exceeding, len(found))
     on = [one for one in found if one.calibrated_hits]
     hits = np.mean([one.hits for one in on]) if on else 0.0
@@ -301,14 +328,20 @@ def main() -> None:
     _say("|---|---|---|---|---|---|")
     every: list[Trial] = []
     for group, draws in groups.items():
-        for drift in ("label", "cosine"):
-            for sample in (False, True):
-                found = list(trials(draws, given.trials, sample=sample, drift=drift, seed=given.seed))
-                _say(row(f"{group}, {drift}, {'a sample' if sample else 'own entries'}", found))
-                every += found
-                few = [one for one in found if 1 <= one.drifted <= 7]
-                if few and drift == "label":
-                    _say(row("of these with 1 to 7 drifted documents", few))
+        heads = ("unseen", "trained") if group == "corpora" else ("unseen",)
+        for drift, sample, head in itertools.product(("label", "cosine"), (True, False), heads):
+            if head == "trained" and (sample or drift == "cosine"):
+                continue
+            found = list(trials(draws, given.trials, sample=sample, drift=drift, seed=given.seed, head=head))
+            name = f"{group}, {drift}, {'a sample' if sample else 'own entries'}"
+            _say(row(name + (", head trained on them" if head == "trained" else ""), found))
+            every += found
+            few = [one for one in found if 1 <= one.drifted <= 7]
+            if few and drift == "label":
+                _say(row("of these with 1 to 7 drifted documents", few))
+            if sample and drift == "label":
+                _say(row("the same, over requests, each document answered near once", found, "requests_once"))
+                _say(row("the same, over requests, near answers without end", found, "requests"))
     if given.out:
         given.out.write_text(json.dumps([asdict(one) for one in every], indent=0))
 
