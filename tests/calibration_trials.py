@@ -43,9 +43,10 @@ from llmcache.reuse import TAKEN, Reuse
 CONFIDENCE = 0.95
 SETTINGS = ((70, 0.05), (160, 0.02), (160, 0.05), (300, 0.01), (300, 0.02), (600, 0.005), (600, 0.01))
 """Documents that the drift is measured on, and budgets."""
-LARGE = (2000, 0.005), (1000, 0.01)
-"""Others, one for each round of those above: to fit to so many entries takes long."""
-LEAST_ENTRIES = 160
+LARGE_SAMPLES, LARGE_CACHES = ((2000, 0.005), (1000, 0.01)), ((1000, 0.005),)
+"""Others, one for each round of those above: to fit to many entries takes long."""
+LEAST_ENTRIES, MOST_ENTRIES = 160, 400
+"""Of a cache that a sample is given to."""
 CORPORA = ("cls-banking77", "cls-snips", "cls-sst2")
 
 Floats = NDArray[np.float32]
@@ -188,7 +189,7 @@ def trial(
     drift: "label", or "cosine". head: "unseen", trained on other documents, or "trained" on the entries.
     """
     random = np.random.default_rng(seed)
-    entries = max(LEAST_ENTRIES, measured // 2) if sample else max(LEAST_ENTRIES, measured)
+    entries = min(max(LEAST_ENTRIES, measured // 2), MOST_ENTRIES) if sample else max(LEAST_ENTRIES, measured)
     every = draw(random, entries + (measured if sample else 0) + fresh)
     places = np.arange(len(every.outputs))
     known, rest = every.take(places[:entries]), places[entries:]
@@ -265,7 +266,7 @@ def trials(
     sample: bool,
     drift: str,
     settings: Sequence[tuple[int, float]] = SETTINGS,
-    large: Sequence[tuple[int, float]] = LARGE,
+    large: Sequence[tuple[int, float]] | None = None,
     fresh: int = 4000,
     seed: int = 0,
     head: str = "unseen",
@@ -274,6 +275,8 @@ def trials(
     possible = [
         (n, budget) for n, budget in settings if n >= max(least_samples(budget, CONFIDENCE), 0 if sample else 128)
     ]
+    if large is None:
+        large = LARGE_SAMPLES if sample else LARGE_CACHES
     sources, many = sorted(draws), len(possible) + bool(large)
     for number in range(count):
         turn, place = divmod(number, many)
