@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
-from functools import wraps
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -18,11 +18,17 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmcache.architecture import Trunk
+from llmcache.compiled import not_compiled, refuse_compiled
 from llmcache.errors import ConfigError
-from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
+from llmcache.exact_audits import ExactAudits
+from llmcache.indexes.marks import UNKNOWN
+from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, main_input, refusal
+from llmcache.locking import CallLock, LockCycle
 from llmcache.matching import first_occurrences
-from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
+from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, trial_call
 from llmcache.prefix import Prefixes
+from llmcache.standins import StandIn, install, remove
+from llmcache.state_audits import audit_states
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 from llmcache.weights import Weights
@@ -38,7 +44,8 @@ class Attachment:
     Rows of a batch are looked up one by one: those whose last state is stored only pass the final norm and what
     follows, others enter after the deepest layer that is stored for them, the rest is computed from the start. Where
     the mask hides a position a state means nothing: it is zeros, or what the model gives. No gradient flows into a
-    state that was reused. Not for several threads at once.
+    state that was reused. Forwards of several threads wait for each other and for calls of the cache. Copies and
+    pickles of the model are of the model as it is without a cache.
     """
 
     def __init__(
@@ -49,25 +56,30 @@ class Attachment:
         changed: Callable[[], None],
         prefixes: Callable[[str], Prefixes | None],
         counters: Counters,
+        exact_audits: ExactAudits,
         *,
+        lock: CallLock,
+        is_open: Callable[[], bool],
         states_only: bool = False,
     ) -> None:
         """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
 
         changed: called before the next pass when the weights are not those any more that the model was attached with.
         prefixes: what restores beginnings for a decoder, in this mode of running; None when that is off.
+        lock: of the cache. is_open: whether the cache is; else the model computes by itself.
         states_only: a decoder's states are looked up whole in the layer banks where no keys and values are asked for.
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
-        self._open_prefixes, self._states_only = prefixes, states_only
+        self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
         self._blocks = Blocks(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
-        self._main = _main_input(trunk.module, self._signature)
+        self._main = main_input(trunk.module, self._signature)
         self._takes_cache = "use_cache" in self._signature.parameters
         self._said: set[str] = set()
         self._depth = 0
-        self._own: Any = None
+        self._lock, self._is_open, self._pid = lock, is_open, os.getpid()
+        self._stand_in: StandIn | None = None
         self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks]] = {}
         self._prefixes: dict[str, Prefixes | str] = {}
         self._weights = Weights(trunk.module)
@@ -75,38 +87,52 @@ class Attachment:
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
         self.entries: list[str] = []
         """Per row of the last pass the key of the entry that was reused, in hexadecimal; "" where none was."""
+        self._given: NDArray[np.int64] | None = None  # by `last_pass`
         self.up_to: int | None = None
         """Deepest layer whose states are reused, None for any; while it is set nothing is kept."""
+        self.asked: tuple[str | None, str | None] | None = None
+        """Role and prompt of the texts that pass; None while token ids are given, of which that is not known."""
 
     def __enter__(self) -> Self:
-        module = self.trunk.module
-        other = _attached.get(module)
-        if other not in (None, self):
-            raise ConfigError(f"this {type(module).__name__} is attached to another cache; leave that one first")
-        if not self._depth:
-            refuse_compiled(module)
-            self._own = module.__dict__.get("forward")
-            self._forward = module.forward
-            self._blocks.replace()
-            module.forward = self._stand_in_for(self._forward)
-            _attached[module] = self
-        self._depth += 1
-        try:
-            if not module.training and not self._anatomies:
-                self._anatomy()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with self._lock:
+            module = self.trunk.module
+            if not self._depth:
+                refuse_compiled(module)
+                other = _attached.get(module)
+                if other is not None and other._pid != self._pid:  # attached by the process that forked this one
+                    other.detach()
+                if _attached.setdefault(module, self) is not self:
+                    raise ConfigError(
+                        f"this {type(module).__name__} is attached to another cache; leave that one first"
+                    )
+                self._forward = module.forward
+                self._blocks.replace()
+                self._stand_in = StandIn(module, not_compiled(self._forwarded))
+                install(self._stand_in)
+            self._depth += 1
+            try:
+                if not module.training and not self._anatomies:
+                    self._anatomy()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            put_back(self.trunk.module, self._own)
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self.detach()
+
+    def detach(self) -> None:
+        """Put the model's own forwards back, however often it was attached."""
+        if self._stand_in is not None:
+            remove(self._stand_in)
+            self._stand_in = None
             self._blocks.restore()
-            del _attached[self.trunk.module]
+            _attached.pop(self.trunk.module, None)
 
     @property
     def active(self) -> bool:
@@ -118,6 +144,19 @@ class Attachment:
         """The banks of the layers, for the autocast state at hand."""
         return self._anatomy()[1]
 
+    def last_pass(self) -> tuple[NDArray[np.int64], list[str]] | None:
+        """`entered` and `entries` of the last pass, given once; None where nothing has passed since they were given, as
+        when a model with several trunks has used another one.
+        """
+        if not len(self.entered) or self.entered is self._given:
+            return None
+        self._given = self.entered
+        return self.entered, self.entries
+
+    def scope(self, layer: int) -> int:
+        """Which states of a layer may stand for those of the texts that pass now; see `LayerBanks.scope`."""
+        return UNKNOWN if self.asked is None else self.banks.scope(layer, self._mode(), self.asked)
+
     @property
     def decodes(self) -> bool:
         """Whether the model is a decoder, which gives keys and values for the tokens to come."""
@@ -125,33 +164,57 @@ class Attachment:
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
-    def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self._bound(args, kwargs)
-            length = getattr(call.get("past_key_values"), "get_seq_length", None)
-            if length is not None and length() > 0:  # a decoder's next token
+    def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands in for the trunk's forward: a call that may go by the banks does so, one thread at a time."""
+        call = self._bound(args, kwargs)
+        length = getattr(call.get("past_key_values"), "get_seq_length", None)
+        if length is not None and length() > 0:  # a decoder's next token
+            return own(*args, **kwargs)
+        reason = self._unusable()
+        if reason is None:
+            try:
+                self._lock.acquire()
+            except LockCycle:  # to compute what is stored is slower than to wait, but not than to wait for ever
                 return own(*args, **kwargs)
-            if not self.trunk.module.training and self._weights.changed():
-                if self.trunk.replaced:
-                    raise ConfigError(
-                        "layers of the attached model were replaced; leave the context and attach it again"
-                    )
-                self._changed()
-                self._anatomies.clear()
-                self._prefixes.clear()
-            decoding = not self.trunk.module.training and self._keeps_keys(call)
-            reason = self._prefix_refusal(call) if decoding else self._refusal(call)
-            if reason is not None:
-                self._bypass(reason, call)
-                return own(*args, **kwargs)
-            if decoding:
-                return self._decode(call)
-            return self._answer(call, *self._anatomy(call.get("return_dict")))
+            try:
+                reason = self._unusable()  # it may have been closed while this thread waited
+                if reason is None:
+                    return self._by_banks(own, args, kwargs, call)
+            finally:
+                self._lock.release()
+        self._say(reason)
+        return own(*args, **kwargs)
 
-        disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
-        uncompiled: Callable[..., Any] = disable(forward)
-        return uncompiled
+    def _unusable(self) -> str | None:
+        """Why no call can go by the banks; None where calls can."""
+        if self._pid != os.getpid():
+            return "it was attached before a fork, and what the child computes is not stored; attach it in the child"
+        return None if self._is_open() else "its cache is closed"
+
+    def _by_banks(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        if self._exact_audits.recomputing:
+            return own(*args, **kwargs)
+        if not self.trunk.module.training and self._weights.changed():
+            if self.trunk.replaced:
+                raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
+            self._changed()
+            self._anatomies.clear()
+            self._prefixes.clear()
+        decoding = not self.trunk.module.training and self._keeps_keys(call)
+        refusal = self._prefix_refusal if decoding else self._refusal
+        reason = self._exact_audits.refusal() or refusal(call)
+        if reason is not None:
+            self._bypass(reason, call)
+            return own(*args, **kwargs)
+
+        def answer() -> Any:
+            return self._decode(call) if decoding else self._answer(call)
+
+        def uncached() -> Any:
+            self._bypass(str(self._exact_audits.refusal()), call)
+            return own(*args, **kwargs)
+
+        return self._exact_audits.answered(answer, uncached)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self._signature.bind(*args, **kwargs)
@@ -191,15 +254,15 @@ class Attachment:
         """What restores beginnings, or why nothing does."""
         mode = self._mode()
         if mode not in self._prefixes:
-            module = self.trunk.module
-            stand_in, module.forward = module.forward, self._forward  # it looks at the model's own
+            assert self._stand_in is not None
+            remove(self._stand_in)  # what is made looks at the model's own forward
             try:
                 made = self._open_prefixes(mode)
                 self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
             except ConfigError as error:
                 self._prefixes[mode] = str(error)
             finally:
-                module.forward = stand_in
+                install(self._stand_in)
         return self._prefixes[mode]
 
     def _decode(self, call: Call) -> Any:
@@ -216,6 +279,10 @@ class Attachment:
         rows = len(value) if isinstance(value, Tensor) and value.ndim else 1
         self._counters.bypassed += rows
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        """Warn once of each reason for which calls go to the model itself."""
         if reason not in self._said:
             self._said.add(reason)
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
@@ -249,7 +316,8 @@ class Attachment:
         parameters = self._signature.parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks) -> Any:
+    def _answer(self, call: Call) -> Any:
+        anatomy, banks = self._anatomy(call.get("return_dict"))
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
@@ -257,6 +325,7 @@ class Attachment:
             self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
+        audit_states(found, rows, distinct, banks, mode, self._states)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)
@@ -291,6 +360,14 @@ class Attachment:
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
         return output
 
+    @torch.no_grad()
+    def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
+        """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
+        width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
+        states = Pass(keep=layers)
+        self._blocks.run(states, self._forward, rows.some(chosen, width))
+        return states.kept
+
     def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: Anatomy) -> Tensor:
         known = [state for state in states if state is not None]
         table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
@@ -313,7 +390,7 @@ class Attachment:
         for layer, table in kept.items():
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
-            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
+            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)
 
 
 def _merged(
@@ -354,25 +431,3 @@ def _merged(
     if isinstance(output, tuple):
         return type(output)(merged[i] for i in range(len(output)))
     return type(output)(**{str(place): part for place, part in merged.items()})
-
-
-def _main_input(module: Module, signature: inspect.Signature) -> str:
-    named = getattr(module, "main_input_name", None)
-    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-    if isinstance(named, str) and (open_ or named in signature.parameters):
-        return named
-    if "input_ids" in signature.parameters:
-        return "input_ids"
-    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if not plain:
-        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
-    return plain[0]
-
-
-def refuse_compiled(module: Module) -> None:
-    """ConfigError for a module that is compiled, or has compiled parts."""
-    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
-        raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
-            "torch.compile (model._orig_mod), and run it uncompiled"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -34,6 +34,8 @@ _STRICTER = (1.0, 0.5, 0.25)  # shares of the calibrated hits that audits may ti
 _DECIDED = ("label", "accuracy")  # kinds of drift that a head is needed for
 _MARGIN = 1.0  # standard errors that a drop of accuracy has to stay below its budget, where no confidence is asked
 
+Digests: TypeAlias = NDArray[np.uint64]
+"""Digests of the fields of documents, [n, kinds], see `marking.FieldDigests`."""
 Truth: TypeAlias = NDArray[np.generic]
 """The right answers, one per document."""
 
@@ -57,6 +59,8 @@ class Calibration:
     entries: how many entries documents were looked up among; only these answer afterwards (`Fitted.answering`).
     size: entries of the bank at the time, a sample that was given included; 0 where there was no bank.
     rule: `RULE` of the version that calibrated.
+    scope: of the entries and of the documents that they answer, 16 hexadecimal digits (`marking.scope_of`); "" in
+    calibrations from before there were scopes.
     guard: whether differing fields refuse a hit; guard_kinds, guard_pattern: which, see `guard.Rules`.
     curve: (threshold, hits, drift, bound), from strict to loose.
     """
@@ -79,6 +83,7 @@ class Calibration:
     tolerated: float = 0.0
     size: int = 0
     rule: int = RULE
+    scope: str = ""
     guard: bool = True
     guard_kinds: tuple[str, ...] = KINDS
     guard_pattern: str = ""
@@ -194,9 +199,9 @@ def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) ->
 
 def calibrated(
     entries: Entries,
-    texts: Sequence[str],
+    read: Digests | None,
     sample: Entries | None,
-    sample_texts: Sequence[str],
+    sample_read: Digests | None,
     *,
     budget: float,
     drift: DriftKind | Drift | str = "label",
@@ -213,9 +218,10 @@ def calibrated(
     """The calibration for a cache's entries, and the numbers it needs.
 
     entries: those that answer afterwards. sample: documents that are not among them, and that the head has not seen;
-    None takes the entries themselves, each against the other four fifths. texts: of both, for the guard. head: a
-    classifier of outputs, for "label" and
-    "accuracy". truth: the right answers of the sample, or of the entries, for "accuracy".
+    None takes the entries themselves, each against the other four fifths. read, sample_read: digests of the fields of
+    both, uint64 [n, kinds], as live documents and their neighbours are compared by; needed for the guard only. head: a
+    classifier of outputs, for "label" and "accuracy". truth: the right answers of the sample, or of the entries, for
+    "accuracy".
     refit_head: also a head that could be used as it is is fitted again in every fold, to what it decides.
     ConfigError: settings that cannot work, or too few entries.
     """
@@ -225,7 +231,7 @@ def calibrated(
         )
     rules = guard.Rules(kinds, pattern) if guarded else None
     boundary = _boundary(head, entries) if drift in _DECIDED else None
-    asked, mine = (entries, texts) if sample is None else (sample, sample_texts)
+    asked, mine = (entries, read) if sample is None else (sample, sample_read)
     if drift == "accuracy" and (truth is None or len(truth) != len(asked)):
         raise ConfigError('drift="accuracy" needs the right answers of the sample; give truth=, one for each document')
     judged = judge(drift, limit, boundary)
@@ -242,10 +248,11 @@ def calibrated(
         held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting, like=memory.predictor)
     score = held.score
     if rules:
+        if read is None or mine is None:
+            raise ConfigError("a guard needs the fields of entries and sample; give their digests, or guarded=False")
         found = held.found
-        read = rules.digests(texts)
         eligible = eligible_sources(found.similarities, voting.temperature)
-        _, kind = rules.sharing(read if sample is None else rules.digests(mine), read[found.neighbours], eligible)
+        _, kind = rules.sharing(mine, read[found.neighbours], eligible)
         score = np.where(kind >= 0, -np.inf, score)
     moved, errors = held.drift, 0.0
     if drift == "accuracy" and truth is not None:

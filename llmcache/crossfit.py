@@ -128,7 +128,12 @@ class Memory:
         kind: str | None = None,
         predictions: Floats | None = None,
     ) -> None:
-        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known."""
+        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known.
+
+        ConfigError: there are no entries.
+        """
+        if not len(entries):
+            raise ConfigError("there are no entries to look among; fill the cache first")
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         # not unit vectors beside them: those would be as many bytes again to hold, and to read for each document

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmcache.errors import ConfigError
 from llmcache.intake import check_many
+from llmcache.standins import OwnHook
 
 Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -213,7 +214,12 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
             output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)][None]
         return output
 
-    hooks = model.get_decoder().register_forward_pre_hook(enter), model.get_decoder().register_forward_hook(pick)
+    decoder = model.get_decoder()
+    # other threads may run the model meanwhile, and a copy of it may be made: neither is to have its states picked
+    hooks = (
+        decoder.register_forward_pre_hook(OwnHook(decoder, enter)),
+        decoder.register_forward_hook(OwnHook(decoder, pick)),
+    )
     try:
         logits: Tensor = model(**call).logits
     finally:

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.fields import KINDS, Fields, fields
+from llmcache.fields import KINDS, NO_FIELDS, Fields, fields
 
-__all__ = ["KINDS", "RULES", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
+__all__ = ["KINDS", "RULES_VERSION", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
 
-RULES = 1  # goes into every digest: entries stored under other rules are refused, never trusted
+RULES_VERSION: int = 2  # part of every digest: digests made by other rules never match these
 
 
 class Rules:
@@ -86,7 +86,10 @@ def digests(texts: Sequence[str], pattern: re.Pattern[str] | None = None) -> NDA
     empty = _empty(pattern)
     rows = np.tile(empty, (len(texts), 1))
     for row, text in enumerate(texts):
-        for column, values in enumerate(fields(text, pattern)):
+        read = fields(text, pattern)
+        if read is NO_FIELDS:
+            continue
+        for column, values in enumerate(read):
             if values:
                 rows[row, column] = _digest(int(empty[column]), values)
     return rows
@@ -102,7 +105,7 @@ def refused(ones: NDArray[np.uint64], others: NDArray[np.uint64], kinds: Collect
 
 
 def _empty(pattern: re.Pattern[str] | None) -> NDArray[np.uint64]:
-    rules = (str(RULES), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
+    rules = (str(RULES_VERSION), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
     return np.array([_digest(place, rules) for place in range(len(KINDS))], np.uint64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llmcache.execution import Call, Execution, Progress
 from llmcache.fingerprint import feature_width
 from llmcache.gate import Boundary
 from llmcache.identity import Identity, identify
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
 from llmcache.provenance import Result, Source, documents_of, results
@@ -45,14 +47,26 @@ class Head:
         self._takes = set(parameters)
         self._open = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
+    @property
+    def module(self) -> Module:
+        return self._model
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
         if isinstance(self._source, SentenceTransformer):
             return tokenise(self._source, texts, prompt, role)
         if self._tokenizer is None:
             raise ConfigError("texts need a tokenizer; open the cache with tokenizer=...")
-        limit = getattr(self._tokenizer, "model_max_length", None)
         texts = texts if prompt is None else [prompt + text for text in texts]
-        return tokenise_plainly(self._tokenizer, texts, limit if limit and limit < 1 << 30 else None)
+        return tokenise_plainly(self._tokenizer, texts, self.limit)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text that are read; None: all."""
+        if isinstance(self._source, SentenceTransformer):
+            found: int | None = self._source.max_seq_length
+            return found
+        limit = getattr(self._tokenizer, "model_max_length", None)
+        return limit if limit and limit < 1 << 30 else None
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
         self._model.eval()
@@ -114,19 +128,29 @@ class Heads:
         return self._banks[name], execution
 
     def results(
-        self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
+        self,
+        documents: Iterable[Source],
+        prompt: str | None,
+        role: str | None,
+        batch_size: int,
+        progress: Progress,
+        calls: Callable[[], AbstractContextManager[Any]],
     ) -> Iterator[dict[str, Result]]:
-        """One result per head and document, in order."""
+        """One result per head and document, in order. calls: entered to answer documents, see `results`."""
         stream = documents_of(documents)
         while window := list(islice(stream, _WINDOW)):
-            found: dict[str, list[Result]] = {}
-            for name, execution in self._executions.items():
+            answered: dict[str, list[Result]] = {}
+            with calls():
+                for name, execution in self._executions.items():
 
-                def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
-                    return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
+                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
+                        return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
 
-                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW))
-            yield from (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+                    def bank(execution: Execution = execution) -> Bank:
+                        return execution.bank
+
+                    answered[name] = list(results(window, answer, bank, "output", _WINDOW))
+            yield from (dict(zip(answered, row, strict=True)) for row in zip(*answered.values(), strict=True))
 
 
 def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], int]:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from llmcache.architecture import Trunk, find_trunk
-from llmcache.attachment import Attachment, refuse_compiled
+from llmcache.attachment import Attachment
 from llmcache.blocks import shape_of
+from llmcache.compiled import refuse_compiled
 from llmcache.computing import Model, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.digests import Digests, sha
@@ -27,6 +28,7 @@ from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.levels import levels_of
+from llmcache.locking import CallLock
 from llmcache.passes import Anatomy
 from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
@@ -49,8 +51,14 @@ class Layers:
         namespace: str,
         storing: Storing,
         secret: bytes,
+        lock: CallLock,
+        is_open: Callable[[], bool],
     ) -> None:
-        """model, identity: the cache's own, as it is now; others are identified when they are attached."""
+        """model, identity: the cache's own, as it is now; others are identified when they are attached.
+
+        lock: of the cache's calls. is_open: whether the cache is open.
+        """
+        self._lock, self._is_open = lock, is_open
         self._model, self._identity = model, identity
         self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
@@ -86,6 +94,9 @@ class Layers:
             keeper.renew,
             lambda mode: self._prefixes(trunk.module, keeper, mode),
             self._storing.counters,
+            self._storing.exact_audits,
+            lock=self._lock,
+            is_open=self._is_open,
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
@@ -105,6 +116,7 @@ class Layers:
             secret=self._secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
+            evidence=self._storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
         )
         made.counters = self._storing.counters.prefix
         return made
@@ -140,7 +152,7 @@ class Layers:
             store = self._storing.store
             return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
 
-        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of, trunk)
 
 
 def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:

@@ -1,15 +1,19 @@
 # ruff: noqa: RUF001 - the words of many scripts
-"""Words the field guard knows: units, months, weekdays, numbers and negations of the larger languages, lower case."""
+"""Words the field guard knows: units, currencies, months and weekdays of the larger languages, lower case.
+
+Sources: CLDR's names of units, currencies, months and weekdays, and the abbreviations in common use.
+"""
 
 from __future__ import annotations
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text that is separated by white space, in lower case."""
     return frozenset(text.casefold().split())
 
 
 def _table(rows: dict[str, str]) -> dict[str, str]:
-    return {word: meaning for meaning, words in rows.items() for word in sorted(_words(words))}
+    return {word: meaning for meaning, words in rows.items() for word in sorted(word_set(words))}
 
 
 # -- units ----------------------------------------------------------------------------------------------------
@@ -17,28 +21,39 @@ def _table(rows: dict[str, str]) -> dict[str, str]:
 # what may stand in front of a number; the value is what the unit is compared by
 CURRENCIES = _table(
     {
-        "$": "$ us$ usd dollar dollars dólares dólar",
+        "$": "$ us$ usd dollar dollars dólares dólar bucks buck dollari",
         "€": "€ eur euro euros",
-        "£": "£ gbp pound pounds pfund quid",
-        "¥": "¥ jpy cny rmb yen yuan 円 元",
-        "₹": "₹ inr rs rupee rupees",
+        "£": "£ gbp pound pounds pfund quid libras livres sterling",
+        "¥": "¥ yuan cny rmb 円 元",
+        "yen": "jpy yen",
+        "₹": "₹ inr rs rupee rupees rupien",
         "₽": "₽ rub rubel roubles рублей рубля рубль руб",
-        "₩": "₩ krw 원",
+        "₩": "₩ krw won 원",
         "₺": "₺ tl lira",
         "¢": "¢ cents centavos",
-        "chf": "chf franken",
+        "chf": "chf franken francs franc",
         "pln": "pln zł",
         "cad": "cad",
         "aud": "aud",
+        "hkd": "hkd",
+        "sgd": "sgd",
+        "nzd": "nzd",
+        "mxn": "mxn pesos peso",
+        "brl": "brl reais real",
+        "sek": "sek kronor",
+        "nok": "nok",
+        "dkk": "dkk kroner",
+        "btc": "btc bitcoin bitcoins",
+        "pence": "pence p",
     }
 )
 # after a number, also with a space between
 UNITS = CURRENCIES | _table(
     {
-        "%": "% percent percentage prozent procent percento porcento 퍼센트 процентов процента процент",
+        "%": "% percent percentage pct prozent procent percento porcento 퍼센트 процентов процента процент",
         "‰": "‰",
         "°": "° degree degrees grad",
-        "°c": "°c celsius",
+        "°c": "°c celsius centigrade",
         "°f": "°f fahrenheit",
         "second": "sec secs second seconds sekunde sekunden seconde secondes segundo segundos secondi секунд",
         "minute": "min mins minute minutes minuten minuto minutos minuti минут минуты",
@@ -47,9 +62,6 @@ UNITS = CURRENCIES | _table(
         "week": "week weeks woche wochen semaine semaines semana semanas settimana weken неделя недель",
         "month": "month months monat monate monaten mois mes meses mês mese mesi maand maanden месяц месяца месяцев",
         "year": "yr yrs year years jahr jahre jahren ans année années año años ano anos anno anni jaar год года лет",
-        "thousand": "thousand tausend mille mil duizend тысяч",
-        "million": "mio million millions millionen millones milhões milioni miljoen миллионов 万",
-        "billion": "bn mrd billion billions milliarde milliarden milliards 亿",
         "kg": "kg kgs kilo kilos kilogram kilograms kilogramm кг",
         "km": "km kms kilometer kilometers kilometre kilometres км",
         "mg": "mg мг",
@@ -92,7 +104,6 @@ GLUED = UNITS | _table(
         "v": "v",
         "a": "a",
         "b": "b",
-        "k": "k",
         "inch": "in",
         "second": "s",
         "hour": "h",
@@ -100,22 +111,22 @@ GLUED = UNITS | _table(
         "x": "x",
     }
 )
-ORDINALS = _words("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
+ORDINALS = word_set("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
 
 # words without a vowel that are no codes
-NO_CODES = frozenset(GLUED) | _words("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
+NO_CODES = frozenset(GLUED) | word_set("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
 
 # -- dates ----------------------------------------------------------------------------------------------------
 
 MONTHS = _table(
     {
-        "1": "january jan januar janvier janv enero ene janeiro gennaio januari stycznia января ocak",
+        "1": "january jan januar janvier janv enero ene janeiro gennaio januari jänner stycznia января ocak",
         "2": "february feb februar février févr fevrier febrero fevereiro febbraio februari lutego февраля şubat",
-        "3": "march mar märz maerz mrz mars marzo março marco maart marca марта mart",
+        "3": "march mar märz maerz mrz mars marzo março marco maart marca марта mart mmarch",
         "4": "april apr avril avr abril abr aprile kwietnia апреля nisan",
-        "5": "may mai mayo maio maggio mei maja мая mayıs",
-        "6": "june jun juni juin junio junho giugno czerwca июня haziran",
-        "7": "july jul juli juillet juil julio julho luglio lipca июля temmuz",
+        "5": "may mai mayo maio maggio mei maja мая mayıs mmay",
+        "6": "june jun juni juin junio junho giugno czerwca июня haziran mjune",
+        "7": "july jul juli juillet juil julio julho luglio lipca июля temmuz mjuly",
         "8": "august aug août aout agosto augustus sierpnia августа ağustos",
         "9": "september sep sept septembre septiembre setembro settembre września сентября eylül",
         "10": "october oct oktober okt octobre octubre outubro ottobre października октября ekim",
@@ -131,90 +142,36 @@ SURE_MONTHS = frozenset(
 )
 WEEKDAYS = _table(
     {
-        "mon": "monday montag lundi lunes lunedì maandag понедельник 月曜日 星期一 월요일",
-        "tue": "tuesday dienstag mardi martes martedì dinsdag вторник 火曜日 星期二 화요일",
-        "wed": "wednesday mittwoch mercredi miércoles mercoledì woensdag среда среду 水曜日 星期三 수요일",
-        "thu": "thursday donnerstag jeudi jueves giovedì donderdag четверг 木曜日 星期四 목요일",
-        "fri": "friday freitag vendredi viernes venerdì vrijdag пятница пятницу 金曜日 星期五 금요일",
-        "sat": "saturday samstag sonnabend samedi sábado sabato zaterdag суббота субботу 土曜日 星期六 토요일",
-        "sun": "sunday sonntag dimanche domingo domenica zondag воскресенье 日曜日 星期日 星期天 일요일",
+        "mon": "monday mondays montag montags montage lundi lundis lunes lunedì maandag понедельник 月曜日",
+        "tue": "tuesday tuesdays tues dienstag dienstags mardi mardis martes martedì dinsdag вторник 火曜日",
+        "wed": "wednesday wednesdays mittwoch mittwochs mercredi mercredis miércoles miercoles mercoledì woensdag "
+        "среда среду 水曜日",
+        "thu": "thursday thursdays thurs donnerstag donnerstags jeudi jeudis jueves giovedì donderdag четверг 木曜日",
+        "fri": "friday fridays freitag freitags vendredi vendredis viernes venerdì vrijdag пятница пятницу 金曜日",
+        "sat": "saturday saturdays samstag samstags sonnabend samedi samedis sábado sábados sabado sabato zaterdag "
+        "суббота субботу 土曜日",
+        "sun": "sunday sundays sonntag sonntags dimanche dimanches domingo domingos domenica zondag воскресенье 日曜日",
     }
 )
-
-# -- numbers in words -----------------------------------------------------------------------------------------
-
-# without "one": it is an article or a pronoun in most of these languages
-NUMBERS = _table(
+# abbreviations that are other words too: weekdays only where a preposition or another day stands beside them
+DOUBTFUL_WEEKDAYS = _table(
     {
-        "0": "zero null zéro cero",
-        "2": "two zwei deux dos due twee dois duas два две ii",
-        "3": "three drei trois tres tre drie três три iii",
-        "4": "four vier quatre cuatro quattro quatro четыре iv",
-        "5": "five fünf cinq cinco cinque vijf пять",
-        "6": "six sechs seis sei zes шесть",
-        "7": "seven sieben sept siete sette sete zeven семь vii",
-        "8": "eight acht huit ocho otto oito восемь viii",
-        "9": "nine neun neuf nueve nove negen девять",
-        "10": "ten zehn dix diez dieci dez tien десять",
-        "11": "eleven elf onze once undici одиннадцать",
-        "12": "twelve zwölf douze doce dodici doze twaalf двенадцать xii",
-        "13": "thirteen xiii",
-        "14": "fourteen xiv",
-        "15": "fifteen",
-        "16": "sixteen xvi",
-        "17": "seventeen xvii",
-        "18": "eighteen xviii",
-        "19": "nineteen",
-        "20": "twenty zwanzig vingt veinte venti vinte twintig двадцать",
-        "30": "thirty dreißig dreissig trente treinta trenta trinta dertig",
-        "40": "forty vierzig quarante cuarenta quaranta quarenta veertig",
-        "50": "fifty fünfzig cinquante cincuenta cinquanta vijftig",
-        "60": "sixty sechzig soixante sesenta sessanta zestig",
-        "70": "seventy siebzig setenta settanta zeventig",
-        "80": "eighty achtzig ochenta ottanta oitenta tachtig",
-        "90": "ninety neunzig noventa novanta negentig",
-        "100": "hundred hundert cent cien cento honderd сто",
+        "mon": "mon",
+        "tue": "tue",
+        "wed": "wed",
+        "thu": "thu thur",
+        "fri": "fri",
+        "sat": "sat",
+        "sun": "sun",
     }
 )
-# words of the table that are ordinary words of another language in it: not read as numbers
-for _word in ("once", "due", "null", "dos", "sei", "tre", "sept", "dez", "cent", "elf", "acht", "dix", "sette"):
-    NUMBERS.pop(_word, None)
-
-# -- negations ------------------------------------------------------------------------------------------------
-
-NEGATIONS = _words(
-    """not cannot cant never without none nobody nothing nowhere neither unable
-    dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt
-    nicht nichts nie niemals niemand nirgends kein keine keinen keinem keiner keines weder ohne
-    niet geen nooit niets niemand zonder nergens
-    inte inget ingen inga aldrig utan ej ikke ikkje ingen intet aldri uten uden
-    sans sin senza sem
-    без bez nem nincs nélkül ei eivät ilman değil yok
-    δεν δε μη μην όχι χωρίς ποτέ
-    لا ليس ليست لم لن بدون غير ما لست
-    לא אין בלי אל אינו אינה
-        không chẳng chưa đừng tidak bukan jangan tanpa belum
-    안 못"""
-)
-# languages where one negation is said twice: "ne ... pas", "no ... nada", "не ... никогда" count once
-PARTICLES = _words("no non não nao ne n не нет nie нельзя ні не nu")
-ECHOES = _words(
-    """pas jamais rien aucun aucune guère
-    nada nadie nunca jamás ningún ninguno ninguna ninguém nenhum nenhuma tampoco
-    niente nulla nessuno nessuna nemmeno neanche
-    никогда ничего никто никого нигде ни никакой
-    nigdy nic nikt żaden żadna nikdy nikdo nic"""
-)
-# parts of words, in scripts without spaces or with endings; longest first within a language
-NEGATING_PARTS = sorted(
-    _words("नहीं नही बिना ません なかった ない ずに 않 없 아니 不 没 沒 未 勿 莫"), key=len, reverse=True
-)
-# words that hold such a part and negate nothing
-HARMLESS = sorted(
-    _words(
-        """対不起 对不起 對不起 不过 不過 差不多 不仅 不僅 不但 不错 不錯 不断 不斷 不久 不同 不管 未来 未來 少ない
-    莫斯科 莫大 とんでもない かもしれません かもしれない"""
-    ),
-    key=len,
-    reverse=True,
+GERMAN_WEEKDAYS = {"mo": "mon", "di": "tue", "mi": "wed", "do": "thu", "fr": "fri", "sa": "sat", "so": "sun"}
+# words of two letters that stand before a number without being a part of its name
+SHORT_WORDS = word_set(
+    """
+    am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu
+    ad al el en ha la le lo mi ni se si su te tu un ya au ce de et il je ma ne ou qu sa ta va vu di ed io tra ao
+    eu na os em ik op wo hr pm tv pc ca re st nd rd th cv id dr mr ms mrs rs kg km cm mm ml lb oz ft gb mb tb kb
+    hz kw ep pg pp ch nr art bis von aus mit für the and for per via than then der die das les des los las
+    """
 )

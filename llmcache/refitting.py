@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.calibrating import Calibration, Fitted, calibrated
+from llmcache.calibrating import Calibration, Digests, Fitted, calibrated
 from llmcache.crossfit import Entries
 from llmcache.errors import LLMCacheError
 
@@ -39,19 +38,19 @@ class Refitting:
     def __init__(
         self,
         entries: Entries,
-        texts: Sequence[str],
+        read: Digests,
         before: Calibration,
         fitted: Fitted,
         size: int,
         answering: NDArray[np.uint64],
     ) -> None:
-        """entries: those that answer afterwards. texts: of the entries, for the guard. size: of the bank.
+        """entries: those that answer afterwards. read: digests of the fields of the entries, for the guard.
 
-        answering: see `Fitted.answering`.
+        size: of the bank. answering: see `Fitted.answering`.
         """
         self._found: tuple[Calibration, Fitted] | None = None
         self._size, self._answering = size, answering
-        self._thread = Thread(target=self._run, args=(entries, texts, before, fitted), daemon=True)
+        self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
         self._thread.start()
 
     def result(self) -> tuple[Calibration, Fitted] | None:
@@ -62,14 +61,14 @@ class Refitting:
         """Until it is done."""
         self._thread.join()
 
-    def _run(self, entries: Entries, texts: Sequence[str], before: Calibration, fitted: Fitted) -> None:
+    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: Fitted) -> None:
         try:
             found, numbers = calibrated(
-                entries, texts, None, (), budget=before.budget, drift=before.drift, head=fitted.boundary,
+                entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,
                 limit=before.limit, confidence=before.confidence, guarded=before.guard, kinds=before.guard_kinds,
                 pattern=before.guard_pattern, seed=self._size, refit_head=True,
             )  # fmt: skip
         except LLMCacheError as error:
             log.warning("near reuse keeps its calibration on %d entries: %s", before.entries, error)
             return
-        self._found = replace(found, size=self._size), replace(numbers, answering=self._answering)
+        self._found = replace(found, size=self._size, scope=before.scope), replace(numbers, answering=self._answering)

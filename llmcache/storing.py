@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from llmcache.balance import Decision
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
+from llmcache.exact_audits import ExactAudits
 from llmcache.history import History
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import Manifest
@@ -27,8 +28,12 @@ _COMMIT_BYTES = 256 << 20
 class Storing:
     """Puts rows into the banks of a store. A failure ends storing, with one warning, and never an inference."""
 
-    def __init__(self, store: Store, config: CacheConfig, counters: Counters) -> None:
+    def __init__(self, store: Store, config: CacheConfig, counters: Counters, exact_audits: ExactAudits) -> None:
+        self.lock: AbstractContextManager[Any] = nullcontext()
+        """For whoever commits outside of a call of the cache, while other threads may be inside one."""
         self.store = store
+        self.exact_audits = exact_audits
+        exact_audits.discard_with(self.discard)
         self.counters = counters
         self._seconds = config.commit_seconds
         # a segment is evicted whole, so it should be small beside the budget
@@ -60,6 +65,11 @@ class Storing:
             self._held = False
 
     @property
+    def is_held(self) -> bool:
+        """Whether a caller commits by itself, see `held`."""
+        return self._held
+
+    @property
     def due(self) -> bool:
         """Whether enough waits, or has waited long enough, to be committed."""
         return self.store.pending_bytes > self._most or time.monotonic() - self._committed > self._seconds
@@ -69,7 +79,7 @@ class Storing:
 
         text_keys: uint64 [n, 2], other keys that lead to the same rows.
         """
-        if not self.store.writable:
+        if not self.store.writable or self.exact_audits.mismatch:
             self.counters.not_stored += len(keys)
             return
         began = time.perf_counter()
@@ -95,13 +105,23 @@ class Storing:
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
         """Let these texts lead to the rows of these keys from now on."""
-        if self.store.writable:
+        if self.store.writable and not self.exact_audits.mismatch:
             bank.alias(text_keys, keys)
 
+    def discard(self) -> None:
+        """Drop what was put and not committed yet."""
+        self.counters.not_stored += self.store.discard()
+
     def commit(self) -> None:
-        """Commit what was put. StoreFull or StoreFenced when a write fails."""
+        """Commit what was put. StoreFull or StoreFenced when a write fails; nothing in a store that is only read."""
+        if self.store.read_only:
+            return
         self._committed = time.monotonic()
         self._taking(self.store.commit)
+
+    def give_up(self) -> None:
+        """Count what was put and cannot be committed any more as not stored, and let it go."""
+        self.counters.not_stored += self.store.drop_pending({})
 
     def _taking(self, step: Callable[[], Manifest]) -> None:
         """A step of a commit, and what is to be said and counted after it."""

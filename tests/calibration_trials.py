@@ -34,13 +34,16 @@ from llmcache.drift import cosine_drift, label_drift
 from llmcache.gate import Boundary
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.marks import scoped
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
+from llmcache.marking import FieldDigests
 from llmcache.near import NearReuse
 from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Reuse
 
 CONFIDENCE = 0.95
+SCOPE = 1
 SETTINGS = ((70, 0.05), (160, 0.02), (160, 0.05), (300, 0.01), (300, 0.02), (600, 0.005), (600, 0.01))
 """Documents that the drift is measured on, and budgets."""
 LARGE_SAMPLES, LARGE_CACHES = ((2000, 0.005), (1000, 0.01)), ((1000, 0.005),)
@@ -168,7 +171,7 @@ def put(bank: Bank, documents: Documents) -> None:
     keys = np.random.default_rng(len(bank)).integers(1, 2**63, (n, 2)).astype(np.uint64)
     bank.put(
         keys, documents.outputs, tokens=documents.tokens, sources=[""] * n,
-        features=documents.features.astype(np.float32), cost=np.full(n, 1e-3, np.float32),
+        features=documents.features.astype(np.float32), cost=np.full(n, 1e-3, np.float32), marks=scoped(n, SCOPE),
     )  # fmt: skip
 
 
@@ -203,13 +206,13 @@ def trial(
         if sample:
             put(bank, every.take(rest[:measured]))
             rest = rest[measured:]
-        near = NearReuse(store, "trial", config, "output", bank, lambda tokens: [""] * len(tokens))
+        near = NearReuse(store, "trial", config, "output", bank, FieldDigests())
         if head == "trained":
             assert known.labels is not None
             every = replace(every, head=fitted_head(known.outputs, known.labels))
         settings: dict[str, Any] = {"head": every.head} if drift == "label" else {}
         found = near.calibrate(
-            rows if sample else None, commit=store.commit, budget=budget, drift=drift, confidence=CONFIDENCE,
+            rows if sample else None, SCOPE, commit=store.commit, budget=budget, drift=drift, confidence=CONFIDENCE,
             guarded=False, seed=seed, **settings,
         )  # fmt: skip
         saved = near.saved()
@@ -227,7 +230,7 @@ def answered(reuse: Reuse, asked: Documents, drift: str) -> tuple[NDArray[np.boo
     """Which documents a cache would answer near, and their drift by the head's own decisions or the true cosine."""
     if reuse.off:
         return np.zeros(len(asked.outputs), np.bool_), np.zeros(len(asked.outputs))
-    near = reuse.look_up(asked.features.astype(np.float32), asked.tokens)
+    near = reuse.look_up(asked.features.astype(np.float32), asked.tokens, [""] * len(asked.tokens))
     hit, given = near.gate == TAKEN, np.asarray(near.results)
     measure = label_drift(asked.head) if drift == "label" else cosine_drift
     moved = measure(asked.outputs, given)

@@ -19,13 +19,14 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
+from llmcache.marking import FieldDigests
 from llmcache.near import NearReuse
 from llmcache.pace import LEAST_DOCUMENTS, Pace
 from llmcache.predictor import KERNEL, fit
 from llmcache.refitting import GROWN, grown
 from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Reuse
-from tests.calibration_trials import Documents, Trial, answered, law, put, trials
+from tests.calibration_trials import SCOPE, Documents, Trial, answered, law, put, trials
 from tests.test_predictor import documents
 
 TRIALS = 96
@@ -90,14 +91,14 @@ class Cache:
         facts = BankFacts("float32", first.outputs.shape[1], 1, first.features.shape[1])
         self.bank: Bank = store.bank("default", "output", lambda: facts, self.config.near)
         put(self.bank, first)
-        self.near = NearReuse(store, "default", self.config, "output", self.bank, lambda ids: [""] * len(ids))
+        self.near = NearReuse(store, "default", self.config, "output", self.bank, FieldDigests())
 
     def draw(self, n: int) -> Documents:
         return self._draw(self._random, n)
 
     def calibrate(self, known: NDArray[np.int64] | None, **settings: Any) -> Calibration:
         settings = {"budget": 0.1, "drift": "label", "head": self.draw(1).head, "guarded": False, **settings}
-        return self.near.calibrate(known, commit=self.store.commit, **settings)
+        return self.near.calibrate(known, SCOPE, commit=self.store.commit, **settings)
 
     def saved(self) -> Reuse:
         reuse = self.near.saved()
@@ -114,7 +115,7 @@ def test_a_sample_answers_nobody_that_it_was_measured_without(store: Store, entr
     assert (found.entries, found.samples, found.size) == (entries, sample, entries + sample)
     put(cache.bank, cache.draw(50))  # within the same second, and after it
     asked = cache.draw(400)
-    near = cache.saved().look_up(asked.features.astype(np.float32), asked.tokens)
+    near = cache.saved().look_up(asked.features.astype(np.float32), asked.tokens, [""] * len(asked.tokens))
     assert (near.gate == TAKEN).any()
     rows, _ = cache.saved().neighbours(asked.features.astype(np.float32), asked.tokens)
     assert set(rows.ravel().tolist()) <= set(known.tolist())

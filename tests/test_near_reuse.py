@@ -268,7 +268,7 @@ def _of(cache: LLMCache, text: str) -> Any:
 
     execution = cache._execution
     tokens = execution.keys_of(text, None, None)[2]
-    return features(execution.embedding, tokens.ids, "mean"), tokens.ids
+    return features(execution.embedding, tokens.ids, "mean"), tokens.ids, [text]
 
 
 def test_what_audits_found_is_kept_between_openings_until_somebody_calibrates_again(

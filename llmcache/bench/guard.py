@@ -1,7 +1,7 @@
 """What the field guard refuses, measured on pairs of texts of which it is known whether they say the same.
 
-`python -m llmcache.bench.guard DATA MODEL` prints the rows as JSON. DATA holds dup-products, dup-site-policy-revisions,
-pair-qqp, pair-gptcache-mock and cls-banking77; what is absent is left out.
+`llmcache bench guard --data DATA` prints the rows. DATA holds dup-products, dup-site-policy-revisions, pair-qqp,
+pair-mrpc, pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; what is absent is left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def measure(data: Path, encode: Encode) -> list[Row]:
         "dup-site-policy-revisions": revisions,
         "pair-gptcache-mock": rewordings,
         "pair-qqp": lambda folder: questions(folder, encode),
+        "pair-mrpc": paraphrases,
         "cls-banking77": lambda folder: queries(folder, encode),
+        "cls-snips": lambda folder: voice_commands(folder, encode),
+        "cls-sst2": lambda folder: film_sentences(folder, encode),
     }
     rows = [row for name, part in parts.items() if (data / name).is_dir() for row in part(data / name)]
     if not rows:
@@ -136,13 +139,58 @@ def questions(folder: Path, encode: Encode) -> list[Row]:
 def queries(folder: Path, encode: Encode) -> list[Row]:
     """Test queries and their nearest train query; the same when they have one intent."""
     known, asked = (_labelled(folder / f"{name}.csv") for name in ("train", "test"))
+    return _nearest("cls-banking77", known, asked, encode, (0.7, 0.8, 0.9))
+
+
+def voice_commands(folder: Path, encode: Encode) -> list[Row]:
+    """Voice commands of SNIPS and their nearest among some thousand others; the same when they have one intent."""
+
+    def labelled(name: str) -> list[tuple[str, str]]:
+        lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
+        return [(text, label) for label, text in (line.split("\t", 1) for line in lines if line)]
+
+    return _nearest("cls-snips", _sample(labelled("train")), _sample(labelled("test"), 1000), encode, (0.7, 0.8))
+
+
+def film_sentences(folder: Path, encode: Encode) -> list[Row]:
+    """Sentences of SST-2 and their nearest among some thousand others; the same when they have one sentiment."""
+
+    def labelled(name: str) -> list[tuple[str, str]]:
+        lines = (folder / f"{name}.txt").read_text(encoding="utf-8").split("\n")
+        return [(text, label) for label, text in (line.split(" ", 1) for line in lines if line)]
+
+    return _nearest("cls-sst2", _sample(labelled("train")), _sample(labelled("test"), 1000), encode, (0.5, 0.6))
+
+
+def paraphrases(folder: Path) -> list[Row]:
+    """Sentence pairs of MRPC, paraphrases or not."""
+    names = ("train", "val", "test")
+    lines = [line for name in names for line in (folder / f"{name}.tsv").read_text(encoding="utf-8-sig").split("\n")]
+    pairs = [row for row in (line.rstrip("\r").split("\t") for line in lines) if len(row) == 5 and row[0] in ("0", "1")]
+    found, _ = _compared([row[3] for row in pairs], [row[4] for row in pairs])
+    same = np.array([row[0] == "1" for row in pairs])
+    return list(_rows("pair-mrpc", "label", np.ones(len(pairs)), same, found, (1.0,)))
+
+
+def _sample(texts: list[tuple[str, str]], count: int = 5000) -> list[tuple[str, str]]:
+    return [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[:count]]
+
+
+def _nearest(
+    data: str,
+    known: Sequence[tuple[str, str]],
+    asked: Sequence[tuple[str, str]],
+    encode: Encode,
+    thresholds: Sequence[float],
+) -> list[Row]:
+    """Each text that is asked, with its label, beside the most similar known one."""
     entries = encode([text for text, _ in known])
     cosines = [block @ entries.T for block in np.array_split(encode([text for text, _ in asked]), 8)]
     similarity = np.concatenate([block.max(axis=1) for block in cosines])
     nearest = [known[place] for block in cosines for place in block.argmax(axis=1)]
     same = np.array([one[1] == other[1] for one, other in zip(asked, nearest, strict=True)])
     found, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
-    return list(_rows("cls-banking77", "cosine", similarity, same, found, (0.7, 0.8, 0.9)))
+    return list(_rows(data, "cosine", similarity, same, found, thresholds))
 
 
 def _labelled(path: Path) -> list[tuple[str, str]]:
