@@ -72,6 +72,9 @@ class CacheConfig:
         state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
         rule; both give the neighbour's answer). "exact" takes over nothing, also where a store was calibrated.
     layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
+    near_repeats: requests for one document that calibrated near reuse answers in one opening, at least 1; asked again,
+        the document is computed and stored. With 1 the calibrated bound holds for requests as it does for distinct
+        documents, however often each is repeated. None: any number; the bound is then over distinct documents alone.
     audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept; more when
         something speaks against it. 0: none.
     audit_time: what audits may take, as a share of the seconds that near hits have saved, before no more than
@@ -107,6 +110,7 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
+    near_repeats: int | None = 1
     audit_share: float = 0.02
     audit_time: float = 0.25
     exact_audits: int = 4
@@ -132,6 +136,8 @@ class CacheConfig:
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
         if self.reuse == "layer" and self.layers == "output":
             raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+        if self.near_repeats is not None and (type(self.near_repeats) is not int or self.near_repeats < 1):
+            raise ConfigError(f"near_repeats is a whole number of at least 1, or None, got {self.near_repeats!r}")
         if not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share is a share of near hits in [0, 1], got {self.audit_share}")
         if not self.audit_time >= 0:

@@ -27,16 +27,20 @@ from llmcache.levels import DeviceAnswers, Levels, levels_of
 from llmcache.marking import FieldDigests, scope_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
 from llmcache.ondevice import place_of
+from llmcache.pace import Pace
+from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
 from llmcache.uncached import answer_by_model, seconds_again
+from llmcache.worth import sample
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
 _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
 _AHEAD = ("cuda",)  # devices beside which the host tokenises
 _BATCHES = 4  # in a window there
+_PROBED = 16  # documents that are computed again to measure the model's pace, where nothing was computed yet
 
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -112,6 +116,8 @@ class Execution:
         self._exact_audits = storing.exact_audits
         self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._near_reuse: Reuse | None = None
+        self._pace = Pace(self._probe)
+        self.near_answers = NearAnswers(config.near_repeats)
         self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
         """Digests of what the guard compares, of the texts that are stored here and asked for."""
         self.levels: Levels | None = None
@@ -128,6 +134,8 @@ class Execution:
     @reuse.setter
     def reuse(self, reuse: Reuse | None) -> None:
         self._near_reuse = reuse
+        if reuse is not None:
+            reuse.pace = self._pace
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
@@ -164,8 +172,9 @@ class Execution:
         self.counters.left_alone += len(left)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+            copies = np.bincount(first, minlength=len(first))
             for window, tokens in self._windows(call, rest):
-                self._answer_unknown(answers, call, window, keys[window], tokens)
+                self._answer_unknown(answers, call, window, keys[window], tokens, copies[window])
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
@@ -252,6 +261,12 @@ class Execution:
         self._hits.audit(answers, served, call, window)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
+    def _probe(self) -> tuple[int, float]:
+        """Tokens of a few documents of the bank, and seconds the model takes to compute them again."""
+        rows = sample(self.bank)[:_PROBED]
+        tokens = sum(len(ids) for ids in self.bank.tokens_of(rows))
+        return tokens, seconds_again(self._model, self.bank, rows)
+
     def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Documents that are tokenised, looked up and length-sorted together.
 
@@ -267,8 +282,13 @@ class Execution:
 
         return zip(parts, one_ahead(tokenised, parts) if ahead else map(tokenised, parts), strict=True)
 
-    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows) -> None:
-        """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
+    def _answer_unknown(
+        self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows, copies: Places
+    ) -> None:
+        """Answer documents whose text is not known: by their tokens, by a near match, or by the model.
+
+        copies: int64 [n], how often the call has each text.
+        """
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
@@ -285,7 +305,9 @@ class Execution:
             if reuse.scope == self.scope(call):
                 asked = raw if reuse.place is None else drawn
                 texts = [call.texts[i] for i in places[todo].tolist()]
-                open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked, texts)
+                same = np.bincount(first, copies, minlength=len(first)).astype(np.int64)
+                ids = [tokens.ids[i] for i in todo]
+                open_, audited = self._reuse(answers, places[todo], keys[todo], same[todo], ids, asked, texts)
                 call.progress(len(todo) - len(open_), 0)
                 todo, raw = todo[open_], raw[open_]
             else:
@@ -325,14 +347,20 @@ class Execution:
         self,
         answers: Answers,
         places: Places,
+        keys: Keys,
+        copies: Places,
         tokens: Sequence[NDArray[np.int32]],
         raw: NDArray[np.float32] | torch.Tensor,
         texts: Sequence[str],
     ) -> tuple[Places, _Audited | None]:
-        """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
+        """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open.
+
+        keys: of the documents. copies: requests of this call that each of them answers.
+        """
         reuse = self.reuse
         assert reuse is not None
         tried = reuse.tried(len(places))
+        tried = tried[self.near_answers.allowed(keys[tried], copies[tried])]
         if not len(tried):
             return np.arange(len(places)), None
         reuse.refresh()  # its time is that of opening, not of a look-up
@@ -351,12 +379,15 @@ class Execution:
         answers.tier[where], answers.row[where] = NEAR, near.rows[served]
         answers.similarity[where], answers.consensus[where] = near.similarity[served], near.consensus[served]
         self.bank.used(near.rows[served])
+        self.near_answers.add(keys[tried[served]], copies[tried[served]])
+        lengths = np.array([len(tokens[i]) for i in tried.tolist()])
         seconds = time.perf_counter() - began
         counters = self.counters
         counters.near_asked += len(tried)
         counters.near_seconds += seconds
-        counters.near_saved_seconds += self.bank.cost(near.rows[served])
-        counters.audit_seconds += reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
+        saved, audits = reuse.paid(len(tried), int(lengths[served].sum()), seconds, int(lengths[again].sum()))
+        counters.near_saved_seconds += saved
+        counters.audit_seconds += audits
         return np.setdiff1d(np.arange(len(places)), tried[served]), _Audited(places[tried], near, again)
 
     def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:
@@ -378,6 +409,7 @@ class Execution:
                 if passed is None:
                     answers.outputs[where] = done.outputs
                     self.counters.model_seconds += done.seconds
+                    self._pace.observe(len(chosen), int(lengths[chosen].sum()), done.seconds)
                 else:  # the attachment counts the seconds itself
                     answers.computed(where, done.outputs, *passed)
                 self._storing.put(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,15 +67,19 @@ def explain(execution: Execution, text: str, prompt: str | None, role: str | Non
     raw = features(execution.embedding, tokens.ids, config.fingerprint)
     if reuse is not None:
         if reuse.scope == scope:
-            return _calibrated(bank, reuse, raw, tokens, text, decode)
+            found = _calibrated(bank, reuse, raw, tokens, text, decode)
+            if found.tier == "near" and not execution.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]:
+                why = "it was answered near before in this opening: asked again it is computed and stored"
+                return replace(found, tier="miss", why=why, gates=(*found.gates, ("repeats", False)))
+            return found
         why = "near reuse is calibrated for another role or prompt than this text's; see `llmcache calibrate`"
         return Explanation("miss", reuse.off or why, _nearest(bank, raw, scope, decode))
-    found = _nearest(bank, raw, scope, decode)
+    named = _nearest(bank, raw, scope, decode)
     if config.tau is None or config.reuse == "exact":
-        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", found)
-    near = bool(found) and found[0].similarity >= config.tau
+        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", named)
+    near = bool(named) and named[0].similarity >= config.tau
     why = f"the nearest entry is {'at' if near else 'below'} tau {config.tau:g}" + (" or above" if near else "")
-    return Explanation("near" if near else "miss", why, found, None, None, config.tau, (("tau", near),))
+    return Explanation("near" if near else "miss", why, named, None, None, config.tau, (("tau", near),))
 
 
 def _nearest(bank: Bank, raw: NDArray[np.float32], scope: int, decode: Decode) -> tuple[Neighbour, ...]:

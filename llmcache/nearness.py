@@ -79,7 +79,7 @@ def calibrations_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 _NUMBERS = (
     "budget", "hits", "expected", "bound", "bound_of_hits", "samples", "needed", "entries", "temperature", "strength",
-    "tolerated", "until",
+    "tolerated", "size", "rule",
 )  # fmt: skip
 _NUMBERS_OR_NONE = ("confidence", "limit", "threshold")
 _TEXTS = ("drift", "reason", "guard_pattern")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmcache import guard
 from llmcache.auditing import Audits
-from llmcache.balance import Balance
+from llmcache.balance import LEAST, Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
@@ -22,12 +22,14 @@ from llmcache.crossfit import Entries, Memory, Neighbourhood
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
+from llmcache.gate import safety
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.levels import dtype_of
 from llmcache.marking import FieldDigests
 from llmcache.ondevice import DeviceMemory
+from llmcache.pace import Pace
 from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
 
@@ -86,6 +88,11 @@ class Near:
         return given if isinstance(given, np.ndarray) else given.cpu().numpy()
 
 
+def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """First halves of the keys of some rows, uint64 [n], sorted: `Fitted.answering` of a calibration on them."""
+    return np.sort(bank.keys(rows)[:, 0])
+
+
 def _no_neighbours(n: int, width: int) -> Near:
     """What near reuse has for n documents where there is no entry to be near to: nothing."""
     apart = np.full(n, -np.inf, np.float32)
@@ -95,14 +102,22 @@ def _no_neighbours(n: int, width: int) -> Near:
     )  # fmt: skip
 
 
-def entries_of(bank: Bank, scope: int, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of one scope of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
+def entries_of(
+    bank: Bank,
+    scope: int,
+    most: int = MOST,
+    among: NDArray[np.int64] | None = None,
+    answering: NDArray[np.uint64] | None = None,
+) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of one scope of a bank and their contents, at most so many, spread evenly. It counts as no use of them.
 
-    until: only rows that were put by then, in seconds since the epoch; 0 takes all.
+    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
     """
     rows = bank.in_scope(scope)
-    if until:
-        rows = rows[bank.created(rows) <= until]
+    if among is not None:
+        rows = rows[np.isin(rows, among)]
+    if answering is not None:
+        rows = rows[np.isin(bank.keys(rows)[:, 0], answering)]
     rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
@@ -134,7 +149,8 @@ class Reuse:
         """
         self._bank, self._digests, self._config, self._own = bank, fields, config, drift
         self.distilled = distilled
-        self.balance = Balance()
+        self.balance, self.pace = Balance(), Pace()
+        self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits from before the pace was known
         self.changed = False
         """Whether there is something to save: audits, or another calibration."""
         self._refitting: Refitting | None = None
@@ -206,16 +222,17 @@ class Reuse:
             self._place, self._memory = place, None
 
     def refresh(self) -> Neighbourhood | None:
-        """The entries to find neighbours among: those that were there when it was calibrated.
+        """The entries to find neighbours among: those that the calibration looked its documents up among.
 
         None where fewer are left than a result is made of, because they were evicted, purged or damaged: what was
         calibrated says nothing of results that are made of fewer, so near reuse is off then, and `off` says why.
 
-        Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
-        gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
+        With others neither the measured hits nor the bound would hold: later ones may be of another kind, which the
+        predictor has never seen, and a sample that was given was looked up without itself. They take part from the
+        next calibration on, which is made when the bank has doubled.
         """
         if self._memory is None and not self._too_few:
-            self._rows, entries = entries_of(self._bank, self.scope, until=self.calibration.until)
+            self._rows, entries = entries_of(self._bank, self.scope, answering=self.fitted.answering)
             if len(self._rows) < NEIGHBOURS:
                 self._too_few = (
                     f"{len(self._rows)} entries are left of those that it was calibrated on, and a near match is made "
@@ -265,7 +282,7 @@ class Reuse:
             return _no_neighbours(len(tokens), self._bank.facts.width)
         found = memory.match(features, tokens, self._judge.scores)
         closest = found.similarities[:, 0]
-        score = self.fitted.gate(found.evidence)
+        score = safety(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
         rows, similarity = self._rows[found.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
@@ -365,15 +382,23 @@ class Reuse:
         self.stopped = f"{reason}; calibrate again"
         log.warning("near reuse is off: %s", self.stopped)
 
-    def paid(self, looked_up: int, rows: NDArray[np.int64], spent: float, audited: NDArray[np.int64]) -> float:
-        """Take note of what some documents have cost and saved. rows: of the hits given. spent: seconds of look-up.
-        audited: rows of those computed again. Returns the seconds of audits.
+    def paid(self, looked_up: int, given: int, spent: float, audited: int) -> tuple[float, float]:
+        """Take note of what some documents have cost and saved, in seconds of the model on this machine.
+
+        given, audited: tokens of the documents that were answered, and of those that are computed to audit them. spent:
+        seconds of the look-up. Returns the seconds saved and those of audits; 0 until the pace of the model is known,
+        then also those from before.
         """
-        saved, audits = self._bank.cost(rows), self._bank.cost(audited)
+        self._unpriced += given, audited
+        if self.balance.documents + looked_up >= LEAST:
+            self.pace.measure()
+        saved, audits = (self.pace.seconds(int(tokens)) for tokens in self._unpriced)
+        if self.pace.known:
+            self._unpriced[:] = 0
         self._saved_seconds, self._audit_seconds = self._saved_seconds + saved, self._audit_seconds + audits
         if self.balance.observe(looked_up, saved, spent + audits):
             log.warning("%s", self.stands_aside or "near reuse pays again: all documents are looked up")
-        return audits
+        return saved, audits
 
     # -- learning again -------------------------------------------------------------------------------------
 
@@ -383,9 +408,9 @@ class Reuse:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
                 mine = self._bank.in_scope(self.scope)
                 if grown(self.calibration, len(mine)):
-                    rows, entries = entries_of(self._bank, self.scope, Refitting.MOST)
-                    read, until = self._fields_of(rows), int(self._bank.created(mine).max(initial=0))
-                    self._refitting = Refitting(entries, read, self.calibration, self.fitted, len(mine), until)
+                    rows, entries = entries_of(self._bank, self.scope)
+                    read, answering = self._fields_of(rows), answering_keys(self._bank, rows)
+                    self._refitting = Refitting(entries, read, self.calibration, self.fitted, len(mine), answering)
             return
         if (found := self._refitting.result()) is None:
             return

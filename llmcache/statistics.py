@@ -61,7 +61,8 @@ class Counters:
     audit_seconds: about what that took. exact_audits: exact hits that were recomputed to check the store, in
     exact_audit_seconds; exact_audit_largest: the largest absolute difference seen in them, over openings too;
     exact_mismatches: openings in which a difference was more than rounding. near_asked: documents that calibrated near
-    reuse looked up, near_seconds: what that took, near_saved_seconds: what the model took for what it gave.
+    reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes here
+    for what it gave, as measured in this opening.
     overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """
