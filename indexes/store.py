@@ -229,6 +229,19 @@ class Store:
         self._behind.give_up()
         return self.drop_pending({})
 
+    def last_put(self) -> dict[Place, object]:
+        """The last batch that waits in each open bank, None where none does; nothing is waited for."""
+        return {place: bank.pieces.pending[-1] if bank.pieces.pending else None for place, bank in self._banks.items()}
+
+    def drop_since(self, last: Mapping[Place, object]) -> int:
+        """Give up what was put after these batches, or all where they wait no more. Returns how many rows that was."""
+        lost = 0
+        for place, bank in self._banks.items():
+            waiting = [id(batch) for batch in bank.pieces.pending]
+            batch = last.get(place)
+            lost += bank.drop_pending((waiting.index(id(batch)) + 1 if id(batch) in waiting else 0, 0))
+        return lost
+
     def committed(self, writer: str) -> int:
         """Segments of a writer that the manifest names, as this store knows it."""
         banks = [bank for space in self.manifest.namespaces.values() for bank in space.banks.values()]

@@ -25,13 +25,14 @@ from llmcache.indexes.marks import UNKNOWN
 from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, main_input, refusal
 from llmcache.locking import CallLock, LockCycle
 from llmcache.matching import first_occurrences
+from llmcache.numerics import running_mode
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, trial_call
 from llmcache.prefix import Prefixes
 from llmcache.standins import StandIn, install, remove
 from llmcache.state_audits import audit_states
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
-from llmcache.weights import Weights
+from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
 
@@ -57,6 +58,7 @@ class Attachment:
         prefixes: Callable[[str], Prefixes | None],
         counters: Counters,
         exact_audits: ExactAudits,
+        watch: ModelWatch,
         *,
         lock: CallLock,
         is_open: Callable[[], bool],
@@ -64,7 +66,8 @@ class Attachment:
     ) -> None:
         """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
 
-        changed: called before the next pass when the weights are not those any more that the model was attached with.
+        changed: called before the next pass when the model is not the one any more that the last pass was made with.
+        watch: of the trunk's module, which says so.
         prefixes: what restores beginnings for a decoder, in this mode of running; None when that is off.
         lock: of the cache. is_open: whether the cache is; else the model computes by itself.
         states_only: a decoder's states are looked up whole in the layer banks where no keys and values are asked for.
@@ -82,7 +85,7 @@ class Attachment:
         self._stand_in: StandIn | None = None
         self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks]] = {}
         self._prefixes: dict[str, Prefixes | str] = {}
-        self._weights = Weights(trunk.module)
+        self._watch = watch
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
         self.entries: list[str] = []
@@ -111,7 +114,7 @@ class Attachment:
                 install(self._stand_in)
             self._depth += 1
             try:
-                if not module.training and not self._anatomies:
+                if not self._anatomies and not self._in_training():
                     self._anatomy()
             except BaseException:
                 self.__exit__(None, None, None)
@@ -194,15 +197,16 @@ class Attachment:
     def _by_banks(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
         if self._exact_audits.recomputing:
             return own(*args, **kwargs)
-        if not self.trunk.module.training and self._weights.changed():
+        training = self._in_training()
+        if not training and self._watch.changed():
             if self.trunk.replaced:
                 raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
             self._changed()
             self._anatomies.clear()
             self._prefixes.clear()
-        decoding = not self.trunk.module.training and self._keeps_keys(call)
+        decoding = not training and self._keeps_keys(call)
         refusal = self._prefix_refusal if decoding else self._refusal
-        reason = self._exact_audits.refusal() or refusal(call)
+        reason = training or self._exact_audits.refusal() or refusal(call)
         if reason is not None:
             self._bypass(reason, call)
             return own(*args, **kwargs)
@@ -226,9 +230,18 @@ class Attachment:
                 call[name] = value
         return {name: value for name, value in call.items() if value is not None}
 
-    def _refusal(self, call: Call) -> str | None:
+    def _in_training(self) -> str:
+        """Why the model as a whole, or a part of it, gives other results in every call; "" when it does not."""
         if self.trunk.module.training:
             return "the model is in training mode"
+        part = self._watch.in_training()
+        return (
+            f"a part of the model is in training mode ({part}), so that its results differ from call to call"
+            if part
+            else ""
+        )
+
+    def _refusal(self, call: Call) -> str | None:
         return refusal(self._asked() | call, self._main)
 
     def _asked(self) -> Call:
@@ -288,9 +301,8 @@ class Attachment:
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
 
     def _mode(self) -> str:
-        """What beside weights and inputs decides the states: autocast."""
-        kind = self._weights.device.type
-        return f"{kind} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
+        """What beside model and inputs decides the states: settings of the process, such as autocast."""
+        return running_mode(self._watch.device.type)
 
     def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks]:
         """What a trial shows of this trunk, and its banks, for the autocast state at hand and this kind of output."""
@@ -304,7 +316,7 @@ class Attachment:
             side = getattr(config, "image_size", None) or 8
             image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (tuple, list)) else (side, side)))
             count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
-            call = trial_call(self._main, count, image, self._weights.device)
+            call = trial_call(self._main, count, image, self._watch.device)
             if config is not None:
                 call |= dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
             call = {name: value for name, value in call.items() if self._takes(name)}
@@ -373,7 +385,7 @@ class Attachment:
         table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
         for place, state in zip(table, known, strict=True):
             place[: len(state)] = state
-        return torch.from_numpy(table).to(self._weights.device, anatomy.dtype)
+        return torch.from_numpy(table).to(self._watch.device, anatomy.dtype)
 
     def _keep(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -35,7 +36,7 @@ from llmcache.execution import Call, Execution, Progress, nothing
 from llmcache.explaining import Explanation, explain
 from llmcache.fields import KINDS
 from llmcache.heads import Heads
-from llmcache.identity import Identity, identify, mismatch
+from llmcache.identity import Identity, mismatch
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
@@ -55,7 +56,7 @@ from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.tally import Tally
 from llmcache.tokenizing import PrivateCopy, private_copy
-from llmcache.weights import Weights
+from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
 
@@ -79,10 +80,11 @@ class LLMCache:
         namespace: str,
         secret: bytes = b"",
         drift: Drift | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
-        self.tokenizer: Any = getattr(model, "tokenizer", None)
+        self.tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         self.identity = identity
         self.config = config
         self.namespace = namespace
@@ -91,7 +93,7 @@ class LLMCache:
         self._worker_commits = WorkerCommits()
         self._calls = Calls(lock_of(model), self._reopen, lambda: self._worker_commits.commit(self._storing))
         self._tokenizer_copy = PrivateCopy()
-        self._weights, self._current = Weights(model), identity
+        self._watch, self._current = ModelWatch(model, self.tokenizer, name=identity.name), identity
         self._begin(store)
 
     def _begin(self, store: Store) -> None:
@@ -105,9 +107,8 @@ class LLMCache:
         self._storing = Storing(store, config, self._counters, self._exact_audits)
         self._storing.lock = self._calls.lock
         self._storing.history.namespace, self._storing.history.model = namespace, identity.name
-        self._layers = Layers(
-            model, self._identity_now, config, namespace, self._storing, secret, self._calls.lock, lambda: self.is_open
-        )
+        self._watch.witness = self._storing
+        self._layers = Layers(config, namespace, self._storing, secret, self._calls.lock, lambda: self.is_open)
         self._calibrations = Calibrations(store, namespace, config, self._drift, self._storing.commit)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
@@ -198,9 +199,7 @@ class LLMCache:
                 log.warning("%s is not trusted: near matches are off", store.folder.path)
                 settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
-            opened = cls(store, loaded, identity, settled, namespace, salt, drift)
-            if tokenizer is not None:
-                opened.tokenizer = tokenizer
+            opened = cls(store, loaded, identity, settled, namespace, salt, drift, tokenizer)
             opened._opening = Opening(
                 path=os.path.abspath(path),
                 model=loaded if isinstance(model, Module) else identity.name if model is None else os.fspath(model),
@@ -229,9 +228,8 @@ class LLMCache:
             raise ForkedStoreError("this cache was opened by the process that forked this one; open it in the child")
         if not self._opened:
             return
-        inherited, weights = self._store, (self._weights, self._current)
+        inherited = self._store
         self._begin(self._opening.store())
-        self._weights, self._current = weights  # with what was noticed, and is still to be noticed, of the model
         inherited.close()
 
     def works_for_another_process(self) -> None:
@@ -273,7 +271,7 @@ class LLMCache:
         """
         self._check_open()
         execution, model = self._execution, cast(Any, self.model)
-        self._check_weights()
+        self._check_model()
         inputs = _renamed(inputs, others)
         if is_table(inputs):
             raise ConfigError(f"encode takes texts, got a {type(inputs).__name__}; give one of its columns, as a list")
@@ -308,6 +306,7 @@ class LLMCache:
 
             answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance, tensor))
         outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
+        self._watch.rested_at = time.perf_counter()
         return finished(
             outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
@@ -352,7 +351,7 @@ class LLMCache:
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
-            self._check_weights()
+            self._check_model()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
         return results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)
@@ -377,7 +376,7 @@ class LLMCache:
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
-            self._check_weights()
+            self._check_model()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress, wanted=False))
 
         for _ in tally.counted(results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)):
@@ -400,6 +399,7 @@ class LLMCache:
         is tokenised and looked up, and a few batches are computed to see what the model costs. Nothing is stored.
         """
         self._check_open()
+        self._check_model()
         call = Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
         self._planned_at = self._counters.as_dict()
         return planned(self._execution, documents, call, self._store, self.namespace, cast(Any, self.model))
@@ -464,6 +464,8 @@ class LLMCache:
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
+        if of is None:
+            self._check_model()
         self._exact_audits.require()
         if self._store.read_only:
             raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
@@ -510,6 +512,7 @@ class LLMCache:
     ) -> Explanation:
         """How one text would be answered: the tier, its nearest neighbour, and what decided. Nothing is computed."""
         self._check_open()
+        self._check_model()
         return explain(self._execution, text, self._prompt(role, prompt_name, prompt), role, self._decoded)
 
     def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
@@ -564,7 +567,14 @@ class LLMCache:
         return run.results(documents, resolved, role, batch_size, progress, answering)
 
     def _heads(self, heads: Mapping[str, Module]) -> Heads:
-        return Heads(self.model, self.tokenizer, heads, self._layers, self.config, self._calibrations.follow)
+        return Heads(
+            self.model, self.tokenizer, heads, self._layers, self.config, self._calibrations.follow, self._check_tokens
+        )
+
+    def _check_tokens(self) -> None:
+        """ModelMismatch when texts may become other token ids by now than those of the namespace."""
+        if isinstance(self.model, SentenceTransformer):
+            self._check_model()
 
     # -- decoders -------------------------------------------------------------------------------------------
 
@@ -604,16 +614,17 @@ class LLMCache:
         )
 
     def _identity_now(self) -> Identity:
-        """The identity of the cache's own model, taken anew when its weights have changed."""
-        if self._weights.changed():
-            self._current = replace(identify(self.model, tokenizer=self.tokenizer), name=self.identity.name)
+        """The identity of the cache's own model, taken anew when it has changed."""
+        if self._watch.changed():
+            self._current = self._watch.identity()
+            self._exact_audits.renew()
         return self._current
 
-    def _check_weights(self) -> None:
+    def _check_model(self) -> None:
         """ModelMismatch when the model gives other outputs by now than those that the namespace holds."""
         now = self._identity_now()
         if now is not self.identity and now.digest != self.identity.digest:
-            raise mismatch(self.identity, now)
+            raise mismatch(self.identity, now, self._watch.changes())
 
     def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         self._check_open()
@@ -685,7 +696,7 @@ class LLMCache:
     def rebuild(self) -> None:
         """Fit the projection and build the FAISS index again, over all entries, and commit both."""
         self._check_open()
-        self._store.commit()
+        self._storing.commit()
         self._bank.near.rebuild()
         self.commit()
 

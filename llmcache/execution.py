@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from llmcache.begun import one_ahead
 from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
+from llmcache.digests import sha
 from llmcache.fingerprint import features_on
 from llmcache.hit_audits import AuditedHits, Window
 from llmcache.indexes.bank import Bank
@@ -26,6 +27,7 @@ from llmcache.layerwise import Asking, asked_with, near_layers
 from llmcache.levels import DeviceAnswers, Levels, levels_of
 from llmcache.marking import FieldDigests, scope_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.numerics import running_mode
 from llmcache.ondevice import place_of
 from llmcache.pace import Pace
 from llmcache.repeats import NearAnswers
@@ -203,8 +205,13 @@ class Execution:
         return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: Call) -> Seed:
-        """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
-        return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
+        """What all keys of a call begin with: the one place where keys of any kind get model, mode and secret."""
+        return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
+
+    def digest(self) -> bytes:
+        """32 bytes: of the model, and of the settings of the process that decide its results, such as autocast."""
+        mode = running_mode(self.embedding.device.type)
+        return sha(self._digest, mode.encode()) if mode else self._digest
 
     @property
     def model(self) -> Model:

@@ -28,6 +28,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
+from llmcache.numerics import running_mode
 from llmcache.storing import Storing
 from llmcache.workers import Done, Place, Share, Workers, library
 
@@ -84,6 +85,9 @@ class SpreadExecution(Execution):
     workers: Workers
 
     def answers(self, call: Call) -> Answers:
+        mode = running_mode(self.embedding.device.type)
+        if mode:
+            raise ConfigError(f"workers do not compute under the settings of this process ({mode}); use one process")
         # between two calls nobody holds numbers of rows, which a commit changes here
         if self._storing.store.pending_bytes > _REMEMBERED:
             self._storing.commit()
@@ -158,8 +162,9 @@ class SpreadCache(LLMCache):
         namespace: str,
         secret: bytes = b"",
         drift: Drift | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        super().__init__(store, model, identity, config, namespace, secret, drift)
+        super().__init__(store, model, identity, config, namespace, secret, drift, tokenizer)
         self._secret = secret
 
     @classmethod

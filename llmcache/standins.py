@@ -146,3 +146,8 @@ class OwnHook:
 
     def __reduce__(self) -> Any:
         return OwnHook, ()
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether a value is a stand-in, a hook of the cache itself, or what keeps them out of copies."""
+    return isinstance(value, (StandIn, OwnHook, PlainState))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from llmcache.balance import Decision
@@ -14,15 +15,29 @@ from llmcache.errors import LLMCacheError
 from llmcache.exact_audits import ExactAudits
 from llmcache.history import History
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.committing import Place
 from llmcache.indexes.manifest import Manifest
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.statistics import Counters
+from llmcache.watching import ModelWatch
 from llmcache.worth import Rows, Worth
 
 log = logging.getLogger("llmcache")
 
 _COMMIT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Vouched:
+    """A model, and what was put when it was last known to be as described. puts: how often something was put by then.
+
+    last: of each bank, the last batch that waited.
+    """
+
+    watch: ModelWatch
+    puts: int
+    last: Mapping[Place, object]
 
 
 class Storing:
@@ -44,6 +59,51 @@ class Storing:
         self._aside, self._behind = config.stand_aside, config.background
         self.worths: dict[str, Worth] = {}
         """What reuse from a bank is worth, by its name."""
+        self._puts = 0
+        self._vouched: dict[int, _Vouched] = {}
+
+    # -- whose results these are ----------------------------------------------------------------------------
+
+    def asked(self, watch: ModelWatch) -> None:
+        """Note that a model may compute something that is put; see `watching.Witness`."""
+        if id(watch) not in self._vouched:
+            self.vouched(watch)
+
+    def vouched(self, watch: ModelWatch) -> None:
+        """Note that a model was what it is described as until now, so that what was put so far is its own."""
+        self._vouched[id(watch)] = _Vouched(watch, self._puts, self.store.last_put())
+
+    def doubted(self) -> None:
+        """Drop what was put since models were last vouched for: nobody can say which model computed it."""
+        try:
+            self._taking(self.store.land)  # what a thread writes was verified before
+        except LLMCacheError as error:
+            log.warning("%s. Going on without storing", error)
+        oldest = min(self._vouched.values(), key=lambda one: one.puts, default=None)
+        lost = self.store.drop_since({} if oldest is None else oldest.last)
+        self._vouched = {}
+        self.counters.not_stored += lost
+        if lost:
+            log.warning(
+                "%d computed results are not stored: the model was written to without a trace (through tensor.data, or "
+                "NumPy) since it was last read as a whole, so that they may be of the model before or after that",
+                lost,
+            )
+
+    def model_seconds(self) -> float:
+        """Seconds that models have computed in this opening."""
+        return self.counters.model_seconds + self.counters.prefix.model_seconds
+
+    def _verify(self) -> None:
+        """Look at all models in use as a whole, before anything of theirs is committed; drop what does not hold."""
+        waiting = [one for one in self._vouched.values() if one.puts < self._puts]
+        if all(one.watch.verified() for one in waiting):
+            for one in waiting:
+                self.vouched(one.watch)
+        else:
+            self.doubted()
+
+    # -- what is put ----------------------------------------------------------------------------------------
 
     def worth(self, bank: Bank, name: str, again: Callable[[Rows], float] | None = None) -> Worth:
         """Of this bank, see `Worth`; the one that is there when it was asked for before."""
@@ -83,6 +143,7 @@ class Storing:
             self.counters.not_stored += len(keys)
             return
         began = time.perf_counter()
+        self._puts += 1
         kept = bank.put(keys, values, **entry)
         if text_keys is not None:
             bank.alias(text_keys, keys)
@@ -99,6 +160,7 @@ class Storing:
             self.commit()
         elif self.due:
             self._committed = time.monotonic()
+            self._verify()
             self._taking(self.store.commit_behind)
         elif self.store.arrived:
             self._taking(self.store.land)
@@ -113,11 +175,16 @@ class Storing:
         self.counters.not_stored += self.store.discard()
 
     def commit(self) -> None:
-        """Commit what was put. StoreFull or StoreFenced when a write fails; nothing in a store that is only read."""
+        """Commit what was put. StoreFull or StoreFenced when a write fails; nothing in a store that is only read.
+
+        What a changed model may have computed is dropped before, with a warning.
+        """
         if self.store.read_only:
             return
         self._committed = time.monotonic()
+        self._verify()
         self._taking(self.store.commit)
+        self._vouched = {}
 
     def give_up(self) -> None:
         """Count what was put and cannot be committed any more as not stored, and let it go."""

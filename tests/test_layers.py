@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
+from llmcache.standins import OwnHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
@@ -83,7 +84,9 @@ def test_layers_below_what_is_known_are_not_computed(model: SentenceTransformer,
         with cache.attached():
             model.encode(TEXTS)
         hooks = [
-            layer.attention.register_forward_pre_hook(lambda _, args, number=number: reached.append(number))
+            layer.attention.register_forward_pre_hook(
+                OwnHook(layer.attention, lambda _, args, number=number: reached.append(number))
+            )
             for number, layer in enumerate(trunk.encoder.layer)
         ]
         cache.encode(TEXTS)
