@@ -214,7 +214,7 @@ def _does_nothing(module: Module) -> bool:
 
 
 def _hooks(walk: Walk, held: dict[str, Any], prefix: str) -> dict[str, str]:
-    facts = {}
+    facts: dict[str, str] = {}
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         functions = [
             one for one in held.get(name, {}).values() if not is_stand_in(one) and not _asks_for_gradients(one)

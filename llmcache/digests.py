@@ -80,7 +80,7 @@ def _tensor_digest(tensor: Tensor) -> str:
         return hashlib.sha256(_raw(tensor)).hexdigest()
     from llmcache.contents import parts_of
 
-    return sha(*(part for one in parts_of(tensor) for part in (described(one), _raw(one)))).hex()
+    return sha(*(part for one in parts_of(tensor) for part in (described(one), bytes(_raw(one))))).hex()
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -41,5 +41,6 @@ def _function_modes() -> list[str]:
 
     from llmcache.walk import Walk
 
-    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    read: Any = _get_current_function_mode_stack
+    modes = [mode for mode in read() if not isinstance(mode, DeviceContext)]
     return [Walk().text_of(mode, "mode") for mode in modes]

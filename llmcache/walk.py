@@ -250,7 +250,7 @@ class Walk:
 
     def _function(self, function: FunctionType, path: str) -> str:
         if is_library_function(function):
-            inner = inspect.unwrap(function, stop=lambda one: not is_library_function(one))
+            inner = inspect.unwrap(function, stop=_is_own)
             if inner is function:
                 return name_of(function)
             return f"{name_of(function)} around {self.text_of(inner, path)}"
@@ -327,13 +327,18 @@ def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> A
     return {str(k): settings_of(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
 
 
+def _is_own(function: Any) -> bool:
+    """Whether a callable is a function from outside installed libraries."""
+    return isinstance(function, FunctionType) and not is_library_function(function)
+
+
 def _is_foreign(value: Any) -> bool:
     """Whether an entry of a library's class was put there by somebody else."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, FunctionType):
-        inner = inspect.unwrap(value, stop=lambda one: not is_library_function(one))
-        return not is_library_function(inner)
+        inner = inspect.unwrap(value, stop=_is_own)
+        return _is_own(inner)
     return isinstance(value, partial)
 
 

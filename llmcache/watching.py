@@ -75,7 +75,7 @@ class ModelWatch:
         self.witness = witness
         """What keeps the results; None where nothing is kept."""
         self._known: Digests = {} if known is None else known
-        self._seconds = 0.0
+        self._seconds, self._credit = 0.0, 0.0
         self._identity: Identity | None = None
         self._take(describe(model, tokenizer))
         self._first = _named(self._description), self._contents.checksums()

@@ -124,7 +124,7 @@ def adapted(model: Any) -> Any:
     """The model with two low-rank adapters, of which "a" is on."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["query", "value", "q_proj", "v_proj"], lora_alpha=8)
-    inner = model[0].auto_model if isinstance(model, SentenceTransformer) else model
+    inner: Any = trunk_of_adapters(model)
     torch.manual_seed(2)
     inner.add_adapter(settings, "a")
     inner.add_adapter(settings, "b")
@@ -567,7 +567,7 @@ def clean_attention() -> Iterator[None]:
     transformers.AttentionInterface._global_mapping.pop("own_attention", None)
 
 
-def drawn(changes: dict[str, Change], calls: Sequence[str]) -> Any:
+def drawn(changes: dict[str, Change], calls: Sequence[str]) -> pytest.MarkDecorator:
     """Each change with one of the calls, in turn; with every one of them where LLMCACHE_ALL_CHANGES is set."""
     every = os.environ.get("LLMCACHE_ALL_CHANGES")
     pairs = [(name, call) for name in changes for call in calls]

@@ -98,7 +98,8 @@ def test_other_tensors_with_the_same_numbers_are_no_change(change: Callable[[nn.
     weights = looked_at(one)
     change(one)
     assert not weights.changed()
-    one[2].bias.data += 1
+    last: Any = one[2]
+    last.bias.data += 1
     assert weights.changed()
 
 
