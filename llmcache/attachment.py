@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +21,17 @@ from torch.nn import Module
 from llmcache.architecture import Trunk
 from llmcache.errors import ConfigError
 from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
+from llmcache.layer_trial import LayerTrial, MemoryBanks
+from llmcache.layout import wants_keys
+from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
-from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, put_back, trial_call
+from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, gives_keys, parts_of, put_back
 from llmcache.prefix import Prefixes
+from llmcache.preserving import preserved
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
+from llmcache.trial import explained, vocabulary_of
+from llmcache.trial_inputs import main_input, trial_inputs
 from llmcache.weights import Weights
 
 log = logging.getLogger("llmcache")
@@ -63,12 +70,14 @@ class Attachment:
         self._open_prefixes, self._states_only = prefixes, states_only
         self._blocks = Blocks(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
-        self._main = _main_input(trunk.module, self._signature)
+        self._main = main_input(trunk.module, self._signature)
         self._takes_cache = "use_cache" in self._signature.parameters
         self._said: set[str] = set()
         self._depth = 0
         self._own: Any = None
-        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks]] = {}
+        self.losses = LossArguments(trunk.module)
+        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks] | str] = {}
+        self._decodes: bool | None = None
         self._prefixes: dict[str, Prefixes | str] = {}
         self._weights = Weights(trunk.module)
         self.entered = np.zeros(0, np.int64)
@@ -88,12 +97,13 @@ class Attachment:
             self._own = module.__dict__.get("forward")
             self._forward = module.forward
             self._blocks.replace()
+            self.losses.replace()
             module.forward = self._stand_in_for(self._forward)
             _attached[module] = self
         self._depth += 1
         try:
-            if not module.training and not self._anatomies:
-                self._anatomy()
+            if not module.training:
+                self._refuse_misfits()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -106,6 +116,7 @@ class Attachment:
         if self._depth == 0:
             put_back(self.trunk.module, self._own)
             self._blocks.restore()
+            self.losses.restore()
             del _attached[self.trunk.module]
 
     @property
@@ -115,13 +126,27 @@ class Attachment:
 
     @property
     def banks(self) -> LayerBanks:
-        """The banks of the layers, for the autocast state at hand."""
-        return self._anatomy()[1]
+        """The banks of the layers, for the autocast state at hand. ConfigError when the layers cannot be cached."""
+        found = self._anatomy()
+        if isinstance(found, str):
+            raise ConfigError(found)
+        return found[1]
 
     @property
     def decodes(self) -> bool:
         """Whether the model is a decoder, which gives keys and values for the tokens to come."""
-        return self._anatomy()[0].decodes
+        if self._decodes is None:
+            self._anatomy()
+        return bool(self._decodes)
+
+    def _refuse_misfits(self) -> None:
+        """ConfigError when neither layers nor beginnings of this model can be cached."""
+        if any(not isinstance(one, str) for one in self._anatomies.values()):
+            return
+        self._anatomies.clear()
+        reason = self._anatomy()
+        if isinstance(reason, str) and not (self._by_beginnings and not isinstance(self._beginnings(), str)):
+            raise ConfigError(reason)
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
@@ -140,14 +165,18 @@ class Attachment:
                 self._changed()
                 self._anatomies.clear()
                 self._prefixes.clear()
+                self._decodes = None
             decoding = not self.trunk.module.training and self._keeps_keys(call)
             reason = self._prefix_refusal(call) if decoding else self._refusal(call)
+            reason = reason or self.losses.refusal(call.get("attention_mask"))
             if reason is not None:
                 self._bypass(reason, call)
                 return own(*args, **kwargs)
             if decoding:
                 return self._decode(call)
-            return self._answer(call, *self._anatomy(call.get("return_dict")))
+            found = self._anatomy(call.get("return_dict"))
+            assert not isinstance(found, str), "refused above"
+            return self._answer(call, *found)
 
         disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
         uncompiled: Callable[..., Any] = disable(forward)
@@ -161,17 +190,32 @@ class Attachment:
                 call |= value
             else:
                 call[name] = value
-        return {name: value for name, value in call.items() if value is not None}
+        return {name: value for name, value in call.items() if value is not None or not self._is_unset_by_none(name)}
+
+    def _is_unset_by_none(self, name: str) -> bool:
+        """Whether None means for an argument that nothing is given."""
+        parameter = self._signature.parameters.get(name)
+        return parameter is None or parameter.default in (None, inspect.Parameter.empty)
 
     def _refusal(self, call: Call) -> str | None:
+        """The reason why the layers are not cached in this call; None when they are."""
         if self.trunk.module.training:
             return "the model is in training mode"
-        return refusal(self._asked() | call, self._main)
+        reason = refusal(self._asked() | call, self._main)
+        if reason is not None:
+            return reason
+        found = self._anatomy(call.get("return_dict"))
+        if isinstance(found, str):
+            return found
+        value = call[self._main]
+        return None if value.is_floating_point() else found[0].reach.refusal(value.shape[1])
 
     def _asked(self) -> Call:
-        """What the model's configuration asks for in every call."""
+        """What the model's configuration asks for in every call: further outputs, such as those of a router."""
         config = getattr(self.trunk.module, "config", None)
-        return {name: True for name in MUST_BE_OFF if getattr(config, name, False)}
+        flags = {name for name, value in vars(config).items() if value is True} if hasattr(config, "__dict__") else set()
+        asked = {name for name in flags if name.startswith("output_")}
+        return dict.fromkeys(asked | {name for name in MUST_BE_OFF if getattr(config, name, False)}, True)
 
     # -- a decoder's beginnings -----------------------------------------------------------------------------
 
@@ -181,7 +225,12 @@ class Attachment:
             return True
         if not (self._takes_cache and self.decodes):
             return False
-        return not self._states_only or bool(call.get("use_cache", True))
+        return not self._states_only or wants_keys(call, self.trunk.module)
+
+    @property
+    def _by_beginnings(self) -> bool:
+        """Whether all calls go by the beginnings of rows, and none by their layers."""
+        return self._takes_cache and self.decodes and not self._states_only
 
     def _prefix_refusal(self, call: Call) -> str | None:
         prefixes = self._beginnings()
@@ -198,6 +247,8 @@ class Attachment:
                 self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
             except ConfigError as error:
                 self._prefixes[mode] = str(error)
+            except Exception as error:
+                self._prefixes[mode] = f"to try its beginnings out failed: {explained(error)}"
             finally:
                 module.forward = stand_in
         return self._prefixes[mode]
@@ -225,31 +276,76 @@ class Attachment:
         kind = self._weights.device.type
         return f"{kind} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
 
-    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks]:
-        """What a trial shows of this trunk, and its banks, for the autocast state at hand and this kind of output."""
+    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks] | str:
+        """What trials show of this trunk, and its banks, or the reason why its layers cannot be cached.
+
+        For the autocast state at hand and this kind of output. The trials leave no trace in the model.
+        """
         module: Any = self.trunk.module
         if return_dict is None:
             return_dict = getattr(getattr(module, "config", None), "return_dict", None)
         mode = self._mode(), return_dict
         if mode not in self._anatomies:
-            embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-            config = getattr(module, "config", None)
-            side = getattr(config, "image_size", None) or 8
-            image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (tuple, list)) else (side, side)))
-            count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
-            call = trial_call(self._main, count, image, self._weights.device)
-            if config is not None:
-                call |= dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
-            call = {name: value for name, value in call.items() if self._takes(name)}
-            anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
-            self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+            name = type(module).__name__
+            try:
+                with torch.no_grad(), preserved(module, self._weights.device):
+                    anatomy = self._tried(return_dict)
+                self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+            except ConfigError as error:
+                self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"
+            except Exception as error:  # a trial is ours, and so is its failure
+                self._anatomies[mode] = f"{name} cannot be cached by layers: a trial failed with {explained(error)}"
         return self._anatomies[mode]
+
+    def _tried(self, return_dict: bool | None) -> Anatomy:
+        """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
+        module: Any = self.trunk.module
+        flags: Call = dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
+        flags = {name: value for name, value in flags.items() if value is not None and self._takes(name)}
+        if not hasattr(module, "config"):
+            flags = {}
+        calls = list(trial_inputs(module, self._main, self._weights.device))
+        for place, inputs in enumerate(calls):
+            call = {name: value for name, value in inputs.items() if self._takes(name)} | flags
+            try:
+                self._forward(**call)
+                break
+            except Exception:
+                if place == len(calls) - 1:
+                    raise
+        if self._takes_cache:
+            self._decodes = gives_keys(self._forward, call)
+        anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+        if self._by_beginnings:
+            return anatomy
+        if self._takes_cache:
+            call["use_cache"] = False
+        trial = LayerTrial(
+            lambda one: self._forward(**one),
+            lambda one, banks, up_to: self._rehearsed(one, anatomy, banks, up_to),
+            call,
+            self._main,
+            self._choose(anatomy.layers),
+            anatomy.fields,
+            self._takes,
+        )
+        return replace(anatomy, reach=trial.reach(module, vocabulary_of(module)))
+
+    def _rehearsed(self, call: Call, anatomy: Anatomy, banks: MemoryBanks, up_to: int | None) -> Any:
+        """The answer to a call from banks in memory, which leaves counters and what is said of the last pass alone."""
+        reason = refusal(call, self._main)
+        if reason is not None:
+            raise ConfigError(reason)
+        rehearsal = object.__new__(type(self))
+        rehearsal.__dict__.update(self.__dict__)
+        rehearsal._counters, rehearsal.up_to = Counters(), up_to
+        return rehearsal._answer(call, anatomy, banks)
 
     def _takes(self, name: str) -> bool:
         parameters = self._signature.parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks) -> Any:
+    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks | MemoryBanks) -> Any:
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
@@ -272,7 +368,7 @@ class Attachment:
         found: Found,
         group: NDArray[np.int64],
         anatomy: Anatomy,
-        banks: LayerBanks,
+        banks: LayerBanks | MemoryBanks,
     ) -> Any:
         """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
         enter, chosen = int(found.enter[group[0]]), distinct[group]
@@ -305,7 +401,7 @@ class Attachment:
         kept: dict[int, NDArray[np.float32]],
         seconds: float,
         enter: int,
-        banks: LayerBanks,
+        banks: LayerBanks | MemoryBanks,
     ) -> None:
         """seconds: of one layer, for all rows together."""
         ends = np.ones(len(chosen), np.int64) if rows.tokens is None else rows.ends[chosen]
@@ -354,19 +450,6 @@ def _merged(
     if isinstance(output, tuple):
         return type(output)(merged[i] for i in range(len(output)))
     return type(output)(**{str(place): part for place, part in merged.items()})
-
-
-def _main_input(module: Module, signature: inspect.Signature) -> str:
-    named = getattr(module, "main_input_name", None)
-    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-    if isinstance(named, str) and (open_ or named in signature.parameters):
-        return named
-    if "input_ids" in signature.parameters:
-        return "input_ids"
-    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if not plain:
-        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
-    return plain[0]
 
 
 def refuse_compiled(module: Module) -> None:

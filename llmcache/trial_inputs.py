@@ -1,0 +1,73 @@
+"""Inputs for the first trial of a model: token ids, or images, sound and films of the sizes its configuration names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmcache.errors import ConfigError
+from llmcache.trial import vocabulary_of
+
+_ROWS, _TOKENS = 2, 7
+_SAMPLES = 4000  # of sound: more than any stack of convolutions at its beginning swallows
+
+
+def main_input(module: Module, signature: inspect.Signature) -> str:
+    """The name of the argument that a module's forward computes from. ConfigError when it has none."""
+    named = getattr(module, "main_input_name", None)
+    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    if isinstance(named, str) and (open_ or named in signature.parameters):
+        return named
+    if "input_ids" in signature.parameters:
+        return "input_ids"
+    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    if not plain:
+        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
+    return plain[0]
+
+
+def trial_inputs(module: Module, main: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Main inputs to try, the likeliest first: two rows each, with a mask beside token ids.
+
+    main: name of the main input. Of "pixel_values", "input_features" and "input_values" the shape is guessed from the
+    configuration; anything else is taken for token ids [rows, tokens].
+    """
+    config: Any = getattr(module, "config", None)
+    if main in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
+        for shape in _shapes(main, config):
+            yield {main: _numbers(shape, device)}
+        return
+    ids = torch.arange(_ROWS * _TOKENS, device=device).reshape(_ROWS, _TOKENS) % vocabulary_of(module)
+    yield {main: ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Two different rows of numbers of this shape, between -1 and 1."""
+    return torch.linspace(-1, 1, _ROWS * torch.Size(shape).numel(), device=device).reshape(_ROWS, *shape)
+
+
+def _shapes(main: str, config: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of a row of these inputs."""
+    if main == "input_features":
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        yield (bins, frames)
+        yield (min(frames, 64), bins)
+        yield (1, getattr(config, "spec_size", 64), bins)
+    elif main == "input_values":
+        bins = getattr(config, "num_mel_bins", None)
+        if bins and getattr(config, "max_length", None):
+            yield (config.max_length, bins)
+        yield (_SAMPLES,)
+    else:
+        side = getattr(config, "image_size", None) or 8
+        height, width = side if isinstance(side, (tuple, list)) else (side, side)
+        channels, frames = getattr(config, "num_channels", 3), getattr(config, "num_frames", None)
+        if frames:
+            yield (frames, channels, height, width)
+        yield (channels, height, width)
