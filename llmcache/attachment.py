@@ -27,7 +27,7 @@ from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
 from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, gives_keys, parts_of, put_back
 from llmcache.prefix import Prefixes
-from llmcache.preserving import preserved
+from llmcache.preserving import without_trace
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 from llmcache.trial import explained, vocabulary_of
@@ -288,8 +288,7 @@ class Attachment:
         if mode not in self._anatomies:
             name = type(module).__name__
             try:
-                with torch.no_grad(), preserved(module, self._weights.device):
-                    anatomy = self._tried(return_dict)
+                anatomy = without_trace(module, self._weights.device, lambda: self._tried(return_dict))
                 self._anatomies[mode] = anatomy, self._open_banks(anatomy)
             except ConfigError as error:
                 self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"

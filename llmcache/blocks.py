@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 from llmcache.errors import ConfigError
 from llmcache.indexes.manifest import BankFacts
-from llmcache.preserving import preserved
+from llmcache.preserving import without_trace
 from llmcache.trial import explained
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -222,16 +222,14 @@ def shape_of(trunk: nn.Module) -> Shape:
     if reason:
         raise ConfigError(f"{type(trunk).__name__} has no beginnings to reuse: {reason}")
     takes = "position_ids" in signature(trunk.forward).parameters
-    with torch.no_grad(), preserved(trunk, next(trunk.parameters()).device):
-        trunk.eval()
-        try:
-            return _probed(trunk, takes)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"{type(trunk).__name__} has no beginnings to reuse: a trial failed with {explained(error)}"
-            ) from error
+    try:
+        return without_trace(trunk, next(trunk.parameters()).device, lambda: _probed(trunk, takes))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{type(trunk).__name__} has no beginnings to reuse: a trial failed with {explained(error)}"
+        ) from error
 
 
 def _unfit(config: Any) -> str | None:
@@ -250,6 +248,7 @@ def _unfit(config: Any) -> str | None:
 
 
 def _probed(trunk: nn.Module, takes: bool) -> Shape:
+    trunk.eval()
     device = next(trunk.parameters()).device
     ids = torch.arange(6, device=device)[None] % trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
     whole = _run(trunk, ids)

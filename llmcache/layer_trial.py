@@ -26,7 +26,9 @@ from llmcache.trial import (
     explained,
     explored,
     reach_of_positions,
+    relative_rounding,
     right_mask,
+    rounding_of,
     unlike,
 )
 
@@ -68,6 +70,14 @@ class MemoryBanks:
         for key, state in zip(self.keys(layer, rows, mode)[chosen], states, strict=True):
             self._states[layer, key.tobytes()] = state
 
+    def rounding(self, dtype: torch.dtype) -> float:
+        """What rounding in this dtype makes of a sum over a state."""
+        if not self._states:
+            return 0.0
+        state = next(iter(self._states.values()))
+        size = float(np.sqrt(np.square(state.astype(np.float64)).mean()))
+        return min(4.0 * torch.finfo(dtype).eps * state.shape[-1] ** 0.5, relative_rounding(dtype)) * size
+
 
 class LayerTrial:
     """Trials of one trunk, by calls of rows of several lengths that are answered from states and by the model.
@@ -92,9 +102,11 @@ class LayerTrial:
         self._call = {name: value for name, value in call.items() if name not in (main, "attention_mask")}
         self._call = {name: value for name, value in self._call.items() if value is not None}
         self._fields, self._takes = fields, takes
+        self._rounding = torch.float32
 
     def reach(self, module: Module, vocabulary: int) -> Reach:
         """Up to which length the cache gives what the model gives. ConfigError when it does not even for short rows."""
+        self._rounding = rounding_of(module, self._value.device)
         if self._value.is_floating_point():
             self._try_images()
             return Reach()
@@ -189,5 +201,5 @@ class LayerTrial:
                 raise ConfigError(f"{where} its {place!r} would be {list(other.shape)}, not {list(part.shape)}")
             if mask is not None and self._fields.get(place) == "tokens":
                 part, other = part[mask.bool()], other[mask.bool()]
-            if difference := unlike(other, part):
+            if difference := unlike(other, part, self._rounding, banks.rounding(self._rounding)):
                 raise ConfigError(f"{where} its {place!r} would be {difference}: the rest of its batch decides it too")

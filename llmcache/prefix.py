@@ -21,7 +21,7 @@ from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit, wants_keys
 from llmcache.levels import Levels
 from llmcache.prefix_trial import MemoryBank, reach_of_beginnings
-from llmcache.preserving import preserved
+from llmcache.preserving import without_trace
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
 from llmcache.trial import Reach, explained
@@ -106,14 +106,16 @@ class Prefixes:
             rehearsal._beginnings = self._beginnings.with_bank(bank)
             return lambda call: rehearsal.forward(trunk.forward, call)
 
-        with torch.no_grad(), preserved(trunk, next(trunk.parameters()).device):
+        def trial() -> Reach:
             trunk.eval()
-            try:
-                return reach_of_beginnings(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
-            except ConfigError as error:
-                raise ConfigError(f"{name} has no beginnings to reuse: {error}") from error
-            except Exception as error:
-                raise ConfigError(f"{name} has no beginnings to reuse: a trial failed with {explained(error)}") from error
+            return reach_of_beginnings(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
+
+        try:
+            return without_trace(trunk, next(trunk.parameters()).device, trial)
+        except ConfigError as error:
+            raise ConfigError(f"{name} has no beginnings to reuse: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{name} has no beginnings to reuse: a trial failed with {explained(error)}") from error
 
     def forward(self, original: Forward, call: Mapping[str, Any]) -> Any:
         """What the trunk returns for this call. original: its own forward; call: keyword arguments."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,27 @@ _LARGEST_COPY = 1 << 26
 """Bytes of a buffer up to which a trial gets a copy of it. Larger ones hold packed weights."""
 
 
+Result = TypeVar("Result")
+
+
+class WritesToWeights(ConfigError):
+    """A forward wrote to parameters, or to buffers too large to be copied."""
+
+
+def without_trace(module: Module, device: torch.device, trial: Callable[[], Result]) -> Result:
+    """The result of a trial, run where the module is `preserved`, without gradients.
+
+    A forward that writes to weights once (some rescale them when training ends) is run again. ConfigError when it
+    writes to them every time.
+    """
+    try:
+        with torch.no_grad(), preserved(module, device):
+            return trial()
+    except WritesToWeights:
+        with torch.no_grad(), preserved(module, device):
+            return trial()
+
+
 @contextmanager
 def preserved(module: Module, device: torch.device) -> Iterator[None]:
     """A context after which the module is as before, also after an error.
@@ -29,9 +50,11 @@ def preserved(module: Module, device: torch.device) -> Iterator[None]:
     of torch (the host's and this device's), numpy and Python. While the context is open, the module works on copies of
     its buffers, tensors, lists and dictionaries.
 
-    ConfigError at the end when parameters, or buffers too large to be copied, were written to in place.
+    `WritesToWeights` at the end when parameters, or buffers too large to be copied, were written to in place. They
+    cannot be put back, and what goes with them is left as it is: a note that weights were rescaled has to stay true.
     """
     modules = list(module.modules())
+    modes = [(one, one.training) for one in modules]
     objects = [one.__dict__ for one in modules] + [vars(config) for config in _configurations(modules)]
     registries = [(one, name, dict(getattr(one, name))) for one in modules for name in _REGISTRIES]
     attributes = [(holder, dict(holder)) for holder in objects]
@@ -54,20 +77,28 @@ def preserved(module: Module, device: torch.device) -> Iterator[None]:
         random.setstate(seeds[0])
         np.random.set_state(seeds[1])  # noqa: NPY002
         originals = {id(buffer) for _, name, before in registries if name == "_buffers" for buffer in before.values()}
-        for holder, before in attributes:
-            for name in holder.keys() - before.keys():
-                del holder[name]
-            holder.update(before)
-        for one, name, before in registries:
-            registry = getattr(one, name)
-            registry.clear()
-            registry.update(before)
-    if any(
-        tensor._version != version
-        for tensor, version in written_to
-        if isinstance(tensor, Parameter) or id(tensor) in originals
-    ):
-        raise ConfigError("its forward writes to its own weights, so what it gives is not decided by its inputs")
+        kept = [(one, version) for one, version in written_to if isinstance(one, Parameter) or id(one) in originals]
+        written = any(one._version != version for one, version in kept)
+        for one, training in modes:
+            one.training = training
+        if not written:
+            _put_back(attributes, registries)
+    if written:
+        raise WritesToWeights("its forward writes to its own weights, so what it gives is not decided by its inputs")
+
+
+def _put_back(
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]], registries: list[tuple[Module, str, dict[str, Any]]]
+) -> None:
+    """Give dictionaries of attributes, and those of parameters, buffers and children, the entries they had before."""
+    for holder, before in attributes:
+        for name in holder.keys() - before.keys():
+            del holder[name]
+        holder.update(before)
+    for one, name, before in registries:
+        registry = getattr(one, name)
+        registry.clear()
+        registry.update(before)
 
 
 def _configurations(modules: list[Module]) -> list[Any]:

@@ -213,10 +213,25 @@ def embedding_of(module: Any) -> Any:
 # -- comparing ----------------------------------------------------------------------------------------------
 
 
-def unlike(found: Any, expected: Any) -> str | None:
-    """What tells two tensors apart beyond the rounding of their dtype, shapes first; None when nothing does.
+def rounding_of(module: Module, device: torch.device) -> torch.dtype:
+    """The coarsest dtype that a module computes in: of its weights, or of autocast. Quantised ones count as bfloat16."""
+    kinds = {one.dtype for one in module.parameters()}
+    if torch.is_autocast_enabled(device.type):
+        kinds.add(torch.get_autocast_dtype(device.type))
+    floats = {kind if kind.is_floating_point else torch.bfloat16 for kind in kinds}
+    return max(floats, key=relative_rounding, default=torch.float32)
 
-    Numbers that are not finite have to be the same on both sides.
+
+def relative_rounding(dtype: torch.dtype) -> float:
+    """What re-batching changes in this dtype, relative to the values; of whole numbers as in bfloat16."""
+    return _RELATIVE.get(dtype, _RELATIVE[torch.bfloat16])
+
+
+def unlike(found: Any, expected: Any, rounding: torch.dtype = torch.float64, floor: float = 0.0) -> str | None:
+    """What tells two tensors apart beyond rounding, shapes first; None when nothing does.
+
+    rounding: dtype that they were computed in, where it is coarser than their own. floor: what is rounding in any
+    case, for sums of large numbers that come to little. Numbers that are not finite have to be so on both sides.
     """
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return None if type(found) is type(expected) else f"{type(found).__name__}, not {type(expected).__name__}"
@@ -234,8 +249,9 @@ def unlike(found: Any, expected: Any) -> str | None:
     if not theirs.numel():
         return None
     apart, size = mine - theirs, float(theirs.square().mean().sqrt()) + 1e-12
-    relative = _RELATIVE.get(expected.dtype, 1e-1)
+    relative = max(relative_rounding(expected.dtype), relative_rounding(rounding))
     largest = float(apart.abs().max())
-    if float(apart.square().mean().sqrt()) > relative * size or largest > 8 * relative * float(theirs.abs().max()):
+    limit = min(8 * relative * float(theirs.abs().max()), 64 * relative * size)
+    if float(apart.square().mean().sqrt()) > max(floor, relative * size) or largest > max(8 * floor, limit):
         return f"numbers that are {largest:.2g} apart"
     return None
