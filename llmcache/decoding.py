@@ -147,10 +147,9 @@ def score(
             places.append((i, j))
     total = np.full((len(prompts), max(map(len, each), default=0)), -np.inf)
     tokens = np.zeros(total.shape, np.int64)
-    with torch.inference_mode(), attached():
-        for start, values in _likelihoods(model, tokenizer, rows, batch_size):
-            i, j = places[start]
-            total[i, j], tokens[i, j] = values.sum(), len(values)
+    for start, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
+        i, j = places[start]
+        total[i, j], tokens[i, j] = values.sum(), len(values)
     return Scores(total, tokens)
 
 
@@ -186,9 +185,8 @@ def perplexity(
             if stop == len(ids):
                 break
     sums = np.zeros(len(rows))
-    with torch.inference_mode(), attached():
-        for place, values in _likelihoods(model, tokenizer, rows, batch_size):
-            sums[place] = values.sum()
+    for place, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
+        sums[place] = values.sum()
     count = sum(counted for _, counted in rows)
     if not count:
         raise ConfigError("the texts have no token that follows another; perplexity needs at least two tokens")
@@ -196,7 +194,7 @@ def perplexity(
 
 
 def _likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int
+    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int, attached: Attached
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Log-likelihoods of the last tokens of each row, with the row's place; rows that are alike are computed together.
 
@@ -220,16 +218,20 @@ def _likelihoods(
     given = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
     lengths = list(map(len, given))
     # rows that begin alike next to each other: a batch shares what its rows have in common
-    for chosen in batching.batches(_by_length_and_beginning(rows), lengths, batch_size):
-        call = _call(model, [given[i] for i in chosen], padding)
-        counted = [rows[i][1] for i in chosen]
-        of = np.repeat(np.arange(len(chosen)), counted)
-        columns = np.concatenate([len(rows[i][0]) - 1 - n + np.arange(n) for i, n in zip(chosen, counted, strict=True)])
-        wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
-        logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
-        likely = torch.log_softmax(logits.float(), -1).gather(1, torch.from_numpy(wanted)[:, None].to(logits.device))
-        values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
-        yield from zip(chosen, values, strict=True)
+    batches = list(batching.batches(_by_length_and_beginning(rows), lengths, batch_size))
+    with torch.inference_mode(), attached():
+        for chosen in batches:
+            call = _call(model, [given[i] for i in chosen], padding)
+            counted = [rows[i][1] for i in chosen]
+            ends = [len(rows[i][0]) - 1 for i in chosen]
+            of = np.repeat(np.arange(len(chosen)), counted)
+            columns = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counted, strict=True)])
+            wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
+            logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
+            asked = torch.from_numpy(wanted)[:, None].to(logits.device)
+            likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
+            values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
+            yield from zip(chosen, values, strict=True)
 
 
 def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
