@@ -20,18 +20,19 @@ from torch.nn import Module
 
 from llmcache.architecture import Trunk
 from llmcache.errors import ConfigError
-from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, refusal
+from llmcache.inputs import Call, InputRows, asked_by, input_rows, refusal
 from llmcache.layer_trial import LayerTrial, MemoryBanks
-from llmcache.layout import wants_keys
+from llmcache.layout import holds_tokens, wants_keys
 from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
-from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, gives_keys, parts_of, put_back
+from llmcache.merging import merged
+from llmcache.passes import Anatomy, Blocks, Pass, examine, gives_keys, put_back
 from llmcache.prefix import Prefixes
 from llmcache.preserving import without_trace
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 from llmcache.trial import explained, vocabulary_of
-from llmcache.trial_inputs import main_input, trial_inputs
+from llmcache.trial_inputs import first_call, main_input
 from llmcache.weights import Weights
 
 log = logging.getLogger("llmcache")
@@ -154,8 +155,7 @@ class Attachment:
         @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._bound(args, kwargs)
-            length = getattr(call.get("past_key_values"), "get_seq_length", None)
-            if length is not None and length() > 0:  # a decoder's next token
+            if holds_tokens(call.get("past_key_values")):  # a decoder's next token
                 return own(*args, **kwargs)
             if not self.trunk.module.training and self._weights.changed():
                 if self.trunk.replaced:
@@ -211,11 +211,8 @@ class Attachment:
         return None if value.is_floating_point() else found[0].reach.refusal(value.shape[1])
 
     def _asked(self) -> Call:
-        """What the model's configuration asks for in every call: further outputs, such as those of a router."""
-        config = getattr(self.trunk.module, "config", None)
-        flags = {name for name, value in vars(config).items() if value is True} if hasattr(config, "__dict__") else set()
-        asked = {name for name in flags if name.startswith("output_")}
-        return dict.fromkeys(asked | {name for name in MUST_BE_OFF if getattr(config, name, False)}, True)
+        """What the model's configuration asks for in every call."""
+        return asked_by(getattr(self.trunk.module, "config", None))
 
     # -- a decoder's beginnings -----------------------------------------------------------------------------
 
@@ -299,30 +296,16 @@ class Attachment:
     def _tried(self, return_dict: bool | None) -> Anatomy:
         """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
         module: Any = self.trunk.module
-        flags: Call = dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
-        flags = {name: value for name, value in flags.items() if value is not None and self._takes(name)}
-        if not hasattr(module, "config"):
-            flags = {}
-        calls = list(trial_inputs(module, self._main, self._weights.device))
-        for place, inputs in enumerate(calls):
-            call = {name: value for name, value in inputs.items() if self._takes(name)} | flags
-            try:
-                self._forward(**call)
-                break
-            except Exception:
-                if place == len(calls) - 1:
-                    raise
+        call = first_call(module, self._main, self._forward, self._takes, self._weights.device, return_dict)
         if self._takes_cache:
             self._decodes = gives_keys(self._forward, call)
         anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
         if self._by_beginnings:
             return anatomy
-        if self._takes_cache:
-            call["use_cache"] = False
         trial = LayerTrial(
             lambda one: self._forward(**one),
             lambda one, banks, up_to: self._rehearsed(one, anatomy, banks, up_to),
-            call,
+            call | ({"use_cache": False} if self._takes_cache else {}),
             self._main,
             self._choose(anatomy.layers),
             anatomy.fields,
@@ -358,7 +341,7 @@ class Attachment:
             parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
         place = np.searchsorted(distinct, first)
         self.entered, self.entries = found.enter[place], [found.entries[i] for i in place.tolist()]
-        return _merged(parts, first, rows, anatomy)
+        return merged(parts, first, rows, anatomy)
 
     def _run(
         self,
@@ -409,46 +392,6 @@ class Attachment:
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
             banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
-
-
-def _merged(
-    parts: list[tuple[NDArray[np.int64], Any]], first: NDArray[np.int64], rows: InputRows, anatomy: Anatomy
-) -> Any:
-    """One output for all rows, in their order, of outputs for groups of rows. Hidden positions are zeros."""
-    count, columns = len(rows), rows.tokens
-    chosen, output = parts[0]
-    if len(parts) == 1 and len(chosen) == count:
-        tokens = {place: part for place, part in parts_of(output).items() if anatomy.fields.get(place) == "tokens"}
-        if columns is None or all(part.shape[1] == columns for part in tokens.values()):
-            return output
-    merged: dict[Place, Any] = {}
-    for place, example in parts_of(output).items():
-        kind = anatomy.fields.get(place)
-        if kind is None:
-            merged[place] = example
-            continue
-        shape = list(example.shape)
-        shape[0] = count
-        if kind == "tokens" and columns is not None:
-            shape[1] = columns
-        merged[place] = example.new_zeros(shape)
-    for chosen, one in parts:
-        where = np.flatnonzero(np.isin(first, chosen))
-        source = torch.as_tensor(np.searchsorted(chosen, first[where]))
-        target = torch.as_tensor(where)
-        for place, part in parts_of(one).items():
-            if place not in anatomy.fields:
-                continue
-            picked = part.index_select(0, source.to(part.device))
-            if anatomy.fields[place] == "tokens" and columns is not None:
-                merged[place][target.to(part.device), : part.shape[1]] = picked
-            else:
-                merged[place][target.to(part.device)] = picked
-    if isinstance(output, Tensor):
-        return merged[0]
-    if isinstance(output, tuple):
-        return type(output)(merged[i] for i in range(len(output)))
-    return type(output)(**{str(place): part for place, part in merged.items()})
 
 
 def refuse_compiled(module: Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,7 +36,7 @@ class Batching:
     padded: bool
     equal: bool
     causal: bool
-    reach: Reach = Reach()
+    reach: Reach = field(default_factory=Reach)
 
     def batches(self, order: Sequence[int], lengths: Sequence[int], size: int, more: int = 0) -> Iterator[list[int]]:
         """Cut rows, in this order, into batches of at most `size`. lengths: of all rows, in tokens.

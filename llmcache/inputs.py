@@ -66,6 +66,13 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     return name.startswith("output_") and value is False
 
 
+def asked_by(config: Any) -> Call:
+    """The further outputs that a configuration asks for in every call, such as those of a router."""
+    flags = vars(config).items() if hasattr(config, "__dict__") else ()
+    asked = {name for name, value in flags if value is True and name.startswith("output_")}
+    return dict.fromkeys(asked | {name for name in MUST_BE_OFF if getattr(config, name, False)}, True)
+
+
 def refusal(call: Mapping[str, Any], main: str) -> str | None:
     """The reason why the layers of a call cannot be cached; None when they can.
 

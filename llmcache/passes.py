@@ -180,6 +180,7 @@ def _first_row(value: Any, rows: int) -> Any:
 
 # -- a trial ------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True, slots=True)
 class Anatomy:
     """What a trial showed of a trunk, under the autocast state and on the device of the trial.
@@ -193,7 +194,7 @@ class Anatomy:
     dtype: torch.dtype
     decodes: bool
     fields: Mapping[Place, str]
-    reach: Reach = Reach()
+    reach: Reach = field(default_factory=Reach)
 
 
 @torch.no_grad()

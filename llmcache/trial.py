@@ -65,7 +65,7 @@ class Reach:
 
 
 def length_marks(config: Any) -> list[Mark]:
-    """The lengths that a configuration names: integers under names such as window, block, chunk, bucket; shortest first.
+    """The lengths that a configuration names, shortest first: integers called window, block, chunk and the like.
 
     config: of transformers, or anything with `to_dict`; None has no marks.
     """
@@ -147,8 +147,8 @@ def explored(lengths: Sequence[int], config: Any, attempt: Attempt, reach: Reach
     def thorough() -> bool:
         return time.thread_time() - began < _SECONDS
 
-    for tokens in lengths:
-        if longest and not thorough():
+    for tokens in (length if reach.tokens is None else min(length, reach.tokens) for length in lengths):
+        if tokens <= longest or (longest and not thorough()):
             break
         try:
             seconds, longest = attempt(tokens, thorough), tokens
@@ -214,7 +214,10 @@ def embedding_of(module: Any) -> Any:
 
 
 def rounding_of(module: Module, device: torch.device) -> torch.dtype:
-    """The coarsest dtype that a module computes in: of its weights, or of autocast. Quantised ones count as bfloat16."""
+    """The coarsest dtype that a module computes in: of its weights, or of autocast.
+
+    Quantised weights count as bfloat16.
+    """
     kinds = {one.dtype for one in module.parameters()}
     if torch.is_autocast_enabled(device.type):
         kinds.add(torch.get_autocast_dtype(device.type))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmcache.errors import ConfigError
+from llmcache.inputs import MUST_BE_OFF
 from llmcache.trial import vocabulary_of
 
 _ROWS, _TOKENS = 2, 7
@@ -39,11 +40,39 @@ def trial_inputs(module: Module, main: str, device: torch.device) -> Iterator[di
     """
     config: Any = getattr(module, "config", None)
     if main in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
+        dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
         for shape in _shapes(main, config):
-            yield {main: _numbers(shape, device)}
+            yield {main: _numbers(shape, device).to(dtype)}
         return
     ids = torch.arange(_ROWS * _TOKENS, device=device).reshape(_ROWS, _TOKENS) % vocabulary_of(module)
     yield {main: ids, "attention_mask": torch.ones_like(ids)}
+
+
+def first_call(
+    module: Module,
+    main: str,
+    forward: Callable[..., Any],
+    takes: Callable[[str], bool],
+    device: torch.device,
+    return_dict: bool | None,
+) -> dict[str, Any]:
+    """Arguments of a forward that it does not fail for: two rows, no further outputs, and this kind of output.
+
+    takes: whether the forward has an argument of this name. Raises the forward's own error when nothing fits.
+    """
+    flags: dict[str, Any] = {}
+    if hasattr(module, "config"):
+        flags = dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
+    flags = {name: value for name, value in flags.items() if value is not None and takes(name)}
+    failure: Exception | None = None
+    for inputs in trial_inputs(module, main, device):
+        call = {name: value for name, value in inputs.items() if takes(name)} | flags
+        try:
+            forward(**call)
+            return call
+        except Exception as error:
+            failure = error
+    raise failure or ConfigError(f"no inputs are known for {main}")
 
 
 def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -31,9 +31,18 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"^(hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|width|model_dim|word_embed_proj_dim|encoder_dim)$", WIDTH),
     (r"^(embedding_size|hidden_dim_size|input_dim|output_dim|projection_dim|encoder_hidden_size)$", WIDTH),
     (r"^(decoder_hidden_size|d_embed|lru_width|cross_attention_hidden_size|hidden_size_per_layer_input)$", WIDTH),
-    (r"(intermediate_size|ffn_dim|^d_ff$|^n_inner$|^hidden_dim$|^dff$|^d_inner$|feed_forward.*size|ffn_hidden_size)$", 64),
-    (r"^(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|max_source_positions|seq_length)$", POSITIONS),
-    (r"^(max_target_positions|context_length|n_ctx|original_max_position_embeddings|max_2d_position_embeddings)$", POSITIONS),
+    (
+        r"(intermediate_size|ffn_dim|^d_ff$|^n_inner$|^hidden_dim$|^dff$|^d_inner$|feed_forward.*size|ffn_hidden_size)$",
+        64,
+    ),
+    (
+        r"^(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|max_source_positions|seq_length)$",
+        POSITIONS,
+    ),
+    (
+        r"^(max_target_positions|context_length|n_ctx|original_max_position_embeddings|max_2d_position_embeddings)$",
+        POSITIONS,
+    ),
     (r"^(num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k|moe_num_active_experts)$", 2),
     (r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts)$", 4),
     (r"^(n_shared_experts|num_shared_experts|n_group|topk_group|moe_num_shared_experts)$", 1),
@@ -61,6 +70,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
 )
 """The first rule whose pattern fits the name of a number decides its value."""
 
+_EVEN_IF_NONE = ("_token_id", "key_value_heads", "head_dim", "vocab_size")
+
+_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "image_size": 16, "patch_size": 2}
+
 SPECIAL: Mapping[str, dict[str, Any]] = {
     "longformer": {"attention_window": 8},
     "led": {"attention_window": 8, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
@@ -78,8 +91,22 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
     },
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "xlm": {"emb_dim": 32, "n_langs": 1},
-    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "image_size": 16, "patch_size": 2},
-    "swinv2": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "image_size": 16, "patch_size": 2},
+    "swin": {
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "image_size": 16,
+        "patch_size": 2,
+    },
+    "swinv2": {
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "image_size": 16,
+        "patch_size": 2,
+    },
     "funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
     "perceiver": {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 2},
     "mpt": {"d_model": 32, "max_seq_len": 64},
@@ -142,7 +169,8 @@ def _reduced(defaults: Mapping[str, Any]) -> dict[str, Any]:
             continue
         for pattern, small in _RULES:
             if re.search(pattern, name):
-                if value is not None or name.endswith(("_token_id", "key_value_heads", "head_dim")):
+                fits = isinstance(value, list) == isinstance(small, list)
+                if fits and (value is not None or name.endswith(_EVEN_IF_NONE)):
                     settings[name] = small
                 break
     return settings
@@ -150,12 +178,12 @@ def _reduced(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def tiny_model(model_type: str, class_name: str) -> Any:
     """A small model with seeded weights that are large enough for every token to matter, in evaluation mode."""
-    config = tiny_config(model_type)
     made: Any = getattr(transformers, class_name, None) or _class(model_type, class_name)
+    with torch.device("meta"):
+        if sum(one.numel() for one in made(tiny_config(model_type)).parameters()) > 3_000_000:
+            raise MemoryError("the rules leave it too large")
     torch.manual_seed(0)
-    model: nn.Module = made(config)
-    if sum(one.numel() for one in model.parameters()) > 3_000_000:
-        raise MemoryError("the rules leave it too large")
+    model: nn.Module = made(tiny_config(model_type))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
