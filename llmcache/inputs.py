@@ -117,7 +117,7 @@ def is_plain_mask(mask: torch.Tensor) -> bool:
 
 
 def _is_table(table: Any, value: torch.Tensor) -> bool:
-    """Whether these are integers [rows, tokens] or [1, tokens] that fit into 32 bits, beside token ids [rows, tokens]."""
+    """Whether these are integers [rows, tokens] or [1, tokens], beside token ids, that fit into 32 bits."""
     if not isinstance(table, torch.Tensor) or table.is_floating_point() or table.is_complex() or table.ndim != 2:
         return False
     if table.shape[1] != value.shape[1] or table.shape[0] not in (1, value.shape[0]):
