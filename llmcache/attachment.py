@@ -285,7 +285,7 @@ class Attachment:
         if mode not in self._anatomies:
             name = type(module).__name__
             try:
-                anatomy = without_trace(module, self._weights.device, lambda: self._tried(return_dict))
+                anatomy = self._tried(return_dict)
                 self._anatomies[mode] = anatomy, self._open_banks(anatomy)
             except ConfigError as error:
                 self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"
@@ -296,10 +296,15 @@ class Attachment:
     def _tried(self, return_dict: bool | None) -> Anatomy:
         """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
         module: Any = self.trunk.module
-        call = first_call(module, self._main, self._forward, self._takes, self._weights.device, return_dict)
-        if self._takes_cache:
-            self._decodes = gives_keys(self._forward, call)
-        anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+        device = self._weights.device
+
+        def first_trial() -> tuple[Call, Anatomy]:
+            call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
+            if self._takes_cache:
+                self._decodes = gives_keys(self._forward, call)
+            return call, examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+
+        call, anatomy = without_trace(module, device, first_trial)
         if self._by_beginnings:
             return anatomy
         trial = LayerTrial(
@@ -363,7 +368,9 @@ class Attachment:
             one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
         began = time.perf_counter()
         output = self._blocks.run(one, self._forward, rows.some(chosen, width))
-        kept = {layer: state.detach().float().cpu().numpy() for layer, state in one.kept.items()}
+        # sound of another length may change the width of what a layer gives; a bank holds one width
+        fitting = {layer: state for layer, state in one.kept.items() if state.shape[-1] == anatomy.width}
+        kept = {layer: state.detach().float().cpu().numpy() for layer, state in fitting.items()}
         seconds = time.perf_counter() - began
         self._counters.model_seconds += seconds
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)

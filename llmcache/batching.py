@@ -70,41 +70,49 @@ def batching_of(model: Any, kind: str, results: Results) -> Batching:
     known = _known.setdefault(model, {})
     if state not in known:
         device = next(model.parameters()).device
-        known[state] = without_trace(model, device, lambda: _tried(model, results, device))
+        known[state] = _tried(model, results, device)
     return known[state]
 
 
 def _tried(model: Any, results: Results, device: torch.device) -> Batching:
-    model.eval()
-    rounding, vocabulary, config = rounding_of(model, device), vocabulary_of(model), getattr(model, "config", None)
+    rounding, vocabulary = rounding_of(model, device), vocabulary_of(model)
+    same = drawn_ids(3, _LENGTHS[0], vocabulary, device).tolist()
 
     def attempt(tokens: int, _: Callable[[], bool]) -> float:
+        model.eval()
         rows = drawn_ids(3, tokens, vocabulary, device).tolist()
         rows = [rows[0][: tokens // 2], rows[1], rows[2][: max(2, tokens - 2)]]
         began = time.thread_time()
         _compare(results, rows, rounding)
         return time.thread_time() - began
 
-    reach = reach_of_positions(config)
+    def equal() -> bool:
+        model.eval()
+        _compare(results, same, rounding)
+        return True
+
+    def causal() -> bool:
+        model.eval()
+        return _is_causal(results, same[0], rounding)
+
     try:
-        reach, padded = explored(_LENGTHS, config, attempt, reach, effort=1), True
+        reach, padded = explored(_LENGTHS, model, attempt, effort=1), True
     except Exception:  # a model that fails for padded rows may be right without padding
-        padded = False
+        reach, padded = reach_of_positions(getattr(model, "config", None)), False
+    return Batching(padded, _holds(model, device, equal), _holds(model, device, causal), reach)
+
+
+def _holds(model: Any, device: torch.device, trial: Callable[[], bool]) -> bool:
+    """Whether a trial says so; one that fails does not."""
     try:
-        rows = drawn_ids(3, _LENGTHS[0], vocabulary, device).tolist()
-        _compare(results, rows, rounding)
-        equal = True
+        return without_trace(model, device, trial)
     except Exception:
-        equal = False
-    return Batching(padded, equal, _is_causal(results, rows[0], rounding), reach)
+        return False
 
 
 def _is_causal(results: Results, row: list[int], rounding: torch.dtype) -> bool:
     """Whether what a model gives for a token is the same without the tokens behind it."""
-    try:
-        return unlike(results([row])[0][:-1], results([row[:-1]])[0], rounding) is None
-    except Exception:
-        return False
+    return unlike(results([row])[0][:-1], results([row[:-1]])[0], rounding) is None
 
 
 def _compare(results: Results, rows: list[list[int]], rounding: torch.dtype) -> None:

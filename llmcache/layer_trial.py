@@ -17,6 +17,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.records import Keys
 from llmcache.inputs import Call, InputRows
 from llmcache.passes import Place, parts_of
+from llmcache.preserving import without_trace
 from llmcache.states import Found
 from llmcache.trial import (
     BASE_LENGTHS,
@@ -25,7 +26,6 @@ from llmcache.trial import (
     drawn_ids,
     explained,
     explored,
-    reach_of_positions,
     relative_rounding,
     right_mask,
     rounding_of,
@@ -108,14 +108,13 @@ class LayerTrial:
         """Up to which length the cache gives what the model gives. ConfigError when it does not even for short rows."""
         self._rounding = rounding_of(module, self._value.device)
         if self._value.is_floating_point():
-            self._try_images()
+            without_trace(module, self._value.device, self._try_images)
             return Reach()
-        config = getattr(module, "config", None)
 
         def attempt(tokens: int, thorough: Callable[[], bool]) -> float:
             return self._try_length(tokens, vocabulary, thorough)
 
-        return explored(BASE_LENGTHS, config, attempt, reach_of_positions(config), effort=6)
+        return explored(BASE_LENGTHS, module, attempt, effort=6)
 
     def _try_length(self, tokens: int, vocabulary: int, thorough: Callable[[], bool]) -> float:
         """Compare answers for rows of this length and shorter ones; seconds of one forward.

@@ -21,7 +21,6 @@ from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit, wants_keys
 from llmcache.levels import Levels
 from llmcache.prefix_trial import MemoryBank, reach_of_beginnings
-from llmcache.preserving import without_trace
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
 from llmcache.trial import Reach, explained
@@ -106,12 +105,8 @@ class Prefixes:
             rehearsal._beginnings = self._beginnings.with_bank(bank)
             return lambda call: rehearsal.forward(trunk.forward, call)
 
-        def trial() -> Reach:
-            trunk.eval()
-            return reach_of_beginnings(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
-
         try:
-            return without_trace(trunk, next(trunk.parameters()).device, trial)
+            return reach_of_beginnings(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
         except ConfigError as error:
             raise ConfigError(f"{name} has no beginnings to reuse: {error}") from error
         except Exception as error:

@@ -20,7 +20,6 @@ from llmcache.trial import (
     drawn_ids,
     explained,
     explored,
-    reach_of_positions,
     unlike,
     vocabulary_of,
 )
@@ -77,10 +76,10 @@ def reach_of_beginnings(
 
     answers: of a bank in memory, what answers calls from it. ConfigError when not even short rows agree.
     """
-    config = getattr(trunk, "config", None)
     vocabulary, device = vocabulary_of(trunk), next(trunk.parameters()).device
 
     def attempt(tokens: int, thorough: Callable[[], bool]) -> float:
+        trunk.eval()
         ids = drawn_ids(1, tokens, vocabulary, device)
         call: dict[str, Any] = {"input_ids": ids, "use_cache": True}
         began = time.thread_time()
@@ -107,7 +106,7 @@ def reach_of_beginnings(
                 _compare(original, answer, call, f"for rows of {tokens} tokens, {name},")
         return seconds
 
-    return explored(BASE_LENGTHS, config, attempt, reach_of_positions(config), effort=7)
+    return explored(BASE_LENGTHS, trunk, attempt, effort=7)
 
 
 def _batch(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> dict[str, Any]:

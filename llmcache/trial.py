@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmcache.errors import ConfigError
+from llmcache.preserving import without_trace
 
 BASE_LENGTHS = (7, 19)
 """Tokens of the first trials of every model."""
@@ -136,13 +137,18 @@ has no positions for so many tokens, ConfigError when answers differ.
 """
 
 
-def explored(lengths: Sequence[int], config: Any, attempt: Attempt, reach: Reach, *, effort: int) -> Reach:
+def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: int) -> Reach:
     """The reach of a model, from trials at these lengths and at those that its configuration names.
 
-    Time is that of the thread, so that other work on the machine decides nothing. effort: forwards of a trial, so that
+    Each trial begins with the module as it is now, and leaves no trace: short rows switch some models for good. Time is that of the thread, so that other work on the machine decides nothing. effort: forwards of a trial, so that
     one which would take too long is not begun. Raises the ConfigError of a trial at one of `lengths`.
     """
+    config, device = getattr(module, "config", None), next(module.parameters(), torch.zeros(0)).device
+    reach = reach_of_positions(config)
     seconds, longest, began = 0.0, 0, time.thread_time()
+
+    def attempt(tokens: int, thorough: Callable[[], bool]) -> float:
+        return without_trace(module, device, lambda: trial(tokens, thorough))
 
     def thorough() -> bool:
         return time.thread_time() - began < _SECONDS

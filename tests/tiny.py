@@ -173,6 +173,8 @@ def _reduced(defaults: Mapping[str, Any]) -> dict[str, Any]:
                 if fits and (value is not None or name.endswith(_EVEN_IF_NONE)):
                     settings[name] = small
                 break
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:  # latent attention: as many as there are heads
+        settings["num_key_value_heads"] = settings.get("num_attention_heads", 4)
     return settings
 
 
