@@ -160,3 +160,12 @@ def _lists(model: Module) -> str:
             f"it has no list of modules at all (top level: {', '.join(n for n, _ in model.named_children()) or 'none'})"
         )
     return f'its lists of modules are {", ".join(found[:8])}; name the one to use: stack="..."'
+
+
+def refuse_compiled(module: Module) -> None:
+    """ConfigError for a module that is compiled, or has compiled parts."""
+    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
+        raise ConfigError(
+            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "torch.compile (model._orig_mod), and run it uncompiled"
+        )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from llmcache.architecture import Trunk
+from llmcache.architecture import Trunk, refuse_compiled
 from llmcache.errors import ConfigError
 from llmcache.inputs import Call, InputRows, asked_by, input_rows, refusal
 from llmcache.layer_trial import LayerTrial, MemoryBanks
@@ -399,12 +399,3 @@ class Attachment:
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
             banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
-
-
-def refuse_compiled(module: Module) -> None:
-    """ConfigError for a module that is compiled, or has compiled parts."""
-    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
-        raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
-            "torch.compile (model._orig_mod), and run it uncompiled"
-        )

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import Module
 
-from llmcache.architecture import Trunk, find_trunk
-from llmcache.attachment import Attachment, refuse_compiled
+from llmcache.architecture import Trunk, find_trunk, refuse_compiled
+from llmcache.attachment import Attachment
 from llmcache.blocks import shape_of
 from llmcache.computing import Model, token_embedding
 from llmcache.config import CacheConfig

@@ -140,8 +140,9 @@ has no positions for so many tokens, ConfigError when answers differ.
 def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: int) -> Reach:
     """The reach of a model, from trials at these lengths and at those that its configuration names.
 
-    Each trial begins with the module as it is now, and leaves no trace: short rows switch some models for good. Time is that of the thread, so that other work on the machine decides nothing. effort: forwards of a trial, so that
-    one which would take too long is not begun. Raises the ConfigError of a trial at one of `lengths`.
+    Each trial begins with the module as it is now, and leaves no trace: short rows switch some models for good. Time is
+    that of the thread, so that other work on the machine decides nothing. effort: forwards of a trial, so that one
+    which would take too long is not begun. Raises the ConfigError of a trial at one of `lengths`.
     """
     config, device = getattr(module, "config", None), next(module.parameters(), torch.zeros(0)).device
     reach = reach_of_positions(config)
