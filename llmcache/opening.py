@@ -9,7 +9,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.attachment import refuse_compiled
+from llmcache.architecture import refuse_compiled
 from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot

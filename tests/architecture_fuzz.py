@@ -192,9 +192,9 @@ def differences(found: Any, expected: Any, call: Mapping[str, Any], tolerance: f
             return tensor[mask.bool()]
         if mask is not None and tensor.ndim == 3 and tensor.shape[:2] == (mask.shape[0], 1):  # of the last column
             return tensor[mask[:, -1:].bool()]
-        if mask is not None and tensor.ndim == 4 and tensor.shape[0] == mask.shape[0] and in_cache:
-            columns = tensor.shape[2]  # of a window: the last ones
-            return tensor.transpose(1, 2)[mask[:, mask.shape[1] - columns :].bool()]
+        columns = tensor.shape[2] if tensor.ndim == 4 else 0
+        if mask is not None and in_cache and tensor.shape[0] == mask.shape[0] and 0 < columns <= mask.shape[1]:
+            return tensor.transpose(1, 2)[mask[:, mask.shape[1] - columns :].bool()]  # of a window: the last ones
         return tensor
 
     def compare(mine: Any, theirs: Any, where: str) -> None:
