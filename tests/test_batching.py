@@ -70,9 +70,10 @@ def test_a_score_is_the_likelihood_of_the_row_alone(model_type: str, store: Path
     expected = [[total(model, LETTERS(prompt + one)["input_ids"], len(one)) for one in CHOICES] for prompt in PROMPTS]
     found = decoding.score(model, LETTERS, PROMPTS, CHOICES).total
     np.testing.assert_allclose(found, expected, rtol=2e-4)
-    with LLMCache.open(store, model, tokenizer=LETTERS) as cache:
+    with LLMCache.open(store, model) as cache:
+        attached = cache.attached
         try:
-            found = [cache.score(PROMPTS, CHOICES).total for _ in range(2)]
+            found = [decoding.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
         except ConfigError:  # of models that cannot be attached: the reason, at once
             return
     for one in found:
