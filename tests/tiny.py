@@ -111,6 +111,9 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
     "perceiver": {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 2},
     "mpt": {"d_model": 32, "max_seq_len": 64},
     "bloom": {"n_layer": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "head_dim": 8},
     "reformer": {
         "attn_layers": ["local", "local"],
         "axial_pos_embds": False,
