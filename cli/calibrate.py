@@ -44,10 +44,14 @@ def calibrate(
         str | None, typer.Option(help="Only these kinds of fields, such as number,date,identifier,quoted,negation.")
     ] = None,
     guard_pattern: Annotated[
-        str, typer.Option(help="A regular expression for fields of your own that have to be the same.")
+        str,
+        typer.Option(
+            help="A regular expression for fields of your own that have to be the same, in texts stored from now on."
+        ),
     ] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw the curve into this image (needs matplotlib).")] = None,
     namespace: options.Namespace = "default",
+    role: options.Role = None,
     text_field: options.TextField = "text",
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
@@ -73,7 +77,7 @@ def calibrate(
     with LLMCache.open(store, namespace=namespace, **access) as cache:
         found = cache.calibrate(
             documents, budget=budget, drift=kind, head=decides, truth=right, limit=limit,
-            confidence=confidence or None, guard_pattern=guard_pattern,
+            confidence=confidence or None, guard_pattern=guard_pattern, role=role,
             guard=tuple(guard_kinds.replace(",", " ").split()) if guard and guard_kinds else guard,
         )  # fmt: skip
     if plot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcache.errors import ConfigError
+from llmcache.errors import ConfigError, StoreFenced
 
 if TYPE_CHECKING:
     from llmcache.cache import LLMCache
+
+log = logging.getLogger("llmcache")
 
 Engine = Annotated[str, typer.Option(help="What computes: local, or ray (needs the extra 'ray').")]
 Workers = Annotated[
@@ -39,3 +42,16 @@ def opened(engine: str, workers: int | None, store: str, model: str | None, **ke
 
     with LLMCache.open(store, model, **keywords) as cache:
         yield cache
+        committed(cache)
+
+
+def committed(cache: LLMCache) -> None:
+    """Commit what a run has computed. Its results are whole without that, so a disk that fails is only a warning."""
+    storing = cache.storing
+    try:
+        if storing.store.writable:
+            cache.commit()
+    except StoreFenced as error:
+        log.warning("%s. The results are whole; what was computed since is not kept", error)
+    if not storing.store.writable and not storing.store.read_only:
+        storing.give_up()

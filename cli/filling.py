@@ -55,6 +55,8 @@ def fill(asked: Asked, sources: Sources) -> None:
     config = CacheConfig(**asked.settings) if asked.settings else None
     access = asked.access.keywords()
     with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace, **access) as cache:
+        if cache.read_only:  # everything would be computed for nothing
+            cache.storing.store.commit()
         before = len(cache)
         cache.corpus = sources.name
         with progress(reading, bytes_of(sources.corpora)) as advance:

@@ -38,6 +38,9 @@ KeyVariable = Annotated[str | None, typer.Option(help="Environment variable with
 AllowUntrusted = Annotated[
     bool, typer.Option("--allow-untrusted", help="Read a store that nobody vouches for: equal tokens only, no writing.")
 ]
+ReadOnly = Annotated[
+    bool, typer.Option("--read-only", help="Write nothing below the store: what it lacks is computed and not kept.")
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A forecast of `llmcache plan -o`, to be compared with what comes.")
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcache.cli import amounts, options, printing
-from llmcache.cli.engine import Engine, Workers, opened
+from llmcache.cli.engine import Engine, Workers, committed, opened
 from llmcache.cli.filling import counts, preview, warnings
 from llmcache.cli.heads import run_heads
 from llmcache.cli.metrics import MetricsFile, Run
@@ -79,6 +79,7 @@ def run(
     max_bytes: Annotated[
         str | None, typer.Option(help="What the store may take up, such as 10GB; old entries make way for new ones.")
     ] = None,
+    read_only: options.ReadOnly = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Take the model from this machine; fetch nothing.")
     ] = False,
@@ -89,7 +90,8 @@ def run(
 ) -> None:
     """Write one vector per document, in order, each with its tier, layer, source and similarity.
 
-    What the store has is read, the rest is computed and stored.
+    What the store has is read, the rest is computed and stored; with --read-only, or where its folder cannot be
+    written, it is computed and not stored.
     """
     expected = None if plan is None else Plan.read(plan)
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
@@ -110,6 +112,10 @@ def run(
 
     printing.quiet()
     settings = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}
+    if read_only:
+        if engine != "local":
+            raise ConfigError("--read-only computes in one process; leave --engine out")
+        settings["read_only"] = True
     if head:
         if resume or limits.seconds is not None or chunk != "none":
             raise ConfigError("--head goes without --resume, --max-seconds and --chunk; run the heads by themselves")
@@ -117,6 +123,7 @@ def run(
             raise ConfigError("--head computes in one process; leave --engine out")
         with LLMCache.open(store, model, **settings) as cache:
             run_heads(cache, head, sources, out, role, batch_size, json)
+            committed(cache)
         return
     reading = Reading()
     documents = sources.documents(reading)

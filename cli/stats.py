@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -83,6 +83,7 @@ def stats(
             ("left alone, as loading took longer", int(life.get("left_alone", 0))),
             ("not stored", int(life["not_stored"])),
             ("damaged rows", int(life["damaged"])),
+            ("exact hits recomputed as a check", _exact_audits(life)),
             ("model seconds", life["model_seconds"]),
             ("cache seconds", life["overhead_seconds"]),
             ("seconds saved", life["saved_seconds"]),
@@ -121,6 +122,16 @@ def _near(one: NearReport) -> None:
                 f"{one.saved:.3g}, less look-up {one.look_up:.3g} and audits {one.audit:.3g}: {one.net:.3g}",
             ),
         ]
+    )
+
+
+def _exact_audits(life: Mapping[str, float]) -> str:
+    """Audits of exact hits over all openings: how many, in how many seconds, and what they found."""
+    mismatches = int(life["exact_mismatches"])
+    found = "no difference but rounding" if not mismatches else f"DIFFERENCES in {mismatches:,} openings"
+    return (
+        f"{int(life['exact_audits']):,} in {life['exact_audit_seconds']:.3g} s, {found} (at most "
+        f"{life['exact_audit_largest']:.2g})"
     )
 
 

@@ -15,10 +15,12 @@ from llmcache.indexes.counters import use_files
 from llmcache.indexes.io import Folder
 from llmcache.indexes.keytable import KeyTable
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
+from llmcache.indexes.marks import Marks
 from llmcache.indexes.neighbours import NearChoice, Neighbours, half
 from llmcache.indexes.pieces import Pieces, Rows, opened
 from llmcache.indexes.reading import Payload, Reading, states, vectors
-from llmcache.indexes.records import ALIAS, ROW, Keys
+from llmcache.indexes.records import ALIAS, ROW, Keys, seconds32
+from llmcache.indexes.scopes import ScopedSearch
 from llmcache.indexes.sealing import Entries, seal
 from llmcache.indexes.segment import Gone, Segment
 from llmcache.indexes.shelf import Shelf
@@ -70,6 +72,7 @@ class Bank:
         self.pending_bytes = 0  # activations that are not sealed yet, nor on their way
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
         self.near = Neighbours(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
+        self._search = ScopedSearch(self.near, self.pieces, choice)
         self.uses = Uses(self.pieces.rows)
         self.moves = 0
         """How often rows got other numbers."""
@@ -147,6 +150,7 @@ class Bank:
         self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
         self.uses = self.uses.moved(moved, self.pieces.rows)
         self.near.follow(facts, moved)
+        self._search.forget()
         self._load_keys()
         self._add_pending()
 
@@ -160,30 +164,20 @@ class Bank:
         """The same by text keys (aliases)."""
         return self._without_damaged(self._texts.find(keys))
 
-    def nearest(self, features: NDArray[np.float32] | Tensor, k: int) -> tuple[Rows, NDArray[np.float32]]:
+    def nearest(
+        self, features: NDArray[np.float32] | Tensor, k: int, *, scope: int | None = None, least: float = -np.inf
+    ) -> tuple[Rows, NDArray[np.float32]]:
         """The k nearest rows by fingerprint, and their similarities, nearest first.
 
         features: float [n, feature width], raw, as `put` takes them, or a tensor of them
-        (`near.takes_tensors`). Returns int64 [n, k] (-1: none) and float32 [n, k] (-inf there).
+        (`near.takes_tensors`). scope: only rows with this scope in their marks are found; None: all are. least: rows
+        that are less similar than this may be left out. Returns int64 [n, k] (-1: none) and float32 [n, k] (-inf
+        there).
         """
         unusable = self._dead
         if self._damaged:
             unusable = np.union1d(unusable, np.fromiter(self._damaged, np.int64))
-        best, value = np.full((len(features), k), -1), np.full((len(features), k), -np.inf, np.float32)
-        open_, ask = np.arange(len(features)), k + min(len(unusable), 4 * k + 16)
-        while len(open_):
-            # damaged and evicted rows are still in the index: ask for more until k that live have come back
-            rows, similarity = self.near.nearest(features if len(open_) == len(features) else features[open_], ask)
-            more = rows[:, -1] >= 0
-            lost = np.isin(rows, unusable) & (rows >= 0)
-            similarity[lost], rows[lost] = -np.inf, -1
-            order = np.argsort(lost, axis=1, kind="stable")[:, :k]
-            best[open_], value[open_] = np.take_along_axis(rows, order, 1), np.take_along_axis(similarity, order, 1)
-            if ask >= k + len(unusable):
-                break
-            open_ = open_[more & (best[open_, -1] < 0)]
-            ask = min(4 * ask, k + len(unusable))
-        return best, value
+        return self._search.nearest(features, k, unusable, scope=scope, least=least)
 
     def _without_damaged(self, rows: Rows) -> Rows:
         if self._damaged:
@@ -218,7 +212,7 @@ class Bank:
         log.warning("%d stored rows did not agree with their checksums; they are computed again", len(rows))
 
     def _now(self) -> int:
-        self._clock = max(self._clock, int(self._folder.now()))
+        self._clock = max(self._clock, seconds32(self._folder.now()))
         return self._clock
 
     def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
@@ -257,6 +251,7 @@ class Bank:
             size += sum(
                 4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
             )
+            size += 0 if one.marks is None else one.marks.nbytes
         return size
 
     @property
@@ -307,6 +302,14 @@ class Bank:
         """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
         return self.pieces.created(rows)
 
+    def marks(self, rows: Rows) -> Marks:
+        """Marks of some rows, [n]: which near matches they may answer; zeros where that is not known."""
+        return self.pieces.marks(rows)
+
+    def in_scope(self, scope: int) -> Rows:
+        """Live rows of this scope, int64, in order."""
+        return self._search.rows_of(scope, self._dead)
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         return self.pieces.key(row)
@@ -326,12 +329,13 @@ class Bank:
         sources: Sequence[str],
         features: NDArray[np.float32],
         cost: NDArray[np.float32],
+        marks: Marks | None = None,
     ) -> NDArray[np.bool_]:
         """Keep some activations in memory, found at once, until `seal` writes them. Returns which were kept, bool [n].
 
         keys: uint64 [n, 2]. values: float32 [n, width], or n arrays [tokens, width] for a bank of rank 2.
-        features: float [n, feature width], raw. cost: seconds, float32 [n]. Values that are not finite, or do not
-        fit the stored dtype, are not kept.
+        features: float [n, feature width], raw. cost: seconds, float32 [n]. marks: which near matches the rows may
+        answer; None: none. Values that are not finite, or do not fit the stored dtype, are not kept.
         """
         if isinstance(values, np.ndarray):
             payload: Payload
@@ -354,6 +358,7 @@ class Bank:
             sources=[sources[i] for i in chosen.tolist()],
             features=half(features[chosen]),
             created=np.full(len(chosen), self._now(), np.uint32),
+            marks=None if marks is None else marks[chosen],
         )
         rows = self.pieces.append(entries)
         self.pending_bytes += _nbytes(payload)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from llmcache.indexes.bank import Bank, Lot
-from llmcache.indexes.committing import Place
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import SegmentFacts
 
 log = logging.getLogger("llmcache")
@@ -18,11 +17,16 @@ log = logging.getLogger("llmcache")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A lot on its way into a segment, which nothing names yet."""
+    """A lot of a bank on its way into a segment that no manifest names yet.
 
-    place: Place
+    place: names of the bank's namespace and of the bank. written: the facts of the segment, once it is written. lease:
+    keeps its files from being collected until they are published.
+    """
+
+    place: tuple[str, str]
     bank: Bank
     lot: Lot
+    lease: Lease
     written: Future[SegmentFacts]
 
 
@@ -38,12 +42,12 @@ class Behind:
         self._thread: ThreadPoolExecutor | None = None
         self._begun: list[Begun] = []
 
-    def begin(self, place: Place, bank: Bank) -> None:
+    def begin(self, place: tuple[str, str], bank: Bank) -> None:
         """Have what waits in the bank written; call it when nothing of the bank is on its way."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
-        lot = bank.set_apart()
-        self._begun.append(Begun(place, bank, lot, self._thread.submit(bank.seal, uuid.uuid4().hex, lot)))
+        lease, lot = Lease(self._folder), bank.set_apart()
+        self._begun.append(Begun(place, bank, lot, lease, self._thread.submit(_sealed, bank, lot, lease)))
 
     @property
     def arrived(self) -> bool:
@@ -63,6 +67,12 @@ class Behind:
                     self._folder.remove(file.name)
             except OSError as error:  # what is left is for gc
                 log.info("a segment that was given up was not removed: %s", error)
+            finally:
+                one.lease.close()
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
+
+
+def _sealed(bank: Bank, lot: Lot, lease: Lease) -> SegmentFacts:
+    return bank.seal(lease.new(), lot)

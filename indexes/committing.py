@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-import uuid
-from concurrent.futures import Future
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeAlias
 
 from llmcache.indexes.bank import Bank, Lot
+from llmcache.indexes.behind import Begun
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged
 from llmcache.indexes.eviction import Publish, index_stands
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import BankFacts, Manifest, SegmentFacts
+from llmcache.indexes.presence import lost, missing, without
 from llmcache.indexes.publishing import Republished
 
 log = logging.getLogger("llmcache")
 
 Place: TypeAlias = tuple[str, str]  # names of a namespace and of a bank in it
-_TRIES = 3  # times a segment is written anew whose files, or whose commit, were collected
+_TRIES = 3  # times a segment is written whose files, or whose commit, were collected
 
 
 def commit_rows(
@@ -28,22 +30,34 @@ def commit_rows(
     place: Place,
     bank: Bank,
     lot: Lot,
-    begun: Future[SegmentFacts] | None = None,
+    begun: Begun | None = None,
 ) -> None:
     """Seal a lot of the bank, publish it and serve from it. OSError when it could not be written.
+
+    Files that are missing once a manifest names them make the commit a failure: the rows, which are still in memory,
+    are then written anew, and the next manifest names the new segment in place of the missing one. After three rounds
+    Collected, and the rows stay in memory.
 
     publish: with `once`, since the segment's files must not be named by a second manifest.
     begun: the lot on its way into a segment, to wait for; None: it is written here.
     """
+    gone: set[str] = set()  # ids of segments that were published and whose files are missing
     for round in range(_TRIES):
-        try:
-            written = begun.result() if begun and not round else bank.seal(uuid.uuid4().hex, lot)
-            segment = replace(written, writer=writer)
-            manifest = _published(folder, publish, place, bank.facts, segment)
-            break
-        except (Collected, Republished):  # it slept, or others have evicted the commit since
-            if round == _TRIES - 1:
-                raise
+        with begun.lease if begun and not round else Lease(folder) as lease:
+            try:
+                written = begun.written.result() if begun and not round else bank.seal(lease.new(), lot)
+                segment = replace(written, writer=writer)
+                manifest = _published(folder, publish, place, bank.facts, segment, gone)
+                if name := lost(folder, [file.name for file in segment.files]):
+                    gone.add(segment.id)
+                    raise Collected(_COLLECTED.format(folder.path, name))
+                break
+            except (Collected, Republished) as error:  # it slept, or others have evicted the commit since
+                if round == _TRIES - 1:
+                    if gone:
+                        publish(lambda base: without(base, gone))
+                    raise
+                log.info("a segment is written anew: %s", error)
     namespace, name = place
     try:
         bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
@@ -52,13 +66,19 @@ def commit_rows(
         log.warning("what was just committed cannot be opened: %s", error)
 
 
-def _published(folder: Folder, publish: Publish, place: Place, fresh: BankFacts, segment: SegmentFacts) -> Manifest:
+def _published(
+    folder: Folder, publish: Publish, place: Place, fresh: BankFacts, segment: SegmentFacts, gone: Collection[str]
+) -> Manifest:
+    """Publish a segment, in place of those in `gone`; the new manifest. Collected when its files are gone before."""
+
     def change(base: Manifest) -> Manifest:
         facts = _bank_in(base, place, fresh)
         if segment.id in {one.id for one in facts.segments}:
             return base
-        _check_files(folder, segment)
-        return base.with_bank(*place, replace(facts, segments=(*facts.segments, segment)))
+        if name := missing(folder, [file.name for file in segment.files]):
+            raise Collected(_COLLECTED.format(folder.path, name))
+        others = tuple(one for one in facts.segments if one.id not in gone)
+        return base.with_bank(*place, replace(facts, segments=(*others, segment)))
 
     return publish(change)
 
@@ -68,7 +88,12 @@ def commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, roo
 
     OSError when they could not be written.
     """
-    saved = bank.near.save(uuid.uuid4().hex, room)
+    with Lease(folder) as lease:
+        _commit_index(folder, publish, place, bank, room, lease)
+
+
+def _commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, room: int | None, lease: Lease) -> None:
+    saved = bank.near.save(lease.new(), room)
     if saved is None:
         log.info("the index of %s is not kept: the budget has no room for it", place[1])
         return
@@ -95,16 +120,10 @@ def commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, roo
             log.info("%s was not removed: %s", old, error)
 
 
-def _check_files(folder: Folder, segment: SegmentFacts) -> None:
-    """A process that was stopped between writing and publishing may find its files collected: never name those."""
-    try:
-        for file in segment.files:
-            folder.size(file.name)
-    except FileNotFoundError:
-        raise Collected(
-            f"{folder.path}: the files of this commit were collected before they were published, "
-            "because this process was stopped for longer than the grace; commit again"
-        ) from None
+_COLLECTED = (
+    "{}: {} was removed while it was being committed, because another program removed it or a collector could see no "
+    "locks here; commit again"
+)
 
 
 class Collected(LLMCacheError):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.manifest import NamespaceFacts
+from llmcache.indexes.opening import not_opened
 from llmcache.indexes.records import ROW
 from llmcache.indexes.segment import records_of
 from llmcache.indexes.snapshot import advised, banks
@@ -71,6 +72,8 @@ def _rows(store: Store, place: tuple[str, str]) -> NDArray[Any]:
             parts.append(records_of(store.folder, segment)[0][living(store.folder, segment)][::-1])
         except SnapshotDamaged as error:
             raise advised(error, store.folder) from error
+        except OSError as error:
+            raise not_opened(store.folder.path, error) from error
     rows = np.concatenate(parts)
     _, newest = np.unique(np.ascontiguousarray(rows["key"]).view("V16").ravel(), return_index=True)
     return rows[np.sort(newest)]

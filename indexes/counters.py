@@ -43,13 +43,18 @@ def _folded(content: dict[str, Any]) -> list[str]:
 
 
 def add_up(contents: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of several files, added by name; whatever is no number is left out."""
+    """The numbers of several files by name, see `combined`; whatever is no number is left out."""
     total: dict[str, float] = {}
     for content in contents:
         for key, value in content.items():
             if _is_number(value):
-                total[key] = total.get(key, 0) + value
+                total[key] = combined(key, total.get(key, 0), value)
     return total
+
+
+def combined(name: str, one: float, other: float) -> float:
+    """A counter of two files as one number: their sum, or the larger one where the name ends in "_largest"."""
+    return max(one, other) if name.endswith("_largest") else one + other
 
 
 def _is_number(value: object) -> bool:

@@ -92,6 +92,7 @@ class Machine:
     calls: list[tuple[str, str]] = field(default_factory=list)
     files: dict[int, File] = field(default_factory=dict)  # by descriptor
     locked: set[tuple[str, str]] = field(default_factory=set)
+    leases: dict[int, tuple[str, str]] = field(default_factory=dict)  # folder and name of locked files, by descriptor
     dead: bool = False
 
     def step(self, call: str, name: str) -> None:

@@ -72,7 +72,7 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
     """Every live row of every segment that can be read, with what is known of its use; but for banks in `KEPT`."""
     uses = UseTable.of(read_uses(folder, use_files(folder)))
     places: list[tuple[str, str, SegmentFacts]] = []
-    records, rows, widths, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
+    records, rows, beside, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
             for facts in bank.segments if name not in KEPT else ():
@@ -84,17 +84,18 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
                 live = segment.live()
                 records.append(segment.rows[live])
                 rows.append(live)
-                widths.append(bank.feature_width)
+                beside.append(2 * bank.feature_width + (0 if segment.marks is None else segment.marks.itemsize))
                 numbers.append(len(places))
                 places.append((namespace, name, facts))
     counts = [len(one) for one in rows[1:]]
-    width = np.repeat(np.array(widths, np.int64), counts)
+    others = np.repeat(np.array(beside, np.int64), counts)
     every = np.concatenate(records)
-    usage = _usage(every, uses, width, np.repeat(np.array(numbers, np.int64), counts))
+    usage = _usage(every, uses, others, np.repeat(np.array(numbers, np.int64), counts))
     return Candidates(usage, np.concatenate(rows), places, every["key"])
 
 
-def _usage(records: Any, uses: UseTable, width: Rows, segment: Rows) -> Usage:
+def _usage(records: Any, uses: UseTable, beside: Rows, segment: Rows) -> Usage:
+    """beside: bytes of the features and the mark of each row, int64 [n]."""
     used = uses.find(records["key"])
     created = records["created"].astype(np.int64)
     aligned = -(-records["nbytes"].astype(np.int64) // ALIGN) * ALIGN
@@ -102,7 +103,7 @@ def _usage(records: Any, uses: UseTable, width: Rows, segment: Rows) -> Usage:
         last_use=used["last"].astype(np.int64),
         uses=used["uses"].astype(np.int64),
         created=created,
-        nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + 2 * width,
+        nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + beside,
         cost=np.nan_to_num(records["cost"].astype(np.float64)),
         # an audit of an earlier copy says nothing about this one
         drift=np.where(used["last"] >= created, used["drift"].astype(np.float64), np.nan),

@@ -1,4 +1,5 @@
-"""Every system call on a store's files, with `sealed`, `system`, `durable` and `partial`, which serve only it.
+"""Every system call on a store's files, with `sealed`, `system`, `locks`, `durable` and `partial`, which serve
+only it.
 
 No other module opens, writes or removes a file of a store. Kept to two dozen calls on purpose: what a store does to a
 disk can be read here, and replaced as a whole (`memory`).
@@ -7,10 +8,8 @@ disk can be read here, and replaced as a whole (`memory`).
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -21,11 +20,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes import locks
 from llmcache.indexes.durable import FOLDER, make_durably, sync_name
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.places import QUARANTINE, SUBFOLDERS, placed
 from llmcache.indexes.sealed import Sealed, read_into
-from llmcache.indexes.system import begin_sync, file_system, mapped
+from llmcache.indexes.system import begin_sync, changed, file_system, flaw_in, kind_of, mapped
 
 Reading = Literal["auto", "mmap", "pread"]
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
@@ -61,6 +61,10 @@ class Folder:
         except BaseException:
             self.close()
             raise
+
+    def make(self) -> None:
+        """Make the sub-folders that are missing."""
+        self._make_parts()
 
     def _make_parts(self) -> None:
         for sub in SUBFOLDERS:
@@ -98,8 +102,17 @@ class Folder:
         folder, leaf = self._place(name)
         return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
 
+    def kind(self, name: str) -> str:
+        """What has this name: "file", "folder", "link", "pipe", "socket", "device", or "" for nothing."""
+        folder, leaf = self._place(name)
+        try:
+            mode = os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return ""
+        return kind_of(mode)
+
     def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
-        """Size in bytes and time of the last change of every plain file in one sub-folder, by name."""
+        """Size in bytes and time of the last change (`changed`) of every plain file in one sub-folder, by name."""
         found: dict[str, tuple[int, float]] = {}
         for name in self.names(sub):
             try:
@@ -107,7 +120,7 @@ class Folder:
             except FileNotFoundError:  # removed since it was listed
                 continue
             if stat.S_ISREG(facts.st_mode):
-                found[name] = (facts.st_size, facts.st_mtime)
+                found[name] = (facts.st_size, changed(facts))
         return found
 
     def read(self, name: str, limit: int) -> bytes:
@@ -151,14 +164,28 @@ class Folder:
             os.close(descriptor)
 
     def sealed(self, name: str, size: int) -> Sealed:
-        """A file to read rows from, kept open; its size must be exactly `size`."""
+        """A file to read rows from; its size must be exactly `size`. Where it is not mapped, it may be opened again."""
         if self.maps:
             return Sealed(size, mapped=self.map(name, size))
         descriptor, found = self._open(name)
         if found != size:
             os.close(descriptor)
             raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
-        return Sealed(size, descriptor=descriptor)
+        same = os.fstat(descriptor)
+        return Sealed(size, descriptor=descriptor, again=lambda: self._again(name, same))
+
+    def _again(self, name: str, same: os.stat_result) -> int:
+        """Descriptor of a file that was looked at before; OSError when it is another one, or this folder is closed."""
+        if not self._descriptors:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), name)
+        try:
+            descriptor, _ = self._open(name)
+        except SnapshotDamaged as error:
+            raise OSError(errno.ESTALE, str(error), name) from error
+        if not os.path.samestat(os.fstat(descriptor), same):
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        return descriptor
 
     def open(self, name: str) -> tuple[int, int]:
         """Descriptor of a plain file, for reading with `read_at`, and its bytes; close it with `close_file`."""
@@ -172,7 +199,7 @@ class Folder:
         """Seconds since the file was last written, or given this name (a link keeps the time of the writing)."""
         folder, leaf = self._place(name)
         facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
-        return self.now() - max(facts.st_mtime, facts.st_ctime)
+        return self.now() - changed(facts)
 
     def _open(self, name: str) -> tuple[int, int]:
         folder, leaf = self._place(name)
@@ -197,18 +224,19 @@ class Folder:
                 folder = self._folder(sub)
             except FileNotFoundError:
                 continue
-            except OSError:
-                return f"{sub} is not a folder"
-            flaw = _flaw(sub or str(self.path), os.fstat(folder))
-            for leaf in os.listdir(folder):
-                try:
-                    facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
-                except FileNotFoundError:  # removed since the listing
-                    continue
-                flaw = flaw or _flaw(f"{sub}/{leaf}" if sub else leaf, facts)
-            if flaw:
+            except OSError:  # not a folder, so it holds nothing; whose it is was seen above
+                continue
+            if flaw := flaw_in(folder, sub, str(self.path)):
                 return flaw
         return None
+
+    def writable(self) -> bool:
+        """Whether this process may make files here: not on a read-only mount, nor without the rights."""
+        for sub in ("", *SUBFOLDERS):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder(sub), effective_ids=True):
+                    return False
+        return True
 
     # -- changing -----------------------------------------------------------------------------------------
 
@@ -221,6 +249,34 @@ class Folder:
         """Descriptor of a new file (mode 0600); FileExistsError when the name is taken."""
         folder, leaf = self._place(name)
         return os.open(leaf, _CREATE, 0o600, dir_fd=folder)
+
+    def create_locked(self, name: str) -> int:
+        """Descriptor of a new file that is locked until this process closes it or ends.
+
+        FileExistsError when the name is taken, or when another process looked at the lock at the same moment: try
+        another name. On a file system without locks it is created all the same.
+        """
+        descriptor = self.create(name)
+        try:
+            if not locks.share(descriptor):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        except BaseException:
+            os.close(descriptor)
+            self.remove(name)
+            raise
+        return descriptor
+
+    def locked(self, name: str) -> bool:
+        """Whether a living process has a file open that `create_locked` made; False where there is no such file."""
+        with suppress(FileNotFoundError, SnapshotDamaged), locks.unlocked(self._open(name)[0]) as free:
+            return not free
+        return False
+
+    def remove_unlocked(self, name: str) -> None:
+        """Remove a file that `create_locked` made, unless a living process has it open."""
+        with suppress(FileNotFoundError, SnapshotDamaged), locks.unlocked(self._open(name)[0]) as free:
+            if free:  # whoever locks it from now on sees that it has no name any more
+                self.remove(name)
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         """All of `data` at `offset`; a short write is continued, its cause then shows as the next error."""
@@ -282,7 +338,14 @@ class Folder:
         return True
 
     def set_aside(self, name: str) -> str:
-        """Move a file into the quarantine; its name there."""
+        """Move a file, or whatever has this name, into the quarantine; its name there."""
+        if self.kind(QUARANTINE) not in {"", "folder"}:
+            os.rename(
+                QUARANTINE,
+                f"{QUARANTINE}.{self.now():.0f}",
+                src_dir_fd=self._descriptors[""],
+                dst_dir_fd=self._descriptors[""],
+            )
         with suppress(FileExistsError):
             os.mkdir(QUARANTINE, 0o700, dir_fd=self._descriptors[""])
         leaf = name.rpartition("/")[2]
@@ -323,15 +386,8 @@ class Folder:
         folder, leaf = self._place(name)
         descriptor = os.open(leaf, _LOCK, 0o600, dir_fd=folder)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 256, 0).decode("utf-8", "replace").strip() or "an unknown process"
-                raise Busy(f"{self.path} is being maintained by {holder}; try again when it is done") from None
-            with suppress(OSError):  # who holds it is for people; a full disk is no reason not to evict
-                label = f"process {self.pid()} on {socket.gethostname()}\n".encode()
-                os.pwrite(descriptor, label, 0)
-                os.ftruncate(descriptor, len(label))
+            if holder := locks.exclude(descriptor, self.pid()):
+                raise Busy(f"{self.path} is being maintained by {holder}; try again when it is done")
             yield
         finally:
             os.close(descriptor)
@@ -344,11 +400,3 @@ class Folder:
 
     def pid(self) -> int:
         return os.getpid()
-
-
-def _flaw(name: str, facts: os.stat_result) -> str | None:
-    if facts.st_uid != os.geteuid():
-        return f"{name} belongs to the user with the number {facts.st_uid}"
-    if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
-        return f"{name} may be written by other users"
-    return None

@@ -218,7 +218,7 @@ def gc(store: Store, grace_seconds: float = GRACE, *, dry_run: bool = False) -> 
     That is: files in no manifest, which a killed writer left; manifests that have a successor, but for the newest
     one's predecessor; files that only such manifests name; temporary files. The advisory files of writers that have
     not written for that long become one. With a damaged manifest in the store nothing is removed, since what it names
-    is not known. A grace shorter than a commit takes can cost a writer the commit it is at.
+    is not known. What a living process is writing stays whatever the grace is, where the file system has locks.
     """
     if not grace_seconds >= 0:
         raise ConfigError(f"the grace is a number of seconds from 0 on, got {grace_seconds}")

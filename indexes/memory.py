@@ -151,6 +151,12 @@ class MemoryFolder(Folder):
         self._machine.step("size", name)
         return len(self._file(name).data)
 
+    def kind(self, name: str) -> str:
+        self._machine.step("kind", name)
+        part, leaf = self._place_of(name)
+        found = part.names.get(leaf)
+        return "" if found is None else "folder" if isinstance(found, Part) else "file"
+
     def read(self, name: str, limit: int) -> bytes:
         self._machine.step("read", name)
         data = bytes(self._file(name).data)
@@ -194,6 +200,10 @@ class MemoryFolder(Folder):
         """Never: there are no other users here."""
         return None
 
+    def writable(self) -> bool:
+        """Always: there are no rights here."""
+        return True
+
     # -- changing -----------------------------------------------------------------------------------------
 
     def restrict(self) -> None:
@@ -207,6 +217,19 @@ class MemoryFolder(Folder):
         file = File(changed=self.time)
         part.change({leaf: file})
         return self._machine.opened(file)
+
+    def create_locked(self, name: str) -> int:
+        descriptor = self.create(name)
+        self._machine.leases[descriptor] = str(self.path), name
+        return descriptor
+
+    def locked(self, name: str) -> bool:
+        self._machine.step("locked", name)
+        return (str(self.path), name) in self._machine.leases.values()
+
+    def remove_unlocked(self, name: str) -> None:
+        if not self.locked(name):
+            self.remove(name)
 
     def reopen(self, name: str) -> int:
         """Descriptor of a file that is there, for writing. No store does this: it is how tests break one."""
@@ -234,6 +257,7 @@ class MemoryFolder(Folder):
 
     def close_file(self, descriptor: int) -> None:
         file = self._machine.files.pop(descriptor, None)  # gone whatever the call says
+        self._machine.leases.pop(descriptor, None)
         if self._machine.dead:  # files that are open end with their process
             return
         self._machine.step("close_file", "")

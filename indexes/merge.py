@@ -8,27 +8,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes import publishing
+from llmcache.indexes.agreement import alike, check_same
 from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
 from llmcache.indexes.files import sync_files
 from llmcache.indexes.generations import generations, newest
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.opening import found
 from llmcache.indexes.partial import new_folder
+from llmcache.indexes.presence import lost, without
 from llmcache.indexes.rewrite import Pick, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.snapshot import advised, banks, check_free, failing
 from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of, living
 
-SHOWN = frozenset({"name", "revision", "versions"})
-"""What an identity says about where a model came from; two models may differ in it and still be the same."""
+_ROUNDS = 20  # times a merge starts again when files went away under it
 _REWRITE_BYTES = 256 << 20
 
 
@@ -109,63 +110,41 @@ def join(
     dry_run: bool = False,
 ) -> list[Merged]:
     """`merge` of open stores into the store `base`, or, where that is None, into the folder that `new` makes."""
-    _check_same([*([base] if base else []), *stores])
+    check_same([*([base] if base else []), *stores])
+    for round in range(_ROUNDS):
+        try:
+            return _join(base, stores, new, copy=copy, dry_run=dry_run)
+        except publishing.Republished:
+            if base is None or round == _ROUNDS - 1:
+                raise
+            base.reload()  # it took a number that was used while this process slept; its files are gone again
+        except SnapshotDamaged:  # or compacted and collected since it was opened, and a newer generation is whole
+            opened = [*([base] if base else []), *stores]
+            before = [store.manifest.generation for store in opened]
+            if [store.reload().generation for store in opened] == before or round == _ROUNDS - 1:
+                raise
+    raise AssertionError("the last round returns or raises")
+
+
+def _join(
+    base: Store | None,
+    stores: Sequence[Store],
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool,
+    dry_run: bool,
+) -> list[Merged]:
     plans = [_plan(place, base, stores) for place in _places(stores)]
     if dry_run:
         pass
     elif base is None:
-        with new() as folder:
+        with new() as folder, Lease(folder) as lease:
             found(folder)
-            _bring(folder, plans, stores, link=not copy, derived=True)
+            _bring(folder, plans, stores, lease, link=not copy, derived=True)
     else:
-        _bring(base.folder, plans, stores, link=not copy, derived=False)
+        with Lease(base.folder) as lease:
+            _bring(base.folder, plans, stores, lease, link=not copy, derived=False)
     return [_told(plan) for plan in plans]
-
-
-# -- what goes together -------------------------------------------------------------------------------------
-
-
-def _check_same(stores: Sequence[Store]) -> None:
-    seen: dict[str, tuple[Store, NamespaceFacts]] = {}
-    shapes: dict[tuple[str, str], tuple[Store, BankFacts]] = {}
-    for store in stores:
-        for name, space in store.manifest.namespaces.items():
-            first, known = seen.setdefault(name, (store, space))
-            if not alike(known, space):
-                one, other = _title(known), _title(space)
-                raise ModelMismatch(
-                    f"the namespace {name!r} of {first.folder.path} was made with {one}, that of {store.folder.path} "
-                    f"with {other}; different are {', '.join(_different(known, space))}; merge stores of one model, or "
-                    "give them namespaces of their own"
-                )
-        for place, facts in banks(store.manifest).items():
-            other_store, old = shapes.setdefault(place, (store, facts))
-            if _shape(old) != _shape(facts):
-                raise ModelMismatch(
-                    f"the bank {'/'.join(place)} of {other_store.folder.path} holds {_shape(old)}, that of "
-                    f"{store.folder.path} {_shape(facts)}; merge stores that were made with the same settings"
-                )
-
-
-def alike(one: NamespaceFacts, other: NamespaceFacts) -> bool:
-    """Whether two namespaces hold entries of the same model, under the same keys."""
-    return not _different(one, other)
-
-
-def _different(one: NamespaceFacts, other: NamespaceFacts) -> list[str]:
-    names = (set(one.identity) | set(other.identity)) - SHOWN
-    named = sorted(name for name in names if one.identity.get(name) != other.identity.get(name))
-    empty: Mapping[str, Any] = {}
-    rest = [replace(space, identity=empty, config=empty, banks={}) for space in (one, other)]
-    return named + (["the secret of its keys"] if rest[0] != rest[1] else [])
-
-
-def _title(space: NamespaceFacts) -> str:
-    return repr(space.identity.get("name") or space.identity.get("model") or "an unnamed model")
-
-
-def _shape(facts: BankFacts) -> str:
-    return f"{facts.dtype} x {facts.width} (rank {facts.rank}, {facts.feature_width} features)"
 
 
 def _places(stores: Sequence[Store]) -> list[tuple[str, str]]:
@@ -269,12 +248,14 @@ def _choose_aliases(plan: _Plan) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, link: bool, derived: bool) -> None:
+def _bring(
+    folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], lease: Lease, *, link: bool, derived: bool
+) -> None:
     """Write what the plans say and commit it; what fails before the commit leaves no file behind."""
     made: list[str] = []
     committing = False
     try:
-        added = [(plan, _segments(folder, plan, made, link=link)) for plan in plans]
+        added = [(plan, _segments(folder, plan, made, lease, link=link)) for plan in plans]
         indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
         derived_files = [file.name for facts in indexes.values() if facts for file in _derived(facts)]
         sync_files(folder, [*made, *derived_files])
@@ -290,6 +271,9 @@ def _bring(folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], *, l
         if derived or change(now) != now:
             committing = True
             publishing.commit(folder, uuid.uuid4().hex, change, once=True)
+            if name := lost(folder, made):
+                publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {one[4:36] for one in made}))
+                raise LLMCacheError(f"{folder.path}: another program removed {name} during the merge; merge again")
     except BaseException:
         if not (committing and _named(folder, made)):
             for name in made:
@@ -307,7 +291,7 @@ def _named(folder: Folder, made: Sequence[str]) -> bool:
     return not named.isdisjoint(made)
 
 
-def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> list[SegmentFacts]:
+def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, link: bool) -> list[SegmentFacts]:
     kept: list[SegmentFacts] = []
     taken = {name.partition(".")[0].partition("-")[0] for name in folder.names("seg")}
     for piece in plan.pieces:
@@ -315,6 +299,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> li
             old = piece.segment.facts
             id = uuid.uuid4().hex if old.id in taken else old.id
             taken.add(id)
+            lease.add(id)
             try:
                 facts, _ = carry_segment(piece.segment.folder, folder, old, id, link=link)
             except SnapshotDamaged as error:
@@ -323,7 +308,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], *, link: bool) -> li
             made += [file.name for file in files_of(facts)]
     for picks in _batches(plan.pieces):
         try:
-            facts = rewrite(folder, uuid.uuid4().hex, picks, plan.facts.feature_width)
+            facts = rewrite(folder, lease.new(), picks, plan.facts.feature_width)
         except SnapshotDamaged as error:
             raise advised(error, picks[0].segment.folder) from error
         kept.append(facts)

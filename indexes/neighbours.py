@@ -90,6 +90,12 @@ class Neighbours:
         """The FAISS index in use, None while none is needed."""
         return self._index.kind if self._index else None
 
+    @property
+    def projection(self) -> Projection | None:
+        """What fingerprints are made with at the moment; None while there are no rows."""
+        self._catch_up()
+        return self._projection
+
     def nearest(self, features: NDArray[np.floating] | Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first.
 

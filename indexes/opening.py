@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -12,17 +13,33 @@ from llmcache.indexes.errors import FormatTooNew, LLMCacheError, SnapshotDamaged
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder, Reading
 from llmcache.indexes.manifest import Manifest
-from llmcache.indexes.parsing import FORMAT, strict_json
+from llmcache.indexes.parsing import strict_json
 from llmcache.indexes.places import SUBFOLDERS
 
 log = logging.getLogger("llmcache")
 
+LAYOUT = 1
+"""The number in FORMAT: of the folders and names of a store. Manifests have a number of their own."""
 _FORMAT_LIMIT = 4096
+_UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
 def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
     """The folder of a store, or of one to be made; SnapshotNotFound or SnapshotDamaged where it can be neither."""
+    try:
+        _check_place(where, create=create)
+    except OSError as error:
+        raise not_opened(where, error) from error
+    try:
+        return Folder(where, create=create, reading=reading)
+    except OSError as error:
+        if not create or error.errno not in _UNWRITABLE or not (where / "FORMAT").exists():
+            raise not_opened(where, error) from error
+    return folder_at(where, create=False, reading=reading)  # a store that can only be read, without empty sub-folders
+
+
+def _check_place(where: Path, *, create: bool) -> None:
     if where.exists() and not where.is_dir():
         raise SnapshotNotFound(f"{where} is a file; a store is a folder, so give another path")
     if not create and not (where / "FORMAT").exists():
@@ -31,10 +48,6 @@ def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
         )
     if not (where / "FORMAT").exists() and where.exists():
         refuse_strangers(where)
-    try:
-        return Folder(where, create=create, reading=reading)
-    except OSError as error:
-        raise not_opened(where, error) from error
 
 
 def prepared(folder: Folder) -> None:
@@ -73,7 +86,7 @@ def found(folder: Folder) -> None:
     """Make the folder a store. Two processes may do so at once: the file says the same either way."""
     folder.restrict()
     temporary = f"t-{uuid.uuid4().hex}"
-    write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": FORMAT}).encode()])
+    write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": LAYOUT}).encode()])
     try:
         folder.link(temporary, "FORMAT")
     except FileExistsError:
@@ -91,7 +104,7 @@ def check_format(folder: Folder) -> None:
         raise SnapshotDamaged(f"{folder.path}/FORMAT is damaged, so this may not be a store") from None
     if magic != "llmcache" or type(number) is not int or number < 1:
         raise SnapshotDamaged(f"{folder.path}/FORMAT is not LLMCache's, so this is not a store")
-    if number > FORMAT:
+    if number > LAYOUT:
         raise FormatTooNew(
-            f"{folder.path} has format {number}, this LLMCache reads up to {FORMAT}; upgrade: pip install -U llmcache"
+            f"{folder.path} has format {number}, this LLMCache reads up to {LAYOUT}; upgrade: pip install -U llmcache"
         )

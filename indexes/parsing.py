@@ -13,7 +13,8 @@ from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts, Manifest, NamespaceFacts, SegmentFacts
 
-FORMAT = 1
+FORMAT = 2
+"""Of manifests. 2: segments may have marks behind their records; who reads 1 only takes such segments for damaged."""
 MAX_BYTES = 16 << 20
 _FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}(-[0-9a-f]{32})?\.(seg|row|var|fp|key|faiss|proj|alive)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -13,6 +13,7 @@ from llmcache.indexes import codec
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, SegmentFacts
+from llmcache.indexes.marks import Marks, kinds_of, put_marks, unmarked
 from llmcache.indexes.sealing import Entries
 from llmcache.indexes.segment import Gone, Segment
 
@@ -214,6 +215,17 @@ class Pieces:
                 found[chosen] = piece.rows["created"][local]
         return found
 
+    def marks(self, rows: Rows) -> Marks:
+        """Marks of some rows, [n], with as many kinds as the piece that knows most; zeros where there are none."""
+        parts = []
+        for piece, chosen, local in self.groups(rows):
+            if (known := marks_in(piece)) is not None:
+                parts.append((chosen, known[local]))
+        found = unmarked(len(rows), max((kinds_of(marks) for _, marks in parts), default=0))
+        for chosen, marks in parts:
+            put_marks(found, chosen, marks)
+        return found
+
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self.at(row)
@@ -231,6 +243,11 @@ class Pieces:
             cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
             total += float(cost[local].sum())
         return total
+
+
+def marks_in(piece: Piece) -> Marks | None:
+    """Marks of the rows of a piece; None where they have none."""
+    return None if isinstance(piece, Gone) else piece.marks
 
 
 def _name(piece: Piece) -> str | int:

@@ -86,7 +86,7 @@ def commit(
             changed,
             generation=generation,
             parent=base.generation,
-            created=round(folder.now(), 3),
+            created=round(max(0.0, folder.now()), 3),
             writer=writer,
             skipped=tuple(sorted({*base.skipped, *damaged})),
         )

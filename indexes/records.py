@@ -35,7 +35,8 @@ HEADER = np.dtype(
         ("feature_width", "<u4"),
         ("rows", "<u8"),
         ("pitch", "<u8"),  # bytes from one row to the next where all rows are equally long, else 0
-        ("reserved", "S32"),
+        ("mark", "<u4"),  # bytes of a row's mark, 0 where the rows have none
+        ("reserved", "S28"),
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
@@ -45,6 +46,11 @@ MAGIC = b"LLMCROW1"
 _SHORT = 4 << 10  # bytes of a row up to which copying it costs less than what a hash takes to begin and to end
 _NEAR = 256 << 10  # bytes that are copied and then hashed: no more than a processor's own cache holds
 _PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
+
+
+def seconds32(now: float) -> int:
+    """A time as records hold it, in 32 bits: the first second for clocks before 1970, the last one after 2106."""
+    return min(max(int(now), 0), (1 << 32) - 1)
 
 
 def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, strong: bool = False) -> bytes:
@@ -73,6 +79,12 @@ def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) 
     digest = xxhash.xxh3_128(head)
     digest.update(payload)  # type: ignore[arg-type]  # any contiguous buffer is accepted
     return digest.digest()
+
+
+def begun_digest(record: NDArray[Any]) -> Any:
+    """A hash of one record of ROW, [1], to be updated with the row's bytes; its first 16 bytes are the checksum."""
+    strong = bool(record["flags"][0] & STRONG)
+    return hashlib.sha256(heads(record)) if strong else xxhash.xxh3_128(heads(record))
 
 
 def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryview]) -> list[bytes]:

@@ -19,12 +19,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.agreement import alike
 from llmcache.indexes.errors import ConfigError, LLMCacheError, SnapshotDamaged, SnapshotNotFound
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.generations import generation_name, generations, newest
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import FileFacts, Manifest, SegmentFacts
-from llmcache.indexes.merge import alike
 from llmcache.indexes.opening import check_format, found, refuse_strangers
 from llmcache.indexes.parsing import MAX_BYTES
 from llmcache.indexes.places import SUBFOLDERS
@@ -116,7 +117,7 @@ def pull(url: str, target: str | os.PathLike[str], *, key: bytes | None = None, 
             refuse_strangers(where)
         if dry_run and not where.exists():
             return _told(url, where, manifest, list(_files(manifest)), dry_run)
-        with failing(where), closing(Folder(where, create=not dry_run)) as folder:
+        with failing(where), closing(Folder(where, create=not dry_run)) as folder, Lease(folder) as lease:
             here = _newest_in(folder)
             _check_follows(
                 here, manifest, data, folder, source, where, "pull to a new folder and `llmcache snapshot merge`"
@@ -125,6 +126,7 @@ def pull(url: str, target: str | os.PathLike[str], *, key: bytes | None = None, 
             missing = [one for one in _files(manifest) if not _is_here(folder, one, segments)]
             if not dry_run:
                 for one in missing:
+                    lease.add(one.name.rpartition("/")[2][:32])
                     _bring(source, folder, one, segments)
                 _publish(source, folder, manifest, data)
         return _told(url, where, manifest, missing, dry_run)

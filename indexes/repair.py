@@ -6,27 +6,42 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmcache.indexes import publishing
 from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.io import Folder
+from llmcache.indexes.leases import Lease, leased
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
 from llmcache.indexes.opening import check_format, found
 from llmcache.indexes.parsing import MAX_BYTES, salvage
-from llmcache.indexes.records import HEADER, ROW
+from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
+from llmcache.indexes.records import HEADER, MAGIC, ROW
 from llmcache.indexes.rewrite import Pick, rewrite
-from llmcache.indexes.segment import Segment, records_of
+from llmcache.indexes.segment import Segment, mark_bytes, marks_of, records_of
 from llmcache.indexes.snapshot import banks, failing
 from llmcache.indexes.transfer import chunks, files_of, living
 from llmcache.indexes.trust import check_own
-from llmcache.indexes.verify import Checked, History, check_segment, history_of, index_damage, names_in, opened
+from llmcache.indexes.verify import (
+    Checked,
+    History,
+    check_segment,
+    history_of,
+    index_damage,
+    names_in,
+    names_of,
+    odd_parts,
+    opened,
+    printable,
+)
 
 _KINDS = ("seg", "row", "key", "var", "fp")
 
@@ -79,22 +94,49 @@ def repair(
 
 
 def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None) -> Repair:
-    """`repair` of the store in a folder that is open."""
+    """`repair` of the store in a folder that is open. Busy while another process evicts, compacts or collects."""
     with failing(folder.path):
         check_own(folder)
+        _format_whole(folder)  # a later format is left alone
+        odd = _odd_parts(folder)
         history = history_of(folder, strict=True)
-        plan = _planned(folder, history, grace)
-        aside = tuple(sorted(plan.aside))
-        if dry_run:
-            return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
-        generation = _done(folder, history, plan, key)
-        for name in aside:
-            if _there(folder, name):
+        _check_known(folder, history, list(_salvaged(folder, history)))
+        if not dry_run:
+            for name in odd:  # nothing in them can be read, and what comes next needs their places
                 folder.set_aside(name)
-        if not _format_whole(folder):
-            found(folder)
-        folder.sync_folder("")
-        return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
+            folder.make()
+        with nullcontext() if dry_run else folder.lock():
+            done = _repaired(folder, dry_run, grace, key)
+        return replace(done, set_aside=tuple(map(printable, sorted({*odd, *done.set_aside}))))
+
+
+def _odd_parts(folder: Folder) -> list[str]:
+    """Names that sub-folders and the lock should have and that something else has. SnapshotDamaged for links."""
+    odd = odd_parts(folder)
+    for name, what in odd.items():
+        if name in SUBFOLDERS and "link" in what:
+            raise SnapshotDamaged(
+                f"{folder.path}/{name} is a link, and what it leads to may be whole: put the folder itself in its "
+                "place, or remove the link to give up what was in it; then repair again"
+            )
+    return [name for name in odd if name != QUARANTINE]
+
+
+def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) -> Repair:
+    history = history_of(folder, strict=True)
+    plan = _planned(folder, history, grace)
+    aside = tuple(sorted(plan.aside))
+    if dry_run:
+        return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
+    with Lease(folder) as lease:
+        generation = _done(folder, history, plan, key, lease)
+    for name in aside:
+        if _there(folder, name):
+            folder.set_aside(name)
+    if not _format_whole(folder):
+        found(folder)
+    folder.sync_folder("")
+    return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
 
 
 # -- planning -----------------------------------------------------------------------------------------------
@@ -102,11 +144,7 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
 
 def _planned(folder: Folder, history: History, grace: float) -> _Plan:
     salvaged = list(_salvaged(folder, history))
-    if history.base is None and history.listed and not salvaged:
-        raise SnapshotDamaged(
-            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
-            "entries are of; restore one m-*.json from a copy, or start a new store"
-        )
+    _check_known(folder, history, salvaged)
     plan = _Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
     for place, facts in banks(plan.base).items():
         parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
@@ -122,6 +160,14 @@ def _planned(folder: Folder, history: History, grace: float) -> _Plan:
         plan.aside.append("FORMAT")
     plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
     return plan
+
+
+def _check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) -> None:
+    if history.base is None and history.listed and not salvaged:
+        raise SnapshotDamaged(
+            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
+            "entries are of; restore one m-*.json from a copy, or start a new store"
+        )
 
 
 def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
@@ -152,7 +198,7 @@ def _kept(folder: Folder, facts: SegmentFacts, plan: _Plan, uncertain: bool) -> 
         return facts
     plan.changed.add(facts.id)
     plan.aside += [file.name for file in files_of(facts) if _there(folder, file.name)]
-    alive = facts.rows if "alive" in result.broken or "row" in result.broken else int(living(folder, facts).sum())
+    alive = facts.live if "row" in result.broken else facts.rows if "alive" in result.broken else _alive(folder, facts)
     pick = _pick(folder, facts, result)
     plan.lost += alive - (len(pick.rows) if pick else 0)
     return pick
@@ -172,14 +218,20 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
     folder.close_file(descriptor)
     data = folder.sealed(name, size)
     # pitch 0: the file may end within the padding of its last row
-    segment = Segment(facts, folder, result.records, result.aliases, 0, feature_width, data)
+    segment = Segment(
+        facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
+    )
     return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
+
+
+def _alive(folder: Folder, facts: SegmentFacts) -> int:
+    return int(living(folder, facts).sum())
 
 
 def _there(folder: Folder, name: str) -> bool:
     try:
         folder.size(name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -210,7 +262,7 @@ def _adopt(folder: Folder, history: History, plan: _Plan, salvaged: Sequence[Man
                     known.add(one.id)
                     plan.banks[place].append(one)
                     plan.adopted += 1
-    for id in sorted({name.partition(".")[0] for name in folder.names("seg")} - known):
+    for id in sorted({name.partition(".")[0] for name in names_of(folder, "seg")} - known):
         found_facts = _facts_from_files(folder, id)
         places = [
             place for place, facts in banks(plan.base).items() if found_facts and _fits(folder, found_facts, facts)
@@ -240,22 +292,45 @@ def _fits(folder: Folder, segment: SegmentFacts, bank: BankFacts) -> bool:
 def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
     """What a manifest would say of a segment, from its files alone; None when they do not go together."""
     try:
-        files = tuple(_file_facts(folder, f"seg/{id}.{kind}", kind != "seg") for kind in _KINDS)
-        sizes = {kind: file.size for kind, file in zip(_KINDS, files, strict=True)}
-        rows = (sizes["row"] - HEADER.itemsize) // ROW.itemsize
+        sizes = {kind: _size(folder, f"seg/{id}.{kind}") for kind in _KINDS}
+        rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
+        header = _header(folder, f"seg/{id}.row")
+        width = int(header["feature_width"])
+        # before anything is read: files may be far larger than what they hold
+        if int(header["rows"]) != rows or sizes["key"] % 32 or sizes["fp"] != rows * width * 2:
+            return None
+        files = tuple(_file_facts(folder, f"seg/{id}.{kind}", sizes[kind], kind != "seg") for kind in _KINDS)
         facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
-        records, _, feature_width = records_of(folder, facts)
-    except (SnapshotDamaged, FileNotFoundError, ValueError):
+        records, _, _ = records_of(folder, facts)
+    except (SnapshotDamaged, FileNotFoundError, NotADirectoryError, ValueError):
         return None
     variable = int(records["tokens"].sum(dtype=np.int64)) * 4 + int(records["source"].sum(dtype=np.int64))
-    if sizes["key"] % 32 or sizes["var"] != variable or sizes["fp"] != rows * feature_width * 2:
+    if sizes["var"] != variable:
         return None
     return replace(facts, payload=int(records["nbytes"].sum(dtype=np.int64)))
 
 
-def _file_facts(folder: Folder, name: str, hashed: bool) -> FileFacts:
+def _size(folder: Folder, name: str) -> int:
     descriptor, size = folder.open(name)
     folder.close_file(descriptor)
+    return size
+
+
+def _header(folder: Folder, name: str) -> NDArray[Any]:
+    """The record of HEADER that a .row file begins with; SnapshotDamaged when it begins with something else."""
+    raw = np.zeros(HEADER.itemsize, np.uint8)
+    descriptor, _ = folder.open(name)
+    try:
+        folder.read_at(descriptor, raw, 0)
+    finally:
+        folder.close_file(descriptor)
+    header: NDArray[Any] = raw.view(HEADER)[0]
+    if header["magic"] != MAGIC or header["record"] != ROW.itemsize:
+        raise SnapshotDamaged(f"{name} does not begin as a .row file")
+    return header
+
+
+def _file_facts(folder: Folder, name: str, size: int, hashed: bool) -> FileFacts:
     digest = hashlib.sha256()
     for part in chunks(folder, name, size) if hashed else ():
         digest.update(part.data)
@@ -267,14 +342,20 @@ def _left_over(folder: Folder, history: History, plan: _Plan, grace: float) -> l
     named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
     parts = [one for found_parts in plan.banks.values() for one in found_parts]
     named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
-    names = [name for name in names_in(folder) if name.startswith(("seg/", "idx/")) and name not in named]
-    return [name for name in names if folder.age(name) >= grace]
+    protected = leased(folder, [f"stat/{name}" for name in names_of(folder, "stat")])
+    left = []
+    for name in names_in(folder):
+        if name.startswith(("seg/", "idx/")) and name not in named and name.rpartition("/")[2][:32] not in protected:
+            with suppress(FileNotFoundError):  # removed since it was listed
+                if folder.age(name) >= grace:
+                    left.append(name)
+    return left
 
 
 # -- doing --------------------------------------------------------------------------------------------------
 
 
-def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None) -> int:
+def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None, lease: Lease) -> int:
     """Write and commit the new generation, when anything of it is new; its number."""
     passed_over = any(plan.base.generation < one < LAST for one in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
@@ -286,7 +367,7 @@ def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None) -> i
             new[place] = []
             for part in parts:
                 if isinstance(part, Pick):
-                    facts = rewrite(folder, uuid.uuid4().hex, [part], banks(plan.base)[place].feature_width)
+                    facts = rewrite(folder, lease.new(), [part], banks(plan.base)[place].feature_width)
                     made += [file.name for file in files_of(facts)]
                     new[place].append(facts)
                 else:

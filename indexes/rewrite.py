@@ -14,6 +14,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import verified
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import SegmentFacts
+from llmcache.indexes.marks import Marks, joined
 from llmcache.indexes.records import ALIAS, ROW, STRONG, agree, aligned, digests, portions
 from llmcache.indexes.sealing import write_segment
 from llmcache.indexes.segment import Segment
@@ -39,6 +40,11 @@ class Pick:
     def payload(self) -> int:
         """Bytes of activations."""
         return int(self.segment.rows["nbytes"][self.rows].sum())
+
+    @property
+    def marks(self) -> Marks | None:
+        """Marks of the rows that go on; None where the segment has none."""
+        return None if self.segment.marks is None else self.segment.marks[self.rows]
 
 
 def readable(segment: Segment, rows: NDArray[np.bool_], aliases: NDArray[np.bool_]) -> Pick:
@@ -76,7 +82,8 @@ def rewrite(
     """Write one durable segment that holds what was picked. Any error leaves no file of it behind.
 
     strong: give rows checksums that cannot be forged, where they have none.
-    A row's checksum is over its key and bytes, so it is as good in the new place, and is compared on the way.
+    A row's checksum is over its key and bytes, so it is as good in the new place, and is compared on the way. Marks go
+    along as they are.
     SnapshotDamaged when a row or a file of a segment is not whole.
     """
     rows = np.concatenate([np.zeros(0, ROW), *(_records(pick) for pick in picks)])
@@ -94,6 +101,7 @@ def rewrite(
         _payload(picks, rows, strong),
         _variable(picks),
         _features(picks, feature_width),
+        marks=joined([(len(pick.rows), pick.marks) for pick in picks]),
     )
     writers = {pick.segment.facts.writer for pick in picks}
     return replace(facts, writer=writers.pop() if len(writers) == 1 else "")

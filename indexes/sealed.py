@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.descriptors import OPEN_FILES
+
 
 class Sealed:
     """The bytes of a sealed file: mapped, or read with `preadv` each time they are asked for."""
 
-    def __init__(self, size: int, *, mapped: NDArray[np.uint8] | None = None, descriptor: int = -1) -> None:
-        """Takes over the descriptor, which is closed with the last reference to this object."""
-        self.size, self.mapped, self._descriptor = size, mapped, descriptor
+    def __init__(
+        self,
+        size: int,
+        *,
+        mapped: NDArray[np.uint8] | None = None,
+        descriptor: int = -1,
+        again: Callable[[], int] | None = None,
+    ) -> None:
+        """descriptor: of a file that is not mapped, taken over. It is closed when others are needed more, and with the
+        last reference to this object. again: opens the file again; OSError where it is another one by then.
+        """
+        self.size, self.mapped, self._again = size, mapped, again
+        self._key = 0
         if mapped is None:
-            weakref.finalize(self, os.close, descriptor)
+            self._key = OPEN_FILES.add(descriptor)
+            weakref.finalize(self, OPEN_FILES.close, self._key)
 
     def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """uint8 [nbytes]: a view of the mapped file, or a copy. Shorter where the file does not have so much."""
@@ -68,8 +81,10 @@ class Sealed:
 
     def _fill(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """A file that was shortened, and a disk that fails, are fewer bytes: misses, never the end of a call."""
+        assert self._again is not None
         try:
-            return read_into(self._descriptor, buffer, offset)
+            with OPEN_FILES.using(self._key, self._again) as descriptor:
+                return read_into(descriptor, buffer, offset)
         except OSError:
             return 0
 

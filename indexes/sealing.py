@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from llmcache.indexes.files import write_file
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.records import HEADER, MAGIC, ROW, STRONG, Keys, aligned, digests, portions
+from llmcache.indexes.marks import Marks, joined
+from llmcache.indexes.records import HEADER, MAGIC, ROW, STRONG, Keys, aligned, digests, portions, seconds32
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class Entries:
     tokens: one int32 array per row. sources: the ids of the documents that made them.
     features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
     flags: of rows that were sealed before, uint16 [n]; None: as the new segment is sealed.
+    marks: which near matches the rows may answer, [n]; None where that is not known.
     """
 
     keys: Keys
@@ -34,6 +36,7 @@ class Entries:
     features: NDArray[np.float16]
     created: NDArray[np.uint32] | None = None
     flags: NDArray[np.uint16] | None = None
+    marks: Marks | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,8 +58,10 @@ def seal(
     """
     rows, source_bytes = _records(folder, batches, strong)  # the checksums come with the bytes, as they are written
     features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    marks = joined([(len(batch), batch.marks) for batch in batches])
+    variable = _variable(batches, source_bytes)
     return write_segment(
-        folder, id, rows, aliases, feature_width, _payload(batches, rows), _variable(batches, source_bytes), features
+        folder, id, rows, aliases, feature_width, _payload(batches, rows), variable, features, marks=marks
     )
 
 
@@ -69,16 +74,21 @@ def write_segment(
     payload: Iterable[bytes | memoryview],
     variable: Iterable[bytes | memoryview],
     features: Iterable[bytes | memoryview],
+    *,
+    marks: Marks | None = None,
 ) -> SegmentFacts:
     """Write the five files of a segment durably. Any OSError leaves none of them behind.
 
     rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give. They are read after
     `payload` has come to its end, which may still fill in their checksums.
+    marks: of the rows, [n], written behind the records; None writes none.
     """
     files: list[FileFacts] = []
     try:
         files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
-        files.append(write_file(folder, f"seg/{id}.row", [header_of(rows, feature_width), rows.tobytes()]))
+        header = header_of(rows, feature_width, 0 if marks is None else marks.itemsize)
+        behind = [] if marks is None else [marks.tobytes()]
+        files.append(write_file(folder, f"seg/{id}.row", [header, rows.tobytes(), *behind]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.var", variable))
         files.append(write_file(folder, f"seg/{id}.fp", features))
@@ -90,11 +100,11 @@ def write_segment(
     return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
 
 
-def header_of(rows: NDArray[Any], feature_width: int) -> bytes:
-    """The header of a .row file with these records."""
+def header_of(rows: NDArray[Any], feature_width: int, mark: int = 0) -> bytes:
+    """The header of a .row file with these records. mark: bytes of the mark of each row, 0 where they have none."""
     header = np.zeros(1, HEADER)
     header["magic"], header["record"], header["rows"] = MAGIC, ROW.itemsize, len(rows)
-    header["feature_width"] = feature_width
+    header["feature_width"], header["mark"] = feature_width, mark
     sizes = np.unique(rows["nbytes"])
     header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
     return header.tobytes()
@@ -112,7 +122,7 @@ def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[
         rows["nbytes"] = np.concatenate([_sizes(batch) for batch in batches])
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
-    now = np.uint32(folder.now())
+    now = np.uint32(seconds32(folder.now()))
     stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
     rows["created"] = np.concatenate(stamps) if stamps else now
     steps = aligned(rows["nbytes"].astype(np.uint64))

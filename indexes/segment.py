@@ -3,7 +3,8 @@
 One segment is five files with one id (docs/format.md):
 
     .seg  activations, row after row, each at a multiple of 64 bytes
-    .row  a header and one fixed-width record per row: key, checksum, where the bytes are
+    .row  a header and one fixed-width record per row: key, checksum, where the bytes are; behind the records the marks
+          of the rows, which say what near matches they may answer
     .key  pairs (text key, row key): other names under which a row is found
     .var  token ids and source id of each row
     .fp   the raw features that fingerprints are made of, float16 [rows, width]
@@ -26,6 +27,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import verified
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import SegmentFacts
+from llmcache.indexes.marks import Marks, kinds_in, mark_type
 from llmcache.indexes.records import ALIAS, HEADER, MAGIC, ROW, STRONG, agree, portions
 from llmcache.indexes.sealed import Sealed
 
@@ -55,11 +57,12 @@ class Segment:
     data: Sealed  # the activations
     _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     alive: NDArray[np.bool_] | None = None  # bool [rows]; None while all are
+    marks: Marks | None = None  # of the rows; None where they have none
 
     @classmethod
     def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
         """SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
-        raw_rows, pitch, feature_width = records_of(folder, facts)
+        raw_rows, pitch, feature_width, marks = _row_file(folder, facts)
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
             raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
@@ -74,7 +77,8 @@ class Segment:
         if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # rows on top of each other
             raise SnapshotDamaged(f"{facts.file('row').name} has rows that do not fill {payload.name}")
         alive = _alive(folder, facts)
-        return cls(facts, folder, raw_rows, aliases.view(ALIAS), pitch, feature_width, data, alive=alive)
+        named = aliases.view(ALIAS)
+        return cls(facts, folder, raw_rows, named, pitch, feature_width, data, alive=alive, marks=marks)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -203,19 +207,42 @@ class Segment:
 
 def records_of(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int]:
     """Records of ROW, pitch and feature width of a segment; SnapshotDamaged when its .row is not what it should be."""
+    return _row_file(folder, facts)[:3]
+
+
+def marks_of(folder: Folder, facts: SegmentFacts) -> Marks | None:
+    """Marks of the rows of a segment, None where they have none; SnapshotDamaged as `records_of`."""
+    return _row_file(folder, facts)[3]
+
+
+def mark_bytes(folder: Folder, name: str) -> int:
+    """Bytes of the mark of each row as the header of a .row file says, unchecked; 0 where the rows have none."""
+    header = np.zeros(HEADER.itemsize, np.uint8)
+    descriptor, _ = folder.open(name)
+    try:
+        folder.read_at(descriptor, header, 0)
+    finally:
+        folder.close_file(descriptor)
+    return int(header.view(HEADER)[0]["mark"])
+
+
+def _row_file(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int, Marks | None]:
+    """What a .row file holds: records of ROW, pitch, feature width, and the marks of the rows."""
     raw = verified(folder, facts.file("row"))
     if raw.nbytes < HEADER.itemsize:
         raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
     header = raw[: HEADER.itemsize].view(HEADER)[0]
-    rows = raw[HEADER.itemsize :]
+    mark, end = int(header["mark"]), HEADER.itemsize + facts.rows * ROW.itemsize
     if (
         header["magic"] != MAGIC
         or header["record"] != ROW.itemsize
         or int(header["rows"]) != facts.rows
-        or rows.nbytes != facts.rows * ROW.itemsize
+        or raw.nbytes != end + facts.rows * mark
     ):
         raise SnapshotDamaged(f"{facts.file('row').name} has a header that does not fit its manifest")
-    return rows.view(ROW), int(header["pitch"]), int(header["feature_width"])
+    rows = raw[HEADER.itemsize : end].view(ROW)
+    marks = raw[end:].view(mark_type(kinds_in(mark, facts.file("row").name))) if mark else None
+    return rows, int(header["pitch"]), int(header["feature_width"]), marks
 
 
 def _alive(folder: Folder, facts: SegmentFacts) -> NDArray[np.bool_] | None:

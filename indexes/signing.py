@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.leases import Lease
 from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
-from llmcache.indexes.publishing import fenced
+from llmcache.indexes.publishing import fencing
 from llmcache.indexes.rewrite import readable, rewrite
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
@@ -34,17 +34,24 @@ def sign(store: Store, *, dry_run: bool = False) -> Signed:
     """
     found = Signed()
     replaced: dict[str, SegmentFacts | None] = {}
-    for space in store.latest().namespaces.values():
-        for bank in space.banks.values():
-            for facts in bank.segments:
-                _strengthen(store, facts, replaced, found, dry_run=dry_run)
-    if not dry_run:
-        store.publish(lambda base: _with(base, replaced))
+    with fencing(), Lease(store.folder) as lease:
+        for space in store.latest().namespaces.values():
+            for bank in space.banks.values():
+                for facts in bank.segments:
+                    _strengthen(store, facts, replaced, found, lease, dry_run=dry_run)
+        if not dry_run:
+            store.publish(lambda base: _with(base, replaced))
     return found
 
 
 def _strengthen(
-    store: Store, facts: SegmentFacts, replaced: dict[str, SegmentFacts | None], found: Signed, *, dry_run: bool
+    store: Store,
+    facts: SegmentFacts,
+    replaced: dict[str, SegmentFacts | None],
+    found: Signed,
+    lease: Lease,
+    *,
+    dry_run: bool,
 ) -> None:
     try:
         segment = Segment.open(store.folder, facts)
@@ -57,11 +64,8 @@ def _strengthen(
     found.segments += 1
     if dry_run:
         return
-    try:
-        pick = readable(segment, segment.living(), np.ones(len(segment.aliases), np.bool_))
-        copy = rewrite(store.folder, uuid.uuid4().hex, [pick], segment.feature_width, strong=True)
-    except OSError as error:
-        raise fenced(error) from error
+    pick = readable(segment, segment.living(), np.ones(len(segment.aliases), np.bool_))
+    copy = rewrite(store.folder, lease.new(), [pick], segment.feature_width, strong=True)
     found.damaged += facts.live - copy.rows
     replaced[facts.id] = copy
 

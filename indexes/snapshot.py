@@ -6,15 +6,17 @@ It can be copied with cp or rsync, opened where it lies, or loaded into a new st
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmcache.indexes import publishing
-from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
+from llmcache.indexes.errors import Busy, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
+from llmcache.indexes.eviction import waiting_lock
 from llmcache.indexes.files import sync_files
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, Manifest
@@ -23,7 +25,10 @@ from llmcache.indexes.partial import new_folder
 from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import carry, carry_segment, files_of
 
-_ROUNDS = 3  # times a transfer starts again when the source's files went away under it
+log = logging.getLogger("llmcache")
+
+_ROUNDS = 20  # times a transfer starts again when the source's files went away under it
+_FREE = 3  # of these rounds, before it keeps maintainers from removing more
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,10 @@ def transfer(
     """`save`, or with `check` `load`, of a store that is open, into the folder that `new` makes for `target`."""
     for round in range(_ROUNDS):
         try:
-            linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
+            with nullcontext() if round < _FREE or dry_run else _nobody_maintains(store):
+                if round >= _FREE:  # what the newest generation names is safe from now on
+                    store.reload()
+                linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
             break
         except SnapshotDamaged as error:
             before = store.manifest.generation
@@ -89,6 +97,17 @@ def transfer(
     rows = sum(one.rows for bank in banks(store.manifest).values() for one in bank.segments)
     size = sum(one.size for one in files)
     return Snapshot(os.fspath(target), store.manifest.generation, rows, len(files), size, linked)
+
+
+@contextmanager
+def _nobody_maintains(store: Store) -> Iterator[None]:
+    """Inside, nobody evicts, compacts or collects, where this process may say so."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(waiting_lock(store.folder))
+        except (Busy, OSError) as error:  # another one is at it, or the folder is only read: tried all the same
+            log.info("%s may lose files while it is copied: %s", store.folder.path, error)
+        yield
 
 
 def _made(

@@ -53,6 +53,8 @@ class Store:
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
+        self.read_only = False
+        """Whether it was opened to be read alone: nothing at all is then written below its folder."""
         self.keeps_uses = True
         self.not_stored = 0  # rows given up because the budget had no place for them
         self.evicted = 0  # rows that this opening evicted to make room
@@ -69,6 +71,7 @@ class Store:
         key: bytes | None = None,
         min_generation: int = 0,
         allow_untrusted: bool = False,
+        read_only: bool = False,
     ) -> Store:
         """Open the store in this folder; with `create`, make one where there is none.
 
@@ -78,16 +81,19 @@ class Store:
         key: at least 32 bytes; commits are signed with it.
         min_generation: refuse an older one, against a store that was put back to an earlier state.
         allow_untrusted: open an untrusted store all the same. It is then only read, and only equal token ids match.
+        read_only: write nothing below the folder: no commits, no counters. `commit` is then StoreFenced.
         SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when that is not possible.
         """
         check_asked(trust, key)
-        folder = folder_at(Path(path), create=create, reading=reading)
+        folder = folder_at(Path(path), create=create and not read_only, reading=reading)
         try:
             store = cls.at(folder, trust=trust, key=key, min_generation=min_generation, allow_untrusted=allow_untrusted)
         except BaseException:
             folder.close()
             raise
         store.keeps_uses = uses
+        if read_only:
+            store.only_read("it was opened with read_only=True")
         return store
 
     @classmethod
@@ -115,6 +121,13 @@ class Store:
                 folder.path, len(damaged), " or not signed" if level == "signed" else "", manifest.generation,
             )  # fmt: skip
         return store
+
+    def only_read(self, reason: str) -> None:
+        """Write nothing from now on. reason: why, for the error of a commit."""
+        self.read_only = True
+        self._fenced = self._fenced or StoreFenced(
+            f"nothing is written to {self.folder.path}, since {reason}; open the store again where it can be written"
+        )
 
     def close(self) -> None:
         """Give the descriptors back. What was not committed is lost."""
@@ -211,6 +224,24 @@ class Store:
         """Give up what was put and not committed since `pending` gave this; returns how many rows that was."""
         return sum(bank.drop_pending(after.get(place, (0, 0))) for place, bank in self._banks.items())
 
+    def discard(self) -> int:
+        """Give up all that was put and not committed, what a thread is writing included; returns how many rows."""
+        self._behind.give_up()
+        return self.drop_pending({})
+
+    def last_put(self) -> dict[Place, object]:
+        """The last batch that waits in each open bank, None where none does; nothing is waited for."""
+        return {place: bank.pieces.pending[-1] if bank.pieces.pending else None for place, bank in self._banks.items()}
+
+    def drop_since(self, last: Mapping[Place, object]) -> int:
+        """Give up what was put after these batches, or all where they wait no more. Returns how many rows that was."""
+        lost = 0
+        for place, bank in self._banks.items():
+            waiting = [id(batch) for batch in bank.pieces.pending]
+            batch = last.get(place)
+            lost += bank.drop_pending((waiting.index(id(batch)) + 1 if id(batch) in waiting else 0, 0))
+        return lost
+
     def committed(self, writer: str) -> int:
         """Segments of a writer that the manifest names, as this store knows it."""
         banks = [bank for space in self.manifest.namespaces.values() for bank in space.banks.values()]
@@ -299,7 +330,7 @@ class Store:
         publish = partial(self.publish, once=True)
         for one in self._behind.taken():
             try:
-                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one.written)
+                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one)
             except OSError as error:
                 raise self._fence(error) from error
         return self.manifest
@@ -391,6 +422,8 @@ class Store:
 
     def write_counters(self, counters: Mapping[str, float]) -> None:
         """Keep this writer's counters beside the store. Advisory: a failure is ignored, a reader never needs them."""
+        if self.read_only:
+            return
         try:
             counting.write_counters(self.folder, self.writer, dict(counters))
         except OSError as error:
@@ -409,7 +442,7 @@ class Store:
 
     def write_uses(self) -> None:
         """Keep how often and when the open banks' rows were read beside the store. Advisory, like the counters."""
-        if not self.keeps_uses:
+        if not self.keeps_uses or self.read_only:
             return
         records = np.concatenate([np.zeros(0, USE), *(bank.use_records() for bank in self._banks.values())])
         if not len(records):

@@ -1,4 +1,7 @@
-"""What Linux offers and Python does not: maps that hold no descriptor, early write-back, a mount's type."""
+"""What Linux offers and Python does not: maps that hold no descriptor, early write-back, a mount's type.
+
+And what `stat` says of a file, in the terms of a store.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ctypes
 import mmap
 import os
 import re
+import stat
 import sys
 import weakref
 from pathlib import Path
@@ -59,3 +63,47 @@ def file_system(descriptor: int) -> str:
         if mount and before.split(" ", 1)[0] == mount[1]:
             return after.split(" ", 1)[0]
     return ""
+
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def kind_of(mode: int) -> str:
+    """What has a name: "file", "folder", "link", "pipe", "socket" or "device", by the mode that `stat` gives."""
+    return _KINDS.get(stat.S_IFMT(mode), "device")
+
+
+def changed(facts: os.stat_result) -> float:
+    """When a file was last written or got its name, in seconds since the epoch: a hard link keeps the mtime."""
+    return max(facts.st_mtime, facts.st_ctime)
+
+
+def flaw_in(folder: int, sub: str, path: str) -> str | None:
+    """Why a folder, given by descriptor, or a name in it is not this user's alone; None where all of it is.
+
+    sub: name of the folder in a store, "" for the store's own, which is called `path`.
+    """
+    flaw = flaw_of(sub or path, os.fstat(folder))
+    for leaf in () if flaw else os.listdir(folder):
+        try:
+            facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:  # removed since the listing
+            continue
+        if flaw := flaw_of(f"{sub}/{leaf}" if sub else leaf, facts):
+            break
+    return flaw
+
+
+def flaw_of(name: str, facts: os.stat_result) -> str | None:
+    """Why a file or folder is not this user's alone; None where it is."""
+    if facts.st_uid != os.geteuid():
+        return f"{name} belongs to the user with the number {facts.st_uid}"
+    if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
+        return f"{name} may be written by other users"
+    return None

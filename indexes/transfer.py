@@ -15,9 +15,10 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import FileFacts, SegmentFacts
-from llmcache.indexes.records import agree
+from llmcache.indexes.records import agree, begun_digest
 from llmcache.indexes.segment import Segment
 
+_LARGE = 64 << 20  # bytes of rows that are held in memory to compare them
 _CHUNK = 2 << 20  # stays in a processor's cache while it is read, compared and written
 
 
@@ -48,29 +49,64 @@ def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def row_chunks(
-    folder: Folder, name: str, size: int, records: NDArray[Any]
+    folder: Folder, name: str, size: int, records: NDArray[Any], until: int | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """The bytes of a .seg file in order, cut between rows, each chunk with the numbers of its rows that are damaged.
 
+    size: of the file; SnapshotDamaged when it has another one. until: what is beyond this byte is not read.
+
+    At most 64 MiB are in memory: longer rows, and long stretches without rows, come in several chunks.
     records: of ROW. Rows that lie outside the file, or in each other, come with the last chunk.
     """
-    rows, starts, ends = _apart(records, size)
-    cuts = np.flatnonzero(np.diff(starts // _CHUNK)) + 1
-    begins = [0, *starts[cuts].tolist()]
-    stops = [*begins[1:], size]
-    buffer = np.empty(max((b - a for a, b in zip(begins, stops, strict=True)), default=0), np.uint8)
+    until = size if until is None else until
+    rows, starts, ends = _apart(records, until)
+    outside = np.setdiff1d(np.arange(len(records)), rows) if len(rows) < len(records) else rows[:0]
+    cuts = np.flatnonzero(np.diff(starts // _CHUNK) | (np.diff(ends // _CHUNK) > _LARGE // _CHUNK)) + 1
+    stops = [*starts[cuts].tolist(), until]
+    at = 0
     with _Opened(folder, name, size) as descriptor:
-        groups = np.split(np.arange(len(rows)), cuts)
-        for begin, stop, group in zip(begins, stops, groups, strict=True):
-            part = buffer[: stop - begin]
-            part[folder.read_at(descriptor, part, begin) :] = 0
+        for stop, group in zip(stops, np.split(np.arange(len(rows)), cuts), strict=True):
             chosen = rows[group]
-            view, places = part.data, zip((starts[group] - begin).tolist(), (ends[group] - begin).tolist(), strict=True)
-            good = agree(records[chosen], [view[start:end] for start, end in places])
-            bad = chosen[~np.array(good, np.bool_)]
-            if stop == size and len(rows) < len(records):
-                bad = np.concatenate([bad, np.setdiff1d(np.arange(len(records)), rows)])
-            yield part, bad
+            base, reach = (int(starts[group[0]]), int(ends[group[-1]])) if len(group) else (at, at)
+            yield from _unchecked(folder, descriptor, at, base)
+            if len(group) == 1 and reach - base > _LARGE:
+                yield from _long_row(folder, descriptor, records, int(chosen[0]), base)
+            elif len(group):
+                part = _read(folder, descriptor, base, reach)
+                places = zip((starts[group] - base).tolist(), (ends[group] - base).tolist(), strict=True)
+                good = agree(records[chosen], [part.data[start:end] for start, end in places])
+                yield part, chosen[~np.array(good, np.bool_)]
+            yield from _unchecked(folder, descriptor, reach, stop)
+            at = stop
+        if len(outside):
+            yield np.zeros(0, np.uint8), outside
+
+
+def _read(folder: Folder, descriptor: int, start: int, stop: int) -> NDArray[np.uint8]:
+    """The bytes from start to stop; zeros where the file has become shorter."""
+    part = np.empty(stop - start, np.uint8)
+    part[folder.read_at(descriptor, part, start) :] = 0
+    return part
+
+
+def _unchecked(
+    folder: Folder, descriptor: int, start: int, stop: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Bytes that belong to no row."""
+    for at in range(start, stop, _CHUNK):
+        yield _read(folder, descriptor, at, min(at + _CHUNK, stop)), np.zeros(0, np.int64)
+
+
+def _long_row(
+    folder: Folder, descriptor: int, records: NDArray[Any], row: int, start: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """The bytes of one row in several parts; its number comes after the last, if it is damaged."""
+    digest = begun_digest(records[row : row + 1])
+    for part, none in _unchecked(folder, descriptor, start, start + int(records["nbytes"][row])):
+        digest.update(part.data)
+        yield part, none
+    whole = digest.digest()[:16] == records["checksum"][row].tobytes()
+    yield np.zeros(0, np.uint8), np.zeros(0, np.int64) if whole else np.array([row])
 
 
 def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -152,8 +188,11 @@ def carry(
                 pass
         with _Opened(source, facts.name, facts.size) as descriptor:
             source.sync(descriptor)  # whoever copied the source here may not have waited for the disk
-            if target.link_from(source, facts.name, new):
-                return True
+            try:
+                if target.link_from(source, facts.name, new):
+                    return True
+            except FileNotFoundError:  # removed since it was opened
+                raise SnapshotDamaged(f"{facts.name} is missing") from None
     write_whole(target, new, (part.data for part in checked(source, facts, records and records())), durable=False)
     return False
 
@@ -197,6 +236,8 @@ def living(folder: Folder, facts: SegmentFacts) -> NDArray[np.bool_]:
     alive = getattr(facts, "alive", None)
     if alive is None:
         return np.ones(facts.rows, np.bool_)
+    if alive.size != -(-facts.rows // 8):  # before anything is read, or room is made for so many
+        raise SnapshotDamaged(f"{alive.name} has not one bit for each of {facts.rows} rows")
     bits = np.concatenate([np.zeros(0, np.uint8), *(part.copy() for part in checked(folder, alive))])
     if len(bits) != -(-facts.rows // 8):
         raise SnapshotDamaged(f"{alive.name} has not one bit for each of {facts.rows} rows")

@@ -18,7 +18,7 @@ from llmcache.indexes.files import verified
 from llmcache.indexes.generations import generation_name, generations
 from llmcache.indexes.io import Folder
 from llmcache.indexes.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
-from llmcache.indexes.opening import check_format
+from llmcache.indexes.opening import check_format, not_opened
 from llmcache.indexes.parsing import MAX_BYTES, from_bytes
 from llmcache.indexes.places import QUARANTINE, SUBFOLDERS
 from llmcache.indexes.records import ALIAS, ROW
@@ -81,7 +81,8 @@ class Checked:
 def verify(store: str | os.PathLike[str]) -> Verification:
     """Read every byte of the store in this folder: manifests, all files, the checksum of every row.
 
-    Changes nothing, and needs no lock. SnapshotNotFound where there is no store; FormatTooNew for a later format.
+    Changes nothing, and needs no lock. Memory: 64 MiB, and about 150 bytes for each row of the largest bank.
+    SnapshotNotFound where there is no store; FormatTooNew for a later format; LLMCacheError where the disk fails.
     """
     with closing(opened(Path(store))) as folder:
         return verification(folder)
@@ -89,7 +90,7 @@ def verify(store: str | os.PathLike[str]) -> Verification:
 
 def verification(folder: Folder) -> Verification:
     """`verify` of the store in a folder that is open."""
-    findings = list(_format(folder))
+    findings = [*_format(folder), *_parts(folder)]
     history = history_of(folder)
     findings += _manifests(folder, history)
     named: list[FileFacts] = []
@@ -105,10 +106,43 @@ def verification(folder: Folder) -> Verification:
 
 
 def opened(path: Path) -> Folder:
-    """The folder of what may be a damaged store. Read, never mapped: a file that shrinks must not end the program."""
-    if not path.is_dir() or not any(_OURS.fullmatch(one.name) for one in path.iterdir()):
-        raise SnapshotNotFound(f"there is no store in {path}; give the folder that holds FORMAT and m-*.json")
-    return Folder(path, reading="pread")
+    """The folder of what may be a damaged store. Read, never mapped: a file that shrinks must not end the program.
+
+    SnapshotNotFound where there is no store; LLMCacheError where the folder cannot be looked into.
+    """
+    try:
+        if not path.is_dir() or not any(_OURS.fullmatch(one.name) for one in path.iterdir()):
+            raise SnapshotNotFound(f"there is no store in {path}; give the folder that holds FORMAT and m-*.json")
+        return Folder(path, reading="pread")
+    except OSError as error:
+        raise not_opened(path, error) from error
+
+
+def odd_parts(folder: Folder) -> dict[str, str]:
+    """What is wrong with the parts of a store that are not files of its own making, by name: sub-folders, and `lock`.
+
+    A link says so with the word "link": what it leads to may be whole.
+    """
+    odd = {}
+    for name in (*SUBFOLDERS, QUARANTINE, "lock"):
+        kind, wanted = folder.kind(name), "file" if name == "lock" else "folder"
+        if kind not in {"", wanted}:
+            odd[name] = f"is a {kind}, and should be a {wanted}"
+    return odd
+
+
+def _parts(folder: Folder) -> Iterator[Finding]:
+    lost = {"seg": "all entries", "idx": "nothing: indexes are built again", "stat": "counters and uses of rows"}
+    odd = odd_parts(folder)
+    for name, what in odd.items():
+        lasting = lost.get(name, "nothing")
+        yield Finding(name, what, f"{lasting}; nothing can be stored or maintained until it is repaired")
+    for name in (*SUBFOLDERS, QUARANTINE):
+        try:
+            folder.names(name)
+        except OSError as error:
+            if name not in odd:
+                yield Finding(name, said(error, folder), lost.get(name, "nothing"))
 
 
 def _format(folder: Folder) -> Iterator[Finding]:
@@ -202,11 +236,11 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
             result.broken[kind] = said(error, folder)
             return None
 
-    found = attempt("row", lambda: records_of(folder, facts))
-    for kind in ("var", "fp"):
+    for kind in ("row", "key", "var", "fp"):  # a piece at a time: a file may be far larger than what should be there
         attempt(kind, lambda kind=kind: [None for _ in checked(folder, facts.file(kind))])  # type: ignore[misc]
-    aliases = attempt("key", lambda: verified(folder, facts.file("key")).view(ALIAS))
-    alive = attempt("alive", lambda: living(folder, facts))
+    found = None if "row" in result.broken else attempt("row", lambda: records_of(folder, facts))
+    aliases = None if "key" in result.broken else attempt("key", lambda: _aliases(folder, facts))
+    alive = None if found is None else attempt("alive", lambda: living(folder, facts))
     if aliases is not None:
         result.aliases = aliases
     if found is not None:
@@ -219,13 +253,19 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
     return result
 
 
+def _aliases(folder: Folder, facts: SegmentFacts) -> NDArray[Any]:
+    if facts.file("key").size != facts.aliases * ALIAS.itemsize:
+        raise SnapshotDamaged(f"{facts.file('key').name} does not hold the {facts.aliases} aliases of its manifest")
+    return verified(folder, facts.file("key")).view(ALIAS)
+
+
 def _bad_rows(folder: Folder, facts: SegmentFacts, records: NDArray[Any], result: Checked) -> NDArray[np.int64]:
     file = facts.file("seg")
     descriptor, size = folder.open(file.name)
     folder.close_file(descriptor)
     if size != file.size:
         result.broken["seg"] = f"{file.name} has {size:,} bytes where the manifest says {file.size:,}"
-    bad = [rows for _, rows in row_chunks(folder, file.name, size, records)]
+    bad = [rows for _, rows in row_chunks(folder, file.name, size, records, min(size, file.size))]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *bad]))
 
 
@@ -256,9 +296,27 @@ def index_damage(folder: Folder, facts: BankFacts, *, strict: bool = False) -> I
         except (SnapshotDamaged, OSError) as error:
             _refuse(error, strict)
             yield file.name, said(error, folder)
-    rows = {one.id: one.rows for one in facts.segments}
-    if facts.index and facts.index.count != sum(rows.get(id, -1) for id in facts.index.segments):
-        yield facts.index.file.name, "it does not cover the segments that the manifest says"
+    covered = _covered(facts)
+    if facts.index and covered not in {None, facts.index.count}:
+        yield facts.index.file.name, f"it has {facts.index.count} rows, the segments that it is of have {covered}"
+
+
+def _covered(facts: BankFacts) -> int | None:
+    """Rows that the bank's index has to have: all of a segment, or where its bitmap is named, those that live.
+
+    None where it is of segments, or of bitmaps, that are replaced since: readers then build another one.
+    """
+    if facts.index is None:
+        return None
+    segments = {one.id: one for one in facts.segments}
+    covered = 0
+    for name in facts.index.segments:
+        id, dash, _ = name.partition("-")
+        segment = segments.get(id)
+        if segment is None or (dash and (segment.alive is None or segment.alive.name != f"seg/{name}.alive")):
+            return None
+        covered += segment.live if dash else segment.rows
+    return covered
 
 
 # -- what else lies there -----------------------------------------------------------------------------------
@@ -270,7 +328,10 @@ def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Fin
     for name in names_in(folder):
         if name in named:
             continue
-        size += folder.size(name)
+        try:
+            size += folder.size(name)
+        except OSError:  # removed since it was listed
+            continue
         leaf = name.rpartition("/")[2]
         if _OURS.fullmatch(name) or name.startswith((QUARANTINE + "/", "stat/")):
             continue
@@ -280,11 +341,25 @@ def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Fin
             what = "belongs to an older generation"
         else:
             what = "no manifest names it"
-        findings.append(Finding(name, what, "nothing", damage=False))
+        findings.append(Finding(printable(name), what, "nothing", damage=False))
     return findings, size
 
 
 def names_in(folder: Folder) -> list[str]:
     """Every name in the store's folders, but for these folders."""
     found = [one for one in sorted(folder.names()) if one not in {*SUBFOLDERS, QUARANTINE}]
-    return found + [f"{sub}/{one}" for sub in (*SUBFOLDERS, QUARANTINE) for one in sorted(folder.names(sub))]
+    return found + [f"{sub}/{one}" for sub in (*SUBFOLDERS, QUARANTINE) for one in sorted(names_of(folder, sub))]
+
+
+def names_of(folder: Folder, sub: str) -> list[str]:
+    """Names in a sub-folder; none where it is something else (`odd_parts`), or cannot be read."""
+    try:
+        return folder.names(sub)
+    except OSError:
+        return []
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be written to any terminal: bytes that are no text, and controls, as escapes."""
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in shown)

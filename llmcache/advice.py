@@ -11,6 +11,7 @@ from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.vectors import choose_kind
 
 _PER_ROW = 72 + 32 + 64  # record, one alias, and a source id with what is lost to alignment
+_MARK = 64  # of an entry of the output bank: its scope and the digests of its fields
 _CALIBRATES = 512  # entries from which on calibrating is worth a try
 _WORTH = 0.01  # share of documents below which a tier is not worth its look-up
 
@@ -67,7 +68,7 @@ class Circumstances:
 
 def entry_bytes(tokens: float, bank: BankFacts, dtype: str) -> float:
     """Bytes that an entry of the output bank takes up on the disk."""
-    return bank.width * DTYPES[dtype] + _PER_ROW + 4 * tokens + 2 * bank.feature_width
+    return bank.width * DTYPES[dtype] + _PER_ROW + _MARK + 4 * tokens + 2 * bank.feature_width
 
 
 def bytes_of(amounts: Amounts, bank: BankFacts, around: Circumstances) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from llmcache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Module
 
 INDEXED = re.compile(r"(?:(.+?)\.)?(\d+)\.")
@@ -27,17 +26,7 @@ def trunk_of(model: Module) -> tuple[Module, str]:
     raise ConfigError(f"the weights are held by {type(inner).__name__}, not by torch; load with backend='torch'")
 
 
-def tensors_of(model: Module, trunk: Module, prefix: str) -> dict[str, Tensor]:
-    found = {name: one for name, one in model.state_dict().items() if hasattr(one, "untyped_storage")}
-    if trunk is not model and _pooler_is_idle(model, trunk):
-        found = {name: one for name, one in found.items() if not name.startswith(f"{prefix}pooler.")}
-    for name, one in found.items():
-        if one.is_meta:
-            raise ConfigError(f"{name} is on the meta device and has no bytes; load the model's weights first")
-    return found
-
-
-def _pooler_is_idle(model: Module, trunk: Module) -> bool:
+def pooler_is_idle(model: Module, trunk: Module) -> bool:
     """Whether nothing but the last hidden state is used.
 
     A checkpoint without a pooler gets a random one at every load; the model would never be recognised again.
@@ -160,12 +149,3 @@ def _lists(model: Module) -> str:
             f"it has no list of modules at all (top level: {', '.join(n for n, _ in model.named_children()) or 'none'})"
         )
     return f'its lists of modules are {", ".join(found[:8])}; name the one to use: stack="..."'
-
-
-def refuse_compiled(module: Module) -> None:
-    """ConfigError for a module that is compiled, or has compiled parts."""
-    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
-        raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
-            "torch.compile (model._orig_mod), and run it uncompiled"
-        )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -18,22 +18,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-from llmcache.architecture import Trunk, refuse_compiled
+from llmcache.architecture import Trunk
+from llmcache.compiled import not_compiled, refuse_compiled
 from llmcache.errors import ConfigError
-from llmcache.inputs import Call, InputRows, asked_by, input_rows, refusal
+from llmcache.exact_audits import ExactAudits
+from llmcache.indexes.marks import UNKNOWN
+from llmcache.inputs import Call, InputRows, asked_by, input_rows, main_input, refusal
 from llmcache.layer_trial import LayerTrial, MemoryBanks
 from llmcache.layout import holds_tokens, wants_keys
+from llmcache.locking import CallLock, LockCycle
 from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
 from llmcache.merging import merged
-from llmcache.passes import Anatomy, Blocks, Pass, examine, gives_keys, put_back
+from llmcache.numerics import running_mode
+from llmcache.passes import Anatomy, Blocks, Pass, examine, gives_keys
 from llmcache.prefix import Prefixes
 from llmcache.preserving import without_trace
+from llmcache.standins import StandIn, install, remove
+from llmcache.state_audits import audit_states
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
 from llmcache.trial import explained, vocabulary_of
-from llmcache.trial_inputs import first_call, main_input
-from llmcache.weights import Weights
+from llmcache.trial_inputs import first_call
+from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
 
@@ -46,7 +53,8 @@ class Attachment:
     Rows of a batch are looked up one by one: those whose last state is stored only pass the final norm and what
     follows, others enter after the deepest layer that is stored for them, the rest is computed from the start. Where
     the mask hides a position a state means nothing: it is zeros, or what the model gives. No gradient flows into a
-    state that was reused. Not for several threads at once.
+    state that was reused. Forwards of several threads wait for each other and for calls of the cache. Copies and
+    pickles of the model are of the model as it is without a cache.
     """
 
     def __init__(
@@ -57,68 +65,89 @@ class Attachment:
         changed: Callable[[], None],
         prefixes: Callable[[str], Prefixes | None],
         counters: Counters,
+        exact_audits: ExactAudits,
+        watch: ModelWatch,
         *,
+        lock: CallLock,
+        is_open: Callable[[], bool],
         states_only: bool = False,
     ) -> None:
         """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
 
-        changed: called before the next pass when the weights are not those any more that the model was attached with.
+        changed: called before the next pass when the model is not the one any more that the last pass was made with.
+        watch: of the trunk's module, which says so.
         prefixes: what restores beginnings for a decoder, in this mode of running; None when that is off.
+        lock: of the cache. is_open: whether the cache is; else the model computes by itself.
         states_only: a decoder's states are looked up whole in the layer banks where no keys and values are asked for.
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
-        self._open_prefixes, self._states_only = prefixes, states_only
+        self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
         self._blocks = Blocks(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
         self._main = main_input(trunk.module, self._signature)
         self._takes_cache = "use_cache" in self._signature.parameters
         self._said: set[str] = set()
         self._depth = 0
-        self._own: Any = None
         self.losses = LossArguments(trunk.module)
+        self._lock, self._is_open, self._pid = lock, is_open, os.getpid()
+        self._stand_in: StandIn | None = None
         self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks] | str] = {}
         self._decodes: bool | None = None
         self._prefixes: dict[str, Prefixes | str] = {}
-        self._weights = Weights(trunk.module)
+        self._watch = watch
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
         self.entries: list[str] = []
         """Per row of the last pass the key of the entry that was reused, in hexadecimal; "" where none was."""
+        self._given: NDArray[np.int64] | None = None  # by `last_pass`
         self.up_to: int | None = None
         """Deepest layer whose states are reused, None for any; while it is set nothing is kept."""
+        self.asked: tuple[str | None, str | None] | None = None
+        """Role and prompt of the texts that pass; None while token ids are given, of which that is not known."""
 
     def __enter__(self) -> Self:
-        module = self.trunk.module
-        other = _attached.get(module)
-        if other not in (None, self):
-            raise ConfigError(f"this {type(module).__name__} is attached to another cache; leave that one first")
-        if not self._depth:
-            refuse_compiled(module)
-            self._own = module.__dict__.get("forward")
-            self._forward = module.forward
-            self._blocks.replace()
-            self.losses.replace()
-            module.forward = self._stand_in_for(self._forward)
-            _attached[module] = self
-        self._depth += 1
-        try:
-            if not module.training:
-                self._refuse_misfits()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with self._lock:
+            module = self.trunk.module
+            if not self._depth:
+                refuse_compiled(module)
+                other = _attached.get(module)
+                if other is not None and other._pid != self._pid:  # attached by the process that forked this one
+                    other.detach()
+                if _attached.setdefault(module, self) is not self:
+                    raise ConfigError(
+                        f"this {type(module).__name__} is attached to another cache; leave that one first"
+                    )
+                self._forward = module.forward
+                self._blocks.replace()
+                self.losses.replace()
+                self._stand_in = StandIn(module, not_compiled(self._forwarded))
+                install(self._stand_in)
+            self._depth += 1
+            try:
+                if not self._in_training():
+                    self._refuse_misfits()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            put_back(self.trunk.module, self._own)
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self.detach()
+
+    def detach(self) -> None:
+        """Put the model's own forwards back, however often it was attached."""
+        if self._stand_in is not None:
+            remove(self._stand_in)
+            self._stand_in = None
             self._blocks.restore()
             self.losses.restore()
-            del _attached[self.trunk.module]
+            _attached.pop(self.trunk.module, None)
 
     @property
     def active(self) -> bool:
@@ -132,6 +161,19 @@ class Attachment:
         if isinstance(found, str):
             raise ConfigError(found)
         return found[1]
+
+    def last_pass(self) -> tuple[NDArray[np.int64], list[str]] | None:
+        """`entered` and `entries` of the last pass, given once; None where nothing has passed since they were given, as
+        when a model with several trunks has used another one.
+        """
+        if not len(self.entered) or self.entered is self._given:
+            return None
+        self._given = self.entered
+        return self.entered, self.entries
+
+    def scope(self, layer: int) -> int:
+        """Which states of a layer may stand for those of the texts that pass now; see `LayerBanks.scope`."""
+        return UNKNOWN if self.asked is None else self.banks.scope(layer, self._mode(), self.asked)
 
     @property
     def decodes(self) -> bool:
@@ -151,36 +193,59 @@ class Attachment:
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
-    def _stand_in_for(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(own)  # its signature is looked at: `Trainer` gives a model only what its forward takes
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self._bound(args, kwargs)
-            if holds_tokens(call.get("past_key_values")):  # a decoder's next token
+    def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands in for the trunk's forward: a call that may go by the banks does so, one thread at a time."""
+        call = self._bound(args, kwargs)
+        if holds_tokens(call.get("past_key_values")):  # a decoder's next token
+            return own(*args, **kwargs)
+        reason = self._unusable()
+        if reason is None:
+            try:
+                self._lock.acquire()
+            except LockCycle:  # to compute what is stored is slower than to wait, but not than to wait for ever
                 return own(*args, **kwargs)
-            if not self.trunk.module.training and self._weights.changed():
-                if self.trunk.replaced:
-                    raise ConfigError(
-                        "layers of the attached model were replaced; leave the context and attach it again"
-                    )
-                self._changed()
-                self._anatomies.clear()
-                self._prefixes.clear()
-                self._decodes = None
-            decoding = not self.trunk.module.training and self._keeps_keys(call)
-            reason = self._prefix_refusal(call) if decoding else self._refusal(call)
-            reason = reason or self.losses.refusal(call.get("attention_mask"))
-            if reason is not None:
-                self._bypass(reason, call)
-                return own(*args, **kwargs)
-            if decoding:
-                return self._decode(call)
-            found = self._anatomy(call.get("return_dict"))
-            assert not isinstance(found, str), "refused above"
-            return self._answer(call, *found)
+            try:
+                reason = self._unusable()  # it may have been closed while this thread waited
+                if reason is None:
+                    return self._by_banks(own, args, kwargs, call)
+            finally:
+                self._lock.release()
+        self._say(reason)
+        return own(*args, **kwargs)
 
-        disable: Any = torch.compiler.disable  # a compiled function around the model calls this as it is
-        uncompiled: Callable[..., Any] = disable(forward)
-        return uncompiled
+    def _unusable(self) -> str | None:
+        """Why no call can go by the banks; None where calls can."""
+        if self._pid != os.getpid():
+            return "it was attached before a fork, and what the child computes is not stored; attach it in the child"
+        return None if self._is_open() else "its cache is closed"
+
+    def _by_banks(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        if self._exact_audits.recomputing:
+            return own(*args, **kwargs)
+        training = self._in_training()
+        if not training and self._watch.changed():
+            if self.trunk.replaced:
+                raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
+            self._changed()
+            self._anatomies.clear()
+            self._prefixes.clear()
+            self._decodes = None
+        decoding = not training and self._keeps_keys(call)
+        refusal = self._prefix_refusal if decoding else self._refusal
+        reason = training or self._exact_audits.refusal() or refusal(call)
+        reason = reason or self.losses.refusal(call.get("attention_mask"))
+        if reason is not None:
+            self._bypass(reason, call)
+            return own(*args, **kwargs)
+
+        def answer() -> Any:
+            return self._decode(call) if decoding else self._answer(call)
+
+        def uncached() -> Any:
+            self._bypass(str(self._exact_audits.refusal()), call)
+            return own(*args, **kwargs)
+
+        return self._exact_audits.answered(answer, uncached)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self._signature.bind(*args, **kwargs)
@@ -197,10 +262,19 @@ class Attachment:
         parameter = self._signature.parameters.get(name)
         return parameter is None or parameter.default in (None, inspect.Parameter.empty)
 
-    def _refusal(self, call: Call) -> str | None:
-        """The reason why the layers are not cached in this call; None when they are."""
+    def _in_training(self) -> str:
+        """Why the model as a whole, or a part of it, gives other results in every call; "" when it does not."""
         if self.trunk.module.training:
             return "the model is in training mode"
+        part = self._watch.in_training()
+        return (
+            f"a part of the model is in training mode ({part}), so that its results differ from call to call"
+            if part
+            else ""
+        )
+
+    def _refusal(self, call: Call) -> str | None:
+        """The reason why the layers are not cached in this call; None when they are."""
         reason = refusal(self._asked() | call, self._main)
         if reason is not None:
             return reason
@@ -237,8 +311,8 @@ class Attachment:
         """What restores beginnings, or why nothing does."""
         mode = self._mode()
         if mode not in self._prefixes:
-            module = self.trunk.module
-            stand_in, module.forward = module.forward, self._forward  # it looks at the model's own
+            assert self._stand_in is not None
+            remove(self._stand_in)  # what is made looks at the model's own forward
             try:
                 made = self._open_prefixes(mode)
                 self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
@@ -247,7 +321,7 @@ class Attachment:
             except Exception as error:
                 self._prefixes[mode] = f"to try its beginnings out failed: {explained(error)}"
             finally:
-                module.forward = stand_in
+                install(self._stand_in)
         return self._prefixes[mode]
 
     def _decode(self, call: Call) -> Any:
@@ -264,14 +338,17 @@ class Attachment:
         rows = len(value) if isinstance(value, Tensor) and value.ndim else 1
         self._counters.bypassed += rows
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        """Warn once of each reason for which calls go to the model itself."""
         if reason not in self._said:
             self._said.add(reason)
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
 
     def _mode(self) -> str:
-        """What beside weights and inputs decides the states: autocast."""
-        kind = self._weights.device.type
-        return f"{kind} {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
+        """What beside model and inputs decides the states: settings of the process, such as autocast."""
+        return running_mode(self._watch.device.type)
 
     def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks] | str:
         """What trials show of this trunk, and its banks, or the reason why its layers cannot be cached.
@@ -296,7 +373,7 @@ class Attachment:
     def _tried(self, return_dict: bool | None) -> Anatomy:
         """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
         module: Any = self.trunk.module
-        device = self._weights.device
+        device = self._watch.device
 
         def first_trial() -> tuple[Call, Anatomy]:
             call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
@@ -326,13 +403,19 @@ class Attachment:
         rehearsal = object.__new__(type(self))
         rehearsal.__dict__.update(self.__dict__)
         rehearsal._counters, rehearsal.up_to = Counters(), up_to
-        return rehearsal._answer(call, anatomy, banks)
+        return rehearsal._answer_from(call, anatomy, banks)
 
     def _takes(self, name: str) -> bool:
         parameters = self._signature.parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def _answer(self, call: Call, anatomy: Anatomy, banks: LayerBanks | MemoryBanks) -> Any:
+    def _answer(self, call: Call) -> Any:
+        found = self._anatomy(call.get("return_dict"))
+        assert not isinstance(found, str), "such a call is refused"
+        return self._answer_from(call, *found)
+
+    def _answer_from(self, call: Call, anatomy: Anatomy, banks: LayerBanks | MemoryBanks) -> Any:
+        """The output for all rows of a call. banks: of a store, or in memory for a trial."""
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
@@ -340,6 +423,8 @@ class Attachment:
             self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
+        if isinstance(banks, LayerBanks):
+            audit_states(found, rows, distinct, banks, mode, self._states)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)
@@ -376,12 +461,20 @@ class Attachment:
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
         return output
 
+    @torch.no_grad()
+    def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
+        """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
+        width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
+        states = Pass(keep=layers)
+        self._blocks.run(states, self._forward, rows.some(chosen, width))
+        return states.kept
+
     def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: Anatomy) -> Tensor:
         known = [state for state in states if state is not None]
         table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
         for place, state in zip(table, known, strict=True):
             place[: len(state)] = state
-        return torch.from_numpy(table).to(self._weights.device, anatomy.dtype)
+        return torch.from_numpy(table).to(self._watch.device, anatomy.dtype)
 
     def _keep(
         self,
@@ -398,4 +491,4 @@ class Attachment:
         for layer, table in kept.items():
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
-            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode())
+            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)

@@ -23,7 +23,8 @@ class Balance:
         self.pays = True
         self.saved = self.spent = 0.0
         """Seconds, decayed."""
-        self._documents = 0.0
+        self.documents = 0
+        """That were looked up."""
         self._random = np.random.default_rng()
 
     def tried(self, n: int) -> NDArray[np.int64]:
@@ -34,9 +35,9 @@ class Balance:
         """Take note of documents that were looked up, and seconds. Returns whether `pays` has changed."""
         kept = 0.5 ** (documents / MEMORY)
         self.saved, self.spent = self.saved * kept + saved, self.spent * kept + spent
-        self._documents += documents
+        self.documents += documents
         before = self.pays
-        if self._documents >= LEAST:
+        if self.documents >= LEAST:
             self.pays = self.saved >= self.spent * (1 if self.pays else _MORE)
         return self.pays != before
 

@@ -100,6 +100,10 @@ class Beginnings:
     def _key(self, row: Row, at: int, tokens: int, previous: bytes) -> bytes:
         return next_key(self._seed, previous, row.start + at, row.ids[at : at + tokens])
 
+    def first_key(self, row: Row) -> bytes:
+        """Key of the first block of a row."""
+        return self._key(row, 0, self.block, b"")
+
     def _end_key(self, row: Row, stop: int) -> bytes:
         """Key of the shorter entry that ends before token `stop`, which is not where a block ends."""
         full = stop // self.block

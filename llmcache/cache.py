@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
@@ -22,17 +23,20 @@ from llmcache import decoding, leaving, opening
 from llmcache.attachment import Attachment
 from llmcache.calibrating import Calibration, DriftKind
 from llmcache.calibrations import Calibrations
+from llmcache.calling import Calls, WorkerCommits, call
 from llmcache.computing import Sentences
 from llmcache.config import CacheConfig
 from llmcache.decoding import Generated, Scores
+from llmcache.digests import canonical, sha
 from llmcache.drift import Drift
 from llmcache.encoding import finished
-from llmcache.errors import ConfigError, FaissMissing, LLMCacheError
+from llmcache.errors import ConfigError, FaissMissing, ForkedStoreError, LLMCacheError
+from llmcache.exact_audits import ExactAudits
 from llmcache.execution import Call, Execution, Progress, nothing
 from llmcache.explaining import Explanation, explain
 from llmcache.fields import KINDS
 from llmcache.heads import Heads
-from llmcache.identity import Identity, identify, mismatch
+from llmcache.identity import Identity, mismatch
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.signatures import secret_from_file
 from llmcache.indexes.store import Store
@@ -40,16 +44,19 @@ from llmcache.indexes.trust import Trust
 from llmcache.intake import is_table
 from llmcache.layers import Layers
 from llmcache.levels import DeviceAnswers, Levels
+from llmcache.locking import lock_of
 from llmcache.matching import Answers
 from llmcache.namespace import admit, checked_name, resolved_secret
 from llmcache.plan import Compared, Plan
 from llmcache.planning import planned
 from llmcache.prompts import ROLES, resolve
 from llmcache.provenance import Result, Source, results
+from llmcache.reopening import Opening, reopened
 from llmcache.statistics import Counters, Statistics, statistics
 from llmcache.storing import Storing
 from llmcache.tally import Tally
-from llmcache.weights import Weights
+from llmcache.tokenizing import PrivateCopy, private_copy
+from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
 
@@ -60,7 +67,8 @@ CHUNK = 8192  # documents that `run` reads, answers and gives out together
 class LLMCache:
     """A model with a store behind it: repeats cost a look-up, the rest is computed once and kept.
 
-    One per process or thread; after a fork open it again in the child.
+    Threads may share it, and caches may share a model: calls of one model wait for each other. In a child of a fork
+    the first call opens the store again; a pickle is how the cache was opened, and opens the store where it is loaded.
     """
 
     def __init__(
@@ -72,21 +80,36 @@ class LLMCache:
         namespace: str,
         secret: bytes = b"",
         drift: Drift | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Takes finished parts; `LLMCache.open` makes them."""
         self.model = model
-        self.tokenizer: Any = getattr(model, "tokenizer", None)
+        self.tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         self.identity = identity
         self.config = config
         self.namespace = namespace
+        self._salt, self._drift = secret, drift
+        self._opening: Opening | None = None
+        self._worker_commits = WorkerCommits()
+        self._calls = Calls(lock_of(model), self._reopen, lambda: self._worker_commits.commit(self._storing))
+        self._tokenizer_copy = PrivateCopy()
+        self._watch, self._current = ModelWatch(model, self.tokenizer, name=identity.name), identity
+        self._begin(store)
+
+    def _begin(self, store: Store) -> None:
+        """Take over a store that was opened in this process."""
+        model, identity, config, namespace = self.model, self.identity, self.config, self.namespace
+        secret = self._salt
         self._store = store
         store.budget = config.budget
         self._counters = Counters()
-        self._storing = Storing(store, config, self._counters)
+        self._exact_audits = ExactAudits(config, self._counters)
+        self._storing = Storing(store, config, self._counters, self._exact_audits)
+        self._storing.lock = self._calls.lock
         self._storing.history.namespace, self._storing.history.model = namespace, identity.name
-        self._weights, self._current = Weights(model), identity
-        self._layers = Layers(model, self._identity_now, config, namespace, self._storing, secret)
-        self._calibrations = Calibrations(store, namespace, config, self._decoded, drift, self._storing.commit)
+        self._watch.witness = self._storing
+        self._layers = Layers(config, namespace, self._storing, secret, self._calls.lock, lambda: self.is_open)
+        self._calibrations = Calibrations(store, namespace, config, self._drift, self._storing.commit)
         self._encoding: Execution | None = None
         if isinstance(model, SentenceTransformer):
             bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
@@ -120,6 +143,7 @@ class LLMCache:
         key_file: str | os.PathLike[str] | None = None,
         min_generation: int = 0,
         allow_untrusted: bool = False,
+        read_only: bool = False,
     ) -> Self:
         """Open the store in this folder, or make one, for this model.
 
@@ -135,6 +159,8 @@ class LLMCache:
             Whoever has another one, or none, is refused.
         trust, key, key_file, min_generation, allow_untrusted: who vouches for the store, see `Store.open`. What nobody
             vouches for is only read, with the model given, and only equal token ids match.
+        read_only: write nothing below the folder: what is known is served, the rest is computed and not kept. So it is,
+            with a warning, where the folder cannot be written.
         ModelMismatch when the namespace belongs to another model; ConfigError for settings that cannot be had;
         UntrustedSnapshot when nobody vouches for the store.
         """
@@ -148,13 +174,17 @@ class LLMCache:
         given = None if model is None else opening.loaded(model, tokenizer)
         store = Store.open(
             path,
-            create=given is not None and not allow_untrusted,
+            create=given is not None and not allow_untrusted and not read_only,
             trust=trust,
             key=key,
             min_generation=min_generation,
             allow_untrusted=allow_untrusted,
+            read_only=read_only,
         )
         try:
+            if store.writable and not store.folder.writable():
+                log.warning("%s cannot be written: what is computed is not kept", store.folder.path)
+                store.only_read("its folder cannot be written")
             space = store.namespace(namespace)
             if space is not None:  # before a model is loaded
                 admit(space, namespace, salt)
@@ -169,16 +199,51 @@ class LLMCache:
                 log.warning("%s is not trusted: near matches are off", store.folder.path)
                 settled = replace(settled, tau=None)
             store.folder.reading = settled.reading
-            opened = cls(store, loaded, identity, settled, namespace, salt, drift)
-            if tokenizer is not None:
-                opened.tokenizer = tokenizer
+            opened = cls(store, loaded, identity, settled, namespace, salt, drift, tokenizer)
+            opened._opening = Opening(
+                path=os.path.abspath(path),
+                model=loaded if isinstance(model, Module) else identity.name if model is None else os.fspath(model),
+                tokenizer=tokenizer,
+                config=settled,
+                namespace=namespace,
+                drift=drift,
+                secret_file=None if secret_file is None else os.path.abspath(secret_file),
+                trust=trust,
+                key=key,
+                key_file=None if key_file is None else os.path.abspath(key_file),
+                min_generation=min_generation,
+                allow_untrusted=allow_untrusted,
+                secret_in_memory="secret" if secret is not None else "key" if key and key_file is None else "",
+            )
             return opened
         except BaseException:
             store.close()
             raise
 
+    # -- other processes ------------------------------------------------------------------------------------
+
+    def _reopen(self) -> None:
+        """Open the store again, in a child of the process that opened it; what waits there is for that to commit."""
+        if self._opening is None:
+            raise ForkedStoreError("this cache was opened by the process that forked this one; open it in the child")
+        if not self._opened:
+            return
+        inherited = self._store
+        self._begin(self._opening.store())
+        inherited.close()
+
+    def works_for_another_process(self) -> None:
+        """Commit after each call from now on: this process may end without notice."""
+        self._calls.worker = True
+
+    def __reduce__(self) -> Any:
+        if not self._opened or self._opening is None:
+            raise LLMCacheError("a closed cache cannot be pickled or copied; open it again with LLMCache.open")
+        return reopened, (type(self), self._opening)
+
     # -- embedding ------------------------------------------------------------------------------------------
 
+    @call
     def encode(
         self,
         inputs: Any = None,
@@ -206,7 +271,7 @@ class LLMCache:
         """
         self._check_open()
         execution, model = self._execution, cast(Any, self.model)
-        self._check_weights()
+        self._check_model()
         inputs = _renamed(inputs, others)
         if is_table(inputs):
             raise ConfigError(f"encode takes texts, got a {type(inputs).__name__}; give one of its columns, as a list")
@@ -241,6 +306,7 @@ class LLMCache:
 
             answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance, tensor))
         outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
+        self._watch.rested_at = time.perf_counter()
         return finished(
             outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
@@ -279,15 +345,16 @@ class LLMCache:
         progress: called with the numbers of documents answered, and of these computed, as they are.
         Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
         """
-        bank = self._bank
+        self._check_open()
+        self._execution  # noqa: B018  # ConfigError now, and not when results are asked for
         resolved = self._prompt(role, prompt_name, prompt)
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
-            self._check_weights()
+            self._check_model()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
 
-        return results(documents, answer, bank, LAYER, chunk)
+        return results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)
 
     def warm(
         self,
@@ -309,13 +376,14 @@ class LLMCache:
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
-            self._check_weights()
+            self._check_model()
             return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress, wanted=False))
 
-        for _ in tally.counted(results(documents, answer, self._bank, LAYER, chunk)):
+        for _ in tally.counted(results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)):
             continue
         return tally
 
+    @call
     def plan(
         self,
         documents: Iterable[Source],
@@ -331,10 +399,12 @@ class LLMCache:
         is tokenised and looked up, and a few batches are computed to see what the model costs. Nothing is stored.
         """
         self._check_open()
+        self._check_model()
         call = Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
         self._planned_at = self._counters.as_dict()
         return planned(self._execution, documents, call, self._store, self.namespace, cast(Any, self.model))
 
+    @call
     def compared(self, plan: Plan) -> Compared:
         """How everything that was asked since `plan` (since the opening, when that was another one) went beside it.
 
@@ -353,6 +423,7 @@ class LLMCache:
 
     # -- near reuse -----------------------------------------------------------------------------------------
 
+    @call
     def calibrate(
         self,
         sample: Iterable[Source] | None = None,
@@ -367,6 +438,9 @@ class LLMCache:
         guard_pattern: str = "",
         seed: int = 0,
         of: Module | None = None,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
     ) -> Calibration:
         """Choose what near matches may be given, so that the mean drift of all results stays within a budget.
 
@@ -381,43 +455,75 @@ class LLMCache:
             again to `open`.
         truth: right answers of the sample, whose documents may then also be in the cache.
         guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
-            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields.
+            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields; it is read in the
+            texts that are stored from now on, and entries from before pass no guard with it.
+        role, prompt_name, prompt: of the documents that near matches are for, as for `run`: a near match never comes
+            from an entry with another role or prompt, and what is calibrated here holds for these only.
         seed: of the folds. of: a head, as `run_heads` takes it: what it gives is calibrated, instead of embeddings.
         The choice is saved with the store and holds from now on; `Calibration.threshold` is None where none is safe.
         ConfigError: settings that cannot work, or too few entries or documents.
         """
         self._check_open()
-        prompt = self._prompt(None, None, None) if isinstance(self.model, SentenceTransformer) else None
+        if of is None:
+            self._check_model()
+        self._exact_audits.require()
+        if self._store.read_only:
+            raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
+        if isinstance(self.model, SentenceTransformer):
+            prompt = self._prompt(role, prompt_name, prompt)
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
         return self._calibrations.calibrate(
-            name, execution, sample, truth, prompt, budget=budget, drift=drift, head=head, limit=limit,
+            name, execution, sample, truth, prompt, role, budget=budget, drift=drift, head=head, limit=limit,
             confidence=confidence, guarded=bool(guard), pattern=guard_pattern, seed=seed,
             kinds=KINDS if isinstance(guard, bool) else tuple(guard),
         )  # fmt: skip
 
     @property
+    @call
     def calibration(self) -> Calibration | None:
         """What near reuse was calibrated to, None where it was not."""
         reuse = self._execution.reuse
         return reuse.calibration if reuse else None
 
     @property
+    @call
+    def vectors_id(self) -> str:
+        """A digest of all that decides the vectors that this cache gives, 64 hexadecimal digits: for keys of caches
+        above this one.
+
+        Two models, and one model with other pooling, prompts or settings of near reuse, have different ones.
+        """
+        self._check_open()
+        config, reuse = self.config, self._encoding.reuse if self._encoding else None
+        calibrated = None if reuse is None else [reuse.calibration.to_json()]
+        near = [config.reuse, config.tau, sorted(config.layer_tau.items()), config.dtype, calibrated]
+        return sha(self._identity_now().digest, canonical(near)).hex()
+
+    @property
+    @call
     def near_is_off(self) -> str:
         """Why a calibrated cache gives no near matches at the moment; "" when it does, or was never calibrated."""
         reuse = self._execution.reuse
         return reuse.off or reuse.stands_aside if reuse else ""
 
-    def explain(self, text: str, *, role: str | None = None) -> Explanation:
+    @call
+    def explain(
+        self, text: str, *, role: str | None = None, prompt_name: str | None = None, prompt: str | None = None
+    ) -> Explanation:
         """How one text would be answered: the tier, its nearest neighbour, and what decided. Nothing is computed."""
         self._check_open()
-        return explain(self._execution, text, self._prompt(role, None, None), role, self._decoded)
+        self._check_model()
+        return explain(self._execution, text, self._prompt(role, prompt_name, prompt), role, self._decoded)
 
     def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
-        texts: list[str] = self.tokenizer.batch_decode([one.tolist() for one in tokens], skip_special_tokens=True)
+        rows = [ids.tolist() for ids in tokens]
+        with private_copy(self.model if isinstance(self.model, SentenceTransformer) else self.tokenizer) as own:
+            texts: list[str] = getattr(own, "tokenizer", own).batch_decode(rows, skip_special_tokens=True)
         return texts
 
     # -- any model ------------------------------------------------------------------------------------------
 
+    @call
     def attached(self, model: Module | None = None, *, stack: str | None = None) -> Attachment:
         """A context in which a model's own forward goes by the banks: `with cache.attached(model): model(**inputs)`.
 
@@ -445,16 +551,34 @@ class LLMCache:
             SentenceTransformers. Up to which layer they are equal is found from their weights, and that layer gets a
             bank, so that a head which comes later, or in another run, starts there.
         """
-        self._check_open()
-        run = self._heads(heads)
+        with self._calls:
+            self._check_open()
+            run, storing = self._heads(heads), self._storing
         resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
-        return run.results(documents, resolved, role, batch_size, progress)
+
+        @contextmanager
+        def answering() -> Iterator[None]:
+            with self._calls:
+                self._check_open()
+                if storing is not self._storing:
+                    raise ForkedStoreError("these results were begun before a fork; call run_heads in the child")
+                yield
+
+        return run.results(documents, resolved, role, batch_size, progress, answering)
 
     def _heads(self, heads: Mapping[str, Module]) -> Heads:
-        return Heads(self.model, self.tokenizer, heads, self._layers, self.config, self._calibrations.follow)
+        return Heads(
+            self.model, self.tokenizer, heads, self._layers, self.config, self._calibrations.follow, self._check_tokens
+        )
+
+    def _check_tokens(self) -> None:
+        """ModelMismatch when texts may become other token ids by now than those of the namespace."""
+        if isinstance(self.model, SentenceTransformer):
+            self._check_model()
 
     # -- decoders -------------------------------------------------------------------------------------------
 
+    @call
     def generate(self, prompts: Sequence[str], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
         """What `model.generate` writes after each prompt; beginnings that were computed before are restored.
 
@@ -468,6 +592,7 @@ class LLMCache:
             model, tokenizer, prompts, attached=self.attached, batch_size=batch_size, **generate_kwargs
         )
 
+    @call
     def score(
         self, prompts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32
     ) -> Scores:
@@ -478,6 +603,7 @@ class LLMCache:
         model, tokenizer = self._decoder(causal=True)
         return decoding.score(model, tokenizer, prompts, choices, attached=self.attached, batch_size=batch_size)
 
+    @call
     def perplexity(
         self, texts: str | Sequence[str], *, window: int, stride: int | None = None, batch_size: int = 8
     ) -> float:
@@ -488,16 +614,17 @@ class LLMCache:
         )
 
     def _identity_now(self) -> Identity:
-        """The identity of the cache's own model, taken anew when its weights have changed."""
-        if self._weights.changed():
-            self._current = replace(identify(self.model, tokenizer=self.tokenizer), name=self.identity.name)
+        """The identity of the cache's own model, taken anew when it has changed."""
+        if self._watch.changed():
+            self._current = self._watch.identity()
+            self._exact_audits.renew()
         return self._current
 
-    def _check_weights(self) -> None:
+    def _check_model(self) -> None:
         """ModelMismatch when the model gives other outputs by now than those that the namespace holds."""
         now = self._identity_now()
         if now is not self.identity and now.digest != self.identity.digest:
-            raise mismatch(self.identity, now)
+            raise mismatch(self.identity, now, self._watch.changes())
 
     def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         self._check_open()
@@ -506,7 +633,7 @@ class LLMCache:
             raise ConfigError(f"a {type(self.model).__name__} cannot do this; open the cache with a causal model")
         if self.tokenizer is None:
             raise ConfigError("prompts need a tokenizer; open the cache with tokenizer=...")
-        return self.model, self.tokenizer
+        return self.model, self._tokenizer_copy.of(self.tokenizer)
 
     # -- the store ------------------------------------------------------------------------------------------
 
@@ -524,17 +651,29 @@ class LLMCache:
         return self._execution.bank
 
     @property
+    @call
     def storing(self) -> Storing:
         """What puts and commits, for a run that says itself when to commit."""
         self._check_open()
         return self._storing
 
+    def __bool__(self) -> bool:
+        """True: `len` is 0 of a cache that is empty, which is a cache all the same."""
+        return True
+
+    @call
     def __len__(self) -> int:
         """Entries in the output bank, those not committed yet included."""
         return len(self._bank)
 
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing is kept, because the store was opened so or its folder cannot be written."""
+        return self._store.read_only
+
+    @call
     def commit(self) -> None:
-        """Make what was computed durable and visible to other processes.
+        """Make what was computed durable and visible to other processes; nothing in a store that is only read.
 
         StoreFull or StoreFenced when a write fails. Everything committed before is safe, and the cache goes on
         serving what it has and computing the rest, without storing.
@@ -543,6 +682,7 @@ class LLMCache:
         self._storing.commit()
         self._calibrations.keep()
 
+    @call
     def reload(self) -> None:
         """Find from now on what other processes have committed. What is not committed here is kept.
 
@@ -552,28 +692,33 @@ class LLMCache:
         self._store.reload()
         self._calibrations.forget()
 
+    @call
     def rebuild(self) -> None:
         """Fit the projection and build the FAISS index again, over all entries, and commit both."""
         self._check_open()
-        self._store.commit()
+        self._storing.commit()
         self._bank.near.rebuild()
         self.commit()
 
     @property
+    @call
     def levels(self) -> Levels | None:
         """What is held in the memory of the device and in page-locked memory; None before it is first asked for."""
         return self._execution.levels
 
     @property
+    @call
     def corpus(self) -> str:
         """Name of what is being asked, for the store's record of its runs (`llmcache report`); "" for none."""
         return self._storing.history.corpus
 
     @corpus.setter
+    @call
     def corpus(self, name: str) -> None:
         self._storing.history.begin(name)
 
     @property
+    @call
     def width(self) -> int:
         """Numbers in one output vector."""
         return self._bank.facts.width
@@ -582,22 +727,45 @@ class LLMCache:
         """What was reused and what it saved, since this opening, and what the store holds; at the end, when closed."""
         if self._last is not None:
             return self._last
+        with self._calls:
+            return self._statistics()
+
+    def _statistics(self) -> Statistics:
         index = self._bank.near.kind if self._encoding else None
         return statistics(
-            self._store, self._counters, index, self.namespace, self._calibrations.states(), self._storing.decisions()
-        )
+            self._store, self._counters, index, self.namespace, self._calibrations.states(), self._storing.decisions(),
+            self._exact_audits.mismatch,
+        )  # fmt: skip
 
     def close(self) -> None:
-        """Commit and close. Closing twice is fine; what is still open when Python exits is closed then."""
-        if not self._opened:
-            return
-        try:
-            if self._store.writable:
-                self.commit()
-            self._last = self.stats()
-        finally:
+        """Commit and close. Closing twice is fine; what is still open when Python exits is closed then.
+
+        Calls of other threads that are at work are waited for; later ones raise LLMCacheError.
+        """
+        if self._calls.inherited:  # nothing was asked in this child of a fork, and what waits is the parent's
             self._opened = False
             self._store.close()
+            return
+        with self._calls:
+            if not self._opened:
+                return
+            try:
+                if self._store.writable:
+                    self.commit()
+                self._last = self._statistics()
+            finally:
+                self._opened = False
+                self._store.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the cache can be used: False once it is closed."""
+        return self._opened
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is at work, in any thread, on this model."""
+        return self._calls.lock.depth > 0
 
     def _check_open(self) -> None:
         if not self._opened:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +17,7 @@ from llmcache.crossfit import Entries, Held, Judge, Memory, Scores, ask, cross_f
 from llmcache.drift import Drift, beyond, cosine_drift, kl_drift, label_drift, labels
 from llmcache.errors import ConfigError
 from llmcache.fields import KINDS
-from llmcache.gate import Boundary, Gate
+from llmcache.gate import Boundary
 from llmcache.predictor import LEAST, Predictor
 from llmcache.shift import LEAST as WATCHED
 from llmcache.shift import Shift
@@ -28,17 +28,25 @@ OWN = "own"
 """The drift of a calibration by the user's own function."""
 _CURVE = 60  # points of the curve that are kept
 _FOLDS = 5
+RULE = 2
+"""The version of the scores that calibrations are made of: those of another one cannot be used."""
 _STRICTER = (1.0, 0.5, 0.25)  # shares of the calibrated hits that audits may tighten to
 _DECIDED = ("label", "accuracy")  # kinds of drift that a head is needed for
 _MARGIN = 1.0  # standard errors that a drop of accuracy has to stay below its budget, where no confidence is asked
 
+Digests: TypeAlias = NDArray[np.uint64]
+"""Digests of the fields of documents, [n, kinds], see `marking.FieldDigests`."""
 Truth: TypeAlias = NDArray[np.generic]
 """The right answers, one per document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was chosen, and what speaks for it. Saved with the settings of a namespace.
+    """A threshold for near reuse, and the measurements behind it. Saved with the settings of a namespace.
+
+    The bound is over distinct documents that are no exact hits: with the given confidence, at most the budget of them
+    would differ, were documents drawn like those of the calibration and each asked once. A document that is asked again
+    is computed (`CacheConfig.near_repeats`), so that the same bound holds for requests, however often each is repeated.
 
     budget: highest mean drift over all results. drift: "label", decisions of a head that change; "accuracy", decisions
     that were right, less those that become right; "cosine", 1 - cosine; "beyond", 1 - cosine above `limit`; "kl", of
@@ -48,7 +56,11 @@ class Calibration:
     traffic: what the similarities of the sample were like, for `shift.Shift`.
     tolerated: highest mean drift over all results for the audits, which know no right answers: the budget; for
     "accuracy" an upper bound of the decisions that change at the threshold.
-    until: when the last of the entries was put, in seconds since the epoch: later ones answer nobody. 0: all do.
+    entries: how many entries documents were looked up among; only these answer afterwards (`Fitted.answering`).
+    size: entries of the bank at the time, a sample that was given included; 0 where there was no bank.
+    rule: `RULE` of the version that calibrated.
+    scope: of the entries and of the documents that they answer, 16 hexadecimal digits (`marking.scope_of`); "" in
+    calibrations from before there were scopes.
     guard: whether differing fields refuse a hit; guard_kinds, guard_pattern: which, see `guard.Rules`.
     curve: (threshold, hits, drift, bound), from strict to loose.
     """
@@ -69,7 +81,9 @@ class Calibration:
     temperature: float
     strength: float
     tolerated: float = 0.0
-    until: int = 0
+    size: int = 0
+    rule: int = RULE
+    scope: str = ""
     guard: bool = True
     guard_kinds: tuple[str, ...] = KINDS
     guard_pattern: str = ""
@@ -96,7 +110,11 @@ class Calibration:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Calibration:
-        """What `to_json` gave. ConfigError when it is something else."""
+        """The inverse of `to_json`. ConfigError: it is something else, or of an earlier version."""
+        if raw.get("rule") != RULE:
+            raise ConfigError(
+                "it was calibrated by another version, which measured scores of another kind; run `llmcache calibrate`"
+            )
         try:
             kinds = tuple(raw.get("guard_kinds", KINDS))
             tolerated = raw.get("tolerated", raw["budget"])
@@ -108,20 +126,30 @@ class Calibration:
             ) from None
 
 
+_PIECES = 4  # of a 64-bit key: 16 bits each, which a float32 holds exactly
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """The numbers that a calibration fitted. boundary: of the head that decides what drift is; None without one."""
+    """The arrays of a calibration.
+
+    boundary: of the head that decides what drift is; None without one. answering: uint64 [n], sorted, the first halves
+    of the keys of the entries that the calibration looked documents up among; None for all entries of a bank.
+    """
 
     predictor: Predictor
-    gate: Gate
     boundary: Boundary | None
+    answering: NDArray[np.uint64] | None = field(default=None, repr=False)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        found = {f"predictor.{name}": one for name, one in self.predictor.to_arrays().items()}
-        found |= {f"gate.{name}": one for name, one in self.gate.to_arrays().items()}
+        """All arrays by name; each number is exact in float32."""
+        arrays = {f"predictor.{name}": one for name, one in self.predictor.to_arrays().items()}
         if self.boundary is not None:
-            found |= {"boundary.weights": self.boundary.weights, "boundary.offset": self.boundary.offset}
-        return found
+            arrays |= {"boundary.weights": self.boundary.weights, "boundary.offset": self.boundary.offset}
+        if self.answering is not None:
+            pieces = np.ascontiguousarray(self.answering).view(np.uint16).reshape(-1, _PIECES)
+            arrays["answering.keys"] = pieces
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Fitted:
@@ -130,11 +158,13 @@ class Fitted:
         for name, one in arrays.items():
             part, _, short = name.partition(".")
             parts.setdefault(part, {})[short] = one
-        edge = parts.get("boundary")
-        boundary = None
+        edge, keys = parts.get("boundary"), parts.get("answering")
+        boundary = answering = None
         if edge is not None:
             boundary = Boundary(edge["weights"].astype(np.float32), edge["offset"].astype(np.float32))
-        return cls(Predictor.from_arrays(parts.get("predictor", {})), Gate.from_arrays(parts.get("gate", {})), boundary)
+        if keys is not None:
+            answering = np.ascontiguousarray(keys["keys"].astype(np.uint16)).view(np.uint64).reshape(-1)
+        return cls(Predictor.from_arrays(parts.get("predictor", {})), boundary, answering)
 
 
 def judge_of(calibration: Calibration, fitted: Fitted, own: Drift | None = None) -> Judge:
@@ -169,9 +199,9 @@ def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) ->
 
 def calibrated(
     entries: Entries,
-    texts: Sequence[str],
+    read: Digests | None,
     sample: Entries | None,
-    sample_texts: Sequence[str],
+    sample_read: Digests | None,
     *,
     budget: float,
     drift: DriftKind | Drift | str = "label",
@@ -187,9 +217,11 @@ def calibrated(
 ) -> tuple[Calibration, Fitted]:
     """The calibration for a cache's entries, and the numbers it needs.
 
-    sample: documents that are not among the entries, and that the head has not seen; None takes the entries themselves,
-    each against the other four fifths. texts: of both, for the guard. head: a classifier of outputs, for "label" and
-    "accuracy". truth: the right answers of the sample, or of the entries, for "accuracy".
+    entries: those that answer afterwards. sample: documents that are not among them, and that the head has not seen;
+    None takes the entries themselves, each against the other four fifths. read, sample_read: digests of the fields of
+    both, uint64 [n, kinds], as live documents and their neighbours are compared by; needed for the guard only. head: a
+    classifier of outputs, for "label" and "accuracy". truth: the right answers of the sample, or of the entries, for
+    "accuracy".
     refit_head: also a head that could be used as it is is fitted again in every fold, to what it decides.
     ConfigError: settings that cannot work, or too few entries.
     """
@@ -199,7 +231,7 @@ def calibrated(
         )
     rules = guard.Rules(kinds, pattern) if guarded else None
     boundary = _boundary(head, entries) if drift in _DECIDED else None
-    asked, mine = (entries, texts) if sample is None else (sample, sample_texts)
+    asked, mine = (entries, read) if sample is None else (sample, sample_read)
     if drift == "accuracy" and (truth is None or len(truth) != len(asked)):
         raise ConfigError('drift="accuracy" needs the right answers of the sample; give truth=, one for each document')
     judged = judge(drift, limit, boundary)
@@ -208,18 +240,19 @@ def calibrated(
     voting = held_out_voting(entries, seed)
     memory = Memory.fit(entries, seed, voting)
     if sample is not None:
-        held = ask(memory, sample, judged, folds=_FOLDS, seed=seed)
+        held = ask(memory, sample, judged)
     elif drift in _DECIDED and (refit_head or not isinstance(head, Boundary)):
         judges = _judges(entries, head, judged, truth)
-        held = cross_fit(entries, judges, folds=_FOLDS, seed=seed, voting=voting)
+        held = cross_fit(entries, judges, folds=_FOLDS, seed=seed, voting=voting, like=memory.predictor)
     else:
-        held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting)
+        held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting, like=memory.predictor)
     score = held.score
     if rules:
+        if read is None or mine is None:
+            raise ConfigError("a guard needs the fields of entries and sample; give their digests, or guarded=False")
         found = held.found
-        read = rules.digests(texts)
         eligible = eligible_sources(found.similarities, voting.temperature)
-        _, kind = rules.sharing(read if sample is None else rules.digests(mine), read[found.neighbours], eligible)
+        _, kind = rules.sharing(mine, read[found.neighbours], eligible)
         score = np.where(kind >= 0, -np.inf, score)
     moved, errors = held.drift, 0.0
     if drift == "accuracy" and truth is not None:
@@ -235,7 +268,7 @@ def calibrated(
         guard=guarded, guard_kinds=tuple(kinds), guard_pattern=pattern, curve=_points(choice.curve),
         traffic=Shift.fitted(held.found.similarity).state() if len(held.found.similarity) >= WATCHED else {},
     )  # fmt: skip
-    return result, Fitted(memory.predictor, held.gate, boundary)
+    return result, Fitted(memory.predictor, boundary)
 
 
 def _changing(drift: NDArray[np.float64], score: NDArray[np.floating], choice: Choice) -> float:
@@ -266,7 +299,7 @@ def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -
         edge = _again(None if truth is None else head, entries.outputs[rows], answers[rows])
         if edge is None:
             return measured
-        if truth is None and measured.scores is not None:
+        if measured.scores is not None:
             edge = _as_clear_as(edge, measured.scores, entries.outputs[rows])
         return Judge(label_drift(edge), edge)
 
@@ -289,8 +322,10 @@ def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> Bo
 
 
 def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -> Boundary:
-    """The same decisions, on the scale of the head's own scores: the gate goes by how clearly a head decides, and a
-    fit to clean decisions, or with another penalty, decides more or less clearly than the head itself.
+    """The same decisions on the scale of the head's own scores.
+
+    A hit's score goes by how clearly the head decides, and a fit to clean decisions, or with another penalty, decides
+    more or less clearly than the head itself.
     """
     own, fitted = (float(np.median(decided(one(outputs)))) for one in (scores, edge))
     factor = np.float32(own / fitted if own > 0 and fitted > 0 else 1.0)

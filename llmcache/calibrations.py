@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from llmcache.indexes.store import Store
 from llmcache.matching import Answers
 from llmcache.near import NearReuse
 from llmcache.provenance import Source, documents_of, results
-from llmcache.reuse import Decode
 
 CHUNK = 8192  # documents of a sample that are answered together
 
@@ -30,24 +30,23 @@ class Calibrations:
         store: Store,
         namespace: str,
         config: CacheConfig,
-        decode: Decode,
         drift: Drift | None,
         commit: Callable[[], None],
     ) -> None:
         """drift: the user's own function. commit: makes what was put durable."""
-        self._store, self._namespace, self._config, self._decode = store, namespace, config, decode
+        self._store, self._namespace, self._config = store, namespace, config
         self._commit = commit
         self._own: dict[str, Drift] = {} if drift is None else {"output": drift}
         self._open: dict[str, tuple[NearReuse, Execution]] = {}
 
     def follow(self, name: str, execution: Execution) -> None:
         """Let an execution go by what is saved for its bank, if this opening may use it."""
-        near = NearReuse(
-            self._store, self._namespace, self._config, name, execution.bank, self._decode, self._own.get(name)
-        )
+        own, fields = self._own.get(name), execution.fields
+        near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, fields, own)
         self._open[name] = near, execution
         usable = self._store.trust != "untrusted" and self._config.tau is None and self._config.reuse == "deepest"
         execution.reuse = near.saved() if usable else None
+        fields.pattern = near.pattern
 
     def calibrate(
         self,
@@ -56,10 +55,12 @@ class Calibrations:
         sample: Iterable[Source] | None,
         truth: Iterable[Any] | None,
         prompt: str | None,
+        role: str | None = None,
         **settings: Any,
     ) -> Calibration:
         """Calibrate a bank, see `LLMCache.calibrate`; the execution goes by it from now on.
 
+        prompt, role: of the entries that answer, and of the sample; entries and documents with others stay as they are.
         settings: of `calibrating.calibrated`.
         """
         check(settings["budget"], settings["confidence"])
@@ -72,14 +73,18 @@ class Calibrations:
                 f"{len(right)} right answers for {len(documents or ())} documents of a sample; give one for each"
             )
         known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
+        call = Call([], None, prompt, role)
         try:
-            _compute(execution, documents or (), prompt)
+            execution.fields.pattern = settings["pattern"]
+            _compute(execution, documents or (), call)
             answers = None
             if right is not None and documents is not None:
-                rows = execution.rows([document.text for document in documents], prompt)
+                rows = execution.rows([document.text for document in documents], call)
                 answers = rows[rows >= 0], right[rows >= 0]
-            near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, self._decode)
-            found = near.calibrate(None if documents is None else known, commit=self._commit, truth=answers, **settings)
+            near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, execution.fields)
+            scope = execution.scope(call)
+            answering = None if documents is None else known
+            found = near.calibrate(answering, scope, commit=self._commit, truth=answers, **settings)
             if found.drift == OWN:
                 self._own[name] = settings["drift"]
             return found
@@ -104,13 +109,19 @@ class Calibrations:
         for name, (_, execution) in self._open.items():
             if (reuse := execution.reuse) is not None:
                 state = "off" if reuse.off else "aside" if reuse.stands_aside else "on"
-                found[name] = state, reuse.off or reuse.stands_aside or reuse.shifted
+                said = [reuse.off or reuse.stands_aside or reuse.shifted]
+                if reuse.foreign:
+                    said.append(
+                        f"{reuse.foreign:,} documents had another role or prompt than it is calibrated for, and were "
+                        "not looked up"
+                    )
+                found[name] = state, "; ".join(filter(None, said))
         return found
 
 
-def _compute(execution: Execution, documents: Iterable[Source], prompt: str | None) -> None:
+def _compute(execution: Execution, documents: Iterable[Source], call: Call) -> None:
     def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
-        return execution.answers(Call(texts, ids, prompt))
+        return execution.answers(replace(call, texts=texts, ids=ids))
 
-    for _ in results(documents, answer, execution.bank, "output", CHUNK):
+    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK):
         continue

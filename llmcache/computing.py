@@ -37,6 +37,11 @@ class Computed:
 class Model(Protocol):
     """What computes one vector per document."""
 
+    @property
+    def module(self) -> Module:
+        """The torch module that computes."""
+        ...
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows: ...
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
@@ -54,6 +59,10 @@ class Sentences:
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
 
+    @property
+    def module(self) -> Module:
+        return self._model
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
         return tokenise(self._model, texts, prompt, role)
 
@@ -65,6 +74,12 @@ class Sentences:
 
     def token_embedding(self) -> torch.Tensor:
         return token_embedding(self._model)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text that the model reads; None: all."""
+        found: int | None = self._model.max_seq_length
+        return found
 
 
 @torch.inference_mode()

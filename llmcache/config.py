@@ -36,6 +36,8 @@ Reuse = Literal["deepest", "layer", "exact"]
 
 Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
 
+OnMismatch = Literal["error", "bypass"]
+
 LEAST_BYTES = 1 << 20
 """Below this, manifests alone would take up what is given."""
 HIGHEST_TAU = 0.9999
@@ -70,10 +72,21 @@ class CacheConfig:
         state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
         rule; both give the neighbour's answer). "exact" takes over nothing, also where a store was calibrated.
     layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
+    near_repeats: requests for one document that calibrated near reuse answers in one opening, at least 1; asked again,
+        the document is computed and stored. With 1 the calibrated bound holds for requests as it does for distinct
+        documents, however often each is repeated. None: any number; the bound is then over distinct documents alone.
     audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept; more when
         something speaks against it. 0: none.
     audit_time: what audits may take, as a share of the seconds that near hits have saved, before no more than
         audit_share are made.
+    exact_audits: how many exact hits on entries that this opening has not computed itself are recomputed and compared,
+        for each bank and model, before others are believed. 0: none.
+    exact_audit_share: at most this share of the later exact hits is recomputed too, at random. 0: none.
+    exact_audit_time: what audits of exact hits may take, as a share of the seconds that hits have saved, before no
+        random ones are made; nor are there any while they have taken 2 % of the seconds of all calls.
+    on_mismatch: what follows when an audit of an exact hit finds another result than the stored one: "error" raises
+        ModelMismatch, in this call and in all later ones; "bypass" warns once, and the model answers everything. Either
+        way nothing more is reused or stored in this opening.
     recalibrate: whether a calibration is made again, in the background, when the cache has doubled.
     stand_aside: whether entries of a bank are left alone while loading them takes longer than computing them; a few are
         still looked up, to notice when that changes. False: what is stored is always reused.
@@ -97,8 +110,13 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
+    near_repeats: int | None = 1
     audit_share: float = 0.02
     audit_time: float = 0.25
+    exact_audits: int = 4
+    exact_audit_share: float = 1 / 2000
+    exact_audit_time: float = 0.01
+    on_mismatch: OnMismatch = "error"
     recalibrate: bool = True
     stand_aside: bool = True
     commit_seconds: float = 60.0
@@ -118,10 +136,20 @@ class CacheConfig:
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
         if self.reuse == "layer" and self.layers == "output":
             raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+        if self.near_repeats is not None and (type(self.near_repeats) is not int or self.near_repeats < 1):
+            raise ConfigError(f"near_repeats is a whole number of at least 1, or None, got {self.near_repeats!r}")
         if not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share is a share of near hits in [0, 1], got {self.audit_share}")
         if not self.audit_time >= 0:
             raise ConfigError(f"audit_time is a share of the seconds saved, at least 0, got {self.audit_time}")
+        if type(self.exact_audits) is not int or self.exact_audits < 0:
+            raise ConfigError(f"exact_audits is a whole number of hits, 0 for none, got {self.exact_audits!r}")
+        if not 0 <= self.exact_audit_share <= 1:
+            raise ConfigError(f"exact_audit_share is a share of exact hits in [0, 1], got {self.exact_audit_share}")
+        if not self.exact_audit_time >= 0:
+            raise ConfigError(
+                f"exact_audit_time is a share of the seconds saved, at least 0, got {self.exact_audit_time}"
+            )
         if type(self.prefix_block) is not int or not 0 <= self.prefix_block <= 1024:
             raise ConfigError(f"prefix_block is a whole number of tokens from 0 to 1024, got {self.prefix_block!r}")
         for name, allowed in (
@@ -133,6 +161,7 @@ class CacheConfig:
             ("reading", get_args(Reading)),
             ("policy", get_args(Policy)),
             ("reuse", get_args(Reuse)),
+            ("on_mismatch", get_args(OnMismatch)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -1,7 +1,8 @@
 """Evidence that nothing fitted has seen: the entries of a cache looked up among the others, fold by fold.
 
-In each fold everything is fitted on the other folds: predictor, voting, head where it can be, and the gate on what
-those folds' own look-ups gave.
+In each fold predictor and head are fitted on the other folds. Settings that look at no drift are the same in all
+folds and in the cache that answers afterwards: kind, kernel width and penalty of the predictor, and how neighbours are
+weighed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmcache.correction import NEIGHBOURS, Voting, choose_voting, corrected, evidence, mixtures, unit_norm, units
 from llmcache.errors import ConfigError
-from llmcache.gate import Gate, fit_gate
+from llmcache.gate import safety
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.vectors import VectorIndex, kind_at_hand
 from llmcache.predictor import LEAST, Predictor, fit
@@ -127,7 +128,12 @@ class Memory:
         kind: str | None = None,
         predictions: Floats | None = None,
     ) -> None:
-        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known."""
+        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known.
+
+        ConfigError: there are no entries.
+        """
+        if not len(entries):
+            raise ConfigError("there are no entries to look among; fill the cache first")
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
         # not unit vectors beside them: those would be as many bytes again to hold, and to read for each document
@@ -137,9 +143,15 @@ class Memory:
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
-    def fit(cls, entries: Entries, seed: int = 0, voting: Voting | None = None) -> Memory:
-        """voting: None uses the defaults."""
-        return cls(entries, fit(entries.features, entries.outputs, seed=seed), voting or Voting())
+    def fit(
+        cls, entries: Entries, seed: int = 0, voting: Voting | None = None, like: Predictor | None = None
+    ) -> Memory:
+        """A memory of entries with a predictor fitted to them.
+
+        voting: None uses the defaults. like: see `predictor.fit`.
+        """
+        predictor = fit(entries.features, entries.outputs, seed=seed, like=like)
+        return cls(entries, predictor, voting or Voting())
 
     def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
         """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
@@ -205,26 +217,32 @@ def _asked(features: Floats | Tensor, tokens: Tokens) -> Entries:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """What cross-fitting gives, one place per entry: drift and score for `calibration.choose`, and their sources.
+    """Drift and score of documents that were looked up among entries without them, for `calibration.choose`.
 
-    found: what their look-ups gave; fold: int8 [n]; gate: fitted on all of them, for use on documents that are none of
-    them.
+    drift: float64 [n] in [0, 1], of each document were it reused. score: float64 [n], of `gate.safety`.
+    found: what their look-ups gave. fold: int8 [n], the fold each document was looked up in; all 0 without folds.
     """
 
     drift: NDArray[np.float64]
     score: NDArray[np.float64]
     found: Found = field(repr=False)
     fold: NDArray[np.int8] = field(repr=False)
-    gate: Gate = field(repr=False)
 
 
 def cross_fit(
-    entries: Entries, judge_of: Callable[[Rows], Judge], *, folds: int = 5, seed: int = 0, voting: Voting | None = None
+    entries: Entries,
+    judge_of: Callable[[Rows], Judge],
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    voting: Voting | None = None,
+    like: Predictor | None = None,
 ) -> Held:
     """Every entry as if it were asked and not known, with all that is fitted coming from the other folds.
 
     judge_of: the judge for some entries (by row): fits the head to them where it can be fitted again. A head that was
-    trained on the entries judges them too kindly; give documents it has not seen, then.
+    trained on the entries judges them too kindly; give documents it has not seen, then. like: the predictor that
+    answers later, whose settings those of the folds take.
     ConfigError: too few entries for so many folds.
     """
     if folds < 2 or len(entries) * (folds - 1) // folds < LEAST:
@@ -234,20 +252,21 @@ def cross_fit(
     for number in range(folds):
         apart, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         judge = judge_of(rest)
-        found = Memory.fit(entries.take(rest), seed, voting).look_up(entries.take(apart), judge.scores)
+        found = Memory.fit(entries.take(rest), seed, voting, like).look_up(entries.take(apart), judge.scores)
         found = Found(found.results, rest[found.neighbours], found.similarities, found.evidence)
         parts.append((apart, found, judge.drift(entries.outputs[apart], found.results)))
     order = np.argsort(np.concatenate([apart for apart, _, _ in parts]))
     drift = np.concatenate([moved for _, _, moved in parts])[order]
-    whole = (np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__)
-    return _held(Found(*whole), drift, fold)
+    columns = (np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__)
+    whole = Found(*columns)
+    return Held(drift, safety(whole.evidence), whole, fold)
 
 
-def ask(memory: Memory, sample: Entries, judge: Judge, *, folds: int = 5, seed: int = 0) -> Held:
-    """The same for documents that are not in the cache (`unseen`): only the gate is fitted, and cross-fitted."""
+def ask(memory: Memory, sample: Entries, judge: Judge) -> Held:
+    """Documents that are not in the cache (`unseen`), looked up in the memory that answers: nothing is fitted."""
     found = memory.look_up(sample, judge.scores)
-    fold = np.random.default_rng(seed).permutation(np.arange(len(sample)) % folds).astype(np.int8)
-    return _held(found, judge.drift(sample.outputs, found.results), fold)
+    drift = judge.drift(sample.outputs, found.results)
+    return Held(drift, safety(found.evidence), found, np.zeros(len(sample), np.int8))
 
 
 def unseen(sample: NDArray[np.uint64], known: NDArray[np.uint64]) -> Rows:
@@ -263,14 +282,6 @@ def unseen(sample: NDArray[np.uint64], known: NDArray[np.uint64]) -> Rows:
             "cache's own entries (no sample), or give documents that it does not hold"
         )
     return places
-
-
-def _held(found: Found, drift: NDArray[np.float64], fold: NDArray[np.int8]) -> Held:
-    seen, score = found.evidence, np.empty(len(drift))
-    for number in np.unique(fold):
-        apart = fold == number
-        score[apart] = fit_gate(seen[~apart], drift[~apart])(seen[apart])
-    return Held(drift, score, found, fold, fit_gate(seen, drift))
 
 
 def held_out_voting(entries: Entries, seed: int = 0) -> Voting:

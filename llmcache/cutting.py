@@ -18,6 +18,7 @@ from llmcache.document import Document
 from llmcache.errors import ConfigError
 from llmcache.parts import Cut
 from llmcache.provenance import Result
+from llmcache.tokenizing import private_copy
 
 Cutting: TypeAlias = Callable[[str], Iterable["Chunk | str | tuple[int, int]"]]
 """The user's own chunks of a text: as Chunks, as (start, end), or as parts of the text in their order."""
@@ -73,7 +74,7 @@ class Fitting:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
-        self._slow: Any = model.tokenizer
+        self._tokenizer: Any = model.tokenizer
         self._prompt = prompt or ""
         self.most: int | None = model.max_seq_length
         """Tokens that the model reads of a text; None where it has no limit."""
@@ -84,7 +85,8 @@ class Fitting:
         prompted = [self._prompt + text for text in texts]
         if self._fast is not None:
             return [len(one) for one in self._fast.encode_batch_fast(prompted)]
-        return [len(one) for one in self._slow(prompted)["input_ids"]]
+        with private_copy(self._tokenizer) as slow:
+            return [len(ids) for ids in slow(prompted, padding=False, truncation=False)["input_ids"]]
 
     def too_long(self, texts: Sequence[str]) -> list[bool]:
         """Whether the model would not read each text to its end. Chunks that come again are not counted again."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmcache.batching import batching_of
 from llmcache.errors import ConfigError
 from llmcache.intake import check_many
+from llmcache.standins import OwnHook
 
 Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -257,7 +258,11 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if not isinstance(decoder, torch.nn.Module):
         return _logits(model, call)[rows.to(model.device), columns.to(model.device)]
-    hooks = decoder.register_forward_pre_hook(enter), decoder.register_forward_hook(pick)
+    # other threads may run the model meanwhile, and a copy of it may be made: neither is to have its states picked
+    hooks = (
+        decoder.register_forward_pre_hook(OwnHook(decoder, enter)),
+        decoder.register_forward_hook(OwnHook(decoder, pick)),
+    )
     try:
         logits = _logits(model, call)
     finally:

@@ -34,16 +34,22 @@ _HARMLESS_MODEL = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
 Digests: TypeAlias = dict[tuple[Any, ...], str]
-"""Digests of tensors by where they lie, valid while none of them is written to or released."""
+"""sha256 of tensors by their contents: checksum of the bytes, dtype, shape and strides."""
 
 
-def tensor_digests(tensors: Mapping[str, Tensor], known: Digests | None = None) -> dict[str, str]:
+def tensor_digests(
+    tensors: Mapping[str, Tensor], checksums: Mapping[str, bytes] | None = None, known: Digests | None = None
+) -> dict[str, str]:
     """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time.
 
-    known: what was hashed before, which is not hashed again; filled.
+    checksums: of the same tensors (`Contents.checksums`). known: digests of tensors with these checksums, which are not
+    hashed again; filled.
     """
     known = {} if known is None else known
-    places = {n: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
+    if checksums is None:
+        places: dict[str, tuple[Any, ...]] = {name: _place(one) for name, one in tensors.items()}
+    else:
+        places = {name: _contents(one, checksums[name]) for name, one in tensors.items()}
     largest = sorted(tensors, key=lambda name: -tensors[name].numel())
     distinct = {places[name]: tensors[name] for name in largest if places[name] not in known}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
@@ -51,8 +57,30 @@ def tensor_digests(tensors: Mapping[str, Tensor], known: Digests | None = None) 
     return {name: known[places[name]] for name in tensors}
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common only if they are the same numbers, while both are alive."""
+    if not _is_plain(tensor):
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _contents(tensor: Tensor, checksum: bytes) -> tuple[Any, ...]:
+    return checksum, tensor.dtype, tensor.shape, tensor.stride() if _is_plain(tensor) else type(tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    import torch
+
+    wraps = hasattr(tensor, "__tensor_flatten__") or tensor.is_quantized
+    return tensor.layout is torch.strided and not wraps
+
+
 def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(_raw(tensor)).hexdigest()
+    if _is_plain(tensor):
+        return hashlib.sha256(_raw(tensor)).hexdigest()
+    from llmcache.contents import parts_of
+
+    return sha(*(part for one in parts_of(tensor) for part in (described(one), _raw(one)))).hex()
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -135,21 +163,32 @@ def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
         return None
 
 
-def remembered_digests(tensors: Mapping[str, Tensor], files: ModelFiles) -> dict[str, str]:
-    """`tensor_digests`, from an earlier call for the same files where there is one."""
+def remembered_digests(
+    tensors: Mapping[str, Tensor], files: ModelFiles, checksums: Mapping[str, bytes]
+) -> dict[str, str]:
+    """`tensor_digests`, from an earlier call for the same files where there is one.
+
+    checksums: of the tensors. A digest is believed for a tensor of the very bytes that it was taken of, and no other.
+    """
     key = sha(canonical([files.facts, [package_version(one) for one in PACKAGES]]), _glimpse(tensors)).hex()
+    known: dict[str, list[str]] = {}
     try:
         path = _digest_folder() / f"{key}.json"
         raw = json.loads(path.read_bytes())
         if raw["check"] == sha(canonical(raw["tensors"])).hex() and set(raw["tensors"]) == set(tensors):
             with contextlib.suppress(OSError):
                 os.utime(path)  # what is in use is forgotten last
-            return dict(raw["tensors"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+            known = {name: [*map(str, pair)] for name, pair in raw["tensors"].items()}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         pass  # nothing there, or nothing that can be believed
-    digests = tensor_digests(tensors)
+    digests = {n: pair[1] for n, pair in known.items() if len(pair) == 2 and pair[0] == checksums[n].hex()}
+    if len(digests) == len(tensors):
+        return digests
+    rest = {name: one for name, one in tensors.items() if name not in digests}
+    digests |= tensor_digests(rest)
+    pairs = {name: [checksums[name].hex(), digests[name]] for name in tensors}
     with contextlib.suppress(OSError, RuntimeError):
-        _write(_digest_folder(), f"{key}.json", {"check": sha(canonical(digests)).hex(), "tensors": digests})
+        _write(_digest_folder(), f"{key}.json", {"check": sha(canonical(pairs)).hex(), "tensors": pairs})
     return digests
 
 
@@ -160,6 +199,9 @@ def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
     """
     seen = hashlib.sha256()
     for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            seen.update(framed(name.encode(), str(type(tensor)).encode()))
+            continue
         flat = tensor.reshape(-1)
         ends = bytes(_raw(flat[:64])), bytes(_raw(flat[-64:]))
         seen.update(framed(name.encode(), described(tensor), *ends))

@@ -36,7 +36,7 @@ class Distilled:
         width = len(predictor.offset)
         mine = self._bank(width)
         found, keys = np.zeros((len(rows), width), np.float32), bank.keys(rows)
-        there = mine.find(keys)
+        there = mine.find(keys) if mine.facts.width == width else np.full(len(rows), -1)
         known = np.flatnonzero(there >= 0)
         reading = mine.read(there[known], count=False)
         found[known] = np.asarray(reading.values)
@@ -44,7 +44,7 @@ class Distilled:
         if not len(missing):
             return found
         found[missing] = rounded(predictor(features[missing]))
-        if self._kept and self._store.writable:
+        if self._kept and self._store.writable and mine.facts.width == width:
             mine.put(
                 keys[missing], found[missing], tokens=[np.zeros(0, np.int32)] * len(missing),
                 sources=bank.sources(rows[missing]),

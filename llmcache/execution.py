@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,24 +16,33 @@ from numpy.typing import NDArray
 from llmcache.begun import one_ahead
 from llmcache.computing import Model, compute
 from llmcache.config import CacheConfig
-from llmcache.errors import ConfigError
+from llmcache.digests import sha
 from llmcache.fingerprint import features_on
+from llmcache.hit_audits import AuditedHits, Window
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import Marks
 from llmcache.indexes.records import Keys
 from llmcache.keys import Seed, key_seed, text_keys, token_keys
+from llmcache.layerwise import Asking, asked_with, near_layers
 from llmcache.levels import DeviceAnswers, Levels, levels_of
+from llmcache.marking import FieldDigests, scope_of
 from llmcache.matching import EXACT, MISS, NEAR, Answers, exact_by_tokens, first_occurrences, near
+from llmcache.numerics import running_mode
 from llmcache.ondevice import place_of
+from llmcache.pace import Pace
+from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Near, Reuse
-from llmcache.states import bank_name
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
+from llmcache.uncached import answer_by_model, seconds_again
+from llmcache.worth import sample
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
 
 _WINDOW = 8192  # documents that are tokenised, looked up and length-sorted together
 _AHEAD = ("cuda",)  # devices beside which the host tokenises
 _BATCHES = 4  # in a window there
+_PROBED = 16  # documents that are computed again to measure the model's pace, where nothing was computed yet
 
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -104,8 +114,14 @@ class Execution:
         self._storing, self.bank, self._inside = storing, bank, inside
         self.embedding = model.token_embedding()
         self.counters = storing.counters
-        self._worth = storing.worth(bank, name, self._again)
+        self._worth = storing.worth(bank, name, partial(seconds_again, model, bank))
+        self._exact_audits = storing.exact_audits
+        self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._near_reuse: Reuse | None = None
+        self._pace = Pace(self._probe)
+        self.near_answers = NearAnswers(config.near_repeats)
+        self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
+        """Digests of what the guard compares, of the texts that are stored here and asked for."""
         self.levels: Levels | None = None
         """Memory above the bank's files; None before it is wanted."""
         self._levels_for: torch.device | None = None
@@ -120,11 +136,14 @@ class Execution:
     @reuse.setter
     def reuse(self, reuse: Reuse | None) -> None:
         self._near_reuse = reuse
+        if reuse is not None:
+            reuse.pace = self._pace
 
     def answers(self, call: Call) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
 
-        A call that is interrupted counts the documents that were answered until then.
+        A call that is interrupted counts the documents that were answered until then. ModelMismatch when an audit finds
+        that stored results are not the model's; with `on_mismatch="bypass"` all documents are computed instead.
         """
         counters, answered, computed = self.counters, 0, 0
 
@@ -133,8 +152,9 @@ class Execution:
             answered, computed = answered + more, computed + by_model
             call.progress(more, by_model)
 
+        told = replace(call, progress=advance)
         try:
-            return self._answers(replace(call, progress=advance))
+            return self._exact_audits.answered(lambda: self._answers(told), lambda: self._uncached(told))
         except BaseException:
             counters.documents += answered
             counters.misses += computed
@@ -146,18 +166,31 @@ class Execution:
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         tried = distinct[self._tried(answers, keys[distinct])]
-        rest = self._exact(answers, tried, self.bank.find_text(keys[tried]))
+        rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
         self.counters.exact_text += len(tried) - len(rest)
         left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
         call.progress(len(call.texts) - len(rest) - len(left), 0)
-        self._past(answers, call, left)
+        answer_by_model(answers, call, left, self._model, self.counters)
+        self.counters.left_alone += len(left)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+            copies = np.bincount(first, minlength=len(first))
             for window, tokens in self._windows(call, rest):
-                self._answer_unknown(answers, call, window, keys[window], tokens)
+                self._answer_unknown(answers, call, window, keys[window], tokens, copies[window])
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
+        return answers
+
+    def _uncached(self, call: Call) -> Answers:
+        """Outputs of the model alone, for all texts of the call; each distinct text is computed once."""
+        answers = Answers.empty(len(call.texts), self.bank.facts.width)
+        distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
+        answer_by_model(answers, call, distinct, self._model, self.counters)
+        repeats = np.flatnonzero(first != np.arange(len(first)))
+        answers.repeat(repeats, first[repeats])
+        self.counters.bypassed += len(call.texts)
+        self._count(call, answers, len(repeats), 0.0)
         return answers
 
     def _empty(self, call: Call) -> Answers:
@@ -172,8 +205,13 @@ class Execution:
         return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: Call) -> Seed:
-        """What all keys of a call begin with: the one place where keys of any kind get model and secret."""
-        return key_seed(self._digest, kind, call.role, call.prompt, self._secret)
+        """What all keys of a call begin with: the one place where keys of any kind get model, mode and secret."""
+        return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
+
+    def digest(self) -> bytes:
+        """32 bytes: of the model, and of the settings of the process that decide its results, such as autocast."""
+        mode = running_mode(self.embedding.device.type)
+        return sha(self._digest, mode.encode()) if mode else self._digest
 
     @property
     def model(self) -> Model:
@@ -184,6 +222,19 @@ class Execution:
         """What the keys of this call's "text" or "tokens" begin with."""
         return self._seed(kind, call)
 
+    def scope(self, call: Call) -> int:
+        """Which entries may answer near matches of this call: those stored with the same number in their marks.
+
+        It comes from the same bytes as the keys, so whatever decides which entries match exactly decides this too.
+        """
+        return scope_of(self._seed("scope", call))
+
+    def marks(self, call: Call, places: Places) -> Marks | None:
+        """Marks of the entries that are made of these documents; None where nothing is stored, or found by likeness."""
+        if not self._storing.store.writable or not self.bank.facts.feature_width:
+            return None
+        return self.fields.marks(self.scope(call), [call.texts[i] for i in places.tolist()])
+
     def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
         call = Call([text], None, prompt, role)
@@ -191,10 +242,10 @@ class Execution:
         by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
         return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
 
-    def rows(self, texts: Sequence[str], prompt: str | None) -> Places:
-        """Rows of texts that the bank holds, -1 elsewhere; int64 [n]."""
-        tokens = self._model.tokenise(texts, prompt, None)
-        seed = self._seed("tokens", Call(texts, None, prompt))
+    def rows(self, texts: Sequence[str], call: Call) -> Places:
+        """Rows of texts that the bank holds for the role and prompt of a call, -1 elsewhere; int64 [n]."""
+        tokens = self._model.tokenise(texts, call.prompt, call.role)
+        seed = self._seed("tokens", call)
         return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
 
     def _tried(self, answers: Answers, keys: Keys) -> Places:
@@ -205,34 +256,23 @@ class Execution:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
 
-    def _exact(self, answers: Answers, places: Places, rows: Places) -> Places:
-        """Serve the places that have a row; returns those that have none, or one that could not be read, in order."""
+    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, window: Window | float) -> Places:
+        """Serve the places that have a row; returns those that have none, or one that could not be read, in order.
+
+        A few of them are audited: ModelMismatch. window: see `AuditedHits.audit`.
+        """
         found = rows >= 0
         with self._worth.loading(rows[found], _levels(answers)):
             lost = answers.serve(places[found], rows[found], self.bank, EXACT)
+        served = places[found] if not len(lost) else np.delete(places[found], lost)
+        self._hits.audit(answers, served, call, window)
         return places[~found | np.isin(places, places[found][lost])] if len(lost) else places[~found]
 
-    def _past(self, answers: Answers, call: Call, places: Places) -> None:
-        """Compute documents without looking at the bank, and without keeping them: while it does not pay."""
-        for start in range(0, len(places), _WINDOW):
-            part = places[start : start + _WINDOW]
-            part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
-            tokens = self._model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
-            for done in compute(self._model, tokens, call.batch_size, call.role):
-                answers.outputs[part[done.chosen]] = done.outputs
-                answers.kept(part[done.chosen], done.vectors)
-                self.counters.model_seconds += done.seconds
-                self.counters.left_alone += len(done.chosen)
-                call.progress(len(done.chosen), len(done.chosen))
-
-    def _again(self, rows: Places) -> float:
-        """Seconds the model takes for documents of the bank, computed again."""
-        ids = [self.bank.tokens(int(row)) for row in rows]
-        try:
-            like = self._model.tokenise(["a"], None, None).like(ids)
-        except ConfigError:  # it takes more than token ids: what was recorded has to do
-            return self.bank.cost(rows)
-        return sum(done.seconds for done in compute(self._model, like, len(ids), None))
+    def _probe(self) -> tuple[int, float]:
+        """Tokens of a few documents of the bank, and seconds the model takes to compute them again."""
+        rows = sample(self.bank)[:_PROBED]
+        tokens = sum(len(ids) for ids in self.bank.tokens_of(rows))
+        return tokens, seconds_again(self._model, self.bank, rows)
 
     def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Documents that are tokenised, looked up and length-sorted together.
@@ -249,27 +289,44 @@ class Execution:
 
         return zip(parts, one_ahead(tokenised, parts) if ahead else map(tokenised, parts), strict=True)
 
-    def _answer_unknown(self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows) -> None:
-        """Answer documents whose text is not known: by their tokens, by a near match, or by the model."""
+    def _answer_unknown(
+        self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows, copies: Places
+    ) -> None:
+        """Answer documents whose text is not known: by their tokens, by a near match, or by the model.
+
+        copies: int64 [n], how often the call has each text.
+        """
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
-        todo = distinct[np.isin(places[distinct], self._exact(answers, places[distinct], rows))]
+        todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows, (places, tokens)))]
+        if len(todo):  # before anything that is near is given, and before anything is stored beside what is there
+            self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
         raw = drawn.cpu().numpy()
         audited: _Audited | None = None
-        if len(todo) and self.reuse is not None:
-            asked = raw if self.reuse.place is None else drawn
-            open_, audited = self._reuse(answers, places[todo], [tokens.ids[i] for i in todo], asked)
-            call.progress(len(todo) - len(open_), 0)
-            todo, raw = todo[open_], raw[open_]
+        reuse = self.reuse
+        if len(todo) and reuse is not None:
+            if reuse.scope == self.scope(call):
+                asked = raw if reuse.place is None else drawn
+                texts = [call.texts[i] for i in places[todo].tolist()]
+                same = np.bincount(first, copies, minlength=len(first)).astype(np.int64)
+                ids = [tokens.ids[i] for i in todo]
+                open_, audited = self._reuse(answers, places[todo], keys[todo], same[todo], ids, asked, texts)
+                call.progress(len(todo) - len(open_), 0)
+                todo, raw = todo[open_], raw[open_]
+            else:
+                reuse.foreign += len(todo)
         elif len(todo) and self.config.reuse != "exact" and (self.config.tau is not None or self.config.layer_tau):
             if self.config.reuse == "layer":
-                open_ = self._near_layers(answers, call, places[todo], tokens.take(todo.tolist()), raw)
+                with self._inside() as attachment, asked_with(attachment, call):
+                    asking = Asking(call, places[todo], tokens.take(todo.tolist()), raw)
+                    open_ = near_layers(attachment, self._model, self.config, self.counters, answers, asking)
             else:
-                open_ = self._near(answers, places[todo], drawn if self.bank.near.takes_tensors else raw)
+                asked = drawn if self.bank.near.takes_tensors else raw
+                open_ = self._near(answers, places[todo], asked, self.scope(call))
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
         unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
@@ -281,11 +338,11 @@ class Execution:
         others = np.setdiff1d(np.arange(len(places)), todo)
         self._storing.alias(self.bank, text_keys[others], keys[others])
 
-    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32] | torch.Tensor) -> Places:
-        """Serve near matches; returns the indices into `places` that stay open."""
+    def _near(self, answers: Answers, places: Places, raw: NDArray[np.float32] | torch.Tensor, scope: int) -> Places:
+        """Serve near matches from entries of this scope; returns the indices into `places` that stay open."""
         if self.config.tau is None:
             return np.arange(len(places))
-        rows, similarity = near(self.bank, raw, self.config.tau)
+        rows, similarity = near(self.bank, raw, self.config.tau, scope)
         self._storing.history.similar(similarity, rows >= 0)
         found = np.flatnonzero(rows >= 0)
         lost = answers.serve(places[found], rows[found], self.bank, NEAR)
@@ -297,18 +354,26 @@ class Execution:
         self,
         answers: Answers,
         places: Places,
+        keys: Keys,
+        copies: Places,
         tokens: Sequence[NDArray[np.int32]],
         raw: NDArray[np.float32] | torch.Tensor,
+        texts: Sequence[str],
     ) -> tuple[Places, _Audited | None]:
-        """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open."""
+        """Serve what calibrated reuse lets through, but for a share; the indices into `places` that stay open.
+
+        keys: of the documents. copies: requests of this call that each of them answers.
+        """
         reuse = self.reuse
         assert reuse is not None
         tried = reuse.tried(len(places))
+        tried = tried[self.near_answers.allowed(keys[tried], copies[tried])]
         if not len(tried):
             return np.arange(len(places)), None
         reuse.refresh()  # its time is that of opening, not of a look-up
         began = time.perf_counter()
-        near = reuse.look_up(raw[tried], [tokens[i] for i in tried.tolist()])
+        chosen = tried.tolist()
+        near = reuse.look_up(raw[tried], [tokens[i] for i in chosen], [texts[i] for i in chosen])
         self._storing.history.similar(near.closest, near.gate == TAKEN)
         reuse.watch(near.closest)
         again = reuse.chosen_for_audit(near)
@@ -321,12 +386,15 @@ class Execution:
         answers.tier[where], answers.row[where] = NEAR, near.rows[served]
         answers.similarity[where], answers.consensus[where] = near.similarity[served], near.consensus[served]
         self.bank.used(near.rows[served])
+        self.near_answers.add(keys[tried[served]], copies[tried[served]])
+        lengths = np.array([len(tokens[i]) for i in tried.tolist()])
         seconds = time.perf_counter() - began
         counters = self.counters
         counters.near_asked += len(tried)
         counters.near_seconds += seconds
-        counters.near_saved_seconds += self.bank.cost(near.rows[served])
-        counters.audit_seconds += reuse.paid(len(tried), near.rows[served], seconds, near.rows[again])
+        saved, audits = reuse.paid(len(tried), int(lengths[served].sum()), seconds, int(lengths[again].sum()))
+        counters.near_saved_seconds += saved
+        counters.audit_seconds += audits
         return np.setdiff1d(np.arange(len(places)), tried[served]), _Audited(places[tried], near, again)
 
     def _audit(self, answers: Answers, asked: int, audited: _Audited) -> None:
@@ -338,46 +406,19 @@ class Execution:
         self.counters.audits += len(drift)
         self.counters.audited_drift += float(drift.sum())
 
-    def _near_layers(
-        self, answers: Answers, call: Call, places: Places, tokens: TokenRows, raw: NDArray[np.float32]
-    ) -> Places:
-        """Serve near matches by the paper's rule: the state of the deepest layer whose tau is reached, and on from it.
-
-        Everything above a state is a function of it, so this is the neighbour's output, computed from that layer on.
-        """
-        open_ = np.arange(len(places))
-        with self._inside() as attachment:
-            for layer in reversed(attachment.banks.layers):
-                tau = self.config.layer_tau.get(layer, self.config.tau)
-                if tau is None or not len(open_):
-                    continue
-                rows, similarity = near(attachment.banks.banks[layer], raw[open_], tau)
-                found = np.flatnonzero(rows >= 0)
-                bank = attachment.banks.banks[layer]
-                neighbours = tokens.like([bank.tokens(int(row)) for row in rows[found]])
-                attachment.up_to = layer
-                try:
-                    for done in compute(self._model, neighbours, call.batch_size, call.role):
-                        where = places[open_[found[done.chosen]]]
-                        answers.taken_over(where, done.outputs, attachment.entered, attachment.entries)
-                        answers.similarity[where] = similarity[found[done.chosen]]
-                finally:
-                    attachment.up_to = None
-                self.counters.layer(bank_name(layer)).near += len(found)
-                open_ = np.delete(open_, found)
-        return open_
-
     def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
-        with self._inside() as attachment:
+        with self._inside() as attachment, asked_with(attachment, call):
             for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
                 chosen, where = done.chosen, unknown.places[done.chosen]
                 answers.kept(where, done.vectors)
-                if attachment is None:
+                passed = None if attachment is None else attachment.last_pass()
+                if passed is None:
                     answers.outputs[where] = done.outputs
                     self.counters.model_seconds += done.seconds
-                else:  # which counts the seconds itself
-                    answers.computed(where, done.outputs, attachment.entered, attachment.entries)
+                    self._pace.observe(len(chosen), int(lengths[chosen].sum()), done.seconds)
+                else:  # the attachment counts the seconds itself
+                    answers.computed(where, done.outputs, *passed)
                 self._storing.put(
                     self.bank,
                     unknown.keys[chosen],
@@ -387,7 +428,9 @@ class Execution:
                     sources=[call.ids[i] if call.ids else "" for i in where],
                     features=unknown.features[chosen],
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
+                    marks=self.marks(call, where),
                 )
+                self._hits.computed(unknown.keys[chosen])
                 call.progress(len(chosen), len(chosen))
 
     def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:

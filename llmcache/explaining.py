@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.execution import Execution
+from llmcache.execution import Call, Execution
 from llmcache.fingerprint import features
 from llmcache.indexes.bank import Bank
 from llmcache.matching import exact_by_tokens
 from llmcache.reuse import ALONE, GATES, GUARDED, LOW, QUARANTINED, TAKEN, Decode, Reuse
+from llmcache.tokens import TokenRows
 
 SHOWN = 5
 """Neighbours that are named."""
@@ -55,6 +56,7 @@ class Explanation:
 def explain(execution: Execution, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
     """Look a text up as a call would, without computing or storing anything."""
     bank, config, reuse = execution.bank, execution.config, execution.reuse
+    scope = execution.scope(Call([text], None, prompt, role))
     by_text, by_tokens, tokens = execution.keys_of(text, prompt, role)
     for why, row in (
         ("the same text is stored", int(bank.find_text(by_text)[0])),
@@ -64,21 +66,35 @@ def explain(execution: Execution, text: str, prompt: str | None, role: str | Non
             return Explanation("exact", why, _named(bank, [row], [1.0], decode))
     raw = features(execution.embedding, tokens.ids, config.fingerprint)
     if reuse is not None:
-        return _calibrated(bank, reuse, raw, tokens.ids, decode)
-    rows, similarity = (one[0] for one in bank.nearest(raw, SHOWN))
-    found = _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
+        if reuse.scope == scope:
+            found = _calibrated(bank, reuse, raw, tokens, text, decode)
+            if found.tier == "near" and not execution.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]:
+                why = "it was answered near before in this opening: asked again it is computed and stored"
+                return replace(found, tier="miss", why=why, gates=(*found.gates, ("repeats", False)))
+            return found
+        why = "near reuse is calibrated for another role or prompt than this text's; see `llmcache calibrate`"
+        return Explanation("miss", reuse.off or why, _nearest(bank, raw, scope, decode))
+    named = _nearest(bank, raw, scope, decode)
     if config.tau is None or config.reuse == "exact":
-        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", found)
-    near = bool(found) and found[0].similarity >= config.tau
+        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", named)
+    near = bool(named) and named[0].similarity >= config.tau
     why = f"the nearest entry is {'at' if near else 'below'} tau {config.tau:g}" + (" or above" if near else "")
-    return Explanation("near" if near else "miss", why, found, None, None, config.tau, (("tau", near),))
+    return Explanation("near" if near else "miss", why, named, None, None, config.tau, (("tau", near),))
+
+
+def _nearest(bank: Bank, raw: NDArray[np.float32], scope: int, decode: Decode) -> tuple[Neighbour, ...]:
+    """The nearest entries of a scope by fingerprint."""
+    rows, similarity = (one[0] for one in bank.nearest(raw, SHOWN, scope=scope))
+    return _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
 
 
 def _calibrated(
-    bank: Bank, reuse: Reuse, raw: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]], decode: Decode
+    bank: Bank, reuse: Reuse, raw: NDArray[np.float32], tokens: TokenRows, text: str, decode: Decode
 ) -> Explanation:
-    near = reuse.look_up(raw, tokens)
-    rows, similarity = (one[0, :SHOWN] for one in reuse.neighbours(raw, tokens))
+    if reuse.refresh() is None:
+        return Explanation("miss", reuse.off, gates=(("a neighbour", False),))
+    near = reuse.look_up(raw, tokens.ids, [text])
+    rows, similarity = (one[0, :SHOWN] for one in reuse.neighbours(raw, tokens.ids))
     gate, threshold, score = int(near.gate[0]), reuse.audits.threshold, float(near.score[0])
     decided = {ALONE: 1, LOW: 2, QUARANTINED: 3, GUARDED: 4, TAKEN: 5}[gate]
     names = ("a neighbour", "score", "quarantine", "guard")
@@ -98,7 +114,7 @@ def _calibrated(
 
 
 def _named(bank: Bank, rows: Sequence[int], similarity: Sequence[float], decode: Decode) -> tuple[Neighbour, ...]:
-    texts = decode([bank.tokens(row) for row in rows])
+    texts = decode([bank.tokens(row) for row in rows]) if len(rows) else []  # some tokenizers make one text of none
     return tuple(
         Neighbour(bank.source(row) or bank.key(row), text, near)
         for row, text, near in zip(rows, texts, similarity, strict=True)

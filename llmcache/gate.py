@@ -1,96 +1,50 @@
-"""Which hits to trust: a logistic gate over the evidence, and a linear picture of a head's decisions."""
+"""Which near hits to trust: a fixed score over their evidence, and a linear picture of a head's decisions.
+
+The score is a formula without fitted numbers. A gate that is fitted to the drift of the same documents that the bound
+is computed on gives too low a bound: with few drifted documents it finds, among the many directions of the evidence,
+one that is clean by luck in all of them, and cross-fitting does not remove that, since the luck is in every fold. A
+formula has the same scale in every fold of a calibration and when it answers.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.correction import EVIDENCE
+from llmcache.correction import DECIDED, EVIDENCE
 from llmcache.errors import ConfigError
 
-_PENALTY = 1.0  # of standardised weights: keeps the gate finite when no hit, or every hit, drifted
-_STEPS = 30
-_LEAST_DRIFTED = 5  # fewer cannot teach weights to so many columns
+_DISSIMILARITY = EVIDENCE.index("dissimilarity")
+_GAP = len(EVIDENCE) + DECIDED.index("gap")
+_TINY = 1e-12  # a gap of nothing has a score, far below all others
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gate:
-    """Evidence to a score, higher is safer: the negative log odds of drift.
+def safety(evidence: NDArray[np.floating]) -> Floats:
+    """Scores of near hits, higher is safer, float64 [n]; -inf where the evidence is not finite (no neighbour).
 
-    centre, scale, weights: float64 [columns]; offset: the score at the centre. Made by `fit_gate`.
+    evidence: [n, columns] of `correction.evidence`. The expected error of a result grows as the square root of
+    1 - similarity. With the columns of a head the score is log(gap / sqrt(1 - similarity)): by how many such errors the
+    two best classes are apart. Without them it is -log(1 - similarity).
+    ConfigError: the evidence has other columns.
     """
-
-    centre: Floats = field(repr=False)
-    scale: Floats = field(repr=False)
-    weights: Floats
-    offset: float
-
-    def __post_init__(self) -> None:
-        shapes = {self.centre.shape, self.scale.shape, self.weights.shape}
-        finite = all(np.isfinite(one).all() for one in self.to_arrays().values())
-        if len(shapes) != 1 or self.weights.ndim != 1 or not finite or not (self.scale > 0).all():
-            raise ConfigError(f"the arrays of a gate do not fit each other: {shapes}; calibrate again")
-
-    def __call__(self, evidence: NDArray[np.floating]) -> Floats:
-        """Scores, float64 [n], of evidence [n, columns]; -inf where it is not finite (no neighbour)."""
-        if evidence.ndim != 2 or evidence.shape[1] != len(self.weights):
-            raise ConfigError(f"the gate was fitted to {len(self.weights)} columns, evidence is {evidence.shape}")
-        usable = np.isfinite(evidence).all(axis=1)
-        scores = np.full(len(evidence), -np.inf)
-        scores[usable] = (evidence[usable] - self.centre) / self.scale @ self.weights + self.offset
-        return scores
-
-    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Everything as plain arrays, for a file without pickle."""
-        return {
-            "centre": self.centre, "scale": self.scale, "weights": self.weights, "offset": np.array([self.offset]),
-        }  # fmt: skip
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Gate:
-        """The inverse of `to_arrays`. ConfigError: arrays are missing or do not fit."""
-        if missing := sorted({"centre", "scale", "weights", "offset"} - set(arrays)):
-            raise ConfigError(f"these are not the arrays of a gate: {missing} missing; calibrate again")
-        centre, scale, weights = (np.asarray(arrays[name], np.float64) for name in ("centre", "scale", "weights"))
-        return cls(centre, scale, weights, float(np.asarray(arrays["offset"], np.float64).reshape(-1)[0]))
-
-
-def fit_gate(evidence: NDArray[np.floating], drift: NDArray[np.floating] | NDArray[np.bool_]) -> Gate:
-    """Ridge-penalised logistic regression of drift on evidence.
-
-    evidence: [n, columns]. drift: [n] in [0, 1]; between the two ends it counts in part. With hardly any drift to learn
-    from the score is the similarity's own column.
-    """
-    moved = np.asarray(drift, np.float64)
-    if len(evidence) != len(moved) or not len(moved):
-        raise ConfigError(f"a gate needs one drift per row of evidence, got {len(moved)} and {len(evidence)}")
-    if not np.isfinite(evidence).all() or not np.isfinite(moved).all():
-        raise ConfigError("evidence or drift hold numbers that are not finite; does the head give NaN?")
-    centre, spread = evidence.mean(axis=0, dtype=np.float64), evidence.std(axis=0, dtype=np.float64)
-    scale = np.where(spread > 1e-9, spread, 1.0)
-    columns = np.column_stack([(evidence - centre) / scale, np.ones(len(moved))])
-    weights = np.zeros(columns.shape[1])
-    if min(moved.sum(), (1 - moved).sum()) < _LEAST_DRIFTED:
-        weights[EVIDENCE.index("dissimilarity")] = 1.0
-        return Gate(centre, scale, -weights[:-1], 0.0)
-    penalty = np.full(len(weights), _PENALTY)
-    penalty[-1] = 1e-9
-    for _ in range(_STEPS):  # Newton's method; the penalty keeps it convex and the steps are clipped
-        odds = 1 / (1 + np.exp(-np.clip(columns @ weights, -30, 30)))
-        slope = columns.T @ (odds - moved) + penalty * weights
-        curvature = (columns * (odds * (1 - odds))[:, None]).T @ columns + np.diag(penalty)
-        step = np.linalg.solve(curvature, slope)
-        weights -= step * min(1.0, 5 / max(float(np.abs(step).max()), 1e-12))
-        if np.abs(step).max() < 1e-6:
-            break
-    return Gate(centre, scale, -weights[:-1], -float(weights[-1]))
+    if evidence.ndim != 2 or evidence.shape[1] not in {len(EVIDENCE), len(EVIDENCE) + len(DECIDED)}:
+        raise ConfigError(
+            f"evidence has {len(EVIDENCE)} columns, {len(DECIDED)} more with a head, got {evidence.shape}"
+        )
+    usable = np.isfinite(evidence).all(axis=1)
+    columns = evidence[usable].astype(np.float64)
+    scores = np.full(len(evidence), -np.inf)
+    if evidence.shape[1] > _GAP:
+        scores[usable] = np.log(np.maximum(columns[:, _GAP], _TINY)) - columns[:, _DISSIMILARITY] / 2
+    else:
+        scores[usable] = -columns[:, _DISSIMILARITY]
+    return scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)

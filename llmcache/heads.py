@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from llmcache.architecture import find_trunk
 from llmcache.attachment import Attachment
 from llmcache.computing import Model, Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
-from llmcache.digests import Digests
-from llmcache.errors import ConfigError
+from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.execution import Call, Execution, Progress
 from llmcache.fingerprint import feature_width
 from llmcache.gate import Boundary
-from llmcache.identity import Identity, identify
+from llmcache.identity import Identity
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.layers import Layers
 from llmcache.provenance import Result, Source, documents_of, results
@@ -45,14 +46,26 @@ class Head:
         self._takes = set(parameters)
         self._open = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
+    @property
+    def module(self) -> Module:
+        return self._model
+
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
         if isinstance(self._source, SentenceTransformer):
             return tokenise(self._source, texts, prompt, role)
         if self._tokenizer is None:
             raise ConfigError("texts need a tokenizer; open the cache with tokenizer=...")
-        limit = getattr(self._tokenizer, "model_max_length", None)
         texts = texts if prompt is None else [prompt + text for text in texts]
-        return tokenise_plainly(self._tokenizer, texts, limit if limit and limit < 1 << 30 else None)
+        return tokenise_plainly(self._tokenizer, texts, self.limit)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text that are read; None: all."""
+        if isinstance(self._source, SentenceTransformer):
+            found: int | None = self._source.max_seq_length
+            return found
+        limit = getattr(self._tokenizer, "model_max_length", None)
+        return limit if limit and limit < 1 << 30 else None
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
         self._model.eval()
@@ -84,16 +97,21 @@ class Heads:
         layers: Layers,
         config: CacheConfig,
         follow: Callable[[str, Execution], None],
+        check: Callable[[], None],
     ) -> None:
         """source: the cache's own model. follow: lets an execution go by what is calibrated for the bank of this name.
+
+        check: raises ModelMismatch when texts become other token ids by now.
 
         ConfigError when there is no head, or one cannot be run.
         """
         if not heads:
             raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
-        known: Digests = {}  # a head and its trunk, and heads on one trunk, have tensors in common
         trunks = {name: find_trunk(model) for name, model in heads.items()}
-        identities = {name: layers.identity(heads[name], trunk, known) for name, trunk in trunks.items()}
+        watches = {name: layers.watch(trunk.module) for name, trunk in trunks.items()}
+        identities = {name: watch.identity() for name, watch in watches.items()}
+        self._check = check
+        self._watches = {name: layers.watch(model, tokenizer) for name, model in heads.items()}
         depths = shared_depths(identities)
         self._executions: dict[str, Execution] = {}
         self._banks: dict[str, str] = {}
@@ -103,8 +121,9 @@ class Heads:
                 log.warning("the head %s shares no layer with another one; it is computed whole", name)
             if config.layers != "output":
                 kept |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
-            attachment = layers.attachment_at(trunks[name], identities[name], tuple(sorted(kept))) if kept else None
-            bank, execution = _execution(model, source, tokenizer, attachment, layers, config, known)
+            attachment = layers.attachment_at(trunks[name], watches[name], tuple(sorted(kept))) if kept else None
+            digest = self._watches[name].identity().digest
+            bank, execution = _execution(model, source, tokenizer, attachment, layers, config, digest)
             self._executions[name], self._banks[name] = execution, bank
             follow(bank, execution)
 
@@ -113,20 +132,41 @@ class Heads:
         ((name, execution),) = self._executions.items()
         return self._banks[name], execution
 
+    def check(self) -> None:
+        """ModelMismatch when a head, or what texts become, is not what it was when the heads were given."""
+        self._check()
+        for name, watch in self._watches.items():
+            before = watch.identity()
+            if watch.changed() and watch.identity().digest != before.digest:
+                raise ModelMismatch(
+                    f"the head {name!r} has changed while it ran: {watch.changes()}; run the heads again"
+                )
+
     def results(
-        self, documents: Iterable[Source], prompt: str | None, role: str | None, batch_size: int, progress: Progress
+        self,
+        documents: Iterable[Source],
+        prompt: str | None,
+        role: str | None,
+        batch_size: int,
+        progress: Progress,
+        calls: Callable[[], AbstractContextManager[Any]],
     ) -> Iterator[dict[str, Result]]:
-        """One result per head and document, in order."""
+        """One result per head and document, in order. calls: entered to answer documents, see `results`."""
         stream = documents_of(documents)
         while window := list(islice(stream, _WINDOW)):
-            found: dict[str, list[Result]] = {}
-            for name, execution in self._executions.items():
+            answered: dict[str, list[Result]] = {}
+            with calls():
+                self.check()
+                for name, execution in self._executions.items():
 
-                def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
-                    return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
+                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
+                        return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
 
-                found[name] = list(results(window, answer, execution.bank, "output", _WINDOW))
-            yield from (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+                    def bank(execution: Execution = execution) -> Bank:
+                        return execution.bank
+
+                    answered[name] = list(results(window, answer, bank, "output", _WINDOW))
+            yield from (dict(zip(answered, row, strict=True)) for row in zip(*answered.values(), strict=True))
 
 
 def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], int]:
@@ -149,10 +189,9 @@ def _execution(
     attachment: Attachment | None,
     layers: Layers,
     config: CacheConfig,
-    known: Digests,
+    digest: bytes,
 ) -> tuple[str, Execution]:
-    """The name of a head's bank, and what answers from it."""
-    digest = identify(model, tokenizer=tokenizer, known=known).digest
+    """The name of a head's bank, and what answers from it. digest: of the head's identity."""
     runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
     probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
     width = feature_width(runner.token_embedding(), config.fingerprint)

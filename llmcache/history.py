@@ -59,6 +59,8 @@ class History:
 
     def write(self) -> None:
         """Keep what was done so far beside the store."""
+        if self._store.read_only:
+            return
         if self._done and day_of(self._begin) != self._day():
             self._close()
         current = self._record()

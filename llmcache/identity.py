@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from llmcache.architecture import INDEXED, layer_places, layer_stacks, tensors_of, trunk_of
+from llmcache.architecture import INDEXED, layer_places, layer_stacks
 from llmcache.digests import (
     PACKAGES,
     Digests,
@@ -32,20 +32,20 @@ from llmcache.errors import ModelMismatch, SnapshotDamaged
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import Tensor
     from torch.nn import Module
+
+    from llmcache.description import Description
 
 _DIGESTS = ("config", "embeddings", "head", "tokenizer")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
-# parts of a configuration about training, about where a model came from, or what it returns beside its states
-_VOLATILE = re.compile(
-    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|"
-    r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|use_cache|"
-    r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*"
-)
-_ABOUT_HEAD = re.compile(r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|.*logit.*|task_.*")
+_ABOUT_HEAD = re.compile(
+    r"classifier.*|summary_.*|pooler_.*|num_labels|tie_word_embeddings|task_.*|(final_|output_)?logits?_.*|"
+    r"(max_)?logit_scale.*|num_logits_to_keep|contrastive_logits_.*"
+)  # and not attn_logit_softcapping, which every layer sees
 _ABOUT_DEPTH = re.compile(r"num_(hidden_|decoder_)?layers|n_layers?|(en|de)coder_layers")
+FORM = 2
+"""Version of what an identity covers; identities of different versions are never equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class Identity:
     pooling: settings of the pooling module; "none" where there is none.
     max_seq_length: tokens after which a document is cut; None is no limit.
     dtype, attention: of the weights, and attention implementation; "none" where there is no such thing.
+    form: version of what the digests cover.
     name, revision, versions: where it came from. They are shown, never compared.
     """
 
@@ -75,6 +76,7 @@ class Identity:
     default_prompt_name: str | None
     dtype: str
     attention: str
+    form: int = FORM
     name: str = field(default="", compare=False)
     revision: str = field(default="", compare=False)
     versions: tuple[tuple[str, str], ...] = field(default=(), compare=False)
@@ -82,11 +84,12 @@ class Identity:
     @property
     def digest(self) -> bytes:
         """32 bytes, sha256 over the fields that are compared."""
-        return sha(b"identity 1", *(canonical([one, getattr(self, one)]) for one in _HARD))
+        named = _HARD if self.form > 1 else [one for one in _HARD if one != "form"]
+        return sha(b"identity %d" % self.form, *(canonical([one, getattr(self, one)]) for one in named))
 
     def up_to(self, layer: int) -> bytes:
         """32 bytes, equal for models that give this layer's activations alike for the same token ids."""
-        return sha(b"layer 1", *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
+        return sha(b"layer %d" % self.form, *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as str, int, None and lists."""
@@ -96,6 +99,7 @@ class Identity:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Identity:
         """What `to_json` gave. SnapshotDamaged names a field that is missing, unknown, or of a wrong type."""
+        raw = {"form": 1, **raw}  # the first version had no such field
         known = {one.name for one in fields(cls)}
         wrong = sorted(known ^ set(raw)) or [one for one in raw if not _valid(one, raw[one])]
         if wrong:
@@ -116,6 +120,8 @@ def _valid(name: str, value: Any) -> bool:
     if name in ("prompts", "versions"):
         pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
         return pairs and all(isinstance(text, str) for one in value for text in one)
+    if name == "form":
+        return type(value) is int and 1 <= value <= FORM
     if name == "max_seq_length":
         return value is None or type(value) is int
     if name == "default_prompt_name" and value is None:
@@ -129,6 +135,8 @@ def difference(stored: Identity, given: Identity) -> list[tuple[str, str, str]]:
     What only follows from a difference already named is left out: a cast changes the bytes of all tensors,
     and other embeddings the digests of all layers.
     """
+    if stored.form != given.form:  # every digest differs for it
+        return [("form", str(stored.form), str(given.form))]
     named = [one for one in _HARD if getattr(stored, one) != getattr(given, one)]
     follows = {"embeddings", "layers", "head"} if "dtype" in named else set()
     if {"config", "embeddings"} & set(named) and _first_different(stored, given) == 0:
@@ -136,8 +144,23 @@ def difference(stored: Identity, given: Identity) -> list[tuple[str, str, str]]:
     return [(one, _shown(one, stored, given), _shown(one, given, stored)) for one in named if one not in follows]
 
 
-def mismatch(stored: Identity, given: Identity) -> ModelMismatch:
-    """The error for a model that is not the one the entries were made with, on one line."""
+def mismatch(stored: Identity, given: Identity, changes: str = "") -> ModelMismatch:
+    """The error for a model that is not the one the entries were made with, on one line.
+
+    changes: what is known to have changed since the cache was opened, by name.
+    """
+    if stored.form != given.form:
+        return ModelMismatch(
+            f"the entries were made with form {stored.form} of the model identity, this version has form {given.form}: "
+            "an older form does not cover all that decides a result, so they may be another model's; start a "
+            'fresh namespace (namespace="..." in Python, --namespace on the command line)'
+        )
+    if changes:
+        return ModelMismatch(
+            f"the model has changed since the cache was opened, so the entries are not what it gives now: {changes}; "
+            "undo the change, or open a cache for the model as it is now, with a namespace of its own "
+            '(namespace="..." in Python, --namespace on the command line)'
+        )
     parts = "; ".join(f"{name}: stored {old}, given {new}" for name, old, new in difference(stored, given))
     return ModelMismatch(
         f"the entries were made with {_title(stored)}, the model given is {_title(given)}; different are "
@@ -195,45 +218,60 @@ def identify(
     known: digests of tensors of other models in memory, see `tensor_digests`; filled.
     ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
     """
-    trunk, prefix = trunk_of(model)
-    tensors = tensors_of(model, trunk, prefix)
-    digests = tensor_digests(tensors, known) if files is None else remembered_digests(tensors, files)
-    # adapters first: what is not in a layer must not seem to come after them
-    facts = (
-        _adapters(model)
-        | _attributes(trunk, prefix)
-        | {name: described(tensors[name], digests[name]) for name in tensors}
-    )
+    from llmcache.contents import Contents
+    from llmcache.description import describe
+
+    description = describe(model, tokenizer)
+    tensors = description.tensors
+    if files is not None:
+        digests = remembered_digests(tensors, files, Contents(tensors).checksums())
+    elif known is not None:
+        digests = tensor_digests(tensors, Contents(tensors).checksums(), known)
+    else:
+        digests = tensor_digests(tensors)
+    return identity_of(description, digests)
+
+
+def identity_of(description: Description, digests: Mapping[str, str]) -> Identity:
+    """The identity of a described model. digests: sha256 of its tensors, by path."""
+    from llmcache.description import pooling_settings
+    from llmcache.tokenizer_rules import length_limit
+
+    model, trunk = description.model, description.trunk
     config = getattr(trunk, "config", None)
-    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    limit = getattr(model, "max_seq_length", None) or getattr(tokenizer, "model_max_length", None)
+    limit = getattr(model, "max_seq_length", None)
+    pooling = [f"{k}={v}" for one in model.modules() for k, v in pooling_settings(one).items()]
     return Identity(
         model_class=type(trunk).__qualname__,
-        config=sha(canonical(_settings(config, _VOLATILE))).hex(),
-        **_parts(model, trunk, prefix, facts, tensors),
-        tokenizer=_tokenizer_digest(tokenizer),
-        pooling=_pooling(model),
-        max_seq_length=int(limit) if limit and limit < 1 << 53 else None,  # 10^30 and infinity mean no limit
+        config=sha(canonical(description.configuration)).hex(),
+        **_parts(description, digests),
+        tokenizer=description.rules,
+        pooling=", ".join(pooling) or "none",
+        max_seq_length=int(limit) if limit and limit < 1 << 53 else length_limit(description.tokenizer),
         prompts=tuple(sorted((one, text or "") for one, text in getattr(model, "prompts", {}).items())),
         default_prompt_name=getattr(model, "default_prompt_name", None),
         dtype="+".join(sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})) or "none",
-        attention=str(getattr(config, "_attn_implementation", None) or "none"),
+        attention=description.attention,
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
         versions=tuple((one, package_version(one)) for one in PACKAGES),
     )
 
 
-def _parts(
-    model: Module, trunk: Module, prefix: str, facts: Mapping[str, bytes], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _parts(description: Description, digests: Mapping[str, str]) -> dict[str, Any]:
     """The digests of embeddings, layers and head."""
+    trunk, prefix, tensors = description.trunk, description.prefix, description.tensors
     config = getattr(trunk, "config", None)
     base = f"{getattr(trunk, 'base_model_prefix', '')}."
+    facts = {name: text.encode() for name, text in description.facts.items()}
+    facts |= {name: described(tensors[name], digests[name]) for name in tensors}
     inside = {name.removeprefix(prefix): fact for name, fact in facts.items() if name.startswith(prefix)}
     sizes = {name: tensors[prefix + name].numel() if prefix + name in tensors else 0 for name in inside}
     stacks = layer_stacks(sizes, 2 if getattr(config, "is_encoder_decoder", False) else 1)
     places, depths = layer_places(list(inside), stacks)
+    if len(base) > 1 and base[:-1] in getattr(trunk, "_modules", {}):
+        # a model around the one with the layers: what it holds itself comes after them
+        places.update({name: sum(depths) for name in inside if name.startswith("=")})
     groups: list[dict[str, bytes]] = [{} for _ in range(sum(depths) + 2)]
     for name, fact in inside.items():
         # relative names: a trunk has the same digests under a classifier and without one
@@ -242,92 +280,21 @@ def _parts(
         groups[places[name] + 1][short] = fact
     before, *layers, after = (flat(group) for group in groups)
     embeddings = sha(before)
-    chain = [sha(canonical(_trunk_settings(config, depths)), embeddings)]
+    chain = [sha(canonical(_trunk_settings(description.configuration, depths)), embeddings)]
     for layer in layers:
         chain.append(sha(chain[-1], layer))
     rest = {name: fact for name, fact in facts.items() if not name.startswith(prefix)}
-    head = sha(after, flat(rest), canonical(_modules(model)))
     return {
         "embeddings": embeddings.hex(),
         "layers": tuple(one.hex() for one in chain[1:]),
-        "head": head.hex(),
+        "head": sha(after, flat(rest)).hex(),
     }
 
 
-def _modules(model: Module) -> list[Any]:
-    """The modules of a SentenceTransformer and their settings, without those that `_pooling` has."""
-    if not hasattr(model, "transformers_model"):
-        return []
-    every = [[type(one).__qualname__, settings] for one, settings in _described_modules(model)]
-    return [
-        [type(one).__qualname__ for one in model.children()],
-        *(x for x in every if "pooling_mode" not in x[1]),
-    ]
-
-
-def _described_modules(model: Module) -> list[tuple[Module, dict[str, Any]]]:
-    every: Iterable[Any] = model.modules()
-    return [(one, one.get_config_dict()) for one in every if hasattr(one, "get_config_dict")]
-
-
-def _pooling(model: Module) -> str:
-    every = [settings for _, settings in _described_modules(model)]
-    found = [f"{k}={v}" for settings in every if "pooling_mode" in settings for k, v in settings.items()]
-    return ", ".join(found) or "none"
-
-
-def _settings(config: Any, without: re.Pattern[str]) -> Any:
-    """A configuration as a dict, without the names that match; sub-configurations likewise."""
-    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
-    config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
-    if not isinstance(config, dict):
-        return config
-    return {str(k): _settings(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
-
-
-def _trunk_settings(config: Any, depths: Sequence[int]) -> dict[str, Any]:
+def _trunk_settings(configuration: Any, depths: Sequence[int]) -> dict[str, Any]:
     """What the layers see: not the head, and not their number, so that a model cut short shares what it kept.
 
     ALBERT has fewer blocks than layers, and the number of both says which layer uses which block: it stays.
     """
-    settings = _settings(_settings(config, _VOLATILE), _ABOUT_HEAD) or {}
+    settings = {k: v for k, v in (configuration or {}).items() if not _ABOUT_HEAD.fullmatch(k)}
     return {k: v for k, v in settings.items() if not (_ABOUT_DEPTH.fullmatch(k) and v in depths)}
-
-
-def _adapters(model: Module) -> dict[str, bytes]:
-    """Settings of adapters (PEFT) that no tensor shows: which are on, and how strongly."""
-    names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-    found = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    return {f"{name}.adapter": canonical([getattr(one, n, None) for n in names]) for name, one in found.items()}
-
-
-def _attributes(trunk: Module, prefix: str) -> dict[str, bytes]:
-    """Settings of the modules of a trunk without a configuration: kind, heads, activation, epsilon and the like."""
-    if getattr(trunk, "config", None) is not None:
-        return {}
-    found = {}
-    for name, module in trunk.named_modules():
-        plain = {
-            one: getattr(value, "__qualname__", value)
-            for one, value in vars(module).items()
-            if not one.startswith("_") and one not in ("training", "forward") and not _VOLATILE.fullmatch(one)
-            if isinstance(value, (int, float, str, bool, tuple, type(None))) or callable(value)
-        }
-        if "Dropout" not in type(module).__name__:
-            found[f"{prefix}{name}.attributes".replace("..", ".")] = canonical([type(module).__qualname__, plain])
-    return found
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    rules: Any = None
-    if hasattr(backend, "to_str"):
-        # truncation and padding are what the last call asked for. They stand before the first of these words,
-        # whose quotes would be escaped inside a text; parsing a large vocabulary takes longer than loading it
-        text = backend.to_str()
-        rules = text.partition(',"added_tokens":')[2] or text
-    elif tokenizer is not None:
-        flags = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool) and "local" not in k}
-        rules = [type(tokenizer).__qualname__, tokenizer.get_vocab(), flags]
-    names = ("padding_side", "truncation_side", "model_input_names", "special_tokens_map", "chat_template")
-    return sha(canonical([rules, [getattr(tokenizer, one, None) for one in names]])).hex()

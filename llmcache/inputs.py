@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,6 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import Module
+
+from llmcache.errors import ConfigError
 
 Call: TypeAlias = dict[str, Any]
 """Arguments of a trunk's forward, by name; those that are None are left out."""
@@ -71,6 +75,20 @@ def asked_by(config: Any) -> Call:
     flags = vars(config).items() if hasattr(config, "__dict__") else ()
     asked = {name for name, value in flags if value is True and name.startswith("output_")}
     return dict.fromkeys(asked | {name for name in MUST_BE_OFF if getattr(config, name, False)}, True)
+
+
+def main_input(module: Module, signature: inspect.Signature) -> str:
+    """The name of a module's main argument, such as "input_ids"; ConfigError where its forward takes none."""
+    named = getattr(module, "main_input_name", None)
+    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    if isinstance(named, str) and (open_ or named in signature.parameters):
+        return named
+    if "input_ids" in signature.parameters:
+        return "input_ids"
+    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    if not plain:
+        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
+    return plain[0]
 
 
 def refusal(call: Mapping[str, Any], main: str) -> str | None:

@@ -48,7 +48,8 @@ class MemoryBanks:
         return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
     def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
-        found = Found(np.zeros(len(chosen), np.int64), [None] * len(chosen), np.zeros(len(chosen)), [""] * len(chosen))
+        n = len(chosen)
+        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         for layer in self.layers:
             if up_to is not None and layer > up_to:
                 continue
@@ -66,6 +67,7 @@ class MemoryBanks:
         states: Sequence[NDArray[np.float32]],
         seconds: NDArray[np.float32],
         mode: str,
+        asked: tuple[str | None, str | None] | None = None,
     ) -> None:
         for key, state in zip(self.keys(layer, rows, mode)[chosen], states, strict=True):
             self._states[layer, key.tobytes()] = state

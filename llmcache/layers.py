@@ -14,23 +14,25 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import Module
 
-from llmcache.architecture import Trunk, find_trunk, refuse_compiled
+from llmcache.architecture import Trunk, find_trunk
 from llmcache.attachment import Attachment
 from llmcache.blocks import shape_of
+from llmcache.compiled import refuse_compiled
 from llmcache.computing import Model, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.digests import Digests, sha
 from llmcache.errors import ConfigError
 from llmcache.execution import Execution
 from llmcache.fingerprint import feature_width, features
-from llmcache.identity import Identity, identify
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.levels import levels_of
+from llmcache.locking import CallLock
 from llmcache.passes import Anatomy
 from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
 from llmcache.storing import Storing
+from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
 
@@ -43,15 +45,16 @@ class Layers:
 
     def __init__(
         self,
-        model: Module,
-        identity: Callable[[], Identity],
         config: CacheConfig,
         namespace: str,
         storing: Storing,
         secret: bytes,
+        lock: CallLock,
+        is_open: Callable[[], bool],
     ) -> None:
-        """model, identity: the cache's own, as it is now; others are identified when they are attached."""
-        self._model, self._identity = model, identity
+        """lock: of the cache's calls. is_open: whether the cache is open."""
+        self._lock, self._is_open = lock, is_open
+        self._known: Digests = {}  # models that are attached may have tensors in common
         self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
@@ -66,21 +69,19 @@ class Layers:
                     f"this {type(trunk.module).__name__} is attached with its layers {known.trunk.stack!r}; leave that "
                     "context first"
                 )
-            known = self.attachment_at(trunk, self.identity(model, trunk), self._config.layers)
+            known = self.attachment_at(trunk, self.watch(trunk.module), self._config.layers)
             self._attachments[trunk.module] = known
         if not known.active:
             known.losses.watch(model)
         return known
 
-    def identity(self, model: Module, trunk: Trunk, known: Digests | None = None) -> Identity:
-        """The identity of a model's trunk. known: digests of tensors, see `identify`."""
-        if model is self._model and (trunk.module is model or hasattr(model, "transformers_model")):
-            return self._identity()
-        return identify(trunk.module, known=known)
+    def watch(self, model: Module, tokenizer: Any = None) -> ModelWatch:
+        """The description of a model whose results are kept, and what says whether it still holds."""
+        return ModelWatch(model, tokenizer, self._storing, self._known)
 
-    def attachment_at(self, trunk: Trunk, identity: Identity, layers: str | tuple[int, ...]) -> Attachment:
-        """A new attachment, with banks at these layers."""
-        keeper = _TrunkIdentity(trunk, identity)
+    def attachment_at(self, trunk: Trunk, watch: ModelWatch, layers: str | tuple[int, ...]) -> Attachment:
+        """A new attachment, with banks at these layers. watch: of the trunk's module."""
+        keeper = _TrunkIdentity(watch)
         return Attachment(
             trunk,
             lambda anatomy: self._banks(trunk.module, keeper, chosen_layers(layers, anatomy.layers), anatomy),
@@ -88,6 +89,10 @@ class Layers:
             keeper.renew,
             lambda mode: self._prefixes(trunk.module, keeper, mode),
             self._storing.counters,
+            self._storing.exact_audits,
+            watch,
+            lock=self._lock,
+            is_open=self._is_open,
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
@@ -107,6 +112,7 @@ class Layers:
             secret=self._secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
+            evidence=self._storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
         )
         made.counters = self._storing.counters.prefix
         return made
@@ -147,7 +153,7 @@ class Layers:
             store = self._storing.store
             return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
 
-        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of)
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of, trunk)
 
 
 def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:
@@ -162,23 +168,28 @@ def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:
 
 
 class _TrunkIdentity:
-    """The identity of an attached trunk, which changes with its weights."""
+    """The identity of an attached trunk, which is another one whenever the model has changed."""
 
-    def __init__(self, trunk: Trunk, identity: Identity) -> None:
-        self._trunk, self._identity = trunk, identity
+    def __init__(self, watch: ModelWatch) -> None:
+        self._watch, self._identity = watch, watch.identity()
 
     def digest(self, mode: str) -> bytes:
-        """Of all that decides what the whole trunk gives."""
+        """Of all that decides what the whole trunk gives. mode: see `numerics.running_mode`."""
         return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
 
     def up_to(self, layer: int) -> bytes:
+        """Of all that decides what a layer gives."""
         layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
         return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
 
     def renew(self) -> None:
-        identity = identify(self._trunk.module)
-        if identity.layers != self._identity.layers or identity.attention != self._identity.attention:
-            log.warning("the weights of the attached model have changed: what they gave before is not reused")
+        """Take over the identity of the model as it is now, under which nothing of what it was is found."""
+        identity, changes = self._watch.identity(), self._watch.changes()
+        if identity.digest != self._identity.digest:
+            log.warning(
+                "the attached model has changed: only what it gave in this form is reused (%s)",
+                changes or "it is as it was at first",
+            )
         self._identity = identity
 
 

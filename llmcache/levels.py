@@ -383,6 +383,11 @@ class DeviceAnswers(Answers):
     def kept(self, places: Rows, vectors: Tensor) -> None:
         self._set(places, vectors.detach())
 
+    def given(self, places: Rows) -> NDArray[np.float32]:
+        if not self.there[places].all():
+            return Answers.given(self, places)
+        return self.tensor[self._numbers(places)].float().cpu().numpy()
+
     def repeat(self, places: Rows, first: Rows) -> None:
         Answers.repeat(self, places, first)
         if len(places):

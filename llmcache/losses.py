@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
+from llmcache.compiled import not_compiled
+from llmcache.standins import StandIn, install, remove
+
 _LOSS = re.compile(r"label|^(start|end)_positions$|^targets?$|return_loss")
+
+
+class _Given(threading.local):
+    """What the call of each thread was given. name: of an argument, None for none."""
+
+    name: str | None = None
 
 
 class LossArguments:
@@ -25,9 +33,17 @@ class LossArguments:
     def __init__(self, trunk: Module) -> None:
         self._trunk = trunk
         self._around: list[Module] = []
-        self._own: list[tuple[Module, Any]] = []
-        self.given: str | None = None
-        """Name of an argument of the call under way that makes the model compute a loss; None when there is none."""
+        self._stand_ins: list[StandIn] = []
+        self._of_threads = _Given()
+
+    @property
+    def given(self) -> str | None:
+        """An argument of this thread's call that makes the model compute a loss; None when there is none."""
+        return self._of_threads.name
+
+    @given.setter
+    def given(self, name: str | None) -> None:
+        self._of_threads.name = name
 
     def watch(self, model: Module) -> None:
         """Look at calls of this model, and of what is in it around the trunk, from the next `replace` on."""
@@ -43,17 +59,14 @@ class LossArguments:
                 self._around.append(module)
 
     def replace(self) -> None:
-        self._own = [(module, module.__dict__.get("forward")) for module in self._around]
-        for module in self._around:
-            module.forward = self._stand_in(module.forward)
+        self._stand_ins = [StandIn(module, not_compiled(self._answer)) for module in self._around]
+        for stand_in in self._stand_ins:
+            install(stand_in)
 
     def restore(self) -> None:
-        for module, own in self._own:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
-        self._own = []
+        for stand_in in self._stand_ins:
+            remove(stand_in)
+        self._stand_ins = []
 
     def refusal(self, mask: Any) -> str | None:
         """The reason why a call with this mask is one for the model itself; None when it is not."""
@@ -61,22 +74,14 @@ class LossArguments:
             return None
         return f"{self.given} ask for a loss, which may count positions that the mask hides"
 
-    def _stand_in(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(own)
-
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            before = self.given
-            if before is None:
-                self.given = _loss_argument(signature, args, kwargs)
-            try:
-                return own(*args, **kwargs)
-            finally:
-                self.given = before
-
-        disable: Any = torch.compiler.disable  # as the trunk's stand-in
-        uncompiled: Callable[..., Any] = disable(forward)
-        return uncompiled
+    def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.given
+        if before is None:
+            self.given = _loss_argument(inspect.signature(own), args, kwargs)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self.given = before
 
 
 def _loss_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

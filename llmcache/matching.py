@@ -108,6 +108,10 @@ class Answers:
         self.computed(places, outputs, entered, entries)
         self.tier[places] = NEAR
 
+    def given(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Outputs of these places as the caller gets them, float32 [n, width], on the host."""
+        return self.outputs[places]
+
     def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
         """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
         if not len(places):
@@ -150,12 +154,13 @@ def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]])
 
 
 def near(
-    bank: Bank, features: NDArray[np.float32] | Tensor, tau: float
+    bank: Bank, features: NDArray[np.float32] | Tensor, tau: float, scope: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Nearest row of each document at similarity >= tau, -1 where there is none, and the similarities.
+    """Nearest row of this scope for each document at similarity >= tau, -1 where there is none, and the similarities,
+    which may be -inf where there is none.
 
     Returns int64 [n] and float32 [n].
     """
-    rows, similarity = bank.nearest(features, 1)
+    rows, similarity = bank.nearest(features, 1, scope=scope, least=tau)
     best, value = rows[:, 0], similarity[:, 0]
     return np.where(value >= tau, best, -1), value

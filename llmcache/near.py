@@ -18,10 +18,13 @@ from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.store import Store
-from llmcache.nearness import SETTING, calibrations_of
-from llmcache.reuse import Decode, Reuse, entries_of
+from llmcache.marking import FieldDigests
+from llmcache.nearness import SETTING, calibrations_of, unreadable
+from llmcache.predictor import LEAST
+from llmcache.reuse import Reuse, answering_keys, entries_of
 
 log = logging.getLogger("llmcache")
 
@@ -39,12 +42,14 @@ class NearReuse:
         config: CacheConfig,
         name: str,
         bank: Bank,
-        decode: Decode,
+        fields: FieldDigests,
         drift: Drift | None = None,
     ) -> None:
-        """name, bank: of the outputs. decode: token ids to texts, for the guard. drift: the user's own function."""
+        """name, bank: of the outputs. fields: digests of texts and entries, for the guard. drift: the user's own
+        function.
+        """
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
-        self._decode, self._drift = decode, drift
+        self._fields, self._drift = fields, drift
         self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
 
     def saved(self) -> Reuse | None:
@@ -54,17 +59,36 @@ class NearReuse:
             return None
         raw = dict(raw)
         try:
+            if field := unreadable(raw):
+                raise ConfigError(f"{field!r} of its calibration cannot be read; calibrate again")
             place, kept = raw.pop("fitted"), raw.pop("kept", None)
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
+            self._check(fitted)
             distilled = self._distilled(place)
-            return Reuse(self._bank, found, fitted, self._decode, self._config, kept, self._drift, distilled)
-        except (ConfigError, KeyError) as error:
+            return Reuse(self._bank, found, fitted, self._fields, self._config, kept, self._drift, distilled)
+        except ConfigError as error:
             log.warning("near reuse is off: %s", error)
-            return None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            log.warning("near reuse is off: its calibration cannot be read (%r); calibrate again", error)
+        return None
+
+    def _check(self, fitted: Fitted) -> None:
+        """ConfigError when the predictor does not take this bank's features, or gives other outputs than its rows."""
+        facts = self._bank.facts
+        given = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
+        if given.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(given)):
+            raise ConfigError(f"what was fitted gives {given.shape[-1]} numbers, outputs have {facts.width}")
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression for the user's own fields that a calibration was saved with; "" for none."""
+        pattern = self._saved().get(self._setting, {}).get("guard_pattern", "")
+        return pattern if isinstance(pattern, str) else ""
 
     def calibrate(
         self,
         known: NDArray[np.int64] | None,
+        scope: int,
         *,
         commit: Callable[[], None],
         truth: tuple[NDArray[np.int64], Truth] | None = None,
@@ -72,30 +96,42 @@ class NearReuse:
     ) -> Calibration:
         """Choose a threshold and save it, see `LLMCache.calibrate`.
 
-        known: rows of the bank that answer; the others are the sample. None: all of them are both. truth: rows of the
-        sample and the right answers to them. settings: of `calibrating.calibrated`.
+        known: rows of the bank that answer, now and afterwards; the others are the sample. None: all of them are both.
+        scope: only entries of this one take part, and answer afterwards. truth: rows of the sample and the right
+        answers to them; where all of the sample is known, these rows alone answer. settings: of
+        `calibrating.calibrated`.
         """
-        rows, every = entries_of(self._bank)
-        until = int(self._bank.created(rows).max(initial=0))
-        texts = self._decode(every.tokens)
+        live = self._bank.in_scope(scope)
+        if len(live) < 2 * LEAST and len(self._bank) >= 2 * LEAST:
+            if unknown := len(self._bank.in_scope(UNKNOWN)):
+                raise ConfigError(
+                    f"{unknown} of the {len(self._bank)} entries do not say for which role and prompt they are, as "
+                    "older versions stored them, and answer no near match; store the documents in a fresh namespace"
+                )
+            raise ConfigError(
+                f"{len(live)} of the {len(self._bank)} entries are for this role and prompt, which are too few; give "
+                f"the role= and prompt= that the others are for, or warm the store with at least {2 * LEAST} documents"
+            )
         answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
-        answer = np.arange(len(rows)) if known is None else np.flatnonzero(np.isin(rows, known))
-        asked = np.setdiff1d(np.arange(len(rows)), answer)
+        asked = np.setdiff1d(live, live if known is None else known)
         if known is not None and not len(asked):
             if not answers:
                 raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
-            known, answer = None, np.flatnonzero(np.isin(rows, truth[0] if truth else ()))
-        sample: Entries | None = None if known is None else every.take(asked)
-        right = (
-            np.array([answers[row] for row in rows[answer if sample is None else asked].tolist()]) if answers else None
+            known = None
+        rows, entries = entries_of(
+            self._bank, scope, among=np.array(list(answers)) if answers and known is None else known
         )
-        found, fitted = calibrated(
-            every.take(answer), [texts[i] for i in answer], sample, [texts[i] for i in asked], truth=right, **settings
-        )
-        found = replace(found, until=until)
+        sample: Entries | None = None
+        if known is not None:
+            asked, sample = entries_of(self._bank, scope, among=asked)
+        read, sample_read = (self._fields.of(self._bank.marks(some)) for some in (rows, asked))
+        right = np.array([answers[row] for row in (rows if sample is None else asked).tolist()]) if answers else None
+        found, fitted = calibrated(entries, read, sample, sample_read, truth=right, **settings)
+        found = replace(found, size=len(live), scope=f"{scope:016x}")
+        fitted = replace(fitted, answering=answering_keys(self._bank, rows))
         place = self.save(found, fitted, None, commit)
-        if found.threshold is not None:  # kept now, so that no opening has to predict for all entries
-            self._distilled(place).predictions(self._bank, rows, half(every.features), fitted.predictor)
+        if found.threshold is not None:  # stored now, so that no opening has to predict for all entries
+            self._distilled(place).predictions(self._bank, rows, half(entries.features), fitted.predictor)
             commit()
         return found
 
@@ -124,7 +160,7 @@ class NearReuse:
         calibration = reuse.calibration.to_json()
         if all(raw.get(name) == calibration[name] for name in ("threshold", "entries", "budget")):
             self._declare({**raw, "kept": reuse.state()})
-        elif raw.get("entries", 0) <= reuse.calibration.entries:
+        elif raw.get("size", 0) <= reuse.calibration.size:
             place = self.save(reuse.calibration, reuse.fitted, reuse.state(), commit)
             reuse.distilled = self._distilled(place)
 

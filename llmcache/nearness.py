@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from llmcache.indexes.store import Store
 
@@ -77,11 +77,47 @@ def calibrations_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(raw) for name, raw in found.items() if isinstance(raw, Mapping) and raw}
 
 
+_NUMBERS = (
+    "budget", "hits", "expected", "bound", "bound_of_hits", "samples", "needed", "entries", "temperature", "strength",
+    "tolerated", "size", "rule",
+)  # fmt: skip
+_NUMBERS_OR_NONE = ("confidence", "limit", "threshold")
+_TEXTS = ("drift", "reason", "guard_pattern")
+
+
+def unreadable(raw: Mapping[str, Any]) -> str:
+    """The first field of a saved calibration that is of another type than it should be; "" where there is none.
+
+    Fields that are missing, or that nobody knows, are for whoever reads the calibration.
+    """
+    for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
+        value = raw.get(name, 0)
+        if not _is_number(value) and not (value is None and name in _NUMBERS_OR_NONE):
+            return name
+    for name in _TEXTS:
+        if not isinstance(raw.get(name, ""), str):
+            return name
+    kinds, curve = raw.get("guard_kinds", ()), raw.get("curve", ())
+    if not isinstance(kinds, list | tuple) or not all(isinstance(one, str) for one in kinds):
+        return "guard_kinds"
+    if not isinstance(curve, list | tuple) or not all(
+        isinstance(point, list | tuple) and len(point) == 4 and all(map(_is_number, point)) for point in curve
+    ):
+        return "curve"
+    return "" if isinstance(raw.get("traffic", {}), Mapping) else "traffic"
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(cast(float, value)) < 1e300
+
+
 def _report(
     namespace: str, bank: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], now: tuple[str, str] | None
 ) -> NearReport:
     asked, hits, audits = (int(lifetime.get(name, 0)) for name in ("near_asked", "near", "audits"))
     seconds = [float(lifetime.get(name, 0)) for name in ("near_saved_seconds", "near_seconds", "audit_seconds")]
+    if field := unreadable(raw):
+        raw, now = {}, ("off", f"{field!r} of its calibration cannot be read; calibrate again")
     state, why = now or _state(raw)
     if state == "on" and asked >= _ENOUGH and not hits + audits:
         why = f"enabled and no hits: none of {asked:,} documents had a neighbour that could be trusted"

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmcache.config import CacheConfig
 from llmcache.correction import EVIDENCE, NEIGHBOURS, Voting, likeness, unit_norm
 from llmcache.crossfit import Entries, Matches, Scores, Tokens
+from llmcache.errors import ConfigError
 from llmcache.gate import Boundary
 from llmcache.indexes.matrix import Matrix, half, in_full, usable
 from llmcache.levels import tensor_of
@@ -93,8 +94,10 @@ class DeviceMemory:
     ) -> None:
         """predictions: of the entries, `rounded`, where known. dtype: that of the store, in which outputs are held.
 
-        ConfigError: there is no such device. RuntimeError: it has not so much memory.
+        ConfigError: there is no such device, or there are no entries. RuntimeError: it has not so much memory.
         """
+        if not len(entries):
+            raise ConfigError("there are no entries to look among; fill the cache first")
         self.device, self.voting = usable(str(device)), voting
         self._predictor = DevicePredictor(predictor, self.device)
         self._tokens, self._unit = entries.tokens, unit_norm(entries.outputs)

@@ -9,7 +9,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.architecture import refuse_compiled
+from llmcache.compiled import refuse_compiled
 from llmcache.computing import Sentences, compute, token_embedding
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
@@ -61,6 +61,12 @@ def settled(
     secret: bytes,
 ) -> CacheConfig:
     """The settings to use, once it is certain that the namespace is this model's."""
+    if store.namespace(namespace) is None and store.read_only:
+        known = ", ".join(sorted(store.manifest.namespaces)) or "none"
+        raise ConfigError(
+            f"{store.folder.path} has no namespace {namespace!r} (it has {known}), and none can be made in a store "
+            "that is only read; give the name of one that is there, or open the store where it can be written"
+        )
     if store.namespace(namespace) is None:
         store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)

@@ -7,9 +7,9 @@ positions, final norm, pooler) is done by the model itself.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmcache.errors import ConfigError
+from llmcache.standins import StandIn, install, remove
 from llmcache.trial import Reach
 
 Place: TypeAlias = int | str
@@ -55,51 +56,57 @@ class Form:
     one_row: bool = False
 
 
+class _Running(threading.local):
+    """The pass that each thread runs; None where it runs none."""
+
+    now: Pass | None = None
+
+
 class Blocks:
-    """The blocks of a trunk with stand-ins for their forwards, from `replace` to `restore`."""
+    """The blocks of a trunk with stand-ins for their forwards, from `replace` to `restore`.
+
+    A pass belongs to the thread that runs it: in all other threads the blocks compute as they always do.
+    """
 
     def __init__(self, blocks: Sequence[Module]) -> None:
         self._blocks = list(dict.fromkeys(blocks))
-        self._own: list[Any] = []
+        self._stand_ins: list[StandIn] = []
         self.forms: list[Form] = []
-        self._pass: Pass | None = None
+        self._running = _Running()
 
     def replace(self) -> None:
-        self._own = [block.__dict__.get("forward") for block in self._blocks]
-        for block in self._blocks:
-            block.forward = self._stand_in(block.forward)
+        self._stand_ins = [StandIn(block, self._answer) for block in self._blocks]
+        for stand_in in self._stand_ins:
+            install(stand_in)
 
     def restore(self) -> None:
-        for block, own in zip(self._blocks, self._own, strict=True):
-            put_back(block, own)
-        self._own = []
+        for stand_in in self._stand_ins:
+            remove(stand_in)
+        self._stand_ins = []
 
     def run(self, one: Pass, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
         """What the trunk's own `forward` gives for this call, with the layers before `one.enter` skipped."""
-        self._pass = one
+        before, self._running.now = self._running.now, one
         try:
             return forward(**call)
         finally:
-            self._pass = None
+            self._running.now = before
 
-    def _stand_in(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            one = self._pass
-            if one is None:
-                return own(*args, **kwargs)
-            number = one.number
-            one.number += 1
-            if number < one.enter:
-                return self._skipped(one, number, own, args, kwargs)
-            result = own(*args, **kwargs)
-            if one.trace is not None:
-                one.trace.append((args, kwargs, result))
-            if number in one.keep:
-                one.kept[number] = _tensor(state_of(result)).clone()  # some models go on with it in place
-            return result
-
-        return forward
+    def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block gives in the pass that this thread runs."""
+        one = self._running.now
+        if one is None:
+            return own(*args, **kwargs)
+        number = one.number
+        one.number += 1
+        if number < one.enter:
+            return self._skipped(one, number, own, args, kwargs)
+        result = own(*args, **kwargs)
+        if one.trace is not None:
+            one.trace.append((args, kwargs, result))
+        if number in one.keep:
+            one.kept[number] = _tensor(state_of(result)).clone()  # some models go on with it in place
+        return result
 
     def _skipped(
         self, one: Pass, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -116,14 +123,6 @@ class Blocks:
             return (state, *own(*args, **kwargs)[1:])
         parts = zip(form.others, form.constants, strict=True)
         return (state, *(constant if place is None else _at(place, args, kwargs) for place, constant in parts))
-
-
-def put_back(module: Module, own: Any) -> None:
-    """Undo the replacement of a forward. own: what `module.__dict__` had before, None for nothing."""
-    if own is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = own
 
 
 def state_of(result: Any) -> Tensor:

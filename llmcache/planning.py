@@ -26,6 +26,7 @@ from llmcache.plan import Plan
 from llmcache.provenance import Source, documents_of
 from llmcache.reuse import MOST, TAKEN, Reuse
 from llmcache.survey import LONG, Folding, Survey, survey
+from llmcache.tokenizing import PrivateCopy
 from llmcache.tokens import TokenRows
 
 _SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
@@ -59,7 +60,8 @@ def planned(
     limit = getattr(model, "max_seq_length", None)
     uses = deepcopy(execution.bank.uses)
     try:
-        return plan(execution, texts, call, tokenizer=model.tokenizer, limit=limit, around=around)
+        tokenizer = PrivateCopy().of(model.tokenizer)  # the documents may come from somebody who uses the model's
+        return plan(execution, texts, call, tokenizer=tokenizer, limit=limit, around=around)
     finally:
         execution.bank.uses = uses  # what was only looked at was not used
 
@@ -188,6 +190,7 @@ def _shares(
     texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
     if limit is not None:  # what a model does not read of a text need not be tokenised
         texts = [text[: LONG * limit] for text in texts]
+    texts = sorted(texts, key=len)
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
     known = exact_by_tokens(bank, keys, rows.ids) >= 0
@@ -197,20 +200,23 @@ def _shares(
     if reuse is not None:
         if reuse.off:
             return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
-        return _calibrated(execution, reuse, rest, by_tokens, uncached, missing, recent)
+        if reuse.scope != execution.scope(call):
+            return _Shares(by_tokens, source="near reuse is calibrated for another role or prompt")
+        asked = [texts[i] for i in np.flatnonzero(~known).tolist()]
+        return _calibrated(execution, reuse, rest, asked, by_tokens, uncached, missing, recent)
     if config.tau is None or not looked_up:
-        similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9)
+        similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9, execution.scope(call))
         return _Shares(by_tokens, similar=similar)
-    share = _share_at(execution, rest, config.tau)
+    share = _share_at(execution, rest, config.tau, execution.scope(call))
     return _Shares(
         by_tokens, share, len(rest.ids), f"{len(rest.ids):,} documents looked up at tau {config.tau:g}",
         seconds=_LOOK_UP * missing,
     )  # fmt: skip
 
 
-def _share_at(execution: Execution, rows: TokenRows, tau: float) -> float:
+def _share_at(execution: Execution, rows: TokenRows, tau: float, scope: int) -> float:
     raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
-    _, similarity = execution.bank.nearest(raw, 1)
+    _, similarity = execution.bank.nearest(raw, 1, scope=scope, least=tau)
     return float((similarity[:, 0] >= tau).mean()) if len(raw) else 0.0
 
 
@@ -218,6 +224,7 @@ def _calibrated(
     execution: Execution,
     reuse: Reuse,
     rows: TokenRows,
+    texts: Sequence[str],
     by_tokens: float,
     uncached: float,
     missing: int,
@@ -226,7 +233,7 @@ def _calibrated(
     """As the calibration found it, or the latest runs did; from look-ups of the sample where the time allows as many
     as it takes to know better.
     """
-    calibration, entries = reuse.calibration, min(len(execution.bank), MOST)
+    calibration, entries = reuse.calibration, min(len(execution.bank.in_scope(reuse.scope)), MOST)
     kept = 1 - reuse.audits.share  # the others are computed, as audits
     seconds = _LOOK_UP * missing + _REFRESH * entries
     share, seen, source = calibration.hits, 0, f"as calibrated on {calibration.samples:,} documents"
@@ -234,9 +241,10 @@ def _calibrated(
         share, source = recent[1] / recent[0], f"as in the latest runs, {recent[0]:,} documents"
     count = min(len(rows.ids), int((2 * _SHARE * uncached - _REFRESH * entries) / _LOOK_UP))
     if count >= _FEWEST:
-        rows = rows.take(range(0, len(rows.ids), max(1, len(rows.ids) // count)))
+        chosen = range(0, len(rows.ids), max(1, len(rows.ids) // count))
+        rows, texts = rows.take(chosen), [texts[i] for i in chosen]
         raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
-        share, seen = float((reuse.look_up(raw, rows.ids).gate == TAKEN).mean()), len(rows.ids)
+        share, seen = float((reuse.look_up(raw, rows.ids, texts).gate == TAKEN).mean()), len(rows.ids)
         source = f"{seen:,} documents looked up as calibrated"
     return _Shares(
         by_tokens, share * kept, seen, source, calibration.expected, calibration.bound, seconds=seconds

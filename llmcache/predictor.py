@@ -128,12 +128,18 @@ def kernel(one: Floats, other: Floats, gamma: float) -> Floats:
 
 
 def fit(
-    features: NDArray[np.floating], outputs: NDArray[np.floating], *, landmarks: int = LANDMARKS, seed: int = 0
+    features: NDArray[np.floating],
+    outputs: NDArray[np.floating],
+    *,
+    landmarks: int = LANDMARKS,
+    seed: int = 0,
+    like: Predictor | None = None,
 ) -> Predictor:
     """A predictor of outputs from features; width of the kernel and penalty are chosen on entries kept apart.
 
     features: [n, width], raw, rounded as they are stored. outputs: [n, out]. landmarks: at most so many; each costs
-    memory and time at every look-up. Bounded in time: at most 20,000 entries are used.
+    memory and time at every look-up. Bounded in time: at most 20,000 entries are used. like: a predictor whose kind,
+    kernel width and penalty (for each entry) are taken, so that similarities by both are on one scale.
     ConfigError: fewer than 64 entries, or numbers that are not finite.
     """
     n = len(features)
@@ -148,7 +154,12 @@ def fit(
     points = projected(raw, mean, matrix)
     scale = median_square(points[:1024])
     plain = n < KERNEL or scale == 0 or not landmarks
-    gamma, penalty, held_out = _setting(points, wanted, (0.0,) if plain else tuple(one / scale for one in _WIDTHS))
+    if like is None:
+        gamma, penalty, held_out = _setting(points, wanted, (0.0,) if plain else tuple(one / scale for one in _WIDTHS))
+    else:
+        plain = not len(like.landmarks)
+        gamma, held_out = like.gamma, like.held_out
+        penalty = like.penalty * min(n, FIT_ROWS) / min(like.entries, FIT_ROWS)
     centres = points[:0] if plain else points[: min(landmarks, len(points))]
     weights, offset = _solve(points, wanted, centres, gamma, penalty)
     return Predictor(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers import DynamicCache
 from llmcache.beginnings import Beginnings, Records
 from llmcache.blocks import Forward, Held, cache_of, hand_over, shape_of
 from llmcache.errors import ConfigError
+from llmcache.exact_audits import Evidence
 from llmcache.indexes.bank import Bank
 from llmcache.keys import key_seed
 from llmcache.layout import Layout, layout_of, unfit, wants_keys
 from llmcache.levels import Levels
+from llmcache.prefix_audits import audit_beginnings, audit_sample
 from llmcache.prefix_trial import MemoryBank, reach_of_beginnings
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
@@ -57,6 +60,7 @@ class Prefixes:
         block: int = 16,
         forward_cost: int | None = None,
         levels: Levels | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         """To be made while the trunk's forward is its own.
 
@@ -64,6 +68,7 @@ class Prefixes:
         tokens=, sources=, features=, cost=)` stores. worth: of the bank; None: it is always looked at. secret: of the
         namespace. block: tokens per entry. forward_cost: what a forward costs besides its tokens, in tokens; None
         estimates it. levels: memory for whole blocks, with `tokens=block`; None reads them from files.
+        evidence: what was verified of the bank with this trunk; None audits nothing.
         ConfigError when the trunk's beginnings cannot be restored, or the bank is another trunk's.
         """
         self.shape = shape_of(trunk)
@@ -76,7 +81,9 @@ class Prefixes:
         if block < 1:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
+        put = put if evidence is None else evidence.verifying(put)
         self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block, worth, levels)
+        self._evidence = evidence
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
         self._reach = Reach()
@@ -101,7 +108,7 @@ class Prefixes:
         def answers(bank: MemoryBank) -> Callable[[Mapping[str, Any]], Any]:
             rehearsal = object.__new__(Prefixes)
             rehearsal.__dict__.update(self.__dict__)
-            rehearsal.counters = PrefixCounters()
+            rehearsal.counters, rehearsal._evidence = PrefixCounters(), None
             rehearsal._beginnings = self._beginnings.with_bank(bank)
             return lambda call: rehearsal.forward(trunk.forward, call)
 
@@ -132,6 +139,11 @@ class Prefixes:
         counters, began, model_seconds = self.counters, time.perf_counter(), self.counters.model_seconds
         rows, which = layout.distinct()
         records = self._beginnings.look_up(rows)
+        if self._evidence is not None:
+            recomputed = partial(self._recomputed, original, ids)
+            audit_beginnings(rows, records, self._evidence, self._trunk, self.shape, recomputed)
+            if self._evidence.open and any(row.missing for row in rows):
+                audit_sample(self._beginnings, self._evidence, self._trunk, self.shape, recomputed)
         waves = Waves(rows, self._forward_cost)
         work = _Work(original, waves, records, ids, {})
         whole = [row for row in rows if row.known == len(row)]
@@ -177,21 +189,51 @@ class Prefixes:
         self._run(work, held, ids, positions, None if mask.all() else mask)
 
     def _run(self, work: _Work, held: Held, ids: Any, positions: Any, mask: Any) -> None:
-        began, need, device = time.perf_counter(), ids.shape[1], work.ids.device
+        began, need = time.perf_counter(), ids.shape[1]
+        self._fill(work.original, work.ids, held, held.columns - need, ids, positions, mask)
+        self.counters.forwards += 1
+        self.counters.model_seconds += time.perf_counter() - began
+
+    def _recomputed(
+        self, original: Forward, like: Tensor, rows: Sequence[Row], tokens: Sequence[int], split: bool
+    ) -> list[NDArray[np.float32]]:
+        """Records of the first tokens of some rows, computed in one batch from the start, [tokens, record] each.
+
+        like: ids of the call. tokens: of each row. split: compute each half of the columns by itself.
+        """
+        columns = max(tokens)
+        firsts = [columns - count for count in tokens]
+        held = Held.empty(self.shape, tokens, firsts, columns, like.device)
+        ids, mask = np.zeros((len(rows), columns), np.int64), np.ones((len(rows), columns), np.int64)
+        positions = np.zeros((len(rows), columns), np.int64)
+        for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+            ids[i, first:] = row.ids[: tokens[i]]
+            positions[i, first:] = row.start + np.arange(tokens[i])
+            mask[i, :first] = 0
+        middle = columns // 2 if split and max(firsts) < columns // 2 else 0
+        for low, high in ((0, middle), (middle, columns)):
+            if low < high:
+                part = None if mask[:, :high].all() else mask[:, :high]
+                self._fill(original, like, held, low, ids[:, low:high], positions[:, low:high], part)
+        return [held.records(i, 0, count) for i, count in enumerate(tokens)]
+
+    def _fill(
+        self, original: Forward, like: Tensor, held: Held, filled: int, ids: Any, positions: Any, mask: Any
+    ) -> None:
+        """Compute the columns of `held` behind the first `filled` ones. like: ids of the call, dtype and device."""
+        device, stop = like.device, filled + ids.shape[1]
         call: dict[str, Any] = {"position_ids": torch.from_numpy(positions).to(device)}
         if not self.shape.takes_positions:
             call = {}
-        output = work.original(
-            input_ids=torch.from_numpy(ids).to(work.ids),
+        output = original(
+            input_ids=torch.from_numpy(ids).to(like),
             attention_mask=None if mask is None else torch.from_numpy(mask).to(device),
-            past_key_values=cache_of(held, held.columns - need),
+            past_key_values=cache_of(held, filled),
             use_cache=True,
             return_dict=True,
             **call,
         )
-        held.states[:, held.columns - need :] = output.last_hidden_state
-        self.counters.forwards += 1
-        self.counters.model_seconds += time.perf_counter() - began
+        held.states[:, filled:stop] = output.last_hidden_state
 
     def _restore(self, work: _Work, group: Sequence[Row], held: Held, known: Sequence[int]) -> None:
         """Write the known beginning of each row into `held`: from another row of the call, or from the store."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isnan
@@ -31,7 +32,8 @@ class Result:
         is not "output" the layers after it were computed.
     source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
     similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
-        output could have been given, to see how far that would have been. consensus: of a calibrated near hit, how far
+        output could have been given, to see how far that would have been; an exact hit that was recomputed to check the
+        store is given as stored, and is not marked. consensus: of a calibrated near hit, how far
         the other neighbours agree with the nearest: mean cosine of their outputs to its own.
     """
 
@@ -48,19 +50,27 @@ class Result:
 def results(
     documents: Iterable[Source],
     answer: Callable[[Sequence[str], Sequence[str]], Answers],
-    bank: Bank,
+    bank: Callable[[], Bank],
     layer: str,
     chunk: int,
+    *,
+    calls: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out at a time."""
+    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+
+    bank: the bank that answers at the moment. calls: entered to answer a chunk, and left before documents are read or
+    results are given out: whoever takes the results, or makes the documents, may use the cache meanwhile.
+    """
     stream = documents_of(documents)
 
     def answered() -> Iterator[Result]:
         while part := list(islice(stream, chunk)):
             ids = [document.id for document in part]
-            answers = answer([document.text for document in part], ids)
-            # all at once: rows may have other numbers after a reload between two results
-            yield from list(_results(ids, answers, bank, layer))
+            with calls or nullcontext():
+                answers = answer([document.text for document in part], ids)
+                # all at once: rows may have other numbers after a reload between two results
+                answered_part = list(_results(ids, answers, bank(), layer))
+            yield from answered_part
 
     return answered()
 

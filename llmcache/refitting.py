@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from threading import Thread
 
-from llmcache.calibrating import Calibration, Fitted, calibrated
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.calibrating import Calibration, Digests, Fitted, calibrated
 from llmcache.crossfit import Entries
 from llmcache.errors import LLMCacheError
 
@@ -19,8 +21,12 @@ _AGAIN = ("label", "cosine", "beyond", "kl")  # kinds of drift that need nothing
 
 
 def grown(calibration: Calibration, entries: int) -> bool:
-    """Whether a calibration is to be made again for so many entries. Right answers and functions are not stored."""
-    return calibration.budget > 0 and calibration.drift in _AGAIN and entries >= GROWN * max(1, calibration.entries)
+    """Whether a calibration is to be made again for so many entries. Right answers and functions are not stored.
+
+    The sample that a calibration was given is stored with the entries, so the bank counts as it was with the sample.
+    """
+    before = max(1, calibration.size, calibration.entries)
+    return calibration.budget > 0 and calibration.drift in _AGAIN and entries >= GROWN * before
 
 
 class Refitting:
@@ -29,16 +35,22 @@ class Refitting:
     A head is fitted again in every fold to what it decides, since it may have been trained on entries.
     """
 
-    MOST = 20_000
-    """Entries that take part: fewer that answer than there are make the evidence pessimistic, not wrong."""
-
     def __init__(
-        self, entries: Entries, texts: Sequence[str], before: Calibration, fitted: Fitted, of: int, until: int
+        self,
+        entries: Entries,
+        read: Digests,
+        before: Calibration,
+        fitted: Fitted,
+        size: int,
+        answering: NDArray[np.uint64],
     ) -> None:
-        """texts: of the entries, for the guard. of: how many entries there are in all; until: when the last was put."""
+        """entries: those that answer afterwards. read: digests of the fields of the entries, for the guard.
+
+        size: of the bank. answering: see `Fitted.answering`.
+        """
         self._found: tuple[Calibration, Fitted] | None = None
-        self._of, self._until = of, until
-        self._thread = Thread(target=self._run, args=(entries, texts, before, fitted), daemon=True)
+        self._size, self._answering = size, answering
+        self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
         self._thread.start()
 
     def result(self) -> tuple[Calibration, Fitted] | None:
@@ -49,14 +61,14 @@ class Refitting:
         """Until it is done."""
         self._thread.join()
 
-    def _run(self, entries: Entries, texts: Sequence[str], before: Calibration, fitted: Fitted) -> None:
+    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: Fitted) -> None:
         try:
             found, numbers = calibrated(
-                entries, texts, None, (), budget=before.budget, drift=before.drift, head=fitted.boundary,
+                entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,
                 limit=before.limit, confidence=before.confidence, guarded=before.guard, kinds=before.guard_kinds,
-                pattern=before.guard_pattern, seed=self._of, refit_head=True,
+                pattern=before.guard_pattern, seed=self._size, refit_head=True,
             )  # fmt: skip
         except LLMCacheError as error:
             log.warning("near reuse keeps its calibration on %d entries: %s", before.entries, error)
             return
-        self._found = replace(found, entries=self._of, until=self._until), numbers
+        self._found = replace(found, size=self._size, scope=before.scope), replace(numbers, answering=self._answering)

@@ -63,7 +63,8 @@ class Resumption:
     def __init__(self, journal: Journal, storing: Storing) -> None:
         self._journal, self._storing, self._store = journal, storing, storing.store
         if self._store.writable:
-            storing.commit()  # what others left waiting is no part of this run
+            with storing.lock:
+                storing.commit()  # what others left waiting is no part of this run
         self.start = journal.checkpoints[-1]
         if not self.start.sure and self._store.committed(self.start.writer) <= self.start.committed:
             self.start = journal.checkpoints[0]
@@ -101,12 +102,17 @@ class Resumption:
     def take(self, part: Part, results: Sequence[Result]) -> None:
         """Keep the results of a whole part, with a checkpoint when one is due."""
         self._journal.add(clipped(one) for one in results)
-        self._whole = (self._journal.here(self._place, self._digest), self._store.pending())
-        if self._storing.due:
-            self.checkpoint()
+        with self._storing.lock:
+            self._whole = (self._journal.here(self._place, self._digest), self._store.pending())
+            if self._storing.due:
+                self.checkpoint()
 
     def checkpoint(self) -> None:
         """Results durable, then entries committed. Once the store cannot be written, the last one stays."""
+        with self._storing.lock:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
         store, at = self._store, self._whole[0]
         if not self._in_step:
             return
@@ -135,10 +141,11 @@ class Resumption:
 
     def leave(self) -> None:
         """After an error: what a part put that did not come to its end is given up, and the rest committed."""
-        if not self._committing:
-            self._store.drop_pending(self._whole[1])
-            self.checkpoint()
-        self._store.drop_pending({})
+        with self._storing.lock:
+            if not self._committing:
+                self._store.drop_pending(self._whole[1])
+                self.checkpoint()
+            self._store.drop_pending({})
 
 
 @contextmanager

@@ -13,19 +13,23 @@ from numpy.typing import NDArray
 
 from llmcache import guard
 from llmcache.auditing import Audits
-from llmcache.balance import Balance
+from llmcache.balance import LEAST, Balance
 from llmcache.calibrating import Calibration, Fitted, judge_of
 from llmcache.calibration import WORST
 from llmcache.config import CacheConfig
-from llmcache.correction import EVIDENCE, eligible_sources
+from llmcache.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.crossfit import Entries, Memory, Neighbourhood
 from llmcache.distilled import Distilled
 from llmcache.drift import Drift
 from llmcache.errors import ConfigError
+from llmcache.gate import safety
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import UNKNOWN
 from llmcache.indexes.neighbours import half
 from llmcache.levels import dtype_of
+from llmcache.marking import FieldDigests
 from llmcache.ondevice import DeviceMemory
+from llmcache.pace import Pace
 from llmcache.refitting import Refitting, grown
 from llmcache.shift import Shift
 
@@ -44,6 +48,9 @@ GATES = (
 """What decided on a near match, by number."""
 _CONSENSUS = EVIDENCE.index("consensus")
 
+UNREAD = "fields that are not stored with the entry under the rules in use"
+"""What the guard says of an entry that was stored without digests of its fields, or with those of other rules."""
+_BEFORE_SCOPES = "it was calibrated before entries said for which role and prompt they are; calibrate again"
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 """Token ids of documents back to texts."""
 
@@ -81,14 +88,36 @@ class Near:
         return given if isinstance(given, np.ndarray) else given.cpu().numpy()
 
 
-def entries_of(bank: Bank, most: int = MOST, until: int = 0) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of a bank and what they hold, at most so many, drawn evenly. It counts as no use of them.
+def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """First halves of the keys of some rows, uint64 [n], sorted: `Fitted.answering` of a calibration on them."""
+    return np.sort(bank.keys(rows)[:, 0])
 
-    until: only rows that were put by then, in seconds since the epoch; 0 takes all.
+
+def _no_neighbours(n: int, width: int) -> Near:
+    """What near reuse has for n documents where there is no entry to be near to: nothing."""
+    apart = np.full(n, -np.inf, np.float32)
+    return Near(
+        np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
+        np.full(n, ALONE, np.int8), [None] * n, apart,
+    )  # fmt: skip
+
+
+def entries_of(
+    bank: Bank,
+    scope: int,
+    most: int = MOST,
+    among: NDArray[np.int64] | None = None,
+    answering: NDArray[np.uint64] | None = None,
+) -> tuple[NDArray[np.int64], Entries]:
+    """Live rows of one scope of a bank and their contents, at most so many, spread evenly. It counts as no use of them.
+
+    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
     """
-    rows = bank.near.live()
-    if until:
-        rows = rows[bank.created(rows) <= until]
+    rows = bank.in_scope(scope)
+    if among is not None:
+        rows = rows[np.isin(rows, among)]
+    if answering is not None:
+        rows = rows[np.isin(bank.keys(rows)[:, 0], answering)]
     rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
@@ -109,18 +138,19 @@ class Reuse:
         bank: Bank,
         calibration: Calibration,
         fitted: Fitted,
-        decode: Decode,
+        fields: FieldDigests,
         config: CacheConfig,
         kept: Mapping[str, Any] | None = None,
         drift: Drift | None = None,
         distilled: Distilled | None = None,
     ) -> None:
-        """kept: a `state` to go on from. drift: the user's own function, for a calibration that was made by one.
-        distilled: predictions of the entries, where they are kept.
+        """fields: digests of texts and entries, for the guard. kept: a `state` to go on from. drift: the user's own
+        function, for a calibration that was made by one. distilled: predictions of the entries, where they are kept.
         """
-        self._bank, self._decode, self._config, self._own = bank, decode, config, drift
+        self._bank, self._digests, self._config, self._own = bank, fields, config, drift
         self.distilled = distilled
-        self.balance = Balance()
+        self.balance, self.pace = Balance(), Pace()
+        self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits from before the pace was known
         self.changed = False
         """Whether there is something to save: audits, or another calibration."""
         self._refitting: Refitting | None = None
@@ -128,15 +158,17 @@ class Reuse:
         self._audit_seconds = self._saved_seconds = 0.0
         self._place: torch.device | None = None
         self._begin(calibration, fitted)
-        if kept:
+        self.foreign = 0
+        """Documents of other scopes than the calibrated one that came by in this opening; they were not looked up."""
+        if kept and self.scope != UNKNOWN:
             self.audits.restore(kept["audits"])
             self.stopped = str(kept["stopped"])
 
     def _begin(self, calibration: Calibration, fitted: Fitted) -> None:
         self.calibration, self.fitted = calibration, fitted
         self._memory: Neighbourhood | None = None
+        self._too_few = ""
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._fields: dict[int, NDArray[np.uint64]] = {}
         self._judge = judge_of(calibration, fitted, self._own)
         levels = calibration.levels()
         self.audits = Audits(
@@ -148,11 +180,18 @@ class Reuse:
         self.shifted = ""
         """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
         self.stopped = calibration.reason if calibration.threshold is None else ""
+        if self.scope == UNKNOWN:
+            self.stopped = _BEFORE_SCOPES
+
+    @property
+    def scope(self) -> int:
+        """The scope that is calibrated: whose entries answer, and whose documents are looked up."""
+        return int(self.calibration.scope or "0", 16)
 
     @property
     def off(self) -> str:
         """Why nothing is reused; "" while something is."""
-        return self.stopped
+        return self.stopped or self._too_few
 
     @property
     def stands_aside(self) -> str:
@@ -170,7 +209,7 @@ class Reuse:
 
     def forget(self) -> None:
         """Rows have other numbers now: the entries are taken from the bank again."""
-        self._memory, self._fields = None, {}
+        self._memory, self._too_few = None, ""
 
     @property
     def place(self) -> torch.device | None:
@@ -182,14 +221,25 @@ class Reuse:
         if place != self._place:
             self._place, self._memory = place, None
 
-    def refresh(self) -> Neighbourhood:
-        """The entries to find neighbours among: those that were there when it was calibrated.
+    def refresh(self) -> Neighbourhood | None:
+        """The entries to find neighbours among: those that the calibration looked its documents up among.
 
-        Later ones may be of another kind, which the predictor has never seen: what it says of them, and with it the
-        gate, is void. They take part from the next calibration on, which is made when the bank has doubled.
+        None where fewer are left than a result is made of, because they were evicted, purged or damaged: what was
+        calibrated says nothing of results that are made of fewer, so near reuse is off then, and `off` says why.
+
+        With others neither the measured hits nor the bound would hold: later ones may be of another kind, which the
+        predictor has never seen, and a sample that was given was looked up without itself. They take part from the
+        next calibration on, which is made when the bank has doubled.
         """
-        if self._memory is None:
-            self._rows, entries = entries_of(self._bank, until=self.calibration.until)
+        if self._memory is None and not self._too_few:
+            self._rows, entries = entries_of(self._bank, self.scope, answering=self.fitted.answering)
+            if len(self._rows) < NEIGHBOURS:
+                self._too_few = (
+                    f"{len(self._rows)} entries are left of those that it was calibrated on, and a near match is made "
+                    f"of {NEIGHBOURS}; calibrate again"
+                )
+                log.warning("near reuse is off: %s", self._too_few)
+                return None
             predictor, known = self.fitted.predictor, None
             if self.distilled is not None:
                 known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
@@ -213,26 +263,43 @@ class Reuse:
     def tried(self, n: int) -> NDArray[np.int64]:
         """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
         self._refit()
+        if not self.stopped and n:
+            self.refresh()  # says whether there are entries at all
         return np.zeros(0, np.int64) if self.off else self.balance.tried(n)
 
-    def look_up(self, features: NDArray[np.float32] | torch.Tensor, tokens: Sequence[NDArray[np.int32]]) -> Near:
-        """Near matches of some documents, and what decided on each. features: raw, [n, width], as the bank's."""
-        found = self.refresh().match(features, tokens, self._judge.scores)
+    def look_up(
+        self,
+        features: NDArray[np.float32] | torch.Tensor,
+        tokens: Sequence[NDArray[np.int32]],
+        texts: Sequence[str],
+    ) -> Near:
+        """Near matches of some documents of the calibrated scope, and what decided on each.
+
+        features: raw, [n, width], as the bank's. texts: the original ones, without their prompt, for the guard.
+        """
+        memory = self.refresh()
+        if memory is None or not len(tokens):
+            return _no_neighbours(len(tokens), self._bank.facts.width)
+        found = memory.match(features, tokens, self._judge.scores)
         closest = found.similarities[:, 0]
-        score = self.fitted.gate(found.evidence)
+        score = safety(found.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
         rows, similarity = self._rows[found.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
             neighbours, similarities = self._rows[found.neighbours[passed]], found.similarities[passed]
-            mine = self._guard.digests(self._decode([tokens[i] for i in passed.tolist()]))
+            mine = self._digests([texts[i] for i in passed.tolist()])
             place, differing = self._sharing(mine, neighbours, similarities, self._guard)
             each = np.arange(len(passed))
             rows[passed], similarity[passed] = neighbours[each, place], similarities[each, place]
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
+            refused = np.flatnonzero(differing >= 0)
+            unread = self._digests.unread(self._bank.marks(neighbours[refused, 0]))
+            for i in passed[refused[unread]].tolist():
+                kinds[i] = UNREAD
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         consensus = found.evidence[:, _CONSENSUS]
         return Near(found.results, rows, similarity, consensus, score, gate, kinds, closest)
@@ -245,30 +312,29 @@ class Reuse:
         rules: guard.Rules,
     ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """See `guard.Rules.sharing`; the other neighbours' fields are read only where those of the nearest differ."""
-        first = self._fields_of(neighbours[:, 0], rules)
+        first = self._fields_of(neighbours[:, 0])
         place, kind = np.zeros(len(mine), np.int64), rules.unequal(mine, first)
         open_ = np.flatnonzero(kind >= 0)
         if len(open_):
             eligible = eligible_sources(similarities[open_], self.calibration.voting.temperature)
             some = neighbours[open_]
             theirs = np.broadcast_to(first[open_][:, None], (*some.shape, first.shape[1])).copy()
-            theirs[eligible] = self._fields_of(some[eligible], rules)
+            theirs[eligible] = self._fields_of(some[eligible])
             place[open_], kind[open_] = rules.sharing(mine[open_], theirs, eligible)
         return place, kind
 
-    def _fields_of(self, rows: NDArray[np.int64], rules: guard.Rules) -> NDArray[np.uint64]:
-        """Digests of the fields of some entries, uint64 [n, kinds], each read once."""
-        missing = [row for row in np.unique(rows).tolist() if row not in self._fields]
-        if missing:  # some tokenizers make one text of no texts
-            read = rules.digests(self._decode([self._bank.tokens(row) for row in missing]))
-            self._fields.update(zip(missing, read, strict=True))
-        return np.array([self._fields[row] for row in rows.tolist()], np.uint64)
+    def _fields_of(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Digests of the fields of some entries, uint64 [n, kinds]."""
+        return self._digests.of(self._bank.marks(rows))
 
     def neighbours(
         self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
-        places, similarity = self.refresh().nearest(features, tokens)
+        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first; k is 0 without entries."""
+        memory = self.refresh()
+        if memory is None:
+            return np.zeros((len(tokens), 0), np.int64), np.zeros((len(tokens), 0), np.float32)
+        places, similarity = memory.nearest(features, tokens)
         return self._rows[places], similarity
 
     def watch(self, similarity: NDArray[np.float32]) -> None:
@@ -316,15 +382,23 @@ class Reuse:
         self.stopped = f"{reason}; calibrate again"
         log.warning("near reuse is off: %s", self.stopped)
 
-    def paid(self, looked_up: int, rows: NDArray[np.int64], spent: float, audited: NDArray[np.int64]) -> float:
-        """Take note of what some documents have cost and saved. rows: of the hits given. spent: seconds of look-up.
-        audited: rows of those computed again. Returns the seconds of audits.
+    def paid(self, looked_up: int, given: int, spent: float, audited: int) -> tuple[float, float]:
+        """Take note of what some documents have cost and saved, in seconds of the model on this machine.
+
+        given, audited: tokens of the documents that were answered, and of those that are computed to audit them. spent:
+        seconds of the look-up. Returns the seconds saved and those of audits; 0 until the pace of the model is known,
+        then also those from before.
         """
-        saved, audits = self._bank.cost(rows), self._bank.cost(audited)
+        self._unpriced += given, audited
+        if self.balance.documents + looked_up >= LEAST:
+            self.pace.measure()
+        saved, audits = (self.pace.seconds(int(tokens)) for tokens in self._unpriced)
+        if self.pace.known:
+            self._unpriced[:] = 0
         self._saved_seconds, self._audit_seconds = self._saved_seconds + saved, self._audit_seconds + audits
         if self.balance.observe(looked_up, saved, spent + audits):
             log.warning("%s", self.stands_aside or "near reuse pays again: all documents are looked up")
-        return audits
+        return saved, audits
 
     # -- learning again -------------------------------------------------------------------------------------
 
@@ -332,10 +406,11 @@ class Reuse:
         """Once the cache has doubled, calibrate again in the background, and go on with that when it is there."""
         if self._refitting is None:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
-                _, entries = entries_of(self._bank, Refitting.MOST)
-                texts = self._decode(entries.tokens)
-                until = int(self._bank.created(self._bank.near.live()).max(initial=0))
-                self._refitting = Refitting(entries, texts, self.calibration, self.fitted, len(self._bank), until)
+                mine = self._bank.in_scope(self.scope)
+                if grown(self.calibration, len(mine)):
+                    rows, entries = entries_of(self._bank, self.scope)
+                    read, answering = self._fields_of(rows), answering_keys(self._bank, rows)
+                    self._refitting = Refitting(entries, read, self.calibration, self.fitted, len(mine), answering)
             return
         if (found := self._refitting.result()) is None:
             return

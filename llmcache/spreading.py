@@ -21,13 +21,14 @@ from llmcache.cache import LLMCache
 from llmcache.computing import Sentences
 from llmcache.config import CacheConfig
 from llmcache.drift import Drift
-from llmcache.errors import ConfigError
+from llmcache.errors import ConfigError, ForkedStoreError
 from llmcache.execution import Call, Execution, Unknown
 from llmcache.identity import Identity
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.matching import Answers
+from llmcache.numerics import running_mode
 from llmcache.storing import Storing
 from llmcache.workers import Done, Place, Share, Workers, library
 
@@ -44,6 +45,9 @@ class Remembered(Storing):
         self._names: list[tuple[Bank, Keys, Keys]] = []
 
     def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
+        if self.exact_audits.mismatch:
+            self.counters.not_stored += len(keys)
+            return
         kept = bank.put(keys, values, **entry)
         if text_keys is not None:
             bank.alias(text_keys, keys)
@@ -52,8 +56,13 @@ class Remembered(Storing):
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
         super().alias(bank, text_keys, keys)
-        if len(keys) and self.store.writable:
+        if len(keys) and self.store.writable and not self.exact_audits.mismatch:
             self._names.append((bank, text_keys, keys))
+
+    def discard(self) -> None:
+        """Forget what workers committed since the last commit, and the names of rows that came up here."""
+        self._banks, self._names = {}, []
+        self.store.discard()
 
     def commit(self) -> None:
         """Read the store as the workers left it, in place of what was remembered; commit names that came up here."""
@@ -76,6 +85,9 @@ class SpreadExecution(Execution):
     workers: Workers
 
     def answers(self, call: Call) -> Answers:
+        mode = running_mode(self.embedding.device.type)
+        if mode:
+            raise ConfigError(f"workers do not compute under the settings of this process ({mode}); use one process")
         # between two calls nobody holds numbers of rows, which a commit changes here
         if self._storing.store.pending_bytes > _REMEMBERED:
             self._storing.commit()
@@ -88,20 +100,20 @@ class SpreadExecution(Execution):
         began = time.perf_counter()
         parts = _parts(order, call.batch_size, self.workers.count)
         done: list[Done | None] = [None] * len(parts)
-        for number, one in self.workers.computed([_share(call, unknown, part) for part in parts]):
+        shares = [self._share(call, unknown, part) for part in parts]
+        for number, one in self.workers.computed(shares):
             done[number] = one
             call.progress(len(parts[number]), len(parts[number]))
         self.counters.model_seconds += time.perf_counter() - began
-        for part, result in zip(parts, done, strict=True):
+        for part, share, result in zip(parts, shares, done, strict=True):
             assert result is not None
             answers.outputs[unknown.places[part]] = result.outputs
             if result.stored:
-                self._remember(call, unknown, part, result)
+                self._remember(share, result)
             else:
                 self.counters.not_stored += len(part)
 
-    def _remember(self, call: Call, unknown: Unknown, part: NDArray[np.int64], done: Done) -> None:
-        share = _share(call, unknown, part)
+    def _remember(self, share: Share, done: Done) -> None:
         self._storing.put(
             self.bank,
             share.keys,
@@ -110,7 +122,22 @@ class SpreadExecution(Execution):
             tokens=share.tokens.ids,
             sources=share.sources,
             features=share.features,
-            cost=np.full(len(part), done.seconds / len(part), np.float32),
+            cost=np.full(len(share.keys), done.seconds / len(share.keys), np.float32),
+            marks=share.marks,
+        )
+
+    def _share(self, call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
+        """What one worker computes: some of the documents that are not known."""
+        places = unknown.places[part]
+        return Share(
+            unknown.tokens.take(part.tolist()),
+            unknown.keys[part],
+            unknown.text_keys[part],
+            [call.ids[i] if call.ids else "" for i in places.tolist()],
+            unknown.features[part],
+            call.batch_size,
+            call.role,
+            self.marks(call, places),
         )
 
 
@@ -119,19 +146,6 @@ def _parts(order: NDArray[np.int64], batch_size: int, workers: int) -> list[NDAr
     batches = -(-len(order) // batch_size)
     size = batch_size * max(1, -(-batches // (_PER_WORKER * workers)))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _share(call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
-    places = unknown.places[part].tolist()
-    return Share(
-        unknown.tokens.take(part.tolist()),
-        unknown.keys[part],
-        unknown.text_keys[part],
-        [call.ids[i] if call.ids else "" for i in places],
-        unknown.features[part],
-        call.batch_size,
-        call.role,
-    )
 
 
 class SpreadCache(LLMCache):
@@ -148,8 +162,9 @@ class SpreadCache(LLMCache):
         namespace: str,
         secret: bytes = b"",
         drift: Drift | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        super().__init__(store, model, identity, config, namespace, secret, drift)
+        super().__init__(store, model, identity, config, namespace, secret, drift, tokenizer)
         self._secret = secret
 
     @classmethod
@@ -182,18 +197,27 @@ class SpreadCache(LLMCache):
         there = {name: value for name, value in keywords.items() if name not in ("config", "tau", "min_generation")}
         store, old = self._store, self._execution
         place = Place(os.fspath(store.folder.path), model, store.manifest.generation, there)
-        self._storing = Remembered(store, self.config, self._counters)
+        self._storing = Remembered(store, self.config, self._counters, self._exact_audits)
         execution = SpreadExecution(
             Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext
         )
-        execution.reuse = old.reuse
+        execution.reuse, execution.fields = old.reuse, old.fields
         execution.workers = self.workers = Workers(place, *asked)
         self._encoding = execution
 
+    def _reopen(self) -> None:
+        raise ForkedStoreError(
+            "a cache with Ray workers was used by a child of the process that opened it; open the store in the child"
+        )
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a cache with Ray workers cannot be pickled; open the store where it is needed")
+
     def close(self) -> None:
         """Commit and close, and end the workers."""
+        inherited = self._calls.inherited
         try:
             super().close()
         finally:
-            if hasattr(self, "workers"):
+            if hasattr(self, "workers") and not inherited:  # they are the parent's
                 self.workers.close()

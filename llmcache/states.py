@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.nn import Module
 
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import scoped
 from llmcache.indexes.records import Keys
 from llmcache.inputs import InputRows
 from llmcache.keys import key_seed, token_keys
+from llmcache.marking import scope_of
 from llmcache.statistics import LayerCounters
 from llmcache.storing import Storing
 
@@ -27,13 +30,14 @@ class Found:
 
     states: per row float32 [tokens, width], what the layer before `enter` gave; None where nothing is known.
     seconds: float64 [n], what the model took for it when it was computed. entries: keys of what was found, in
-    hexadecimal, or "".
+    hexadecimal, or "". rows: int64 [n], rows of the bank of the layer before `enter`, or -1.
     """
 
     enter: NDArray[np.int64]
     states: list[NDArray[np.float32] | None]
     seconds: NDArray[np.float64]
     entries: list[str]
+    rows: NDArray[np.int64]
 
 
 class LayerBanks:
@@ -47,11 +51,21 @@ class LayerBanks:
         storing: Storing,
         secret: bytes,
         features: Callable[[Sequence[NDArray[np.int32]]], NDArray[np.float32]],
+        trunk: Module,
     ) -> None:
-        """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them."""
+        """digest: of the identity up to a layer. features: of rows of token ids, as wide as the banks have them.
+
+        trunk: the module whose states they are.
+        """
         self.layers = tuple(sorted(layers))
         self.banks = {layer: open_bank(layer) for layer in self.layers}
         self._worth = {layer: storing.worth(bank, bank_name(layer)) for layer, bank in self.banks.items()}
+        audits = storing.exact_audits
+        self.evidence = {
+            layer: audits.evidence(bank, bank_name(layer), trunk, digest(layer)) for layer, bank in self.banks.items()
+        }
+        """What was verified of each layer's bank with this trunk."""
+        self.trunk = trunk
         self._digest, self._storing, self._secret, self._features = digest, storing, secret, features
 
     def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
@@ -59,10 +73,16 @@ class LayerBanks:
         kind = f"layer {layer} {rows.signature} {mode}"
         return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
 
+    def scope(self, layer: int, mode: str, asked: tuple[str | None, str | None]) -> int:
+        """Which states of a layer may stand for others that are alike: those of texts with the same role and prompt,
+        of a model that is the same up to this layer. mode: as for `keys`; asked: role and prompt.
+        """
+        return scope_of(key_seed(self._digest(layer), f"layer {layer} scope {mode}", *asked, self._secret))
+
     def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
         """The deepest state that is stored for each of the chosen rows. up_to: deepest layer to look at."""
         n = len(chosen)
-        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n)
+        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         open_ = np.arange(n)
         for layer in reversed(self.layers):
             if not len(open_):
@@ -107,6 +127,7 @@ class LayerBanks:
             found.enter[places[i]] = layer + 1
             found.seconds[places[i]] = bank.cost(at[i : i + 1])
             found.entries[places[i]] = bank.key(int(at[i]))
+            found.rows[places[i]] = at[i]
         counters.hits += int(reading.intact.sum())
         seconds = time.perf_counter() - began
         counters.load_seconds += seconds
@@ -122,15 +143,23 @@ class LayerBanks:
         states: Sequence[NDArray[np.float32]],
         seconds: NDArray[np.float32],
         mode: str,
+        asked: tuple[str | None, str | None] | None,
     ) -> None:
-        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width], taken over."""
+        """Keep what a layer gave for the chosen rows. states: per row float32 [tokens, width], taken over.
+
+        asked: role and prompt of the texts; None: token ids were given, whose states stand for no others.
+        """
         ids = [rows.ids[i] for i in chosen.tolist()]
+        alike = self.banks[layer].facts.feature_width > 0
+        keys = self.keys(layer, rows, mode)[chosen]
         self._storing.put(
             self.banks[layer],
-            self.keys(layer, rows, mode)[chosen],
+            keys,
             states,
             tokens=ids,
             sources=[""] * len(ids),
             features=self._features(ids),
             cost=seconds,
+            marks=scoped(len(ids), self.scope(layer, mode, asked)) if asked is not None and alike else None,
         )
+        self.evidence[layer].computed(keys)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llmcache.balance import Decision
+from llmcache.indexes.counters import combined
 from llmcache.indexes.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.nearness import NearReport, near_reports
@@ -56,9 +57,12 @@ class Counters:
     exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
     not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
     checksum. bypassed: handed to the model past the cache. left_alone: not looked up, while loading takes longer than
-    the model. audits: near hits that were recomputed; audited_drift: the
-    sum of what they would have been off by; audit_seconds: about what that took. near_asked: documents that calibrated
-    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model took for what it gave.
+    the model. audits: near hits that were recomputed; audited_drift: the sum of what they would have been off by;
+    audit_seconds: about what that took. exact_audits: exact hits that were recomputed to check the store, in
+    exact_audit_seconds; exact_audit_largest: the largest absolute difference seen in them, over openings too;
+    exact_mismatches: openings in which a difference was more than rounding. near_asked: documents that calibrated near
+    reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes here
+    for what it gave, as measured in this opening.
     overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """
@@ -79,6 +83,10 @@ class Counters:
     near_seconds: float = 0.0
     near_saved_seconds: float = 0.0
     audit_seconds: float = 0.0
+    exact_audits: int = 0
+    exact_audit_seconds: float = 0.0
+    exact_audit_largest: float = 0.0
+    exact_mismatches: int = 0
     model_seconds: float = 0.0
     overhead_seconds: float = 0.0
     store_seconds: float = 0.0
@@ -118,7 +126,7 @@ class BankStatistics:
 class Statistics:
     """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included.
     near: of every namespace whose near reuse is calibrated. worth: of every bank that this opening has used, whether
-    reuse from it pays.
+    reuse from it pays. mismatch: what an audit of exact hits found to differ in this opening, "" for nothing.
     """
 
     generation: int
@@ -128,6 +136,7 @@ class Statistics:
     index: str | None = None
     near: list[NearReport] = field(default_factory=list)
     worth: list[Decision] = field(default_factory=list)
+    mismatch: str = ""
 
     @property
     def hit_rate(self) -> float:
@@ -164,18 +173,19 @@ def statistics(
     opened: str = "",
     states: Mapping[str, tuple[str, str]] | None = None,
     worth: Sequence[Decision] = (),
+    mismatch: str = "",
 ) -> Statistics:
     """Statistics of an open store. opened, states: the namespace in use, and its near reuse, see `near_reports`."""
     lifetime = store.counters(without=store.writer)
     for name, value in counters.as_dict().items():
-        lifetime[name] = lifetime.get(name, 0) + value
+        lifetime[name] = combined(name, lifetime.get(name, 0), value)
     banks = [
         _bank(namespace, layer, facts)
         for namespace, space in sorted(store.manifest.namespaces.items())
         for layer, facts in sorted(space.banks.items())
     ]
     near = near_reports(store, lifetime, opened, states)
-    return Statistics(store.manifest.generation, counters, lifetime, banks, index, near, list(worth))
+    return Statistics(store.manifest.generation, counters, lifetime, banks, index, near, list(worth), mismatch)
 
 
 def _bank(namespace: str, layer: str, facts: BankFacts) -> BankStatistics:

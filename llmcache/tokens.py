@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from llmcache.errors import ConfigError
+from llmcache.tokenizing import private_copy
 
 _TOKENISE = 256
 _COMPARED = 8  # texts, the first ones of a call, that are tokenised in both ways
@@ -78,7 +79,10 @@ def check_inputs(model: SentenceTransformer) -> None:
             "and a model of word vectors alone is faster than any cache"
         )
     try:
-        features = model.preprocess(["a text", "another"])
+        with private_copy(model) as reader:
+            features = reader.preprocess(["a text", "another"])
+    except ConfigError:  # the tokenizer cannot be copied
+        raise
     except Exception as error:
         raise ConfigError(
             f"{first} cannot turn texts into model inputs ({type(error).__name__}: {error}); LLMCache embeds texts"
@@ -95,10 +99,17 @@ def check_inputs(model: SentenceTransformer) -> None:
 def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
     """Token rows of some texts, in their order. Texts of like length should be neighbours: they are padded together.
 
-    What the model's own `preprocess` makes of them. Of more than a few plain texts it is asked for the first ones only,
-    if the tokenizer's own library gives the same for these: padding, a look for pictures in every text, and making
-    lists of what nobody asked for take four fifths of the time.
+    What the model's own `preprocess` makes of them, with a private copy of its tokenizer: the model's is left alone,
+    and whoever uses that one meanwhile changes nothing here. Of more than a few plain texts `preprocess` is asked for
+    the first ones only, if the tokenizer's own library gives the same for these: padding, a look for pictures in every
+    text, and making lists of what nobody asked for take four fifths of the time.
     """
+    with private_copy(model) as reader:
+        return _tokenised(reader, texts, prompt, role)
+
+
+def _tokenised(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+    """As `tokenise`, by a model that nobody else tokenises with at the moment."""
     alone = len(texts) > _COMPARED and not (prompt or role) and _reads_text(model)
     first = _preprocessed(model, texts[:_COMPARED] if alone else texts, prompt, role)
     if not alone:
@@ -196,13 +207,17 @@ def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray
 
 
 def tokenise_plainly(tokenizer: Any, texts: Sequence[str], limit: int | None) -> TokenRows:
-    """Rows of what a tokenizer of transformers makes of these texts, cut to `limit` tokens."""
+    """Rows of what a tokenizer of transformers makes of these texts, cut to `limit` tokens.
+
+    A private copy of the tokenizer is called.
+    """
     fields: dict[str, list[NDArray[np.int32]]] = {}
     ways: dict[str, Any] = {"truncation": True, "max_length": limit} if limit else {"truncation": False}
-    for start in range(0, len(texts), _TOKENISE):
-        found = tokenizer(list(texts[start : start + _TOKENISE]), padding=False, **ways)
-        for name, rows in found.items():
-            fields.setdefault(name, []).extend(np.array(row, np.int32) for row in rows)
+    with private_copy(tokenizer) as own:
+        for start in range(0, len(texts), _TOKENISE):
+            columns = own(list(texts[start : start + _TOKENISE]), padding=False, **ways)
+            for name, rows in columns.items():
+                fields.setdefault(name, []).extend(np.array(row, np.int32) for row in rows)
     return TokenRows(fields or {"input_ids": []}, {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,20 +15,6 @@ from llmcache.trial import vocabulary_of
 
 _ROWS, _TOKENS = 2, 7
 _SAMPLES = 4000  # of sound: more than any stack of convolutions at its beginning swallows
-
-
-def main_input(module: Module, signature: inspect.Signature) -> str:
-    """The name of the argument that a module's forward computes from. ConfigError when it has none."""
-    named = getattr(module, "main_input_name", None)
-    open_ = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-    if isinstance(named, str) and (open_ or named in signature.parameters):
-        return named
-    if "input_ids" in signature.parameters:
-        return "input_ids"
-    plain = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if not plain:
-        raise ConfigError(f"the forward of {type(module).__name__} has no argument for token ids; call it input_ids")
-    return plain[0]
 
 
 def trial_inputs(module: Module, main: str, device: torch.device) -> Iterator[dict[str, Any]]:

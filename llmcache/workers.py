@@ -19,6 +19,7 @@ from llmcache.cache import LLMCache
 from llmcache.computing import Sentences, compute
 from llmcache.errors import ConfigError, LLMCacheError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.marks import Marks
 from llmcache.indexes.records import Keys
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
@@ -34,7 +35,8 @@ _IN_FLIGHT = 2  # shares handed to a worker at a time: the next is there when on
 class Share:
     """What one worker computes between two commits: whole batches, longest documents first.
 
-    Every array has a row per document. sources: ids. features: float32 [n, feature width].
+    Every array has a row per document. sources: ids. features: float32 [n, feature width]. marks: of the entries, see
+    `Execution.marks`.
     """
 
     tokens: TokenRows
@@ -44,6 +46,7 @@ class Share:
     features: NDArray[np.float32]
     batch_size: int
     role: str | None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Worker:
                     sources=[share.sources[i] for i in chosen],
                     features=share.features[chosen],
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[done.chosen].sum())),
+                    marks=None if share.marks is None else share.marks[chosen],
                 )
         return Done(outputs, seconds, committed(cache))
 

@@ -26,7 +26,9 @@ log = logging.getLogger("llmcache")
 PROFILED_ROWS, PROFILED_BYTES = 64, 8 << 20
 """A profile reads at most so many entries, and so many bytes of them."""
 _PROBED_SECONDS = 0.05  # of recorded model time that a profile may compute again
-_CLEAR = 10  # times as quick as recorded seconds of the model: they need not be measured again
+_CLEAR = 10  # times as quick as recorded seconds of the model: they are measured again later
+_CHECKED_SECONDS = 0.25  # of loading, after which recorded seconds, perhaps of another machine, are measured here
+_CHECKED_ROWS = 4
 
 Rows = NDArray[np.int64]
 
@@ -47,6 +49,7 @@ class Worth:
         self._balance, self._memory = Balance(), Balance()
         self._levelled, self._held = False, 0
         self._factor = 1.0  # of this machine's model seconds to the recorded ones
+        self._loaded_seconds, self._measured = 0.0, again is None
         self.profile: Profile | None = None
 
     @property
@@ -104,6 +107,9 @@ class Worth:
 
     def served(self, rows: Rows, seconds: float) -> None:
         """Take note of entries that were loaded, and the seconds that took."""
+        self._loaded_seconds += seconds
+        if self._on and not self._measured and self._loaded_seconds >= _CHECKED_SECONDS:
+            self._measure()
         saved = self.bank.cost(rows) * self._factor
         if not self._on or not saved:  # nothing is known of what the model took
             return
@@ -127,11 +133,23 @@ class Worth:
         if self.profile.measured:
             rows = sample(self.bank)
             recorded = self.bank.cost(rows) / max(1, len(rows))
+            self._measured = True
         self._factor = self.profile.compute / recorded if recorded else 1.0
         if not self.profile.pays:
             self._balance.pays = False
             reuse = self.profile.look_up + self.profile.load
             self._say(f"an entry takes {1e3 * reuse:.3g} ms to load and {1e3 * self.profile.compute:.3g} ms to compute")
+
+    def _measure(self) -> None:
+        """Measure the model on a few entries, once loading has taken so long that this adds little to it."""
+        self._measured = True
+        rows = sample(self.bank)[:_CHECKED_ROWS]
+        recorded = self.bank.cost(rows)
+        if self._again is None or not recorded:
+            return
+        before, self._factor = self._factor, self._again(rows) / recorded
+        for balance in (self._balance, self._memory):
+            balance.saved *= self._factor / before
 
     def _say(self, why: str) -> None:
         but = "but for a few documents" + (" and what memory holds" if self._from_memory else "")

@@ -183,11 +183,15 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 def damaged(where: Path, seed: int, first: int, last: int) -> Tally:
     """Read a store with each of these cases in it, in child processes; `where` is an empty folder."""
+    make(where / "store")
+    return in_children("tests.damage", where / "store", seed, first, last)
+
+
+def in_children(module: str, store: Path, seed: int, first: int, last: int) -> Tally:
+    """Run `main` of a module over these cases of a store; one that ends or hangs a process is one failure."""
     tally = Tally()
-    store = where / "store"
-    make(store)
     while first < last and len(tally.failures) < 50:
-        command = [sys.executable, "-m", "tests.damage", str(store), str(seed), str(first), str(last)]
+        command = [sys.executable, "-m", module, str(store), str(seed), str(first), str(last)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         for line in done.stdout.splitlines():
@@ -210,9 +214,9 @@ def main(store: str, seed: str, first: str, last: str) -> None:
     logging.disable(logging.CRITICAL)
     path = Path(store)
     files = files_of(path)
-    _restore(path, files)
+    restore(path, files)
     _use(path, set[int]().union(*SEGMENTS), tokens=True, writes=True)  # loads all libraries before memory is limited
-    _restore(path, files)
+    restore(path, files)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES,) * 2)
     for number in range(int(first), int(last)):
         signal.alarm(_SECONDS)
@@ -238,7 +242,7 @@ def _failure(path: Path, files: dict[str, bytes], case: Case) -> str | None:
         return f"{case.title}: {type(error).__name__}: {error}"
     finally:
         grown = _memory("VmHWM") - before
-        _restore(path, files)
+        restore(path, files)
     if grown > 2 * largest + _SPARE:
         return f"{case.title}: took {grown:,} bytes for a file of {largest:,}"
     return None
@@ -268,7 +272,7 @@ def _use(path: Path, survivors: set[int], *, tokens: bool, writes: bool) -> None
         store.close()
 
 
-def _restore(path: Path, files: dict[str, bytes]) -> None:
+def restore(path: Path, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         if not (path / name).exists() or (path / name).read_bytes() != data:
             (path / name).write_bytes(data)

@@ -39,7 +39,6 @@ def test_every_method_is_measured_on_documents_that_nothing_was_fitted_on() -> N
         "paper: PCA, tau picked on test",
         "corrected, similarity",
         "corrected, consensus",
-        "corrected, gate without head",
         "corrected, gate",
         "corrected, accuracy drop",
         "plain, consensus",

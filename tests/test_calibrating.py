@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from llmcache.calibrating import _again, calibrated
 from llmcache.crossfit import Memory
-from llmcache.gate import Boundary
+from llmcache.gate import Boundary, safety
 from tests.test_correction import entries
 
 
@@ -28,10 +28,10 @@ def test_how_loud_a_head_decides_changes_neither_the_hits_calibrated_nor_those_g
     given = []
     for volume in (0.05, 1.0, 50.0):
         head = Loud(volume)
-        found, fitted = calibrated(known, [""] * 600, None, (), budget=0.1, head=head, guarded=False)
+        found, fitted = calibrated(known, None, None, None, budget=0.1, head=head, guarded=False)
         assert found.threshold is not None
         looked_up = Memory(known, fitted.predictor, found.voting).look_up(asked, Boundary.of(head))
-        hits = float((fitted.gate(looked_up.evidence) >= found.threshold).mean())
+        hits = float((safety(looked_up.evidence) >= found.threshold).mean())
         assert abs(hits - found.hits) < 0.12, "what was calibrated is what is given"
         given.append(hits)
     assert max(given) - min(given) < 0.12

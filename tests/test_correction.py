@@ -25,7 +25,7 @@ from llmcache.correction import (
 from llmcache.crossfit import Entries, Judge, Memory, ask, cross_fit, held_out_voting, unseen
 from llmcache.drift import cosine_drift, label_drift
 from llmcache.errors import ConfigError
-from llmcache.gate import Boundary, Gate, fit_gate
+from llmcache.gate import Boundary, safety
 from tests.test_predictor import documents
 
 Floats = NDArray[np.float32]
@@ -119,8 +119,7 @@ def test_a_row_that_lacks_neighbours_is_trusted_by_no_gate() -> None:
     similarity = similarity.copy()
     similarity[2, 3] = -np.inf
     seen = evidence(predicted, outputs, predictions, similarity, ([np.arange(3)] * 6, [np.arange(3)] * 6))
-    gate = fit_gate(np.nan_to_num(seen, posinf=0), np.zeros(6))
-    assert np.isneginf(gate(seen)).tolist() == [False, False, True, False, False, False]
+    assert np.isneginf(safety(seen)).tolist() == [False, False, True, False, False, False]
 
 
 def test_similarities_above_one_by_rounding_are_one() -> None:
@@ -174,41 +173,35 @@ def test_voting_is_chosen_by_what_comes_nearest_to_the_true_outputs() -> None:
 # -- gates --------------------------------------------------------------------------------------------------
 
 
-def test_the_gate_is_penalised_logistic_regression() -> None:
-    random = np.random.default_rng(0)
-    seen = random.standard_normal((3000, 4)) * [1, 2, 3, 4] + 5
-    drift = random.uniform(size=3000) < 1 / (1 + np.exp(3 - seen[:, 0] + 0.5 * (seen[:, 1] - 5)))
-    gate = fit_gate(seen, drift)
-    standard = (seen - seen.mean(axis=0)) / seen.std(axis=0)
-    expected = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(standard, drift).decision_function(standard)
-    np.testing.assert_allclose(gate(seen), -expected, atol=1e-3)
+def test_a_hit_is_safer_by_what_the_head_decides_beside_the_expected_error() -> None:
+    predicted, outputs, predictions, similarity = batch()
+    scores = np.random.default_rng(1).standard_normal((6, 3))
+    seen = evidence(predicted, outputs, predictions, similarity, ([np.arange(3)] * 6, [np.arange(3)] * 6), scores)
+    best = np.sort(scores, axis=1)
+    expected = (best[:, -1] - best[:, -2]) / np.sqrt(1 - similarity[:, 0] + 1e-6)
+    np.testing.assert_allclose(safety(seen), np.log(expected), rtol=1e-4)
+    blind = safety(seen[:, : len(EVIDENCE)])
+    np.testing.assert_array_equal(np.argsort(blind), np.argsort(similarity[:, 0]))
 
 
-def test_a_gate_comes_back_from_arrays_and_refuses_damaged_ones() -> None:
-    seen = np.random.default_rng(0).standard_normal((100, 3))
-    gate = fit_gate(seen, seen[:, 0] > 1)
-    np.testing.assert_array_equal(Gate.from_arrays(gate.to_arrays())(seen), gate(seen))
-    with pytest.raises(ConfigError, match="scale"):
-        Gate.from_arrays({name: one for name, one in gate.to_arrays().items() if name != "scale"})
-    with pytest.raises(ConfigError, match="calibrate again"):
-        Gate.from_arrays({**gate.to_arrays(), "weights": np.array([np.nan] * 3)})
-    with pytest.raises(ConfigError, match="3 columns"):
-        gate(seen[:, :2])
+@pytest.mark.parametrize("volume", [1e-4, 0.05, 20.0])
+def test_the_order_of_hits_does_not_depend_on_how_loud_a_head_is(volume: float) -> None:
+    near = batch()
+    scores = np.random.default_rng(1).standard_normal((6, 3)) + 3 * np.eye(6, 3)
+    tokens = [np.arange(3)] * 6, [np.arange(3)] * 6
+    once, twice = (safety(evidence(*near, tokens, factor * scores)) for factor in (1.0, volume))
+    np.testing.assert_allclose(twice - once, np.log(volume), atol=1e-4)
 
 
-@pytest.mark.parametrize("drift", [0.0, 1.0])
-def test_a_gate_without_anything_to_learn_goes_by_similarity(drift: float) -> None:
-    seen = np.random.default_rng(0).standard_normal((50, len(EVIDENCE)))
-    score = fit_gate(seen, np.full(50, drift))(seen)
-    np.testing.assert_array_equal(np.argsort(score), np.argsort(-seen[:, 0]))
+def test_evidence_of_other_columns_is_refused() -> None:
+    with pytest.raises(ConfigError, match="columns"):
+        safety(np.zeros((3, 4)))
 
 
 def test_what_has_no_neighbour_is_never_trusted() -> None:
-    seen = np.random.default_rng(0).standard_normal((50, 3))
-    gate = fit_gate(seen, seen[:, 0] > 0)
-    assert gate(np.array([[np.nan, 0, 0], [np.inf, 0, 0]])).tolist() == [-np.inf, -np.inf]
-    with pytest.raises(ConfigError, match="NaN"):
-        fit_gate(seen, np.full(50, np.nan))
+    seen = np.zeros((2, len(EVIDENCE)))
+    seen[0, 3], seen[1, 0] = np.nan, np.inf
+    assert safety(seen).tolist() == [-np.inf, -np.inf]
 
 
 def test_a_linear_head_is_pictured_exactly_and_another_one_by_its_labels() -> None:

@@ -17,6 +17,7 @@ from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
 from llmcache.heads import shared_depths
 from llmcache.identity import identify
+from llmcache.standins import OwnHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [
@@ -62,7 +63,7 @@ def test_the_second_head_starts_where_it_differs_and_gives_what_it_gives_alone(
 ) -> None:
     reached: list[int] = []
     hooks = [
-        layer.attention.register_forward_pre_hook(lambda _, args, n=n: reached.append(n))
+        layer.attention.register_forward_pre_hook(OwnHook(layer.attention, lambda _, args, n=n: reached.append(n)))
         for n, layer in enumerate(tone.bert.encoder.layer)
     ]
     with LLMCache.open(store, model) as cache:

@@ -460,7 +460,7 @@ CASES: dict[str, Case] = {
     "a sha256 that is none": Case(in_file(".row", sha256="xyz"), DAMAGED, DAMAGED),
     # the manifest's form
     "a generation that is not its own": Case(said(lambda m: m.update(generation=7)), DAMAGED, DAMAGED),
-    "a later format": Case(said(lambda m: m.update(format=2)), "FormatTooNew", "FormatTooNew"),
+    "a later format": Case(said(lambda m: m.update(format=3)), "FormatTooNew", "FormatTooNew"),
     "a format that is a text": Case(said(lambda m: m.update(format="1")), DAMAGED, DAMAGED),
     "namespaces that are a list": Case(said(lambda m: m.update(namespaces=[])), DAMAGED, DAMAGED),
     "banks that are a list": Case(said(lambda m: m["namespaces"]["default"].update(banks=[1])), DAMAGED, DAMAGED),

@@ -34,6 +34,7 @@ from llmcache.indexes.replacement import POLICIES, Terms
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
 from llmcache.indexes.usage import USE
+from llmcache.indexes.verify import verify
 
 WIDTH, FEATURES = 256, 8
 SPAWN = multiprocessing.get_context("spawn")
@@ -489,7 +490,7 @@ def test_a_commit_that_lost_with_a_used_number_is_written_anew_since_its_files_m
             if collected:
                 eviction.tidy(rival.folder)
                 assert new not in os.listdir(path)
-                assert before - set(os.listdir(path / "seg")), "what only it names is gone"
+                assert before <= set(os.listdir(path / "seg")), "its writer lives, so what only it names stays"
 
     with opened(path) as store:
         put(store, [100])
@@ -572,26 +573,59 @@ def test_a_commit_that_others_built_upon_before_it_was_looked_at_is_not_made_twi
         assert store.manifest.generation == int(seen[0][2:14]) + 1
 
 
-def test_files_that_were_collected_before_they_were_published_are_written_again(
+def test_a_clock_that_jumps_while_a_commit_is_under_way_costs_it_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
+    real = publishing.commit
+    jumps = iter((7200, -7200, 10**9))
+
+    def late(*arguments: Any, **asked: Any) -> Any:
+        clock.now = time.time() + next(jumps)
+        with opened(path) as rival:
+            gc(rival)
+            gc(rival, 0)
+        return real(*arguments, **asked)
+
+    for number in (100, 101, 102):
+        with opened(path) as store:
+            put(store, [number])
+            bank_of(store)
+            with monkeypatch.context() as patch:
+                patch.setattr(publishing, "commit", late)
+                store.commit()
+    assert on_disk(path, [100, 101, 102]) == {100, 101, 102}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["seg", "row", "key", "var", "fp"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_commit_of_which_a_file_is_removed_by_force_is_written_again_or_fails_and_keeps_its_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, when: str, kind: str, times: int
+) -> None:
+    real, left = publishing.commit, list(range(times))
+
+    def destructive(*arguments: Any, **asked: Any) -> Any:
+        made = None if when == "before" else real(*arguments, **asked)
+        if left:
+            left.pop()
+            newest = max((path / "seg").glob(f"*.{kind}"), key=lambda file: file.stat().st_ctime_ns)
+            newest.unlink()
+        return made or real(*arguments, **asked)
+
     with opened(path) as store:
+        bank_of(store)
         put(store, [100])
         with monkeypatch.context() as patch:
-            real = publishing.commit
-
-            def late(*arguments: Any, **asked: Any) -> Any:
-                clock.now = time.time() + 7200
-                with opened(path) as rival:
-                    gc(rival)
-                return real(*arguments, **asked)
-
-            patch.setattr(publishing, "commit", late)
-            with pytest.raises(LLMCacheError, match="commit again"):
-                store._commit_rows(("default", "layer"), bank_of(store))
+            patch.setattr(publishing, "commit", destructive)
+            if times == 3:
+                with pytest.raises(LLMCacheError, match="commit again"):
+                    store._commit_rows(("default", "layer"), bank_of(store))
+            else:
+                store.commit()
         assert held(store, [100]) == {100}
+        assert verify(path).whole, "no manifest names what is missing"
         store.commit()
-    assert on_disk(path, [100]) == {100}
+    assert on_disk(path, [*ALL, 100]) == {*ALL, 100}
 
 
 # -- uses ---------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_the_bytes_are_json_and_a_line_with_its_sha256() -> None:
     body, line = to_bytes(full_manifest()).decode("ascii").splitlines()
     assert line == "sha256:" + hashlib.sha256(body.encode()).hexdigest()
     document = json.loads(body)
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["generation"] == 7
     assert document["namespaces"]["default"]["banks"]["output"]["segments"][0]["rows"] == 10
 
@@ -365,7 +365,7 @@ def test_deep_nesting_inside_a_whole_manifest_is_refused() -> None:
     refused(changed(("namespaces", "default", "config", "tau"), '{"a":' * 100_000 + "1" + "}" * 100_000))
 
 
-@pytest.mark.parametrize("number", [2, 3, 1 << 40])
+@pytest.mark.parametrize("number", [3, 4, 1 << 40])
 def test_a_newer_format_asks_for_an_upgrade(number: int) -> None:
     with pytest.raises(FormatTooNew, match=r"pip install -U llmcache"):
         from_bytes(changed(("format",), str(number)), "m")
@@ -373,7 +373,7 @@ def test_a_newer_format_asks_for_an_upgrade(number: int) -> None:
 
 def test_a_newer_format_asks_for_an_upgrade_even_where_nothing_else_is_known() -> None:
     with pytest.raises(FormatTooNew):
-        from_bytes(signed(b'{"format": 2, "all else": "is different"}'), "m")
+        from_bytes(signed(b'{"format": 3, "all else": "is different"}'), "m")
 
 
 scalars = st.one_of(
@@ -641,7 +641,7 @@ def test_a_store_whose_manifests_are_all_damaged_is_refused(folder: Folder) -> N
 
 def test_a_newer_format_is_not_passed_over_for_an_older_manifest(folder: Folder) -> None:
     commit(folder, "w", adding("a"))
-    (folder.path / generation_name(2)).write_bytes(signed(b'{"format": 2}'))
+    (folder.path / generation_name(2)).write_bytes(signed(b'{"format": 3}'))
     (folder.path / generation_name(3)).write_bytes(b"damaged")
     with pytest.raises(FormatTooNew):
         newest(folder, generations(folder))

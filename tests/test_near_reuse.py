@@ -111,6 +111,22 @@ def test_near_results_are_neither_stored_nor_given_as_exact(
         assert sum(one.tier == "near" for one in cache.run(asked)) <= near, "only more is known by now"
 
 
+def test_a_document_is_answered_near_once_and_computed_and_stored_when_it_is_asked_again(
+    model: SentenceTransformer, known: Path, asks: list[str]
+) -> None:
+    asked = asks[KNOWN : KNOWN + 60]
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=0)) as cache:
+        cache.calibrate(budget=0.2, drift="beyond", limit=0.3)
+        text = asked[next(i for i, one in enumerate(cache.run(asked)) if one.tier == "near")]
+        assert "asked again" in cache.explain(text).why
+        (again,), (stored,) = cache.run([text]), cache.run([text])
+        assert (again.tier, stored.tier) == ("miss", "exact")
+        np.testing.assert_allclose(again.output, np.asarray(model.encode([text]))[0], atol=1e-5)
+    with LLMCache.open(known, model, config=CacheConfig(audit_share=0)) as cache:
+        text = next(one for one in asked if cache.explain(one).tier == "near")
+        assert "near" not in {one.tier for one in cache.run([text, text])}, "one answer would be given twice"
+
+
 def test_audits_recompute_a_share_and_switch_off_what_exceeds_the_budget(
     model: SentenceTransformer, known: Path, asks: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,7 +268,7 @@ def _of(cache: LLMCache, text: str) -> Any:
 
     execution = cache._execution
     tokens = execution.keys_of(text, None, None)[2]
-    return features(execution.embedding, tokens.ids, "mean"), tokens.ids
+    return features(execution.embedding, tokens.ids, "mean"), tokens.ids, [text]
 
 
 def test_what_audits_found_is_kept_between_openings_until_somebody_calibrates_again(

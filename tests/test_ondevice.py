@@ -196,9 +196,9 @@ def opened_there(
     return LLMCache.open(path, model.to(device), config=config)
 
 
-def raw_of(cache: LLMCache, texts: list[str]) -> tuple[NDArray[np.float32], list[NDArray[np.int32]]]:
+def raw_of(cache: LLMCache, texts: list[str]) -> tuple[NDArray[np.float32], list[NDArray[np.int32]], list[str]]:
     tokens = [np.array(ids, np.int32) for ids in cache.tokenizer(texts)["input_ids"]]
-    return features(cache._execution.embedding, tokens, "mean"), tokens
+    return features(cache._execution.embedding, tokens, "mean"), tokens, texts
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -317,10 +317,10 @@ def test_entries_that_no_device_can_hold_are_looked_up_on_the_host_and_that_is_s
 ) -> None:
     with LLMCache.open(calibrated, model, config=CacheConfig(recalibrate=False)) as cache:
         reuse: Any = cache._execution.reuse
-        raw, tokens = raw_of(cache, asks[KNOWN : KNOWN + 20])
-        expected = reuse.look_up(raw, tokens)
+        raw, tokens, texts = raw_of(cache, asks[KNOWN : KNOWN + 20])
+        expected = reuse.look_up(raw, tokens, texts)
         reuse.place = torch.device("cuda")
-        found = reuse.look_up(torch.from_numpy(raw), tokens)
+        found = reuse.look_up(torch.from_numpy(raw), tokens, texts)
         np.testing.assert_array_equal(found.results, expected.results)
         np.testing.assert_array_equal(found.gate, expected.gate)
         assert isinstance(reuse.refresh(), Memory)

@@ -27,10 +27,12 @@ from pathlib import Path
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests import damage_calibrated
 from tests.damage import damaged
 from tests.faults import MORE_CODES, Tally, faults, interleavings, power_losses
 from tests.kills import random_kills, sigkills
 from tests.operations import OPERATIONS
+from tests.stops import stops
 from tests.test_state_machine import STEPS, StoreMachine
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,8 @@ def one_round(number: int, until: float) -> Tally:
         lambda: sigkills(place(), [operation]),
         partial(random_kills, place(), chance.randint(10, 60), number),
         partial(damaged, place(), number, 0, 10 * chance.randint(20, 100)),
+        partial(damage_calibrated.damaged, place(), number, 0, 10 * chance.randint(2, 20)),
+        partial(stops, place(), chance.randint(5, 20), number),
         partial(steps_at_random, number, chance.randint(20, 200), chance.randint(20, 60)),
     ]
     chance.shuffle(parts)

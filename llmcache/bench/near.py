@@ -25,7 +25,7 @@ from llmcache.crossfit import Entries, Found, Held, Judge, Memory, cross_fit, he
 from llmcache.drift import cosine_drift, label_drift
 from llmcache.errors import ConfigError
 from llmcache.fingerprint import features
-from llmcache.gate import Boundary, fit_gate
+from llmcache.gate import Boundary, safety
 from llmcache.indexes.neighbours import half
 from llmcache.indexes.projection import fit_pca
 from llmcache.indexes.vectors import VectorIndex
@@ -135,9 +135,9 @@ def measure(
     for seed in range(seeds):
         voting = held_out_voting(known.entries, seed)
         judge_of = judges(known)
-        held = cross_fit(known.entries, judge_of, seed=seed, voting=voting)
         scores = Boundary.of(head)
         memory = Memory.fit(known.entries, seed, voting)
+        held = cross_fit(known.entries, judge_of, seed=seed, voting=voting, like=memory.predictor)
         found = memory.look_up(asked.entries, scores)
         facts = {"seed": seed, "temperature": voting.temperature, "strength": voting.strength}
         for method, cached, mine in _scorings(held, found):
@@ -217,16 +217,7 @@ def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floati
     """Name, score of the cached entries and of the documents asked, of each way to decide which hits to trust."""
     yield "corrected, similarity", held.found.similarity, found.similarity
     yield "corrected, consensus", held.found.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
-    score = np.empty(len(held.score))
-    blind = np.arange(len(EVIDENCE))  # not the columns that a head gives
-    for number in np.unique(held.fold):
-        apart = held.fold == number
-        score[apart] = fit_gate(held.found.evidence[~apart][:, blind], held.drift[~apart])(
-            held.found.evidence[apart][:, blind]
-        )
-    gate = fit_gate(held.found.evidence[:, blind], held.drift)
-    yield "corrected, gate without head", score, gate(found.evidence[:, blind])
-    yield "corrected, gate", held.score, held.gate(found.evidence)
+    yield "corrected, gate", held.score, safety(found.evidence)
 
 
 def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Row:
@@ -239,7 +230,7 @@ def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Ro
         kept = head.predict(known.entries.outputs[apart]) == right
         lost[apart] = kept.astype(float) - (head.predict(held.found.results[apart]) == right)
     choice = choose(lost, held.score, 0.005, None, errors=1.0)
-    return {**truth.row(choice, found.results, held.gate(found.evidence)), "drift_is": "accuracy"}
+    return {**truth.row(choice, found.results, safety(found.evidence)), "drift_is": "accuracy"}
 
 
 def _embeddings(

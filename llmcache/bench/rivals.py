@@ -21,7 +21,7 @@ from llmcache.calibration import choose
 from llmcache.correction import eligible_sources
 from llmcache.crossfit import Entries, Held, Judge, Memory, ask, cross_fit, held_out_voting
 from llmcache.drift import beyond, label_drift
-from llmcache.gate import Boundary
+from llmcache.gate import Boundary, safety
 from llmcache.guard import Rules
 
 FIXED = 0.8
@@ -70,7 +70,7 @@ def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float
     )
     voting = held_out_voting(known, seed)
     memory, judge = Memory.fit(known, seed, voting), Judge(beyond(LIMIT))
-    held = ask(memory, sample, judge, seed=seed)
+    held = ask(memory, sample, judge)
     same = np.array([pair[0] == 1 for pair in chosen[half:]])
     nearest = memory.look_up(asked).nearest
     own = nearest == np.arange(half, PAIRS)
@@ -89,7 +89,7 @@ def _rules(
     budget: float,
 ) -> Iterator[Row]:
     found = memory.look_up(asked, judge.scores)
-    plain, score = memory.entries.outputs[found.nearest], held.gate(found.evidence)
+    plain, score = memory.entries.outputs[found.nearest], safety(found.evidence)
     ours = _threshold(held.drift, held.score, budget)
     guard = Rules()
     read, temperature = guard.digests(known_texts), memory.voting.temperature

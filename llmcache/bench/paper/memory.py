@@ -17,7 +17,6 @@ from llmcache.cache import LLMCache
 from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
 from llmcache.fingerprint import features
-from llmcache.matching import near
 from llmcache.tokens import tokenise
 
 TAU = 0.85
@@ -51,7 +50,8 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
                 cache.encode(workload.known[before:count], batch_size=64)
                 cache.commit()
                 bank = cache.storing.store.bank(cache.namespace, "output", _never, cache.config.near)
-                found, _ = near(bank, asked, TAU)
+                nearest, similarity = bank.nearest(asked, 1)
+                found = np.where(similarity[:, 0] >= TAU, nearest[:, 0], -1)
                 cache.commit()  # the index, once it was asked for
                 size = _size(folder)
                 rows.append({

@@ -1,0 +1,58 @@
+"""Locks (flock) on open files: the kernel releases one when the process that holds it ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_NO_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What a file system answers that has no locks."""
+
+
+def share(descriptor: int) -> bool:
+    """Lock a file that was just created until its descriptor is closed, without keeping others from doing the same.
+
+    False when another process has looked at the lock (`unlocked`), or removed the file, since it was created. On a
+    file system without locks it is True and nothing is locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCK:
+            raise
+    return os.fstat(descriptor).st_nlink > 0
+
+
+@contextmanager
+def unlocked(descriptor: int) -> Iterator[bool]:
+    """Whether no process holds the lock of a file; if so, none gets it inside the block. Closes the descriptor."""
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError as error:
+            if error.errno not in {*_NO_LOCK, errno.EWOULDBLOCK}:
+                raise
+            free = error.errno in _NO_LOCK
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def exclude(descriptor: int, pid: int) -> str:
+    """Lock a file against everybody else and write into it who has it; "", or who has it already."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 256, 0).decode("utf-8", "replace").strip() or "an unknown process"
+    with suppress(OSError):  # who holds it is for people; a full disk is no reason not to evict
+        label = f"process {pid} on {socket.gethostname()}\n".encode()
+        os.pwrite(descriptor, label, 0)
+        os.ftruncate(descriptor, len(label))
+    return ""

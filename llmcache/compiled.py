@@ -1,0 +1,27 @@
+"""Models and torch.compile: compiled code would not ask the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from llmcache.errors import ConfigError
+
+
+def refuse_compiled(module: Module) -> None:
+    """ConfigError for a module that is compiled, or has compiled parts."""
+    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
+        raise ConfigError(
+            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "torch.compile (model._orig_mod), and run it uncompiled"
+        )
+
+
+def not_compiled(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which a compiled function around the model calls as it is."""
+    disable: Any = torch.compiler.disable
+    uncompiled: Callable[..., Any] = disable(answer)
+    return uncompiled
