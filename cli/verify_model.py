@@ -53,5 +53,7 @@ def verify_model(
                 for one in found
             ],
         )  # fmt: skip
+        if any(one.tier not in ("output", "model") for one in found):
+            printing.facts([("not compared", "positions that the attention mask hides, of which nothing is kept")])
     if failed:
         raise typer.Exit(1)

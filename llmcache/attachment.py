@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -22,16 +23,23 @@ from llmcache.compiled import not_compiled, refuse_compiled
 from llmcache.errors import ConfigError
 from llmcache.exact_audits import ExactAudits
 from llmcache.indexes.marks import UNKNOWN
-from llmcache.inputs import MUST_BE_OFF, Call, InputRows, input_rows, main_input, refusal
+from llmcache.inputs import Call, InputRows, asked_by, input_rows, main_input, refusal
+from llmcache.layer_trial import LayerTrial, MemoryBanks
+from llmcache.layout import holds_tokens, wants_keys
 from llmcache.locking import CallLock, LockCycle
+from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
+from llmcache.merging import merged
 from llmcache.numerics import running_mode
-from llmcache.passes import Anatomy, Blocks, Pass, Place, examine, parts_of, trial_call
+from llmcache.passes import Anatomy, Blocks, Pass, examine, gives_keys
 from llmcache.prefix import Prefixes
+from llmcache.preserving import without_trace
 from llmcache.standins import StandIn, install, remove
 from llmcache.state_audits import audit_states
 from llmcache.states import Found, LayerBanks
 from llmcache.statistics import Counters
+from llmcache.trial import explained, vocabulary_of
+from llmcache.trial_inputs import first_call
 from llmcache.watching import ModelWatch
 
 log = logging.getLogger("llmcache")
@@ -81,9 +89,11 @@ class Attachment:
         self._takes_cache = "use_cache" in self._signature.parameters
         self._said: set[str] = set()
         self._depth = 0
+        self.losses = LossArguments(trunk.module)
         self._lock, self._is_open, self._pid = lock, is_open, os.getpid()
         self._stand_in: StandIn | None = None
-        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks]] = {}
+        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks] | str] = {}
+        self._decodes: bool | None = None
         self._prefixes: dict[str, Prefixes | str] = {}
         self._watch = watch
         self.entered = np.zeros(0, np.int64)
@@ -110,12 +120,13 @@ class Attachment:
                     )
                 self._forward = module.forward
                 self._blocks.replace()
+                self.losses.replace()
                 self._stand_in = StandIn(module, not_compiled(self._forwarded))
                 install(self._stand_in)
             self._depth += 1
             try:
-                if not self._anatomies and not self._in_training():
-                    self._anatomy()
+                if not self._in_training():
+                    self._refuse_misfits()
             except BaseException:
                 self.__exit__(None, None, None)
                 raise
@@ -135,6 +146,7 @@ class Attachment:
             remove(self._stand_in)
             self._stand_in = None
             self._blocks.restore()
+            self.losses.restore()
             _attached.pop(self.trunk.module, None)
 
     @property
@@ -144,8 +156,11 @@ class Attachment:
 
     @property
     def banks(self) -> LayerBanks:
-        """The banks of the layers, for the autocast state at hand."""
-        return self._anatomy()[1]
+        """The banks of the layers, for the autocast state at hand. ConfigError when the layers cannot be cached."""
+        found = self._anatomy()
+        if isinstance(found, str):
+            raise ConfigError(found)
+        return found[1]
 
     def last_pass(self) -> tuple[NDArray[np.int64], list[str]] | None:
         """`entered` and `entries` of the last pass, given once; None where nothing has passed since they were given, as
@@ -163,15 +178,25 @@ class Attachment:
     @property
     def decodes(self) -> bool:
         """Whether the model is a decoder, which gives keys and values for the tokens to come."""
-        return self._anatomy()[0].decodes
+        if self._decodes is None:
+            self._anatomy()
+        return bool(self._decodes)
+
+    def _refuse_misfits(self) -> None:
+        """ConfigError when neither layers nor beginnings of this model can be cached."""
+        if any(not isinstance(one, str) for one in self._anatomies.values()):
+            return
+        self._anatomies.clear()
+        reason = self._anatomy()
+        if isinstance(reason, str) and not (self._by_beginnings and not isinstance(self._beginnings(), str)):
+            raise ConfigError(reason)
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands in for the trunk's forward: a call that may go by the banks does so, one thread at a time."""
         call = self._bound(args, kwargs)
-        length = getattr(call.get("past_key_values"), "get_seq_length", None)
-        if length is not None and length() > 0:  # a decoder's next token
+        if holds_tokens(call.get("past_key_values")):  # a decoder's next token
             return own(*args, **kwargs)
         reason = self._unusable()
         if reason is None:
@@ -204,9 +229,11 @@ class Attachment:
             self._changed()
             self._anatomies.clear()
             self._prefixes.clear()
+            self._decodes = None
         decoding = not training and self._keeps_keys(call)
         refusal = self._prefix_refusal if decoding else self._refusal
         reason = training or self._exact_audits.refusal() or refusal(call)
+        reason = reason or self.losses.refusal(call.get("attention_mask"))
         if reason is not None:
             self._bypass(reason, call)
             return own(*args, **kwargs)
@@ -228,7 +255,12 @@ class Attachment:
                 call |= value
             else:
                 call[name] = value
-        return {name: value for name, value in call.items() if value is not None}
+        return {name: value for name, value in call.items() if value is not None or not self._is_unset_by_none(name)}
+
+    def _is_unset_by_none(self, name: str) -> bool:
+        """Whether None means for an argument that nothing is given."""
+        parameter = self._signature.parameters.get(name)
+        return parameter is None or parameter.default in (None, inspect.Parameter.empty)
 
     def _in_training(self) -> str:
         """Why the model as a whole, or a part of it, gives other results in every call; "" when it does not."""
@@ -242,12 +274,19 @@ class Attachment:
         )
 
     def _refusal(self, call: Call) -> str | None:
-        return refusal(self._asked() | call, self._main)
+        """The reason why the layers are not cached in this call; None when they are."""
+        reason = refusal(self._asked() | call, self._main)
+        if reason is not None:
+            return reason
+        found = self._anatomy(call.get("return_dict"))
+        if isinstance(found, str):
+            return found
+        value = call[self._main]
+        return None if value.is_floating_point() else found[0].reach.refusal(value.shape[1])
 
     def _asked(self) -> Call:
         """What the model's configuration asks for in every call."""
-        config = getattr(self.trunk.module, "config", None)
-        return {name: True for name in MUST_BE_OFF if getattr(config, name, False)}
+        return asked_by(getattr(self.trunk.module, "config", None))
 
     # -- a decoder's beginnings -----------------------------------------------------------------------------
 
@@ -257,7 +296,12 @@ class Attachment:
             return True
         if not (self._takes_cache and self.decodes):
             return False
-        return not self._states_only or bool(call.get("use_cache", True))
+        return not self._states_only or wants_keys(call, self.trunk.module)
+
+    @property
+    def _by_beginnings(self) -> bool:
+        """Whether all calls go by the beginnings of rows, and none by their layers."""
+        return self._takes_cache and self.decodes and not self._states_only
 
     def _prefix_refusal(self, call: Call) -> str | None:
         prefixes = self._beginnings()
@@ -274,6 +318,8 @@ class Attachment:
                 self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
             except ConfigError as error:
                 self._prefixes[mode] = str(error)
+            except Exception as error:
+                self._prefixes[mode] = f"to try its beginnings out failed: {explained(error)}"
             finally:
                 install(self._stand_in)
         return self._prefixes[mode]
@@ -304,32 +350,72 @@ class Attachment:
         """What beside model and inputs decides the states: settings of the process, such as autocast."""
         return running_mode(self._watch.device.type)
 
-    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks]:
-        """What a trial shows of this trunk, and its banks, for the autocast state at hand and this kind of output."""
+    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks] | str:
+        """What trials show of this trunk, and its banks, or the reason why its layers cannot be cached.
+
+        For the autocast state at hand and this kind of output. The trials leave no trace in the model.
+        """
         module: Any = self.trunk.module
         if return_dict is None:
             return_dict = getattr(getattr(module, "config", None), "return_dict", None)
         mode = self._mode(), return_dict
         if mode not in self._anatomies:
-            embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-            config = getattr(module, "config", None)
-            side = getattr(config, "image_size", None) or 8
-            image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (tuple, list)) else (side, side)))
-            count = getattr(embedding, "num_embeddings", 2) if self._main != "pixel_values" else None
-            call = trial_call(self._main, count, image, self._watch.device)
-            if config is not None:
-                call |= dict.fromkeys(MUST_BE_OFF, False) | {"return_dict": return_dict}
-            call = {name: value for name, value in call.items() if self._takes(name)}
-            anatomy = examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
-            self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+            name = type(module).__name__
+            try:
+                anatomy = self._tried(return_dict)
+                self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+            except ConfigError as error:
+                self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"
+            except Exception as error:  # a trial is ours, and so is its failure
+                self._anatomies[mode] = f"{name} cannot be cached by layers: a trial failed with {explained(error)}"
         return self._anatomies[mode]
+
+    def _tried(self, return_dict: bool | None) -> Anatomy:
+        """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
+        module: Any = self.trunk.module
+        device = self._watch.device
+
+        def first_trial() -> tuple[Call, Anatomy]:
+            call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
+            if self._takes_cache:
+                self._decodes = gives_keys(self._forward, call)
+            return call, examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+
+        call, anatomy = without_trace(module, device, first_trial)
+        if self._by_beginnings:
+            return anatomy
+        trial = LayerTrial(
+            lambda one: self._forward(**one),
+            lambda one, banks, up_to: self._rehearsed(one, anatomy, banks, up_to),
+            call | ({"use_cache": False} if self._takes_cache else {}),
+            self._main,
+            self._choose(anatomy.layers),
+            anatomy.fields,
+            self._takes,
+        )
+        return replace(anatomy, reach=trial.reach(module, vocabulary_of(module)))
+
+    def _rehearsed(self, call: Call, anatomy: Anatomy, banks: MemoryBanks, up_to: int | None) -> Any:
+        """The answer to a call from banks in memory, which leaves counters and what is said of the last pass alone."""
+        reason = refusal(call, self._main)
+        if reason is not None:
+            raise ConfigError(reason)
+        rehearsal = object.__new__(type(self))
+        rehearsal.__dict__.update(self.__dict__)
+        rehearsal._counters, rehearsal.up_to = Counters(), up_to
+        return rehearsal._answer_from(call, anatomy, banks)
 
     def _takes(self, name: str) -> bool:
         parameters = self._signature.parameters
         return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
     def _answer(self, call: Call) -> Any:
-        anatomy, banks = self._anatomy(call.get("return_dict"))
+        found = self._anatomy(call.get("return_dict"))
+        assert not isinstance(found, str), "such a call is refused"
+        return self._answer_from(call, *found)
+
+    def _answer_from(self, call: Call, anatomy: Anatomy, banks: LayerBanks | MemoryBanks) -> Any:
+        """The output for all rows of a call. banks: of a store, or in memory for a trial."""
         rows = input_rows(call, self._main)
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
@@ -337,14 +423,15 @@ class Attachment:
             self.entered, self.entries = np.zeros(0, np.int64), []
             return self._forward(**call)
         found = banks.find(rows, distinct, mode, self.up_to)
-        audit_states(found, rows, distinct, banks, mode, self._states)
+        if isinstance(banks, LayerBanks):
+            audit_states(found, rows, distinct, banks, mode, self._states)
         parts: list[tuple[NDArray[np.int64], Any]] = []
         for enter in np.unique(found.enter).tolist():
             group = np.flatnonzero(found.enter == enter)
             parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
         place = np.searchsorted(distinct, first)
         self.entered, self.entries = found.enter[place], [found.entries[i] for i in place.tolist()]
-        return _merged(parts, first, rows, anatomy)
+        return merged(parts, first, rows, anatomy)
 
     def _run(
         self,
@@ -353,7 +440,7 @@ class Attachment:
         found: Found,
         group: NDArray[np.int64],
         anatomy: Anatomy,
-        banks: LayerBanks,
+        banks: LayerBanks | MemoryBanks,
     ) -> Any:
         """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
         enter, chosen = int(found.enter[group[0]]), distinct[group]
@@ -366,7 +453,9 @@ class Attachment:
             one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
         began = time.perf_counter()
         output = self._blocks.run(one, self._forward, rows.some(chosen, width))
-        kept = {layer: state.detach().float().cpu().numpy() for layer, state in one.kept.items()}
+        # sound of another length may change the width of what a layer gives; a bank holds one width
+        fitting = {layer: state for layer, state in one.kept.items() if state.shape[-1] == anatomy.width}
+        kept = {layer: state.detach().float().cpu().numpy() for layer, state in fitting.items()}
         seconds = time.perf_counter() - began
         self._counters.model_seconds += seconds
         self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
@@ -394,7 +483,7 @@ class Attachment:
         kept: dict[int, NDArray[np.float32]],
         seconds: float,
         enter: int,
-        banks: LayerBanks,
+        banks: LayerBanks | MemoryBanks,
     ) -> None:
         """seconds: of one layer, for all rows together."""
         ends = np.ones(len(chosen), np.int64) if rows.tokens is None else rows.ends[chosen]
@@ -403,43 +492,3 @@ class Attachment:
             states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
             cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
             banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)
-
-
-def _merged(
-    parts: list[tuple[NDArray[np.int64], Any]], first: NDArray[np.int64], rows: InputRows, anatomy: Anatomy
-) -> Any:
-    """One output for all rows, in their order, of outputs for groups of rows. Hidden positions are zeros."""
-    count, columns = len(rows), rows.tokens
-    chosen, output = parts[0]
-    if len(parts) == 1 and len(chosen) == count:
-        tokens = {place: part for place, part in parts_of(output).items() if anatomy.fields.get(place) == "tokens"}
-        if columns is None or all(part.shape[1] == columns for part in tokens.values()):
-            return output
-    merged: dict[Place, Any] = {}
-    for place, example in parts_of(output).items():
-        kind = anatomy.fields.get(place)
-        if kind is None:
-            merged[place] = example
-            continue
-        shape = list(example.shape)
-        shape[0] = count
-        if kind == "tokens" and columns is not None:
-            shape[1] = columns
-        merged[place] = example.new_zeros(shape)
-    for chosen, one in parts:
-        where = np.flatnonzero(np.isin(first, chosen))
-        source = torch.as_tensor(np.searchsorted(chosen, first[where]))
-        target = torch.as_tensor(where)
-        for place, part in parts_of(one).items():
-            if place not in anatomy.fields:
-                continue
-            picked = part.index_select(0, source.to(part.device))
-            if anatomy.fields[place] == "tokens" and columns is not None:
-                merged[place][target.to(part.device), : part.shape[1]] = picked
-            else:
-                merged[place][target.to(part.device)] = picked
-    if isinstance(output, Tensor):
-        return merged[0]
-    if isinstance(output, tuple):
-        return type(output)(merged[i] for i in range(len(output)))
-    return type(output)(**{str(place): part for place, part in merged.items()})

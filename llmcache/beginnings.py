@@ -37,6 +37,10 @@ class Beginnings:
         self.bank, self.block, self.levels = bank, block, levels
         self._seed, self._put, self._worth = seed, put, worth
 
+    def with_bank(self, bank: Any, block: int = 4) -> Beginnings:
+        """The same beginnings in another bank, looked up always. bank: also has the `put` that stores in it."""
+        return Beginnings(bank, self._seed, bank.put, block)
+
     # -- finding --------------------------------------------------------------------------------------------
 
     def look_up(self, rows: Sequence[Row]) -> Records:

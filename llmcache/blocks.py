@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 from llmcache.errors import ConfigError
 from llmcache.indexes.manifest import BankFacts
+from llmcache.preserving import without_trace
+from llmcache.trial import explained
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -220,14 +222,14 @@ def shape_of(trunk: nn.Module) -> Shape:
     if reason:
         raise ConfigError(f"{type(trunk).__name__} has no beginnings to reuse: {reason}")
     takes = "position_ids" in signature(trunk.forward).parameters
-    modes = [(one, one.training) for one in trunk.modules()]
-    trunk.eval()
     try:
-        with torch.no_grad():  # not inference_mode: what a model keeps for later must be of use in training too
-            return _probed(trunk, takes)
-    finally:
-        for one, training in modes:
-            one.training = training
+        return without_trace(trunk, next(trunk.parameters()).device, lambda: _probed(trunk, takes))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{type(trunk).__name__} has no beginnings to reuse: a trial failed with {explained(error)}"
+        ) from error
 
 
 def _unfit(config: Any) -> str | None:
@@ -246,6 +248,7 @@ def _unfit(config: Any) -> str | None:
 
 
 def _probed(trunk: nn.Module, takes: bool) -> Shape:
+    trunk.eval()
     device = next(trunk.parameters()).device
     ids = torch.arange(6, device=device)[None] % trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
     whole = _run(trunk, ids)
@@ -275,7 +278,8 @@ def _probed(trunk: nn.Module, takes: bool) -> Shape:
 
 
 def _run(trunk: nn.Module, ids: Tensor, **others: Any) -> Any:
-    return trunk(input_ids=ids, use_cache=True, return_dict=True, **others)
+    # a cache of its own: the one that a model with a window makes would drop what is outside of the window
+    return trunk(input_ids=ids, use_cache=True, return_dict=True, **{"past_key_values": DynamicCache(), **others})
 
 
 def _planes(output: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmcache.batching import batching_of
 from llmcache.errors import ConfigError
 from llmcache.intake import check_many
 from llmcache.standins import OwnHook
@@ -63,6 +64,7 @@ def generate(
     """What `model.generate` writes after each prompt, in batches in the order given, padded on the left.
 
     Of an encoder-decoder what it makes of each text, padded on the right, since its encoder counts from the left.
+    Where padding changes what a model writes (recurrent ones), only prompts of equal length share a batch.
     generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt. A prompt
     that is too long for the model ends in the model's own error.
     """
@@ -70,16 +72,40 @@ def generate(
     check_many(prompts, "prompts")
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     rows = [list(tokenizer(prompt)["input_ids"]) if whole else _ids(tokenizer, prompt) for prompt in prompts]
-    answers: list[NDArray[np.int64]] = []
+    if not rows:
+        return Generated([], [])
+    padding, lengths = _padding(model, tokenizer), list(map(len, rows))
+    batching = batching_of(model, "generate", lambda some: _first_steps(model, some, padding, left=not whole))
+    more = generate_kwargs.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
+    answers: dict[int, list[NDArray[np.int64]]] = {}
     with torch.inference_mode(), attached():
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            ids, mask = padded(some, _padding(model, tokenizer), model.device, left=not whole)
-            given = {"pad_token_id": _padding(model, tokenizer), **generate_kwargs}
+        for chosen in batching.batches(range(len(rows)), lengths, batch_size, int(more)):
+            ids, mask = padded([rows[i] for i in chosen], padding, model.device, left=not whole)
+            given = {"pad_token_id": padding, **generate_kwargs}
             found = model.generate(input_ids=ids, attention_mask=mask, **given)
             found = found if isinstance(found, Tensor) else found.sequences
-            answers += list(found[:, 0 if whole else ids.shape[1] :].cpu().numpy())
-    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in answers], answers)
+            written = list(found[:, 0 if whole else ids.shape[1] :].cpu().numpy())
+            each = len(written) // len(chosen)
+            answers |= {row: written[each * i : each * (i + 1)] for i, row in enumerate(chosen)}
+    every = [ids for row in range(len(rows)) for ids in answers[row]]
+    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in every], every)
+
+
+def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool) -> list[Tensor]:
+    """Logits of the first two tokens that are generated after each row in one batch; [2, vocabulary] each."""
+    ids, mask = padded(rows, padding, model.device, left=left)
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pad_token_id=padding,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return list(torch.stack(found.logits, 1))
 
 
 # -- likelihoods --------------------------------------------------------------------------------------------
@@ -97,9 +123,10 @@ def score(
     """Log-likelihood of each choice as what follows its prompt.
 
     choices: the same for all prompts, or a list for each prompt. A choice brings its own leading space.
-    As evaluation harnesses do it: prompt and choice are tokenised as one text, spaces at the end of the prompt count
-    for the choice, and what is behind as many tokens as the prompt alone has is the choice. A prompt without tokens
-    becomes the tokenizer's first (or last) special token.
+    As evaluation harnesses do it: prompt and choice are tokenised as one text, and white space at the end of the prompt
+    (blanks, tabs, line ends, no-break spaces) counts for the choice. The choice begins at the first token that the
+    prompt alone does not have, so where both share a token that token counts for the choice. A prompt without tokens
+    of its own becomes the tokenizer's first (or last) special token.
     """
     _check_batch_size(batch_size)
     check_many(prompts, "prompts")
@@ -109,21 +136,21 @@ def score(
         raise ConfigError(f"there are {len(prompts)} prompts and {len(each)} lists of choices; give one list for each")
     rows, places = [], []
     for i, (prompt, some) in enumerate(zip(prompts, each, strict=True)):
-        stem = _ids(tokenizer, prompt.rstrip(" "))
-        first = [] if stem else [_first(tokenizer)]
-        stem = stem or first
+        stem = _ids(tokenizer, prompt.rstrip())
         for j, choice in enumerate(some):
-            whole = first + _ids(tokenizer, prompt + choice)
-            if len(whole) <= len(stem):
+            whole = _ids(tokenizer, prompt + choice)
+            shared = _common_beginning(stem, whole)
+            if len(whole) == shared:
                 raise ConfigError(f"choice {j} of prompt {i} has no tokens of its own: {choice!r}")
-            rows.append((whole, len(whole) - len(stem)))
+            if not shared:
+                whole, shared = [_first(tokenizer), *whole], 1
+            rows.append((whole, len(whole) - shared))
             places.append((i, j))
     total = np.full((len(prompts), max(map(len, each), default=0)), -np.inf)
     tokens = np.zeros(total.shape, np.int64)
-    with torch.inference_mode(), attached():
-        for start, values in _likelihoods(model, tokenizer, rows, batch_size):
-            i, j = places[start]
-            total[i, j], tokens[i, j] = values.sum(), len(values)
+    for start, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
+        i, j = places[start]
+        total[i, j], tokens[i, j] = values.sum(), len(values)
     return Scores(total, tokens)
 
 
@@ -159,9 +186,8 @@ def perplexity(
             if stop == len(ids):
                 break
     sums = np.zeros(len(rows))
-    with torch.inference_mode(), attached():
-        for place, values in _likelihoods(model, tokenizer, rows, batch_size):
-            sums[place] = values.sum()
+    for place, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
+        sums[place] = values.sum()
     count = sum(counted for _, counted in rows)
     if not count:
         raise ConfigError("the texts have no token that follows another; perplexity needs at least two tokens")
@@ -169,29 +195,44 @@ def perplexity(
 
 
 def _likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int
+    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int, attached: Attached
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Log-likelihoods of the last tokens of each row, with the row's place; rows that are alike are computed together.
 
-    rows: ids, and how many of them count. The last id is never given to the model: nothing asks what follows it.
+    rows: ids, and how many of them count.
+    Padded on the right, where a causal model cannot see it and counts positions as for the row alone.
     """
-    takes_positions = "position_ids" in signature(model.forward).parameters
+    if not rows:
+        return
+    padding = _padding(model, tokenizer)
+
+    def probed(some: list[list[int]]) -> list[Tensor]:
+        """Logits of each row in one batch, by way of the places alone where there are several rows."""
+        if len(some) == 1:
+            return [_logits(model, _call(model, some, padding))[0]]
+        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(some)])
+        columns = torch.cat([torch.arange(len(row)) for row in some])
+        return list(_logits_at(model, _call(model, some, padding), of, columns).split(list(map(len, some))))
+
+    batching = batching_of(model, "logits", probed)
+    # nothing asks what follows the last id, which therefore is left out where nothing depends on it
+    given = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
+    lengths = list(map(len, given))
     # rows that begin alike next to each other: a batch shares what its rows have in common
-    order = _by_length_and_beginning(rows)
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
-        ids, mask = padded([rows[i][0][:-1] for i in chosen], _padding(model, tokenizer), model.device)
-        counted = [rows[i][1] for i in chosen]
-        call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if takes_positions:
-            call["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        of = np.repeat(np.arange(len(chosen)), counted)
-        columns = np.concatenate([np.arange(ids.shape[1] - n, ids.shape[1]) for n in counted])
-        wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
-        logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
-        likely = torch.log_softmax(logits.float(), -1).gather(1, torch.from_numpy(wanted)[:, None].to(logits.device))
-        values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
-        yield from zip(chosen, values, strict=True)
+    batches = list(batching.batches(_by_length_and_beginning(rows), lengths, batch_size))
+    with torch.inference_mode(), attached():
+        for chosen in batches:
+            call = _call(model, [given[i] for i in chosen], padding)
+            counted = [rows[i][1] for i in chosen]
+            ends = [len(rows[i][0]) - 1 for i in chosen]
+            of = np.repeat(np.arange(len(chosen)), counted)
+            columns = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counted, strict=True)])
+            wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
+            logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
+            asked = torch.from_numpy(wanted)[:, None].to(logits.device)
+            likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
+            values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
+            yield from zip(chosen, values, strict=True)
 
 
 def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
@@ -214,20 +255,44 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
             output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)][None]
         return output
 
-    decoder = model.get_decoder()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not isinstance(decoder, torch.nn.Module):
+        return _logits(model, call)[rows.to(model.device), columns.to(model.device)]
     # other threads may run the model meanwhile, and a copy of it may be made: neither is to have its states picked
     hooks = (
         decoder.register_forward_pre_hook(OwnHook(decoder, enter)),
         decoder.register_forward_hook(OwnHook(decoder, pick)),
     )
     try:
-        logits: Tensor = model(**call).logits
+        logits = _logits(model, call)
     finally:
         for hook in hooks:
             hook.remove()
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
     return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that knows no decoder of its own
+
+
+def _call(model: Any, rows: Sequence[Sequence[int]], padding: int) -> dict[str, Any]:
+    """Arguments for rows that are padded on the right, with a mask where there is padding."""
+    ids, mask = padded(rows, padding, model.device, left=False)
+    parameters = signature(model.forward).parameters
+    call: dict[str, Any] = {"input_ids": ids}
+    if not mask.all():
+        call["attention_mask"] = mask
+    if "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        call["use_cache"] = False
+    return call
+
+
+def _logits(model: Any, call: dict[str, Any]) -> Tensor:
+    logits: Tensor = model(**call).logits
+    return logits
+
+
+def _common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows of ids have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]:

@@ -21,7 +21,6 @@ SIDE = ("attention_mask", "token_type_ids", "position_ids")
 _LARGEST = np.iinfo(np.int32).max
 _IGNORED = ("return_dict",)
 MUST_BE_OFF = ("output_attentions", "output_hidden_states")
-_OF_CACHES = ("use_cache", "past_key_values", "cache_position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,18 @@ class InputRows:
         return call
 
 
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether an argument is a request for further outputs that is switched off: output_attentions=False."""
+    return name.startswith("output_") and value is False
+
+
+def asked_by(config: Any) -> Call:
+    """The further outputs that a configuration asks for in every call, such as those of a router."""
+    flags = vars(config).items() if hasattr(config, "__dict__") else ()
+    asked = {name for name, value in flags if value is True and name.startswith("output_")}
+    return dict.fromkeys(asked | {name for name in MUST_BE_OFF if getattr(config, name, False)}, True)
+
+
 def main_input(module: Module, signature: inspect.Signature) -> str:
     """The name of a module's main argument, such as "input_ids"; ConfigError where its forward takes none."""
     named = getattr(module, "main_input_name", None)
@@ -81,41 +92,68 @@ def main_input(module: Module, signature: inspect.Signature) -> str:
 
 
 def refusal(call: Mapping[str, Any], main: str) -> str | None:
-    """Why the layers of this call cannot be cached, None when they can."""
+    """The reason why the layers of a call cannot be cached; None when they can.
+
+    call: arguments of the trunk by name, those that are None left out. main: name of the main input.
+    An argument that is not known to be part of a key is a reason, whatever its value is.
+    """
     value = call.get(main)
     if not isinstance(value, torch.Tensor):
         return "inputs_embeds are given instead of token ids" if "inputs_embeds" in call else f"it has no {main}"
     for name in MUST_BE_OFF:
         if call.get(name):
             return f"{name} asks for every layer"
+    if value.ndim < 2:
+        return f"its {main} are not [rows, tokens]"
+    if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided:
+        return f"its {main} are {value.dtype}"
+    if not _is_ids(value) and not value.numel():
+        return f"its {main} hold no numbers"
     mask = call.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.shape == value.shape[:2]):
-        return "its attention_mask is not [rows, tokens]"
-    if mask is not None and not mask.bool().any(dim=1).all():
-        return "a row has no token that the mask shows"
-    if mask is not None and mask.is_floating_point() and (mask != mask.round()).any():
-        return "its attention_mask weighs tokens"
+    if mask is not None:
+        if not (isinstance(mask, torch.Tensor) and mask.shape == value.shape[:2]):
+            return "its attention_mask is not [rows, tokens]"
+        if not mask.bool().any(dim=1).all():
+            return "a row has no token that the mask shows"
+        if not is_plain_mask(mask):
+            return "its attention_mask weighs tokens"
     if _is_ids(value) and value.numel() and (value.shape[1] == 0 or value.max() > _LARGEST or value.min() < 0):
         return "its token ids are in no vocabulary"
     for name in ("token_type_ids", "position_ids"):
-        one = call.get(name)
-        if one is None:
-            continue
-        if not isinstance(one, torch.Tensor) or one.ndim != 2 or one.shape[1] != value.shape[1]:
+        if name in call and not _is_table(call[name], value):
             return f"its {name} are not [rows, tokens]"
-        if one.shape[0] not in (1, value.shape[0]):
-            return f"its {name} are not [rows, tokens]"
-    others = sorted(set(call) - {*SIDE, *_IGNORED, *MUST_BE_OFF, *_OF_CACHES, main})
+    if call.get("use_cache") not in (None, False):
+        return "it asks for keys and values"
+    known = {*SIDE, *_IGNORED, "use_cache", main}
+    others = sorted(name for name in call if name not in known and not asks_for_nothing(name, call[name]))
     return f"it has the input {others[0]!r}" if others else None
+
+
+def is_plain_mask(mask: torch.Tensor) -> bool:
+    """Whether a mask holds 0 and 1 alone, in any dtype: every other number would weigh its token."""
+    return mask.dtype == torch.bool or not bool(((mask != 0) & (mask != 1)).any())
+
+
+def _is_table(table: Any, value: torch.Tensor) -> bool:
+    """Whether these are integers [rows, tokens] or [1, tokens], beside token ids, that fit into 32 bits."""
+    if not isinstance(table, torch.Tensor) or table.is_floating_point() or table.is_complex() or table.ndim != 2:
+        return False
+    if table.shape[1] != value.shape[1] or table.shape[0] not in (1, value.shape[0]):
+        return False
+    return not table.numel() or bool(table.max() <= _LARGEST and table.min() >= -_LARGEST)
 
 
 def input_rows(call: Call, main: str) -> InputRows:
     """The rows of a call that `refusal` has nothing against."""
     value = call[main]
     if not _is_ids(value):
-        table = value.detach().to("cpu").contiguous().reshape(len(value), -1).view(torch.uint8).numpy()
-        ends = np.zeros(len(value), np.int64)
-        return InputRows(call, main, ends, [row.tobytes() for row in table], _no_ids(len(value)), _named(main, value))
+        sides = [name for name in SIDE if name in call]
+        content = _bytes_of_rows(value, len(value))
+        for name in sides:
+            beside = _bytes_of_rows(call[name].expand(len(value), -1), len(value))
+            content = [row + more for row, more in zip(content, beside, strict=True)]
+        signature = " ".join([_named(main, value), *(_named(name, call[name]) for name in sides)])
+        return InputRows(call, main, np.zeros(len(value), np.int64), content, _no_ids(len(value)), signature)
     rows, width = value.shape
     ids = _table(value)
     columns = [ids]
@@ -142,12 +180,18 @@ def _no_ids(rows: int) -> list[NDArray[np.int32]]:
     return [np.zeros(0, np.int32)] * rows
 
 
+def _bytes_of_rows(value: torch.Tensor, rows: int) -> list[bytes]:
+    """The numbers of each row of a tensor [rows, ...] as bytes, on the host."""
+    table = value.detach().to("cpu").contiguous().reshape(rows, -1).view(torch.uint8).numpy()
+    return [row.tobytes() for row in table]
+
+
 def _named(main: str, value: torch.Tensor) -> str:
     return f"{main} {value.dtype} {tuple(value.shape[1:])}"
 
 
 def _is_ids(value: torch.Tensor) -> bool:
-    return value.ndim == 2 and not value.is_floating_point()
+    return value.ndim == 2 and not value.is_floating_point() and not value.is_complex()
 
 
 def _table(value: torch.Tensor) -> NDArray[np.int32]:

@@ -71,6 +71,8 @@ class Layers:
                 )
             known = self.attachment_at(trunk, self.watch(trunk.module), self._config.layers)
             self._attachments[trunk.module] = known
+        if not known.active:
+            known.losses.watch(model)
         return known
 
     def watch(self, model: Module, tokenizer: Any = None) -> ModelWatch:
@@ -135,6 +137,11 @@ class Layers:
         # autocast may give other states than the weights are; one bank has to hold both
         wide = torch.promote_types(next(floats, anatomy.dtype), anatomy.dtype)
         own = str(wide).removeprefix("torch.")
+        if wide == torch.float64 and config.dtype == "auto":
+            raise ConfigError(
+                "its states are float64, and banks hold float32 at most: run the model in float32, or say with "
+                'CacheConfig(dtype="float32") that stored states may be rounded'
+            )
         facts = BankFacts(own if config.dtype == "auto" else config.dtype, anatomy.width, 2, width)
 
         def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:

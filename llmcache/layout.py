@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from llmcache.inputs import asks_for_nothing, is_plain_mask
 from llmcache.sharing import Row
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
@@ -45,7 +46,7 @@ class Layout:
 def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
     """The layout of a call, or why it has none. skips: whether the model counts positions over tokens only."""
     ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or not _is_integer(ids):
         return "it has no token ids [rows, columns]"
     given_ids = ids.cpu().numpy()
     table = given_ids.astype(np.int32)
@@ -56,7 +57,9 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             return "its mask is not one number per token"
-        here = mask.cpu().numpy() != 0
+        if not is_plain_mask(mask):
+            return "its mask weighs tokens"
+        here = mask.bool().cpu().numpy()
     lengths, firsts = here.sum(1), here.argmax(1)
     if not lengths.all():
         return "a row has no tokens"
@@ -64,7 +67,9 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
         return "the tokens of a row are not next to each other"
     starts = np.zeros_like(firsts) if skips else firsts
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != table.shape[1]:
+        if not isinstance(positions, Tensor) or positions.dim() != 2 or not _is_integer(positions):
+            return "its position_ids are not one number per token"
+        if positions.shape[1] != table.shape[1] or positions.shape[0] not in (1, table.shape[0]):
             return "its position_ids are not one number per token"
         given = np.broadcast_to(positions.cpu().numpy(), table.shape)
         starts = np.take_along_axis(given, firsts[:, None], 1)[:, 0]
@@ -73,10 +78,19 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
     return Layout(table, firsts.tolist(), lengths.tolist(), starts.tolist())
 
 
+def _is_integer(table: Tensor) -> bool:
+    return not (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool)
+
+
 def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None:
-    """Why a call cannot be answered from keys and values, apart from its tokens; None where it can. dtype: of these."""
-    others = {name for name, value in call.items() if name not in _KNOWN and value is not None and value is not False}
-    if call.get("is_causal") is True:
+    """The reason why a call cannot be answered from keys and values, apart from its tokens; None when it can.
+
+    An argument that the tier does not understand is a reason, whatever its value is: False and 0 are values too.
+    call: arguments of the trunk's forward that are not None. dtype: of the stored keys and values.
+    """
+    others = {name for name, value in call.items() if name not in _KNOWN and value is not None}
+    others -= {name for name in others if asks_for_nothing(name, call[name])}
+    if call.get("is_causal") is True:  # as the trunk was when its beginnings were tried out
         others.discard("is_causal")
     if others:
         return f"it has {', '.join(sorted(others))}"
@@ -89,6 +103,8 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
             return f"its cache is a {type(past).__name__} that cannot be filled"
         if past.get_seq_length():
             return "it goes on from keys and values that it brings"
+        if not wants_keys(call, trunk):
+            return "it brings a cache, and use_cache=False"
     if trunk.training:
         return "the model is in training mode"
     if torch.is_grad_enabled() and any(one.requires_grad for one in trunk.parameters()):
@@ -105,3 +121,18 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
     if isinstance(ids, Tensor) and torch.is_autocast_enabled(ids.device.type):
         return "autocast is on"
     return None
+
+
+def wants_keys(call: Mapping[str, Any], trunk: Any) -> bool:
+    """Whether keys and values are asked for: by the call, or where it says nothing by the configuration."""
+    use_cache = call.get("use_cache")
+    return bool(getattr(trunk.config, "use_cache", True) if use_cache is None else use_cache)
+
+
+def holds_tokens(past: Any) -> bool:
+    """Whether a cache of keys and values holds some; one that cannot tell, of a recurrent model, counts as one."""
+    length = getattr(past, "get_seq_length", None)
+    try:
+        return length is not None and length() > 0
+    except Exception:
+        return True

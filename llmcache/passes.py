@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from llmcache.errors import ConfigError
 from llmcache.standins import StandIn, install, remove
+from llmcache.trial import Reach
 
 Place: TypeAlias = int | str
 """Of an argument: its position, or its name."""
@@ -104,7 +105,7 @@ class Blocks:
         if one.trace is not None:
             one.trace.append((args, kwargs, result))
         if number in one.keep:
-            one.kept[number] = state_of(result).clone()  # some models go on with it in place
+            one.kept[number] = _tensor(state_of(result)).clone()  # some models go on with it in place
         return result
 
     def _skipped(
@@ -128,6 +129,13 @@ def state_of(result: Any) -> Tensor:
     """The state in what a block returned."""
     state: Tensor = result[0] if isinstance(result, tuple) else result
     return state
+
+
+def _tensor(state: Any) -> Tensor:
+    """The state itself; ConfigError when it is no tensor."""
+    if isinstance(state, Tensor):
+        return state
+    raise ConfigError(f"a layer gives a {type(state).__name__}, not a tensor [rows, tokens, width]")
 
 
 def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows: int) -> Form:
@@ -171,15 +179,13 @@ def _first_row(value: Any, rows: int) -> Any:
 
 # -- a trial ------------------------------------------------------------------------------------------------
 
-_TRIAL = (2, 7)  # rows and tokens; no width of a model
-
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
     """What a trial showed of a trunk, under the autocast state and on the device of the trial.
 
     dtype, width: of the states. decodes: it returns keys and values unless told not to. fields: of the outputs that it
-    returns, "tokens" for [rows, tokens, ...] and "rows" for [rows, ...].
+    returns, "tokens" for [rows, tokens, ...] and "rows" for [rows, ...]. reach: how long rows may be.
     """
 
     layers: int
@@ -187,15 +193,7 @@ class Anatomy:
     dtype: torch.dtype
     decodes: bool
     fields: Mapping[Place, str]
-
-
-def trial_call(main: str, embeddings: int | None, image: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Inputs for a trial: two rows of seven tokens, or two images."""
-    rows, tokens = _TRIAL
-    if embeddings is None:
-        return {main: torch.linspace(-1, 1, rows * torch.Size(image).numel(), device=device).reshape(rows, *image)}
-    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % embeddings
-    return {main: ids, "attention_mask": torch.ones_like(ids)}
+    reach: Reach = field(default_factory=Reach)
 
 
 @torch.no_grad()
@@ -214,7 +212,7 @@ def examine(
     use_cache: whether the trunk's forward takes such an argument. choose: which layers have banks, of how many.
     """
     rows = len(next(iter(call.values())))
-    decodes = use_cache and _gives_cache(blocks.run(Pass(), forward, call))
+    decodes = use_cache and gives_keys(forward, call)
     call = {**call, "use_cache": False} if use_cache else call
     full = Pass(trace=[], keep=frozenset(range(1 << 12)))
     whole = blocks.run(full, forward, call)
@@ -224,6 +222,13 @@ def examine(
     blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
     fields = _fields(whole, _cut_short(blocks, forward, call, whole), rows)
     states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
+    main = next(iter(call.values()))
+    for layer, state in states.items():
+        if not main.is_floating_point() and state.shape[1] != main.shape[1]:
+            raise ConfigError(
+                f"its layer {layer} gives states of {state.shape[1]} positions for {main.shape[1]} tokens: it pads, "
+                "adds or leaves out tokens, so states cannot be told apart by tokens"
+            )
     for layer, state in states.items():
         again = blocks.run(Pass(enter=layer + 1, state=state), forward, call)
         if not same(again, whole):
@@ -248,7 +253,12 @@ def parts_of(output: Any) -> dict[Place, Any]:
     return dict(enumerate(output))
 
 
-def _gives_cache(output: Any) -> bool:
+def gives_keys(forward: Callable[..., Any], call: Mapping[str, Any]) -> bool:
+    """Whether a forward returns keys and values when it is asked for them; it may fail to, as encoders do."""
+    try:
+        output = forward(**{**call, "use_cache": True})
+    except Exception:
+        return False
     return any(part is not None and not isinstance(part, Tensor) for part in parts_of(output).values())
 
 
@@ -257,7 +267,7 @@ def _cut_short(blocks: Blocks, forward: Callable[..., Any], call: dict[str, Any]
     ids = next(iter(call.values()))
     if ids.is_floating_point():
         return whole
-    some = _TRIAL[1] - 2
+    some = ids.shape[1] - 2
     short = blocks.run(Pass(), forward, {k: v[:, :some] if isinstance(v, Tensor) else v for k, v in call.items()})
     if "attention_mask" in call:
         mask = call["attention_mask"].clone()
@@ -267,7 +277,7 @@ def _cut_short(blocks: Blocks, forward: Callable[..., Any], call: dict[str, Any]
             other = padded[place]
             if not isinstance(part, Tensor) or not isinstance(other, Tensor):
                 continue
-            if part.ndim > 1 and part.shape[1:2] == (some,) and other.shape[1:2] == (_TRIAL[1],):
+            if part.ndim > 1 and part.shape[1:2] == (some,) and other.shape[1:2] == (ids.shape[1],):
                 other = other[:, :some]
             far = float((part - other).abs().nan_to_num().max())
             if far > torch.finfo(part.dtype).eps ** 0.5 * max(1.0, float(part.abs().nan_to_num().max())):

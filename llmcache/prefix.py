@@ -20,11 +20,13 @@ from llmcache.errors import ConfigError
 from llmcache.exact_audits import Evidence
 from llmcache.indexes.bank import Bank
 from llmcache.keys import key_seed
-from llmcache.layout import Layout, layout_of, unfit
+from llmcache.layout import Layout, layout_of, unfit, wants_keys
 from llmcache.levels import Levels
 from llmcache.prefix_audits import audit_beginnings, audit_sample
+from llmcache.prefix_trial import MemoryBank, reach_of_beginnings
 from llmcache.sharing import Row, Waves, together
 from llmcache.statistics import PrefixCounters
+from llmcache.trial import Reach, explained
 from llmcache.worth import Worth
 
 
@@ -84,6 +86,8 @@ class Prefixes:
         self._evidence = evidence
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
+        self._reach = Reach()
+        self._reach = self._tried()
 
     def refuses(self, call: Mapping[str, Any]) -> str | None:
         """Why this call is one for the model itself; None when it is not."""
@@ -91,7 +95,29 @@ class Prefixes:
         return read if isinstance(read, str) else None
 
     def _read(self, call: Mapping[str, Any]) -> Layout | str:
-        return unfit(call, self._trunk, self.shape.dtype) or layout_of(call, skips=self.shape.positions_skip_padding)
+        layout = unfit(call, self._trunk, self.shape.dtype) or layout_of(call, skips=self.shape.positions_skip_padding)
+        if isinstance(layout, str):
+            return layout
+        ends = max(start + length for start, length in zip(layout.starts, layout.lengths, strict=True))
+        return self._reach.refusal(max(ends, layout.ids.shape[1])) or layout
+
+    def _tried(self) -> Reach:
+        """Up to which length answers from stored beginnings were seen to be the model's. ConfigError for none."""
+        trunk, name = self._trunk, type(self._trunk).__name__
+
+        def answers(bank: MemoryBank) -> Callable[[Mapping[str, Any]], Any]:
+            rehearsal = object.__new__(Prefixes)
+            rehearsal.__dict__.update(self.__dict__)
+            rehearsal.counters, rehearsal._evidence = PrefixCounters(), None
+            rehearsal._beginnings = self._beginnings.with_bank(bank)
+            return lambda call: rehearsal.forward(trunk.forward, call)
+
+        try:
+            return reach_of_beginnings(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
+        except ConfigError as error:
+            raise ConfigError(f"{name} has no beginnings to reuse: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{name} has no beginnings to reuse: a trial failed with {explained(error)}") from error
 
     def forward(self, original: Forward, call: Mapping[str, Any]) -> Any:
         """What the trunk returns for this call. original: its own forward; call: keyword arguments."""
@@ -100,10 +126,8 @@ class Prefixes:
         if isinstance(layout, str):
             self.counters.bypassed += 1
             return original(**call)
-        past, use_cache = call.get("past_key_values"), call.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self._trunk.config, "use_cache", True)
-        if use_cache and past is None:
+        past = call.get("past_key_values")
+        if past is None and wants_keys(call, self._trunk):
             past = DynamicCache(config=self._trunk.config)
         with torch.no_grad():
             held = self._answer(original, layout, call["input_ids"], cached=past is not None)
