@@ -31,7 +31,7 @@ from llmcache.losses import LossArguments
 from llmcache.matching import first_occurrences
 from llmcache.merging import merged
 from llmcache.numerics import running_mode
-from llmcache.passes import Anatomy, Blocks, Pass, examine, gives_keys
+from llmcache.passes import Anatomy, Blocks, NoSuchLayer, Pass, examine, gives_keys
 from llmcache.prefix import Prefixes
 from llmcache.preserving import without_trace
 from llmcache.standins import StandIn, install, remove
@@ -364,6 +364,8 @@ class Attachment:
             try:
                 anatomy = self._tried(return_dict)
                 self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+            except NoSuchLayer as error:
+                self._anatomies[mode] = str(error)
             except ConfigError as error:
                 self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"
             except Exception as error:  # a trial is ours, and so is its failure

@@ -28,7 +28,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.manifest import BankFacts
 from llmcache.levels import levels_of
 from llmcache.locking import CallLock
-from llmcache.passes import Anatomy
+from llmcache.passes import Anatomy, NoSuchLayer
 from llmcache.prefix import Prefixes
 from llmcache.states import LayerBanks, bank_name
 from llmcache.storing import Storing
@@ -200,5 +200,5 @@ def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
     if isinstance(layers, str):
         return tuple(range(count))
     if wrong := [layer for layer in layers if layer >= count]:
-        raise ConfigError(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
+        raise NoSuchLayer(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
     return tuple(sorted(set(layers)))

@@ -24,6 +24,10 @@ Place: TypeAlias = int | str
 """Of an argument: its position, or its name."""
 
 
+class NoSuchLayer(ConfigError):
+    """The settings name a layer that the model does not have."""
+
+
 @dataclass(slots=True)
 class Pass:
     """One forward pass. enter: number of the first layer that is computed; the one before gives `state`.
