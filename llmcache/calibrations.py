@@ -31,7 +31,7 @@ class Calibrations:
         namespace: str,
         config: CacheConfig,
         drift: Drift | None,
-        commit: Callable[[], None],
+        commit: Callable[[], object],
     ) -> None:
         """drift: the user's own function. commit: makes what was put durable."""
         self._store, self._namespace, self._config = store, namespace, config

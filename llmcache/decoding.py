@@ -212,7 +212,8 @@ def _likelihoods(
             return [_logits(model, _call(model, some, padding))[0]]
         of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(some)])
         columns = torch.cat([torch.arange(len(row)) for row in some])
-        return list(_logits_at(model, _call(model, some, padding), of, columns).split(list(map(len, some))))
+        found = _logits_at(model, _call(model, some, padding), of, columns)
+        return list(torch.split(found, [len(row) for row in some]))
 
     batching = batching_of(model, "logits", probed)
     # nothing asks what follows the last id, which therefore is left out where nothing depends on it

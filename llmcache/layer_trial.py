@@ -78,7 +78,7 @@ class MemoryBanks:
             return 0.0
         state = next(iter(self._states.values()))
         size = float(np.sqrt(np.square(state.astype(np.float64)).mean()))
-        return min(4.0 * torch.finfo(dtype).eps * state.shape[-1] ** 0.5, relative_rounding(dtype)) * size
+        return float(min(4.0 * torch.finfo(dtype).eps * state.shape[-1] ** 0.5, relative_rounding(dtype)) * size)
 
 
 class LayerTrial:

@@ -90,7 +90,7 @@ class NearReuse:
         known: NDArray[np.int64] | None,
         scope: int,
         *,
-        commit: Callable[[], None],
+        commit: Callable[[], object],
         truth: tuple[NDArray[np.int64], Truth] | None = None,
         **settings: Any,
     ) -> Calibration:
@@ -136,7 +136,7 @@ class NearReuse:
         return found
 
     def save(
-        self, found: Calibration, fitted: Fitted, kept: Mapping[str, Any] | None, commit: Callable[[], None]
+        self, found: Calibration, fitted: Fitted, kept: Mapping[str, Any] | None, commit: Callable[[], object]
     ) -> Mapping[str, Any]:
         """Write a calibration with the settings of the namespace; returns where its numbers are.
 
@@ -148,7 +148,7 @@ class NearReuse:
         self._distilled(place).drop_others([one["fitted"]["key"][:_VERSION] for one in self._saved().values()])
         return place
 
-    def keep(self, reuse: Reuse, commit: Callable[[], None]) -> None:
+    def keep(self, reuse: Reuse, commit: Callable[[], object]) -> None:
         """Save what has changed in near reuse while it ran: what audits have found, or a newer calibration.
 
         What somebody else has calibrated meanwhile stands.

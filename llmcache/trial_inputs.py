@@ -81,7 +81,8 @@ def _shapes(main: str, config: Any) -> Iterator[tuple[int, ...]]:
     else:
         side = getattr(config, "image_size", None) or 8
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
-        channels, frames = getattr(config, "num_channels", 3), getattr(config, "num_frames", None)
+        channels: int = getattr(config, "num_channels", 3)
+        frames: int | None = getattr(config, "num_frames", None)
         if frames:
             yield (frames, channels, height, width)
         yield (channels, height, width)

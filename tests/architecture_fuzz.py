@@ -268,7 +268,8 @@ def tried(kind: str, model_type: str, class_name: str, folder: Path, seed: int =
     sparse = any("expert" in name or "router" in name for name, _ in model.named_parameters())
     dtype = torch.float32 if sparse else chance.choice([torch.float32] * 7 + [torch.bfloat16, torch.float64])
     model, plain = model.to(dtype), plain.to(dtype)
-    layers = chance.choice(["output", "all", (0,)])
+    choices: list[Any] = ["output", "all", (0,)]
+    layers = chance.choice(choices)
     with reasons() as said, LLMCache.open(folder, model, config=CacheConfig(layers=layers)) as cache:
         before = state_of(model)
         try:
@@ -369,7 +370,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    quiet: Any = transformers.logging.set_verbosity_error
+    quiet()
     torch.set_num_threads(1)
     outcomes = []
     first, _, every = options.part.partition("/")

@@ -58,7 +58,8 @@ def tiny_model(path: Path) -> Any:
             intermediate_size=64, max_position_embeddings=128,
         )  # fmt: skip
         plain = path.with_name("plain")
-        BertModel(config).eval().save_pretrained(plain)
+        trunk: Any = BertModel(config)
+        trunk.eval().save_pretrained(plain)
         tokenizer.save_pretrained(plain)
         layers = Transformer(str(plain), max_seq_length=64)
         SentenceTransformer(modules=[layers, Pooling(32)]).save(str(path))

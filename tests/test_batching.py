@@ -73,10 +73,10 @@ def test_a_score_is_the_likelihood_of_the_row_alone(model_type: str, store: Path
     with LLMCache.open(store, model) as cache:
         attached = cache.attached
         try:
-            found = [decoding.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
+            both = [decoding.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
         except ConfigError:  # of models that cannot be attached: the reason, at once
             return
-    for one in found:
+    for one in both:
         np.testing.assert_allclose(one, expected, rtol=2e-4)
 
 

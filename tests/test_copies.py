@@ -117,6 +117,8 @@ class _Copies(t.LogitsProcessor):
         return scores
 
 
+t5_config: Any = t.T5Config  # its annotations leave out what it takes for generation
+
 DECODERS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=3, bos_token_id=2)
@@ -134,7 +136,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
         )
     ),
     "t5": lambda: t.T5ForConditionalGeneration(
-        t.T5Config(
+        t5_config(
             vocab_size=304,
             d_model=32,
             d_kv=8,
@@ -179,7 +181,8 @@ def test_a_copy_made_inside_a_generation_is_a_model_of_its_own(name: str, layers
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_made_while_choices_are_scored_gives_all_its_logits(way: str, store: Path) -> None:
     torch.manual_seed(0)
-    original, ids, made = DECODERS["gpt2"]().eval(), torch.arange(4, 16)[None], []
+    made: list[Any] = []
+    original, ids = DECODERS["gpt2"]().eval(), torch.arange(4, 16)[None]
     expected = logits(original, ids)
     take = COPIES[way]
 

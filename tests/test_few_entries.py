@@ -123,7 +123,7 @@ def test_neighbours_of_few_entries_are_all_of_them_on_the_host_and_on_a_device(
             assert np.isfinite(found.evidence).all()
         np.testing.assert_allclose(np.asarray(device.results), host.results, atol=1e-3)
         none = Entries(entries.features[:0], outputs[:0], [])
-        for place in (Memory, lambda *one: DeviceMemory(*one, "cpu")):
+        for place in (Memory, lambda none, predictor, voting: DeviceMemory(none, predictor, voting, "cpu")):
             with pytest.raises(ConfigError, match="no entries"):
                 place(none, predictor, voting)
 

@@ -72,7 +72,8 @@ def known(store: Path, model: Any, **keywords: Any) -> set[str]:
     """The texts that a new opening has, after all its vectors were compared with the model's."""
     with LLMCache.open(store, model, **keywords) as cache:
         results = list(cache.run(TEXTS))
-        close([result.output for result in results], cache.model.encode(TEXTS))
+        model: Any = cache.model
+        close([result.output for result in results], model.encode(TEXTS))
     return {text for text, result in zip(TEXTS, results, strict=True) if result.tier == "exact"}
 
 
@@ -339,7 +340,8 @@ def test_llamaindex_works_in_several_processes_and_tells_models_apart(
 
     nodes = [TextNode(text=text, id_=str(i)) for i, text in enumerate(TEXTS)]
     other = SentenceTransformer(name, device="cpu")
-    other[1].pooling_mode = "cls"
+    pooling: Any = other[1]
+    pooling.pooling_mode = "cls"
     shared = IngestionCache()
     with (
         LLMCache.open(store, name) as cache,
@@ -367,7 +369,8 @@ def test_langchain_has_a_namespace_that_tells_models_apart(
     from llmcache.integrations.langchain import CachedEmbeddings
 
     other = SentenceTransformer(name, device="cpu")
-    other[1].pooling_mode = "cls"
+    pooling: Any = other[1]
+    pooling.pooling_mode = "cls"
     with LLMCache.open(store, tiny) as cache, LLMCache.open(tmp_path / "other", other) as second:
         embeddings = CachedEmbeddings(cache)
         assert embeddings.namespace != CachedEmbeddings(second).namespace

@@ -66,7 +66,12 @@ class Healthy:
 
     def write_again(self) -> None:
         """What is there already, by a writer that does not know it."""
-        self.opened(lambda store: (put(store, range(min(20, self.next))), store.commit()))
+
+        def again(store: Store) -> None:
+            put(store, range(min(20, self.next)))
+            store.commit()
+
+        self.opened(again)
 
     def look_for_neighbours(self) -> None:
         """This builds an index, which a commit keeps."""

@@ -103,7 +103,8 @@ def test_a_merge_that_is_stopped_anywhere_keeps_its_files_beside_gc(tmp_path: Pa
     for case in range(12):
         chance = random.Random(f"{copy} {grace} {case}")
         a, b = make(tmp_path / f"a{case}", range(50)), make(tmp_path / f"b{case}", range(100, 150))
-        old(a), old(b)
+        old(a)
+        old(b)
         call, number = chance.choice(CALLS), chance.randrange(7)
         code = beside_a_stopped(lambda: merge([a], b, copy=copy), call, number, lambda: collect(b, grace))  # noqa: B023
         assert code == 0, f"stopped before {call} {number}"
@@ -261,7 +262,7 @@ def test_a_merge_and_a_snapshot_begin_again_when_a_store_is_compacted_and_collec
         for number in range(3):
             make(path, range(number, number + 1) if path is a else range(150 + number, 151 + number))
     real, left = Segment.open.__func__, list(range(2 * times))  # type: ignore[attr-defined]
-    real_carry, maintaining = snapshot.carry_segment, list[bool]()
+    real_carry, maintaining = vars(snapshot)["carry_segment"], list[bool]()
 
     def renewed() -> None:
         """All segments of both stores are other ones, and the files of the old ones are gone."""

@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,18 @@ def set_on(target: str, name: str, value: Any) -> Change:
     return change
 
 
+def every(modules: Any, name: str, value: Any) -> None:
+    """Set an attribute, or one of an attribute ("self_attn.is_causal"), of every module."""
+    *path, last = name.split(".")
+    for module in modules:
+        setattr(reduce(getattr, path, module), last, value)
+
+
+def truncated_on_the_left(model: Any) -> None:
+    model.max_seq_length = 4
+    model.tokenizer.truncation_side = "left"
+
+
 BOTH = (ENCODERS, DECODERS)
 for table in BOTH:
     table |= {
@@ -344,7 +357,7 @@ ENCODERS |= {
 DECODERS |= {
     "rotary frequencies": lambda m: m.model.rotary_emb.inv_freq.mul_(0.25),
     "rotary scaling": set_on("m.model.rotary_emb", "attention_scaling", 0.5),
-    "causality of an attention": lambda m: [setattr(one.self_attn, "is_causal", False) for one in m.model.layers],
+    "causality of an attention": lambda m: every(m.model.layers, "self_attn.is_causal", False),
     "causality of the configuration": set_on("m.config", "is_causal", False),
     "epsilon of the last norm": set_on("m.model.norm", "variance_epsilon", 0.5),
 }
@@ -358,7 +371,7 @@ SENTENCES: dict[str, Change] = {
     "prompt": lambda m: m.prompts.update(query="w60 "),
     "default prompt": set_on("m", "default_prompt_name", None),
     "lower case": set_on("m[0]", "do_lower_case", True),
-    "truncation side": lambda m: (setattr(m, "max_seq_length", 4), setattr(m.tokenizer, "truncation_side", "left")),
+    "truncation side": truncated_on_the_left,
     "token added": lambda m: m.tokenizer.add_tokens(["w5 w6"]),
     "normaliser": lambda m: setattr(m.tokenizer.backend_tokenizer, "normalizer", normalizers.Replace("w2", "w3")),
     "pre-tokeniser": lambda m: setattr(
@@ -394,7 +407,7 @@ NOTHING = {
     "gradients of one weight": lambda m: linear(m).weight.requires_grad_(False),
     "labels": set_on("trunk(m).config", "id2label", {0: "yes", 1: "no"}),
     "dropout rate of the configuration": set_on("trunk(m).config", "attention_dropout", 0.5),
-    "dropout rate of modules": lambda m: [setattr(x, "p", 0.9) for x in m.modules() if isinstance(x, nn.Dropout)],
+    "dropout rate of modules": lambda m: every([x for x in m.modules() if isinstance(x, nn.Dropout)], "p", 0.9),
     "gradient checkpointing": lambda m: trunk(m).gradient_checkpointing_enable(),
     "generation defaults": lambda m: setattr(trunk(m), "generation_config", t.GenerationConfig(max_length=7)),
     "model card": lambda m: setattr(m.model_card_data, "license", "mit") if sentence(m) else None,

@@ -167,7 +167,7 @@ def _with(path: Path, act: Callable[[Store], object]) -> None:
 
 def _read(path: Path) -> None:
     for reading in ("auto", "pread"):
-        store = Store.open(path, reading=reading)  # type: ignore[arg-type]
+        store = Store.open(path, reading=reading)
         found_in(store, range(0, 620, 7), tokens=False)
         bank_of(store).nearest(values_of([1])[:, :FEATURES], 3)
         store.close()

@@ -126,7 +126,8 @@ def test_what_scores_pick_of_the_states_is_not_picked_for_other_threads() -> Non
     config = t.GPT2Config(
         vocab_size=304, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=3, bos_token_id=2
     )
-    model = t.GPT2LMHeadModel(config).eval()
+    model: Any = t.GPT2LMHeadModel(config)
+    model.eval()
     ids = torch.arange(4, 14)[None]
     with torch.inference_mode():
         expected = model(input_ids=ids).logits

@@ -54,6 +54,11 @@ def _template(model: SentenceTransformer) -> None:
     model.tokenizer.backend_tokenizer.post_processor = single
 
 
+def _shorter_processing(model: SentenceTransformer) -> None:
+    first: Any = model[0]
+    first.processing_kwargs.update(text={"max_length": 5})
+
+
 CHANGES: dict[str, Callable[[SentenceTransformer], Any]] = {
     "max_seq_length": lambda model: setattr(model, "max_seq_length", 7),
     "model_max_length": _set("model_max_length", 9),
@@ -64,7 +69,7 @@ CHANGES: dict[str, Callable[[SentenceTransformer], Any]] = {
     "a replacement": _normaliser(normalizers.Replace(Regex("w1"), "w2")),
     "special tokens": _template,
     "another tokenizer": lambda model: setattr(model[0], "processor", threads.tiny_tokenizer()),
-    "arguments of the processor": lambda model: model[0].processing_kwargs.update(text={"max_length": 5}),
+    "arguments of the processor": _shorter_processing,
     "lower case in the module": lambda model: setattr(model[0], "do_lower_case", True),
 }
 
@@ -126,7 +131,8 @@ def test_generation_and_scores_use_a_copy_of_the_tokenizer(kind: str, store: Pat
     config = t.GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=3, bos_token_id=2
     )
-    model = t.GPT2LMHeadModel(config).eval()
+    model: Any = t.GPT2LMHeadModel(config)
+    model.eval()
     from llmcache import decoding
 
     prompts = ["w1 w2 w3", "w5", "w3 w1"]

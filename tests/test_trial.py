@@ -54,7 +54,7 @@ class Restless(nn.Module):
             "list": lambda: self.seen.append("one"),
             "nested dictionary": lambda: self.table["inner"].update(tokens=7),
             "tensor attribute": lambda: self.plain.add_(1),
-            "buffer in place": lambda: self.counts.add_(1),
+            "buffer in place": lambda: self.get_buffer("counts").add_(1),
             "buffer replaced": lambda: self.register_buffer("frequencies", torch.zeros(5), persistent=False),
             "buffer of a child": lambda: self.inner.register_buffer("late", torch.zeros(1)),
             "child": lambda: setattr(self, "inner", nn.Identity()),
@@ -294,7 +294,7 @@ def test_a_trial_that_fails_later_is_a_reason_and_no_error_in_a_forward(
     with LLMCache.open(store, one, config=CacheConfig(layers=layers)) as cache, cache.attached(), torch.no_grad():
         one(ids, mask)
         one.oddity = "mask"
-        one.layers[0].weight.add_(0.1)
+        one.get_submodule("layers.0").get_parameter("weight").add_(0.1)
         expected = Odd("mask").eval()
         expected.load_state_dict(one.state_dict())
         found = one(ids, mask)

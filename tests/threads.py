@@ -42,12 +42,13 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A fast tokenizer of `w0` to `w299`, with special tokens."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(_WORDS))]
     plain = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )  # type: ignore[assignment]
+    )
     marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=48, **marks)
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_object=plain, model_max_length=48, **marks)
 
 
 def tiny_sentences(folder: Path, seed: int = 0) -> SentenceTransformer:
@@ -57,7 +58,8 @@ def tiny_sentences(folder: Path, seed: int = 0) -> SentenceTransformer:
         vocab_size=_WORDS + 4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
-    transformers.BertModel(config).eval().save_pretrained(folder / "trunk")
+    trunk: Any = transformers.BertModel(config)
+    trunk.eval().save_pretrained(folder / "trunk")
     tiny_tokenizer().save_pretrained(folder / "trunk")
     SentenceTransformer(modules=[Transformer(str(folder / "trunk")), Pooling(32)], device="cpu").save(
         str(folder / "st")
