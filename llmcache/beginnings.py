@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcache.blocks import Held
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.chains import block_source
 from llmcache.keys import Seed
 from llmcache.levels import Levels
 from llmcache.sharing import Row, next_key
@@ -184,10 +185,15 @@ class Beginnings:
             np.frombuffer(b"".join(wanted), np.uint64).reshape(-1, 2),
             _records(list(wanted.values()), held),
             tokens=[row.ids[start:stop].copy() for row, start, stop in wanted.values()],
-            sources=[""] * len(wanted),
+            sources=[self._source(row, start) for row, start, _ in wanted.values()],
             features=np.zeros((len(wanted), 0), np.float32),
             cost=np.array([seconds * (stop - start) for _, start, stop in wanted.values()], np.float32),
         )
+
+    def _source(self, row: Row, start: int) -> str:
+        """What is stored with the block that begins at token `start` of a row: which block is before it."""
+        before = start // self.block
+        return block_source(row.keys[before - 1] if before else b"")
 
 
 def _records(wanted: Sequence[tuple[Row, int, int]], held: Mapping[Row, tuple[Held, int]]) -> list[NDArray[np.float32]]:
