@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsons
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from llmcache.corpus import Reading
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.store import Store
 from llmcache.plan import Plan, seconds_said
+from llmcache.private_files import write_whole
 
 if TYPE_CHECKING:
     from llmcache.cache import LLMCache
@@ -103,12 +103,9 @@ def _has(store: str, namespace: str, access: options.Access) -> bool:
 
 def written(found: Plan, out: Path) -> None:
     """Write a plan, whole or not at all."""
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(jsons.dumps(found.to_json(), indent=2) + "\n")
-        os.replace(partial, out)
+        write_whole(out, (jsons.dumps(found.to_json(), indent=2) + "\n").encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CorpusError(f"{out} cannot be written ({error.strerror or error}); choose another place") from None
 
 

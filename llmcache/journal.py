@@ -5,33 +5,39 @@
                       rows.jsonl     the rest of each row, one JSON array per line
                       lock           held while a run is at work
 
-Rows are only added. A checkpoint says how many of them count; what lies behind is cut off when the run goes on.
+Rows are only added. A checkpoint says how many of them count, and has checksums (xxh3-128) of these; what lies behind
+is cut off when the run goes on. The journal ends with a checksum of its own. The folder has mode 0700 and its files
+0600, and no link in it is followed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError, CorpusError
-from llmcache.indexes.durable import sync_name
+from llmcache.indexes.unfinished import FILES, beside
+from llmcache.private_files import PrivateFolder
 from llmcache.provenance import Result
+
+__all__ = ["Checkpoint", "Journal", "Row", "beside", "discard"]
 
 log = logging.getLogger("llmcache")
 
-FORMAT = 1
+FORMAT = 2
 _BUFFER = 1 << 20
+_LIMIT = 1 << 20  # bytes of a journal
+_VECTORS, _TEXT = "vectors.f32", "rows.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Checkpoint:
 
     text_bytes: of rows.jsonl. exact, near, misses: of the rows. writer, committed: which writer of the store made the
     entries of this checkpoint durable, and how many segments it had committed before; sure: whether it has done so.
+    vectors_check, text_check: checksums of the rows that count in vectors.f32 and rows.jsonl, xxh3-128 in hexadecimal.
     """
 
     place: int = 0
@@ -52,6 +59,8 @@ class Checkpoint:
     writer: str = ""
     committed: int = 0
     sure: bool = True
+    vectors_check: str = xxhash.xxh3_128(b"").hexdigest()
+    text_check: str = xxhash.xxh3_128(b"").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +80,50 @@ class Row:
 class Journal:
     """Open in one process at a time. checkpoints: the last one, and before it the last one that is sure."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], width: int, checkpoints: list[Checkpoint]) -> None:
-        self.folder, self._facts, self.width = folder, dict(facts), width
+    def __init__(
+        self, folder: PrivateFolder, facts: Mapping[str, Any], width: int, checkpoints: list[Checkpoint]
+    ) -> None:
+        self.folder, self._private, self._facts, self.width = folder.path, folder, dict(facts), width
         self.checkpoints = checkpoints
         self._rows = 0
         self._text_bytes = 0
         self._tiers = {"exact": 0, "near": 0, "miss": 0}
-        self._vectors: IO[bytes] = open(folder / "vectors.f32", "ab", _BUFFER)  # noqa: SIM115  # closed by close()
-        self._text: IO[bytes] = open(folder / "rows.jsonl", "ab", _BUFFER)  # noqa: SIM115
+        self._checks = xxhash.xxh3_128(), xxhash.xxh3_128()
+        appending = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._vectors: IO[bytes] = os.fdopen(folder.open(_VECTORS, appending), "ab", _BUFFER)
+        try:
+            self._text: IO[bytes] = os.fdopen(folder.open(_TEXT, appending), "ab", _BUFFER)
+        except BaseException:
+            self._vectors.close()
+            raise
 
     @classmethod
     def open(cls, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool) -> tuple[Journal, IO[bytes]]:
         """The journal of the run that writes `out`, and its lock, to be closed after it.
 
         facts: what is run, by name, as JSON has it. resume: go on with one that is there; without it that is thrown
-        away. CorpusError when another process is at work on it, or it cannot be read. ConfigError, naming what
-        differs, when it is of another run.
+        away. CorpusError when another process is at work on it, it is damaged, or its files are links or another
+        user's. ConfigError, naming what differs, when it is of another run.
         """
-        folder = beside(out)
         facts = {"out": out.suffix.lower(), **facts}
-        folder.mkdir(exist_ok=True)
+        with _said_plainly(beside(out)):
+            folder = PrivateFolder(beside(out))
+            try:
+                return cls._opened(folder, out, facts, width, resume=resume)
+            except BaseException:
+                folder.close()
+                raise
+
+    @classmethod
+    def _opened(
+        cls, folder: PrivateFolder, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool
+    ) -> tuple[Journal, IO[bytes]]:
         lock = _locked(folder, out)
         try:
-            made = folder / "journal.json"
-            if made.exists() and not resume:
-                log.warning("an unfinished run in %s is thrown away; resume it to go on with it", folder)
+            if folder.has("journal.json") and not resume:
+                log.warning("an unfinished run in %s is thrown away; resume it to go on with it", folder.path)
                 _emptied(folder)
-            known = _read(made) if made.exists() else None
+            known = _read(folder) if folder.has("journal.json") else None
             if known is None:
                 _emptied(folder)
             elif other := [name for name in {**known["facts"], **facts} if known["facts"].get(name) != facts.get(name)]:
@@ -105,8 +131,8 @@ class Journal:
                     f"{name}={known['facts'].get(name)!r:.60}, now {facts.get(name)!r:.60}" for name in other
                 )
                 raise ConfigError(
-                    f"the unfinished run in {folder} is another one ({seen}); finish it as it was begun, or remove "
-                    "that folder to begin anew"
+                    f"the unfinished run in {folder.path} is another one ({seen}); finish it as it was begun, or "
+                    "remove that folder to begin anew"
                 )
             checkpoints = [Checkpoint(**one) for one in known["checkpoints"]] if known else [Checkpoint()]
             return cls(folder, facts, width, checkpoints), lock
@@ -118,18 +144,23 @@ class Journal:
         """Write results behind the others."""
         for one in results:
             numbers = (None if number is None else float(number) for number in (one.similarity, one.consensus))
-            row = [one.id, one.tier, one.layer, one.source, *numbers, one.audited]
-            self._text_bytes += self._text.write(json.dumps(row).encode() + b"\n")
-            self._vectors.write(np.asarray(one.output, "<f4").tobytes())
+            line = json.dumps([one.id, one.tier, one.layer, one.source, *numbers, one.audited]).encode() + b"\n"
+            vector = np.asarray(one.output, "<f4").tobytes()
+            self._text_bytes += self._text.write(line)
+            self._vectors.write(vector)
+            self._checks[0].update(vector)
+            self._checks[1].update(line)
             self._tiers[one.tier] += 1
             self._rows += 1
 
     def here(self, place: int, digest: str) -> Checkpoint:
         """What would be a checkpoint at this place of the corpus, with the rows that were added so far."""
         tiers = self._tiers
+        vectors, text = (one.hexdigest() for one in self._checks)
         return Checkpoint(
-            place, digest, self._rows, self._text_bytes, tiers["exact"], tiers["near"], tiers["miss"], sure=False
-        )
+            place, digest, self._rows, self._text_bytes, tiers["exact"], tiers["near"], tiers["miss"], sure=False,
+            vectors_check=vectors, text_check=text,
+        )  # fmt: skip
 
     def checkpoint(self, new: Checkpoint) -> None:
         """Make all rows durable, and say so; it is sure once `commit_done` was called, or the store shows it."""
@@ -145,35 +176,63 @@ class Journal:
         self._write()
 
     def back_to(self, at: Checkpoint) -> None:
-        """Cut off everything behind a checkpoint. CorpusError when less than that is there."""
-        sizes = {"vectors.f32": 4 * self.width * at.rows, "rows.jsonl": at.text_bytes}
-        for name, size in sizes.items():
-            if (self.folder / name).stat().st_size < size:
+        """Cut off everything behind a checkpoint. CorpusError when what is before it is not what was written."""
+        sizes = {_VECTORS: 4 * self.width * at.rows, _TEXT: at.text_bytes}
+        checks = {}
+        for file, (name, size) in zip((self._vectors, self._text), sizes.items(), strict=True):
+            if os.fstat(file.fileno()).st_size < size:
                 raise CorpusError(f"{self.folder / name} is shorter than its journal says; remove {self.folder}")
-            os.truncate(self.folder / name, size)
+            checks[name] = _check_of(file.fileno(), size)
+            os.ftruncate(file.fileno(), size)
+        self._checks = checks[_VECTORS], checks[_TEXT]
+        for name, check, wanted in zip(sizes, self._checks, (at.vectors_check, at.text_check), strict=True):
+            if check.hexdigest() != wanted:
+                raise self._damage(name)
         self._rows, self._text_bytes = at.rows, at.text_bytes
         self._tiers = {"exact": at.exact, "near": at.near, "miss": at.misses}
         self.checkpoints = [replace(at, sure=True)]
 
+    def _damage(self, name: str) -> CorpusError:
+        return CorpusError(
+            f"{self.folder / name} does not agree with its checksum: it is damaged, or of another run. Remove "
+            f"{self.folder} and run again; what was computed is in the store"
+        )
+
     def results(self) -> Iterator[Row]:
-        """All rows, read back one after the other."""
+        """All rows, read back one after the other. CorpusError at the end when they are not what was written."""
         for file in (self._vectors, self._text):
             file.flush()
-        with open(self.folder / "vectors.f32", "rb") as vectors, open(self.folder / "rows.jsonl", "rb") as text:
-            for line in text:
-                id, *provenance = json.loads(line)
-                yield Row(id, np.frombuffer(vectors.read(4 * self.width), "<f4"), *provenance)
+        checks = xxhash.xxh3_128(), xxhash.xxh3_128()
+        with (
+            os.fdopen(self._private.open(_VECTORS, os.O_RDONLY), "rb", _BUFFER) as vectors,
+            os.fdopen(self._private.open(_TEXT, os.O_RDONLY), "rb", _BUFFER) as text,
+        ):
+            for _ in range(self._rows):
+                line, vector = text.readline(), vectors.read(4 * self.width)
+                checks[0].update(vector)
+                checks[1].update(line)
+                try:
+                    id, *provenance = json.loads(line)
+                    row = Row(id, np.frombuffer(vector, "<f4"), *provenance)
+                except (ValueError, TypeError):
+                    raise self._damage(_TEXT) from None
+                if len(row.output) != self.width:
+                    raise self._damage(_VECTORS)
+                yield row
+        for name, check, wanted in zip((_VECTORS, _TEXT), checks, self._checks, strict=True):
+            if check.digest() != wanted.digest():
+                raise self._damage(name)
 
     def close(self) -> None:
         for file in (self._vectors, self._text):
             with suppress(OSError):  # a full disk: what is in the buffer does not count
                 file.close()
+        self._private.close()
 
     def remove(self) -> None:
         """The results are where they belong; the folder goes."""
+        _removed(self._private)
         self.close()
-        (self.folder / "journal.json").unlink()  # first: a folder without it counts as none
-        shutil.rmtree(self.folder)
 
     def _write(self) -> None:
         content = {
@@ -181,58 +240,79 @@ class Journal:
             "facts": self._facts,
             "checkpoints": [asdict(one) for one in self.checkpoints],
         }
-        partial = self.folder / "journal.json.partial"
-        with open(partial, "w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / "journal.json")
-        sync_name(self.folder)
+        line = json.dumps(content).encode() + b"\n"
+        self._private.replace("journal.json", line + b"xxh3:" + xxhash.xxh3_128_hexdigest(line).encode() + b"\n")
 
 
 def discard(out: Path) -> None:
     """Remove the unfinished run of `out`, if there is one. CorpusError when another process is at work on it."""
-    folder = beside(out)
-    if (folder / "journal.json").exists():
-        with _locked(folder, out):
-            log.warning("an unfinished run in %s is thrown away; resume it to go on with it", folder)
-            _emptied(folder)
-            shutil.rmtree(folder)
+    path = beside(out)
+    if not os.path.lexists(path / "journal.json"):
+        return
+    with _said_plainly(path):
+        folder = PrivateFolder(path)
+        try:
+            with _locked(folder, out):
+                log.warning("an unfinished run in %s is thrown away; resume it to go on with it", path)
+                _removed(folder)
+        finally:
+            folder.close()
 
 
-def beside(out: Path) -> Path:
-    """The folder of the unfinished run that writes `out`."""
-    return out.with_name(f"{out.stem}.unfinished")
-
-
-def _read(path: Path) -> dict[str, Any]:
+@contextmanager
+def _said_plainly(path: Path) -> Iterator[None]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        yield
+    except OSError as error:
+        raise CorpusError(
+            f"the unfinished run in {path} cannot be read or written ({error.strerror or error}); mend that, or remove "
+            "that folder and run again"
+        ) from error
+
+
+def _check_of(descriptor: int, size: int) -> xxhash.xxh3_128:
+    """Running checksum of the first `size` bytes of a file, as if they had just been written."""
+    check, at = xxhash.xxh3_128(), 0
+    while at < size and (part := os.pread(descriptor, min(_BUFFER, size - at), at)):
+        check.update(part)
+        at += len(part)
+    return check
+
+
+def _read(folder: PrivateFolder) -> dict[str, Any]:
+    path = folder.path / "journal.json"
+    try:
+        line, check, rest = folder.read("journal.json", _LIMIT).split(b"\n")
+        if rest or check != b"xxh3:" + xxhash.xxh3_128_hexdigest(line + b"\n").encode():
+            raise ValueError
+        found: dict[str, Any] = json.loads(line)
         if found["format"] != FORMAT or not found["checkpoints"]:
             raise ValueError
         _ = [Checkpoint(**one) for one in found["checkpoints"]], dict(found["facts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{path} cannot be read as the journal of a run; remove {path.parent}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorpusError(
+            f"{path} cannot be read as the journal of a run: it is damaged, or of another version of LLMCache. Remove "
+            f"{folder.path} and run again; what was computed is in the store"
+        ) from error
     return found
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name}={old.get(name)!r:.60}, now {new.get(name)!r:.60}" for name in names)
+def _emptied(folder: PrivateFolder) -> None:
+    for name in FILES:
+        if name != "lock":
+            folder.remove(name)
 
 
-def _emptied(folder: Path) -> None:
-    for name in ("journal.json", "vectors.f32", "rows.jsonl", "journal.json.partial"):
-        (folder / name).unlink(missing_ok=True)
+def _removed(folder: PrivateFolder) -> None:
+    """Remove the files of a run, the journal first: without it the rest counts as none; then the folder."""
+    for name in FILES:
+        folder.remove(name)
+    with suppress(OSError):  # files of others are in it
+        os.rmdir(folder.path)
 
 
-def _locked(folder: Path, out: Path) -> IO[bytes]:
-    lock = open(folder / "lock", "wb")  # noqa: SIM115  # held until the run ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise CorpusError(f"another run is writing {out}; wait for it, or choose another name") from None
-    except OSError:
-        pass  # a file system without locks
+def _locked(folder: PrivateFolder, out: Path) -> IO[bytes]:
+    lock = folder.lock("lock")
+    if lock is None:
+        raise CorpusError(f"another run is writing {out}; wait for it, or choose another name")
     return lock

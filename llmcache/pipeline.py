@@ -15,8 +15,9 @@ from llmcache.cache import LLMCache
 from llmcache.cutting import Cutting, chunk_documents, cut_by, cut_name, gives_unit_vectors, together
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.execution import Progress, nothing
+from llmcache.indexes import unfinished
 from llmcache.intake import MOST_CHARACTERS, Refused, Wanted, intake
-from llmcache.journal import discard
+from llmcache.journal import beside, discard
 from llmcache.parts import Part, ahead, parts
 from llmcache.prompts import resolve
 from llmcache.provenance import Result
@@ -143,6 +144,7 @@ class Pipeline:
         if resume or max_documents is not None or max_seconds is not None:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
+        unfinished.forget(self._cache.storing.store.folder, unfinished.Run(beside(path).absolute()))
         before, counts = self.refused, Counter[str]()
         with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
             for part in found:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError, CorpusError
+from llmcache.private_files import open_plain, ordinary_mode
 
 CHUNK_ROWS = 4096  # a Parquet row group; fewer where these would pass CHUNK_BYTES
 CHUNK_BYTES = 1 << 26
@@ -158,9 +159,12 @@ def _partial(target: Path) -> Iterator[IO[bytes]]:
 
 
 def _locked(partial: Path) -> IO[bytes]:
-    """Not opened by "wb", which would empty the file of a writer at work. A killed one leaves no lock."""
+    """The file, open for writing and locked, of mode 0600 until it is whole. No link is followed.
+
+    Not opened by "wb", which would empty the file of a writer at work. A killed one leaves no lock.
+    """
     while True:
-        file = open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb")  # noqa: SIM115
+        file = open(open_plain(partial, os.O_RDWR | os.O_CREAT), "wb")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,7 +180,7 @@ def _locked(partial: Path) -> IO[bytes]:
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -185,6 +189,7 @@ def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
     """Make the files durable and give them their names."""
     for file in files:
         file.flush()
+        os.fchmod(file.fileno(), ordinary_mode())
         os.fsync(file.fileno())
     if len(paths) > 1:  # a crash between the renames must not leave new provenance beside older vectors
         paths[0].unlink(missing_ok=True)

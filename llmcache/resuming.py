@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
+from llmcache.indexes import unfinished
 from llmcache.journal import Journal
 from llmcache.parts import Part
 from llmcache.provenance import Result
@@ -60,11 +61,14 @@ class Written:
 class Resumption:
     """One journaled run at work. start: the checkpoint that it goes on from."""
 
-    def __init__(self, journal: Journal, storing: Storing) -> None:
+    def __init__(self, journal: Journal, storing: Storing, namespace: str | None = None) -> None:
+        """namespace: whose entries the results come from, so that a purge of it finds them."""
         self._journal, self._storing, self._store = journal, storing, storing.store
         if self._store.writable:
             with storing.lock:
                 storing.commit()  # what others left waiting is no part of this run
+        self._run = unfinished.Run(journal.folder.absolute(), namespace)
+        unfinished.note(self._store.folder, self._run)
         self.start = journal.checkpoints[-1]
         if not self.start.sure and self._store.committed(self.start.writer) <= self.start.committed:
             self.start = journal.checkpoints[0]
@@ -138,6 +142,7 @@ class Resumption:
         with result_writer(out, width=self._journal.width) as writer:
             writer.write(self._journal.results())
         self._journal.remove()
+        unfinished.forget(self._store.folder, self._run)
 
     def leave(self) -> None:
         """After an error: what a part put that did not come to its end is given up, and the rest committed."""
@@ -158,7 +163,7 @@ def resumable(
         stack.enter_context(lock)
         stack.enter_context(closing(journal))
         stack.enter_context(storing.held())
-        resumption = Resumption(journal, storing)
+        resumption = Resumption(journal, storing, facts.get("namespace"))
         try:
             yield resumption
         except BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import cache
 from importlib.resources import files
@@ -12,6 +11,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, Template
 
 from llmcache import __version__
 from llmcache.errors import CorpusError
+from llmcache.private_files import write_whole
 from llmcache.report import sections, words
 from llmcache.report.facts import TIERS, Facts
 
@@ -39,12 +39,9 @@ def rendered(facts: Facts) -> str:
 
 def write(facts: Facts, path: Path) -> int:
     """Write the page, whole or not at all; its bytes. CorpusError when it cannot be written there."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     data = rendered(facts).encode("utf-8", "replace")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        write_whole(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CorpusError(f"{path} cannot be written ({error.strerror or error}); choose another place") from None
     return len(data)

@@ -1,0 +1,160 @@
+"""Files beside a user's results: readable by that user alone, and opened without following links."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from llmcache.errors import CorpusError
+from llmcache.indexes.durable import FOLDER
+
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MEANINGS = {
+    errno.ELOOP: "is a symbolic link",
+    errno.ENXIO: "is a socket or a device",
+    errno.EISDIR: "is a folder",
+    errno.ENOTDIR: "is no folder, or a symbolic link",
+}
+
+
+def open_plain(path: str | Path, flags: int, mode: int = 0o600, *, folder: int | None = None) -> int:
+    """Descriptor of a plain file of this user; CorpusError for a link, a device, a folder or another user's file.
+
+    flags: of os.open, to which those are added that follow no link and wait for nobody. folder: descriptor of the
+    folder that `path` is a name in.
+    """
+    try:
+        descriptor = os.open(path, flags | _PLAIN, mode, dir_fd=folder)
+    except OSError as error:
+        if error.errno in _MEANINGS:
+            raise _refusal(path, _MEANINGS[error.errno]) from None
+        raise
+    facts = os.fstat(descriptor)
+    flaw = None
+    if not stat.S_ISREG(facts.st_mode):
+        flaw = "is not a plain file"
+    elif facts.st_uid != os.geteuid():
+        flaw = f"belongs to the user with the number {facts.st_uid}"
+    if flaw:
+        os.close(descriptor)
+        raise _refusal(path, flaw)
+    return descriptor
+
+
+def _refusal(path: str | Path, flaw: str) -> CorpusError:
+    return CorpusError(f"{path} {flaw}; nothing was read or written there. Remove it, or choose another name")
+
+
+class PrivateFolder:
+    """A folder of mode 0700, held open by its descriptor, and the files in it, of mode 0600."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder where there is none. CorpusError for a link, or a folder of another user."""
+        self.path = path
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        try:
+            self._descriptor = os.open(path, FOLDER)
+        except OSError as error:
+            if error.errno in _MEANINGS:
+                raise _refusal(path, _MEANINGS[error.errno]) from None
+            raise
+        facts = os.fstat(self._descriptor)
+        if facts.st_uid != os.geteuid():
+            self.close()
+            raise _refusal(path, f"belongs to the user with the number {facts.st_uid}")
+        if facts.st_mode & 0o077:  # made by an earlier version, or by hand
+            os.fchmod(self._descriptor, 0o700)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def open(self, name: str, flags: int) -> int:
+        """Descriptor of a file, see `open_plain`; its mode becomes 0600."""
+        try:
+            descriptor = open_plain(name, flags, folder=self._descriptor)
+        except CorpusError as error:
+            raise CorpusError(f"{self.path}/{error}") from None
+        if os.fstat(descriptor).st_mode & 0o077:
+            os.fchmod(descriptor, 0o600)
+        return descriptor
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything of this name, be it a link to nothing."""
+        try:
+            os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole file; ValueError when it has more than `limit` bytes."""
+        with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"{name} has more than {limit:,} bytes")
+        return data
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file under a temporary name, and give it its own durably."""
+        temporary = f"{name}.partial"
+        self.remove(temporary)
+        with os.fdopen(self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        os.fsync(self._descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or link; a folder of that name is an OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._descriptor)
+
+    def lock(self, name: str) -> IO[bytes] | None:
+        """The lock file, held until it is closed; None when another process holds it."""
+        file = os.fdopen(self.open(name, os.O_RDWR | os.O_CREAT), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass  # a file system without locks
+        return file
+
+
+def ordinary_mode() -> int:
+    """Mode that a new file of this process gets: 0666 without what the umask takes away."""
+    try:
+        with open("/proc/self/status") as file:
+            mask = next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o077)  # another thread may make a file meanwhile: it is then too private for a moment
+        os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name that nobody can foresee, then give it its own; a link is replaced.
+
+    OSError when that is not possible; nothing is left behind then.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), ordinary_mode())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
