@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from llmcache.cli import options, printing
 from llmcache.cli.reading import Sources
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
+from llmcache.identity import Identity
 from llmcache.indexes.purge import Doomed
 from llmcache.indexes.purge import purge as purged
 from llmcache.indexes.records import Keys
@@ -29,11 +33,25 @@ def purge(
     ] = None,
     writer: Annotated[str | None, typer.Option(help="All that this writer stored; llmcache inspect names it.")] = None,
     key: Annotated[list[str] | None, typer.Option(help="Entries with this key, 32 hexadecimal digits.")] = None,
+    id: Annotated[
+        list[str] | None, typer.Option(help="Entries of the document with this id, and of its chunks.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Entries of all documents whose ids begin with this, such as a path.")
+    ] = None,
     text_file: Annotated[
         str | None, typer.Option(help="Entries of these documents: .jsonl .csv .tsv .txt .parquet, - for input.")
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt the documents were encoded with, beside those of the model.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model that reads the texts, to find what heads, layers and decoders stored of them."),
+    ] = None,
+    unfinished: Annotated[
+        list[Path] | None,
+        typer.Option(help="Unfinished run (its folder, or its result file) to throw away, if the store is not told."),
     ] = None,
     text_field: options.TextField = "text",
     unit: options.Unit = "line",
@@ -44,23 +62,29 @@ def purge(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Remove a namespace, what a writer stored, or single entries, at once and with all old generations.
+    """Remove a namespace, what a writer stored, or single documents, at once and with all old generations.
 
-    Stop other writers of the store first. Snapshots and other copies are stores of their own: purge them too.
+    A document goes from every bank of the namespace. Calibrations that it may have gone into are given up, and
+    unfinished runs are thrown away. Stop other writers of the store first. Snapshots, other copies and finished result
+    files are not touched: purge or remove them too.
     """
-    given = [one for one in (writer, key, text_file) if one]
-    if len(given) > 1:
-        raise ConfigError("one purge takes one of --writer, --key and --text-file; run it once for each")
+    if sum(bool(one) for one in (writer, key or id or source, text_file)) > 1:
+        raise ConfigError(
+            "one purge takes --writer, --text-file, or any of --key, --id and --source; run it once for each"
+        )
+    if model is not None and text_file is None:
+        raise ConfigError("--model reads the texts of --text-file; give both, or leave it out")
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
-        keys = _keys(key) if key else None
+        doomed = Doomed(
+            namespace, writer, _keys(key) if key else None, id or (), source or (), unfinished=unfinished or ()
+        )
         if text_file is not None:
-            namespace = namespace or "default"
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
             texts = [document.text for document in sources.documents(Reading())]
-            secret = resolved_secret(None, secret_file)
-            keys = keys_of_texts(opened, namespace, texts, secret=secret, prompts=prompt or [])
-        found = purged(opened, Doomed(namespace, writer, keys), dry_run=dry_run)
+            doomed = _of_texts(opened, doomed, texts, resolved_secret(None, secret_file), prompt or [], model)
+        found = purged(opened, doomed, dry_run=dry_run)
+        unread = _not_read(opened, doomed) if text_file is not None and model is None else []
     finally:
         opened.close()
     if json:
@@ -75,10 +99,45 @@ def purge(
             ("files", found.files),
             ("bytes", printing.size(found.bytes)),
             ("bytes of copies", printing.size(found.written)),
+            ("calibrations given up", found.calibrations),
+            ("unfinished runs thrown away", found.unfinished),
         ]
     )
     if not found.rows and not found.damaged:
         typer.echo("llmcache: no entry of the newest generation matches", err=True)
+    if found.calibrations:
+        typer.echo(
+            "llmcache: near reuse is off where a calibration was given up, which may hold features of what was named; "
+            "llmcache calibrate turns it on again",
+            err=True,
+        )
+    if unread:
+        typer.echo(
+            f"llmcache: {', '.join(unread)} was searched for what entries of these texts lead to; --model finds also "
+            "what was stored without such an entry",
+            err=True,
+        )
+
+
+def _of_texts(
+    store: Store, doomed: Doomed, texts: list[str], secret: bytes, prompts: list[str], model: str | None
+) -> Doomed:
+    """The documents with these texts."""
+    namespace = doomed.namespace or "default"
+    keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
+    tokens: list[NDArray[np.int32]] = []
+    if model is not None:
+        from llmcache.purging import all_prompts, reader_of, tokens_of_texts
+
+        identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
+        tokens = tokens_of_texts(reader_of(model), texts, all_prompts(identity, prompts))
+    return replace(doomed, namespace=namespace, keys=keys, texts=len(texts), tokens=tokens)
+
+
+def _not_read(store: Store, doomed: Doomed) -> list[str]:
+    """Banks whose text keys are of other models, or which have none."""
+    space = store.latest().namespaces.get(doomed.namespace or "")
+    return sorted(name for name in (space.banks if space else ()) if name.startswith(("head-", "layer-", "prefix")))
 
 
 def _keys(given: list[str]) -> Keys:

@@ -68,7 +68,8 @@ class Resumption:
             with storing.lock:
                 storing.commit()  # what others left waiting is no part of this run
         self._run = unfinished.Run(journal.folder.absolute(), namespace)
-        unfinished.note(self._store.folder, self._run)
+        if self._store.writable:
+            unfinished.note(self._store.folder, self._run)
         self.start = journal.checkpoints[-1]
         if not self.start.sure and self._store.committed(self.start.writer) <= self.start.committed:
             self.start = journal.checkpoints[0]

@@ -447,5 +447,6 @@ def test_a_store_that_was_written_without_a_key_can_be_signed_whole(path: Path) 
 def test_the_figures_of_a_purge_are_numbers_for_scripts(path: Path) -> None:
     assert Purged(rows=1).as_dict() == {
         "rows": 1, "aliases": 0, "damaged": 0, "segments": 0, "files": 0, "bytes": 0, "written": 0,
+        "calibrations": 0, "unfinished": 0,
     }  # fmt: skip
     assert os.path.basename(generation_name(3)) == "m-000000000003.json"
