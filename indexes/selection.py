@@ -306,12 +306,16 @@ def _add_equal_tokens(part: Part, documents: Documents) -> None:
     if segment is None or not lengths:
         return
     places = np.flatnonzero(np.isin(segment.rows["tokens"], np.fromiter(lengths, np.int64, len(lengths))))
+    if not len(places):
+        return
     try:
-        equal = [one.tobytes() in documents.tokens for one in segment.tokens_of(places)] if len(places) else []
+        equal = [one.tobytes() in documents.tokens for one in segment.tokens_of(places)]
+        places = places[np.array(equal, np.bool_)]
+        documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:
         _give_up(part, error)
         return
-    documents.rows.add(segment.rows["key"][places[np.array(equal, np.bool_)]])
+    documents.rows.add(segment.rows["key"][places])
 
 
 def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
