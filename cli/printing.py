@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llmcache.indexes.urls import redacted
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """A plain table; numbers stand right."""
@@ -49,8 +51,11 @@ def said(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, and a store's author may have written, made visible."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    """The text with what a terminal would obey, and a store's author may have written, made visible.
+
+    Credentials of URLs in it are hidden.
+    """
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in redacted(text))
 
 
 def quiet() -> None:

@@ -21,9 +21,31 @@ the cache is open: there, any failure of the store is a miss.
 
 from __future__ import annotations
 
+import logging
+
+from llmcache.indexes.urls import redacted
+
 
 class LLMCacheError(Exception):
-    """Whatever LLMCache raises on purpose."""
+    """Whatever LLMCache raises on purpose. Credentials of URLs are hidden in the message."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
+
+
+def _without_credentials(record: logging.LogRecord) -> bool:
+    """Hide the credentials of URLs in a line of the log."""
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # arguments that do not fit
+        message = f"{record.msg} {record.args}"
+        record.msg, record.args = message, ()
+    if (hidden := redacted(message)) != message:
+        record.msg, record.args = hidden, ()
+    return True
+
+
+logging.getLogger("llmcache").addFilter(_without_credentials)
 
 
 class ConfigError(LLMCacheError, ValueError):

@@ -17,6 +17,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files import write_whole
 from llmcache.indexes.io import Folder
 from llmcache.indexes.parsing import strict_json
+from llmcache.indexes.urls import redacted
 
 Record: TypeAlias = dict[str, Any]
 
@@ -78,7 +79,7 @@ def checked(raw: Any) -> Record | None:
     record: Record = {"day": raw["day"]}
     for name in _NAMES:
         if isinstance(raw.get(name), str):
-            record[name] = raw[name][:_NAMED]
+            record[name] = redacted(raw[name])[:_NAMED]
     for name in ("begin", "end", *_SUMS, *_LAST):
         if _is_number(raw.get(name)):
             record[name] = raw[name]

@@ -34,6 +34,7 @@ from llmcache.indexes.signatures import signatures
 from llmcache.indexes.snapshot import advised, banks, failing
 from llmcache.indexes.store import Store
 from llmcache.indexes.transfer import checked, files_of
+from llmcache.indexes.urls import has_secrets, redacted, without_secrets_of
 
 _CHUNK = 2 << 20
 _FORMAT = "FORMAT"
@@ -75,7 +76,7 @@ def push(
         if not manifest.generation:
             raise LLMCacheError(f"{source.folder.path} holds nothing yet; fill it first: llmcache build")
         data = source.folder.read(generation_name(manifest.generation), MAX_BYTES)
-        _check_follows(_newest_at(there, key), manifest, data, there, source.folder, url, "push to another URL")
+        _check_follows(_newest_at(there, key), manifest, data, there, source.folder, there.path, "push to another URL")
         sizes = {f"{sub}/{name}": size for sub in ("seg", "idx") for name, size in there.sizes(sub).items()}
         segments = _segments(manifest)
         missing = [
@@ -111,7 +112,9 @@ def pull(url: str, target: str | os.PathLike[str], *, key: bytes | None = None, 
     with closing(Remote(url)) as source:
         manifest = _newest_at(source, key)
         if manifest is None:
-            raise SnapshotNotFound(f"there is no store at {url}; bring one there: llmcache snapshot push STORE {url}")
+            raise SnapshotNotFound(
+                f"there is no store at {source.path}; bring one there: llmcache snapshot push STORE {source.path}"
+            )
         data = source.read(generation_name(manifest.generation), MAX_BYTES)
         if where.exists() and not (where / _FORMAT).exists():
             refuse_strangers(where)
@@ -144,10 +147,13 @@ class Remote:
         try:
             self._disk, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
-            raise ConfigError(f"{url} needs a library that is not installed: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{url} is not a URL that can be reached: {error}") from error
-        self.path = url
+            raise ConfigError(f"{redacted(url)} needs a library that is not installed: {error}") from error
+        except Exception as error:  # each library has errors of its own, and may put the URL into them
+            reason = " ".join(without_secrets_of(url, str(error)).split()) or type(error).__name__
+            cause = None if has_secrets(url) else error
+            raise ConfigError(f"{redacted(url)} is not a URL that can be reached: {reason}") from cause
+        self.path = redacted(url)  # for messages
+        self._url = url
 
     def close(self) -> None:
         self._disk.clear_instance_cache()
@@ -208,10 +214,10 @@ class Remote:
         except (LLMCacheError, FileNotFoundError):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(without_secrets_of(self._url, str(error)).split()) or type(error).__name__
             raise LLMCacheError(
                 f"{self.path}: {reason}; what went over stays there: the same command goes on from there"
-            ) from error
+            ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own words
 
 
 def _newest_at(there: Remote, key: bytes | None) -> Manifest | None:
@@ -377,4 +383,6 @@ def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_r
     files = list(_files(manifest))
     rows = sum(one.live for bank in banks(manifest).values() for one in bank.segments)
     sizes = sum(one.size for one in files), sum(one.size for one in sent)
-    return Carried(url, os.fspath(path), manifest.generation, rows, len(files), sizes[0], len(sent), sizes[1], dry_run)
+    return Carried(
+        redacted(url), os.fspath(path), manifest.generation, rows, len(files), sizes[0], len(sent), sizes[1], dry_run
+    )

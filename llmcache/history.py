@@ -13,6 +13,7 @@ from llmcache.indexes import eviction
 from llmcache.indexes.counters import read_counters
 from llmcache.indexes.journal import BINS, Record, day_of, read_journals, write_journal
 from llmcache.indexes.store import Store
+from llmcache.indexes.urls import redacted
 from llmcache.statistics import Counters
 
 log = logging.getLogger("llmcache")
@@ -43,6 +44,7 @@ class History:
 
     def begin(self, corpus: str) -> None:
         """From now on documents are of this corpus."""
+        corpus = redacted(corpus)
         if corpus != self.corpus:
             self._close()
             self.corpus = corpus
@@ -96,8 +98,8 @@ class History:
         entries, size = _holds(self._store)
         record: Record = {
             "day": day_of(self._begin), "begin": self._begin, "end": self._store.folder.now(),
-            "namespace": self.namespace, "corpus": self.corpus, "model": self.model, "runs": 1, "counters": counters,
-            "evicted_rows": evicted, "entries": entries, "bytes": size,
+            "namespace": self.namespace, "corpus": self.corpus, "model": redacted(self.model), "runs": 1,
+            "counters": counters, "evicted_rows": evicted, "entries": entries, "bytes": size,
         }  # fmt: skip
         if self._asked.any():
             record |= {"asked": self._asked.tolist(), "near": self._near.tolist()}
