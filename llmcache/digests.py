@@ -6,22 +6,27 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmcache.errors import CorpusError
 from llmcache.keys import framed
+from llmcache.private_files import open_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 _SETTLED_NS = 100_000_000
+_LIMIT = 64 << 20  # bytes of a file of digests
+_DIGEST = re.compile("[0-9a-f]{64}")
 _REMEMBERED = 64
 """Model states whose digests are kept; a file of each is some ten kilobytes."""
 
@@ -171,25 +176,42 @@ def remembered_digests(
     checksums: of the tensors. A digest is believed for a tensor of the very bytes that it was taken of, and no other.
     """
     key = sha(canonical([files.facts, [package_version(one) for one in PACKAGES]]), _glimpse(tensors)).hex()
-    known: dict[str, list[str]] = {}
-    try:
-        path = _digest_folder() / f"{key}.json"
-        raw = json.loads(path.read_bytes())
-        if raw["check"] == sha(canonical(raw["tensors"])).hex() and set(raw["tensors"]) == set(tensors):
-            with contextlib.suppress(OSError):
-                os.utime(path)  # what is in use is forgotten last
-            known = {name: [*map(str, pair)] for name, pair in raw["tensors"].items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        pass  # nothing there, or nothing that can be believed
-    digests = {n: pair[1] for n, pair in known.items() if len(pair) == 2 and pair[0] == checksums[n].hex()}
+    known = _remembered(key, tensors)
+    digests = {name: digest for name, (checksum, digest) in known.items() if checksum == checksums[name].hex()}
     if len(digests) == len(tensors):
         return digests
     rest = {name: one for name, one in tensors.items() if name not in digests}
     digests |= tensor_digests(rest)
     pairs = {name: [checksums[name].hex(), digests[name]] for name in tensors}
     with contextlib.suppress(OSError, RuntimeError):
-        _write(_digest_folder(), f"{key}.json", {"check": sha(canonical(pairs)).hex(), "tensors": pairs})
+        _write(_digest_folder(), f"{key}.json", {"check": _check(key, pairs), "tensors": pairs})
     return digests
+
+
+def _remembered(key: str, names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Checksum and digest of each tensor, as the file of this key has them; {} unless it is just what was written.
+
+    names: of the tensors. No link is followed, and another user's file is not read.
+    """
+    path = _digest_folder() / f"{key}.json"
+    try:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+            raw = json.loads(file.read(_LIMIT))
+        if raw["check"] != _check(key, raw["tensors"]) or set(raw["tensors"]) != set(names):
+            return {}
+        known = {name: (checksum, digest) for name, (checksum, digest) in raw["tensors"].items()}
+        if not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for _, digest in known.values()):
+            return {}
+        with contextlib.suppress(OSError):
+            os.utime(path)  # what is in use is forgotten last
+        return known
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, CorpusError):
+        return {}  # nothing there, or nothing that can be believed
+
+
+def _check(key: str, pairs: Any) -> str:
+    """What binds the contents of a file of digests to its name."""
+    return sha(key.encode(), canonical(pairs)).hex()
 
 
 def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
