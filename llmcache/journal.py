@@ -6,7 +6,7 @@
                       lock           held while a run is at work
 
 Rows are only added. A checkpoint says how many of them count, and has checksums (xxh3-128) of these; what lies behind
-is cut off when the run goes on. The journal ends with a checksum of its own. The folder has mode 0700 and its files
+is cut off when the run goes on. The journal has a checksum of its own. The folder has mode 0700 and its files
 0600, and no link in it is followed.
 """
 
@@ -240,8 +240,7 @@ class Journal:
             "facts": self._facts,
             "checkpoints": [asdict(one) for one in self.checkpoints],
         }
-        line = json.dumps(content).encode() + b"\n"
-        self._private.replace("journal.json", line + b"xxh3:" + xxhash.xxh3_128_hexdigest(line).encode() + b"\n")
+        self._private.replace("journal.json", _encoded(content))
 
 
 def discard(out: Path) -> None:
@@ -279,13 +278,20 @@ def _check_of(descriptor: int, size: int) -> xxhash.xxh3_128:
     return check
 
 
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    """A journal as JSON, with a checksum of the rest (xxh3-128, hexadecimal) in the field `check`."""
+    check = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+    return json.dumps({**content, "check": check}).encode()
+
+
 def _read(folder: PrivateFolder) -> dict[str, Any]:
     path = folder.path / "journal.json"
     try:
-        line, check, rest = folder.read("journal.json", _LIMIT).split(b"\n")
-        if rest or check != b"xxh3:" + xxhash.xxh3_128_hexdigest(line + b"\n").encode():
+        raw = folder.read("journal.json", _LIMIT)
+        found: dict[str, Any] = json.loads(raw)
+        del found["check"]
+        if _encoded(found) != raw:
             raise ValueError
-        found: dict[str, Any] = json.loads(line)
         if found["format"] != FORMAT or not found["checkpoints"]:
             raise ValueError
         _ = [Checkpoint(**one) for one in found["checkpoints"]], dict(found["facts"])

@@ -142,11 +142,10 @@ def test_files_of_other_runs_and_of_each_other_are_refused(out: Path, expected: 
 @pytest.mark.parametrize("seed", range(20))
 def test_values_of_the_journal_that_nobody_wrote_are_refused(out: Path, expected: bytes, seed: int) -> None:
     chance = random.Random(seed)
-    line, _, check = (beside(out) / "journal.json").read_bytes().partition(b"\n")
-    content: Any = json.loads(line)
+    content: Any = json.loads((beside(out) / "journal.json").read_bytes())
     point = chance.choice(content["checkpoints"])
     point[chance.choice(list(point))] = chance.choice([-1, 2**63, 10**30, None, "x", 1.5, [], 1e308, {}])
-    assert each(out, expected, "journal.json", [json.dumps(content).encode() + b"\n" + check]) == (0, 1)
+    assert each(out, expected, "journal.json", [json.dumps(content).encode()]) == (0, 1)
 
 
 def test_rows_damaged_while_the_run_is_at_work_give_no_result(out: Path) -> None:
