@@ -74,6 +74,8 @@ def purge(
         )
     if model is not None and text_file is None:
         raise ConfigError("--model reads the texts of --text-file; give both, or leave it out")
+    if text_file is not None:
+        namespace = namespace or "default"
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
         doomed = Doomed(
@@ -123,7 +125,7 @@ def _of_texts(
     store: Store, doomed: Doomed, texts: list[str], secret: bytes, prompts: list[str], model: str | None
 ) -> Doomed:
     """The documents with these texts."""
-    namespace = doomed.namespace or "default"
+    namespace = str(doomed.namespace)
     keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
     tokens: list[NDArray[np.int32]] = []
     if model is not None:
@@ -131,7 +133,7 @@ def _of_texts(
 
         identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
         tokens = tokens_of_texts(reader_of(model), texts, all_prompts(identity, prompts))
-    return replace(doomed, namespace=namespace, keys=keys, texts=len(texts), tokens=tokens)
+    return replace(doomed, keys=keys, texts=len(texts), tokens=tokens)
 
 
 def _not_read(store: Store, doomed: Doomed) -> list[str]:
