@@ -29,6 +29,7 @@ from llmcache.indexes.segment import Segment
 from llmcache.indexes.selection import Documents, Doomed, Mask, Part, Selection, among, select
 from llmcache.indexes.signatures import signatures
 from llmcache.indexes.store import Store
+from llmcache.indexes.verify import printable
 
 __all__ = ["Doomed", "Purged", "among", "purge"]
 
@@ -200,7 +201,9 @@ def _sweep(
     needed = _without(manifest, *leaving, doomed.whole).files
     strangers = [f"{sub}/{name}" for sub in ("seg", "idx") for name in listed[sub] if not _OURS.fullmatch(name)]
     if strangers:
-        log.warning("%d files that are not the store's own were left, the first is %s", len(strangers), strangers[0])
+        log.warning(
+            "%d files that are not the store's own were left, the first is %s", len(strangers), printable(strangers[0])
+        )
     going = [f"{sub}/{name}" for sub, names in listed.items() for name in names]
     going = [name for name in going if name not in needed and name not in strangers]
     going += [name for name in folder.names() if name.startswith(_TEMPORARY)]

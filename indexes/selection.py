@@ -28,6 +28,7 @@ from llmcache.indexes.segment import Segment
 log = logging.getLogger("llmcache")
 
 Mask: TypeAlias = NDArray[np.bool_]
+_NONE: Mask = np.zeros(0, np.bool_)
 Place: TypeAlias = tuple[str, str]  # namespace and bank
 
 _BEGINNINGS = "prefix"
@@ -162,7 +163,11 @@ def among(keys: Keys, wanted: Keys) -> Mask:
 
 @dataclass(slots=True)
 class Part:
-    """What goes of one segment. segment: None: nobody can read it. rows, aliases: bool, of its rows and aliases."""
+    """What goes of one segment.
+
+    segment: None where nobody can read it, or it goes whole. rows, aliases: bool, of its rows and aliases; empty where
+    there is no segment.
+    """
 
     facts: SegmentFacts
     segment: Segment | None
@@ -217,7 +222,7 @@ def select(folder: Folder, manifest: Manifest, doomed: Doomed, documents: Docume
 
 
 def _whole(facts: SegmentFacts) -> Part:
-    return Part(facts, None, np.ones(facts.rows, np.bool_), np.ones(facts.aliases, np.bool_), whole=True)
+    return Part(facts, None, _NONE, _NONE, whole=True)
 
 
 def _select_in(
@@ -257,12 +262,14 @@ def _parts(folder: Folder, bank: str, facts: BankFacts, doomed: Doomed) -> list[
     """The segments of a bank, opened where documents are looked for in them."""
     parts = []
     for one in facts.segments:
-        part = Part(one, None, np.zeros(one.rows, np.bool_), np.zeros(one.aliases, np.bool_))
+        part = Part(one, None, _NONE, _NONE)
         part.whole = one.writer == doomed.writer
         if doomed.names_documents or part.whole or bank.startswith(DISTILLED):
             try:
                 part.segment = Segment.open(folder, one)
                 part.segment.tokens_of(np.zeros(0, np.int64))  # raises where token ids and sources are damaged
+                # not before: a manifest may tell of far more rows than its files have
+                part.rows, part.aliases = np.zeros(one.rows, np.bool_), np.zeros(one.aliases, np.bool_)
             except (SnapshotDamaged, FileNotFoundError) as error:  # what the disk does not give now may be whole
                 part.segment = None
                 log.warning("segment %s goes too, since nobody can tell what is in it: %s", one.id, error)
@@ -363,7 +370,7 @@ def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection:
     if FITTED in space.banks and (selection.going or selection.settings[name]):
         kept = [bytes.fromhex(one) for one in fitted_keys(config)]
         used = KeySet(np.frombuffer(b"".join(kept), np.uint64).reshape(-1, 2))
-        parts = [Part(one, None, np.zeros(0, np.bool_), np.zeros(0, np.bool_)) for one in space.banks[FITTED].segments]
+        parts = [Part(one, None, _NONE, _NONE) for one in space.banks[FITTED].segments]
         for part in parts:
             try:
                 part.segment = Segment.open(folder, part.facts)

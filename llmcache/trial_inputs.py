@@ -82,7 +82,6 @@ def _shapes(main: str, config: Any) -> Iterator[tuple[int, ...]]:
         side = getattr(config, "image_size", None) or 8
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
         channels: int = getattr(config, "num_channels", 3)
-        frames: int | None = getattr(config, "num_frames", None)
-        if frames:
-            yield (frames, channels, height, width)
+        if count := getattr(config, "num_frames", None):
+            yield (count, channels, height, width)
         yield (channels, height, width)

@@ -72,8 +72,8 @@ def known(store: Path, model: Any, **keywords: Any) -> set[str]:
     """The texts that a new opening has, after all its vectors were compared with the model's."""
     with LLMCache.open(store, model, **keywords) as cache:
         results = list(cache.run(TEXTS))
-        model: Any = cache.model
-        close([result.output for result in results], model.encode(TEXTS))
+        own: Any = cache.model
+        close([result.output for result in results], own.encode(TEXTS))
     return {text for text, result in zip(TEXTS, results, strict=True) if result.tier == "exact"}
 
 

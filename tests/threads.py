@@ -48,7 +48,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     fast: Any = transformers.PreTrainedTokenizerFast
-    return fast(tokenizer_object=plain, model_max_length=48, **marks)
+    made: transformers.PreTrainedTokenizerFast = fast(tokenizer_object=plain, model_max_length=48, **marks)
+    return made
 
 
 def tiny_sentences(folder: Path, seed: int = 0) -> SentenceTransformer:
