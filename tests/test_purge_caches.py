@@ -128,8 +128,8 @@ def test_what_a_cache_stored_of_a_document_is_gone_and_others_are_right(
             import transformers
 
             torch.manual_seed(3)
-            head = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-            list(cache.run_heads(texts, {"label": head}))
+            head: Any = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3)
+            list(cache.run_heads(texts, {"label": head.eval()}))
         if way == "calibrated":
             cache.calibrate(budget=0.5, drift="beyond", limit=0.5, confidence=None)
     ids = tokens_of_texts(model, [SECRET], [None])
