@@ -25,7 +25,7 @@ from llmcache.standins import is_stand_in, without_stand_ins
 from llmcache.tokenizer_rules import rules_only
 from llmcache.walk import Watched
 
-_PASSES = 8
+_PASSES = 2
 """Complete passes over the bytes that an opening, or a noticed change, is worth: one before each of the next calls."""
 _CALL_SECONDS = 1e-4
 """What reading a part of the bytes may take before a call."""
@@ -124,7 +124,8 @@ class ModelWatch:
 
     def changed(self) -> bool:
         """Whether facts or tensors differ from those of the last look; from now on they are those of this look."""
-        differs = not self._containers_hold() or self._states() != self._seen or self._paid_pass()
+        differs = not self._containers_hold() or self._states() != self._seen
+        differs = differs or not self._contents.sample_holds() or self._paid_pass()
         changed = differs and self._look_again()
         if self.witness is not None:
             self.witness.asked(self)
