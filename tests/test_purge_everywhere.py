@@ -114,7 +114,7 @@ def fill(store: Store, some: Sequence[int], dtype: str, roles: Sequence[str]) ->
     for role in roles:
         place = bank(store, distilled if role == "distilled-" else role, dtype)
         if role == "prefix":
-            rows = [*{block[0]: block for number in some for block in blocks(number)}.values()]
+            rows = list({one[0]: one for number in some for one in blocks(number)}.values())
             place.put(
                 keys(*(own for own, _, _ in rows)),
                 [numbers("states", own, shape=(len(ids), WIDTH)) for own, _, ids in rows],
