@@ -149,14 +149,16 @@ class Pipeline:
         if self._cache.storing.store.writable:
             unfinished.note(folder, run)  # a purge finds what is left when this process is killed
         before, counts = self.refused, Counter[str]()
-        with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
-            for part in found:
-                results = self._answered(part)
-                counts.update(one.tier for one in results)
-                writer.write(map(clipped, results))
-                if part.error is not None:
-                    raise part.error
-        unfinished.forget(folder, run)
+        try:
+            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
+                for part in found:
+                    results = self._answered(part)
+                    counts.update(one.tier for one in results)
+                    writer.write(map(clipped, results))
+                    if part.error is not None:
+                        raise part.error
+        finally:
+            unfinished.forget(folder, run)
         return Written.of(path, counts, self.refused - before)
 
     def _write_journaled(

@@ -201,3 +201,30 @@ def test_the_command_purges_by_id_source_and_text_and_says_what_it_gave_up(
         refused = llmcache("purge", path, *wrong)
         assert refused.code == 2
         assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_store_knows_of_a_run_from_its_begin_to_its_end(tmp_path: Path, model: SentenceTransformer) -> None:
+    stat, seen = tmp_path / "store" / "stat", []
+
+    def records() -> Iterator[dict[str, str]]:
+        for one in documents()[:40]:
+            seen.append([json.loads(file.read_text()) for file in stat.glob("*.run")])
+            yield one
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield from documents()[:20]
+        raise OSError("the bucket is gone")
+
+    known = [{"folder": str(tmp_path / "out.unfinished"), "namespace": "default"}]
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        pipeline = Pipeline(cache, batch_size=2, prefetch=0)
+        pipeline.write(records(), tmp_path / "out.npy")
+        assert seen[0] == seen[-1] == known
+        assert not list(stat.glob("*.run"))
+        with pytest.raises(OSError, match="bucket"):
+            pipeline.write(broken(), tmp_path / "out.npy")
+        assert not list(stat.glob("*.run"))
+        assert not pipeline.write(documents(), tmp_path / "out.npy", resume=True, max_documents=5).finished
+        assert [json.loads(file.read_text()) for file in stat.glob("*.run")] == known
+        assert pipeline.write(documents(), tmp_path / "out.npy", resume=True).finished
+        assert not list(stat.glob("*.run"))
