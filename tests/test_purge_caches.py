@@ -13,10 +13,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, Pipeline
+from llmcache.errors import ConfigError
 from llmcache.indexes.purge import Doomed, purge
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
-from llmcache.purging import keys_of_texts, tokens_of_texts
+from llmcache.purging import keys_of_texts, purge_documents, tokens_of_texts
 from tests import small_sentences
 from tests.conftest import Command
 from tests.test_exact_audits import decoder, plain_tokenizer
@@ -228,3 +229,39 @@ def test_a_store_knows_of_a_run_from_its_begin_to_its_end(tmp_path: Path, model:
         assert [json.loads(file.read_text()) for file in stat.glob("*.run")] == known
         assert pipeline.write(documents(), tmp_path / "out.npy", resume=True).finished
         assert not list(stat.glob("*.run"))
+
+
+@pytest.mark.parametrize("how", ["texts", "ids", "sources", "keys", "nothing found", "unfinished"])
+def test_documents_are_purged_from_python_by_each_name(tmp_path: Path, model: SentenceTransformer, how: str) -> None:
+    path, texts = tmp_path / "store", documents()[-6:]
+    with LLMCache.open(path, model, config=CacheConfig(layers="all")) as cache:
+        Pipeline(cache, batch_size=2).write(texts, tmp_path / "out.npy", max_documents=2)
+        entry = cache.explain(SECRET)
+        list(cache.run(texts))
+    key = next(
+        segment.rows["key"][row].tobytes().hex()
+        for name, segment in segments_of(path)
+        for row in range(len(segment))
+        if name == "output" and segment.source(row) == NAME
+    )
+    assert entry is not None
+    named: dict[str, Any] = {
+        "texts": {"texts": [SECRET], "reader": model}, "ids": {"ids": [NAME]}, "sources": {"sources": ["SECRET"]},
+        "keys": {"keys": [key]}, "nothing found": {"ids": ["nobody"]},
+        "unfinished": {"ids": [NAME], "unfinished": [tmp_path / "elsewhere.npy"]},
+    }  # fmt: skip
+    planned = purge_documents(path, dry_run=True, **named[how])
+    done = purge_documents(path, **named[how])
+    expected = 0 if how == "nothing found" else 3  # the output and the states of two layers
+    assert (done.rows, planned.rows) == (expected, expected)
+    with LLMCache.open(path, model) as cache:
+        tiers = [one.tier for one in cache.run(texts)]
+    assert tiers == ["exact"] * 5 + ["miss" if expected else "exact"]
+
+
+def test_a_purge_of_nothing_or_of_texts_and_keys_is_refused(tmp_path: Path, model: SentenceTransformer) -> None:
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        cache.encode(["a"])
+    for wrong in ({}, {"texts": ["a"], "keys": ["0" * 32]}, {"keys": ["0"]}, {"ids": ["a"], "namespace": "none"}):
+        with pytest.raises(ConfigError):
+            purge_documents(tmp_path / "store", **wrong)  # type: ignore[arg-type]
