@@ -62,7 +62,7 @@ def purge(
     """
     if sum(bool(one) for one in (writer, key or id or source, text_file)) > 1:
         raise ConfigError(
-            "one purge takes one of --writer, --key and --text-file; run it once for each (--id, --source go with --key)"
+            "one purge takes one of --writer, --key and --text-file; run it once for each (--id, --source join --key)"
         )
     if model is not None and text_file is None:
         raise ConfigError("--model reads the texts of --text-file; give both, or leave it out")
