@@ -264,4 +264,4 @@ def test_a_purge_of_nothing_or_of_texts_and_keys_is_refused(tmp_path: Path, mode
         cache.encode(["a"])
     for wrong in ({}, {"texts": ["a"], "keys": ["0" * 32]}, {"keys": ["0"]}, {"ids": ["a"], "namespace": "none"}):
         with pytest.raises(ConfigError):
-            purge_documents(tmp_path / "store", **wrong)  # type: ignore[arg-type]
+            purge_documents(tmp_path / "store", **wrong)

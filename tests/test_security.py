@@ -146,7 +146,7 @@ def rows_of(path: Path, bank: str) -> list[tuple[np.ndarray[Any, Any], np.ndarra
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_token_ids_can_be_read_off_the_states_of_a_layer(
-    tmp_path: Path, model: SentenceTransformer, dtype: str
+    tmp_path: Path, model: SentenceTransformer, dtype: Any
 ) -> None:
     texts = small_sentences.sentences(60)
     with LLMCache.open(tmp_path / "store", model, config=CacheConfig(layers=(0,), dtype=dtype)) as cache:
