@@ -12,6 +12,7 @@ import typer
 
 from llmcache import __version__
 from llmcache.errors import ConfigError
+from llmcache.private_files import write_whole
 
 if TYPE_CHECKING:
     from llmcache.statistics import Statistics
@@ -78,9 +79,10 @@ class Run:
             }},
         )  # fmt: skip
         if self._file is not None:
-            from prometheus_client import write_to_textfile
+            from prometheus_client import generate_latest
 
-            write_to_textfile(str(self._file), _registry(self._command, namespace, seconds, tally, stats))
+            # the library's own function writes to a name that can be foreseen, and follows a link there
+            write_whole(self._file, generate_latest(_registry(self._command, namespace, seconds, tally, stats)))
 
 
 def _registry(command: str, namespace: str, seconds: float, tally: Counted, stats: Statistics) -> Any:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
 from llmcache.cli import options, printing
 from llmcache.cli.reading import Sources
 from llmcache.corpus import Reading
 from llmcache.errors import ConfigError
-from llmcache.identity import Identity
 from llmcache.indexes.purge import Doomed
 from llmcache.indexes.purge import purge as purged
-from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.namespace import resolved_secret
-from llmcache.purging import keys_of_texts
-
-_KEY = re.compile(r"[0-9a-fA-F]{32}")
+from llmcache.purging import keys_of, reader_of, with_texts
 
 
 def purge(
@@ -70,7 +62,7 @@ def purge(
     """
     if sum(bool(one) for one in (writer, key or id or source, text_file)) > 1:
         raise ConfigError(
-            "one purge takes --writer, --text-file, or any of --key, --id and --source; run it once for each"
+            "one purge takes one of --writer, --key and --text-file; run it once for each (--id, --source join --key)"
         )
     if model is not None and text_file is None:
         raise ConfigError("--model reads the texts of --text-file; give both, or leave it out")
@@ -79,12 +71,14 @@ def purge(
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
         doomed = Doomed(
-            namespace, writer, _keys(key) if key else None, id or (), source or (), unfinished=unfinished or ()
+            namespace, writer, keys_of(key) if key else None, id or (), source or (), unfinished=unfinished or ()
         )
         if text_file is not None:
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
             texts = [document.text for document in sources.documents(Reading())]
-            doomed = _of_texts(opened, doomed, texts, resolved_secret(None, secret_file), prompt or [], model)
+            reader = None if model is None else reader_of(model)
+            secret = resolved_secret(None, secret_file)
+            doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompt or [], reader=reader)
         found = purged(opened, doomed, dry_run=dry_run)
         unread = _not_read(opened, doomed) if text_file is not None and model is None else []
     finally:
@@ -121,29 +115,7 @@ def purge(
         )
 
 
-def _of_texts(
-    store: Store, doomed: Doomed, texts: list[str], secret: bytes, prompts: list[str], model: str | None
-) -> Doomed:
-    """The documents with these texts."""
-    namespace = str(doomed.namespace)
-    keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
-    tokens: list[NDArray[np.int32]] = []
-    if model is not None:
-        from llmcache.purging import all_prompts, reader_of, tokens_of_texts
-
-        identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
-        tokens = tokens_of_texts(reader_of(model), texts, all_prompts(identity, prompts))
-    return replace(doomed, keys=keys, texts=len(texts), tokens=tokens)
-
-
 def _not_read(store: Store, doomed: Doomed) -> list[str]:
     """Banks whose text keys are of other models, or which have none."""
     space = store.latest().namespaces.get(doomed.namespace or "")
     return sorted(name for name in (space.banks if space else ()) if name.startswith(("head-", "layer-", "prefix")))
-
-
-def _keys(given: list[str]) -> Keys:
-    wrong = [one for one in given if not _KEY.fullmatch(one)]
-    if wrong:
-        raise ConfigError(f"a key is 32 hexadecimal digits, got {wrong[0]!r}")
-    return np.frombuffer(bytes.fromhex("".join(given)), np.uint64).reshape(-1, 2)

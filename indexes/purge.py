@@ -85,7 +85,7 @@ def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
     runs = unfinished.runs(store.folder, doomed.namespace, doomed.unfinished)
     if dry_run:
         selection = select(store.folder, before, doomed, documents)
-        purged.unfinished = sum(run.folder.exists() for run in runs)
+        purged.unfinished = sum(map(unfinished.is_there, runs))
         replaced = _replaced(store, selection, purged, dry_run=True)
         _sweep(store, doomed, purged, before.generation, (selection, replaced), documents, dry_run=True)
         return purged

@@ -103,13 +103,21 @@ def discard(folder: Folder, run: Run) -> bool:
 
     Nothing but the files that a run makes is removed, and no link is followed. Busy while the run is at work.
     """
-    stem = run.folder.name.removesuffix(ENDING)
-    for ending in RESULTS:
-        for name in (f"{stem}{ending}.partial", f"{stem}{ending}.jsonl.partial"):
-            _remove_partial(run.folder.with_name(name))
-    there = _emptied(run)
+    there = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
     forget(folder, run)
-    return there
+    return any(there)
+
+
+def is_there(run: Run) -> bool:
+    """Whether anything of a run is on the disk."""
+    return any(map(os.path.lexists, (run.folder, *_partials(run))))
+
+
+def _partials(run: Run) -> list[Path]:
+    """Files that a killed writer of the run's results may have left."""
+    stem = run.folder.name.removesuffix(ENDING)
+    names = [f"{stem}{ending}{more}.partial" for ending in RESULTS for more in ("", ".jsonl")]
+    return [run.folder.with_name(name) for name in names]
 
 
 def _emptied(run: Run) -> bool:
@@ -139,17 +147,18 @@ def _emptied(run: Run) -> bool:
     return True
 
 
-def _remove_partial(path: Path) -> None:
-    """Remove "<name>.partial" unless its writer is at work (Busy)."""
+def _remove_partial(path: Path) -> bool:
+    """Remove "<name>.partial" unless its writer is at work (Busy); whether there was one."""
     try:
         descriptor = os.open(path, _LOCK)
     except OSError:
-        return  # there is none, or it is a link or somebody else's
+        return False  # there is none, or it is a link or somebody else's
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return
+            return False
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
+        return True
     except BlockingIOError:
         raise Busy(f"a run is writing {path}; stop it, and purge again") from None
     finally:

@@ -144,15 +144,21 @@ class Pipeline:
         if resume or max_documents is not None or max_seconds is not None:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
-        unfinished.forget(self._cache.storing.store.folder, unfinished.Run(beside(path).absolute()))
+        folder = self._cache.storing.store.folder
+        run = unfinished.Run(beside(path).absolute(), self._cache.namespace)
+        if self._cache.storing.store.writable:
+            unfinished.note(folder, run)  # a purge finds what is left when this process is killed
         before, counts = self.refused, Counter[str]()
-        with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
-            for part in found:
-                results = self._answered(part)
-                counts.update(one.tier for one in results)
-                writer.write(map(clipped, results))
-                if part.error is not None:
-                    raise part.error
+        try:
+            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
+                for part in found:
+                    results = self._answered(part)
+                    counts.update(one.tier for one in results)
+                    writer.write(map(clipped, results))
+                    if part.error is not None:
+                        raise part.error
+        finally:
+            unfinished.forget(folder, run)
         return Written.of(path, counts, self.refused - before)
 
     def _write_journaled(

@@ -26,8 +26,9 @@ _MEANINGS = {
 def open_plain(path: str | Path, flags: int, mode: int = 0o600, *, folder: int | None = None) -> int:
     """Descriptor of a plain file of this user; CorpusError for a link, a device, a folder or another user's file.
 
-    flags: of os.open, to which those are added that follow no link and wait for nobody. folder: descriptor of the
-    folder that `path` is a name in.
+    A file of the owner of its folder counts as one's own: he can replace any file there, and on some network file
+    systems all files have one owner. flags: of os.open, to which those are added that follow no link and wait for
+    nobody. folder: descriptor of the folder that `path` is a name in.
     """
     try:
         descriptor = os.open(path, flags | _PLAIN, mode, dir_fd=folder)
@@ -39,12 +40,17 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o600, *, folder: int |
     flaw = None
     if not stat.S_ISREG(facts.st_mode):
         flaw = "is not a plain file"
-    elif facts.st_uid != os.geteuid():
+    elif facts.st_uid not in {os.geteuid(), _owner(path, folder)}:
         flaw = f"belongs to the user with the number {facts.st_uid}"
     if flaw:
         os.close(descriptor)
         raise _refusal(path, flaw)
     return descriptor
+
+
+def _owner(path: str | Path, folder: int | None) -> int:
+    """Number of the user that the folder of this path belongs to."""
+    return (os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder)).st_uid
 
 
 def _refusal(path: str | Path, flaw: str) -> CorpusError:
@@ -66,11 +72,12 @@ class PrivateFolder:
                 raise _refusal(path, _MEANINGS[error.errno]) from None
             raise
         facts = os.fstat(self._descriptor)
-        if facts.st_uid != os.geteuid():
+        if facts.st_uid not in {os.geteuid(), _owner(path, None)}:
             self.close()
             raise _refusal(path, f"belongs to the user with the number {facts.st_uid}")
         if facts.st_mode & 0o077:  # made by an earlier version, or by hand
-            os.fchmod(self._descriptor, 0o700)
+            with suppress(PermissionError):  # a file system without modes
+                os.fchmod(self._descriptor, 0o700)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -84,7 +91,8 @@ class PrivateFolder:
         except CorpusError as error:
             raise CorpusError(f"{self.path}/{error}") from None
         if os.fstat(descriptor).st_mode & 0o077:
-            os.fchmod(descriptor, 0o600)
+            with suppress(PermissionError):
+                os.fchmod(descriptor, 0o600)
         return descriptor
 
     def has(self, name: str) -> bool:

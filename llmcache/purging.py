@@ -1,8 +1,12 @@
-"""Which keys and token ids lead to the entries of a text."""
+"""Purging documents by text, id, source or key; and which keys and token ids lead to the entries of a text."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +14,77 @@ from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
 from llmcache.identity import Identity
+from llmcache.indexes.purge import Doomed, Purged, purge
 from llmcache.indexes.records import Keys
 from llmcache.indexes.store import Store
 from llmcache.keys import key_seed, text_keys
 from llmcache.namespace import admit, checked_name
 from llmcache.prompts import ROLES
+
+_KEY = re.compile(r"[0-9a-fA-F]{32}")
+
+
+def purge_documents(
+    path: str | os.PathLike[str],
+    *,
+    namespace: str = "default",
+    texts: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    sources: Sequence[str] = (),
+    keys: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    reader: Any = None,
+    unfinished: Sequence[str | os.PathLike[str]] = (),
+    secret: bytes = b"",
+    key: bytes | None = None,
+    dry_run: bool = False,
+) -> Purged:
+    """Remove documents from all banks of a namespace, with every file that could hold them, as `llmcache purge` does.
+
+    path: of the store. ids: of documents, with their chunks. sources: what ids begin with. keys: of entries, 32
+    hexadecimal digits; not together with texts. prompts: others than the model's that texts were encoded with.
+    reader: the model or tokenizer that reads the texts, to find also what was stored without an entry. unfinished:
+    folders or result files of unfinished runs that the store was not told of. secret: of the namespace. key: of a
+    signed store. dry_run: count only.
+    ConfigError: nothing is named, or no such namespace. Busy: a run is at work, or another process maintains the store.
+    """
+    if texts and keys:
+        raise ConfigError("one purge takes texts or keys; call it once for each")
+    opened = Store.open(path, trust="own", key=key)
+    try:
+        doomed = Doomed(
+            namespace, keys=keys_of(keys) if keys else None, ids=ids, sources=sources,
+            unfinished=[Path(one) for one in unfinished],
+        ) if keys or ids or sources else None  # fmt: skip
+        if texts:
+            doomed = doomed or Doomed(namespace, unfinished=[Path(one) for one in unfinished])
+            doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompts, reader=reader)
+        if doomed is None:
+            raise ConfigError("say what to purge: texts, ids, sources or keys")
+        return purge(opened, doomed, dry_run=dry_run)
+    finally:
+        opened.close()
+
+
+def with_texts(
+    store: Store, doomed: Doomed, texts: Sequence[str], *, secret: bytes, prompts: Sequence[str], reader: Any = None
+) -> Doomed:
+    """The same, and the documents with these texts in its namespace, which has to be named."""
+    namespace = str(doomed.namespace)
+    keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
+    tokens: list[NDArray[np.int32]] = []
+    if reader is not None:
+        identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
+        tokens = tokens_of_texts(reader, texts, all_prompts(identity, prompts))
+    return replace(doomed, keys=keys, texts=len(texts), tokens=tokens)
+
+
+def keys_of(given: Sequence[str]) -> Keys:
+    """Keys written as 32 hexadecimal digits each; uint64 [n, 2]."""
+    wrong = [one for one in given if not _KEY.fullmatch(one)]
+    if wrong:
+        raise ConfigError(f"a key is 32 hexadecimal digits, got {wrong[0]!r}")
+    return np.frombuffer(bytes.fromhex("".join(given)), np.uint64).reshape(-1, 2)
 
 
 def keys_of_texts(

@@ -189,7 +189,8 @@ def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
     """Make the files durable and give them their names."""
     for file in files:
         file.flush()
-        os.fchmod(file.fileno(), ordinary_mode())
+        with suppress(PermissionError):  # a file system without modes
+            os.fchmod(file.fileno(), ordinary_mode())
         os.fsync(file.fileno())
     if len(paths) > 1:  # a crash between the renames must not leave new provenance beside older vectors
         paths[0].unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmcache.cli.printing import printable
+from llmcache.indexes.neighbours import NearChoice
 from llmcache.indexes.store import Store
 from tests.conftest import Command, Done
 
@@ -69,7 +70,7 @@ def test_entries_are_purged_by_key_by_writer_and_by_namespace(
     build(llmcache, corpus, store, model_path, "--namespace", "other")
     opened = Store.open(store)
     space = opened.manifest.namespaces["default"]
-    key = opened.bank("default", "output", lambda: space.banks["output"], None).key(0)  # type: ignore[arg-type]  # unused
+    key = opened.bank("default", "output", lambda: space.banks["output"], NearChoice()).key(0)
     opened.close()
     assert json.loads(llmcache("purge", store, "--key", key, "--namespace", "default", "--json").out)["rows"] == 1
     banks = json.loads(llmcache("inspect", store, "--json").out)["namespaces"]

@@ -16,6 +16,7 @@ import pytest
 
 from llmcache.errors import CorpusError, LLMCacheError
 from llmcache.journal import Checkpoint, Journal, beside, discard
+from llmcache.private_files import write_whole
 from llmcache.provenance import Result
 from llmcache.results import result_writer
 
@@ -236,3 +237,14 @@ def test_a_discarded_run_takes_nothing_that_is_not_its_own(out: Path) -> None:
 
 def test_a_new_checkpoint_has_the_checksums_of_no_rows() -> None:
     assert Checkpoint().vectors_check == Checkpoint().text_check != ""
+
+
+def test_a_file_written_whole_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "report.html"
+    victim.write_bytes(b"precious")
+    path.symlink_to(victim)
+    write_whole(path, b"new")
+    assert (path.read_bytes(), path.is_symlink(), victim.read_bytes()) == (b"new", False, b"precious")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["report.html", "victim"]
+    with pytest.raises(OSError, match="No such file"):
+        write_whole(tmp_path / "nowhere" / "x", b"new")

@@ -13,10 +13,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, Pipeline
+from llmcache.errors import ConfigError
 from llmcache.indexes.purge import Doomed, purge
 from llmcache.indexes.segment import Segment
 from llmcache.indexes.store import Store
-from llmcache.purging import keys_of_texts, tokens_of_texts
+from llmcache.purging import keys_of_texts, purge_documents, tokens_of_texts
 from tests import small_sentences
 from tests.conftest import Command
 from tests.test_exact_audits import decoder, plain_tokenizer
@@ -201,3 +202,66 @@ def test_the_command_purges_by_id_source_and_text_and_says_what_it_gave_up(
         refused = llmcache("purge", path, *wrong)
         assert refused.code == 2
         assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_store_knows_of_a_run_from_its_begin_to_its_end(tmp_path: Path, model: SentenceTransformer) -> None:
+    stat, seen = tmp_path / "store" / "stat", []
+
+    def records() -> Iterator[dict[str, str]]:
+        for one in documents()[:40]:
+            seen.append([json.loads(file.read_text()) for file in stat.glob("*.run")])
+            yield one
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield from documents()[:20]
+        raise OSError("the bucket is gone")
+
+    known = [{"folder": str(tmp_path / "out.unfinished"), "namespace": "default"}]
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        pipeline = Pipeline(cache, batch_size=2, prefetch=0)
+        pipeline.write(records(), tmp_path / "out.npy")
+        assert seen[0] == seen[-1] == known
+        assert not list(stat.glob("*.run"))
+        with pytest.raises(OSError, match="bucket"):
+            pipeline.write(broken(), tmp_path / "out.npy")
+        assert not list(stat.glob("*.run"))
+        assert not pipeline.write(documents(), tmp_path / "out.npy", resume=True, max_documents=5).finished
+        assert [json.loads(file.read_text()) for file in stat.glob("*.run")] == known
+        assert pipeline.write(documents(), tmp_path / "out.npy", resume=True).finished
+        assert not list(stat.glob("*.run"))
+
+
+@pytest.mark.parametrize("how", ["texts", "ids", "sources", "keys", "nothing found", "unfinished"])
+def test_documents_are_purged_from_python_by_each_name(tmp_path: Path, model: SentenceTransformer, how: str) -> None:
+    path, texts = tmp_path / "store", documents()[-6:]
+    with LLMCache.open(path, model, config=CacheConfig(layers="all")) as cache:
+        Pipeline(cache, batch_size=2).write(texts, tmp_path / "out.npy", max_documents=2)
+        entry = cache.explain(SECRET)
+        list(cache.run(texts))
+    key = next(
+        segment.rows["key"][row].tobytes().hex()
+        for name, segment in segments_of(path)
+        for row in range(len(segment))
+        if name == "output" and segment.source(row) == NAME
+    )
+    assert entry is not None
+    named: dict[str, Any] = {
+        "texts": {"texts": [SECRET], "reader": model}, "ids": {"ids": [NAME]}, "sources": {"sources": ["SECRET"]},
+        "keys": {"keys": [key]}, "nothing found": {"ids": ["nobody"]},
+        "unfinished": {"ids": [NAME], "unfinished": [tmp_path / "elsewhere.npy"]},
+    }  # fmt: skip
+    planned = purge_documents(path, dry_run=True, **named[how])
+    done = purge_documents(path, **named[how])
+    expected = 0 if how == "nothing found" else 3  # the output and the states of two layers
+    assert (done.rows, planned.rows) == (expected, expected)
+    with LLMCache.open(path, model) as cache:
+        tiers = [one.tier for one in cache.run(texts)]
+    assert tiers == ["exact"] * 5 + ["miss" if expected else "exact"]
+
+
+def test_a_purge_of_nothing_or_of_texts_and_keys_is_refused(tmp_path: Path, model: SentenceTransformer) -> None:
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        cache.encode(["a"])
+    for wrong in ({}, {"texts": ["a"], "keys": ["0" * 32]}, {"keys": ["0"]}, {"ids": ["a"], "namespace": "none"}):
+        with pytest.raises(ConfigError):
+            purge_documents(tmp_path / "store", **wrong)

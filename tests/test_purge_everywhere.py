@@ -75,7 +75,8 @@ def traces(number: int, dtype: str) -> dict[str, bytes]:
         flat = values.reshape(-1)[:8]
         for form in ("<f4", "<f2"):
             found[f"{form} {role}"] = flat.astype(form).tobytes()
-        found[f"bfloat16 {role}"] = (flat.view(np.uint32) >> 16).astype("<u2").tobytes()
+        bits = flat.view(np.uint32)  # rounded to the nearest, halves to even
+        found[f"bfloat16 {role}"] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
         scale = np.abs(values).max(axis=-1, keepdims=True) / 127
         found[f"int8 {role}"] = np.rint(values / scale).astype(np.int8).reshape(-1)[:WIDTH].tobytes()
     features = numbers("features", number, shape=(FEATURES,))
@@ -114,7 +115,7 @@ def fill(store: Store, some: Sequence[int], dtype: str, roles: Sequence[str]) ->
     for role in roles:
         place = bank(store, distilled if role == "distilled-" else role, dtype)
         if role == "prefix":
-            rows = [*{block[0]: block for number in some for block in blocks(number)}.values()]
+            rows = list({one[0]: one for number in some for one in blocks(number)}.values())
             place.put(
                 keys(*(own for own, _, _ in rows)),
                 [numbers("states", own, shape=(len(ids), WIDTH)) for own, _, ids in rows],
