@@ -58,6 +58,17 @@ class Layers:
         self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
+    def _check_dtype(self, trunk: Module) -> None:
+        """ConfigError for a trunk of another dtype than the namespace's model, since the first bank decides for all."""
+        space = self._storing.store.namespace(self._namespace)
+        expected = str(space.identity.get("dtype", "")) if space is not None else ""
+        dtypes = {str(one.dtype).removeprefix("torch.") for one in trunk.parameters() if one.is_floating_point()}
+        if self._config.dtype == "auto" and dtypes and expected and not dtypes & set(expected.split("+")):
+            raise ConfigError(
+                f"its weights are {', '.join(sorted(dtypes))}, those that the namespace was made with are {expected}; "
+                'use another namespace (namespace="..." in Python, --namespace on the command line)'
+            )
+
     def attachment(self, model: Module, stack: str | None = None) -> Attachment:
         """The attachment of a model, made once."""
         refuse_compiled(model)
@@ -99,6 +110,7 @@ class Layers:
     def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> Prefixes | None:
         if not self._config.prefix_block:
             return None
+        self._check_dtype(trunk)
         shape = shape_of(trunk)
         dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
         bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
@@ -131,6 +143,7 @@ class Layers:
 
     def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
         config = self._config
+        self._check_dtype(trunk)
         embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None
         width = 0 if embedding is None else feature_width(embedding, config.fingerprint)
         floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())

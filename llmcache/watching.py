@@ -208,6 +208,8 @@ class ModelWatch:
         self._watched: list[Watched] = description.walk.watched
         self._live = [one.live for one in self._watched]
         self._copies = [one.copy for one in self._watched]
+        # taken now: what a stand-in stands for is found in its module, which may have another forward by the next look
+        self._plain = [_KINDS[one.kind](one.copy) if one.kind in _KINDS else None for one in self._watched]
         self._probes = [read for _, read, _ in description.walk.probes]
         self._answers = [answer for _, _, answer in description.walk.probes]
         self._modules = description.modules
@@ -244,7 +246,7 @@ class ModelWatch:
         for place, one in enumerate(self._watched):
             if _equal(one.live, self._copies[place]):
                 continue
-            if one.kind not in _KINDS or not _equal(_KINDS[one.kind](one.live), _KINDS[one.kind](self._copies[place])):
+            if one.kind not in _KINDS or not _equal(_KINDS[one.kind](one.live), self._plain[place]):
                 return False
             self._copies[place] = dict(one.live)
         return True
