@@ -70,8 +70,7 @@ def commit(
             if salvaged is None:
                 raise
             base, damaged = salvaged, listed
-        if key is None and base.generation in signatures(folder).values():
-            raise StoreFenced(f"{folder.path} is signed, and this would not be; open it with its key to store anything")
+        check_signable(folder, base, key)
         generation = (listed[0] if listed else 0) + 1
         if generation > LAST:
             raise StoreFenced(f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`")
@@ -131,6 +130,12 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
     except OSError as error:
         raise fenced(error) from error
     return True
+
+
+def check_signable(folder: Folder, base: Manifest, key: bytes | None) -> None:
+    """StoreFenced where the generation to build on is signed, and the next one would not be."""
+    if key is None and base.generation in signatures(folder).values():
+        raise StoreFenced(f"{folder.path} is signed, and this would not be; open it with its key to store anything")
 
 
 @contextmanager

@@ -102,6 +102,8 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
         history = history_of(folder, strict=True)
         _check_known(folder, history, list(_salvaged(folder, history)))
         if not dry_run:
+            if history.base is not None:
+                publishing.check_signable(folder, history.base, key)  # before anything is made
             for name in odd:  # nothing in them can be read, and what comes next needs their places
                 folder.set_aside(name)
             folder.make()

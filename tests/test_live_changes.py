@@ -564,7 +564,8 @@ def check(store: Path, make: Callable[[], Any], change: Change, call: str) -> No
 
 
 REFUSALS = re.compile(
-    r"has changed.*namespace|different are.*namespace|bank of layer.*namespace|attention_mask hides|those that the namespace was made with"
+    r"has changed.*namespace|different are.*namespace|bank of layer.*namespace|attention_mask hides|"
+    r"those that the namespace was made with"
 )
 
 
