@@ -73,11 +73,14 @@ def test_a_calibrated_store_that_lost_its_entries_computes_and_says_that_near_re
         explained = cache.explain("entirely new words")
         cache.encode(["more new words"])
         assert cache.stats().counters.documents > len(asked)
-        off = cache.near_is_off
+        off, calibration = cache.near_is_off, cache.calibration
     near = [one.tier == "near" for one in results]
     for one, is_near, wanted in zip(results, near, true, strict=True):
         assert is_near or np.abs(one.output - wanted).max() < 2e-5
-    if left < NEIGHBOURS:
+    if lose is purge_all_but:  # what was fitted to a purged document goes with it
+        assert calibration is None
+        assert not any(near)
+    elif left < NEIGHBOURS:
         assert not any(near)
         assert f"{left} entries are left" in off
         assert explained.tier == "miss"

@@ -57,7 +57,7 @@ def bank_of(store: Store, choice: NearChoice = PLAIN) -> Bank:
 def put(bank: Bank, numbers: NDArray[np.int64], marks: Marks | None) -> None:
     values = np.ones((len(numbers), WIDTH), np.float32) * numbers[:, None]
     bank.put(
-        keys_of(numbers), values, tokens=[np.arange(3, dtype=np.int32)] * len(numbers),
+        keys_of(numbers), values, tokens=[np.array([7, number], np.int32) for number in numbers],
         sources=[str(n) for n in numbers.tolist()], features=features_of(numbers),
         cost=np.ones(len(numbers), np.float32), marks=marks,
     )  # fmt: skip

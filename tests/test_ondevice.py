@@ -243,11 +243,11 @@ def test_near_and_exact_hits_and_misses_of_a_batch_stay_on_the_device(
     mixed = [*asks[KNOWN - 20 : KNOWN + 150], *asks[KNOWN : KNOWN + 10]]
     for name in ("host", "device"):
         shutil.copytree(calibrated, tmp_path / name)
-    quiet = {"audit_share": 0.0, "recalibrate": False}
+    quiet = {"audit_share": 0.0, "recalibrate": False, "near_repeats": None}
     with LLMCache.open(tmp_path / "host", fresh_model.to(device), config=CacheConfig(**quiet)) as cache:  # type: ignore[arg-type]
         expected = list(cache.run(mixed))
     with opened_there(
-        monkeypatch, tmp_path / "device", fresh_model, device, audit_share=0.0, device_bytes=memory
+        monkeypatch, tmp_path / "device", fresh_model, device, audit_share=0.0, device_bytes=memory, near_repeats=None
     ) as cache:
         answers = cache._execution.answers(Call(mixed, tensor=True))
         assert isinstance(answers, DeviceAnswers)
