@@ -52,6 +52,8 @@ class Contents:
         self._sums = [read() for _, _, read in self._blocks]
         self.seconds = time.perf_counter() - began
         self._next = 0
+        # views on the host hold raw addresses, which are free memory once a storage is moved (`share_memory_`)
+        self._addresses = [part.data_ptr() for _, part in self._parts]
         self._sampled: dict[torch.dtype, list[NDArray[Any]]] = {}
         for _, part in self._parts:
             _add_sample(part, self._sampled)
@@ -66,7 +68,14 @@ class Contents:
 
     def sample_holds(self) -> bool:
         """Whether a few numbers of each tensor on the host are those they were: a write to a whole tensor shows."""
-        return self._read_sample() == self._sample
+        return not self._moved() and self._read_sample() == self._sample
+
+    def _moved(self) -> set[int]:
+        """Numbers of the tensors whose bytes lie elsewhere by now; what was held of them must not be read."""
+        if [part.data_ptr() for _, part in self._parts] == self._addresses:
+            return set()
+        both = zip(self._parts, self._addresses, strict=True)
+        return {number for (number, part), address in both if part.data_ptr() != address}
 
     def _read_sample(self) -> bytes:
         return b"".join(np.concatenate(views).tobytes() for views in self._sampled.values())
@@ -87,7 +96,8 @@ class Contents:
 
     def _changed(self, numbers: Sequence[int] | range) -> list[str]:
         blocks, sums = self._blocks, self._sums
-        owners = {blocks[i][0] for i in numbers if blocks[i][2]() != sums[i]}
+        moved = self._moved()
+        owners = {blocks[i][0] for i in numbers if blocks[i][0] in moved or blocks[i][2]() != sums[i]}
         return [path for number in sorted(owners) for path in self._paths[number]]
 
 

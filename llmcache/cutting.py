@@ -155,10 +155,13 @@ def _by_caller(cutting: Cutting, documents: list[Document]) -> list[list[Chunk] 
 def _as_given(cutting: Cutting, text: str) -> list[Chunk] | str:
     """The caller's chunks of one text with their places, or why the document is refused."""
     try:
-        given = list(cutting(text))
+        cut: Any = cutting(text)
+        given = list(cut)
     except Exception as error:  # of one document: collected with it
         return f"cannot be cut: {type(error).__name__}: {error}"
-    places = chunk_places(text, given)
+    if isinstance(cut, str) and cut != text:
+        return "cannot be cut: the function gave one text, not a list of chunks"
+    places = chunk_places(text, [cut] if isinstance(cut, str) else given)
     if isinstance(places, NoChunk):
         return f"cannot be cut: {places.part!r:.60} is no part of its {len(text):,} characters"
     return [Chunk(start, end, text[start:end]) for start, end in places] or [_whole(text)]

@@ -7,8 +7,10 @@ what the other does not. What is left out on purpose is listed below, with the r
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
 from llmcache.architecture import pooler_is_idle, trunk_of
-from llmcache.codes import attributes_stored, is_library_module, names_used
+from llmcache.codes import attributes_stored, is_library_function, is_library_module, names_used
 from llmcache.errors import ConfigError
 from llmcache.standins import is_stand_in, without_stand_ins
 from llmcache.tokenizer_rules import attributes_text, length_limit, rules_digest
 from llmcache.walk import Walk
 
-_OF_EVERY_MODULE = frozenset(vars(Module())) | {"_compiled_call_impl"}
+_OF_EVERY_MODULE = frozenset(vars(Module())) | {"_compiled_call_impl", "_output_capturing_hooks_installed"}
 """Attributes that every module has. Parameters, buffers, children and forward hooks are described by themselves."""
 
 # -- what decides nothing -----------------------------------------------------------------------------------
@@ -89,8 +91,10 @@ def describe(model: Module, tokenizer: Any = None) -> Description:
     config: Any = getattr(trunk, "config", None)
     configuration = None if config is None else walk.settings(config, "config")
     attributes = attributes_text(walk, tokenizer, "tokenizer")
-    facts = facts_of_module(walk, model, "")
+    facts: dict[str, str] = {}  # these come first: they decide what all layers give
     _global_hooks(walk, facts)
+    _replaced_functions(walk, model, facts)
+    facts |= facts_of_module(walk, model, "")
     tensors = dict(walk.tensors)
     if trunk is not model and pooler_is_idle(model, trunk):
         facts = {name: text for name, text in facts.items() if not name.startswith(f"{prefix}pooler.")}
@@ -216,17 +220,18 @@ def _does_nothing(module: Module) -> bool:
 def _hooks(walk: Walk, held: dict[str, Any], prefix: str) -> dict[str, str]:
     facts: dict[str, str] = {}
     for name in ("_forward_hooks", "_forward_pre_hooks"):
-        functions = [
-            one for one in held.get(name, {}).values() if not is_stand_in(one) and not _asks_for_gradients(one)
-        ]
+        functions = [one for one in held.get(name, {}).values() if not is_stand_in(one) and not _is_inert(one)]
         for place, function in enumerate(functions):
             _note(walk, facts, f"{prefix}={name} {place}", function, f"{prefix}{name}.{place}")
     return facts
 
 
-def _asks_for_gradients(hook: Any) -> bool:
-    """Whether a hook is the one of transformers that makes gradients flow into frozen embeddings, and nothing else."""
-    named = str(getattr(hook, "__qualname__", "")).endswith(".make_inputs_require_grads")
+_INERT_HOOKS = (".make_inputs_require_grads", ".output_capturing_hook")
+
+
+def _is_inert(hook: Any) -> bool:
+    """Whether a hook is one of transformers that decides no result: for gradients, or to collect hidden states."""
+    named = str(getattr(hook, "__qualname__", "")).endswith(_INERT_HOOKS)
     return named and is_library_module(getattr(hook, "__module__", None))
 
 
@@ -238,6 +243,18 @@ def _global_hooks(walk: Walk, facts: dict[str, str]) -> None:
     for hooks in held.values():
         walk.watch("hooks of all modules", hooks, "hooks")
     facts |= _hooks(walk, held, "hooks of all modules.")
+
+
+def _replaced_functions(walk: Walk, model: Module, facts: dict[str, str]) -> None:
+    """Functions that somebody has put into modules of installed libraries which this model's forwards use."""
+    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    names = {name for name in names if is_library_module(name) and name not in ("builtins", "typing")}
+    for name in sorted(names | {"torch.nn.functional"}):
+        held = vars(sys.modules[name]) if name in sys.modules else {}
+        walk.watch(name, held)
+        for entry, value in held.items():
+            if isinstance(value, FunctionType) and not is_library_function(value):
+                _note(walk, facts, f"function {name}.{entry}", value, f"{name}.{entry}")
 
 
 def _out_of_order(children: list[str]) -> bool:

@@ -98,6 +98,10 @@ class Prefixes:
         layout = unfit(call, self._trunk, self.shape.dtype) or layout_of(call, skips=self.shape.positions_skip_padding)
         if isinstance(layout, str):
             return layout
+        mask = call.get("attention_mask")
+        generates = call.get("past_key_values") is not None
+        if generates and isinstance(mask, Tensor) and mask.numel() and not bool(mask[:, -1].bool().all()):
+            return "its rows end before the last column, which generation reads; pad on the left"
         ends = max(start + length for start, length in zip(layout.starts, layout.lengths, strict=True))
         return self._reach.refusal(max(ends, layout.ids.shape[1])) or layout
 

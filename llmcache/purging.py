@@ -147,8 +147,11 @@ def reader_of(name: str) -> Any:
     from sentence_transformers import SentenceTransformer
     from transformers import AutoTokenizer
 
+    from llmcache.loading import packaged_model
+
+    folder = name if os.path.exists(name) else packaged_model(name) or name
     try:
-        return SentenceTransformer(name)
+        return SentenceTransformer(folder)
     except (OSError, ValueError, ImportError):
         pass
     try:

@@ -10,11 +10,13 @@ import hashlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -129,6 +131,8 @@ class Walk:
             known = self._callable(value, path)
             if known is not None:
                 return known
+        if isinstance(value, (deque, bytearray, array, SimpleNamespace)):
+            return self._buffer(value, path)
         if isinstance(value, (Mapping, list, tuple, set, frozenset)):
             return self._collection(value, path)
         return self._object(value, path)
@@ -142,11 +146,22 @@ class Walk:
                     return "array"
                 except (TypeError, ValueError):
                     pass
+        self.probe(path, value.tolist)
         return f"array {value.dtype} {value.shape} {hashlib.sha256(repr(value.tolist()).encode()).hexdigest()}"
+
+    def _buffer(self, value: Any, path: str) -> str:
+        """A queue, a buffer or a namespace of Python's own: by what it holds, which is read again before every call."""
+        if isinstance(value, SimpleNamespace):
+            self.watch(path, vars(value))
+            return f"namespace {self.text_of(dict(vars(value)), path)}"
+        self.probe(path, lambda: list(value))
+        return f"{type(value).__name__} {self.text_of(list(value), path)}"
 
     def _collection(self, value: Any, path: str) -> str:
         if isinstance(value, (dict, list, set)):
             self.watch(path, value)
+        elif isinstance(value, Mapping):
+            self.probe(path, lambda: dict(value))
         name = "" if type(value).__module__ == "builtins" else name_of(type(value))
         if isinstance(value, Mapping):
             items = ((self.text_of(key, path), self.text_of(item, f"{path}.{key}")) for key, item in value.items())
@@ -180,6 +195,8 @@ class Walk:
                 self.watch(path, vars(value))
             names = [one for base in type(value).__mro__ for one in _slots(base)]
             held += [(one, getattr(value, one)) for one in names if hasattr(value, one)]
+            if names:
+                self.probe(path, lambda: [getattr(value, one, _MISSING) for one in names])
             if isinstance(value, (dict, list, set)):
                 held.append(("items", list(value)))
         inside = ", ".join(f"{key}={self.text_of(item, f'{path}.{key}')}" for key, item in sorted(held, key=_first))
@@ -275,10 +292,25 @@ class Walk:
         parts = [code_digest(code), *(text("defaults", value) for value in defaults)]
         parts += [f"{name}={text(name, _content(cell))}" for name, cell in cells.items()]
         parts += [f"{name}={text(name, used[name])}" for name in names if is_plain_global(used[name])]
+        parts += [f"{name}={text(name, value)}" for name, value in self._of_own_modules(code, path, names, used)]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()
         known = f"{function.__name__} with code {digest}"
         self._code_known[id(function)] = known
         return known
+
+    def _of_own_modules(
+        self, code: CodeType, path: str, names: Iterable[str], used: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """What a function uses of modules outside installed libraries, such as `settings.SCALE`."""
+        attributes = set(names_used(code))
+        for name in names:
+            module = used[name]
+            if isinstance(module, ModuleType) and not is_library_module(module.__name__):
+                self.watch(path, vars(module))
+                for attribute in sorted(attributes & vars(module).keys()):
+                    value = vars(module)[attribute]
+                    if not isinstance(value, ModuleType) and is_plain_global(value):
+                        yield f"{name}.{attribute}", value
 
     def class_text(self, cls: type) -> str:
         """The name of a class; of one outside installed libraries, or with functions from outside, also its code."""
