@@ -82,21 +82,23 @@ class Contents:
 
     def changed(self) -> list[str]:
         """Paths of tensors whose bytes are not those they were; everything is read."""
-        return self._changed(range(len(self._blocks)))
+        return self._changed(range(len(self._blocks)), self._moved())
 
     def changed_in_part(self, nbytes: float) -> list[str]:
-        """The same, looking at this many bytes, and going on there at the next call; at least one block."""
+        """The same, looking at this many bytes, and going on there at the next call; at least one block.
+
+        To be called right after `sample_holds`, which sees whether a storage was moved.
+        """
         numbers: list[int] = []
         left = nbytes
         while left > 0 and len(numbers) < len(self._blocks):
             numbers.append(self._next)
             left -= self._blocks[self._next][1]
             self._next = (self._next + 1) % len(self._blocks)
-        return self._changed(numbers)
+        return self._changed(numbers, set())
 
-    def _changed(self, numbers: Sequence[int] | range) -> list[str]:
+    def _changed(self, numbers: Sequence[int] | range, moved: set[int]) -> list[str]:
         blocks, sums = self._blocks, self._sums
-        moved = self._moved()
         owners = {blocks[i][0] for i in numbers if blocks[i][0] in moved or blocks[i][2]() != sums[i]}
         return [path for number in sorted(owners) for path in self._paths[number]]
 

@@ -27,7 +27,7 @@ from llmcache.walk import Watched
 
 _PASSES = 2
 """Complete passes over the bytes that an opening, or a noticed change, is worth: one before each of the next calls."""
-_CALL_SECONDS = 1e-4
+_CALL_SECONDS = 5e-5
 """What reading a part of the bytes may take before a call."""
 _SMALL_SECONDS = 2e-4
 """A model whose bytes are read within this time is read whole before every call."""
