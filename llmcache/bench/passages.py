@@ -207,7 +207,7 @@ def near(records: Records) -> str:
                 f"""For retrieval: within a mean 1 - cosine of {budgets} over all results there are
                 {", ".join(percent(row["hits"]) for row in cosine)} near hits, and recall@10 over the vectors given is
                 {recall}. All of this is of an earlier commit, whose gate was fitted to the drift that its bound was
-                computed on; the score that took its place is fitted to nothing, and `docs/near.md` says what that costs."""
+                computed on; the score that took its place is fitted to nothing: `docs/near.md` says what that costs."""
             ),
         ]
     )
