@@ -25,7 +25,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn import functional
 
-from llmcache import CacheConfig, LLMCache, decoding
+from llmcache import CacheConfig, LLMCache, decoding, description
 from llmcache.agreement import compared
 from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.exact_audits import ExactAudits
@@ -56,11 +56,14 @@ def fault(name: str, strength: float) -> Iterator[None]:
         result[..., ::2] *= 1 + strength
         return result
 
+    looked = description._replaced_functions
+    vars(description)["_replaced_functions"] = lambda walk, model, facts: None  # which would see it
     setattr(functional, name, wrong)
     try:
         yield
     finally:
         setattr(functional, name, own)
+        vars(description)["_replaced_functions"] = looked
 
 
 def drawn_fault(random: np.random.Generator, name: str) -> tuple[str, float]:

