@@ -224,8 +224,10 @@ class Folder:
                 folder = self._folder(sub)
             except FileNotFoundError:
                 continue
-            except OSError:  # not a folder, so it holds nothing; whose it is was seen above
-                continue
+            except OSError:
+                if self.kind(sub) == "link":  # it is not followed, but whoever made it does not mean this folder
+                    return f"{sub} is a link (put the folder itself in its place)"
+                continue  # not a folder, so it holds nothing; whose it is was seen above
             if flaw := flaw_in(folder, sub, str(self.path)):
                 return flaw
         return None
