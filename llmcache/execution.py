@@ -419,19 +419,21 @@ class Execution:
                     self._pace.observe(len(chosen), int(lengths[chosen].sum()), done.seconds)
                 else:  # the attachment counts the seconds itself
                     answers.computed(where, done.outputs, *passed)
-                self._storing.put(
-                    self.bank,
-                    unknown.keys[chosen],
-                    done.outputs,
-                    unknown.text_keys[chosen],
-                    tokens=[tokens.ids[i] for i in chosen],
-                    sources=[call.ids[i] if call.ids else "" for i in where],
-                    features=unknown.features[chosen],
-                    cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
-                    marks=self.marks(call, where),
-                )
-                self._hits.computed(unknown.keys[chosen])
-                call.progress(len(chosen), len(chosen))
+                try:
+                    self._storing.put(
+                        self.bank,
+                        unknown.keys[chosen],
+                        done.outputs,
+                        unknown.text_keys[chosen],
+                        tokens=[tokens.ids[i] for i in chosen],
+                        sources=[call.ids[i] if call.ids else "" for i in where],
+                        features=unknown.features[chosen],
+                        cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
+                        marks=self.marks(call, where),
+                    )
+                    self._hits.computed(unknown.keys[chosen])
+                finally:  # Ctrl-C while they are stored: they were computed, and count
+                    call.progress(len(chosen), len(chosen))
 
     def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:
         counters = self.counters
