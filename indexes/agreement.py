@@ -1,4 +1,4 @@
-"""Whether stores may be joined: their namespaces are of the same models, under the same keys, their banks alike."""
+"""Check that two stores can be merged: same models, same namespace secrets, banks of the same dtype and width."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_same(stores: Sequence[Store]) -> None:
 
 
 def alike(one: NamespaceFacts, other: NamespaceFacts) -> bool:
-    """Whether two namespaces hold entries of the same model, under the same keys."""
+    """Return whether two namespaces have the same model identity and the same secret."""
     return not _different(one, other)
 
 

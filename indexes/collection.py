@@ -49,7 +49,7 @@ def files(folder: Folder) -> dict[str, tuple[int, float]]:
 
 
 def disk_bytes(folder: Folder) -> int:
-    """What the store takes up: the sizes of all its files. What others have put into its folder does not count."""
+    """Size of the store in bytes: the sum of its own files. Foreign files in the folder do not count."""
     return sum(size for size, _ in files(folder).values())
 
 

@@ -1,4 +1,4 @@
-"""What a namespace derives from its entries as a whole: calibrations, their fitted numbers, and predictions.
+"""Data of a namespace that is computed from all of its entries: calibrations, their fitted arrays, and predictions.
 
 A calibration is a setting of the namespace. Its fitted numbers are a row of the bank `fitted`, among them features of
 entries (landmarks); the outputs predicted with them are the bank `distilled-<version>`.
@@ -12,7 +12,7 @@ from typing import Any
 from llmcache.indexes.manifest import NamespaceFacts
 
 SETTING = "calibration"
-"""Of a namespace: what is calibrated for its outputs; for other banks with "-" and their name behind it."""
+"""Name of the setting that holds the calibration of the output bank; for another bank followed by "-" and its name."""
 FITTED = "fitted"
 DISTILLED = "distilled-"
 VERSION = 16
@@ -30,7 +30,7 @@ def calibrated_bank(setting: str) -> str:
 
 
 def may_hold(raw: Mapping[str, Any], earliest: int | None) -> bool:
-    """Whether a calibration may have been made from an entry of its bank.
+    """Return whether a calibration may have used an entry of its bank.
 
     earliest: when the first of the entries in question was put, seconds since the epoch; None: there is none.
     """

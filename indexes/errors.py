@@ -27,7 +27,7 @@ from llmcache.indexes.urls import redacted
 
 
 class LLMCacheError(Exception):
-    """Whatever LLMCache raises on purpose. Credentials of URLs are hidden in the message."""
+    """Base class of all errors that LLMCache raises. Credentials in URLs are removed from the message."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))

@@ -103,7 +103,7 @@ class Folder:
         return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
 
     def kind(self, name: str) -> str:
-        """What has this name: "file", "folder", "link", "pipe", "socket", "device", or "" for nothing."""
+        """Type of the directory entry: "file", "folder", "link", "pipe", "socket", "device", or "" if there is none."""
         folder, leaf = self._place(name)
         try:
             mode = os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode
@@ -233,7 +233,7 @@ class Folder:
         return None
 
     def writable(self) -> bool:
-        """Whether this process may make files here: not on a read-only mount, nor without the rights."""
+        """Return whether this process can create files here: False on a read-only mount or without permission."""
         for sub in ("", *SUBFOLDERS):
             with suppress(FileNotFoundError, NotADirectoryError):
                 if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._folder(sub), effective_ids=True):
@@ -269,7 +269,7 @@ class Folder:
         return descriptor
 
     def locked(self, name: str) -> bool:
-        """Whether a living process has a file open that `create_locked` made; False where there is no such file."""
+        """Return whether a process holds the lock of a file of `create_locked`; False if there is no such file."""
         with suppress(FileNotFoundError, SnapshotDamaged), locks.unlocked(self._open(name)[0]) as free:
             return not free
         return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _NO_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""What a file system answers that has no locks."""
+"""Error numbers of a file system without locks."""
 
 
 def share(descriptor: int) -> bool:
@@ -31,7 +31,7 @@ def share(descriptor: int) -> bool:
 
 @contextmanager
 def unlocked(descriptor: int) -> Iterator[bool]:
-    """Whether no process holds the lock of a file; if so, none gets it inside the block. Closes the descriptor."""
+    """Yield whether a file's lock is free; no other process can take it inside the block. Closes the descriptor."""
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -92,7 +92,7 @@ class Neighbours:
 
     @property
     def projection(self) -> Projection | None:
-        """What fingerprints are made with at the moment; None while there are no rows."""
+        """Projection that fingerprints are computed with; None while the bank is empty."""
         self._catch_up()
         return self._projection
 

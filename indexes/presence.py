@@ -1,4 +1,4 @@
-"""Whether the files that a manifest has just named are there, and the manifest without the segments that are not.
+"""Check that the files named by a new manifest exist, and drop from it the segments whose files are missing.
 
 Leases keep collectors away from files that are being committed. These checks are for what leases cannot stop: a
 person's `rm`, a purge, an older version of this program, or a file system without locks.

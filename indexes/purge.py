@@ -135,7 +135,7 @@ def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
 
 
 def _replaced(store: Store, selection: Selection, purged: Purged, *, dry_run: bool) -> Replaced:
-    """What has to take the place of which segments, written already unless it is a dry run."""
+    """Replacement of each affected segment, by id; written to disk unless it is a dry run."""
     replaced: Replaced = {}
     purged.calibrations += sum(map(len, selection.settings.values()))
     for part in selection.going:

@@ -52,7 +52,7 @@ class _Known:
         self.rows = after
 
     def of(self, scope: int) -> NDArray[np.bool_]:
-        """Which rows have this scope, bool [rows]."""
+        """Mask of the rows with this scope, bool [rows]."""
         if self.each is None:
             return np.full(self.rows, self.only == scope)
         return np.asarray(self.each[: self.rows] == np.uint64(scope), np.bool_)

@@ -227,7 +227,7 @@ def mark_bytes(folder: Folder, name: str) -> int:
 
 
 def _row_file(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int, Marks | None]:
-    """What a .row file holds: records of ROW, pitch, feature width, and the marks of the rows."""
+    """Read a .row file: records of ROW, pitch, feature width, and the marks of the rows."""
     raw = verified(folder, facts.file("row"))
     if raw.nbytes < HEADER.itemsize:
         raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")

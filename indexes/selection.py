@@ -1,4 +1,4 @@
-"""Which rows of a store belong to the documents that are to be purged: in every bank, under every key.
+"""Select the rows of documents to purge, in every bank and under every key.
 
 An entry is named by its key, by a text key that leads to it, by the id of its document, or by its token ids. All rows
 of the namespace with the same token ids hold the same document, whatever bank they are in (states of layers, outputs of
@@ -38,7 +38,7 @@ _SPAN = re.compile(r"#\d*(-\d*)?")  # what chunking puts behind the id of a docu
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
-    """What is to go: a whole namespace; or all that a writer sealed, or the documents named, there or everywhere.
+    """Target of a purge: a whole namespace, all segments of one writer, or named documents, in one namespace or in all.
 
     keys: uint64 [n, 2], of rows or of texts. ids: of documents, with their chunks. sources: what ids begin with.
     tokens: token ids of documents, each int32 [tokens]. texts: of how many texts these are the keys: key i is of text
@@ -102,7 +102,7 @@ class Documents:
         self._groups_found |= {self._group[one.tobytes()] for one in keys if one.tobytes() in self._group}
 
     def named(self, source: str) -> bool:
-        """Whether an entry with this source is of a document whose id was given."""
+        """Return whether this source id belongs to a document that was named by id."""
         if not source:
             return False
         if source in self._ids:
@@ -123,7 +123,7 @@ class Documents:
 
     @property
     def all_found(self) -> bool:
-        """Whether every document that was named has, or had, an entry here."""
+        """True if an entry was found for every document that was named."""
         return (
             len(self._groups_found) == len(set(self._group.values()))
             and len(self._named_found) == len({*self._ids, *self._prefixes})
@@ -149,7 +149,7 @@ class KeySet:
             self._firsts = np.unique(np.frombuffer(b"".join(self._known), np.uint64).reshape(-1, 2)[:, 0])
 
     def among(self, keys: Keys) -> Mask:
-        """Which of these keys are in the set: uint64 [n, 2] to bool [n]."""
+        """Membership of keys in the set: uint64 [n, 2] to bool [n]."""
         found = np.isin(keys[:, 0], self._firsts)
         places = np.flatnonzero(found)
         found[places] = [keys[i].tobytes() in self._known for i in places.tolist()]
@@ -157,13 +157,13 @@ class KeySet:
 
 
 def among(keys: Keys, wanted: Keys) -> Mask:
-    """Which of these keys are among the others. Both uint64 [n, 2]; returns bool [n]."""
+    """Membership of keys in another set of keys. Both uint64 [n, 2]; returns bool [n]."""
     return KeySet(wanted).among(keys)
 
 
 @dataclass(slots=True)
 class Part:
-    """What goes of one segment.
+    """Rows and aliases of one segment to remove.
 
     segment: None where nobody can read it, or it goes whole. rows, aliases: bool, of its rows and aliases; empty where
     there is no segment.
@@ -182,7 +182,7 @@ class Part:
 
 @dataclass(slots=True)
 class Selection:
-    """What goes of one generation. parts: by namespace and bank. settings: calibrations that go, by namespace."""
+    """Everything to remove from one generation. parts: by namespace and bank. settings: calibrations, by namespace."""
 
     parts: dict[Place, list[Part]] = field(default_factory=dict)
     settings: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Selection:
 
 
 def select(folder: Folder, manifest: Manifest, doomed: Doomed, documents: Documents) -> Selection:
-    """What goes of this generation. documents: filled with what is learnt of them, for the next round."""
+    """Select what to remove from this generation. documents: filled with the keys and ids found, for the next round."""
     selection = Selection()
     spaces = {name: one for name, one in manifest.namespaces.items() if doomed.namespace in {None, name}}
     if doomed.whole is not None:

@@ -54,7 +54,7 @@ class Store:
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""
         self.read_only = False
-        """Whether it was opened to be read alone: nothing at all is then written below its folder."""
+        """True if the store was opened read-only: nothing is written below its folder."""
         self.keeps_uses = True
         self.not_stored = 0  # rows given up because the budget had no place for them
         self.evicted = 0  # rows that this opening evicted to make room

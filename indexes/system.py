@@ -1,4 +1,4 @@
-"""What Linux offers and Python does not: maps that hold no descriptor, early write-back, a mount's type.
+"""Linux system calls missing from `os`: mmap without a descriptor, early write-back, file-system type.
 
 And what `stat` says of a file, in the terms of a store.
 """
@@ -75,7 +75,7 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What has a name: "file", "folder", "link", "pipe", "socket" or "device", by the mode that `stat` gives."""
+    """Type of a directory entry by its `st_mode`: "file", "folder", "link", "pipe", "socket" or "device"."""
     return _KINDS.get(stat.S_IFMT(mode), "device")
 
 
@@ -85,7 +85,7 @@ def changed(facts: os.stat_result) -> float:
 
 
 def flaw_in(folder: int, sub: str, path: str) -> str | None:
-    """Why a folder, given by descriptor, or a name in it is not this user's alone; None where all of it is.
+    """Reason why a folder (by descriptor) or an entry in it is not exclusively this user's; None if all of it is.
 
     sub: name of the folder in a store, "" for the store's own, which is called `path`.
     """
@@ -101,7 +101,7 @@ def flaw_in(folder: int, sub: str, path: str) -> str | None:
 
 
 def flaw_of(name: str, facts: os.stat_result) -> str | None:
-    """Why a file or folder is not this user's alone; None where it is."""
+    """Reason why a file or folder is not exclusively this user's; None if it is."""
     if facts.st_uid != os.geteuid():
         return f"{name} belongs to the user with the number {facts.st_uid}"
     if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing

@@ -109,7 +109,7 @@ def discard(folder: Folder, run: Run) -> bool:
 
 
 def is_there(run: Run) -> bool:
-    """Whether anything of a run is on the disk."""
+    """Return whether any file of an unfinished run exists."""
     return any(map(os.path.lexists, (run.folder, *_partials(run))))
 
 

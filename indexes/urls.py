@@ -23,7 +23,7 @@ def redacted(text: str) -> str:
 
 
 def _hidden(rest: str) -> str:
-    """What stands behind the scheme, without credentials."""
+    """Part of a URL after the scheme, without credentials."""
     place, mark, _ = _parted(rest)
     authority, slash, path = place.partition("/")
     _, at, host = authority.rpartition("@")
@@ -37,7 +37,7 @@ def _hidden(rest: str) -> str:
 
 
 def _parted(rest: str) -> tuple[str, str, str]:
-    """What is before the query or fragment, which of the two it is, and the query or fragment.
+    """Split a URL at its query or fragment: the part before, the separator, and the part after.
 
     A question mark or # before the last @ of the authority belongs to a password.
     """

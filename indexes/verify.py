@@ -119,7 +119,7 @@ def opened(path: Path) -> Folder:
 
 
 def odd_parts(folder: Folder) -> dict[str, str]:
-    """What is wrong with the parts of a store that are not files of its own making, by name: sub-folders, and `lock`.
+    """Problems with the sub-folders and `lock` of a store, by name.
 
     A link says so with the word "link": what it leads to may be whole.
     """

@@ -1,4 +1,4 @@
-"""Whether stored numbers are those that a model computes now, within what re-batching changes in its arithmetic.
+"""Compare stored outputs with recomputed ones, within the rounding noise that another batch shape causes.
 
 A row that shares its batch with other rows, or was computed by another processor, is summed in another order, so its
 numbers move in the last digits. How far is measured on the rows at hand, in batches of several shapes and by other
@@ -139,7 +139,7 @@ def _difference(one: NDArray[np.float32], other: NDArray[np.float32], scale: NDA
 
 
 def _rounding(stored: NDArray[np.float32], dtype: str) -> NDArray[np.float32] | float:
-    """What rounding to the stored dtype may have changed of each number."""
+    """Largest rounding error of the stored dtype for each number."""
     if dtype == "int8":  # half a step, and the largest number is 127 steps
         return float(np.abs(np.nan_to_num(stored)).max(initial=0.0)) / 254 * 1.001
     if dtype in _STORED_EPSILON:

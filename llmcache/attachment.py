@@ -172,7 +172,7 @@ class Attachment:
         return self.entered, self.entries
 
     def scope(self, layer: int) -> int:
-        """Which states of a layer may stand for those of the texts that pass now; see `LayerBanks.scope`."""
+        """Near scope of the texts in the current pass, for one layer; see `LayerBanks.scope`."""
         return UNKNOWN if self.asked is None else self.banks.scope(layer, self._mode(), self.asked)
 
     @property
@@ -194,7 +194,7 @@ class Attachment:
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What stands in for the trunk's forward: a call that may go by the banks does so, one thread at a time."""
+        """Replacement of the trunk's forward: answer a call from the banks if possible, one thread at a time."""
         call = self._bound(args, kwargs)
         if holds_tokens(call.get("past_key_values")):  # a decoder's next token
             return own(*args, **kwargs)
@@ -214,7 +214,7 @@ class Attachment:
         return own(*args, **kwargs)
 
     def _unusable(self) -> str | None:
-        """Why no call can go by the banks; None where calls can."""
+        """Reason why this attachment cannot be used; None if it can."""
         if self._pid != os.getpid():
             return "it was attached before a fork, and what the child computes is not stored; attach it in the child"
         return None if self._is_open() else "its cache is closed"
@@ -258,12 +258,12 @@ class Attachment:
         return {name: value for name, value in call.items() if value is not None or not self._is_unset_by_none(name)}
 
     def _is_unset_by_none(self, name: str) -> bool:
-        """Whether None means for an argument that nothing is given."""
+        """Return whether an argument of None is the same as leaving it out."""
         parameter = self._signature.parameters.get(name)
         return parameter is None or parameter.default in (None, inspect.Parameter.empty)
 
     def _in_training(self) -> str:
-        """Why the model as a whole, or a part of it, gives other results in every call; "" when it does not."""
+        """Reason why the model is not deterministic (training mode of a module); "" if it is."""
         if self.trunk.module.training:
             return "the model is in training mode"
         part = self._watch.in_training()
@@ -300,7 +300,7 @@ class Attachment:
 
     @property
     def _by_beginnings(self) -> bool:
-        """Whether all calls go by the beginnings of rows, and none by their layers."""
+        """True if all calls use the prefix cache and none use layer banks."""
         return self._takes_cache and self.decodes and not self._states_only
 
     def _prefix_refusal(self, call: Call) -> str | None:
@@ -347,11 +347,11 @@ class Attachment:
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
 
     def _mode(self) -> str:
-        """What beside model and inputs decides the states: settings of the process, such as autocast."""
+        """Process-wide settings that change the states, such as autocast."""
         return running_mode(self._watch.device.type)
 
     def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks] | str:
-        """What trials show of this trunk, and its banks, or the reason why its layers cannot be cached.
+        """Structure of this trunk as seen in trials, with its banks; or the reason why its layers cannot be cached.
 
         For the autocast state at hand and this kind of output. The trials leave no trace in the model.
         """
@@ -373,7 +373,7 @@ class Attachment:
         return self._anatomies[mode]
 
     def _tried(self, return_dict: bool | None) -> Anatomy:
-        """What trials show of this trunk. ConfigError when it cannot be cached; errors of the model as they are."""
+        """Try the trunk out; returns its structure. ConfigError if it cannot be cached; model errors pass through."""
         module: Any = self.trunk.module
         device = self._watch.device
 

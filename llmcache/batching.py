@@ -1,4 +1,4 @@
-"""Which rows of tokens may share a batch of a model, so that each gets what it would get alone and unpadded.
+"""Decide which token rows can share a batch so that each gets the result it gets alone and unpadded.
 
 Padding is no matter of the mask alone: some models count positions over it, recurrent ones carry it into their state,
 others compute otherwise in a longer batch. A few short rows are tried out once for each model.
@@ -28,7 +28,7 @@ Results = Callable[[list[list[int]]], list[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How rows may share a batch. padded: rows of different lengths. equal: rows of one length; else each is alone.
+    """Batching rule of a model. padded: rows of different lengths can share a batch; equal: rows of one length can.
 
     causal: whether tokens may be left out at the end of a row. reach: how long rows are for which all this holds.
     """
@@ -61,7 +61,7 @@ _known: WeakKeyDictionary[Module, dict[object, Batching]] = WeakKeyDictionary()
 
 
 def batching_of(model: Any, kind: str, results: Results) -> Batching:
-    """How rows may share a batch of this model, from trials that leave no trace in it.
+    """Find the batching rule of a model by trial forwards that leave no trace in it.
 
     kind: what is asked of it ("logits", "generate"); tried out once for each. results: runs rows in one batch.
     """
@@ -103,7 +103,7 @@ def _tried(model: Any, results: Results, device: torch.device) -> Batching:
 
 
 def _holds(model: Any, device: torch.device, trial: Callable[[], bool]) -> bool:
-    """Whether a trial says so; one that fails does not."""
+    """Return the trial's answer; False if the trial raises."""
     try:
         return without_trace(model, device, trial)
     except Exception:
@@ -111,7 +111,7 @@ def _holds(model: Any, device: torch.device, trial: Callable[[], bool]) -> bool:
 
 
 def _is_causal(results: Results, row: list[int], rounding: torch.dtype) -> bool:
-    """Whether what a model gives for a token is the same without the tokens behind it."""
+    """Return whether a token's output is independent of the tokens after it."""
     return unlike(results([row])[0][:-1], results([row[:-1]])[0], rounding) is None
 
 

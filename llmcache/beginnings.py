@@ -39,7 +39,7 @@ class Beginnings:
         self._seed, self._put, self._worth = seed, put, worth
 
     def with_bank(self, bank: Any, block: int = 4) -> Beginnings:
-        """The same beginnings in another bank, looked up always. bank: also has the `put` that stores in it."""
+        """Copy for another bank, without bypassing. bank: must also have `put`."""
         return Beginnings(bank, self._seed, bank.put, block)
 
     # -- finding --------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Beginnings:
         )
 
     def _source(self, row: Row, start: int) -> str:
-        """What is stored with the block that begins at token `start` of a row: which block is before it."""
+        """Source field of the block that begins at token `start` of a row: the key of the block before it."""
         before = start // self.block
         return block_source(row.keys[before - 1] if before else b"")
 

@@ -345,16 +345,8 @@ class LLMCache:
         progress: called with the numbers of documents answered, and of these computed, as they are.
         Results hold the model's own vector: not cut to truncate_dim, and normalised only if the model does it.
         """
-        self._check_open()
-        self._execution  # noqa: B018  # ConfigError now, and not when results are asked for
-        resolved = self._prompt(role, prompt_name, prompt)
-
-        def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
-            self._check_open()
-            self._check_model()
-            return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress))
-
-        return results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)
+        asked = self._asked(role, prompt_name, prompt, batch_size, progress)
+        return self._results(documents, asked, chunk)
 
     def warm(
         self,
@@ -372,16 +364,29 @@ class LLMCache:
         Returns how many documents were known and how many were computed. What was known counts as no saving, since
         nobody takes the outputs.
         """
-        resolved, tally = self._prompt(role, prompt_name, prompt), Tally()
+        asked = replace(self._asked(role, prompt_name, prompt, batch_size, progress), wanted=False)
+        tally = Tally()
+        for _ in tally.counted(self._results(documents, asked, chunk)):
+            continue
+        return tally
+
+    def _asked(
+        self, role: str | None, prompt_name: str | None, prompt: str | None, batch_size: int, progress: Progress
+    ) -> Call:
+        """A call without its texts; LLMCacheError where the cache is closed, ConfigError where the model gives none."""
+        self._check_open()
+        self._execution  # noqa: B018  # ConfigError now, and not when results are asked for
+        return Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size, progress)
+
+    def _results(self, documents: Iterable[Source], asked: Call, chunk: int) -> Iterator[Result]:
+        """Results of documents, `chunk` at a time. asked: the call, without its texts and ids."""
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
             self._check_open()
             self._check_model()
-            return self._execution.answers(Call(texts, ids, resolved, role, batch_size, progress, wanted=False))
+            return self._execution.answers(replace(asked, texts=texts, ids=ids))
 
-        for _ in tally.counted(results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)):
-            continue
-        return tally
+        return results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)
 
     @call
     def plan(
@@ -668,7 +673,7 @@ class LLMCache:
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing is kept, because the store was opened so or its folder cannot be written."""
+        """True if nothing is stored: opened with `read_only=True`, or the folder cannot be written."""
         return self._store.read_only
 
     @call
@@ -759,12 +764,12 @@ class LLMCache:
 
     @property
     def is_open(self) -> bool:
-        """Whether the cache can be used: False once it is closed."""
+        """False once the cache is closed."""
         return self._opened
 
     @property
     def busy(self) -> bool:
-        """Whether a call is at work, in any thread, on this model."""
+        """True while any thread runs a call on this model."""
         return self._calls.lock.depth > 0
 
     def _check_open(self) -> None:
@@ -804,7 +809,7 @@ def _renamed(inputs: Any, others: dict[str, Any]) -> Any:
 def _past_the_cache(
     texts: Sequence[Any], role: Any, device: Any, output_value: Any, pool: Any, others: Mapping[str, Any]
 ) -> str | None:
-    """Why the output bank cannot answer a call of `encode`; None where it can."""
+    """Reason why the output bank cannot answer a call of `encode`; None if it can."""
     if pool is not None or isinstance(device, list):
         return "it computes in a pool of processes"
     if output_value != "sentence_embedding":

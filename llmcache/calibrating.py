@@ -322,7 +322,7 @@ def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> Bo
 
 
 def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -> Boundary:
-    """The same decisions on the scale of the head's own scores.
+    """Rescale a fitted head to the scores of the original head; its decisions stay the same.
 
     A hit's score goes by how clearly the head decides, and a fit to clean decisions, or with another penalty, decides
     more or less clearly than the head itself.

@@ -49,12 +49,12 @@ class Calls:
         self.lock = lock
         self.pid = os.getpid()
         self.worker = False
-        """Whether this process was forked from, or sent the cache by, the one that opened it."""
+        """True if this process was forked from, or sent the cache by, the one that opened it."""
         self._reopen, self._commit = reopen, commit
 
     @property
     def inherited(self) -> bool:
-        """Whether the store was opened by the process that this one was forked from."""
+        """True if the store was opened by the process that this one was forked from."""
         return self.pid != os.getpid()
 
     def __enter__(self) -> Self:

@@ -89,7 +89,7 @@ def _starts(text: str, part: str, last: _Placed) -> Iterator[int]:
 
 
 def _cost(text: str, last: _Placed, start: int) -> float:
-    """What placing a chunk here costs: characters that are left out since the chunk before it, or that both have."""
+    """Cost of placing a chunk here: characters skipped since the chunk before it, or shared with it."""
     if start >= last.end:
         return _SKIPPED * max(0, start - _after_space(text, last.end))
     return float(last.end - start)

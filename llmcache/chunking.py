@@ -156,7 +156,7 @@ def _best_cut(text: str, first: int, last: int) -> int | None:
 
 
 def _may_cut(text: str, at: int) -> bool:
-    """Whether a text may be cut before this character: not inside a letter with its marks or a joined emoji."""
+    """Return whether a text may be cut before this character: not inside a letter with its marks or a joined emoji."""
     if at >= len(text):
         return True
     after, before = text[at], text[at - 1]

@@ -35,12 +35,12 @@ _OF_CLASSES = frozenset(
 
 @cache
 def is_library_file(path: str) -> bool:
-    """Whether a source file belongs to Python or to an installed package."""
+    """Return whether a source file belongs to Python or to an installed package."""
     return path.startswith(("<frozen", _OWN, *_LIBRARY_FOLDERS)) or any(folder in path for folder in _PACKAGES)
 
 
 def is_library_module(name: str | None) -> bool:
-    """Whether the module of this name belongs to Python or to an installed package; False for "__main__"."""
+    """Return whether the module of this name belongs to Python or to an installed package; False for "__main__"."""
     if (name or "").partition(".")[0] == "llmcache":
         return True
     module = sys.modules.get(name or "")
@@ -51,7 +51,7 @@ def is_library_module(name: str | None) -> bool:
 
 
 def is_library_function(function: FunctionType) -> bool:
-    """Whether a function's code was read from a library's file, or made by a library at run time."""
+    """Return whether a function's code was read from a library's file, or made by a library at run time."""
     path = function.__code__.co_filename
     return is_library_file(path) or (path.startswith("<") and is_library_module(function.__module__))
 
@@ -84,7 +84,7 @@ _CHANGES = frozenset(
 
 
 def keeps_notes(code: CodeType) -> bool:
-    """Whether a function writes into containers or objects, as one does that records what passes by."""
+    """Return whether a function writes into containers or objects, as one does that records what passes by."""
     if not _CHANGES.isdisjoint(names_used(code)):
         return True
     return any(one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_ATTR") for one in _instructions(code))
@@ -109,14 +109,14 @@ def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
 
 
 def class_entries(cls: type) -> Iterator[tuple[str, Any]]:
-    """What the body of a class defines, in the order of names, without what only documents it."""
+    """Entries of a class body, sorted by name, without those that are documentation."""
     for name in sorted(vars(cls)):
         if name not in _OF_CLASSES:
             yield name, vars(cls)[name]
 
 
 def is_plain_global(value: object) -> bool:
-    """Whether a global that a function uses is described by its value, and not left out as a module or a library's."""
+    """True if a global that a function uses is described by its value, and not left out as a module or a library's."""
     if isinstance(value, ModuleType):
         return False
     if isinstance(value, type):

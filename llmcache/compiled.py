@@ -21,7 +21,7 @@ def refuse_compiled(module: Module) -> None:
 
 
 def not_compiled(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which a compiled function around the model calls as it is."""
+    """Exclude a function from `torch.compile`."""
     disable: Any = torch.compiler.disable
     uncompiled: Callable[..., Any] = disable(answer)
     return uncompiled

@@ -67,7 +67,7 @@ class Contents:
         return {path: of_number[number].digest() for number, paths in self._paths.items() for path in paths}
 
     def sample_holds(self) -> bool:
-        """Whether a few numbers of each tensor on the host are those they were: a write to a whole tensor shows."""
+        """True if a few numbers of each tensor on the host are those they were: a write to a whole tensor shows."""
         return not self._moved() and self._read_sample() == self._sample
 
     def _moved(self) -> set[int]:
@@ -85,7 +85,7 @@ class Contents:
         return self._changed(range(len(self._blocks)), self._moved())
 
     def changed_in_part(self, nbytes: float) -> list[str]:
-        """The same, looking at this many bytes, and going on there at the next call; at least one block.
+        """Like `changed`, but read about this many bytes (at least one block), continuing where the last call stopped.
 
         To be called right after `sample_holds`, which sees whether a storage was moved.
         """

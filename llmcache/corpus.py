@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def skipped_said(self) -> str:
-        """How many files were not read and of which endings, for a message; "" when all were."""
+        """Message with the number of files not read, by ending; "" if all were read."""
         if not self.skipped:
             return ""
         endings = ", ".join(f"{count:,} {ending}" for ending, count in self.skipped.most_common(5))

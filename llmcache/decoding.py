@@ -292,7 +292,7 @@ def _logits(model: Any, call: dict[str, Any]) -> Tensor:
 
 
 def _common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows of ids have in common at their beginning."""
+    """Length of the common prefix of two rows of token ids."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

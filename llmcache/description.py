@@ -57,7 +57,7 @@ _OWN_FREQUENCIES = re.compile(r"((?!.*original).*_)?inv_freq|(.*_)?max_seq_len_c
 
 @dataclass(slots=True)
 class Description:
-    """What one walk found.
+    """Result of one walk over a model.
 
     facts: texts by path; "encoder.layer.0.=eps" is the attribute eps of encoder.layer.0, a path without "=" a tensor.
     tensors: by path. settings: further facts of the whole model, by name. rules: digest of the tokenizer's rules.
@@ -211,7 +211,7 @@ def pooling_settings(module: Module) -> dict[str, Any]:
 
 
 def _does_nothing(module: Module) -> bool:
-    """Whether a module gives back what it is given, outside of training. Training is looked at by `trains`."""
+    """Return whether a module gives back what it is given, outside of training. Training is looked at by `trains`."""
     plain = type(module).__module__ in ("torch.nn.modules.dropout", "torch.nn.modules.linear")
     inert = plain and ("Dropout" in type(module).__qualname__ or type(module) is torch.nn.Identity)
     return inert and "forward" not in vars(module) and not module._modules
@@ -230,7 +230,7 @@ _INERT_HOOKS = (".make_inputs_require_grads", ".output_capturing_hook")
 
 
 def _is_inert(hook: Any) -> bool:
-    """Whether a hook is one of transformers that decides no result: for gradients, or to collect hidden states."""
+    """True if a hook is one of transformers that decides no result: for gradients, or to collect hidden states."""
     named = str(getattr(hook, "__qualname__", "")).endswith(_INERT_HOOKS)
     return named and is_library_module(getattr(hook, "__module__", None))
 
@@ -263,7 +263,7 @@ def _out_of_order(children: list[str]) -> bool:
 
 
 def _extra_state(walk: Walk, module: Module, prefix: str, facts: dict[str, str]) -> None:
-    """What a module would save beside its parameters and buffers, such as packed and quantised weights."""
+    """Facts of a module's extra state, such as packed and quantised weights."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         facts[f"{prefix}=code"] = walk.text_of(str(getattr(module, "code", "")), prefix)
@@ -334,7 +334,7 @@ _trains: dict[type, bool] = {}
 
 
 def trains(module: Module) -> bool:
-    """Whether a module that is in training mode gives other results for it."""
+    """Return whether a module that is in training mode gives other results for it."""
     if not module.training:
         return False
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):

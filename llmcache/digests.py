@@ -63,7 +63,7 @@ def tensor_digests(
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common only if they are the same numbers, while both are alive."""
+    """Memory location of a tensor; equal for two live tensors only if they are views of the same numbers."""
     if not _is_plain(tensor):
         return (id(tensor),)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -210,7 +210,7 @@ def _remembered(key: str, names: Collection[str]) -> dict[str, tuple[str, str]]:
 
 
 def _check(key: str, pairs: Any) -> str:
-    """What binds the contents of a file of digests to its name."""
+    """Checksum over a digest file's name and contents."""
     return sha(key.encode(), canonical(pairs)).hex()
 
 

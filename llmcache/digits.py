@@ -25,7 +25,7 @@ _GROUPED = re.compile(
 
 
 def is_grouped(digits: str) -> bool:
-    """Whether the points or commas of a number part its thousands."""
+    """Return whether the points or commas of a number part its thousands."""
     return _GROUPED.fullmatch(digits) is not None
 
 

@@ -52,7 +52,7 @@ class ExactAudits:
         self._warned = False
         self._saved_seconds = 0.0
         self.recomputing = False
-        """Whether an audit is under way: an attached model then computes everything itself."""
+        """True if an audit is under way: an attached model then computes everything itself."""
         self.epoch = 0
         """How often `renew` was called."""
         self.mismatch = ""
@@ -70,7 +70,7 @@ class ExactAudits:
         self._discard = discard
 
     def evidence(self, bank: Bank, name: str, model: Module, digest: bytes) -> Evidence:
-        """What this opening has verified of a bank with a model object, of this identity; the same one at every call.
+        """Evidence for a bank, a model object and an identity; created once and then returned again.
 
         name: of the bank, for messages.
         """
@@ -82,7 +82,7 @@ class ExactAudits:
     # -- after a difference ---------------------------------------------------------------------------------
 
     def refusal(self) -> str | None:
-        """Why calls go to the model itself from now on; None while nothing was found to differ.
+        """Reason why the cache is bypassed after a mismatch; None if no mismatch was found.
 
         ModelMismatch where a difference was found and the settings ask for an error.
         """
@@ -145,7 +145,7 @@ class ExactAudits:
         self._saved_seconds += seconds
 
     def drawn(self, count: int, cost: Callable[[Rows], float], elapsed: float = 0.0) -> Rows:
-        """Which of so many hits are audited at random; int64, places in [0, count).
+        """Draw random hits to audit; int64, indices in [0, count).
 
         cost: seconds the model takes for hits at these places. elapsed: seconds of the call that is under way.
         """
@@ -170,7 +170,7 @@ class ExactAudits:
 
 
 class Evidence:
-    """What one opening has verified of one bank with one model object.
+    """Rows of one bank that this opening has verified with one model object.
 
     The first few hits of entries that this model object has not computed itself in this opening are audited, after
     that a random share of all. When rows get other numbers, or after `ExactAudits.renew`, it begins again.
@@ -190,7 +190,7 @@ class Evidence:
 
     @property
     def open(self) -> int:
-        """How many hits are to be audited before others are believed."""
+        """Number of hits to audit before other hits are served without an audit."""
         if self._epoch != self._audits.epoch or self._moves != self.bank.moves:
             self._begin()
         return self._open
@@ -208,13 +208,13 @@ class Evidence:
             self._mark(rows)
 
     def verified(self, rows: Rows) -> NDArray[np.bool_]:
-        """Which of these rows were computed or audited with the model object; bool [n]."""
+        """Mask of the rows that were computed or audited with the model object; bool [n]."""
         known = rows < len(self._verified)
         known[known] = self._verified[rows[known]]
         return known
 
     def chosen(self, rows: Rows, sizes: Callable[[], NDArray[np.int64]], elapsed: float = 0.0) -> Rows:
-        """Which hits on these rows are to be audited; int64, places in `rows`.
+        """Choose the hits to audit; int64, indices into `rows`.
 
         sizes: gives the length of each hit, int64 [n]. elapsed: seconds of the call that is under way.
         """
@@ -225,7 +225,7 @@ class Evidence:
         return self._audits.drawn(len(rows), lambda places: self.bank.cost(rows[places]), elapsed)
 
     def chosen_among(self, groups: Sequence[Rows], sizes: Sequence[int]) -> list[int]:
-        """Which hits that each take several rows are to be audited. groups: rows of each hit. sizes: their lengths."""
+        """Choose hits to audit that consist of several rows each. groups: rows of each hit. sizes: their lengths."""
         if self.open:
             unverified = np.array([not self.verified(group).all() for group in groups], np.bool_)
             return self.spread(unverified, lambda: np.array(sizes, np.int64)).tolist()  # type: ignore[no-any-return]
@@ -268,7 +268,7 @@ class Evidence:
         self._audits.saved(self.bank.cost(rows))
 
     def verifying(self, put: Callable[..., Put]) -> Callable[..., Put]:
-        """The same function `put(bank, keys, ...)`, which then counts these entries as verified."""
+        """Wrap `put(bank, keys, ...)` so that the entries it stores count as verified."""
 
         def put_and_note(bank: Bank, keys: Keys, *values: Any, **entry: Any) -> Put:
             result = put(bank, keys, *values, **entry)

@@ -205,7 +205,7 @@ class Execution:
         return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: Call) -> Seed:
-        """What all keys of a call begin with: the one place where keys of any kind get model, mode and secret."""
+        """Seed of all keys of a call: the one place where model, process mode, role, prompt and secret enter a key."""
         return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
 
     def digest(self) -> bytes:
@@ -223,7 +223,7 @@ class Execution:
         return self._seed(kind, call)
 
     def scope(self, call: Call) -> int:
-        """Which entries may answer near matches of this call: those stored with the same number in their marks.
+        """Near scope of a call, uint64: only entries stored with the same scope can answer its near matches.
 
         It comes from the same bytes as the keys, so whatever decides which entries match exactly decides this too.
         """

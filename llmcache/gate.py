@@ -1,4 +1,4 @@
-"""Which near hits to trust: a fixed score over their evidence, and a linear picture of a head's decisions.
+"""Score near hits by a fixed formula over their evidence, and approximate a head by a linear map.
 
 The score is a formula without fitted numbers. A gate that is fitted to the drift of the same documents that the bound
 is computed on gives too low a bound: with few drifted documents it finds, among the many directions of the evidence,

@@ -103,7 +103,7 @@ def numbered(text: str, identifiers: list[str]) -> str:
 
 
 def may_spell(text: str) -> bool:
-    """Whether the text has a word without a vowel."""
+    """Return whether the text has a word without a vowel."""
     return _MAY_SPELL.search(text) is not None
 
 
@@ -130,7 +130,7 @@ _MAY_QUOTE = re.compile(r"""["“„”«»「『`《〈‹›‘‚]|(?<![\w'])
 
 
 def quotations(text: str) -> list[str]:
-    """What stands in quotation marks, of all styles, without its punctuation; at most 80 characters long.
+    """Quoted passages (all quotation styles), without punctuation, of at most 80 characters.
 
     Longer ones are sentences, which a paraphrase seldom leaves as they are; their numbers and negations are read.
     """

@@ -66,7 +66,7 @@ class InputRows:
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether an argument is a request for further outputs that is switched off: output_attentions=False."""
+    """Return whether an argument is a request for further outputs that is switched off: output_attentions=False."""
     return name.startswith("output_") and value is False
 
 
@@ -130,12 +130,12 @@ def refusal(call: Mapping[str, Any], main: str) -> str | None:
 
 
 def is_plain_mask(mask: torch.Tensor) -> bool:
-    """Whether a mask holds 0 and 1 alone, in any dtype: every other number would weigh its token."""
+    """Return whether a mask holds 0 and 1 alone, in any dtype: every other number would weigh its token."""
     return mask.dtype == torch.bool or not bool(((mask != 0) & (mask != 1)).any())
 
 
 def _is_table(table: Any, value: torch.Tensor) -> bool:
-    """Whether these are integers [rows, tokens] or [1, tokens], beside token ids, that fit into 32 bits."""
+    """Return whether these are integers [rows, tokens] or [1, tokens], beside token ids, that fit into 32 bits."""
     if not isinstance(table, torch.Tensor) or table.is_floating_point() or table.is_complex() or table.ndim != 2:
         return False
     if table.shape[1] != value.shape[1] or table.shape[0] not in (1, value.shape[0]):

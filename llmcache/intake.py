@@ -70,7 +70,7 @@ def check_many(given: Any, what: str, *, frames: bool = False) -> None:
 
 
 def is_table(given: Any) -> bool:
-    """Whether something has several named columns: a frame of pandas or polars, an Arrow table, a data set."""
+    """Return whether something has several named columns: a frame of pandas or polars, an Arrow table, a data set."""
     return hasattr(given, "column_names") or (hasattr(given, "columns") and hasattr(given, "shape"))
 
 

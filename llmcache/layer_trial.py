@@ -73,7 +73,7 @@ class MemoryBanks:
             self._states[layer, key.tobytes()] = state
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """What rounding in this dtype makes of a sum over a state."""
+        """Rounding error, in this dtype, of a sum over a state."""
         if not self._states:
             return 0.0
         state = next(iter(self._states.values()))

@@ -187,11 +187,11 @@ class _TrunkIdentity:
         self._watch, self._identity = watch, watch.identity()
 
     def digest(self, mode: str) -> bytes:
-        """Of all that decides what the whole trunk gives. mode: see `numerics.running_mode`."""
+        """Digest of everything that decides the trunk's output. mode: see `numerics.running_mode`."""
         return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
 
     def up_to(self, layer: int) -> bytes:
-        """Of all that decides what a layer gives."""
+        """Digest of everything that decides a layer's output."""
         layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
         return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
 

@@ -25,7 +25,7 @@ _SAME = 4  # nearest states whose token ids are compared with a document's own
 
 
 class Asked(Protocol):
-    """How texts are asked for; `execution.Call` is one."""
+    """Role and prompt of a call; `execution.Call` is one."""
 
     @property
     def role(self) -> str | None: ...
@@ -82,7 +82,7 @@ def near_layers(
 
 
 def _has_own_state(bank: Bank, raw: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.bool_]:
-    """Which documents have a state of the very same token ids in a bank, of whatever role and prompt; bool [n].
+    """Mask of the documents whose token ids have an exact entry in a bank, under any role and prompt; bool [n].
 
     raw: their features, [n, width].
     """

@@ -124,13 +124,13 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
 
 
 def wants_keys(call: Mapping[str, Any], trunk: Any) -> bool:
-    """Whether keys and values are asked for: by the call, or where it says nothing by the configuration."""
+    """Return whether keys and values are asked for: by the call, or where it says nothing by the configuration."""
     use_cache = call.get("use_cache")
     return bool(getattr(trunk.config, "use_cache", True) if use_cache is None else use_cache)
 
 
 def holds_tokens(past: Any) -> bool:
-    """Whether a cache of keys and values holds some; one that cannot tell, of a recurrent model, counts as one."""
+    """True if a cache of keys and values holds some; one that cannot tell, of a recurrent model, counts as one."""
     length = getattr(past, "get_seq_length", None)
     try:
         return length is not None and length() > 0

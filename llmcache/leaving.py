@@ -26,7 +26,7 @@ class Closes(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a call is at work."""
+        """True if a call is at work."""
         ...
 
 
@@ -56,7 +56,7 @@ def _watch_worker() -> None:
 
 
 def _loads_data() -> bool:
-    """Whether this is a worker of a DataLoader, which ends by itself and has its own handler, unknown to Python."""
+    """True if this is a worker of a DataLoader, which ends by itself and has its own handler, unknown to Python."""
     loading: Any = sys.modules.get("torch.utils.data")
     return loading is not None and loading.get_worker_info() is not None
 

@@ -37,7 +37,7 @@ class CallLock:
 
     @property
     def depth(self) -> int:
-        """How often the lock is held at the moment, by whichever thread: 0 while it is free."""
+        """Number of times the lock is held (it is re-entrant); 0 if it is free."""
         return self._depth
 
     def acquire(self) -> None:
@@ -92,7 +92,7 @@ class CallLock:
 
 
 class _Registry:
-    """Which thread waits for which lock. guard: of that."""
+    """Lock that each blocked thread waits for. guard: lock that protects it."""
 
     def __init__(self) -> None:
         self.guard = threading.Lock()

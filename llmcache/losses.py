@@ -1,4 +1,4 @@
-"""Which call of a model with a head is to give a loss, which the layers below the head are not told."""
+"""Detect calls of a model with a head that compute a loss, which the trunk below the head cannot see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOSS = re.compile(r"label|^(start|end)_positions$|^targets?$|return_loss")
 
 
 class _Given(threading.local):
-    """What the call of each thread was given. name: of an argument, None for none."""
+    """Name of the loss argument of each thread's current call; None if it has none."""
 
     name: str | None = None
 

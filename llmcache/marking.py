@@ -1,4 +1,4 @@
-"""What is stored beside an entry so that it answers near matches of its own kind only.
+"""Marks stored with an entry: near scope and digests of the guard's fields.
 
 The scope is a digest over everything that the entry's exact key has but the document: the model's identity, role,
 prompt, and whatever else `Execution` puts into its keys. The field digests are what the guard compares, taken from the
@@ -72,7 +72,7 @@ class FieldDigests:
         return marks
 
     def unread(self, marks: Marks) -> NDArray[np.bool_]:
-        """Which entries have no digests of the rules in force, and so pass no guard; bool [n]."""
+        """Mask of the entries without digests of the current guard rules, which therefore pass no guard; bool [n]."""
         return np.asarray((marks["rules"] != RULES_VERSION) | (kinds_of(marks) != len(KINDS)), np.bool_)
 
     def of(self, marks: Marks) -> NDArray[np.uint64]:

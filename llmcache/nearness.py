@@ -9,7 +9,7 @@ from typing import Any, cast
 from llmcache.indexes.store import Store
 
 SETTING = "calibration"
-"""Of a namespace: what is calibrated for its outputs; for other banks with their name behind it."""
+"""Name of the setting with the calibration of the output bank; other banks append "-" and their name."""
 _ENOUGH = 200
 """Documents looked up, from which on it is worth saying that none was found."""
 

@@ -281,7 +281,7 @@ def number_words() -> frozenset[str]:
 
 
 def may_be_number(word: str) -> bool:
-    """Whether a long word is a German, Dutch or Italian number in one piece, such as zweitausendfünf."""
+    """Return whether a long word is a German, Dutch or Italian number in one piece, such as zweitausendfünf."""
     return joined_number(word) is not None
 
 

@@ -226,7 +226,7 @@ def _written_half(text: str, tokens: Sequence[re.Match[str]], end: int, value: D
 
 
 def _adds(total: Decimal, current: Decimal | None, value: Decimal, word: str) -> bool:
-    """Whether a value continues a number: twenty + one, hundred + five, thousand + two hundred; not one + two."""
+    """True if a value continues a number: twenty + one, hundred + five, thousand + two hundred; not one + two."""
     if value % 1:
         return False
     if current is None:
@@ -244,7 +244,7 @@ def _adds(total: Decimal, current: Decimal | None, value: Decimal, word: str) ->
 
 
 def _counts(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
-    """Whether "one" is a number: one card, not "the one", "one of them" or "another one"."""
+    """Return whether "one" is a number: one card, not "the one", "one of them" or "another one"."""
     before = tokens[place - 1][0] if place else ""
     if before in _NOT_BEFORE_ONE or text[tokens[place].end() : tokens[place].end() + 1] not in (" ", "-"):
         return False
@@ -253,7 +253,7 @@ def _counts(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
 
 
 def _ranks(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
-    """Whether an ordinal word ranks: not "first of all", "at first", "a second please" or "10 seconds"."""
+    """Return whether an ordinal word ranks: not "first of all", "at first", "a second please" or "10 seconds"."""
     word = tokens[place][0]
     before = tokens[place - 1][0] if place else ""
     after = tokens[place + 1][0] if place + 1 < len(tokens) else ""

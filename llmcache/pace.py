@@ -1,4 +1,4 @@
-"""How long the model takes on this machine: seconds per token, as measured while this opening of a cache computes.
+"""Measure the model's speed on this machine: seconds per token, from the batches that this opening computes.
 
 The seconds that are stored with entries were measured where they were computed, perhaps on another machine. They cannot
 say whether a look-up pays here.
@@ -22,7 +22,7 @@ class Pace:
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured in this opening."""
+        """True if anything was measured in this opening."""
         return self._tokens > 0
 
     def observe(self, documents: int, tokens: int, seconds: float) -> None:

@@ -97,7 +97,7 @@ class Blocks:
             self._running.now = before
 
     def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a block gives in the pass that this thread runs."""
+        """Run or skip a block in this thread's current pass."""
         one = self._running.now
         if one is None:
             return own(*args, **kwargs)
@@ -258,7 +258,7 @@ def parts_of(output: Any) -> dict[Place, Any]:
 
 
 def gives_keys(forward: Callable[..., Any], call: Mapping[str, Any]) -> bool:
-    """Whether a forward returns keys and values when it is asked for them; it may fail to, as encoders do."""
+    """Return whether a forward returns keys and values when it is asked for them; it may fail to, as encoders do."""
     try:
         output = forward(**{**call, "use_cache": True})
     except Exception:

@@ -90,7 +90,7 @@ def _audit(
 
 
 def _stored(row: Row, records: Records) -> NDArray[np.float32]:
-    """What is stored of the known tokens of a row, float32 [known, record]."""
+    """Stored records of the known tokens of a row, float32 [known, record]."""
     parts = [records[number] for number in row.chain]
     arrays = [part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts]
     return np.concatenate(arrays)[: row.known]

@@ -27,7 +27,7 @@ from llmcache.trial import (
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What `Bank.read` returns."""
+    """Values in the form in which `Bank.read` returns them."""
 
     values: list[NDArray[np.float32]]
     intact: NDArray[np.bool_]

@@ -96,7 +96,7 @@ class PrivateFolder:
         return descriptor
 
     def has(self, name: str) -> bool:
-        """Whether there is anything of this name, be it a link to nothing."""
+        """Return whether there is anything of this name, be it a link to nothing."""
         try:
             os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
         except FileNotFoundError:

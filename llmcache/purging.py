@@ -69,7 +69,7 @@ def purge_documents(
 def with_texts(
     store: Store, doomed: Doomed, texts: Sequence[str], *, secret: bytes, prompts: Sequence[str], reader: Any = None
 ) -> Doomed:
-    """The same, and the documents with these texts in its namespace, which has to be named."""
+    """Extend a purge target by the documents with these texts; the target has to name its namespace."""
     namespace = str(doomed.namespace)
     keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
     tokens: list[NDArray[np.int32]] = []
@@ -111,7 +111,7 @@ def keys_of_texts(
 
 
 def all_prompts(identity: Identity, more: Sequence[str] = ()) -> list[str | None]:
-    """What may be put before a text: nothing, each prompt of the model, and more."""
+    """Candidate prompts: none, each prompt of the model, and the ones given."""
     return [*dict.fromkeys([None, *(text for _, text in identity.prompts), *more])]
 
 

@@ -21,7 +21,7 @@ _AGAIN = ("label", "cosine", "beyond", "kl")  # kinds of drift that need nothing
 
 
 def grown(calibration: Calibration, entries: int) -> bool:
-    """Whether a calibration is to be made again for so many entries. Right answers and functions are not stored.
+    """Return whether a calibration is to be made again for so many entries. Right answers and functions are not stored.
 
     The sample that a calibration was given is stored with the entries, so the bank counts as it was with the sample.
     """

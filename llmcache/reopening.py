@@ -1,4 +1,4 @@
-"""How a cache was opened, so that another process can open it again: in a child of a fork, and out of a pickle."""
+"""Arguments with which a cache was opened, to open it again in a forked child or from a pickle."""
 
 from __future__ import annotations
 

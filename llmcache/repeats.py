@@ -1,4 +1,4 @@
-"""Which documents were answered near in this opening, so that one wrong answer is not given again and again.
+"""Count near answers per document, so that a wrong one is not repeated in one opening.
 
 Near answers are not stored. The bound of a calibration is over distinct documents, so a document that a thousand
 requests ask for could be a thousand wrong answers. When each document is answered near at most once, and computed and
@@ -26,7 +26,7 @@ class NearAnswers:
         self._counts = KeyTable()
 
     def allowed(self, keys: Keys, copies: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which documents may be answered near, bool [n]. keys: uint64 [n, 2]. copies: requests that each answers."""
+        """Mask of documents that may be answered near, bool [n]. keys: uint64 [n, 2]. copies: requests for each."""
         if self._most is None:
             return np.ones(len(keys), np.bool_)
         return np.asarray(self._before(keys) + copies <= self._most)

@@ -94,7 +94,7 @@ def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def _no_neighbours(n: int, width: int) -> Near:
-    """What near reuse has for n documents where there is no entry to be near to: nothing."""
+    """Empty near matches for n documents, used when no entry can answer."""
     apart = np.full(n, -np.inf, np.float32)
     return Near(
         np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),

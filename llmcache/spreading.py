@@ -127,7 +127,7 @@ class SpreadExecution(Execution):
         )
 
     def _share(self, call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
-        """What one worker computes: some of the documents that are not known."""
+        """Work item of one worker: a part of the documents to compute."""
         places = unknown.places[part]
         return Share(
             unknown.tokens.take(part.tolist()),

@@ -149,5 +149,5 @@ class OwnHook:
 
 
 def is_stand_in(value: object) -> bool:
-    """Whether a value is a stand-in, a hook of the cache itself, or what keeps them out of copies."""
+    """Return whether a value is a stand-in, a hook of the cache itself, or what keeps them out of copies."""
     return isinstance(value, (StandIn, OwnHook, PlainState))

@@ -74,7 +74,7 @@ class LayerBanks:
         return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
 
     def scope(self, layer: int, mode: str, asked: tuple[str | None, str | None]) -> int:
-        """Which states of a layer may stand for others that are alike: those of texts with the same role and prompt,
+        """Near scope of a layer's states: only states of texts with the same role and prompt can answer,
         of a model that is the same up to this layer. mode: as for `keys`; asked: role and prompt.
         """
         return scope_of(key_seed(self._digest(layer), f"layer {layer} scope {mode}", *asked, self._secret))

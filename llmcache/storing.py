@@ -126,7 +126,7 @@ class Storing:
 
     @property
     def is_held(self) -> bool:
-        """Whether a caller commits by itself, see `held`."""
+        """True if a caller commits by itself, see `held`."""
         return self._held
 
     @property

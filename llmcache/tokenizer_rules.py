@@ -30,7 +30,7 @@ _MANY = 256
 
 
 def is_tokenizer(value: Any) -> bool:
-    """Whether a value is a tokenizer of transformers, or of the same make."""
+    """Return whether a value is a tokenizer of transformers, or of the same make."""
     return hasattr(value, "get_vocab") and hasattr(value, "init_kwargs")
 
 
@@ -83,7 +83,7 @@ def rules_only(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def backend_state(tokenizer: Any) -> list[Any]:
-    """What can be asked of the backend within microseconds: its steps, its added tokens, the size of its vocabulary."""
+    """Facts of a fast tokenizer that are cheap to read: pipeline steps, added tokens, vocabulary size."""
     backend = backend_of(tokenizer)
     steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
     size = backend.get_vocab_size(with_added_tokens=True)

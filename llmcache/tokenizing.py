@@ -122,7 +122,7 @@ class Settings:
             self._watch(source, _DEEPEST)
 
     def hold(self, source: Any) -> bool:
-        """Whether they are those of `source` now; takes some 20 microseconds."""
+        """Return whether they are those of `source` now; takes some 20 microseconds."""
         try:
             return bool(
                 self._source() is source
@@ -178,7 +178,7 @@ def _functions(source: Any) -> dict[str, int]:
 
 
 def _tokenises(value: Any) -> bool:
-    """Whether an object is part of a tokenizer, or holds one: its attributes are then settings."""
+    """Return whether an object is part of a tokenizer, or holds one: its attributes are then settings."""
     if isinstance(value, (type, PreTrainedModel)):
         return False
     if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin, Module)):

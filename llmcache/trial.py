@@ -203,7 +203,7 @@ def right_mask(lengths: Sequence[int], tokens: int, device: torch.device) -> Ten
 
 
 def vocabulary_of(module: Module) -> int:
-    """How many token ids a module knows; 2 when it does not say."""
+    """Vocabulary size of a module; 2 if unknown."""
     embedding = embedding_of(module)
     config = getattr(module, "config", None)
     return int(getattr(embedding, "num_embeddings", 0) or getattr(config, "vocab_size", 0) or 2)
@@ -233,12 +233,12 @@ def rounding_of(module: Module, device: torch.device) -> torch.dtype:
 
 
 def relative_rounding(dtype: torch.dtype) -> float:
-    """What re-batching changes in this dtype, relative to the values; of whole numbers as in bfloat16."""
+    """Relative noise that re-batching causes in this dtype; for integer dtypes that of bfloat16."""
     return _RELATIVE.get(dtype, _RELATIVE[torch.bfloat16])
 
 
 def unlike(found: Any, expected: Any, rounding: torch.dtype = torch.float64, floor: float = 0.0) -> str | None:
-    """What tells two tensors apart beyond rounding, shapes first; None when nothing does.
+    """Describe how two tensors differ beyond rounding, shapes first; None if they do not.
 
     rounding: dtype that they were computed in, where it is coarser than their own. floor: what is rounding in any
     case, for sums of large numbers that come to little. Numbers that are not finite have to be so on both sides.

@@ -301,7 +301,7 @@ class Walk:
     def _of_own_modules(
         self, code: CodeType, path: str, names: Iterable[str], used: Mapping[str, Any]
     ) -> Iterator[tuple[str, Any]]:
-        """What a function uses of modules outside installed libraries, such as `settings.SCALE`."""
+        """Attributes that a function reads from modules outside installed libraries, such as `settings.SCALE`."""
         attributes = set(names_used(code))
         for name in names:
             module = used[name]
@@ -344,7 +344,7 @@ class Walk:
 
 
 def is_configuration(value: Any) -> bool:
-    """Whether a value is a configuration of transformers, or of the same make."""
+    """Return whether a value is a configuration of transformers, or of the same make."""
     return hasattr(value, "to_diff_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
 
 
@@ -360,12 +360,12 @@ def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> A
 
 
 def _is_own(function: Any) -> bool:
-    """Whether a callable is a function from outside installed libraries."""
+    """Return whether a callable is a function from outside installed libraries."""
     return isinstance(function, FunctionType) and not is_library_function(function)
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether an entry of a library's class was put there by somebody else."""
+    """Return whether an entry of a library's class was put there by somebody else."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, FunctionType):
@@ -375,7 +375,7 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _holds_notes(value: Any) -> bool:
-    """Whether a value can be written into, other than a tensor or an array."""
+    """Return whether a value can be written into, other than a tensor or an array."""
     plain = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), Tensor, np.ndarray, Enum, type)
     return not isinstance(value, plain) and not callable(value)
 

@@ -1,4 +1,4 @@
-"""Whether a live model is still the one that was described, asked before every call within a fraction of a millisecond.
+"""Detect changes of a live model before every call, within a fraction of a millisecond.
 
 Containers are compared with copies of them, tensors by their address and version counter. What is written to a tensor
 behind its version counter (through `tensor.data`, NumPy, or an optimiser's kernels) shows in checksums of the bytes:
@@ -40,16 +40,16 @@ _version, _training = attrgetter("_version"), attrgetter("training")
 
 
 class Witness(Protocol):
-    """What keeps the results of watched models until they are known to be those of the models described."""
+    """Interface of the owner of pending results, which are committed only once the model is verified."""
 
     def asked(self, watch: ModelWatch) -> None:
         """The model may compute something that is kept."""
 
     def vouched(self, watch: ModelWatch) -> None:
-        """What was computed so far came from the model as it was described."""
+        """Note that everything computed so far came from the model as described."""
 
     def doubted(self) -> None:
-        """What was computed since the last complete pass may come from another model than the one described."""
+        """Note that results since the last complete pass may come from a changed model."""
 
     def model_seconds(self) -> float:
         """Seconds that models have computed so far."""
@@ -86,7 +86,7 @@ class ModelWatch:
 
     @property
     def device(self) -> torch.device:
-        """Of the first tensor."""
+        """Device of the first tensor."""
         return next((one.device for one in self._tensors), torch.device("cpu"))
 
     def identity(self) -> Identity:
@@ -99,7 +99,7 @@ class ModelWatch:
         return self._identity
 
     def changes(self) -> str:
-        """What differs from the model as it was first described, by name and value, on one line; "" for nothing."""
+        """Describe on one line what changed since the first description, by name and value; "" if nothing did."""
         facts, checksums = self._first
         now = _named(self._description)
         named = [
@@ -123,7 +123,7 @@ class ModelWatch:
     # -- whether it holds -----------------------------------------------------------------------------------
 
     def changed(self) -> bool:
-        """Whether facts or tensors differ from those of the last look; from now on they are those of this look."""
+        """Return whether the model changed since the last look, and take the present state as the new reference."""
         differs = not self._containers_hold() or self._states() != self._seen
         differs = differs or not self._contents.sample_holds() or self._paid_pass()
         changed = differs and self._look_again()
@@ -147,12 +147,12 @@ class ModelWatch:
         return True
 
     def _doubtful(self) -> bool:
-        """Whether a tensor has other bytes without a trace of it; everything is read."""
+        """Return whether a tensor has other bytes without a trace of it; everything is read."""
         marks = self._marks()
         return any(marks[path] == self._noted[path] for path in self._contents.changed())
 
     def _contents_of(self, fresh: Description) -> bool:
-        """Whether all tensors of another description of this model have the bytes that they had."""
+        """Return whether all tensors of another description of this model have the bytes that they had."""
         before = self._description.tensors
         if fresh.tensors.keys() != before.keys():
             return False
@@ -242,7 +242,7 @@ class ModelWatch:
         return self._only_own_traces()
 
     def _only_own_traces(self) -> bool:
-        """Whether containers differ by nothing but training flags, and what LLMCache itself puts into a model."""
+        """True if containers differ by nothing but training flags, and what LLMCache itself puts into a model."""
         for place, one in enumerate(self._watched):
             if _equal(one.live, self._copies[place]):
                 continue
@@ -253,7 +253,7 @@ class ModelWatch:
 
 
 def _alike(before: Description, now: Description) -> bool:
-    """Whether tensors with the same bytes are also of the same dtypes and shapes."""
+    """Return whether tensors with the same bytes are also of the same dtypes and shapes."""
     mine, theirs = before.tensors, now.tensors
     return mine.keys() == theirs.keys() and all(
         (one.dtype, one.shape) == (theirs[path].dtype, theirs[path].shape) for path, one in mine.items()
