@@ -47,7 +47,14 @@ def is_library_module(name: str | None) -> bool:
     if name in ("__main__", "__mp_main__") or module is None:
         return False
     path = getattr(module, "__file__", None)
-    return path is None or is_library_file(path)  # modules that are built in have no file
+    if path is not None:
+        return is_library_file(path)
+    # built in, a package without a file of its own, or made at run time, by a library or by the user
+    top = str(name).partition(".")[0]
+    above = getattr(sys.modules.get(top), "__file__", None)
+    folders = list(getattr(module, "__path__", ()))
+    known = top in sys.stdlib_module_names or (above is not None and is_library_file(above))
+    return known or (bool(folders) and all(is_library_file(os.path.join(one, "")) for one in folders))
 
 
 def is_library_function(function: FunctionType) -> bool:
@@ -83,11 +90,59 @@ _CHANGES = frozenset(
 )
 
 
-def keeps_notes(code: CodeType) -> bool:
-    """Return whether a function writes into containers or objects, as one does that records what passes by."""
-    if not _CHANGES.isdisjoint(names_used(code)):
-        return True
-    return any(one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_ATTR") for one in _instructions(code))
+_FOLLOWED = 24  # instructions of one expression
+
+
+def names_written_into(code: CodeType) -> frozenset[str]:
+    """Names of globals and of variables of an enclosing function whose containers or objects a function changes.
+
+    Such as NOTES in `NOTES.append(x)`, `NOTES["last"] = x`, `NOTES[name].add(x)`, `NOTES.count += 1`: a function that
+    records what passes by.
+    """
+    names: set[str] = set()
+    for one in (code, *_inner(code)):
+        instructions = list(dis.get_instructions(one))
+        for place, instruction in enumerate(instructions):
+            loads = instruction.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME", "LOAD_CLASSDEREF")
+            if loads and _is_written_into(instructions[place + 1 : place + 1 + _FOLLOWED]):
+                names.add(str(instruction.argval))
+    return frozenset(names)
+
+
+def _is_written_into(following: list[dis.Instruction]) -> bool:
+    """Return whether the value on top of the stack is a container or an object that these instructions change."""
+    above = 0  # values on the stack above the one that is followed
+    for one in following:
+        name = one.opname
+        if name in ("LOAD_METHOD", "LOAD_ATTR") and above == 0:
+            if one.argval in _CHANGES:
+                return True
+        elif name in ("LOAD_METHOD", "LOAD_ATTR", "CACHE", "NOP", "RESUME"):
+            continue
+        elif name in ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"):
+            above += 2
+        elif name.startswith("LOAD_"):
+            above += 1
+        elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and one.argrepr == "[]"):
+            if above == 0:  # it is the key
+                return False
+            above -= 1
+        elif name == "COPY":  # of an assignment such as `x[key] += 1`
+            return True
+        elif name in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            return above == 1
+        elif name in ("STORE_ATTR", "DELETE_ATTR"):
+            return above == 0
+        else:
+            return False
+    return False
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner(constant)
 
 
 def names_stored(code: CodeType) -> frozenset[str]:

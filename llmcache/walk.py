@@ -13,6 +13,7 @@ import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partial
@@ -30,10 +31,10 @@ from llmcache.codes import (
     is_library_function,
     is_library_module,
     is_plain_global,
-    keeps_notes,
     name_of,
     names_stored,
     names_used,
+    names_written_into,
 )
 from llmcache.standins import is_stand_in
 from llmcache.tokenizer_rules import attributes_text, is_tokenizer, length_limit, rules_digest
@@ -131,6 +132,9 @@ class Walk:
             known = self._callable(value, path)
             if known is not None:
                 return known
+        if isinstance(value, ContextVar):
+            self.probe(path, lambda: value.get(None))
+            return f"context variable {self.text_of(value.get(None), path)}"
         if isinstance(value, (deque, bytearray, array, SimpleNamespace)):
             return self._buffer(value, path)
         if isinstance(value, (Mapping, list, tuple, set, frozenset)):
@@ -282,11 +286,12 @@ class Walk:
         names = sorted({name for name in names_used(code) if name in used} - stored)
         self.probe(path, lambda: [function.__code__, function.__defaults__, *map(_content, cells.values())])
         self.probe(path, lambda: [used.get(name, _MISSING) for name in names])
-        notes = keeps_notes(code)
+        written = names_written_into(code)
 
         def text(name: str, value: Any) -> str:
-            # what a function writes its notes into does not decide what it returns
-            return type(value).__name__ if notes and _holds_notes(value) else self.text_of(value, f"{path}.{name}")
+            if name.partition(".")[0] in written and _holds_notes(value):
+                return type(value).__name__  # what a function writes its notes into does not decide what it returns
+            return self.text_of(value, f"{path}.{name}")
 
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         parts = [code_digest(code), *(text("defaults", value) for value in defaults)]
