@@ -699,8 +699,13 @@ class LLMCache:
 
     @call
     def rebuild(self) -> None:
-        """Fit the projection and build the FAISS index again, over all entries, and commit both."""
+        """Fit the projection and build the FAISS index again, over all entries, and commit both.
+
+        StoreFenced when nothing may be written to the store.
+        """
         self._check_open()
+        if self._store.read_only:
+            self._store.commit()  # raises, with the reason
         self._storing.commit()
         self._bank.near.rebuild()
         self.commit()
