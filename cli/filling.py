@@ -105,7 +105,7 @@ def report(
     )
     if forecast is not None:
         typer.echo(str(forecast))
-    warnings(reading)
+    warnings(reading, store["counters"].get("at_limit", 0))
 
 
 def counts(reading: Reading) -> dict[str, int]:
@@ -117,8 +117,11 @@ def counts(reading: Reading) -> dict[str, int]:
     }
 
 
-def warnings(reading: Reading) -> None:
-    """Report on standard error what of a corpus was not read, and ids that repeat."""
+def warnings(reading: Reading, at_limit: int = 0) -> None:
+    """Report on standard error what of a corpus was not read, and ids that repeat.
+
+    at_limit: documents that fill the model's maximum length.
+    """
     if reading.skipped:
         log.warning("%s", reading.skipped_said)
     if reading.bad:
@@ -126,6 +129,11 @@ def warnings(reading: Reading) -> None:
         log.warning("%s records were skipped%s", f"{reading.bad:,}", first)
     if reading.duplicate_ids:
         log.warning("%s documents repeat an earlier id; all were kept", f"{reading.duplicate_ids:,}")
+    if at_limit:
+        log.warning(
+            "%s documents fill the model's maximum length, so the end of their text may not have been read; "
+            "cut long documents into chunks (`llmcache run --chunk structure`)", f"{at_limit:,}",
+        )  # fmt: skip
 
 
 def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool, access: Access) -> None:

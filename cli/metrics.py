@@ -28,6 +28,7 @@ _TOTALS = {  # counters of all openings of the store
     "misses": ("llmcache_misses", "Documents that the model computed."),
     "near": ("llmcache_near_hits", "Documents answered from a near match."),
     "not_stored": ("llmcache_not_stored", "Documents computed and not kept."),
+    "at_limit": ("llmcache_documents_at_limit", "Documents that fill the model's maximum length."),
     "damaged": ("llmcache_damaged_rows", "Rows that failed their checksum."),
     "audits": ("llmcache_audits", "Near hits that were recomputed."),
     "audited_drift": ("llmcache_audited_drift", "Sum of what audited hits were off by."),

@@ -138,6 +138,7 @@ def run(
     stats = cache.stats()
     timed.ended(namespace, written, stats)
     report(written, reading, pipeline.errors, stats.counters, forecast, json)
+    warnings(reading, stats.counters.at_limit if chunk == "none" else 0)
     if tau is not None and not written.near:
         log.warning("no document had a neighbour at similarity %s or above", tau)
     if not written.finished:
@@ -200,4 +201,3 @@ def report(
             typer.echo(str(forecast))
     if errors:
         log.warning("%s records were refused; %s %s", f"{written.refused:,}", errors[0].id, errors[0].reason)
-    warnings(reading)

@@ -82,6 +82,7 @@ def stats(
             ("hit rate", f"{100 * hits:.1f} %"),
             ("left alone, as loading took longer", int(life.get("left_alone", 0))),
             ("not stored", int(life["not_stored"])),
+            ("at the model's maximum length", int(life.get("at_limit", 0))),
             ("damaged rows", int(life["damaged"])),
             ("exact hits recomputed as a check", _exact_audits(life)),
             ("model seconds", life["model_seconds"]),

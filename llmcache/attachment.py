@@ -116,7 +116,8 @@ class Attachment:
                     other.detach()
                 if _attached.setdefault(module, self) is not self:
                     raise ConfigError(
-                        f"this {type(module).__name__} is attached to another cache; leave that one first"
+                        f"this {type(module).__name__} is attached already, by another cache, by `run_heads` or in "
+                        "another thread; leave that `attached()` block first"
                     )
                 self._forward = module.forward
                 self._blocks.replace()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmcache.batching import batching_of
 from llmcache.errors import ConfigError
-from llmcache.intake import check_many
+from llmcache.intake import check_many, check_texts
 from llmcache.standins import OwnHook
 
 Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
@@ -69,7 +69,7 @@ def generate(
     that is too long for the model ends in the model's own error.
     """
     _check_batch_size(batch_size)
-    check_many(prompts, "prompts")
+    check_texts(prompts, "prompts")
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     rows = [list(tokenizer(prompt)["input_ids"]) if whole else _ids(tokenizer, prompt) for prompt in prompts]
     if not rows:
@@ -129,7 +129,7 @@ def score(
     of its own becomes the tokenizer's first (or last) special token.
     """
     _check_batch_size(batch_size)
-    check_many(prompts, "prompts")
+    check_texts(prompts, "prompts")
     check_many(choices, "choices")
     each = _of_each(choices, len(prompts))
     if len(each) != len(prompts):
@@ -175,7 +175,9 @@ def perplexity(
     if not 1 <= step <= window or window < 2:
         raise ConfigError(f"window is at least 2 tokens and stride from 1 to window, got {window} and {step}")
     rows = []
-    for text in [texts] if isinstance(texts, str) else texts:
+    many = [texts] if isinstance(texts, str) else texts
+    check_texts(many, "texts")
+    for text in many:
         ids, done = _ids(tokenizer, text), 1
         for start in range(0, len(ids), step):
             stop = min(start + window, len(ids))
@@ -345,10 +347,13 @@ def _padding(model: Any, tokenizer: Any) -> int:
 
 
 def _of_each(choices: Sequence[Any], prompts: int) -> list[list[str]]:
-    if choices and all(isinstance(one, str) for one in choices):
+    if not isinstance(choices, Sequence):
+        raise ConfigError(f"choices are a list of texts, or a list for each prompt, got a {type(choices).__name__}")
+    if any(isinstance(one, str) for one in choices):
+        check_texts(choices, "choices")
         return [list(choices)] * prompts
     for some in choices:
-        check_many(some, "choices of a prompt")
+        check_texts(some, "choices of a prompt")
     return [list(some) for some in choices]
 
 

@@ -34,7 +34,7 @@ from llmcache.repeats import NearAnswers
 from llmcache.reuse import TAKEN, Near, Reuse
 from llmcache.storing import Storing
 from llmcache.tokens import TokenRows
-from llmcache.uncached import answer_by_model, seconds_again
+from llmcache.uncached import answer_by_model, at_limit, seconds_again
 from llmcache.worth import sample
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such
@@ -296,6 +296,7 @@ class Execution:
 
         copies: int64 [n], how often the call has each text.
         """
+        self.counters.at_limit += at_limit(self._model, tokens)
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
         rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])

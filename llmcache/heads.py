@@ -105,6 +105,8 @@ class Heads:
 
         ConfigError when there is no head, or one cannot be run.
         """
+        if not isinstance(heads, Mapping) or not all(isinstance(head, Module) for head in heads.values()):
+            raise ConfigError(f'heads are models by name, got {heads!r:.60}; give heads={{"topic": model_a}}')
         if not heads:
             raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
         trunks = {name: find_trunk(model) for name, model in heads.items()}

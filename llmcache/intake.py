@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -67,6 +67,19 @@ def check_many(given: Any, what: str, *, frames: bool = False) -> None:
         raise ConfigError(f"{what} are many, got one {type(given).__name__}; give a list of them: [...]")
     if not frames and not isinstance(given, list | tuple) and is_table(given):
         raise ConfigError(f"{what} are texts, got a {type(given).__name__}; give one of its columns, as a list")
+
+
+def check_texts(given: Any, what: str) -> None:
+    """ConfigError unless this is a sequence of texts, none of them missing.
+
+    what: their name in the message.
+    """
+    check_many(given, what)
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"{what} are a list of texts, got a {type(given).__name__}; give a list: [...]")
+    for place, text in enumerate(given):
+        if not isinstance(text, str):
+            raise ConfigError(f"{what} are texts, and number {place} is a {type(text).__name__}: {text!r:.60}")
 
 
 def is_table(given: Any) -> bool:

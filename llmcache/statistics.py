@@ -55,14 +55,16 @@ class Counters:
     """Documents, by how they were answered, and seconds. Added up over openings by the store.
 
     exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
-    not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed their
-    checksum. bypassed: handed to the model past the cache. left_alone: not looked up, while loading takes longer than
-    the model. audits: near hits that were recomputed; audited_drift: the sum of what they would have been off by;
+    not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed
+    their checksum. at_limit: distinct documents, tokenised in this opening, that fill the model's maximum length,
+    so that the end of the text may have been cut off (documents found by their text are not tokenised). bypassed:
+    handed to the model past the cache. left_alone: not looked up, while loading takes longer than the model.
+    audits: near hits that were recomputed; audited_drift: the sum of what they would have been off by;
     audit_seconds: about what that took. exact_audits: exact hits that were recomputed to check the store, in
     exact_audit_seconds; exact_audit_largest: the largest absolute difference seen in them, over openings too;
-    exact_mismatches: openings in which a difference was more than rounding. near_asked: documents that calibrated near
-    reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes here
-    for what it gave, as measured in this opening.
+    exact_mismatches: openings in which a difference was more than rounding. near_asked: documents that calibrated
+    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes here for what it
+    gave, as measured in this opening.
     overhead_seconds: everything but the model.
     saved_seconds: what the model took when it computed what was reused now.
     """
@@ -75,6 +77,7 @@ class Counters:
     misses: int = 0
     not_stored: int = 0
     damaged: int = 0
+    at_limit: int = 0
     bypassed: int = 0
     left_alone: int = 0
     audits: int = 0

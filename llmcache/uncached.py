@@ -12,6 +12,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.matching import Answers
 from llmcache.statistics import Counters
+from llmcache.tokens import TokenRows
 
 if TYPE_CHECKING:
     from llmcache.execution import Call
@@ -25,11 +26,18 @@ def answer_by_model(answers: Answers, call: Call, places: NDArray[np.int64], mod
         part = places[start : start + _WINDOW]
         part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
         tokens = model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
+        counters.at_limit += at_limit(model, tokens)
         for done in compute(model, tokens, call.batch_size, call.role):
             answers.outputs[part[done.chosen]] = done.outputs
             answers.kept(part[done.chosen], done.vectors)
             counters.model_seconds += done.seconds
             call.progress(len(done.chosen), len(done.chosen))
+
+
+def at_limit(model: Model, tokens: TokenRows) -> int:
+    """Return how many of these documents fill the model's maximum length, so that their text may have been cut off."""
+    limit = getattr(model, "limit", None)
+    return 0 if limit is None else int((tokens.lengths >= limit).sum())
 
 
 def seconds_again(model: Model, bank: Bank, rows: NDArray[np.int64]) -> float:

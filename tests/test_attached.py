@@ -127,7 +127,7 @@ def test_attaching_twice_is_attaching_once(store: Path) -> None:
 def test_another_cache_is_refused_and_the_first_one_stays(store: Path, tmp_path: Path) -> None:
     one, (ids, mask) = model("bert"), rows(5, 3)
     with LLMCache.open(store, one) as first, LLMCache.open(tmp_path / "other", one) as second, first.attached():
-        with pytest.raises(ConfigError, match="attached to another cache; leave that one first"), second.attached():
+        with pytest.raises(ConfigError, match="is attached already, by another cache"), second.attached():
             pass
         states(one, ids, mask)
         states(one, ids, mask)

@@ -60,5 +60,5 @@ def test_writers_readers_and_a_maintainer_killed_at_a_random_time_lose_nothing_t
 ) -> None:
     tally = random_kills(tmp_path, trials=60, seed=1)
     assert tally.counts["kills"] >= 60 * 2 * 7
-    assert tally.counts["acknowledged commits"] > 20
+    assert tally.counts["acknowledged commits"] >= 60  # one in every other round
     passed(tally, record_property)

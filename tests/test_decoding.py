@@ -298,3 +298,23 @@ def test_the_first_call_of_a_fresh_cache_scores_like_the_model_alone(store: Path
         assert cache.stats().counters.prefix.bypassed == 0
     np.testing.assert_allclose(first, expected, rtol=1e-4)
     np.testing.assert_allclose(second, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [None, 7, b"a", ["a"], float("nan")])
+def test_prompts_choices_and_texts_that_are_not_texts_are_refused_by_their_place(bad: Any) -> None:
+    model, tokenizer = real("slm4096-gpt2")
+    calls = [
+        ("prompts", lambda: generate(model, tokenizer, ["a", bad], max_new_tokens=1)),
+        ("prompts", lambda: score(model, tokenizer, ["a", bad], [" b"])),
+        ("choices", lambda: score(model, tokenizer, ["a", "b"], [" b", bad])),
+        ("choices of a prompt", lambda: score(model, tokenizer, ["a"], [[" b", bad]])),
+        ("texts", lambda: perplexity(model, tokenizer, ["a", bad], window=8)),
+    ]
+    for what, call in calls:
+        with pytest.raises(ConfigError, match=f"{what} are texts, and number 1 is a {type(bad).__name__}"):
+            call()
+    for call in (lambda: generate(model, tokenizer, bad), lambda: score(model, tokenizer, ["a"], bad)):
+        if isinstance(bad, list):
+            break  # a list of texts is what they take
+        with pytest.raises(ConfigError):
+            call()

@@ -217,3 +217,12 @@ def test_heads_on_a_decoder(kind: str, store: Path) -> None:
                     for text in texts
                 ]
             assert np.abs(found - torch.cat(expected).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["list", "text", "name of a folder", "nothing"])
+def test_heads_that_are_not_models_by_name_are_refused(
+    store: Path, model: SentenceTransformer, topic: Any, kind: str
+) -> None:
+    given: Any = {"list": [topic], "text": "topic", "name of a folder": {"topic": "folder"}, "nothing": None}[kind]
+    with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="heads are models by name"):
+        list(cache.run_heads(TEXTS, given))

@@ -333,6 +333,31 @@ def test_the_command_line_says_what_was_read_answered_refused_and_left_out(
     assert (counts["read"], counts["documents"], counts["refused"], counts["files_skipped"]) == (4, 2, 2, 4)
 
 
+# -- documents that are longer than the model reads ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 1, 300])
+def test_documents_that_fill_the_model_s_length_are_counted(cache: LLMCache, tokens: int) -> None:
+    limit = cache.model.max_seq_length
+    text = " ".join(["card"] * (limit - 2 + tokens))  # with the two special tokens: limit + tokens
+    cache.encode([text, "short", text])
+    assert cache.stats().counters.at_limit == (1 if tokens >= 0 else 0)
+
+
+@pytest.mark.parametrize("chunk", ["none", "structure"])
+def test_a_run_warns_of_documents_that_may_be_cut_off(
+    llmcache: Command, tmp_path: Path, model_path: str, chunk: str
+) -> None:
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["short", "card " * 900]))
+    built = llmcache("build", corpus, "--model", model_path, "--store", tmp_path / "store")
+    ran = llmcache("run", corpus, "--store", tmp_path / "new", "--model", model_path, "--out", out, "--chunk", chunk)
+    assert built.code == ran.code == 0
+    said = "1 documents fill the model's maximum length"
+    assert said in built.err
+    assert (said in ran.err) == (chunk == "none")
+
+
 # -- models that are no transformers ------------------------------------------------------------------------
 
 
