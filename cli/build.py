@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import options
-from llmcache.cli.filling import Asked, fill
-from llmcache.cli.metrics import MetricsFile
-from llmcache.cli.reading import Sources
+from llmcache.cli.shared import options
+from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.fill import Asked, fill
+from llmcache.cli.shared.metrics import MetricsFile
 from llmcache.errors import ConfigError
 
 INDEXES = (

@@ -7,10 +7,11 @@ from typing import Annotated, cast
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.cli.filling import warnings
-from llmcache.cli.reading import Sources
-from llmcache.corpus import Reading
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.fill import warnings
+from llmcache.pipeline.files import Reading
 
 
 def calibrate(
@@ -65,8 +66,8 @@ def calibrate(
     The choice is saved with the store, and `run` goes by it; where no threshold is safe, near reuse stays off.
     """
     from llmcache.cache import LLMCache
-    from llmcache.calibrating import DriftKind
-    from llmcache.heads import answers_from_file, head_from_file
+    from llmcache.encoding.heads import answers_from_file, head_from_file
+    from llmcache.near.calibration.calibrate import DriftKind
 
     printing.quiet()
     reading = Reading()
@@ -81,7 +82,7 @@ def calibrate(
             guard=tuple(guard_kinds.replace(",", " ").split()) if guard and guard_kinds else guard,
         )  # fmt: skip
     if plot is not None:
-        from llmcache.plotting import curve
+        from llmcache.near.calibration.plotting import curve
 
         curve(found, plot)
     if json:

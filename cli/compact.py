@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.indexes.maintenance import compact as compact_segments
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.indexes.maintenance.evict import compact as compact_segments
 from llmcache.indexes.store import Store
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import options, printing
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
 
 
 def demo(

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import amounts, options, printing
-from llmcache.history import note_eviction
-from llmcache.indexes.maintenance import evict as evict_rows
+from llmcache.banks.history import note_eviction
+from llmcache.cli.shared import amounts, options
+from llmcache.cli.shared import output as printing
+from llmcache.indexes.maintenance.evict import evict as evict_rows
 from llmcache.indexes.store import Store
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import amounts, options, printing
-from llmcache.indexes.maintenance import gc as collect
+from llmcache.cli.shared import amounts, options
+from llmcache.cli.shared import output as printing
+from llmcache.indexes.maintenance.evict import gc as collect
 from llmcache.indexes.store import Store
 
 

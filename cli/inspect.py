@@ -6,8 +6,9 @@ from typing import Any
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.indexes.manifest import BankFacts, NamespaceFacts
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.indexes.format.manifest import BankFacts, NamespaceFacts
 from llmcache.indexes.store import Store
 
 

@@ -8,7 +8,6 @@ import typer
 from typer.exceptions import TyperException
 
 from llmcache.cli import (
-    bench,
     build,
     calibrate,
     compact,
@@ -17,7 +16,6 @@ from llmcache.cli import (
     explain,
     gc,
     inspect,
-    logs,
     plan,
     purge,
     repair,
@@ -29,6 +27,8 @@ from llmcache.cli import (
     verify_model,
     warm,
 )
+from llmcache.cli.bench import app as bench
+from llmcache.cli.shared import logs
 from llmcache.errors import ConfigError, LLMCacheError
 
 STOPPED = 130  # what a shell gives to a program that Ctrl-C ended

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.cli.filling import counts, warnings
-from llmcache.cli.reading import Sources
-from llmcache.corpus import Reading
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.fill import counts, warnings
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.store import Store
-from llmcache.plan import Plan, seconds_said
+from llmcache.pipeline.files import Reading
+from llmcache.planning.plan import Plan, seconds_said
 from llmcache.private_files import write_whole
 
 if TYPE_CHECKING:

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.cli.reading import Sources
-from llmcache.corpus import Reading
+from llmcache.banks.namespaces import resolved_secret
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources
 from llmcache.errors import ConfigError
-from llmcache.indexes.purge import Doomed
-from llmcache.indexes.purge import purge as purged
+from llmcache.indexes.maintenance.purge import Doomed
+from llmcache.indexes.maintenance.purge import purge as purged
 from llmcache.indexes.store import Store
-from llmcache.namespace import resolved_secret
-from llmcache.purging import keys_of, reader_of, with_texts
+from llmcache.pipeline.files import Reading
+from llmcache.planning.purging import keys_of, reader_of, with_texts
 
 
 def purge(

@@ -7,7 +7,8 @@ from dataclasses import asdict
 import typer
 
 from llmcache import snapshot
-from llmcache.cli import options, printing
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
 
 
 def repair(

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcache.cli import amounts, options, printing
-from llmcache.cli.engine import Engine, Workers, committed, opened
-from llmcache.cli.filling import counts, preview, warnings
-from llmcache.cli.heads import run_heads
-from llmcache.cli.metrics import MetricsFile, Run
-from llmcache.cli.reading import Sources, bytes_of, progress
-from llmcache.corpus import Reading
+from llmcache.cli.shared import amounts, options
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources, bytes_of, progress
+from llmcache.cli.shared.engine import (
+    Engine,
+    Workers,
+    committed,
+    opened,
+)
+from llmcache.cli.shared.fill import counts, preview, warnings
+from llmcache.cli.shared.heads import run_heads
+from llmcache.cli.shared.metrics import MetricsFile, Run
 from llmcache.errors import ConfigError
-from llmcache.plan import Compared, Plan
+from llmcache.pipeline.files import Reading
+from llmcache.planning.plan import Compared, Plan
 
 if TYPE_CHECKING:
-    from llmcache.intake import Refused
-    from llmcache.resuming import Written
-    from llmcache.statistics import Counters
+    from llmcache.pipeline.checkpoints import Written
+    from llmcache.records import Refused
+    from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 
@@ -108,7 +114,7 @@ def run(
     if any(out.resolve() == Path(one).resolve() for one in corpus):
         raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
     from llmcache.cache import LLMCache
-    from llmcache.pipeline import Pipeline
+    from llmcache.pipeline.pipeline import Pipeline
 
     printing.quiet()
     settings = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmcache.cli import options, printing
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
 from llmcache.errors import ConfigError
-from llmcache.indexes.signing import sign as signed
+from llmcache.indexes.maintenance.sign import sign as signed
 from llmcache.indexes.store import Store
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from llmcache import snapshot
-from llmcache.cli import options, printing
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
 
 app = typer.Typer(
     help="Save, load, merge, compare and verify stores. A snapshot is a folder: copy it with cp or rsync.",

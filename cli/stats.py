@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
-from llmcache.balance import Profile
-from llmcache.cli import options, printing
+from llmcache.banks.break_even import Profile
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
 from llmcache.config import CacheConfig
-from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
-from llmcache.nearness import NearReport
-from llmcache.statistics import BankStatistics, Counters, layer_counters, statistics
+from llmcache.near.status import NearReport
+from llmcache.report.statistics import (
+    BankStatistics,
+    Counters,
+    layer_counters,
+    statistics,
+)
 
 
 def stats(
@@ -95,7 +101,7 @@ def stats(
 
 def _profiles(store: Store, banks: Sequence[BankStatistics]) -> dict[str, Profile]:
     """Of every bank of activations that has entries, by namespace and name."""
-    from llmcache.worth import profiled
+    from llmcache.banks.payoff import profiled
 
     choice = CacheConfig().near
     return {

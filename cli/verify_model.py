@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli import options, printing
-from llmcache.cli.reading import Sources
-from llmcache.corpus import Reading
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources
+from llmcache.pipeline.files import Reading
 
 
 def verify_model(
@@ -31,7 +32,7 @@ def verify_model(
     from itertools import islice
 
     from llmcache.cli.build import layer_numbers
-    from llmcache.loading import load_any
+    from llmcache.model.loading import load_any
     from llmcache.verification import verify_model as checks
 
     printing.quiet()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llmcache.cli import options
-from llmcache.cli.filling import Asked, fill
-from llmcache.cli.metrics import MetricsFile
-from llmcache.cli.reading import Sources
+from llmcache.cli.shared import options
+from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.fill import Asked, fill
+from llmcache.cli.shared.metrics import MetricsFile
 
 
 def warm(

@@ -10,21 +10,36 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.indexes import codec
-from llmcache.indexes.counters import use_files
-from llmcache.indexes.io import Folder
-from llmcache.indexes.keytable import KeyTable
-from llmcache.indexes.manifest import BankFacts, SegmentFacts
-from llmcache.indexes.marks import Marks
-from llmcache.indexes.neighbours import NearChoice, Neighbours, half
-from llmcache.indexes.pieces import Pieces, Rows, opened
-from llmcache.indexes.reading import Payload, Reading, states, vectors
-from llmcache.indexes.records import ALIAS, ROW, Keys, seconds32
-from llmcache.indexes.scopes import ScopedSearch
-from llmcache.indexes.sealing import Entries, seal
-from llmcache.indexes.segment import Gone, Segment
-from llmcache.indexes.shelf import Shelf
-from llmcache.indexes.usage import USE, Uses, UseTable, read_uses
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format import codec
+from llmcache.indexes.format.key_table import KeyTable
+from llmcache.indexes.format.manifest import BankFacts, SegmentFacts
+from llmcache.indexes.format.marks import Marks
+from llmcache.indexes.format.reading import (
+    Payload,
+    Reading,
+    states,
+    vectors,
+)
+from llmcache.indexes.format.rows import (
+    ALIAS,
+    ROW,
+    Keys,
+    seconds32,
+)
+from llmcache.indexes.format.segment import Gone, Segment
+from llmcache.indexes.format.segment_writer import Entries, seal
+from llmcache.indexes.format.segments import Pieces, Rows, opened
+from llmcache.indexes.format.shelf import Shelf
+from llmcache.indexes.search.bank_index import NearChoice, Neighbours, half
+from llmcache.indexes.search.scopes import ScopedSearch
+from llmcache.indexes.stats.counters import use_files
+from llmcache.indexes.stats.usage import (
+    USE,
+    Uses,
+    UseTable,
+    read_uses,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

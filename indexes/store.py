@@ -13,21 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from llmcache.indexes import counters as counting
-from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.behind import Behind
-from llmcache.indexes.committing import Place, commit_index, commit_rows
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.background import Behind
+from llmcache.indexes.commits.bank_commit import Place, commit_index, commit_rows
+from llmcache.indexes.commits.create import (
+    check_age,
+    folder_at,
+    not_opened,
+    prepared,
+)
+from llmcache.indexes.commits.generations import generations
+from llmcache.indexes.commits.signatures import signatures
+from llmcache.indexes.commits.trust import (
+    Trust,
+    check_asked,
+    judged,
+    latest,
+)
 from llmcache.indexes.errors import Busy, ForkedStoreError, ModelMismatch, StoreFenced
-from llmcache.indexes.generations import generations
-from llmcache.indexes.io import Folder, Reading
-from llmcache.indexes.manifest import BankFacts, Manifest, NamespaceFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.opening import check_age, folder_at, not_opened, prepared
-from llmcache.indexes.segment import Segment
-from llmcache.indexes.signatures import signatures
-from llmcache.indexes.trust import Trust, check_asked, judged, latest
-from llmcache.indexes.usage import USE, write_uses
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.files.folder import Folder, Reading
+from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.stats import counters as counting
+from llmcache.indexes.stats.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
 

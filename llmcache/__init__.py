@@ -16,9 +16,9 @@ from llmcache.errors import LLMCacheError
 if TYPE_CHECKING:
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
-    from llmcache.pipeline import Pipeline
-    from llmcache.provenance import Result
-    from llmcache.statistics import Statistics
+    from llmcache.encoding.results import Result
+    from llmcache.pipeline.pipeline import Pipeline
+    from llmcache.report.statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -36,15 +36,15 @@ def __getattr__(name: str) -> object:
 
         return CacheConfig
     if name == "Pipeline":
-        from llmcache.pipeline import Pipeline
+        from llmcache.pipeline.pipeline import Pipeline
 
         return Pipeline
     if name == "Result":
-        from llmcache.provenance import Result
+        from llmcache.encoding.results import Result
 
         return Result
     if name == "Statistics":
-        from llmcache.statistics import Statistics
+        from llmcache.report.statistics import Statistics
 
         return Statistics
     raise AttributeError(f"module 'llmcache' has no attribute {name!r}")

@@ -19,44 +19,51 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from llmcache import decoding, leaving, opening
-from llmcache.attachment import Attachment
-from llmcache.calibrating import Calibration, DriftKind
-from llmcache.calibrations import Calibrations
-from llmcache.calling import Calls, WorkerCommits, call
-from llmcache.computing import Sentences
+from llmcache import opening
+from llmcache.banks.audits import ExactAudits
+from llmcache.banks.device_cache import DeviceAnswers, Levels
+from llmcache.banks.namespaces import admit, checked_name, resolved_secret
+from llmcache.banks.writer import Storing
+from llmcache.concurrency import at_exit as leaving
+from llmcache.concurrency.calls import Calls, WorkerCommits, call
+from llmcache.concurrency.reopening import Opening, reopened
 from llmcache.config import CacheConfig
-from llmcache.decoding import Generated, Scores
-from llmcache.digests import canonical, sha
-from llmcache.drift import Drift
-from llmcache.encoding import finished
+from llmcache.decoders import generation as decoding
+from llmcache.decoders.generation import Generated, Scores
+from llmcache.encoding.answers import Answers
+from llmcache.encoding.calibrations import Calibrations
+from llmcache.encoding.executor import (
+    Call,
+    Execution,
+    Progress,
+    nothing,
+)
+from llmcache.encoding.explain import Explanation, explain
+from llmcache.encoding.heads import Heads
+from llmcache.encoding.postprocess import finished
+from llmcache.encoding.results import Result, Source, results
 from llmcache.errors import ConfigError, FaissMissing, ForkedStoreError, LLMCacheError
-from llmcache.exact_audits import ExactAudits
-from llmcache.execution import Call, Execution, Progress, nothing
-from llmcache.explaining import Explanation, explain
-from llmcache.fields import KINDS
-from llmcache.heads import Heads
-from llmcache.identity import Identity, mismatch
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.signatures import secret_from_file
+from llmcache.indexes.commits.signatures import secret_from_file
+from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.store import Store
-from llmcache.indexes.trust import Trust
-from llmcache.intake import is_table
-from llmcache.layers import Layers
-from llmcache.levels import DeviceAnswers, Levels
-from llmcache.locking import lock_of
-from llmcache.matching import Answers
-from llmcache.namespace import admit, checked_name, resolved_secret
-from llmcache.plan import Compared, Plan
-from llmcache.planning import planned
-from llmcache.prompts import ROLES, resolve
-from llmcache.provenance import Result, Source, results
-from llmcache.reopening import Opening, reopened
-from llmcache.statistics import Counters, Statistics, statistics
-from llmcache.storing import Storing
-from llmcache.tally import Tally
-from llmcache.tokenizing import PrivateCopy, private_copy
-from llmcache.watching import ModelWatch
+from llmcache.layers.attachment import Attachment
+from llmcache.layers.registry import Layers
+from llmcache.model.batching import Sentences
+from llmcache.model.description.watch import ModelWatch
+from llmcache.model.digests import canonical, sha
+from llmcache.model.identity import Identity, mismatch
+from llmcache.model.locks import lock_of
+from llmcache.model.private_tokenizer import PrivateCopy, private_copy
+from llmcache.model.prompts import ROLES, resolve
+from llmcache.near.calibration.calibrate import Calibration, DriftKind
+from llmcache.near.calibration.drift import Drift
+from llmcache.near.guard.fields import KINDS
+from llmcache.planning.forecast import planned
+from llmcache.planning.plan import Compared, Plan
+from llmcache.planning.preview import Tally
+from llmcache.records import is_table
+from llmcache.report.statistics import Counters, Statistics, statistics
 
 log = logging.getLogger("llmcache")
 
@@ -460,8 +467,8 @@ class LLMCache:
             again to `open`.
         truth: right answers of the sample, whose documents may then also be in the cache.
         guard: refuse matches whose numbers, dates, identifiers, quotations or negations differ; or only some of these
-            kinds (`llmcache.guard.KINDS`). guard_pattern: a regular expression for further fields; it is read in the
-            texts that are stored from now on, and entries from before pass no guard with it.
+            kinds (`llmcache.near.guard.rules.KINDS`). guard_pattern: a regular expression for further fields; it is
+            read in the texts that are stored from now on, and entries from before pass no guard with it.
         role, prompt_name, prompt: of the documents that near matches are for, as for `run`: a near match never comes
             from an entry with another role or prompt, and what is calibrated here holds for these only.
         seed: of the folds. of: a head, as `run_heads` takes it: what it gives is calibrated, instead of embeddings.

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from llmcache.indexes.codec import DTYPES
 from llmcache.indexes.errors import ConfigError
-from llmcache.indexes.eviction import Budget
-from llmcache.indexes.io import Reading
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.vectors import needs_faiss
+from llmcache.indexes.eviction.budget import Budget
+from llmcache.indexes.files.folder import Reading
+from llmcache.indexes.format.codec import DTYPES
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.search.vector_index import needs_faiss
 
 Index = Literal[
     "auto",
@@ -51,7 +51,7 @@ class CacheConfig:
     tau: lowest cosine similarity at which a neighbour's output may be given for a new document, in (0, 0.9999].
         None: never; only repeats are reused, and results are the model's own.
     fingerprint: what stands for an input: "mean", the mean of its token embeddings, or "mean+attention", the same
-        and the mean again with each token weighted by the attention it draws (llmcache.fingerprint says why).
+        and the mean again with each token weighted by the attention it draws (llmcache.model.features says why).
     projection: how fingerprints are compressed: "pca" (half-whitened), "simhash" (bits), or "none".
     dim: components of the PCA, or bits of the SimHash.
     index: the FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no
@@ -93,7 +93,7 @@ class CacheConfig:
     prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
     max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
         are evicted; entries that cannot fit at all are computed and not stored.
-    policy: which entries go first, a name in llmcache.indexes.replacement.POLICIES.
+    policy: which entries go first, a name in llmcache.indexes.eviction.policies.POLICIES.
     """
 
     tau: float | None = None

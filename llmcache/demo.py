@@ -15,9 +15,9 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
-from llmcache.corpus import documents
 from llmcache.document import Document
 from llmcache.errors import ConfigError
+from llmcache.pipeline.files import documents
 
 
 @dataclass(frozen=True, slots=True)

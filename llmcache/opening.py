@@ -9,17 +9,22 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.compiled import refuse_compiled
-from llmcache.computing import Sentences, compute, token_embedding
+from llmcache.banks.namespaces import admit, secret_check
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
-from llmcache.fingerprint import feature_width
-from llmcache.identity import Identity, identify, load, mismatch
-from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
-from llmcache.loading import packaged_model
-from llmcache.namespace import admit, secret_check
-from llmcache.tokens import check_inputs
+from llmcache.model.batching import Sentences, compute, token_embedding
+from llmcache.model.compiled import refuse_compiled
+from llmcache.model.features import feature_width
+from llmcache.model.identity import (
+    Identity,
+    identify,
+    load,
+    mismatch,
+)
+from llmcache.model.loading import packaged_model
+from llmcache.model.tokens import check_inputs
 
 
 def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:

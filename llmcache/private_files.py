@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from llmcache.errors import CorpusError
-from llmcache.indexes.durable import FOLDER
+from llmcache.indexes.files.durable import FOLDER
 
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MEANINGS = {

@@ -5,12 +5,12 @@ from llmcache import snapshot
 snapshot.save("store/", "backup/")
 """
 
-from llmcache.indexes.compare import Difference, diff
-from llmcache.indexes.merge import Merged, merge
-from llmcache.indexes.remote import Carried, pull, push
-from llmcache.indexes.repair import Repair, repair
-from llmcache.indexes.snapshot import Snapshot, load, save
-from llmcache.indexes.verify import Finding, Verification, verify
+from llmcache.indexes.maintenance.diff import Difference, diff
+from llmcache.indexes.maintenance.merge import Merged, merge
+from llmcache.indexes.maintenance.remote import Carried, pull, push
+from llmcache.indexes.maintenance.repair import Repair, repair
+from llmcache.indexes.maintenance.snapshot import Snapshot, load, save
+from llmcache.indexes.maintenance.verify import Finding, Verification, verify
 
 __all__ = [
     "Carried",

@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.architecture import find_trunk
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.tokens import TokenRows, batch, tokenise, tokenise_plainly
+from llmcache.model.architecture import find_trunk
+from llmcache.model.tokens import (
+    TokenRows,
+    batch,
+    tokenise,
+    tokenise_plainly,
+)
 
 Outputs: TypeAlias = list[NDArray[np.float32]]
 """Per document: [width], or [tokens, width]."""

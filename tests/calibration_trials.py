@@ -28,19 +28,19 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from llmcache.bench.near import fitted_head
-from llmcache.calibration import least_samples
 from llmcache.config import CacheConfig
-from llmcache.drift import cosine_drift, label_drift
-from llmcache.gate import Boundary
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.marks import scoped
-from llmcache.indexes.neighbours import half
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.marks import scoped
+from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.store import Store
-from llmcache.marking import FieldDigests
-from llmcache.near import NearReuse
-from llmcache.repeats import NearAnswers
-from llmcache.reuse import TAKEN, Reuse
+from llmcache.near.calibration.drift import cosine_drift, label_drift
+from llmcache.near.calibration.risk_control import least_samples
+from llmcache.near.calibration_store import NearReuse
+from llmcache.near.marks import FieldDigests
+from llmcache.near.matcher import TAKEN, Reuse
+from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.repeats import NearAnswers
 
 CONFIDENCE = 0.95
 SCOPE = 1

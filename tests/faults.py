@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
-from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
-from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import UNIVERSE, Ledger, MemoryDisk, Operation, check, commit, keep_up, open_in, recover
+from tests.simulated_disk.disk import Fault, PowerLoss
+from tests.simulated_disk.folder import MemoryFolder
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 MORE_CODES = (*CODES, errno.EDQUOT, errno.EACCES, errno.ESTALE, errno.EINTR)

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from llmcache.guard import differs
+from llmcache.near.guard.rules import differs
 
 
 class Pair(NamedTuple):

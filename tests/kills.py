@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmcache.indexes import io
-from llmcache.indexes.io import Folder
-from llmcache.indexes.merge import merge
-from llmcache.indexes.repair import repair
-from llmcache.indexes.snapshot import load, save
+from llmcache.indexes.files import folder as io
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.repair import repair
+from llmcache.indexes.maintenance.snapshot import load, save
 from llmcache.indexes.store import Store
 from tests.faults import Tally, calls_of
 from tests.operations import (

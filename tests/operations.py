@@ -17,27 +17,27 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache import keys
-from llmcache.indexes import eviction
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits.generations import generation_name
 from llmcache.indexes.errors import LLMCacheError
-from llmcache.indexes.eviction import Budget, Candidates, Publish
-from llmcache.indexes.files import write_whole
-from llmcache.indexes.generations import generation_name
-from llmcache.indexes.io import Folder
-from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.merge import join
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.partial import filled
-from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.records import HEADER, ROW, Keys
-from llmcache.indexes.repair import repaired
-from llmcache.indexes.snapshot import failing, transfer
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.eviction.budget import Budget, Candidates, Publish
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.files.new_folder import filled
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import HEADER, ROW, Keys
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.merge import join
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.maintenance.repair import repaired
+from llmcache.indexes.maintenance.snapshot import failing, transfer
+from llmcache.indexes.maintenance.verify import verification
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verification
+from llmcache.model import keys
+from tests.simulated_disk.folder import MemoryFolder
 
 WIDTH = 64
 FEATURES = 8

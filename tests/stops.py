@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 
 from llmcache.indexes.errors import Busy
-from llmcache.indexes.maintenance import compact, gc
-from llmcache.indexes.merge import merge
-from llmcache.indexes.snapshot import save
+from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.snapshot import save
+from llmcache.indexes.maintenance.verify import verify
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verify
 from tests.faults import Tally
 from tests.kills import RealDisk, forked, ledger_of, note
 from tests.operations import UNIVERSE, Ledger, bank_of, check, close, open_in, put

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llmcache.indexes import journal
-from llmcache.indexes.counters import write_counters
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.stats import runs as journal
+from llmcache.indexes.stats.counters import write_counters
 from llmcache.indexes.store import Store
 
 WRITER = "a" * 32
@@ -39,7 +39,7 @@ def filled(path: Path, entries: int = 200, config: dict[str, Any] | None = None)
 
 
 def calibration(threshold: float | None = 2.1) -> dict[str, Any]:
-    """As `llmcache.calibrating` saves one."""
+    """As `llmcache.near.calibration.calibrate` saves one."""
     hits = np.linspace(0.02, 0.95, 60)
     drift = 0.0004 + 0.012 * hits**4
     bound = drift + 0.0011 + 0.001 * hits

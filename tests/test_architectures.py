@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.architecture import find_trunk
 from llmcache.errors import ConfigError
+from llmcache.model.architecture import find_trunk
 from tests.architectures import MODELS, Plain, alone, difference, model, rows, states, tolerance, vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")

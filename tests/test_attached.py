@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
-from llmcache.indexes.io import Folder
-from llmcache.standins import OwnHook
+from llmcache.indexes.files.folder import Folder
+from llmcache.model.forward_patch import OwnHook
 from tests.architectures import alone, difference, model, rows, states, tolerance
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.auditing import WATCHFUL, Audits
-from llmcache.balance import LEAST, MEMORY, PROBED, Balance
+from llmcache.banks.break_even import (
+    LEAST,
+    MEMORY,
+    PROBED,
+    Balance,
+)
 from llmcache.errors import ConfigError
+from llmcache.near.monitoring.audits import WATCHFUL, Audits
 
 BUDGET = 0.005
 Batch: TypeAlias = tuple[int, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]

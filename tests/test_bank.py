@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import LLMCacheError
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import FIT_ROWS, NearChoice
-from llmcache.indexes.records import ROW, Keys
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import ROW, Keys
+from llmcache.indexes.search.bank_index import FIT_ROWS, NearChoice
+from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.indexes.vectors import VectorIndex
 
 WIDTH, FEATURES = 24, 16
 EXACT = NearChoice(index="flat", projection="none")

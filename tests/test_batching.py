@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmcache import LLMCache, decoding
+from llmcache import LLMCache
+from llmcache.decoders import generation as decoding
 from llmcache.errors import ConfigError
 from tests.tiny import VOCABULARY, architectures, tiny_model
 

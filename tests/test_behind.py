@@ -13,13 +13,13 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.indexes.disk import Fault
 from llmcache.indexes.errors import StoreFull
-from llmcache.indexes.eviction import Budget
-from llmcache.indexes.io import Folder
-from llmcache.indexes.memory import MemoryFolder
+from llmcache.indexes.eviction.budget import Budget
+from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.store import Store
 from tests.operations import Ledger, MemoryDisk, Violation, bank_of, found_in, keys_of, open_in, put, recover, values_of
+from tests.simulated_disk.disk import Fault
+from tests.simulated_disk.folder import MemoryFolder
 
 ALL = range(60)
 

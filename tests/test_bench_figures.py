@@ -10,17 +10,28 @@ from typing import Any
 
 import pytest
 
-from llmcache.bench import figures
-from llmcache.bench.figures import BEGIN, END, Records, replaced, section
-from llmcache.bench.names import ALONE, DISKCACHE, GPTCACHE, OURS
-from llmcache.bench.passages import PASSAGES
-from llmcache.bench.writing import table, times
+from llmcache.bench.competitors.names import (
+    ALONE,
+    DISKCACHE,
+    GPTCACHE,
+    OURS,
+)
+from llmcache.bench.readme import figures
+from llmcache.bench.readme.figures import (
+    BEGIN,
+    END,
+    Records,
+    replaced,
+    section,
+)
+from llmcache.bench.readme.markdown import table, times
+from llmcache.bench.readme.passages import PASSAGES
 from llmcache.errors import ConfigError
 from tests.conftest import ROOT
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmcache.bench.figures", *map(str, arguments)]
+    command = [sys.executable, "-m", "llmcache.bench.readme.figures", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

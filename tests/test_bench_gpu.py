@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmcache.bench import gpu as subject
-from llmcache.bench.shapes import SHAPES, sentences, texts, tiny
+from llmcache.bench.gpu import gpu as subject
+from llmcache.bench.harness.shapes import (
+    SHAPES,
+    sentences,
+    texts,
+    tiny,
+)
 from llmcache.errors import ConfigError
 from tests.conftest import Command
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from llmcache.bench.competitors.gptcache_rule import rivals
 from llmcache.bench.near import (
     Labelled,
     exact_kernel_ridge,
@@ -20,9 +21,8 @@ from llmcache.bench.near import (
     summary,
 )
 from llmcache.bench.reusing import reusing
-from llmcache.bench.rivals import rivals
-from llmcache.crossfit import Memory
 from llmcache.errors import ConfigError
+from llmcache.near.calibration.crossfit import Memory
 from tests.test_correction import entries
 
 

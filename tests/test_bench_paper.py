@@ -19,26 +19,33 @@ from sklearn.metrics import accuracy_score
 from llmcache import CacheConfig, LLMCache
 from llmcache.bench.paper import (
     accuracy,
-    evictions,
     fingerprints,
-    layerwise,
     memory,
     page,
     records,
     tables,
-    taus,
     texts,
 )
-from llmcache.bench.paper.decoder import beginnings, decoders, first_token
+from llmcache.bench.paper import eviction as evictions
+from llmcache.bench.paper import layer_hits as layerwise
+from llmcache.bench.paper import thresholds as taus
+from llmcache.bench.paper.decoders import beginnings, decoders, first_token
 from llmcache.bench.paper.experiments import EXPERIMENTS
 from llmcache.bench.paper.latency import LOWEST, check, latency, layer_taus
+from llmcache.bench.paper.models import (
+    REAL,
+    SHAPES,
+    Made,
+    agreement,
+    decisions,
+    seeded,
+)
 from llmcache.bench.paper.plots import plot
 from llmcache.bench.paper.records import Work
-from llmcache.bench.paper.shapes import REAL, SHAPES, Made, agreement, decisions, seeded
 from llmcache.bench.paper.texts import Workload
-from llmcache.computing import token_embedding
 from llmcache.errors import ConfigError
-from llmcache.indexes.replacement import POLICIES
+from llmcache.indexes.eviction.policies import POLICIES
+from llmcache.model.batching import token_embedding
 from tests.conftest import DATA, MODELS, Command
 
 TINY: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcache.predictor import LANDMARKS
+from llmcache.near.neighbors.predictor import LANDMARKS
 from tests.conftest import Command
 
 

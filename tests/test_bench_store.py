@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.bench.pagecache import drop, resident, warm
-from llmcache.bench.rows import Rows, fill
+from llmcache.bench.harness.page_cache import drop, resident, warm
 from llmcache.bench.store import measured, merging, overhead
+from llmcache.bench.store_rows import Rows, fill
 from llmcache.errors import ConfigError
-from llmcache.indexes.verify import verify
+from llmcache.indexes.maintenance.verify import verify
 
 
 def test_the_command_measures_without_a_model_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -16,15 +16,42 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench import contenders as own
-from llmcache.bench import others
-from llmcache.bench.drawing import Bars
-from llmcache.bench.names import ALONE, ASIDE, ONCE, OURS, SORTED
-from llmcache.bench.recording import moment, notes, run, write
-from llmcache.bench.recording import others as others_busy
-from llmcache.bench.rounds import WARM, Contender, Opened, Row, Task, rounds, spread, times
-from llmcache.bench.suite import Benchmark, Record, Sizes, Target, benchmarks, chosen
-from llmcache.bench.workloads import STREAMS, WORKLOADS, read
+from llmcache.bench.competitors import baselines as own
+from llmcache.bench.competitors import others
+from llmcache.bench.competitors.names import (
+    ALONE,
+    ASIDE,
+    ONCE,
+    OURS,
+    SORTED,
+)
+from llmcache.bench.harness.drawing import Bars
+from llmcache.bench.harness.recording import (
+    moment,
+    notes,
+    run,
+    write,
+)
+from llmcache.bench.harness.recording import others as others_busy
+from llmcache.bench.harness.rounds import (
+    WARM,
+    Contender,
+    Opened,
+    Row,
+    Task,
+    rounds,
+    spread,
+    times,
+)
+from llmcache.bench.harness.suite import (
+    Benchmark,
+    Record,
+    Sizes,
+    Target,
+    benchmarks,
+    chosen,
+)
+from llmcache.bench.harness.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError, LLMCacheError
 from tests.conftest import DATA, Command
 

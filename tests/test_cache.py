@@ -19,7 +19,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, Document, LLMCache, Result
-from llmcache.computing import token_embedding
 from llmcache.errors import (
     ConfigError,
     CorpusError,
@@ -30,7 +29,8 @@ from llmcache.errors import (
     SnapshotNotFound,
     StoreFull,
 )
-from llmcache.indexes.io import Folder
+from llmcache.indexes.files.folder import Folder
+from llmcache.model.batching import token_embedding
 from tests.conftest import HEAR_CTRL_C
 
 TODAY = [
@@ -403,7 +403,7 @@ def test_stopping_in_the_middle_keeps_what_was_committed(model_path: str, store:
 
 
 def _text_keys(cache: LLMCache, texts: list[str]) -> Any:
-    from llmcache.keys import key_seed, text_keys
+    from llmcache.model.keys import key_seed, text_keys
 
     return text_keys(key_seed(cache.identity.digest, "text", None, None), texts).view(np.uint64)
 

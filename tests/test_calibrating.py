@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.calibrating import _again, calibrated
-from llmcache.crossfit import Memory
-from llmcache.gate import Boundary, safety
+from llmcache.near.calibration.calibrate import _again, calibrated
+from llmcache.near.calibration.crossfit import Memory
+from llmcache.near.neighbors.gate import Boundary, safety
 from tests.test_correction import entries
 
 

@@ -10,9 +10,19 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from llmcache.calibration import choose, flip_bound, least_samples, mean_bound
-from llmcache.drift import beyond, cosine_drift, kl_drift, label_drift
 from llmcache.errors import ConfigError
+from llmcache.near.calibration.drift import (
+    beyond,
+    cosine_drift,
+    kl_drift,
+    label_drift,
+)
+from llmcache.near.calibration.risk_control import (
+    choose,
+    flip_bound,
+    least_samples,
+    mean_bound,
+)
 
 
 def test_the_bound_of_flips_inverts_the_binomial_law() -> None:

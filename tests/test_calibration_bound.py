@@ -13,19 +13,19 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from llmcache.calibrating import Calibration, Fitted
+from llmcache.banks.pace import LEAST_DOCUMENTS, Pace
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.manifest import BankFacts
+from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
-from llmcache.marking import FieldDigests
-from llmcache.near import NearReuse
-from llmcache.pace import LEAST_DOCUMENTS, Pace
-from llmcache.predictor import KERNEL, fit
-from llmcache.refitting import GROWN, grown
-from llmcache.repeats import NearAnswers
-from llmcache.reuse import TAKEN, Reuse
+from llmcache.near.calibration.calibrate import Calibration, Fitted
+from llmcache.near.calibration.recalibration import GROWN, grown
+from llmcache.near.calibration_store import NearReuse
+from llmcache.near.marks import FieldDigests
+from llmcache.near.matcher import TAKEN, Reuse
+from llmcache.near.neighbors.predictor import KERNEL, fit
+from llmcache.near.repeats import NearAnswers
 from tests.calibration_trials import SCOPE, Documents, Trial, answered, law, put, trials
 from tests.test_predictor import documents
 

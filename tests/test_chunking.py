@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcache.chunking import chunks
 from llmcache.errors import ConfigError
+from llmcache.pipeline.chunking import chunks
 from tests.conftest import DATA
 
 PIECES = [

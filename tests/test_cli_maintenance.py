@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.cli import amounts
 from llmcache.cli.main import main
+from llmcache.cli.shared import amounts
 from llmcache.errors import ConfigError
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmcache.cli.printing import printable
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.cli.shared.output import printable
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 from tests.conftest import Command, Done
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.indexes.descriptors import OPEN_FILES, OpenFiles
-from llmcache.indexes.io import Folder
-from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.records import seconds32
+from llmcache.indexes.files.descriptors import OPEN_FILES, OpenFiles
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.rows import seconds32
+from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.verify import verification
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verification
 from tests.kills import forked
 from tests.operations import UNIVERSE, Ledger, MemoryDisk, bank_of, check, commit, found_in, put
+from tests.simulated_disk.folder import MemoryFolder
 
 TIMES = (-1e10, -1.0, 0.0, 1.0, 2.0**31, 2.0**32 - 1, 2.0**32, 2.0**33, 1e11)
 

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from llmcache.indexes.codec import DTYPES, decode, encode, representable
+from llmcache.indexes.format.codec import (
+    DTYPES,
+    decode,
+    encode,
+    representable,
+)
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 SMALLEST = 2.0**-149

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmcache.computing import batches
+from llmcache.model.batching import batches
 
 LENGTHS = np.random.default_rng(0).integers(1, 700, 500)
 

@@ -18,7 +18,7 @@ import transformers as t
 from torch import Tensor, nn
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.standins import StandIn, install, remove
+from llmcache.model.forward_patch import StandIn, install, remove
 from tests import threads
 from tests.architectures import MODELS, model, rows, states
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcache.corpus import Reading, documents
 from llmcache.document import Document
 from llmcache.errors import ConfigError, CorpusError
+from llmcache.pipeline.files import Reading, documents
 
 PAIRS = [
     ("a", "first"),
@@ -294,7 +294,7 @@ def test_standard_input_is_json_lines_unless_said(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_pipe_is_read_packed_or_not(pack: type[bytes]) -> None:
-    code = "from llmcache.corpus import documents\nfor one in documents('-'): print(one.id, one.text)"
+    code = "from llmcache.pipeline.files import documents\nfor one in documents('-'): print(one.id, one.text)"
     done = subprocess.run([sys.executable, "-c", code], input=pack(json_lines(PAIRS[:1])), capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a first\n", b"")
 
@@ -452,7 +452,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, kind: s
 
 
 def test_a_line_beyond_the_limit_ends_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmcache.formats.RECORD_LIMIT", 100)
+    monkeypatch.setattr("llmcache.pipeline.formats.RECORD_LIMIT", 100)
     path = put(tmp_path / "x.txt", b"short\n" + b"x" * 150)
     assert "line 2 is longer than 100 bytes" in refusal(path)
     path = put(tmp_path / "y.txt", b"short\n" * 50)
@@ -506,7 +506,7 @@ def test_a_long_file_is_not_held_in_memory(tmp_path: Path, ending: str) -> None:
 def test_reading_a_corpus_imports_neither_torch_nor_pyarrow(tmp_path: Path) -> None:
     put(tmp_path / "x.jsonl", json_lines(PAIRS))
     code = (
-        "import sys\nfrom llmcache.corpus import documents\nimport llmcache.results\n"
+        "import sys\nfrom llmcache.pipeline.files import documents\nimport llmcache.pipeline.writers\n"
         f"assert len(list(documents({str(tmp_path)!r}))) == 4\n"
         "print(sorted({'torch', 'transformers', 'pyarrow', 'faiss'} & set(sys.modules)))"
     )

@@ -7,7 +7,18 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.correction import (
+from llmcache.errors import ConfigError
+from llmcache.near.calibration.crossfit import (
+    Entries,
+    Judge,
+    Memory,
+    ask,
+    cross_fit,
+    held_out_voting,
+    unseen,
+)
+from llmcache.near.calibration.drift import cosine_drift, label_drift
+from llmcache.near.neighbors.correction import (
     DECIDED,
     EVIDENCE,
     TEMPERATURE,
@@ -22,10 +33,7 @@ from llmcache.correction import (
     units,
     weights,
 )
-from llmcache.crossfit import Entries, Judge, Memory, ask, cross_fit, held_out_voting, unseen
-from llmcache.drift import cosine_drift, label_drift
-from llmcache.errors import ConfigError
-from llmcache.gate import Boundary, safety
+from llmcache.near.neighbors.gate import Boundary, safety
 from tests.test_predictor import documents
 
 Floats = NDArray[np.float32]

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from llmcache import CacheConfig, LLMCache, decoding
+from llmcache import CacheConfig, LLMCache
+from llmcache.decoders import generation as decoding
 from llmcache.errors import ConfigError
 from tests.conftest import MODELS
 

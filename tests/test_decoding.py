@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmcache import LLMCache
 from llmcache.bench.decoding import choices, prefill
-from llmcache.decoding import Scores, generate, padded, perplexity, score
+from llmcache.decoders.generation import (
+    Scores,
+    generate,
+    padded,
+    perplexity,
+    score,
+)
 from llmcache.errors import ConfigError
 from tests.conftest import DATA
 from tests.test_prefix import MODELS, Opener, assert_same, one_thread, seeded, tier
@@ -313,8 +319,8 @@ def test_prompts_choices_and_texts_that_are_not_texts_are_refused_by_their_place
     for what, call in calls:
         with pytest.raises(ConfigError, match=f"{what} are texts, and number 1 is a {type(bad).__name__}"):
             call()
-    for call in (lambda: generate(model, tokenizer, bad), lambda: score(model, tokenizer, ["a"], bad)):
-        if isinstance(bad, list):
-            break  # a list of texts is what they take
+    if not isinstance(bad, list):  # which is what they take
         with pytest.raises(ConfigError):
-            call()
+            generate(model, tokenizer, bad)
+        with pytest.raises(ConfigError):
+            score(model, tokenizer, ["a"], bad)

@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from llmcache.codes import names_written_into
-from llmcache.watching import ModelWatch
+from llmcache.model.description.code import names_written_into
+from llmcache.model.description.watch import ModelWatch
 
 TABLE: dict[str, Any] = {"gain": 1.0, "deep": {"a": [1.0]}}
 GAIN: ContextVar[float] = ContextVar("GAIN", default=1.0)

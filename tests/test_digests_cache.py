@@ -13,8 +13,13 @@ import pytest
 import torch
 import xxhash
 
-from llmcache import digests
-from llmcache.digests import ModelFiles, canonical, remembered_digests, tensor_digests
+from llmcache.model import digests
+from llmcache.model.digests import (
+    ModelFiles,
+    canonical,
+    remembered_digests,
+    tensor_digests,
+)
 
 FILES = ModelFiles((("model.safetensors", 10, 1, 1, 1, 1),))
 

@@ -13,8 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.computing import token_embedding
 from llmcache.errors import ConfigError, LLMCacheError
+from llmcache.model.batching import token_embedding
 
 TEXTS = [
     "How do I locate my card?",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llmcache.indexes.errors import LLMCacheError, StoreFenced, StoreFull
-from llmcache.indexes.io import Folder
+from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.store import Store
 from tests.kills import RealDisk
 from tests.operations import FEATURES, Ledger, bank_of, check, check_near, close, commit, open_in, values_of

@@ -25,12 +25,14 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn import functional
 
-from llmcache import CacheConfig, LLMCache, decoding, description
-from llmcache.agreement import compared
+from llmcache import CacheConfig, LLMCache
+from llmcache.banks.agreement import compared
+from llmcache.banks.audits import ExactAudits
+from llmcache.decoders import generation as decoding
 from llmcache.errors import ConfigError, ModelMismatch
-from llmcache.exact_audits import ExactAudits
-from llmcache.statistics import Counters
-from llmcache.watching import ModelWatch
+from llmcache.model.description import describe as description
+from llmcache.model.description.watch import ModelWatch
+from llmcache.report.statistics import Counters
 from tests import architectures
 from tests.test_attached import tokenizer as word_tokenizer
 

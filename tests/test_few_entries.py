@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.correction import NEIGHBOURS
-from llmcache.crossfit import Entries, Memory
 from llmcache.errors import ConfigError
-from llmcache.indexes import eviction
-from llmcache.indexes.purge import Doomed, purge
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.indexes.vectors import VectorIndex
-from llmcache.ondevice import DeviceMemory
+from llmcache.near.calibration.crossfit import Entries, Memory
+from llmcache.near.neighbors.correction import NEIGHBOURS
+from llmcache.near.neighbors.index_torch import DeviceMemory
 from tests.damage_calibrated import damaged, make, texts, tiny_model
 
 

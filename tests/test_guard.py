@@ -15,9 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcache.bench.guard import altered, measure
-from llmcache.correction import eligible_sources
 from llmcache.errors import ConfigError
-from llmcache.guard import KINDS, Rules, differs, digests, fields, refused
+from llmcache.near.guard.rules import (
+    KINDS,
+    Rules,
+    differs,
+    digests,
+    fields,
+    refused,
+)
+from llmcache.near.neighbors.correction import eligible_sources
 from tests.conftest import DATA
 
 DIFFERENT = [

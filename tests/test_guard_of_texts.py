@@ -11,10 +11,10 @@ import pytest
 
 from llmcache import CacheConfig, LLMCache, snapshot
 from llmcache.errors import ConfigError
-from llmcache.guard import KINDS, RULES_VERSION
-from llmcache.indexes.marks import kinds_of, unmarked
-from llmcache.marking import FieldDigests, part_read
-from llmcache.reuse import UNREAD
+from llmcache.indexes.format.marks import kinds_of, unmarked
+from llmcache.near.guard.rules import KINDS, RULES_VERSION
+from llmcache.near.marks import FieldDigests, part_read
+from llmcache.near.matcher import UNREAD
 from tests.small_sentences import sentences, tiny_folder, with_prompts
 
 CONFIG = CacheConfig(audit_share=0, recalibrate=False)
@@ -107,7 +107,7 @@ def test_entries_whose_fields_were_read_by_other_rules_pass_no_guard(
     plain = sentences(170)[150:]
     found = {text: cache.explain(text).tier for text in plain}
     assert "near" in found.values()
-    monkeypatch.setattr("llmcache.marking.RULES_VERSION", RULES_VERSION + 1)
+    monkeypatch.setattr("llmcache.near.marks.RULES_VERSION", RULES_VERSION + 1)
     for text, tier in found.items():
         explanation = cache.explain(text)
         assert explanation.tier == "miss"

@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcache.guard import RULES_VERSION, Rules, digests, refused
+from llmcache.near.guard.rules import (
+    RULES_VERSION,
+    Rules,
+    digests,
+    refused,
+)
 from tests.guard_cases import Pair, drawn_pairs, mistakes, table, written_pairs
 
 KINDS = ["number", "date", "time", "sign", "amount", "currency", "identifier", "quotation", "address", "negation"]
@@ -74,7 +79,7 @@ def test_the_case_and_white_space_of_drawn_texts_do_not_matter() -> None:
 
 def test_digests_of_other_rules_do_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Rules().digests(["pay 5"])
-    monkeypatch.setattr("llmcache.guard.RULES_VERSION", RULES_VERSION + 1)
+    monkeypatch.setattr("llmcache.near.guard.rules.RULES_VERSION", RULES_VERSION + 1)
     assert Rules().unequal(ours, Rules().digests(["pay 5"])).tolist() == [0]
 
 

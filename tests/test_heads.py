@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.encoding.heads import shared_depths
 from llmcache.errors import ConfigError
-from llmcache.heads import shared_depths
-from llmcache.identity import identify
-from llmcache.standins import OwnHook
+from llmcache.model.forward_patch import OwnHook
+from llmcache.model.identity import identify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [

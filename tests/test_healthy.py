@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.indexes import eviction
-from llmcache.indexes.eviction import Budget
-from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.merge import merge
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.repair import repair
-from llmcache.indexes.snapshot import save
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.eviction.budget import Budget
+from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.maintenance.repair import repair
+from llmcache.indexes.maintenance.snapshot import save
+from llmcache.indexes.maintenance.verify import verify
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verify
 from tests.operations import FEATURES, bank_of, found_in, keys_of, put, values_of
 
 UNIVERSE = range(1500)

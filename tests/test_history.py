@@ -10,13 +10,13 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.history import History, records
-from llmcache.indexes import journal
-from llmcache.indexes.counters import fold
-from llmcache.indexes.io import Folder
-from llmcache.indexes.maintenance import gc
+from llmcache.banks.history import History, records
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.maintenance.evict import gc
+from llmcache.indexes.stats import runs as journal
+from llmcache.indexes.stats.counters import fold
 from llmcache.indexes.store import Store
-from llmcache.statistics import Counters
+from llmcache.report.statistics import Counters
 from tests.conftest import Command
 
 TEXTS = ["one", "two", "three", "two"]
@@ -111,7 +111,7 @@ def test_a_record_that_cannot_be_written_is_no_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmcache.history.write_journal", full)
+    monkeypatch.setattr("llmcache.banks.history.write_journal", full)
     with LLMCache.open(store, model) as cache:
         assert len(list(cache.run(TEXTS))) == 4
     assert read(store) == []

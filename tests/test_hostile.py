@@ -30,10 +30,15 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import LLMCacheError
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.records import ALIAS, HEADER, ROW, Keys
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import (
+    ALIAS,
+    HEADER,
+    ROW,
+    Keys,
+)
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES = 24, 16
@@ -618,7 +623,7 @@ CASES["one file in all roles"] = Case(one_file_in_all_roles, DAMAGED, DAMAGED)
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    FORKS.set_forkserver_preload(["faiss", "numpy.ma", "numpy.random", "pytest", "llmcache.indexes.purge"])
+    FORKS.set_forkserver_preload(["faiss", "numpy.ma", "numpy.random", "pytest", "llmcache.indexes.maintenance.purge"])
     path = tmp_path_factory.mktemp("template") / "store"
     filled(path)
     assert looked_at(path) == (("", ALL), ("", ALL))

@@ -19,10 +19,16 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-import llmcache.digests
-from llmcache.digests import model_files
+import llmcache.model.digests
 from llmcache.errors import ConfigError, ModelMismatch, SnapshotDamaged
-from llmcache.identity import Identity, difference, identify, load, mismatch
+from llmcache.model.digests import model_files
+from llmcache.model.identity import (
+    Identity,
+    difference,
+    identify,
+    load,
+    mismatch,
+)
 
 ROOT = Path(__file__).parent.parent
 MODELS = Path(os.environ.get("LLMCACHE_MODELS", ROOT.parent / "shared" / "models"))
@@ -54,13 +60,13 @@ def folder(model_path: str, tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one number, a tensor's length, whenever a tensor is hashed."""
     calls: list[int] = []
-    real = llmcache.digests._tensor_digest
+    real = llmcache.model.digests._tensor_digest
 
     def counted(tensor: torch.Tensor) -> str:
         calls.append(tensor.numel())
         return real(tensor)
 
-    monkeypatch.setattr(llmcache.digests, "_tensor_digest", counted)
+    monkeypatch.setattr(llmcache.model.digests, "_tensor_digest", counted)
     return calls
 
 
@@ -106,7 +112,7 @@ def test_two_loads_have_the_same_identity(model_path: str, identity: Identity) -
 def test_another_process_finds_the_same_identity(model_path: str, identity: Identity) -> None:
     code = (
         "import sys\nfrom sentence_transformers import SentenceTransformer\n"
-        "from llmcache.identity import identify\n"
+        "from llmcache.model.identity import identify\n"
         "print(identify(SentenceTransformer(sys.argv[1])).digest.hex())"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
@@ -124,7 +130,7 @@ def test_the_number_of_threads_does_not_matter(
 
 
 def test_reading_a_stored_identity_needs_no_torch() -> None:
-    code = "import sys, llmcache.identity\nsys.exit('torch' in sys.modules)"
+    code = "import sys, llmcache.model.identity\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -519,7 +525,7 @@ def test_the_second_opening_by_path_hashes_no_weight(model_path: str, hashed: li
 def test_only_the_newest_memories_are_kept(
     model_path: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llmcache.digests, "_REMEMBERED", 3)
+    monkeypatch.setattr(llmcache.model.digests, "_REMEMBERED", 3)
     cache_folder.mkdir(parents=True)
     for age in range(6):
         old = cache_folder / f"{age}.json"

@@ -17,11 +17,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import LLMCache, Pipeline
-from llmcache.chunking import Chunk
-from llmcache.cutting import Chunked, _by_caller
 from llmcache.document import Document
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
-from llmcache.intake import Refused, intake
+from llmcache.pipeline.chunked import Chunked, _by_caller
+from llmcache.pipeline.chunking import Chunk
+from llmcache.records import Refused, intake
 from tests.conftest import Command
 
 IDS = ["a", 7, None, float("nan"), 3.0, np.int64(9), np.float32("nan"), uuid.UUID(int=5), "None", "nan"]
@@ -337,8 +337,11 @@ def test_the_command_line_says_what_was_read_answered_refused_and_left_out(
 
 
 @pytest.mark.parametrize("tokens", [-1, 0, 1, 300])
-def test_documents_that_fill_the_model_s_length_are_counted(cache: LLMCache, tokens: int) -> None:
-    limit = cache.model.max_seq_length
+def test_documents_that_fill_the_model_s_length_are_counted(
+    cache: LLMCache, model: SentenceTransformer, tokens: int
+) -> None:
+    limit = model.max_seq_length
+    assert limit is not None
     text = " ".join(["card"] * (limit - 2 + tokens))  # with the two special tokens: limit + tokens
     cache.encode([text, "short", text])
     assert cache.stats().counters.at_limit == (1 if tokens >= 0 else 0)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.files import write_whole
-from llmcache.indexes.io import Folder
-from llmcache.indexes.places import SUBFOLDERS
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.format.write_once import write_whole
 
 CLIMBING = [
     "",

@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmcache.encoding.results import Result
 from llmcache.errors import CorpusError, LLMCacheError
-from llmcache.journal import Checkpoint, Journal, beside, discard
+from llmcache.pipeline.journal import (
+    Checkpoint,
+    Journal,
+    beside,
+    discard,
+)
+from llmcache.pipeline.writers import result_writer
 from llmcache.private_files import write_whole
-from llmcache.provenance import Result
-from llmcache.results import result_writer
 
 WIDTH = 3
 FACTS = {"model": "m", "batch_size": 2}

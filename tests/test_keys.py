@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcache.keys import framed, key, key_seed, optional, text_keys, token_keys
+from llmcache.model.keys import (
+    framed,
+    key,
+    key_seed,
+    optional,
+    text_keys,
+    token_keys,
+)
 
 MODEL = hashlib.sha256(b"a model").digest()
 OTHER = hashlib.sha256(b"another model").digest()

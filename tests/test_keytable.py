@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llmcache.indexes.keytable import KeyTable
-from llmcache.indexes.records import Keys
+from llmcache.indexes.format.key_table import KeyTable
+from llmcache.indexes.format.rows import Keys
 
 
 def as_keys(pairs: list[tuple[int, int]]) -> Keys:

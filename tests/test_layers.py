@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
-from llmcache.standins import OwnHook
+from llmcache.model.forward_patch import OwnHook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [

@@ -12,18 +12,19 @@ from typing import Any, cast
 
 import pytest
 
-from llmcache.indexes import leases, snapshot
-from llmcache.indexes.collection import files, garbage
+from llmcache.indexes.commits import leases
+from llmcache.indexes.commits.leases import Lease, leased
 from llmcache.indexes.errors import Busy
-from llmcache.indexes.io import Folder
-from llmcache.indexes.leases import Lease, leased
-from llmcache.indexes.maintenance import compact, gc
-from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.merge import merge
-from llmcache.indexes.segment import Segment
-from llmcache.indexes.snapshot import save
+from llmcache.indexes.eviction.garbage import files, garbage
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import SegmentFacts
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance import snapshot
+from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.snapshot import save
+from llmcache.indexes.maintenance.verify import verify
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verify
 from tests.faults import Tally
 from tests.kills import forked
 from tests.operations import bank_of, found_in, put
@@ -241,7 +242,7 @@ def test_where_there_are_no_locks_the_age_of_files_decides(tmp_path: Path, monke
         raise OSError(95, "not supported")
 
     monkeypatch.setattr(leases, "_TRIES", 1)
-    monkeypatch.setattr("llmcache.indexes.locks.fcntl.flock", none)
+    monkeypatch.setattr("llmcache.indexes.files.locks.fcntl.flock", none)
     path = make(tmp_path / "store", range(5))
     store = Store.open(path)
     put(store, range(100, 110))

@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaModel
 
-from llmcache import CacheConfig, LLMCache, execution
-from llmcache.begun import one_ahead
+from llmcache import CacheConfig, LLMCache
+from llmcache.banks.device_cache import Levels, Table
+from llmcache.encoding import executor as execution
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, purge
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.levels import Levels, Table
-from llmcache.purging import keys_of_texts
+from llmcache.model.async_batch import one_ahead
+from llmcache.planning.purging import keys_of_texts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

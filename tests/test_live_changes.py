@@ -26,10 +26,10 @@ from torch import nn
 
 from llmcache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.contents import Contents
 from llmcache.errors import ConfigError, ModelMismatch
-from llmcache.identity import Identity, identify, mismatch
-from llmcache.watching import ModelWatch
+from llmcache.model.description.checksums import Contents
+from llmcache.model.description.watch import ModelWatch
+from llmcache.model.identity import Identity, identify, mismatch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -484,19 +484,19 @@ def perplexity(cache: LLMCache, model: Any) -> Any:
 
 
 def generate_itself(model: Any) -> Any:
-    from llmcache import decoding
+    from llmcache.decoders import generation as decoding
 
     return decoding.generate(model, tokenizer(), TEXTS, max_new_tokens=5, do_sample=False).texts
 
 
 def score_itself(model: Any) -> Any:
-    from llmcache import decoding
+    from llmcache.decoders import generation as decoding
 
     return decoding.score(model, tokenizer(), TEXTS, CHOICES).total
 
 
 def perplexity_itself(model: Any) -> Any:
-    from llmcache import decoding
+    from llmcache.decoders import generation as decoding
 
     return np.array([decoding.perplexity(model, tokenizer(), TEXTS, window=6)])
 

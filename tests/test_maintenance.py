@@ -19,22 +19,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import eviction, publishing
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.generations import generation_name, generations
 from llmcache.indexes.errors import Busy, ConfigError, LLMCacheError, SnapshotDamaged
-from llmcache.indexes.eviction import Budget
-from llmcache.indexes.generations import generation_name, generations
-from llmcache.indexes.io import Folder
-from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.parsing import strict_json
-from llmcache.indexes.records import Keys
-from llmcache.indexes.replacement import POLICIES, Terms
-from llmcache.indexes.segment import Segment
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.eviction.budget import Budget
+from llmcache.indexes.eviction.policies import POLICIES, Terms
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.manifest_json import strict_json
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.verify import verify
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.stats.usage import USE
 from llmcache.indexes.store import Store
-from llmcache.indexes.usage import USE
-from llmcache.indexes.verify import verify
 
 WIDTH, FEATURES = 256, 8
 SPAWN = multiprocessing.get_context("spawn")

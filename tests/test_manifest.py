@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcache.indexes import publishing
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.commits.publish import commit, fenced
 from llmcache.indexes.errors import (
     CommitConflict,
     FormatTooNew,
@@ -28,12 +30,17 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.generations import generation_name, generations, newest
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, FileFacts, IndexFacts, Manifest, NamespaceFacts, SegmentFacts
-from llmcache.indexes.parsing import MAX_BYTES, from_bytes, to_bytes
-from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.publishing import commit, fenced
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.format.manifest import (
+    BankFacts,
+    FileFacts,
+    IndexFacts,
+    Manifest,
+    NamespaceFacts,
+    SegmentFacts,
+)
+from llmcache.indexes.format.manifest_json import MAX_BYTES, from_bytes, to_bytes
 
 ID = "0123456789abcdef" * 2
 SHA = hashlib.sha256(b"x").hexdigest()

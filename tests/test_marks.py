@@ -12,17 +12,25 @@ from numpy.typing import NDArray
 from llmcache import snapshot
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.maintenance import compact, evict
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.marks import Marks, joined, kinds_in, kinds_of, mark_type, scoped, unmarked
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.records import HEADER, Keys
-from llmcache.indexes.repair import repair
-from llmcache.indexes.segment import records_of
-from llmcache.indexes.signing import sign
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.marks import (
+    Marks,
+    joined,
+    kinds_in,
+    kinds_of,
+    mark_type,
+    scoped,
+    unmarked,
+)
+from llmcache.indexes.format.rows import HEADER, Keys
+from llmcache.indexes.format.segment import records_of
+from llmcache.indexes.maintenance.evict import compact, evict
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.maintenance.repair import repair
+from llmcache.indexes.maintenance.sign import sign
+from llmcache.indexes.maintenance.verify import verify
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verify
 
 FEATURES, WIDTH = 24, 8
 PLAIN = NearChoice("flat", "none", 8)

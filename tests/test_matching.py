@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmcache.encoding.answers import EXACT, Answers, first_occurrences
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.reading import Reading
-from llmcache.matching import EXACT, Answers, first_occurrences
+from llmcache.indexes.format.reading import Reading
 
 
 @pytest.mark.parametrize("halves", ["both halves random", "one half alike"])

@@ -13,12 +13,12 @@ import torch
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.config import Index
-from llmcache.indexes import matrix as subject
-from llmcache.indexes import vectors
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
-from llmcache.indexes.neighbours import half
-from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
-from llmcache.indexes.vectors import VectorIndex, choose_kind
+from llmcache.indexes.search import torch_index as subject
+from llmcache.indexes.search import vector_index as vectors
+from llmcache.indexes.search.bank_index import half
+from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
+from llmcache.indexes.search.vector_index import VectorIndex, choose_kind
 from tests.test_vectors import clustered, near, unit
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import SnapshotDamaged, StoreFenced
-from llmcache.indexes.files import write_whole
-from llmcache.indexes.io import Folder
-from llmcache.indexes.memory import MemoryFolder
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.write_once import write_whole
 from tests.faults import start
 from tests.operations import OPERATIONS, Ledger, MemoryDisk, check, commit, open_in
+from tests.simulated_disk.disk import Fault, PowerLoss
+from tests.simulated_disk.folder import MemoryFolder
 
 PUT = next(one for one in OPERATIONS if one.name == "put and commit")
 

@@ -11,9 +11,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.banks.namespaces import secret_check
 from llmcache.errors import ConfigError, SnapshotNotFound, UntrustedSnapshot
 from llmcache.indexes.store import Store
-from llmcache.namespace import secret_check
 
 A, B = b"a" * 32, b"b" * 32
 KEY = b"k" * 32

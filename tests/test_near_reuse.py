@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
-from llmcache.predictor import Predictor
+from llmcache.near.neighbors.predictor import Predictor
 from tests.conftest import DATA, Command
 
 KNOWN, ASKED = 700, 200
@@ -264,7 +264,7 @@ def test_an_entry_that_led_astray_is_in_quarantine_until_a_recomputation_agrees(
 
 
 def _of(cache: LLMCache, text: str) -> Any:
-    from llmcache.fingerprint import features
+    from llmcache.model.features import features
 
     execution = cache._execution
     tokens = execution.keys_of(text, None, None)[2]
@@ -365,7 +365,7 @@ def saved(cache: LLMCache) -> Any:
 def test_predictions_are_kept_with_the_store_and_those_of_an_older_version_are_not(
     model: SentenceTransformer, known: Path, asks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmcache.predictor import Predictor
+    from llmcache.near.neighbors.predictor import Predictor
 
     asked = asks[KNOWN : KNOWN + 60]
     predict, rows = Predictor.__call__, []

@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, snapshot
 from llmcache.errors import ConfigError
-from llmcache.indexes.maintenance import compact, evict
+from llmcache.indexes.maintenance.evict import compact, evict
 from llmcache.indexes.store import Store
-from llmcache.predictor import LEAST
+from llmcache.near.neighbors.predictor import LEAST
 from tests.small_sentences import sentences, tiny_folder, with_prompts, with_router
 
 Way = Mapping[str, Any]  # keywords of `run` that say how a text is asked for
@@ -272,9 +272,9 @@ def test_entries_from_before_there_were_scopes_are_exact_matches_and_answer_no_n
 ) -> None:
     model = with_prompts(folder)
     with monkeypatch.context() as older:
-        older.setattr("llmcache.indexes.parsing.FORMAT", 1)
-        older.setattr("llmcache.execution.Execution.marks", lambda *_: None)
-        older.setattr("llmcache.states.scoped", lambda *_: None)
+        older.setattr("llmcache.indexes.format.manifest_json.FORMAT", 1)
+        older.setattr("llmcache.encoding.executor.Execution.marks", lambda *_: None)
+        older.setattr("llmcache.layers.layer_banks.scoped", lambda *_: None)
         stored(tmp_path / "s", model, RULES[rule], {"plain": {}})
     (manifest,) = {max((tmp_path / "s").glob("m-*.json"))}
     assert b'"format":1' in manifest.read_bytes()
@@ -292,7 +292,7 @@ def test_a_calibration_from_before_there_were_scopes_is_off_and_says_so(
 ) -> None:
     model = with_prompts(folder)
     with monkeypatch.context() as older:
-        older.setattr("llmcache.execution.Execution.marks", lambda *_: None)
+        older.setattr("llmcache.encoding.executor.Execution.marks", lambda *_: None)
         stored(tmp_path / "old", model, RULES["calibrated"], {"plain": {}})
     with LLMCache.open(tmp_path / "old", model) as cache, pytest.raises(ConfigError, match="older versions"):
         cache.calibrate(budget=0.9, drift="cosine")

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from llmcache.indexes.compare import diff
 from llmcache.indexes.errors import LLMCacheError
-from llmcache.indexes.maintenance import compact, evict, gc
-from llmcache.indexes.merge import merge
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.repair import repair
-from llmcache.indexes.snapshot import load, save
+from llmcache.indexes.maintenance.diff import diff
+from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.maintenance.repair import repair
+from llmcache.indexes.maintenance.snapshot import load, save
+from llmcache.indexes.maintenance.verify import verify
 from llmcache.indexes.store import Store
-from llmcache.indexes.verify import verify
 from tests.damage import files_of, signed, with_checksum_of
 from tests.operations import FEATURES, Ledger, bank_of, commit, found_in, keys_of, put, values_of
 

@@ -12,19 +12,25 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcache import CacheConfig, LLMCache, ondevice
-from llmcache.computing import token_embedding
-from llmcache.correction import DECIDED, EVIDENCE, Voting, units
-from llmcache.crossfit import Entries, Memory, rounded
-from llmcache.execution import Call
-from llmcache.fingerprint import features, features_on
-from llmcache.gate import Boundary
-from llmcache.indexes.neighbours import half
-from llmcache.levels import DeviceAnswers
-from llmcache.matching import NEAR
-from llmcache.ondevice import DeviceMemory, DevicePredictor
-from llmcache.predictor import fit
-from llmcache.reuse import TAKEN
+from llmcache import CacheConfig, LLMCache
+from llmcache.banks.device_cache import DeviceAnswers
+from llmcache.encoding.answers import NEAR
+from llmcache.encoding.executor import Call
+from llmcache.indexes.search.bank_index import half
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features, features_on
+from llmcache.near.calibration.crossfit import Entries, Memory, rounded
+from llmcache.near.matcher import TAKEN
+from llmcache.near.neighbors import index_torch as ondevice
+from llmcache.near.neighbors.correction import (
+    DECIDED,
+    EVIDENCE,
+    Voting,
+    units,
+)
+from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
+from llmcache.near.neighbors.predictor import fit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

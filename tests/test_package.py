@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,25 +14,25 @@ import pytest
 import llmcache
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {
-    "llmcache": "llmcache",
-    "llmcache/bench": "llmcache/bench",
-    "llmcache/bench/paper": "llmcache/bench/paper",
-    "llmcache/integrations": "llmcache/integrations",
-    "llmcache/report": "llmcache/report",
-    "indexes": "llmcache/indexes",
-    "cli": "llmcache/cli",
-    "data": "llmcache/data",
-}
+FOLDERS = {"llmcache": "llmcache", "indexes": "llmcache/indexes", "cli": "llmcache/cli", "data": "llmcache/data"}
+"""Folders of the source tree, and where the wheel has them."""
 DATA = {"demo.jsonl", "demo_tomorrow.jsonl"}
 PAGE = {"page.html", "chart.html", "style.css"}
+
+
+def sources(folder: Path) -> list[Path]:
+    """Python files below a folder, without those that are reached through a link."""
+    inside = [folder / name for name in os.listdir(folder) if not (folder / name).is_symlink()]
+    return [path for path in inside if path.suffix == ".py"] + [
+        path for one in inside if one.is_dir() for path in sources(one)
+    ]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a wheel built from a clean copy, so that no old build/ folder leaks into it."""
     source = tmp_path_factory.mktemp("source")
-    for folder in PACKAGES:
+    for folder in FOLDERS:
         shutil.copytree(
             ROOT / folder,
             source / folder,
@@ -50,8 +51,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_the_wheel_holds_exactly_the_source_files(wheel: set[str]) -> None:
     expected = {"llmcache/py.typed"}
-    for folder, package in PACKAGES.items():
-        expected |= {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    for folder, package in FOLDERS.items():
+        expected |= {f"{package}/{path.relative_to(ROOT / folder)}" for path in sources(ROOT / folder)}
     expected |= {f"llmcache/report/{name}" for name in PAGE}
     assert wheel == expected | {f"llmcache/data/{name}" for name in DATA}
 

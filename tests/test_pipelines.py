@@ -14,10 +14,10 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import Document, LLMCache, Pipeline
-from llmcache.chunking import Chunk
-from llmcache.cutting import Chunked
 from llmcache.errors import ConfigError, CorpusError, ModelMismatch
-from llmcache.intake import intake
+from llmcache.pipeline.chunked import Chunked
+from llmcache.pipeline.chunking import Chunk
+from llmcache.records import intake
 
 TEXTS = ["Where is my card?", "It has not come.", "Where is my card?", "Refund me"]
 POLICY = "# Privacy\n\n" + "We keep what you write. " * 30 + "\n\n# Terms\n\n" + "You may leave at any time. " * 40

@@ -16,14 +16,23 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
-from llmcache import CacheConfig, LLMCache, computing, costs, execution, planning
-from llmcache.advice import Amounts, Circumstances, advised, bytes_of
-from llmcache.costs import Cost, in_full_batches, recorded
+from llmcache import CacheConfig, LLMCache
+from llmcache.encoding import executor as execution
 from llmcache.errors import CorpusError
-from llmcache.indexes.manifest import BankFacts
-from llmcache.plan import Plan
-from llmcache.survey import Folding, Sample
-from llmcache.tokens import TokenRows
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.model import batching as computing
+from llmcache.model.tokens import TokenRows
+from llmcache.planning import cost_model as costs
+from llmcache.planning import forecast as planning
+from llmcache.planning.advice import (
+    Amounts,
+    Circumstances,
+    advised,
+    bytes_of,
+)
+from llmcache.planning.cost_model import Cost, in_full_batches, recorded
+from llmcache.planning.plan import Plan
+from llmcache.planning.survey import Folding, Sample
 from tests.conftest import Command
 
 

@@ -10,9 +10,14 @@ from numpy.typing import NDArray
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 
-from llmcache import predictor
 from llmcache.errors import ConfigError
-from llmcache.predictor import Predictor, fit, kernel, projected
+from llmcache.near.neighbors import predictor
+from llmcache.near.neighbors.predictor import (
+    Predictor,
+    fit,
+    kernel,
+    projected,
+)
 
 Floats = NDArray[np.float32]
 

@@ -18,12 +18,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from llmcache.blocks import shape_of
+from llmcache.decoders.kv_buffer import shape_of
+from llmcache.decoders.prefix_cache import Prefixes
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.prefix import Prefixes
 from tests.conftest import ROOT
 
 MODELS = Path(os.environ.get("LLMCACHE_MODELS", ROOT.parent / "shared" / "models"))

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, FormatTooNew, SnapshotDamaged
-from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
+from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 
 
 def some_features(n: int = 600, width: int = 24, seed: int = 0) -> NDArray[np.float32]:

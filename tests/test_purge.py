@@ -14,14 +14,19 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits.generations import generation_name
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
-from llmcache.indexes.generations import generation_name
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, Purged, among, purge
-from llmcache.indexes.records import Keys
-from llmcache.indexes.signing import sign
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.maintenance.purge import (
+    Doomed,
+    Purged,
+    among,
+    purge,
+)
+from llmcache.indexes.maintenance.sign import sign
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES = 24, 16

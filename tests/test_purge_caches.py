@@ -14,10 +14,10 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, Pipeline
 from llmcache.errors import ConfigError
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.segment import Segment
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.store import Store
-from llmcache.purging import keys_of_texts, purge_documents, tokens_of_texts
+from llmcache.planning.purging import keys_of_texts, purge_documents, tokens_of_texts
 from tests import small_sentences
 from tests.conftest import Command
 from tests.test_exact_audits import decoder, plain_tokenizer

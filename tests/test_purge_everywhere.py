@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import unfinished
-from llmcache.indexes.chains import block_source
 from llmcache.indexes.errors import Busy, ConfigError
-from llmcache.indexes.journal import write_journal
-from llmcache.indexes.maintenance import compact
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.merge import merge
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.records import Keys
-from llmcache.indexes.snapshot import save
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.maintenance.chains import block_source
+from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.maintenance.merge import merge
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.maintenance.snapshot import save
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.stats import unfinished
+from llmcache.indexes.stats.runs import write_journal
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES, BLOCK = 16, 8, 4

@@ -19,21 +19,21 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import LLMCache, Result
-from llmcache.computing import Sentences
+from llmcache.distributed.workers import Place, Share, Worker
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
-from llmcache.fingerprint import features
-from llmcache.indexes.maintenance import compact
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.segment import Segment
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.keys import key_seed, text_keys, token_keys
-from llmcache.workers import Place, Share, Worker
+from llmcache.model.batching import Sentences
+from llmcache.model.features import features
+from llmcache.model.keys import key_seed, text_keys, token_keys
 from tests.conftest import Command
 
 ray = pytest.importorskip("ray", reason="install the extra 'ray' for clusters")
 
-from llmcache.ray import CachedModel  # noqa: E402
-from llmcache.ray import open as open_on_ray  # noqa: E402
+from llmcache.distributed.ray import CachedModel  # noqa: E402
+from llmcache.distributed.ray import open as open_on_ray  # noqa: E402
 
 # Ray closes neither all of its sockets nor all of its pipes, and warns of its own settings
 pytestmark = [

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache import CacheConfig, LLMCache, Pipeline
 from llmcache.errors import ConfigError, LLMCacheError
 from llmcache.indexes.errors import SnapshotNotFound, StoreFenced
-from llmcache.indexes.io import Folder
+from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.store import Store
 from tests.test_environment import mounted
 
@@ -155,7 +155,7 @@ def test_the_command_line_runs_from_a_folder_that_is_mounted_read_only(
 def test_a_disk_that_fills_up_during_a_run_fails_no_run_and_is_counted(
     store: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from llmcache.cli.engine import opened
+    from llmcache.cli.shared.engine import opened
 
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))

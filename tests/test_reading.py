@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.indexes import io
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.files import write_whole
-from llmcache.indexes.io import Folder, Reading
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.records import Keys
+from llmcache.indexes.files import folder as io
+from llmcache.indexes.files.folder import Folder, Reading
+from llmcache.indexes.files.linux import file_system
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.indexes.system import file_system
 
 WIDTH = 2048  # rows of two pages
 Opener = Callable[[Reading], Bank]

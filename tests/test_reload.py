@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.indexes import publishing
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.generations import generation_name, generations
 from llmcache.indexes.errors import ModelMismatch
-from llmcache.indexes.generations import generation_name, generations
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts, Manifest
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.records import Keys
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts, Manifest
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 WIDTH = 16

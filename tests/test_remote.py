@@ -19,9 +19,9 @@ import pytest
 
 from llmcache import snapshot
 from llmcache.errors import ConfigError, LLMCacheError, SnapshotDamaged, SnapshotNotFound, UntrustedSnapshot
-from llmcache.indexes import remote
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.maintenance import remote
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 from tests.conftest import Command
 

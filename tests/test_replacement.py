@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcache.indexes.replacement import POLICIES, Terms, Usage, choose
+from llmcache.indexes.eviction.policies import (
+    POLICIES,
+    Terms,
+    Usage,
+    choose,
+)
 
 TERMS = Terms(half_life=1000.0, drift_limit=0.1)
 Row = tuple[int, int, int, int, float, float, int]

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llmcache.indexes import journal
+from llmcache import units as words
+from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.store import Store
-from llmcache.report import words
 from llmcache.report.charts import thinned, ticks
 from llmcache.report.facts import Facts, Tally, facts
 from llmcache.report.page import rendered, write
-from llmcache.statistics import BankStatistics, Counters, statistics
+from llmcache.report.statistics import BankStatistics, Counters, statistics
 from tests.conftest import Command
 from tests.storybook import calibration, filled, told
 

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError, CorpusError
-from llmcache.results import CHUNK_ROWS, result_writer
+from llmcache.pipeline.writers import CHUNK_ROWS, result_writer
 
 ENDINGS = [".parquet", ".npy", ".jsonl"]
 WIDTH = 5

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, Pipeline
 from llmcache.errors import ConfigError, CorpusError
-from llmcache.resuming import Written
+from llmcache.pipeline.checkpoints import Written
 from tests.conftest import Command
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcache.bench.arithmetic import INDEX, LOOK_UP, Job, arithmetic, manifest_bytes_per_segment
+from llmcache.bench.scale import (
+    INDEX,
+    LOOK_UP,
+    Job,
+    arithmetic,
+    manifest_bytes_per_segment,
+)
+from llmcache.distributed.sharding import shard_of
 from llmcache.errors import ConfigError
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.sharding import shard_of
 from tests.conftest import Command
 
 BENCH = Path(__file__).parent.parent / "data" / "bench"

@@ -14,10 +14,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, Pipeline
-from llmcache.indexes.segment import Segment
-from llmcache.indexes.snapshot import save
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.snapshot import save
 from llmcache.indexes.store import Store
-from llmcache.tokens import tokenise
+from llmcache.model.tokens import tokenise
 from tests import small_sentences
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +136,7 @@ def rows_of(path: Path, bank: str) -> list[tuple[np.ndarray[Any, Any], np.ndarra
     """Token ids and stored values of every row of a bank."""
     store = Store.open(path)
     facts = store.manifest.namespaces["default"].banks[bank]
-    from llmcache.indexes.neighbours import NearChoice
+    from llmcache.indexes.search.bank_index import NearChoice
 
     opened = store.bank("default", bank, lambda: facts, NearChoice())
     rows = np.arange(len(opened))
@@ -189,7 +189,7 @@ def test_a_copy_of_an_untrusted_store_is_ones_own(tmp_path: Path, model: Sentenc
 def test_logs_of_every_level_name_no_text_token_ids_or_ids(
     tmp_path: Path, model: SentenceTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from llmcache.indexes.purge import Doomed, purge
+    from llmcache.indexes.maintenance.purge import Doomed, purge
 
     secret, name = "zebrafish under the kumquat", "SECRET-ID-0815"
     documents = [{"id": name, "text": secret}, *({"id": f"d{i}", "text": one} for i, one in enumerate(TEXTS))]
@@ -218,7 +218,7 @@ TEXTS = small_sentences.sentences(12)
 
 
 def test_a_snapshot_keeps_what_its_store_purges(tmp_path: Path, model: SentenceTransformer) -> None:
-    from llmcache.indexes.purge import Doomed, purge
+    from llmcache.indexes.maintenance.purge import Doomed, purge
 
     with LLMCache.open(tmp_path / "store", model) as cache:
         list(cache.run([{"id": "SECRET-ID-0815", "text": "a text"}]))

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from llmcache import keys
-from llmcache.indexes import files, publishing, records
-from llmcache.indexes import segment as segments
-from llmcache.indexes.files import write_whole
-from llmcache.indexes.generations import generation_name, generations, newest
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import Manifest
-from llmcache.indexes.memory import MemoryFolder
-from llmcache.indexes.parsing import to_bytes
-from llmcache.indexes.records import ROW
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format import rows as records
+from llmcache.indexes.format import segment as segments
+from llmcache.indexes.format import write_once as files
+from llmcache.indexes.format.manifest import Manifest
+from llmcache.indexes.format.manifest_json import to_bytes
+from llmcache.indexes.format.rows import ROW
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.indexes.vectors import VectorIndex
+from llmcache.model import keys
 from tests import faults, operations
 from tests.damage import with_checksum_of
 from tests.faults import Tally, interleavings, power_losses, start
@@ -38,6 +39,7 @@ from tests.operations import (
     open_in,
     values_of,
 )
+from tests.simulated_disk.folder import MemoryFolder
 
 Patch = pytest.MonkeyPatch
 PUT = next(one for one in OPERATIONS if one.name == "put and commit")

@@ -18,12 +18,20 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.io import Folder, Reading
-from llmcache.indexes.manifest import SegmentFacts
-from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.records import ALIAS, ROW, STRONG, Keys, agree, checksum, digests
-from llmcache.indexes.sealing import Entries, seal
-from llmcache.indexes.segment import Segment
+from llmcache.indexes.files.folder import Folder, Reading
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.format.manifest import SegmentFacts
+from llmcache.indexes.format.rows import (
+    ALIAS,
+    ROW,
+    STRONG,
+    Keys,
+    agree,
+    checksum,
+    digests,
+)
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.format.segment_writer import Entries, seal
 
 ID = "0123456789abcdef" * 2
 KINDS = ("seg", "row", "key", "var", "fp")

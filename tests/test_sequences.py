@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.sequences import Alarm, Sequence
+from llmcache.near.monitoring.confidence_sequences import Alarm, Sequence
 
 
 def flips(seed: int, count: int, share: float) -> NDArray[np.float64]:

@@ -7,8 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llmcache.keys import key_seed
-from llmcache.sharing import Row, Waves, common, next_key, together
+from llmcache.decoders.schedule import (
+    Row,
+    Waves,
+    common,
+    next_key,
+    together,
+)
+from llmcache.model.keys import key_seed
 
 
 def rows_of(seed: int, count: int) -> list[Row]:

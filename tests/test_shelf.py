@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmcache.indexes import codec
-from llmcache.indexes.shelf import Shelf
+from llmcache.indexes.format import codec
+from llmcache.indexes.format.shelf import Shelf
 
 
 def test_places_do_not_overlap_until_the_shelf_is_cleared() -> None:

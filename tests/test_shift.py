@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.indexes.projection import fit_pca
-from llmcache.shift import Shift
+from llmcache.indexes.search.projection import fit_pca
+from llmcache.near.monitoring.distribution_shift import Shift
 from tests.conftest import DATA
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ def nearest(queries: Floats, entries: Floats) -> Floats:
 @pytest.fixture(scope="module")
 def vectors(model: SentenceTransformer) -> dict[str, Floats]:
     """Features of 4,000 queries of BANKING77 and as many of SNIPS, in random order."""
-    from llmcache.computing import token_embedding
-    from llmcache.fingerprint import features
-    from llmcache.tokens import tokenise
+    from llmcache.model.batching import token_embedding
+    from llmcache.model.features import features
+    from llmcache.model.tokens import tokenise
 
     banking, snips = DATA / "cls-banking77" / "train.csv", DATA / "cls-snips" / "train.tsv"
     if not (banking.exists() and snips.exists()):

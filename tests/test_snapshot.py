@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from llmcache import snapshot
 from llmcache.cli.main import main
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits.generations import LAST, generation_name
 from llmcache.indexes.errors import (
     FormatTooNew,
     LLMCacheError,
@@ -31,13 +32,12 @@ from llmcache.indexes.errors import (
     StoreFull,
     UntrustedSnapshot,
 )
-from llmcache.indexes.generations import LAST, generation_name
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.records import ROW, Keys
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import ROW, Keys
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.statistics import Counters, statistics
+from llmcache.report.statistics import Counters, statistics
 
 WIDTH = 24
 SPAWN = multiprocessing.get_context("spawn")

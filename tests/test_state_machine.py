@@ -18,9 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from llmcache.indexes.disk import Fault, PowerLoss
 from llmcache.indexes.errors import ForkedStoreError, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
-from llmcache.indexes.memory import MemoryFolder
 from llmcache.indexes.store import Store
 from tests.operations import (
     FEATURES,
@@ -39,6 +37,8 @@ from tests.operations import (
     put,
     values_of,
 )
+from tests.simulated_disk.disk import Fault, PowerLoss
+from tests.simulated_disk.folder import MemoryFolder
 
 STEPS = {"taken": 0}
 

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import opening
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits import create as opening
+from llmcache.indexes.commits.generations import generation_name
 from llmcache.indexes.errors import (
     ForkedStoreError,
     FormatTooNew,
@@ -31,12 +32,11 @@ from llmcache.indexes.errors import (
     StoreFenced,
     StoreFull,
 )
-from llmcache.indexes.generations import generation_name
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.places import SUBFOLDERS
-from llmcache.indexes.records import Keys
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 WIDTH = 32

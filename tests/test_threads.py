@@ -13,9 +13,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llmcache import CacheConfig, LLMCache, decoding
+from llmcache import CacheConfig, LLMCache
+from llmcache.decoders import generation as decoding
 from llmcache.errors import LLMCacheError, ModelMismatch
-from llmcache.locking import CallLock, LockCycle
+from llmcache.model.locks import CallLock, LockCycle
 from tests import architectures, threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ def test_the_comparison_finds_a_tokenizer_that_is_shared_with_the_caller(
 ) -> None:
     from contextlib import contextmanager
 
-    from llmcache import tokens
+    from llmcache.model import tokens
 
     @contextmanager
     def shared(source: Any) -> Iterator[Any]:

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, normalizers
 
 from llmcache import LLMCache, Pipeline
 from llmcache.errors import ConfigError
-from llmcache.tokenizing import Settings, forget_copy, private_copy
-from llmcache.tokens import tokenise, tokenise_plainly
+from llmcache.model.private_tokenizer import Settings, forget_copy, private_copy
+from llmcache.model.tokens import tokenise, tokenise_plainly
 from tests import threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +133,7 @@ def test_generation_and_scores_use_a_copy_of_the_tokenizer(kind: str, store: Pat
     )
     model: Any = t.GPT2LMHeadModel(config)
     model.eval()
-    from llmcache import decoding
+    from llmcache.decoders import generation as decoding
 
     prompts = ["w1 w2 w3", "w5", "w3 w1"]
     expected = decoding.generate(model, tokenizer, prompts, max_new_tokens=3)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llmcache import tokens
-from llmcache.tokens import tokenise
+from llmcache.model import tokens
+from llmcache.model.tokens import tokenise
 
 TEXTS = [f"question {i}: where is my card{'?' * (i % 3)} {'word ' * (i % 17)}" for i in range(900)]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError
-from llmcache.preserving import WritesToWeights, preserved, without_trace
-from llmcache.trial import length_marks, reach_of_positions, unlike
+from llmcache.model.restoring import WritesToWeights, preserved, without_trace
+from llmcache.model.trial import length_marks, reach_of_positions, unlike
 from tests.architectures import model, rows
 
 t: Any = transformers

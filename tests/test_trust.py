@@ -18,17 +18,27 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache.indexes import store as stores
-from llmcache.indexes import vectors
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.commits.signatures import (
+    is_signed,
+    secret_from_file,
+    secret_from_variable,
+    signature_name,
+)
 from llmcache.indexes.errors import ConfigError, StoreFenced, UntrustedSnapshot
-from llmcache.indexes.generations import generation_name, generations, newest
-from llmcache.indexes.io import Folder
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.parsing import from_bytes, to_bytes
-from llmcache.indexes.records import HEADER, ROW, Keys, checksum
-from llmcache.indexes.serialised import deserialised
-from llmcache.indexes.signatures import is_signed, secret_from_file, secret_from_variable, signature_name
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.manifest_json import from_bytes, to_bytes
+from llmcache.indexes.format.rows import (
+    HEADER,
+    ROW,
+    Keys,
+    checksum,
+)
+from llmcache.indexes.search import vector_index as vectors
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.search.faiss_bytes import deserialised
 from llmcache.indexes.store import Store
 
 WIDTH, FEATURES = 8, 16

@@ -10,13 +10,13 @@ import pytest
 
 from llmcache import snapshot
 from llmcache.errors import StoreFenced, UntrustedSnapshot
-from llmcache.indexes import eviction
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.maintenance import compact, gc
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
-from llmcache.indexes.purge import Doomed, purge
-from llmcache.indexes.records import Keys
+from llmcache.indexes.eviction import budget as eviction
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.purge import Doomed, purge
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 KEY = bytes(range(32))
@@ -62,7 +62,7 @@ def bury(store: Store, numbers: list[int]) -> None:
 
 
 def _keys(store: Store, id: str) -> Keys:
-    from llmcache.indexes.segment import Segment
+    from llmcache.indexes.format.segment import Segment
 
     facts = next(one for one in store.manifest.namespaces["default"].banks["output"].segments if one.id == id)
     segment = Segment.open(store.folder, facts)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcache.indexes import vectors as subject
 from llmcache.indexes.errors import ConfigError, FaissMissing, SnapshotDamaged
-from llmcache.indexes.forms import KINDS
-from llmcache.indexes.vectors import VectorIndex, choose_kind
+from llmcache.indexes.search import vector_index as subject
+from llmcache.indexes.search.index_kinds import KINDS
+from llmcache.indexes.search.vector_index import VectorIndex, choose_kind
 
 faiss: Any = pytest.importorskip("faiss")
 
@@ -350,7 +350,9 @@ def test_a_gpu_that_is_not_there_names_the_extra_to_install() -> None:
 
 
 def test_faiss_is_imported_when_it_is_first_needed() -> None:
-    code = "import sys, llmcache.indexes.vectors; sys.exit('faiss' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, llmcache.indexes.search.vector_index; sys.exit('faiss' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmcache.watching import ModelWatch
+from llmcache.model.description.watch import ModelWatch
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.complex64]
 

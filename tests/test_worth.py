@@ -14,10 +14,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.balance import LEAST, PROBED, Profile
+from llmcache.banks.break_even import LEAST, PROBED, Profile
+from llmcache.banks.device_cache import Levels
+from llmcache.banks.payoff import (
+    PROFILED_ROWS,
+    Worth,
+    profiled,
+    sample,
+)
 from llmcache.indexes.bank import Bank
-from llmcache.levels import Levels
-from llmcache.worth import PROFILED_ROWS, Worth, profiled, sample
 from tests.conftest import Command
 
 TEXTS = [f"document {i}" for i in range(LEAST + 200)]

@@ -14,9 +14,9 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
-from llmcache.cutting import STRUCTURE, Chunked, cut_by
 from llmcache.document import Document
-from llmcache.pipeline import Pipeline
+from llmcache.pipeline.chunked import STRUCTURE, Chunked, cut_by
+from llmcache.pipeline.pipeline import Pipeline
 
 Revision = tuple[str, str]  # name of the document, text
 

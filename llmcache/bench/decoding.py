@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from llmcache.bench.beginning import Kept
-from llmcache.blocks import shape_of
-from llmcache.decoding import padded, score
+from llmcache.bench.competitors.transformers_prefix import Kept
+from llmcache.decoders.generation import padded, score
+from llmcache.decoders.kv_buffer import shape_of
+from llmcache.decoders.prefix_cache import Prefixes
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.prefix import Prefixes
 
 Clock: TypeAlias = Callable[[], float]
 """Seconds: time.perf_counter, or time.process_time on a machine that others use too (with one thread)."""

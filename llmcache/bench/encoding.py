@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.conditions import conditions as conditions
+from llmcache.bench.harness.conditions import conditions as conditions
 from llmcache.cache import LLMCache
-from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
 from llmcache.document import Document
 from llmcache.errors import ConfigError
-from llmcache.fingerprint import features
-from llmcache.identity import identify
-from llmcache.indexes.projection import Projection, fit_pca, fit_simhash
+from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
+from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.indexes.vectors import VectorIndex
-from llmcache.keys import key, key_seed, text_keys
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.identity import identify
+from llmcache.model.keys import key, key_seed, text_keys
+from llmcache.model.tokens import tokenise
 from llmcache.opening import fresh_bank
-from llmcache.tokens import tokenise
 
 
 @dataclass(frozen=True, slots=True)

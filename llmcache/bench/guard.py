@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.guard import KINDS, digests, refused
+from llmcache.near.guard.rules import KINDS, digests, refused
 
 Row: TypeAlias = dict[str, Any]
 Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]

@@ -24,7 +24,7 @@ from torch.nn import Module
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.tokens import TokenRows, batch, tokenise
+from llmcache.model.tokens import TokenRows, batch, tokenise
 
 BATCH = 64
 

@@ -18,19 +18,39 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.calibration import Choice, choose
-from llmcache.computing import token_embedding
-from llmcache.correction import EVIDENCE, STRENGTH, Voting, units
-from llmcache.crossfit import Entries, Found, Held, Judge, Memory, cross_fit, held_out_voting
-from llmcache.drift import cosine_drift, label_drift
 from llmcache.errors import ConfigError
-from llmcache.fingerprint import features
-from llmcache.gate import Boundary, safety
-from llmcache.indexes.neighbours import half
-from llmcache.indexes.projection import fit_pca
-from llmcache.indexes.vectors import VectorIndex
-from llmcache.predictor import Predictor, components, directions, fit, median_square, projected
-from llmcache.tokens import tokenise
+from llmcache.indexes.search.bank_index import half
+from llmcache.indexes.search.projection import fit_pca
+from llmcache.indexes.search.vector_index import VectorIndex
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import tokenise
+from llmcache.near.calibration.crossfit import (
+    Entries,
+    Found,
+    Held,
+    Judge,
+    Memory,
+    cross_fit,
+    held_out_voting,
+)
+from llmcache.near.calibration.drift import cosine_drift, label_drift
+from llmcache.near.calibration.risk_control import Choice, choose
+from llmcache.near.neighbors.correction import (
+    EVIDENCE,
+    STRENGTH,
+    Voting,
+    units,
+)
+from llmcache.near.neighbors.gate import Boundary, safety
+from llmcache.near.neighbors.predictor import (
+    Predictor,
+    components,
+    directions,
+    fit,
+    median_square,
+    projected,
+)
 
 BUDGETS = (0.001, 0.005, 0.02)
 """Of the mean 1 - cosine over all results."""

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.corpus import documents
-from llmcache.intake import intake
-from llmcache.parts import CHARACTERS, parts
-from llmcache.results import CHUNK_ROWS
+from llmcache.pipeline.batches import CHARACTERS, parts
+from llmcache.pipeline.files import documents
+from llmcache.pipeline.writers import CHUNK_ROWS
+from llmcache.records import intake
 
 _MIB = 1 << 20
 LOGS = ("HDFS", "Linux", "Apache", "Zookeeper")
@@ -94,7 +94,7 @@ def child(model_name: str, path: str, store: str) -> None:
     from sentence_transformers import SentenceTransformer
 
     from llmcache.cache import LLMCache
-    from llmcache.pipeline import Pipeline
+    from llmcache.pipeline.pipeline import Pipeline
 
     model = SentenceTransformer(model_name)
     began = time.perf_counter()

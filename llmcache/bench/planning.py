@@ -20,8 +20,8 @@ from sklearn.linear_model import LogisticRegression
 
 from llmcache.bench.near import labelled_texts
 from llmcache.cache import LLMCache
-from llmcache.chunking import chunks
 from llmcache.errors import ConfigError
+from llmcache.pipeline.chunking import chunks
 
 _POLICIES = 8  # policies that are cut into chunks; all of them take a quarter of an hour without a cache
 LOGS = ("Apache", "HDFS", "Linux", "Zookeeper")

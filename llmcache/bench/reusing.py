@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from llmcache.bench.near import fitted_head, labelled_texts
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.drift import cosine_drift
+from llmcache.near.calibration.drift import cosine_drift
 
 Row = dict[str, Any]
 BATCH = 64

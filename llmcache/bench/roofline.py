@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.blocks import Held, Shape
 from llmcache.cache import LLMCache
-from llmcache.computing import Sentences, compute, token_embedding
-from llmcache.correction import Voting
-from llmcache.crossfit import Entries, Memory, rounded
-from llmcache.fingerprint import features
+from llmcache.decoders.kv_buffer import Held, Shape
+from llmcache.decoders.prefix_cache import restore
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.manifest import BankFacts
-from llmcache.indexes.neighbours import NearChoice
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.search.vector_index import VectorIndex, choose_kind
 from llmcache.indexes.store import Store
-from llmcache.indexes.vectors import VectorIndex, choose_kind
-from llmcache.predictor import LANDMARKS, Predictor, directions
-from llmcache.prefix import restore
+from llmcache.model.batching import Sentences, compute, token_embedding
+from llmcache.model.features import features
+from llmcache.near.calibration.crossfit import Entries, Memory, rounded
+from llmcache.near.neighbors.correction import Voting
+from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions
 
 BATCH, TOKENS, WIDTH = 256, 150, 384
 """Rows that are read together, and what one row of a layer's bank holds: float32 [150, 384]."""
@@ -42,7 +42,7 @@ BEGINNING, BLOCK = 512, 16
 QUERY = 12
 """Tokens of a query."""
 HELD = 200_000
-"""Entries that near reuse holds in memory at most (`llmcache.reuse.MOST`)."""
+"""Entries that near reuse holds in memory at most (`llmcache.near.matcher.MOST`)."""
 _COPIED = 256 << 20
 _SIDE = 2048
 _ROWS = 2048  # of a layer, 472 MB

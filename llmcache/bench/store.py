@@ -13,14 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.rows import FEATURES, TOKENS, Rows, fill, reading, writing
+from llmcache.bench.store_rows import (
+    FEATURES,
+    TOKENS,
+    Rows,
+    fill,
+    reading,
+    writing,
+)
 from llmcache.errors import ConfigError
-from llmcache.indexes.collection import disk_bytes
-from llmcache.indexes.generations import generation_name, generations
-from llmcache.indexes.io import Folder
-from llmcache.indexes.merge import merge
-from llmcache.indexes.parsing import from_bytes
-from llmcache.indexes.system import file_system
+from llmcache.indexes.commits.generations import generation_name, generations
+from llmcache.indexes.eviction.garbage import disk_bytes
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.linux import file_system
+from llmcache.indexes.format.manifest_json import from_bytes
+from llmcache.indexes.maintenance.merge import merge
 
 LEAST_ROWS = 16
 

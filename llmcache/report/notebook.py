@@ -5,11 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from llmcache.report import words
+from llmcache import units as words
 from llmcache.report.facts import TIERS, Tally
 
 if TYPE_CHECKING:
-    from llmcache.statistics import Statistics
+    from llmcache.report.statistics import Statistics
 
 _COLOURS = ("#2f6fd0", "#7fb0ee", "#1a9284", "#d0721a", "#8b93a1")  # readable on white and on black
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 
 from llmcache import __version__
+from llmcache import units as words
 from llmcache.errors import CorpusError
 from llmcache.private_files import write_whole
-from llmcache.report import sections, words
+from llmcache.report import sections
 from llmcache.report.facts import TIERS, Facts
 
 

@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmcache.indexes.journal import BINS
-from llmcache.report import words
+from llmcache import units as words
+from llmcache.indexes.stats.runs import BINS
 from llmcache.report.charts import Chart, Mark, Shape, columns, scale, ticks
 from llmcache.report.facts import TIERS, Facts, Period
 

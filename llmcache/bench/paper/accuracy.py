@@ -14,13 +14,13 @@ from sentence_transformers import SentenceTransformer
 from llmcache import snapshot
 from llmcache.bench.paper import texts
 from llmcache.bench.paper.latency import Row
+from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.records import LABELLED, Work
-from llmcache.bench.paper.shapes import classifier
 from llmcache.bench.paper.texts import Workload, spread
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.gate import Boundary
+from llmcache.near.neighbors.gate import Boundary
 
 TAUS = (0.82, 0.85, 0.88)
 BUDGET = 0.005

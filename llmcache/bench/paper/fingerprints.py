@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.paper.latency import Row
-from llmcache.bench.paper.layerwise import LEAST, projection
-from llmcache.bench.paper.shapes import classifier
+from llmcache.bench.paper.layer_hits import LEAST, projection
+from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
-from llmcache.computing import token_embedding
 from llmcache.errors import ConfigError
-from llmcache.fingerprint import features
-from llmcache.indexes.neighbours import half
-from llmcache.indexes.projection import fit_simhash
-from llmcache.indexes.vectors import VectorIndex
-from llmcache.predictor import fit
-from llmcache.tokens import tokenise
+from llmcache.indexes.search.bank_index import half
+from llmcache.indexes.search.projection import fit_simhash
+from llmcache.indexes.search.vector_index import VectorIndex
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import tokenise
+from llmcache.near.neighbors.predictor import fit
 
 FLIPS = 0.005
 BITS = 512

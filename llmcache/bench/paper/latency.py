@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache import snapshot
-from llmcache.bench.paper.shapes import Made, agreement, decisions
+from llmcache.bench.paper.models import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.drift import cosine_drift
 from llmcache.errors import ConfigError
-from llmcache.gate import Boundary
-from llmcache.tokens import tokenise
+from llmcache.model.tokens import tokenise
+from llmcache.near.calibration.drift import cosine_drift
+from llmcache.near.neighbors.gate import Boundary
 
 BATCH = 16
 """Documents of a round, which are asked in one call."""

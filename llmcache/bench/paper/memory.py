@@ -14,10 +14,10 @@ from llmcache import snapshot
 from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
-from llmcache.computing import token_embedding
 from llmcache.config import CacheConfig
-from llmcache.fingerprint import features
-from llmcache.tokens import tokenise
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import tokenise
 
 TAU = 0.85
 KEPT: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.conditions import conditions
-from llmcache.bench.paper.shapes import Made, made
+from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.paper.models import Made, made
 from llmcache.bench.paper.texts import Workload, labelled
 from llmcache.errors import ConfigError
 

@@ -1,0 +1,59 @@
+"""`llmcache bench paper`: the tables and figures of the paper (arXiv 2512.16843), measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmcache.cli.shared import options
+from llmcache.cli.shared import output as printing
+
+
+def paper(
+    data: Annotated[Path, typer.Option(help="Folder of the public data sets.")],
+    models: Annotated[Path, typer.Option(help="Folder with tok-bert-base-uncased and tok-gpt2.")],
+    only: Annotated[
+        str | None, typer.Option(help="Some of latency,layers,accuracy,memory,tau,fingerprints,eviction.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=32, help="At most this many known documents; a quarter of it is asked.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of what is timed.")] = 5,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the records and figures; what is there is not made again.")
+    ] = Path("results/paper"),
+    again: Annotated[bool, typer.Option("--again", help="Measure also what is there.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Latency, hits per layer, accuracy, memory; ablations of tau, fingerprint and eviction: the paper's tables.
+
+    One JSON and one figure each, written part by part: what is interrupted goes on with the same command.
+    """
+    from llmcache.bench.paper import records
+    from llmcache.bench.paper.experiments import EXPERIMENTS
+    from llmcache.bench.paper.plots import plot
+    from llmcache.bench.paper.tables import BLOCKS
+    from llmcache.errors import ConfigError
+
+    names = records.chosen(EXPERIMENTS, only)
+    printing.quiet()
+    work = records.Work(data, models, limit, repeats)
+    found = records.run(EXPERIMENTS, names, work, out, again=again, say=_said)
+    for record in found:
+        try:
+            plot(record, out / f"{record['experiment']}.png")
+        except ConfigError as error:
+            _said(f"{record['experiment']}: no figure: {error}")
+    if json:
+        printing.as_json({"out": str(out), "records": found})
+        return
+    for record in found:
+        typer.echo(f"\n{record['experiment']}\n\n{BLOCKS[record['experiment']](records.rows(record))}")
+        for part, reason in record["skipped"].items():
+            typer.echo(f"left out: {part}: {reason}")
+
+
+def _said(line: str) -> None:
+    typer.echo(line, err=True)

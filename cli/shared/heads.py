@@ -1,0 +1,68 @@
+"""The heads of `llmcache run --head`: one result file for each."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmcache.cli.shared import output as printing
+from llmcache.cli.shared.corpora import Sources, bytes_of, progress
+from llmcache.cli.shared.fill import counts, warnings
+from llmcache.errors import ConfigError
+from llmcache.pipeline.files import Reading
+from llmcache.pipeline.writers import ResultWriter, result_writer
+
+if TYPE_CHECKING:
+    from llmcache.cache import LLMCache
+
+
+def run_heads(
+    cache: LLMCache, given: list[str], sources: Sources, out: Path, role: str | None, batch_size: int, json: bool
+) -> None:
+    """Write what every head gives for every document, and print what was shared."""
+    from llmcache.model.loading import load_any
+    from llmcache.planning.preview import Tally
+
+    folders = dict(named(one) for one in given)
+    if len(folders) < len(given):
+        raise ConfigError("two heads have the same name; give each a name of its own")
+    heads = {name: load_any(folder)[0] for name, folder in folders.items()}
+    reading = Reading()
+    tallies = {name: Tally() for name in heads}
+    files = {name: out.with_name(f"{out.stem}.{name}{out.suffix}") for name in heads}
+    with ExitStack() as stack, progress(reading, bytes_of(sources.corpora)) as advance:
+        writers: dict[str, ResultWriter] = {}
+        for row in cache.run_heads(
+            sources.documents(reading), heads, role=role, batch_size=batch_size, progress=advance
+        ):
+            for name, result in row.items():
+                if name not in writers:  # its width is known with its first result
+                    writer = result_writer(files[name], width=len(result.output))
+                    writers[name] = stack.enter_context(writer)
+                writers[name].write(tallies[name].counted([result]))
+    layers = {
+        name: {"asked": one.asked, "hits": one.hits, "saved_seconds": one.saved_seconds}
+        for name, one in cache.stats().counters.layers.items()
+    }
+    if json:
+        shown = {name: {**tally.as_dict(), "out": str(files[name])} for name, tally in tallies.items()}
+        printing.as_json({"heads": shown, "layers": layers, **counts(reading), "bad": reading.bad})
+        return
+    printing.table(
+        ["head", "documents", "reused", "computed", "written to"],
+        [[name, one.documents, one.exact + one.near, one.misses, files[name]] for name, one in tallies.items()],
+    )
+    printing.facts([("records read", reading.documents + reading.bad), ("refused", reading.bad)])
+    printing.facts(
+        [(f"{name} entered after", f"{one['hits']:,} of {one['asked']:,} rows") for name, one in layers.items()]
+    )
+    warnings(reading)
+
+
+def named(given: str) -> tuple[str, str]:
+    """Name and folder of NAME=FOLDER."""
+    name, equals, folder = given.partition("=")
+    if not equals or not name.isidentifier() or not folder:
+        raise ConfigError(f"--head is NAME=FOLDER, where NAME is a word, got {given!r}")
+    return name, folder

@@ -1,0 +1,114 @@
+"""Metrics of a run for Prometheus: a file for the textfile collector, written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from llmcache import __version__
+from llmcache.errors import ConfigError
+from llmcache.private_files import write_whole
+
+if TYPE_CHECKING:
+    from llmcache.report.statistics import Statistics
+
+log = logging.getLogger("llmcache")
+
+MetricsFile = Annotated[
+    Path | None, typer.Option(help="Prometheus text for the textfile collector, after a run that ended well (*.prom).")
+]
+
+_TOTALS = {  # counters of all openings of the store
+    "documents": ("llmcache_documents", "Documents asked for."),
+    "misses": ("llmcache_misses", "Documents that the model computed."),
+    "near": ("llmcache_near_hits", "Documents answered from a near match."),
+    "not_stored": ("llmcache_not_stored", "Documents computed and not kept."),
+    "at_limit": ("llmcache_documents_at_limit", "Documents that fill the model's maximum length."),
+    "damaged": ("llmcache_damaged_rows", "Rows that failed their checksum."),
+    "audits": ("llmcache_audits", "Near hits that were recomputed."),
+    "audited_drift": ("llmcache_audited_drift", "Sum of what audited hits were off by."),
+    "exact_audits": ("llmcache_exact_audits", "Exact hits that were recomputed to check the store."),
+    "exact_audit_seconds": ("llmcache_exact_audit_seconds", "Seconds of these audits."),
+    "exact_mismatches": ("llmcache_exact_mismatches", "Openings in which stored results were not the model's."),
+    "model_seconds": ("llmcache_model_seconds", "Seconds in the model."),
+    "overhead_seconds": ("llmcache_cache_seconds", "Seconds in the cache."),
+    "saved_seconds": ("llmcache_saved_seconds", "Seconds the model would have taken for what was reused."),
+}
+
+
+class Counted(Protocol):
+    """Documents of a run, by tier."""
+
+    @property
+    def documents(self) -> int: ...
+    @property
+    def exact(self) -> int: ...
+    @property
+    def near(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+
+
+class Run:
+    """One run of a command, timed from here on."""
+
+    def __init__(self, command: str, file: Path | None) -> None:
+        """ConfigError, before any work, for a file that cannot be written."""
+        self._command, self._file, self._began = command, file, time.monotonic()
+        if file is None:
+            return
+        if importlib.util.find_spec("prometheus_client") is None:
+            raise ConfigError("--metrics-file needs prometheus_client; pip install 'llmcache[metrics]'")
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: give a file in a folder that is there")
+
+    def ended(self, namespace: str, tally: Counted, stats: Statistics) -> None:
+        """Log what the run did, and write the file that was asked for. OSError when it cannot be written."""
+        seconds = time.monotonic() - self._began
+        log.info(
+            "%s is done: %d documents, %d exact, %d near, %d computed, %.1f s",
+            self._command, tally.documents, tally.exact, tally.near, tally.misses, seconds,
+            extra={"facts": {
+                "llmcache.command": self._command, "llmcache.namespace": namespace,
+                "llmcache.generation": stats.generation, "llmcache.duration_seconds": round(seconds, 3),
+                **{f"llmcache.documents.{tier}": getattr(tally, tier) for tier in ("exact", "near", "misses")},
+            }},
+        )  # fmt: skip
+        if self._file is not None:
+            from prometheus_client import generate_latest
+
+            # the library's own function writes to a name that can be foreseen, and follows a link there
+            write_whole(self._file, generate_latest(_registry(self._command, namespace, seconds, tally, stats)))
+
+
+def _registry(command: str, namespace: str, seconds: float, tally: Counted, stats: Statistics) -> Any:
+    from prometheus_client import CollectorRegistry, Counter, Gauge
+
+    registry = CollectorRegistry()
+    Gauge("llmcache_build_info", "Version.", ["version"], registry=registry).labels(__version__).set(1)
+    labels = {"command": command, "namespace": namespace}
+
+    def gauge(name: str, text: str, value: float, **more: str) -> None:
+        names = {**labels, **more}
+        found = gauges.get(name) or gauges.setdefault(name, Gauge(name, text, list(names), registry=registry))
+        found.labels(**names).set(value)
+
+    gauges: dict[str, Any] = {}
+    for tier, count in (("exact", tally.exact), ("near", tally.near), ("miss", tally.misses)):
+        gauge("llmcache_run_documents", "Documents of the last run, by tier.", count, tier=tier)
+    gauge("llmcache_run_duration_seconds", "Duration of the last run.", seconds)
+    gauge("llmcache_run_last_success_timestamp_seconds", "When the last run ended well.", time.time())
+    for name, (metric, text) in _TOTALS.items():
+        Counter(metric, f"{text} All openings of the store.", registry=registry).inc(stats.lifetime.get(name, 0))
+    Gauge("llmcache_store_generation", "Newest generation.", registry=registry).set(stats.generation)
+    entries = Gauge("llmcache_store_entries", "Entries of a bank.", ["namespace", "layer"], registry=registry)
+    size = Gauge("llmcache_store_bytes", "Bytes of a bank's files.", ["namespace", "layer"], registry=registry)
+    for bank in stats.banks:
+        entries.labels(bank.namespace, bank.layer).set(bank.entries)
+        size.labels(bank.namespace, bank.layer).set(bank.bytes)
+    return registry

@@ -1,0 +1,138 @@
+"""Commits of a bank: what is in memory becomes a segment, or an index file, that the next manifest names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TypeAlias
+
+from llmcache.indexes.bank import Bank, Lot
+from llmcache.indexes.commits.background import Begun
+from llmcache.indexes.commits.leases import Lease
+from llmcache.indexes.commits.presence import lost, missing, without
+from llmcache.indexes.commits.publish import Republished
+from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged
+from llmcache.indexes.eviction.budget import Publish, index_stands
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
+
+log = logging.getLogger("llmcache")
+
+Place: TypeAlias = tuple[str, str]  # names of a namespace and of a bank in it
+_TRIES = 3  # times a segment is written whose files, or whose commit, were collected
+
+
+def commit_rows(
+    folder: Folder,
+    publish: Publish,
+    writer: str,
+    place: Place,
+    bank: Bank,
+    lot: Lot,
+    begun: Begun | None = None,
+) -> None:
+    """Seal a lot of the bank, publish it and serve from it. OSError when it could not be written.
+
+    Files that are missing once a manifest names them make the commit a failure: the rows, which are still in memory,
+    are then written anew, and the next manifest names the new segment in place of the missing one. After three rounds
+    Collected, and the rows stay in memory.
+
+    publish: with `once`, since the segment's files must not be named by a second manifest.
+    begun: the lot on its way into a segment, to wait for; None: it is written here.
+    """
+    gone: set[str] = set()  # ids of segments that were published and whose files are missing
+    for round in range(_TRIES):
+        with begun.lease if begun and not round else Lease(folder) as lease:
+            try:
+                written = begun.written.result() if begun and not round else bank.seal(lease.new(), lot)
+                segment = replace(written, writer=writer)
+                manifest = _published(folder, publish, place, bank.facts, segment, gone)
+                if name := lost(folder, [file.name for file in segment.files]):
+                    gone.add(segment.id)
+                    raise Collected(_COLLECTED.format(folder.path, name))
+                break
+            except (Collected, Republished) as error:  # it slept, or others have evicted the commit since
+                if round == _TRIES - 1:
+                    if gone:
+                        publish(lambda base: without(base, gone))
+                    raise
+                log.info("a segment is written anew: %s", error)
+    namespace, name = place
+    try:
+        bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
+    except (SnapshotDamaged, OSError) as error:
+        # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
+        log.warning("what was just committed cannot be opened: %s", error)
+
+
+def _published(
+    folder: Folder, publish: Publish, place: Place, fresh: BankFacts, segment: SegmentFacts, gone: Collection[str]
+) -> Manifest:
+    """Publish a segment, in place of those in `gone`; the new manifest. Collected when its files are gone before."""
+
+    def change(base: Manifest) -> Manifest:
+        facts = _bank_in(base, place, fresh)
+        if segment.id in {one.id for one in facts.segments}:
+            return base
+        if name := missing(folder, [file.name for file in segment.files]):
+            raise Collected(_COLLECTED.format(folder.path, name))
+        others = tuple(one for one in facts.segments if one.id not in gone)
+        return base.with_bank(*place, replace(facts, segments=(*others, segment)))
+
+    return publish(change)
+
+
+def commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, room: int | None) -> None:
+    """Write the bank's projection and index, if they take no more than `room` bytes, and publish them.
+
+    OSError when they could not be written.
+    """
+    with Lease(folder) as lease:
+        _commit_index(folder, publish, place, bank, room, lease)
+
+
+def _commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, room: int | None, lease: Lease) -> None:
+    saved = bank.near.save(lease.new(), room)
+    if saved is None:
+        log.info("the index of %s is not kept: the budget has no room for it", place[1])
+        return
+    projection, index = saved
+    replaced: list[str] = []
+
+    def change(base: Manifest) -> Manifest:
+        facts = _bank_in(base, place, bank.facts)
+        if facts.index == index:
+            return base
+        new = replace(facts, projection=projection, index=index)
+        if not index_stands(new):
+            replaced[:] = [projection.name, index.file.name]  # it has rows that were removed, or purged, meanwhile
+            return base
+        replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
+        return base.with_bank(*place, new)
+
+    namespace, name = place
+    bank.facts = publish(change).namespaces[namespace].banks[name]
+    for old in replaced:  # a reader that is about to open one of these builds its index itself
+        try:
+            folder.remove(old)
+        except OSError as error:
+            log.info("%s was not removed: %s", old, error)
+
+
+_COLLECTED = (
+    "{}: {} was removed while it was being committed, because another program removed it or a collector could see no "
+    "locks here; commit again"
+)
+
+
+class Collected(LLMCacheError):
+    """The files of a commit are gone."""
+
+
+def _bank_in(base: Manifest, place: Place, fresh: BankFacts) -> BankFacts:
+    namespace, name = place
+    space = base.namespaces.get(namespace)
+    if space is None:
+        raise LLMCacheError(f"the namespace {namespace!r} was removed by another process; open the store again")
+    return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))

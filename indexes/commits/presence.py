@@ -1,0 +1,48 @@
+"""Check that the files named by a new manifest exist, and drop from it the segments whose files are missing.
+
+Leases keep collectors away from files that are being committed. These checks are for what leases cannot stop: a
+person's `rm`, a purge, an older version of this program, or a file system without locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from llmcache.indexes.commits.generations import generations, newest
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import Manifest
+
+
+def missing(folder: Folder, names: Iterable[str]) -> str:
+    """The first of these files that is not there; "" where all are, or where the disk does not say."""
+    for name in names:
+        try:
+            folder.size(name)
+        except FileNotFoundError:
+            return name
+        except OSError:
+            continue
+    return ""
+
+
+def lost(folder: Folder, names: Iterable[str]) -> str:
+    """The first of these files that the newest manifest names and that is not there; "" where there is none.
+
+    A file that no manifest names any more was evicted since. LLMCacheError or OSError when no manifest can be read.
+    """
+    if gone := missing(folder, names):
+        listed = generations(folder)
+        named = newest(folder, listed)[0].files if listed else frozenset()
+        return missing(folder, (name for name in names if name in named)) if named else ""
+    return gone
+
+
+def without(manifest: Manifest, ids: Collection[str]) -> Manifest:
+    """The manifest without the segments of these ids."""
+    for namespace, space in manifest.namespaces.items():
+        for name, bank in space.banks.items():
+            segments = tuple(one for one in bank.segments if one.id not in ids)
+            if segments != bank.segments:
+                manifest = manifest.with_bank(namespace, name, replace(bank, segments=segments))
+    return manifest

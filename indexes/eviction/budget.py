@@ -1,0 +1,241 @@
+"""Evicting rows from a store: the candidates, the commit that drops them, and room for a commit under a byte budget."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.eviction.garbage import disk_bytes, garbage, remove
+from llmcache.indexes.eviction.policies import (
+    Rows,
+    Terms,
+    Usage,
+    choose,
+)
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
+from llmcache.indexes.format.rows import ALIGN, ROW, Keys
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.format.segment_writer import write_alive
+from llmcache.indexes.search.bank_index import DEAD_SHARE
+from llmcache.indexes.stats.counters import use_files
+from llmcache.indexes.stats.usage import UseTable, read_uses
+
+log = logging.getLogger("llmcache")
+
+Publish: TypeAlias = Callable[[Callable[[Manifest], Manifest]], Manifest]
+
+GRACE = 3600.0
+"""Seconds for which a file in no manifest is left alone."""
+_RESERVE = 0.02
+_AHEAD = 0.05
+_PATIENCE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """max_bytes: what all files of the store may take up together. policy: a name in replacement.POLICIES."""
+
+    max_bytes: int
+    policy: str = "lru"
+    terms: Terms = field(default_factory=Terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Rows that could be evicted. places: namespace, bank and segment by segment number; rows: numbers inside it.
+
+    keys: uint64 [n, 2].
+    """
+
+    usage: Usage
+    rows: Rows
+    places: list[tuple[str, str, SegmentFacts]]
+    keys: Keys
+
+
+KEPT = ("fitted",)
+"""Banks that no budget touches: a few numbers of one calibration, without which all of it is void."""
+
+
+def current(folder: Folder) -> Manifest:
+    """The manifest that the store is now; an empty one where nothing was ever committed."""
+    listed = generations(folder)
+    return newest(folder, listed)[0] if listed else Manifest()
+
+
+def candidates(folder: Folder, manifest: Manifest) -> Candidates:
+    """Every live row of every segment that can be read, with what is known of its use; but for banks in `KEPT`."""
+    uses = UseTable.of(read_uses(folder, use_files(folder)))
+    places: list[tuple[str, str, SegmentFacts]] = []
+    records, rows, beside, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
+    for namespace, space in sorted(manifest.namespaces.items()):
+        for name, bank in sorted(space.banks.items()):
+            for facts in bank.segments if name not in KEPT else ():
+                try:
+                    segment = Segment.open(folder, facts)
+                except (SnapshotDamaged, OSError) as error:
+                    log.warning("segment %s is not touched: %s", facts.id, error)
+                    continue
+                live = segment.live()
+                records.append(segment.rows[live])
+                rows.append(live)
+                beside.append(2 * bank.feature_width + (0 if segment.marks is None else segment.marks.itemsize))
+                numbers.append(len(places))
+                places.append((namespace, name, facts))
+    counts = [len(one) for one in rows[1:]]
+    others = np.repeat(np.array(beside, np.int64), counts)
+    every = np.concatenate(records)
+    usage = _usage(every, uses, others, np.repeat(np.array(numbers, np.int64), counts))
+    return Candidates(usage, np.concatenate(rows), places, every["key"])
+
+
+def _usage(records: Any, uses: UseTable, beside: Rows, segment: Rows) -> Usage:
+    """beside: bytes of the features and the mark of each row, int64 [n]."""
+    used = uses.find(records["key"])
+    created = records["created"].astype(np.int64)
+    aligned = -(-records["nbytes"].astype(np.int64) // ALIGN) * ALIGN
+    return Usage(
+        last_use=used["last"].astype(np.int64),
+        uses=used["uses"].astype(np.int64),
+        created=created,
+        nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + beside,
+        cost=np.nan_to_num(records["cost"].astype(np.float64)),
+        # an audit of an earlier copy says nothing about this one
+        drift=np.where(used["last"] >= created, used["drift"].astype(np.float64), np.nan),
+        segment=segment,
+    )
+
+
+def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> set[str]:
+    """Commit that these candidates are dead. A segment of which nothing is left is no longer named; returns their ids.
+
+    chosen: places in `found`. OSError when a bitmap cannot be written; nothing is evicted then.
+    """
+    gone: set[str] = set()
+    if not len(chosen):
+        return gone
+    buried: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
+    id = uuid.uuid4().hex
+    for number in np.unique(found.usage.segment[chosen]).tolist():
+        facts = found.places[number][2]
+        dead = found.rows[chosen[found.usage.segment[chosen] == number]]
+        if len(dead) == facts.live:
+            gone.add(facts.id)
+            continue
+        alive = np.zeros(facts.rows, np.bool_)
+        alive[found.rows[found.usage.segment == number]] = True
+        alive[dead] = False
+        buried[facts.id] = facts, write_alive(folder, facts, alive, id)
+    if buried:
+        folder.sync_folder("seg")
+
+    def change(base: Manifest) -> Manifest:
+        for namespace, name in sorted({place[:2] for place in found.places}):
+            space = base.namespaces.get(namespace)
+            facts = space.banks.get(name) if space else None
+            if facts is not None and (new := _without(facts, gone, buried)) != facts:
+                base = base.with_bank(namespace, name, new)
+        return base
+
+    publish(change)
+    return gone
+
+
+def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
+    """Facts of a bank without what was evicted; a segment that is not as it was when that was chosen stays."""
+    kept = (one for one in facts.segments if one.id not in gone)
+    segments = tuple(buried[one.id][1] if one.id in buried and one == buried[one.id][0] else one for one in kept)
+    new = replace(facts, segments=segments)
+    return new if segments == facts.segments or index_stands(new) else replace(new, index=None, projection=None)
+
+
+def index_stands(facts: BankFacts) -> bool:
+    """Whether the bank's index file still leads to its segments' rows, and not to too many dead ones."""
+    if facts.index is None:
+        return False
+    segments = {one.id: one for one in facts.segments}
+    dead = 0
+    for name in facts.index.segments:
+        id, dash, _ = name.partition("-")
+        one = segments.get(id)
+        if one is None or (dash and (one.alive is None or one.alive.name != f"seg/{name}.alive")):
+            return False
+        dead += 0 if dash else one.dead
+    return dead <= DEAD_SHARE * facts.index.count
+
+
+# -- the budget ---------------------------------------------------------------------------------------------
+
+
+def free_bytes(folder: Folder, budget: Budget) -> int:
+    """What may be added now; below zero when there is too much already.
+
+    Two parts in a hundred are held back, and at least three manifests: the commit that evicts needs one itself.
+    """
+    return budget.max_bytes - _held_back(folder, budget) - disk_bytes(folder)
+
+
+def _held_back(folder: Folder, budget: Budget) -> int:
+    listed = generations(folder)
+    size = folder.size(generation_name(listed[0])) if listed else 0
+    return max(int(_RESERVE * budget.max_bytes), 3 * size + 8192)
+
+
+def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> int | None:
+    """Free bytes in the budget, at least `nbytes`; evicts whole segments until there are. None: they cannot fit.
+
+    gone: takes in the ids of the segments that were evicted.
+    Dropped files are removed at once: who has them open goes on reading them, and who opens them late has misses.
+    """
+    free = free_bytes(folder, budget)
+    if free < nbytes and not _make_free(folder, publish, budget, nbytes, gone):
+        return None
+    return free_bytes(folder, budget)
+
+
+def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> bool:
+    tidy(folder)
+    if garbage(folder, GRACE, 0).blocked:  # nothing can be removed, so evicting would free nothing
+        return False
+    while (free := free_bytes(folder, budget)) < nbytes:
+        found = candidates(folder, current(folder))
+        if free + int(found.usage.nbytes.sum()) < nbytes or not len(found.rows):
+            return False
+        ahead = min(int(_AHEAD * budget.max_bytes), int(found.usage.nbytes.sum()) // 4)
+        chosen = choose(found.usage, nbytes - free + ahead, budget.policy, budget.terms, only_whole=True)
+        gone |= drop(folder, publish, found, chosen)
+        tidy(folder)
+        if free_bytes(folder, budget) <= free:
+            return False
+    return True
+
+
+def tidy(folder: Folder) -> None:
+    """Remove what newer manifests have dropped, without waiting; the newest manifest and its predecessor stay."""
+    remove(folder, list(garbage(folder, GRACE, 0).sizes))
+
+
+@contextmanager
+def waiting_lock(folder: Folder) -> Iterator[None]:
+    """The maintainer lock, waited for some seconds; then `Busy`."""
+    until = time.monotonic() + _PATIENCE
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(folder.lock())
+                break
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.02)
+        yield

@@ -1,0 +1,97 @@
+"""Sealed files, as rows are read from them: mapped, or with `preadv`."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.files.descriptors import OPEN_FILES
+
+
+class Sealed:
+    """The bytes of a sealed file: mapped, or read with `preadv` each time they are asked for."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        mapped: NDArray[np.uint8] | None = None,
+        descriptor: int = -1,
+        again: Callable[[], int] | None = None,
+    ) -> None:
+        """descriptor: of a file that is not mapped, taken over. It is closed when others are needed more, and with the
+        last reference to this object. again: opens the file again; OSError where it is another one by then.
+        """
+        self.size, self.mapped, self._again = size, mapped, again
+        self._key = 0
+        if mapped is None:
+            self._key = OPEN_FILES.add(descriptor)
+            weakref.finalize(self, OPEN_FILES.close, self._key)
+
+    def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """uint8 [nbytes]: a view of the mapped file, or a copy. Shorter where the file does not have so much."""
+        if start >= self.size:
+            return np.zeros(0, np.uint8)
+        nbytes = min(nbytes, self.size - start)
+        if self.mapped is not None:
+            return self.mapped[start : start + nbytes]
+        data = np.empty(nbytes, np.uint8)
+        return data[: self._fill(data, start)]
+
+    def table(self, rows: NDArray[np.int64], pitch: int, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of some rows that lie `pitch` apart: a copy, uint8 [n, nbytes].
+
+        What could not be read is zeros, which no row's checksum takes for its bytes.
+        """
+        nbytes = min(nbytes, pitch)
+        if self.mapped is not None:
+            whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
+            return whole[rows, :nbytes]
+        data = np.zeros((len(rows), nbytes), np.uint8)
+        for i, row in enumerate(rows.tolist()):
+            done = self._fill(data[i], row * pitch)
+            data[i, done:] = 0
+        return data
+
+    def fill(self, rows: NDArray[np.int64], pitch: int, into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> None:
+        """Copy rows that lie `pitch` apart, each to its place in `into`; what could not be read is zeros there."""
+        if self.mapped is not None and isinstance(into, np.ndarray):
+            whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
+            if into.shape[1] == pitch:
+                np.take(whole, rows, axis=0, out=into, mode="clip")  # any other mode copies twice
+            else:
+                into[:] = whole[rows, : into.shape[1]]
+            return
+        if isinstance(into, np.ndarray) and into.shape[1] == pitch and into.flags.c_contiguous:
+            cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+            for first, end in pairwise(cuts):  # neighbours in one call
+                place = into[first:end].reshape(-1)
+                place[self._fill(place, int(rows[first]) * pitch) :] = 0
+            return
+        for place, row in zip(into, rows.tolist(), strict=True):
+            if self.mapped is not None:
+                place[:] = self.mapped[row * pitch : row * pitch + place.nbytes]
+            else:
+                place[self._fill(place, row * pitch) :] = 0
+
+    def _fill(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """A file that was shortened, and a disk that fails, are fewer bytes: misses, never the end of a call."""
+        assert self._again is not None
+        try:
+            with OPEN_FILES.using(self._key, self._again) as descriptor:
+                return read_into(descriptor, buffer, offset)
+        except OSError:
+            return 0
+
+
+def read_into(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
+    """Fill a contiguous buffer from `offset` of a file; the bytes that were there."""
+    view, done = buffer.data, 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done

@@ -1,0 +1,76 @@
+"""Rows are read: stored bytes, checked against their checksums, become numbers again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.format import codec
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.segment import Gone, Segment
+from llmcache.indexes.format.segment_writer import Entries
+from llmcache.indexes.format.segments import Piece, Pieces, Rows
+
+Payload: TypeAlias = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+
+
+@dataclass(slots=True)
+class Reading:
+    """What `Bank.read` gives. values: float32 [n, width] (rank 1), or one [tokens, width] per row (rank 2).
+
+    intact: bool [n]; where it is False the row's bytes did not agree with their checksum and its values are zeros.
+    """
+
+    values: NDArray[np.float32] | list[NDArray[np.float32]]
+    intact: NDArray[np.bool_]
+
+
+def vectors(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """float32 [n, width], zeros where a row is not intact."""
+    table, intact = np.empty((len(rows), facts.width), np.float32), np.zeros(len(rows), np.bool_)
+    plain = facts.dtype == "float32"
+    for piece, chosen, local in pieces.groups(rows):
+        if not isinstance(piece, Segment) or not piece.pitch:  # what we seal has one here; a stranger's may not
+            good, payload, scale = _stored(piece, local)
+            if good.any():
+                block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
+                table[chosen[good]] = codec.decode(block, scale[good], facts.dtype)
+        elif plain:  # straight to where they are wanted
+            there = table.view(np.uint8)
+            every = len(chosen) == len(rows)
+            good = np.array(piece.fetch(local, there if every else [there[i] for i in chosen.tolist()]), np.bool_)
+        else:
+            block = np.empty((len(local), facts.width * codec.DTYPES[facts.dtype]), np.uint8)
+            good = np.array(piece.fetch(local, block), np.bool_)
+            table[chosen[good]] = codec.decode(block[good], piece.rows["scale"][local[good]], facts.dtype)
+        intact[chosen] = good
+    if not intact.all():
+        table[~intact] = 0
+    return table, intact
+
+
+def states(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
+    """One float32 [tokens, width] per row, without tokens where the row is not intact."""
+    found, intact = [np.zeros((0, facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
+    for piece, chosen, local in pieces.groups(rows):
+        good, payload, scale = _stored(piece, local)
+        intact[chosen] = good
+        for i in np.flatnonzero(good).tolist():
+            stored = np.ascontiguousarray(payload[i])[None]
+            numbers = codec.decode(stored, scale[i : i + 1], facts.dtype)
+            found[chosen[i]] = numbers.reshape(-1, facts.width)
+    return found, intact
+
+
+def _stored(piece: Piece, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
+    """bool [n]: intact; the stored bytes; float32 [n]: scale."""
+    if isinstance(piece, Gone):
+        return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
+    if isinstance(piece, Entries):
+        return np.ones(len(rows), np.bool_), [piece.payload[i] for i in rows], piece.scale[rows]
+    payload = piece.payload(rows)
+    return piece.intact(rows, payload), payload, piece.rows["scale"][rows]

@@ -1,0 +1,194 @@
+"""Segments are written: rows out of memory, or whole files of rows, made durable under a new id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import FileFacts, SegmentFacts
+from llmcache.indexes.format.marks import Marks, joined
+from llmcache.indexes.format.rows import (
+    HEADER,
+    MAGIC,
+    ROW,
+    STRONG,
+    Keys,
+    aligned,
+    digests,
+    portions,
+    seconds32,
+)
+from llmcache.indexes.format.write_once import write_file
+
+
+@dataclass(slots=True)
+class Entries:
+    """Rows that are not sealed yet; the arrays share their first axis.
+
+    keys: uint64 [n, 2]. payload: uint8 [n, bytes], or one array [bytes] per row. scale, cost: float32 [n].
+    tokens: one int32 array per row. sources: the ids of the documents that made them.
+    features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
+    flags: of rows that were sealed before, uint16 [n]; None: as the new segment is sealed.
+    marks: which near matches the rows may answer, [n]; None where that is not known.
+    """
+
+    keys: Keys
+    payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    cost: NDArray[np.float32]
+    tokens: Sequence[NDArray[np.int32]]
+    sources: Sequence[str]
+    features: NDArray[np.float16]
+    created: NDArray[np.uint32] | None = None
+    flags: NDArray[np.uint16] | None = None
+    marks: Marks | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def seal(
+    folder: Folder,
+    id: str,
+    batches: Sequence[Entries],
+    aliases: NDArray[Any],
+    feature_width: int,
+    *,
+    strong: bool = False,
+) -> SegmentFacts:
+    """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
+
+    aliases: records of ALIAS. strong: checksums that hold against forgery, for a store that is signed.
+    Any OSError leaves no file of this segment behind.
+    """
+    rows, source_bytes = _records(folder, batches, strong)  # the checksums come with the bytes, as they are written
+    features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
+    marks = joined([(len(batch), batch.marks) for batch in batches])
+    variable = _variable(batches, source_bytes)
+    return write_segment(
+        folder, id, rows, aliases, feature_width, _payload(batches, rows), variable, features, marks=marks
+    )
+
+
+def write_segment(
+    folder: Folder,
+    id: str,
+    rows: NDArray[Any],
+    aliases: NDArray[Any],
+    feature_width: int,
+    payload: Iterable[bytes | memoryview],
+    variable: Iterable[bytes | memoryview],
+    features: Iterable[bytes | memoryview],
+    *,
+    marks: Marks | None = None,
+) -> SegmentFacts:
+    """Write the five files of a segment durably. Any OSError leaves none of them behind.
+
+    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give. They are read after
+    `payload` has come to its end, which may still fill in their checksums.
+    marks: of the rows, [n], written behind the records; None writes none.
+    """
+    files: list[FileFacts] = []
+    try:
+        files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
+        header = header_of(rows, feature_width, 0 if marks is None else marks.itemsize)
+        behind = [] if marks is None else [marks.tobytes()]
+        files.append(write_file(folder, f"seg/{id}.row", [header, rows.tobytes(), *behind]))
+        files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
+        files.append(write_file(folder, f"seg/{id}.var", variable))
+        files.append(write_file(folder, f"seg/{id}.fp", features))
+        folder.sync_folder("seg")
+    except BaseException:
+        for facts in files:
+            folder.remove(facts.name)
+        raise
+    return SegmentFacts(id, len(rows), len(aliases), int(rows["nbytes"].sum()), tuple(files))
+
+
+def header_of(rows: NDArray[Any], feature_width: int, mark: int = 0) -> bytes:
+    """The header of a .row file with these records. mark: bytes of the mark of each row, 0 where they have none."""
+    header = np.zeros(1, HEADER)
+    header["magic"], header["record"], header["rows"] = MAGIC, ROW.itemsize, len(rows)
+    header["feature_width"], header["mark"] = feature_width, mark
+    sizes = np.unique(rows["nbytes"])
+    header["pitch"] = aligned(int(sizes[0])) if len(sizes) == 1 else 0
+    return header.tobytes()
+
+
+def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
+    rows = np.zeros(sum(map(len, batches)), ROW)
+    tokens = [part for batch in batches for part in batch.tokens]
+    # a source id is a label for people: a longer one is cut rather than refused
+    sources = [name.encode("utf-8", "surrogatepass")[:1024] for batch in batches for name in batch.sources]
+    if len(rows):
+        rows["key"] = np.concatenate([batch.keys for batch in batches])
+        rows["scale"] = np.concatenate([batch.scale for batch in batches])
+        rows["cost"] = np.concatenate([batch.cost for batch in batches])
+        rows["nbytes"] = np.concatenate([_sizes(batch) for batch in batches])
+    rows["tokens"] = [len(part) for part in tokens]
+    rows["source"] = [len(part) for part in sources]
+    now = np.uint32(seconds32(folder.now()))
+    stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
+    rows["created"] = np.concatenate(stamps) if stamps else now
+    steps = aligned(rows["nbytes"].astype(np.uint64))
+    rows["offset"] = np.cumsum(steps) - steps
+    steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
+    rows["var"] = np.cumsum(steps) - steps
+    flags = [np.full(len(one), STRONG * strong, np.uint16) if one.flags is None else one.flags for one in batches]
+    rows["flags"] = np.concatenate(flags) if flags else 0
+    return rows, sources
+
+
+def _sizes(batch: Entries) -> NDArray[np.int64]:
+    if isinstance(batch.payload, np.ndarray):
+        return np.full(len(batch), batch.payload.shape[1])
+    return np.array([part.nbytes for part in batch.payload], np.int64)
+
+
+def _payload(batches: Sequence[Entries], rows: NDArray[Any]) -> Iterator[memoryview]:
+    """The rows' bytes, padded; the checksums of `rows` are filled in. Rows without padding are not copied."""
+    first = 0
+    for batch in batches:
+        mine = rows[first : first + len(batch)]
+        for portion in portions(_sizes(batch)):
+            parts, records = batch.payload[portion], mine[portion]
+            records["checksum"] = np.frombuffer(b"".join(digests(records, parts)), np.uint8).reshape(-1, 16)
+            yield padded(parts)
+        first += len(batch)
+
+
+def padded(parts: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> memoryview:
+    """The bytes of some rows as they stand in .seg, each at a multiple of 64 bytes."""
+    if isinstance(parts, np.ndarray):
+        n, nbytes = parts.shape
+        if not parts.size:
+            return memoryview(b"")
+        if nbytes == aligned(nbytes) and parts.flags.c_contiguous:
+            return parts.reshape(-1).data
+        block = np.zeros((n, aligned(nbytes)), np.uint8)
+        block[:, :nbytes] = parts
+        return block.reshape(-1).data
+    held: list[bytes | memoryview] = []
+    for part in parts:
+        held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
+    return memoryview(b"".join(held))
+
+
+def _variable(batches: Sequence[Entries], sources: Sequence[bytes]) -> Iterator[bytes]:
+    names = iter(sources)
+    for batch in batches:
+        yield b"".join(ids.astype("<i4", copy=False).tobytes() + next(names) for ids in batch.tokens)
+
+
+def write_alive(folder: Folder, facts: SegmentFacts, alive: NDArray[np.bool_], id: str) -> SegmentFacts:
+    """Write a bitmap, bool [rows], durably under a new id; the segment's facts with it. The caller syncs the folder.
+
+    Nothing is changed for anybody until a manifest names it: an older manifest goes on with its own bitmap.
+    """
+    file = write_file(folder, f"seg/{facts.id}-{id}.alive", [np.packbits(alive, bitorder="little").tobytes()])
+    return replace(facts, dead=facts.rows - int(alive.sum()), alive=file)

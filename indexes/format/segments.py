@@ -1,0 +1,287 @@
+"""Pieces of a bank: where its rows lie, sealed in segments, in memory, or nowhere any more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format import codec
+from llmcache.indexes.format.manifest import BankFacts, SegmentFacts
+from llmcache.indexes.format.marks import (
+    Marks,
+    kinds_of,
+    put_marks,
+    unmarked,
+)
+from llmcache.indexes.format.segment import Gone, Segment
+from llmcache.indexes.format.segment_writer import Entries
+
+log = logging.getLogger("llmcache")
+
+Piece: TypeAlias = Segment | Entries | Gone
+Rows: TypeAlias = NDArray[np.int64]  # row numbers, [n]
+
+
+class Pieces:
+    """Segments, entries that are not sealed yet, and places of what was evicted, in the order of their rows.
+
+    Rows are numbered from 0, piece after piece. Iterating gives the pieces.
+    """
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._become(pieces)
+
+    def _become(self, pieces: Iterable[Piece]) -> None:
+        self._pieces = list(pieces)
+        self._starts = np.cumsum([0, *map(len, self._pieces)])
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self._pieces)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all pieces, those that were evicted too."""
+        return int(self._starts[-1])
+
+    @property
+    def pending(self) -> list[Entries]:
+        """What is not sealed yet."""
+        return [piece for piece in self._pieces if isinstance(piece, Entries)]
+
+    def runs(self) -> list[list[Entries]]:
+        """What is not sealed yet, in runs of rows that are numbered on end: what was given up leaves gaps."""
+        runs: list[list[Entries]] = []
+        for before, piece in zip([None, *self._pieces], self._pieces, strict=False):
+            if isinstance(piece, Entries):
+                if not isinstance(before, Entries):
+                    runs.append([])
+                runs[-1].append(piece)
+        return runs
+
+    def placed(self) -> Iterator[tuple[Piece, int]]:
+        """The pieces, each with the number of its first row."""
+        return zip(self._pieces, self._starts.tolist(), strict=False)
+
+    # -- changing -------------------------------------------------------------------------------------------
+
+    def append(self, entries: Entries) -> Rows:
+        """Add rows behind all others; their numbers."""
+        first = self.rows
+        self._pieces.append(entries)
+        self._starts = np.append(self._starts, first + len(entries))
+        return np.arange(first, first + len(entries))
+
+    def seal(self, segment: Segment, run: Sequence[Entries]) -> None:
+        """Let the segment that holds the rows of a run take their place."""
+        first = next((n for n, piece in enumerate(self._pieces) if run and piece is run[0]), len(self._pieces))
+        self._become([*self._pieces[:first], segment, *self._pieces[first + len(run) :]])
+
+    def drop_pending(self, after: int = 0) -> int:
+        """Give up what is pending but for the first `after` batches; returns how many rows that was.
+
+        Their numbers are not used again.
+        """
+        gone = set(map(id, self.pending[after:]))
+        rows = sum(map(len, self.pending[after:]))
+        self._pieces = [Gone(len(one)) if id(one) in gone else one for one in self._pieces]
+        return rows
+
+    def forget(self, facts: BankFacts, gone: Container[str]) -> bool:
+        """Let go of the segments whose ids are in `gone`, and of rows that are dead by these facts; whether any was."""
+        newer, changed = {one.id: one for one in facts.segments}, False
+        for place, piece in enumerate(self._pieces):
+            if not isinstance(piece, Segment):
+                continue
+            now = newer.get(piece.facts.id)
+            if piece.facts.id in gone:
+                self._pieces[place], changed = Gone(len(piece)), True
+            if now is None or piece.facts.alive == now.alive:
+                continue
+            changed = True
+            try:
+                piece.bury(now)
+            except (SnapshotDamaged, OSError) as error:
+                log.warning("segment %s is left out: %s", piece.facts.id, error)
+                self._pieces[place] = Gone(len(piece))
+        return changed
+
+    def follow(self, segments: Iterable[Segment]) -> Rows:
+        """Take these segments, with what is pending behind them. int64 [old rows]: their new numbers, -1: gone."""
+        old, rows = list(self.placed()), self.rows
+        self._become([*segments, *self.pending])
+        places = {_name(piece): start for piece, start in self.placed()}
+        moved = np.full(rows, -1, np.int64)
+        for piece, start in old:
+            if _name(piece) in places:
+                moved[start : start + len(piece)] = places[_name(piece)] + np.arange(len(piece))
+        return moved
+
+    # -- rows -----------------------------------------------------------------------------------------------
+
+    def at(self, row: int) -> tuple[Piece, int]:
+        """The piece of a row, and the row's number in it."""
+        place = int(np.searchsorted(self._starts, row, "right")) - 1
+        return self._pieces[place], row - int(self._starts[place])
+
+    def groups(self, rows: Rows) -> Iterator[tuple[Piece, Rows, Rows]]:
+        """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
+        if len(self._pieces) == 1 and len(rows):
+            yield self._pieces[0], np.arange(len(rows)), rows
+            return
+        places = np.searchsorted(self._starts, rows, "right") - 1
+        order = np.argsort(places, kind="stable")  # once: there may be hundreds of pieces that are not sealed yet
+        placed = places[order]
+        ends = [*np.flatnonzero(np.diff(placed)) + 1, len(rows)] if len(rows) else []
+        start = 0
+        for end in ends:
+            chosen, place = order[start:end], placed[start]
+            yield self._pieces[place], chosen, rows[chosen] - self._starts[place]
+            start = end
+
+    def tokens(self, row: int) -> NDArray[np.int32]:
+        """Token ids of a row; empty when they cannot be read."""
+        piece, local = self.at(row)
+        if isinstance(piece, Entries):
+            return piece.tokens[local]
+        if isinstance(piece, Gone):
+            return np.zeros(0, np.int32)
+        try:
+            return piece.tokens(local)
+        except (SnapshotDamaged, OSError) as error:
+            log.warning("%s: its rows are found by text only", error)
+            return np.zeros(0, np.int32)
+
+    def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
+        """`tokens` of each of some rows."""
+        found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
+        for piece, chosen, local in self.groups(rows):
+            try:
+                read = piece.tokens_of(local) if isinstance(piece, Segment) else None
+            except (SnapshotDamaged, OSError):  # most of them may still be read
+                read = None
+            for i, place in enumerate(chosen.tolist()):
+                found[place] = self.tokens(int(rows[place])) if read is None else read[i]
+        return found
+
+    def source(self, row: int) -> str:
+        """Id of the document that made a row; empty when it cannot be read."""
+        return self._source(*self.at(row))
+
+    def _source(self, piece: Piece, local: int) -> str:
+        if isinstance(piece, Entries):
+            return piece.sources[local]
+        if isinstance(piece, Gone):
+            return ""
+        try:
+            return piece.source(local)
+        except (SnapshotDamaged, OSError) as error:
+            log.warning("%s: the sources of its rows are not known", error)
+            return ""
+
+    def sources(self, rows: Rows) -> list[str]:
+        """`source` of each of some rows."""
+        found = [""] * len(rows)
+        for piece, chosen, local in self.groups(rows):
+            for place, source in zip(chosen.tolist(), self._sources(piece, local), strict=True):
+                found[place] = source
+        return found
+
+    def _sources(self, piece: Piece, local: Rows) -> list[str]:
+        if isinstance(piece, Gone):
+            return [""] * len(local)
+        if isinstance(piece, Entries):
+            return [piece.sources[i] for i in local.tolist()]
+        try:
+            return piece.sources(local)
+        except (SnapshotDamaged, OSError):  # most of them may still be read
+            return [self._source(piece, i) for i in local.tolist()]
+
+    def keys(self, rows: Rows) -> NDArray[np.uint64]:
+        """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
+        found = np.zeros((len(rows), 2), np.uint64)
+        for piece, chosen, local in self.groups(rows):
+            if not isinstance(piece, Gone):
+                found[chosen] = (piece.keys if isinstance(piece, Entries) else piece.rows["key"])[local]
+        return found
+
+    def created(self, rows: Rows) -> Rows:
+        """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
+        found = np.zeros(len(rows), np.int64)
+        for piece, chosen, local in self.groups(rows):
+            if isinstance(piece, Entries):
+                found[chosen] = 0 if piece.created is None else piece.created[local]
+            elif not isinstance(piece, Gone):
+                found[chosen] = piece.rows["created"][local]
+        return found
+
+    def marks(self, rows: Rows) -> Marks:
+        """Marks of some rows, [n], with as many kinds as the piece that knows most; zeros where there are none."""
+        parts = []
+        for piece, chosen, local in self.groups(rows):
+            if (known := marks_in(piece)) is not None:
+                parts.append((chosen, known[local]))
+        found = unmarked(len(rows), max((kinds_of(marks) for _, marks in parts), default=0))
+        for chosen, marks in parts:
+            put_marks(found, chosen, marks)
+        return found
+
+    def key(self, row: int) -> str:
+        """Key of a row, in hexadecimal; empty where its segment was evicted."""
+        piece, local = self.at(row)
+        if isinstance(piece, Gone):
+            return ""
+        keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
+        return bytes(keys[local].tobytes()).hex()
+
+    def cost(self, rows: Rows) -> float:
+        """Seconds the model took for these rows when they were computed."""
+        total = 0.0
+        for piece, _, local in self.groups(rows):
+            if isinstance(piece, Gone):
+                continue
+            cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
+            total += float(cost[local].sum())
+        return total
+
+
+def marks_in(piece: Piece) -> Marks | None:
+    """Marks of the rows of a piece; None where they have none."""
+    return None if isinstance(piece, Gone) else piece.marks
+
+
+def _name(piece: Piece) -> str | int:
+    return piece.facts.id if isinstance(piece, Segment) else id(piece)
+
+
+def opened(
+    folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment], trust: str
+) -> tuple[list[Segment], int]:
+    """Every segment that is whole, and how many are not; such a one is a warning, and its entries are misses."""
+    segments, lost = [], 0
+    for one in facts.segments:
+        try:
+            segments.append(known.get(one) or _fitting(Segment.open(folder, one), facts, trust))
+        except (SnapshotDamaged, OSError) as error:
+            lost += 1
+            log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
+    return segments, lost
+
+
+def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
+    """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
+    unit = facts.width * codec.DTYPES[facts.dtype]
+    sizes = segment.rows["nbytes"]
+    odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())
+    if odd or segment.feature_width != facts.feature_width:
+        raise SnapshotDamaged("its rows are not as long as those of its bank")
+    if trust == "signed" and not segment.strong:
+        raise SnapshotDamaged(
+            "it was written without a key, so its rows are not under the signature; `llmcache sign` writes it anew"
+        )
+    return segment

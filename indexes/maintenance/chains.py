@@ -1,0 +1,114 @@
+"""Blocks of tokens that continue each other, and which of them belong to a document.
+
+A bank of beginnings (keys and values of a decoder) has a row per block of tokens. The source of a row names the block
+before it: its key in hexadecimal, or `FIRST`. Rows written before sources were used for this have an empty source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.format.segment import Segment
+
+FIRST = "first"
+"""Source of a block that begins a row of tokens."""
+_KEY = re.compile(r"[0-9a-f]{32}")
+_TOKEN = 4  # bytes of a token id
+
+
+def block_source(previous: bytes) -> str:
+    """The source to store with a block. previous: key of the block before it, b"" where it is the first."""
+    return previous.hex() or FIRST
+
+
+@dataclass(slots=True)
+class _Block:
+    """One block. tokens: its token ids, int32 little-endian. parent: key of the block before, b"" for a first block,
+    None where that is not recorded."""
+
+    tokens: bytes
+    parent: bytes | None
+    children: list[bytes] = field(default_factory=list)
+
+
+class Chains:
+    """The blocks of a bank as trees."""
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        """SnapshotDamaged when the token ids or sources of a segment cannot be read."""
+        self._blocks: dict[bytes, _Block] = {}
+        for segment in segments:
+            every = np.arange(len(segment))
+            keys = np.ascontiguousarray(segment.rows["key"])
+            for key, tokens, source in zip(keys, segment.tokens_of(every), segment.sources(every), strict=True):
+                parent = bytes.fromhex(source) if _KEY.fullmatch(source) else b"" if source == FIRST else None
+                self._blocks.setdefault(key.tobytes(), _Block(tokens.tobytes(), parent))
+        self._longest = max((len(one.tokens) for one in self._blocks.values()), default=0)
+        self._firsts: dict[bytes, list[bytes]] = {}  # blocks that begin a row, by their first token
+        self._loose: dict[bytes, list[bytes]] = {}  # blocks whose place in a row is not known, by their first token
+        for key, block in self._blocks.items():
+            if block.parent:
+                above = self._blocks.get(block.parent)
+                if above is not None:
+                    above.children.append(key)
+                    continue
+            starts = self._firsts if block.parent == b"" else self._loose
+            starts.setdefault(block.tokens[:_TOKEN], []).append(key)
+
+    def of(self, documents: Iterable[NDArray[np.int32] | bytes]) -> set[bytes]:
+        """Keys of the blocks that go with these documents, given as token ids.
+
+        A block goes when its tokens are a part of the document at its place in the row, or when it continues the whole
+        document, which it then depends on. A block that another document also goes through stays: one that has a
+        block behind it that stays. A block whose place in a row is not known goes when its tokens are in the document
+        where a block can begin.
+        """
+        passed: dict[bytes, None] = {}  # blocks inside a document, the first ones first
+        going: set[bytes] = set()
+        for ids in documents:
+            whole = ids if isinstance(ids, bytes) else np.ascontiguousarray(ids, "<i4").tobytes()
+            if whole:
+                self._walk(whole, self._started(whole), passed, going)
+        for key in reversed(passed):
+            if all(child in going for child in self._blocks[key].children):
+                going.add(key)
+        return going
+
+    def _started(self, whole: bytes) -> list[tuple[bytes, bytes]]:
+        """Blocks that may be the first ones of a document, each with the tokens from its place on."""
+        begun = [(key, whole) for key in self._firsts.get(whole[:_TOKEN], ())]
+        for at in range(0, len(whole), self._longest or len(whole)):
+            rest = whole[at:]
+            begun += [(key, rest) for key in self._loose.get(rest[:_TOKEN], ())]
+        return begun
+
+    def _walk(
+        self, whole: bytes, begun: Sequence[tuple[bytes, bytes]], passed: dict[bytes, None], going: set[bytes]
+    ) -> None:
+        """Follow a document from these blocks on."""
+        waiting = list(begun)
+        while waiting:
+            key, rest = waiting.pop()
+            block = self._blocks[key]
+            if rest.startswith(block.tokens):
+                passed.setdefault(key)
+                left = rest[len(block.tokens) :]
+                if left:
+                    waiting += [(child, left) for child in block.children]
+                else:
+                    self._with_all_behind(block.children, going)
+            elif block.tokens.startswith(rest):
+                self._with_all_behind([key], going)
+
+    def _with_all_behind(self, keys: Iterable[bytes], going: set[bytes]) -> None:
+        waiting = list(keys)
+        while waiting:
+            key = waiting.pop()
+            if key not in going:
+                going.add(key)
+                waiting += self._blocks[key].children

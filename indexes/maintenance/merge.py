@@ -1,0 +1,397 @@
+"""Joining stores of many workers into one, without a model and without duplicates."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.create import found
+from llmcache.indexes.commits.generations import generations, newest
+from llmcache.indexes.commits.leases import Lease
+from llmcache.indexes.commits.presence import lost, without
+from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.new_folder import new_folder
+from llmcache.indexes.format.manifest import (
+    BankFacts,
+    FileFacts,
+    Manifest,
+    NamespaceFacts,
+    SegmentFacts,
+)
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.format.write_once import sync_files
+from llmcache.indexes.maintenance.mergeable import alike, check_same
+from llmcache.indexes.maintenance.rewrite import Pick, rewrite
+from llmcache.indexes.maintenance.snapshot import (
+    advised,
+    banks,
+    check_free,
+    failing,
+)
+from llmcache.indexes.maintenance.transfer import (
+    carry,
+    carry_segment,
+    files_of,
+    living,
+)
+from llmcache.indexes.store import Store
+
+_ROUNDS = 20  # times a merge starts again when files went away under it
+_REWRITE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge did to one bank. entries: that were added. duplicates: that were left out, being there already.
+
+    whole: segments taken over as they are; rewritten: segments made of what was new in others.
+    """
+
+    namespace: str
+    bank: str
+    entries: int
+    duplicates: int
+    whole: int
+    rewritten: int
+
+
+@dataclass(slots=True)
+class _Piece:
+    """One source segment, and what of it goes on."""
+
+    segment: Segment
+    living: NDArray[np.bool_]
+    rows: NDArray[np.bool_]
+    aliases: NDArray[np.bool_]
+    fixed: bool  # in the target already
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.rows.any() and (self.rows == self.living).all())
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One bank of the result. stores: one list of pieces per store, the target's own first."""
+
+    namespace: str
+    bank: str
+    space: NamespaceFacts
+    facts: BankFacts
+    stores: list[list[_Piece]] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[_Piece]:
+        return [piece for pieces in self.stores for piece in pieces if not piece.fixed]
+
+
+def merge(
+    sources: Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    *,
+    copy: bool = False,
+    dry_run: bool = False,
+) -> list[Merged]:
+    """Bring the entries of all sources into `target`: a new folder, or a store that is there. Computes nothing.
+
+    Rows whose key is there already are left out, unless the copy that is there is damaged. Segments without such rows
+    are linked (with `copy`, or on another file system: copied), of the others what is new is written anew.
+    ModelMismatch when a namespace belongs to different models, SnapshotDamaged when a file of a source is not whole,
+    StoreFull or LLMCacheError when the target cannot be written. Then nothing has changed.
+    """
+    where = Path(target)
+    if not (where / "FORMAT").exists():
+        check_free(where)
+    with failing(where), ExitStack() as stack:
+        base = stack.enter_context(closing(Store.open(where, uses=False))) if (where / "FORMAT").exists() else None
+        stores = [stack.enter_context(closing(Store.open(path, uses=False))) for path in sources]
+        return join(base, stores, lambda: new_folder(where), copy=copy, dry_run=dry_run)
+
+
+def join(
+    base: Store | None,
+    stores: Sequence[Store],
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool = False,
+    dry_run: bool = False,
+) -> list[Merged]:
+    """`merge` of open stores into the store `base`, or, where that is None, into the folder that `new` makes."""
+    check_same([*([base] if base else []), *stores])
+    for round in range(_ROUNDS):
+        try:
+            return _join(base, stores, new, copy=copy, dry_run=dry_run)
+        except publishing.Republished:
+            if base is None or round == _ROUNDS - 1:
+                raise
+            base.reload()  # it took a number that was used while this process slept; its files are gone again
+        except SnapshotDamaged:  # or compacted and collected since it was opened, and a newer generation is whole
+            opened = [*([base] if base else []), *stores]
+            before = [store.manifest.generation for store in opened]
+            if [store.reload().generation for store in opened] == before or round == _ROUNDS - 1:
+                raise
+    raise AssertionError("the last round returns or raises")
+
+
+def _join(
+    base: Store | None,
+    stores: Sequence[Store],
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool,
+    dry_run: bool,
+) -> list[Merged]:
+    plans = [_plan(place, base, stores) for place in _places(stores)]
+    if dry_run:
+        pass
+    elif base is None:
+        with new() as folder, Lease(folder) as lease:
+            found(folder)
+            _bring(folder, plans, stores, lease, link=not copy, derived=True)
+    else:
+        with Lease(base.folder) as lease:
+            _bring(base.folder, plans, stores, lease, link=not copy, derived=False)
+    return [_told(plan) for plan in plans]
+
+
+def _places(stores: Sequence[Store]) -> list[tuple[str, str]]:
+    return sorted({place for store in stores for place in banks(store.manifest)})
+
+
+# -- what goes on -------------------------------------------------------------------------------------------
+
+
+def _plan(place: tuple[str, str], base: Store | None, stores: Sequence[Store]) -> _Plan:
+    holders = [store for store in ([base] if base else []) + list(stores) if place in banks(store.manifest)]
+    facts = banks(holders[0].manifest)[place]
+    plan = _Plan(*place, holders[0].manifest.namespaces[place[0]], facts)
+    for store in holders:
+        plan.stores.append([_piece(store, one, store is base) for one in banks(store.manifest)[place].segments])
+    _choose_rows(plan)
+    _choose_aliases(plan)
+    return plan
+
+
+def _piece(store: Store, facts: SegmentFacts, fixed: bool) -> _Piece:
+    try:
+        segment = Segment.open(store.folder, facts)
+        alive = living(store.folder, facts)
+    except SnapshotDamaged as error:
+        raise advised(error, store.folder) from error
+    except FileNotFoundError as error:
+        raise advised(SnapshotDamaged(f"{error.filename} is missing"), store.folder) from error
+    return _Piece(segment, alive, np.zeros(len(segment), np.bool_), np.zeros(len(segment.aliases), np.bool_), fixed)
+
+
+def _choose_rows(plan: _Plan) -> None:
+    """Of each key the first copy that is whole: the target's, then source by source, in each the newest first."""
+    order = [piece for pieces in plan.stores for piece in reversed(pieces)]
+    if not order:
+        return
+    alive = [np.flatnonzero(piece.living)[::-1] for piece in order]
+    piece_of = np.repeat(np.arange(len(order)), [len(rows) for rows in alive])
+    row_of = np.concatenate(alive)
+    keys = np.concatenate([piece.segment.rows["key"][rows] for piece, rows in zip(order, alive, strict=True)])
+    by_key, fresh = _sorted(keys)
+    # of the target's own copies only the newest counts: a reader believes no other
+    own = np.array([piece.fixed for piece in order])[piece_of[by_key]]
+    kept = fresh | ~own | ~np.roll(own, 1)
+    by_key, fresh = by_key[kept], fresh[kept]
+    first = np.flatnonzero(fresh)
+    last = np.append(first[1:], len(fresh)) - 1
+    place = first.copy()
+    doubtful = np.flatnonzero(last > first)
+    while len(doubtful):
+        at = by_key[place[doubtful]]
+        doubtful = doubtful[~_whole(order, piece_of[at], row_of[at])]
+        place[doubtful] += 1
+        none = doubtful[place[doubtful] > last[doubtful]]  # no copy is whole: the first one, as without this merge
+        place[none] = first[none]
+        doubtful = np.setdiff1d(doubtful, none)
+    chosen = by_key[place]
+    for i, piece in enumerate(order):
+        piece.rows[row_of[chosen[piece_of[chosen] == i]]] = True
+
+
+def _sorted(table: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """An order of the table's rows that puts equal ones together, earlier ones first; where in it new ones begin."""
+    order = np.argsort(table[:, 0], kind="stable")
+    fresh = _fresh(table, order)
+    same = table[order[1:], 0] == table[order[:-1], 0]
+    if (fresh[1:] & same).any():  # equal in the first column only: by chance once in 2^64, or one text with two rows
+        order = np.lexsort(table.T[::-1])
+        fresh = _fresh(table, order)
+    return order, fresh
+
+
+def _fresh(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
+    fresh = np.ones(len(table), np.bool_)
+    fresh[1:] = (table[order[1:]] != table[order[:-1]]).any(axis=1)
+    return fresh
+
+
+def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these rows agree with their checksums; bool [n]."""
+    good = np.zeros(len(rows), np.bool_)
+    for i in np.unique(pieces).tolist():
+        mine = np.flatnonzero(pieces == i)
+        good[mine] = order[i].segment.whole(rows[mine])
+    return good
+
+
+def _choose_aliases(plan: _Plan) -> None:
+    """Of each pair of names the first one."""
+    pieces = [piece for pieces in plan.stores for piece in pieces]
+    pairs = [piece.segment.aliases.view("<u8").reshape(-1, 4) for piece in pieces]
+    table = np.concatenate([np.zeros((0, 4), np.uint64), *pairs])
+    order, fresh = _sorted(table)
+    chosen = np.zeros(len(table), np.bool_)
+    chosen[order[fresh]] = True
+    ends = np.cumsum([len(part) for part in pairs])
+    for piece, part in zip(pieces, np.split(chosen, ends[:-1]) if pieces else (), strict=True):
+        piece.aliases = part
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def _bring(
+    folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], lease: Lease, *, link: bool, derived: bool
+) -> None:
+    """Write what the plans say and commit it; what fails before the commit leaves no file behind."""
+    made: list[str] = []
+    committing = False
+    try:
+        added = [(plan, _segments(folder, plan, made, lease, link=link)) for plan in plans]
+        indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
+        derived_files = [file.name for facts in indexes.values() if facts for file in _derived(facts)]
+        sync_files(folder, [*made, *derived_files])
+        folder.sync_folder("seg")
+        folder.sync_folder("idx")
+        spaces = {name: space for store in reversed(stores) for name, space in store.manifest.namespaces.items()}
+
+        def change(base: Manifest) -> Manifest:
+            return _joined(base, spaces, [(plan, kept, indexes.get(id(plan))) for plan, kept in added])
+
+        listed = generations(folder)
+        now = newest(folder, listed)[0] if listed else Manifest()
+        if derived or change(now) != now:
+            committing = True
+            publishing.commit(folder, uuid.uuid4().hex, change, once=True)
+            if name := lost(folder, made):
+                publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {one[4:36] for one in made}))
+                raise LLMCacheError(f"{folder.path}: another program removed {name} during the merge; merge again")
+    except BaseException:
+        if not (committing and _named(folder, made)):
+            for name in made:
+                folder.remove(name)
+        raise
+
+
+def _named(folder: Folder, made: Sequence[str]) -> bool:
+    """Whether the newest manifest names these files after all: its last step, a sync of the folder, may have failed."""
+    try:
+        listed = generations(folder)
+        named = {file.name for file in files_of(newest(folder, listed)[0])} if listed else set()
+    except (OSError, LLMCacheError):
+        return True
+    return not named.isdisjoint(made)
+
+
+def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, link: bool) -> list[SegmentFacts]:
+    kept: list[SegmentFacts] = []
+    taken = {name.partition(".")[0].partition("-")[0] for name in folder.names("seg")}
+    for piece in plan.pieces:
+        if piece.whole:
+            old = piece.segment.facts
+            id = uuid.uuid4().hex if old.id in taken else old.id
+            taken.add(id)
+            lease.add(id)
+            try:
+                facts, _ = carry_segment(piece.segment.folder, folder, old, id, link=link)
+            except SnapshotDamaged as error:
+                raise advised(error, piece.segment.folder) from error
+            kept.append(facts)
+            made += [file.name for file in files_of(facts)]
+    for picks in _batches(plan.pieces):
+        try:
+            facts = rewrite(folder, lease.new(), picks, plan.facts.feature_width)
+        except SnapshotDamaged as error:
+            raise advised(error, picks[0].segment.folder) from error
+        kept.append(facts)
+        made += [file.name for file in files_of(facts)]
+    return kept
+
+
+def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
+    """What is new in segments that cannot go on whole, in portions of 256 MiB, each of one writer."""
+    held: list[Pick] = []
+    for piece in sorted(pieces, key=lambda piece: piece.segment.facts.writer):
+        if piece.whole or not (piece.rows.any() or piece.aliases.any()):
+            continue
+        if held and held[0].segment.facts.writer != piece.segment.facts.writer:
+            yield held
+            held = []
+        held.append(Pick(piece.segment, np.flatnonzero(piece.rows), piece.segment.aliases[piece.aliases]))
+        if sum(pick.payload for pick in held) >= _REWRITE_BYTES:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _index(
+    folder: Folder, plan: _Plan, kept: Sequence[SegmentFacts], stores: Sequence[Store], link: bool
+) -> BankFacts | None:
+    """Facts of the first source whose index covers only segments that go on whole, its files brought along."""
+    ids = {facts.id for facts in kept}
+    for store in stores:
+        facts = banks(store.manifest).get((plan.namespace, plan.bank))
+        if facts and facts.index and facts.projection and ids.issuperset(facts.index.segments):
+            for file in _derived(facts):
+                carry(store.folder, folder, file, file.name, link=link)
+            return facts
+    return None
+
+
+def _derived(facts: BankFacts) -> list[FileFacts]:
+    return list(files_of((facts.projection, facts.index)))
+
+
+def _joined(
+    base: Manifest,
+    spaces: Mapping[str, NamespaceFacts],
+    added: Sequence[tuple[_Plan, list[SegmentFacts], BankFacts | None]],
+) -> Manifest:
+    new = base
+    for name, space in spaces.items():
+        if name not in new.namespaces:
+            new = replace(new, namespaces={**new.namespaces, name: replace(space, banks={})})
+        elif not alike(new.namespaces[name], space):
+            raise ModelMismatch(f"the namespace {name!r} was made anew by another model meanwhile; merge again")
+    for plan, kept, index in added:
+        empty = replace(plan.facts, segments=(), projection=None, index=None)
+        if index:
+            empty = replace(empty, projection=index.projection, index=index.index)
+        facts = new.namespaces[plan.namespace].banks.get(plan.bank, empty)
+        there = {one.id for one in facts.segments}  # the change may be applied to a manifest that has it already
+        fresh = [one for one in kept if one.id not in there]
+        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *fresh)))
+    return new
+
+
+def _told(plan: _Plan) -> Merged:
+    pieces = plan.pieces
+    entries = sum(int(piece.rows.sum()) for piece in pieces)
+    living_rows = sum(int(piece.living.sum()) for piece in pieces)
+    whole = sum(piece.whole for piece in pieces)
+    return Merged(plan.namespace, plan.bank, entries, living_rows - entries, whole, sum(1 for _ in _batches(pieces)))

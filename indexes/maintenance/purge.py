@@ -1,0 +1,258 @@
+"""Purging: entries leave the store with everything that could still hold them, at once.
+
+Rows are copied, without those that go, into new segments; a manifest names these; then every other generation and every
+file that the new manifest does not name is removed: old segments, indexes and projections, bitmaps, files of commits
+that never ended, and what a repair put aside. Calibrations that an entry may have gone into are given up, and
+unfinished runs of the namespace are thrown away. Stop the writers before: what they have not committed is removed too.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TypeAlias
+
+from llmcache.indexes.commits.generations import generation_name, generations
+from llmcache.indexes.commits.publish import fencing
+from llmcache.indexes.commits.signatures import signatures
+from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.eviction.budget import waiting_lock
+from llmcache.indexes.files.names import QUARANTINE
+from llmcache.indexes.format.manifest import (
+    BankFacts,
+    Manifest,
+    NamespaceFacts,
+    SegmentFacts,
+)
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.derived import without
+from llmcache.indexes.maintenance.purge_selection import (
+    Documents,
+    Doomed,
+    Mask,
+    Part,
+    Selection,
+    among,
+    select,
+)
+from llmcache.indexes.maintenance.rewrite import readable, rewrite
+from llmcache.indexes.maintenance.verify import printable
+from llmcache.indexes.stats import unfinished
+from llmcache.indexes.stats.runs import journal_name, read_journals, write_journal
+from llmcache.indexes.store import Store
+
+__all__ = ["Doomed", "Purged", "among", "purge"]
+
+log = logging.getLogger("llmcache")
+
+Replaced: TypeAlias = dict[str, SegmentFacts | None]  # by the old segment's id: the new one, None where nothing is left
+
+_OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?\.[a-z]{1,8}|t-.*")
+_TEMPORARY = "t-"
+
+
+@dataclass(slots=True)
+class Purged:
+    """What a purge removed, or would remove.
+
+    rows: entries, among them evicted ones whose bytes were still there. aliases: other names of entries. damaged: rows
+    that had to be copied and could not be read, which are gone too. segments: copied or dropped. files, bytes: off the
+    disk, with all old generations. written: bytes of the copies. calibrations: given up, so that near reuse is off
+    there until it is calibrated again. unfinished: runs thrown away.
+    """
+
+    rows: int = 0
+    aliases: int = 0
+    damaged: int = 0
+    segments: int = 0
+    files: int = 0
+    bytes: int = 0
+    written: int = 0
+    calibrations: int = 0
+    unfinished: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
+    """Remove entries and every file that could hold them. The store lets its open banks go, with what is pending.
+
+    A writer may commit meanwhile, so it is looked again until the newest manifest has nothing of it.
+    ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be
+    there, and all that was to stay is. Busy: another process evicts, compacts or collects, or a run that is not
+    finished is at work.
+    """
+    with fencing(), nullcontext() if dry_run else waiting_lock(store.folder):
+        return _purged(store, doomed, dry_run=dry_run)
+
+
+def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
+    if doomed.namespace is not None and doomed.namespace not in store.latest().namespaces:
+        known = ", ".join(sorted(store.manifest.namespaces)) or "none"
+        raise ConfigError(f"the store has no namespace {doomed.namespace!r}; it has {known}")
+    purged, before, documents = Purged(), store.latest(), Documents(doomed)
+    runs = unfinished.runs(store.folder, doomed.namespace, doomed.unfinished)
+    if dry_run:
+        selection = select(store.folder, before, doomed, documents)
+        purged.unfinished = sum(map(unfinished.is_there, runs))
+        replaced = _replaced(store, selection, purged, dry_run=True)
+        _sweep(store, doomed, purged, before.generation, (selection, replaced), documents, dry_run=True)
+        return purged
+    store.let_go()  # or closing the store would write down which rows it has used
+    store.publish(lambda base: base)  # raises why nothing may be written, before anything is; every base below is ours
+    purged.unfinished = sum(unfinished.discard(store.folder, run) for run in runs)
+    while selection := select(store.folder, store.manifest, doomed, documents):
+        _change(store, selection, _replaced(store, selection, purged, dry_run=False), doomed.whole)
+    if doomed.whole is not None and doomed.whole in store.manifest.namespaces:  # it had no segments
+        _change(store, Selection(), {}, doomed.whole)
+    _sweep(store, doomed, purged, before.generation, (Selection(), {}), documents, dry_run=False)
+    return purged
+
+
+def _change(store: Store, selection: Selection, replaced: Replaced, whole: str | None) -> None:
+    store.publish(lambda base: _without(base, selection, replaced, whole))
+
+
+def _without(base: Manifest, selection: Selection, replaced: Replaced, whole: str | None) -> Manifest:
+    """The manifest with segments replaced, without the calibrations that go, and without one namespace."""
+    spaces = {
+        name: _space_without(space, selection.settings.get(name, frozenset()), replaced)
+        for name, space in base.namespaces.items()
+        if name != whole
+    }
+    return replace(base, namespaces=spaces)
+
+
+def _space_without(space: NamespaceFacts, settings: frozenset[str], replaced: Replaced) -> NamespaceFacts:
+    banks = {name: _bank_without(bank, replaced) for name, bank in space.banks.items()}
+    if not settings & set(space.config):
+        return replace(space, banks=banks)
+    config, dropped = without(space, settings)
+    return replace(space, config=config, banks={name: bank for name, bank in banks.items() if name not in dropped})
+
+
+def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
+    segments = tuple(new for one in bank.segments if (new := replaced.get(one.id, one)) is not None)
+    covered = {name.partition("-")[0] for name in bank.index.segments} if bank.index else set()
+    if segments == bank.segments and covered <= {one.id for one in segments}:
+        return bank
+    # fingerprints give documents away as activations do, and a PCA is made of them
+    return replace(bank, segments=segments, projection=None, index=None)
+
+
+# -- copying ------------------------------------------------------------------------------------------------
+
+
+def _replaced(store: Store, selection: Selection, purged: Purged, *, dry_run: bool) -> Replaced:
+    """Replacement of each affected segment, by id; written to disk unless it is a dry run."""
+    replaced: Replaced = {}
+    purged.calibrations += sum(map(len, selection.settings.values()))
+    for part in selection.going:
+        if part.segment is None and not part.whole:
+            _count(purged, 0, 0)
+            purged.damaged += part.facts.rows
+            replaced[part.facts.id] = None
+        elif part.whole:
+            _count(purged, part.facts.rows, part.facts.aliases)
+            replaced[part.facts.id] = None
+        else:
+            _count(purged, int(part.rows.sum()), int(part.aliases.sum()))
+            replaced[part.facts.id] = None if dry_run else _copied(store, part, purged)
+    return replaced
+
+
+def _count(purged: Purged, rows: int, aliases: int) -> None:
+    purged.segments, purged.rows, purged.aliases = purged.segments + 1, purged.rows + rows, purged.aliases + aliases
+
+
+def _copied(store: Store, part: Part, purged: Purged) -> SegmentFacts | None:
+    """A new segment with the rows and aliases of an old one that stay; None where there are none."""
+    old = part.segment
+    assert old is not None
+    rows: Mask = old.living() & ~part.rows
+    if not rows.any() and part.aliases.all():
+        return None
+    return _rewritten(store, old, rows, ~part.aliases, purged)
+
+
+def _rewritten(store: Store, old: Segment, rows: Mask, aliases: Mask, purged: Purged) -> SegmentFacts:
+    facts = rewrite(
+        store.folder, uuid.uuid4().hex, [readable(old, rows, aliases)], old.feature_width, strong=store.signs
+    )
+    purged.damaged += int(rows.sum()) - facts.rows
+    purged.written += sum(file.size for file in facts.files)
+    return facts
+
+
+# -- sweeping -----------------------------------------------------------------------------------------------
+
+
+def _sweep(
+    store: Store,
+    doomed: Doomed,
+    purged: Purged,
+    before: int,
+    leaving: tuple[Selection, Replaced],
+    documents: Documents,
+    *,
+    dry_run: bool,
+) -> None:
+    """Remove all files that the newest manifest does not need.
+
+    before: generation at which the purge began; its own steps since are not counted. leaving: what a dry run would
+    have replaced.
+    """
+    folder = store.folder
+    own = f"{doomed.writer}.json"
+    listed = {sub: folder.names(sub) for sub in ("seg", "idx", QUARANTINE)}  # before the manifest: later files are new
+    older, signed = generations(folder), signatures(folder)
+    manifest = store.latest()
+    needed = _without(manifest, *leaving, doomed.whole).files
+    strangers = [f"{sub}/{name}" for sub in ("seg", "idx") for name in listed[sub] if not _OURS.fullmatch(name)]
+    if strangers:
+        log.warning(
+            "%d files that are not the store's own were left, the first is %s", len(strangers), printable(strangers[0])
+        )
+    going = [f"{sub}/{name}" for sub, names in listed.items() for name in names]
+    going = [name for name in going if name not in needed and name not in strangers]
+    going += [name for name in folder.names() if name.startswith(_TEMPORARY)]
+    passed = {name: one for name, one in signed.items() if one != manifest.generation}
+    passed |= {generation_name(one): one for one in older if one != manifest.generation}
+    going += passed
+    # records of use list the keys of rows; nothing but the choice of what to evict depends on them
+    listing = (".use", ".runs") if doomed.whole is not None else (".use",)
+    stat = folder.names("stat")
+    going += [f"stat/{name}" for name in stat if name.endswith(listing) or name == own or name.startswith(_TEMPORARY)]
+    for name in going:
+        if passed.get(name, 0) <= before:
+            purged.bytes += folder.size(name)
+            purged.files += 1
+        if not dry_run:
+            folder.remove(name)
+    if not dry_run:
+        _forget_corpora(store, documents)
+    for sub in () if dry_run else ("", *(sub for sub, names in listed.items() if names)):
+        folder.sync_folder(sub)  # a power loss must not bring them back
+
+
+def _forget_corpora(store: Store, documents: Documents) -> None:
+    """Remove the records of runs whose corpus is called as a document that goes, or begins as its source does."""
+    names = {*documents.names, *documents.doomed.ids}
+    prefixes = tuple(documents.doomed.sources)
+    if not names and not prefixes:
+        return
+    for name in store.folder.names("stat"):
+        writer, _, kind = name.rpartition(".")
+        if kind == "runs":
+            records = read_journals(store.folder, [writer])
+            kept = [
+                one
+                for one in records
+                if one.get("corpus", "") not in names and not str(one.get("corpus", "")).startswith(prefixes or ("\0",))
+            ]
+            if len(kept) < len(records):
+                write_journal(store.folder, writer, kept) if kept else store.folder.remove(journal_name(writer))

@@ -1,0 +1,394 @@
+"""Select the rows of documents to purge, in every bank and under every key.
+
+An entry is named by its key, by a text key that leads to it, by the id of its document, or by its token ids. All rows
+of the namespace with the same token ids hold the same document, whatever bank they are in (states of layers, outputs of
+heads, predictions), and are selected with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import (
+    BankFacts,
+    Manifest,
+    NamespaceFacts,
+    SegmentFacts,
+)
+from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.chains import Chains
+from llmcache.indexes.maintenance.derived import (
+    DISTILLED,
+    FITTED,
+    calibrated_bank,
+    calibrations,
+    fitted_keys,
+    may_hold,
+    without,
+)
+
+log = logging.getLogger("llmcache")
+
+Mask: TypeAlias = NDArray[np.bool_]
+_NONE: Mask = np.zeros(0, np.bool_)
+Place: TypeAlias = tuple[str, str]  # namespace and bank
+
+_BEGINNINGS = "prefix"
+_SOURCE_BYTES = 1024  # what a sealed segment keeps of a source id
+_SPAN = re.compile(r"#\d*(-\d*)?")  # what chunking puts behind the id of a document
+
+
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """Target of a purge: a whole namespace, all segments of one writer, or named documents, in one namespace or in all.
+
+    keys: uint64 [n, 2], of rows or of texts. ids: of documents, with their chunks. sources: what ids begin with.
+    tokens: token ids of documents, each int32 [tokens]. texts: of how many texts these are the keys: key i is of text
+    i % texts; 0: each key is of a document of its own. unfinished: folders of unfinished runs, or the result files
+    they belong to, that are thrown away beside those that the store knows of.
+    """
+
+    namespace: str | None = None
+    writer: str | None = None
+    keys: Keys | None = None
+    ids: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    tokens: Sequence[NDArray[np.int32]] = ()
+    texts: int = 0
+    unfinished: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        if self.writer == "" or (self.namespace is None and self.writer is None and not self.names_documents):
+            raise ConfigError("say what to purge: a namespace, a writer, keys, texts, ids or sources")
+        if "" in self.ids or "" in self.sources:
+            raise ConfigError("an id or source to purge is empty; name a document, or a namespace to purge it all")
+
+    @property
+    def names_documents(self) -> bool:
+        return self.keys is not None or bool(self.ids or self.sources or len(self.tokens))
+
+    @property
+    def whole(self) -> str | None:
+        """The namespace that goes as a whole, if one does."""
+        return self.namespace if self.writer is None and not self.names_documents else None
+
+
+def clipped(source: str) -> str:
+    """A source id as a sealed segment gives it back."""
+    return source.encode("utf-8", "surrogatepass")[:_SOURCE_BYTES].decode("utf-8", "replace")
+
+
+class Documents:
+    """The documents that are to go, and all that is learnt of them on the way.
+
+    rows: keys of their rows. texts: keys that were given, which may be text keys. tokens: their token ids, as bytes.
+    names: ids of documents whose rows were selected.
+    """
+
+    def __init__(self, doomed: Doomed) -> None:
+        self.doomed = doomed
+        given = np.zeros((0, 2), np.uint64) if doomed.keys is None else doomed.keys
+        self.texts = KeySet(given)
+        self.rows = KeySet(given)
+        self.tokens: set[bytes] = {np.ascontiguousarray(one, "<i4").tobytes() for one in doomed.tokens} - {b""}
+        self.names: set[str] = set()
+        self._ids = {clipped(one) for one in doomed.ids}
+        self._prefixes = tuple(clipped(one).rstrip("\ufffd") for one in doomed.sources)
+        groups = np.arange(len(given)) % doomed.texts if doomed.texts else np.arange(len(given))
+        self._group = {key.tobytes(): int(one) for key, one in zip(np.ascontiguousarray(given), groups, strict=True)}
+        self._groups_found: set[int] = set()
+        self._named_found: set[str] = set()
+
+    def note_keys(self, keys: Keys) -> None:
+        """Some of the keys that were given are in the store."""
+        self._groups_found |= {self._group[one.tobytes()] for one in keys if one.tobytes() in self._group}
+
+    def named(self, source: str) -> bool:
+        """Return whether this source id belongs to a document that was named by id."""
+        if not source:
+            return False
+        if source in self._ids:
+            self._named_found.add(source)
+            return True
+        if self._prefixes and source.startswith(self._prefixes):
+            self._named_found |= {one for one in self._prefixes if source.startswith(one)}
+            return True
+        stem, mark, span = source.rpartition("#")
+        if mark and stem in self._ids and _SPAN.fullmatch(mark + span):
+            self._named_found.add(stem)
+            return True
+        return False
+
+    @property
+    def by_name(self) -> bool:
+        return bool(self._ids or self._prefixes)
+
+    @property
+    def all_found(self) -> bool:
+        """True if an entry was found for every document that was named."""
+        return (
+            len(self._groups_found) == len(set(self._group.values()))
+            and len(self._named_found) == len({*self._ids, *self._prefixes})
+            and not len(self.doomed.tokens)
+        )
+
+
+class KeySet:
+    """A set of 128-bit keys that many others are compared with."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._known: set[bytes] = set()
+        self._firsts = np.zeros(0, np.uint64)
+        self.add(keys)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, keys: Keys) -> None:
+        new = {one.tobytes() for one in np.ascontiguousarray(keys)} - self._known
+        if new:
+            self._known |= new
+            self._firsts = np.unique(np.frombuffer(b"".join(self._known), np.uint64).reshape(-1, 2)[:, 0])
+
+    def among(self, keys: Keys) -> Mask:
+        """Membership of keys in the set: uint64 [n, 2] to bool [n]."""
+        found = np.isin(keys[:, 0], self._firsts)
+        places = np.flatnonzero(found)
+        found[places] = [keys[i].tobytes() in self._known for i in places.tolist()]
+        return found
+
+
+def among(keys: Keys, wanted: Keys) -> Mask:
+    """Membership of keys in another set of keys. Both uint64 [n, 2]; returns bool [n]."""
+    return KeySet(wanted).among(keys)
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows and aliases of one segment to remove.
+
+    segment: None where nobody can read it, or it goes whole. rows, aliases: bool, of its rows and aliases; empty where
+    there is no segment.
+    """
+
+    facts: SegmentFacts
+    segment: Segment | None
+    rows: Mask
+    aliases: Mask
+    whole: bool = False
+
+    @property
+    def goes(self) -> bool:
+        return self.whole or self.segment is None or bool(self.rows.any() or self.aliases.any())
+
+
+@dataclass(slots=True)
+class Selection:
+    """Everything to remove from one generation. parts: by namespace and bank. settings: calibrations, by namespace."""
+
+    parts: dict[Place, list[Part]] = field(default_factory=dict)
+    settings: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def going(self) -> list[Part]:
+        return [part for parts in self.parts.values() for part in parts if part.goes]
+
+    def __bool__(self) -> bool:
+        return bool(self.going or any(self.settings.values()))
+
+    def earliest(self, place: Place) -> int | None:
+        """When the first entry that goes was put, seconds since the epoch; None where none of this bank goes."""
+        times = [
+            0 if part.segment is None else int(part.segment.rows["created"][part.rows | part.whole].min())
+            for part in self.parts.get(place, ())
+            if part.segment is None or part.rows.any() or (part.whole and len(part.segment))
+        ]
+        return min(times, default=None)
+
+
+def select(folder: Folder, manifest: Manifest, doomed: Doomed, documents: Documents) -> Selection:
+    """Select what to remove from this generation. documents: filled with the keys and ids found, for the next round."""
+    selection = Selection()
+    spaces = {name: one for name, one in manifest.namespaces.items() if doomed.namespace in {None, name}}
+    if doomed.whole is not None:
+        for name, space in spaces.items():
+            for bank, facts in space.banks.items():
+                selection.parts[name, bank] = [_whole(one) for one in facts.segments]
+        return selection
+    for name, space in spaces.items():
+        _select_in(folder, name, space, doomed, documents, selection)
+    for name, space in spaces.items():
+        selection.settings[name] = _affected(name, space, doomed, documents, selection)
+        _select_derived(folder, name, space, selection)
+    return selection
+
+
+def _whole(facts: SegmentFacts) -> Part:
+    return Part(facts, None, _NONE, _NONE, whole=True)
+
+
+def _select_in(
+    folder: Folder, name: str, space: NamespaceFacts, doomed: Doomed, documents: Documents, selection: Selection
+) -> None:
+    """Fill in what goes of the banks of one namespace, but for what is derived from it as a whole."""
+    parts: dict[str, list[Part]] = {}
+    for bank, facts in space.banks.items():
+        if bank != FITTED:
+            parts[bank] = selection.parts[name, bank] = _parts(folder, bank, facts, doomed)
+    if not doomed.names_documents:
+        return
+    every = [part for bank in parts.values() for part in bank]
+    for part in _readable(every):
+        led = documents.texts.among(part.segment.aliases["text"])  # type: ignore[union-attr]
+        documents.note_keys(part.segment.aliases["text"][led])  # type: ignore[union-attr]
+        documents.rows.add(part.segment.aliases["row"][led])  # type: ignore[union-attr]
+    for bank, some in parts.items():
+        if bank != _BEGINNINGS:
+            for part in _readable(some):
+                _learn(part, documents)
+    for bank, some in parts.items():
+        if bank != _BEGINNINGS:
+            for part in _readable(some):
+                _add_equal_tokens(part, documents)
+    for bank, some in parts.items():
+        blocks = _blocks(some, documents) if bank == _BEGINNINGS else None
+        for part in _readable(some):
+            segment = part.segment
+            assert segment is not None
+            part.rows |= (documents.rows if blocks is None else blocks).among(segment.rows["key"])
+            part.aliases |= documents.rows.among(segment.aliases["row"])
+            part.aliases |= documents.texts.among(segment.aliases["text"])
+
+
+def _parts(folder: Folder, bank: str, facts: BankFacts, doomed: Doomed) -> list[Part]:
+    """The segments of a bank, opened where documents are looked for in them."""
+    parts = []
+    for one in facts.segments:
+        part = Part(one, None, _NONE, _NONE)
+        part.whole = one.writer == doomed.writer
+        if doomed.names_documents or part.whole or bank.startswith(DISTILLED):
+            try:
+                part.segment = Segment.open(folder, one)
+                part.segment.tokens_of(np.zeros(0, np.int64))  # raises where token ids and sources are damaged
+                # not before: a manifest may tell of far more rows than its files have
+                part.rows, part.aliases = np.zeros(one.rows, np.bool_), np.zeros(one.aliases, np.bool_)
+            except (SnapshotDamaged, FileNotFoundError) as error:  # what the disk does not give now may be whole
+                part.segment = None
+                log.warning("segment %s goes too, since nobody can tell what is in it: %s", one.id, error)
+            parts.append(part)
+    return parts
+
+
+def _readable(parts: Iterable[Part]) -> list[Part]:
+    return [part for part in parts if part.segment is not None and not part.whole]
+
+
+def _give_up(part: Part, error: SnapshotDamaged) -> None:
+    log.warning("segment %s goes too, since nobody can tell what is in it: %s", part.facts.id, error)
+    part.segment = None
+
+
+def _learn(part: Part, documents: Documents) -> None:
+    """Note the keys, ids and token ids of the rows of a segment that are of the documents."""
+    segment = part.segment
+    assert segment is not None
+    documents.note_keys(segment.rows["key"][documents.texts.among(segment.rows["key"])])
+    chosen = documents.rows.among(segment.rows["key"])
+    try:
+        if documents.by_name:
+            sources = segment.sources(np.arange(len(segment)))
+            chosen |= np.fromiter(map(documents.named, sources), np.bool_, len(sources))
+        places = np.flatnonzero(chosen)
+        if not len(places):
+            return
+        documents.rows.add(segment.rows["key"][places])
+        documents.tokens |= {one.tobytes() for one in segment.tokens_of(places)} - {b""}
+        documents.names |= set(segment.sources(places)) - {""}
+    except SnapshotDamaged as error:
+        _give_up(part, error)
+
+
+def _add_equal_tokens(part: Part, documents: Documents) -> None:
+    """Note the keys of the rows of a segment that have the token ids of one of the documents."""
+    segment = part.segment
+    lengths = {len(one) // 4 for one in documents.tokens}
+    if segment is None or not lengths:
+        return
+    places = np.flatnonzero(np.isin(segment.rows["tokens"], np.fromiter(lengths, np.int64, len(lengths))))
+    if not len(places):
+        return
+    try:
+        equal = [one.tobytes() in documents.tokens for one in segment.tokens_of(places)]
+        places = places[np.array(equal, np.bool_)]
+        documents.names |= set(segment.sources(places)) - {""}
+    except SnapshotDamaged as error:
+        _give_up(part, error)
+        return
+    documents.rows.add(segment.rows["key"][places])
+
+
+def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
+    """Keys of the blocks of beginnings that go with the documents."""
+    for part in _readable(parts):
+        try:
+            part.segment.tokens_of(np.arange(part.facts.rows))  # type: ignore[union-attr]
+        except SnapshotDamaged as error:
+            _give_up(part, error)
+    going = Chains(part.segment for part in _readable(parts) if part.segment is not None).of(documents.tokens)
+    return KeySet(np.frombuffer(b"".join(sorted(going)), np.uint64).reshape(-1, 2))
+
+
+def _affected(
+    name: str, space: NamespaceFacts, doomed: Doomed, documents: Documents, selection: Selection
+) -> frozenset[str]:
+    """Calibrations that may have been made from an entry that goes, or from one that nobody finds any more."""
+    unknown = doomed.names_documents and not documents.all_found
+    return frozenset(
+        setting
+        for setting, raw in calibrations(space.config).items()
+        if unknown or may_hold(raw, selection.earliest((name, calibrated_bank(setting))))
+    )
+
+
+def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection: Selection) -> None:
+    """Fill in the fitted numbers that no calibration uses after this, and the predictions made with them.
+
+    Those of calibrations long replaced are still in the bank, with what they hold of entries.
+    """
+    config, dropped = without(space, selection.settings[name])
+    for bank in dropped:
+        selection.parts[name, bank] = [_whole(one) for one in space.banks[bank].segments]
+    gone: set[bytes] = set()
+    for (namespace, bank), parts in selection.parts.items():
+        if namespace == name and not bank.startswith(DISTILLED):
+            for part in parts:
+                if part.segment is not None and part.whole:
+                    gone |= {one.tobytes() for one in np.ascontiguousarray(part.segment.rows["key"])}
+    lost = KeySet(np.frombuffer(b"".join(sorted(gone)), np.uint64).reshape(-1, 2))
+    for bank in space.banks:
+        if bank.startswith(DISTILLED) and bank not in dropped:
+            for part in _readable(selection.parts.get((name, bank), ())):
+                part.rows |= lost.among(part.segment.rows["key"])  # type: ignore[union-attr]
+    if FITTED in space.banks and (selection.going or selection.settings[name]):
+        kept = [bytes.fromhex(one) for one in fitted_keys(config)]
+        used = KeySet(np.frombuffer(b"".join(kept), np.uint64).reshape(-1, 2))
+        parts = [Part(one, None, _NONE, _NONE) for one in space.banks[FITTED].segments]
+        for part in parts:
+            try:
+                part.segment = Segment.open(folder, part.facts)
+                part.rows = ~used.among(part.segment.rows["key"])
+                part.aliases = np.zeros(part.facts.aliases, np.bool_)
+            except (SnapshotDamaged, FileNotFoundError) as error:
+                log.warning("segment %s goes too, since nobody can tell what is in it: %s", part.facts.id, error)
+        selection.parts[name, FITTED] = parts

@@ -1,0 +1,388 @@
+"""Stores at a URL: pushed there and pulled from there file by file, each checked, the manifest last.
+
+What lies at the URL is the store's own layout, so that a folder of it can be opened where it lies. Files are never
+changed once a manifest names them, so whatever is there and whole is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.commits.create import check_format, found, refuse_strangers
+from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.commits.leases import Lease
+from llmcache.indexes.commits.signatures import signatures
+from llmcache.indexes.errors import ConfigError, LLMCacheError, SnapshotDamaged, SnapshotNotFound
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.names import SUBFOLDERS
+from llmcache.indexes.format.manifest import FileFacts, Manifest, SegmentFacts
+from llmcache.indexes.format.manifest_json import MAX_BYTES
+from llmcache.indexes.format.segment import records_of
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.maintenance.mergeable import alike
+from llmcache.indexes.maintenance.snapshot import advised, banks, failing
+from llmcache.indexes.maintenance.transfer import checked, files_of
+from llmcache.indexes.store import Store
+from llmcache.indexes.urls import has_secrets, redacted, without_secrets_of
+
+_CHUNK = 2 << 20
+_FORMAT = "FORMAT"
+_SMALL = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a push or a pull did. files, bytes: of the whole store; sent: those that were not there yet."""
+
+    url: str
+    path: str
+    generation: int
+    entries: int
+    files: int
+    bytes: int
+    sent: int
+    sent_bytes: int
+    dry_run: bool
+
+
+def push(
+    store: str | os.PathLike[str],
+    url: str,
+    *,
+    key: bytes | None = None,
+    sizes_only: bool = False,
+    dry_run: bool = False,
+) -> Carried:
+    """Bring the newest generation of a store to a URL that fsspec knows; what is there and whole is not sent again.
+
+    Stopped in the middle, the same call goes on from there, and who reads the URL meanwhile finds the generation
+    before. Bytes are checked as they are read; a damaged store is not pushed. Nothing is removed at the URL.
+    key: of a signed store. sizes_only: take what is there with the right size for whole, without reading it back.
+    ConfigError for a URL that cannot be; LLMCacheError where it holds another store, or one that went on from here.
+    """
+    with closing(Store.open(store, key=key, uses=False)) as source, closing(Remote(url)) as there:
+        manifest = source.manifest
+        if not manifest.generation:
+            raise LLMCacheError(f"{source.folder.path} holds nothing yet; fill it first: llmcache build")
+        data = source.folder.read(generation_name(manifest.generation), MAX_BYTES)
+        _check_follows(_newest_at(there, key), manifest, data, there, source.folder, there.path, "push to another URL")
+        sizes = {f"{sub}/{name}": size for sub in ("seg", "idx") for name, size in there.sizes(sub).items()}
+        segments = _segments(manifest)
+        missing = [
+            one
+            for one in _files(manifest)
+            if sizes.get(one.name) != one.size or not (sizes_only or _is_same(there, source.folder, one))
+        ]
+        if not dry_run:
+            try:
+                for one in missing:
+                    there.write(one.name, _checked(source.folder, one, segments))
+            except SnapshotDamaged as error:
+                raise advised(error, source.folder) from error
+            there.write(_FORMAT, partial(_whole, source.folder, _FORMAT))
+            for name in _signatures(source.folder, manifest.generation):
+                there.write(name, partial(_whole, source.folder, name))
+            there.write(generation_name(manifest.generation), lambda: iter([data]))
+        return _told(url, source.folder.path, manifest, missing, dry_run)
+
+
+def pull(url: str, target: str | os.PathLike[str], *, key: bytes | None = None, dry_run: bool = False) -> Carried:
+    """Bring the newest generation at a URL into a folder: a new one, or a store that was pulled from there before.
+
+    Every byte is compared with the manifest before a file gets its name. Stopped in the middle, the same call goes on
+    from there; the folder is a store, or one of the new generation, only when all is there.
+    key: the manifest at the URL has to be signed with it. Otherwise whoever can write to the URL is trusted, as by cp.
+    ConfigError, SnapshotNotFound, SnapshotDamaged or UntrustedSnapshot for what is at the URL; LLMCacheError where the
+    folder holds another store, or one that went on from here.
+    """
+    where = Path(target)
+    if where.exists() and not where.is_dir():
+        raise LLMCacheError(f"{where} is a file; give the path of a folder")
+    with closing(Remote(url)) as source:
+        manifest = _newest_at(source, key)
+        if manifest is None:
+            raise SnapshotNotFound(
+                f"there is no store at {source.path}; bring one there: llmcache snapshot push STORE {source.path}"
+            )
+        data = source.read(generation_name(manifest.generation), MAX_BYTES)
+        if where.exists() and not (where / _FORMAT).exists():
+            refuse_strangers(where)
+        if dry_run and not where.exists():
+            return _told(url, where, manifest, list(_files(manifest)), dry_run)
+        with failing(where), closing(Folder(where, create=not dry_run)) as folder, Lease(folder) as lease:
+            here = _newest_in(folder)
+            _check_follows(
+                here, manifest, data, folder, source, where, "pull to a new folder and `llmcache snapshot merge`"
+            )
+            segments = _segments(manifest)
+            missing = [one for one in _files(manifest) if not _is_here(folder, one, segments)]
+            if not dry_run:
+                for one in missing:
+                    lease.add(one.name.rpartition("/")[2][:32])
+                    _bring(source, folder, one, segments)
+                _publish(source, folder, manifest, data)
+        return _told(url, where, manifest, missing, dry_run)
+
+
+# -- what is at a URL -----------------------------------------------------------------------------------------
+
+
+class Remote:
+    """A store's folder at a URL. Names are those of a store: "seg/<id>.row"."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self._disk, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as error:
+            raise ConfigError(f"{redacted(url)} needs a library that is not installed: {error}") from error
+        except Exception as error:  # each library has errors of its own, and may put the URL into them
+            reason = " ".join(without_secrets_of(url, str(error)).split()) or type(error).__name__
+            cause = None if has_secrets(url) else error
+            raise ConfigError(f"{redacted(url)} is not a URL that can be reached: {reason}") from cause
+        self.path = redacted(url)  # for messages
+        self._url = url
+
+    def close(self) -> None:
+        self._disk.clear_instance_cache()
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def sizes(self, sub: str = "") -> dict[str, int | None]:
+        """Size in bytes of every file in one sub-folder, by name, None where the URL does not say; {} without one."""
+        with self._said():
+            try:
+                listed = self._disk.ls(self._at(sub), detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        return {one["name"].rstrip("/").rpartition("/")[2]: one.get("size") for one in listed}
+
+    def names(self, sub: str = "") -> list[str]:
+        return list(self.sizes(sub))
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The whole file; FileNotFoundError, or SnapshotDamaged for one of more than `limit` bytes."""
+        found = b""
+        for part in self.chunks(name):
+            found += part
+            if len(found) > limit:
+                raise SnapshotDamaged(f"{name} has more than the {limit:,} bytes that such a file may have")
+        return found
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with self._said(), self._disk.open(self._at(name), "rb", block_size=_CHUNK) as file:
+            while part := file.read(_CHUNK):
+                yield part
+
+    def write(self, name: str, parts: Callable[[], Iterator[Any]]) -> None:
+        """A whole file; what could not be finished is removed as far as that can be done."""
+        path = self._at(name)
+        with self._said():
+            self._disk.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                with self._disk.open(path, "wb") as file:
+                    for part in parts():
+                        file.write(bytes(part))
+            except BaseException:
+                self._remove(path)
+                raise
+
+    def _remove(self, path: str) -> None:
+        try:
+            self._disk.rm_file(path)
+        except Exception:  # whatever a library raises: what is left is seen by its size
+            return
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """What the library of a URL raises, and each has errors of its own, as one error that says what to do."""
+        try:
+            yield
+        except (LLMCacheError, FileNotFoundError):
+            raise
+        except Exception as error:
+            reason = " ".join(without_secrets_of(self._url, str(error)).split()) or type(error).__name__
+            raise LLMCacheError(
+                f"{self.path}: {reason}; what went over stays there: the same command goes on from there"
+            ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own words
+
+
+def _newest_at(there: Remote, key: bytes | None) -> Manifest | None:
+    """The newest whole manifest at a URL, None where there is nothing at all."""
+    folder = cast(Folder, there)  # which is asked for names, and for whole files, by no more than what `Remote` has
+    listed = generations(folder)
+    if listed:
+        try:
+            check_format(folder)
+        except FileNotFoundError:
+            raise SnapshotDamaged(
+                f"{there.path} has manifests but no FORMAT file; push the store there again"
+            ) from None
+        return newest(folder, listed, key)[0]
+    strangers = sorted(set(there.names()) - {*SUBFOLDERS, _FORMAT})
+    if strangers:
+        raise LLMCacheError(f"{there.path} is not a store and not empty (it holds {strangers[0]!r}); take another URL")
+    return None
+
+
+def _newest_in(folder: Folder) -> Manifest | None:
+    listed = generations(folder)
+    return newest(folder, listed)[0] if listed else None
+
+
+def _check_follows(
+    old: Manifest | None,
+    new: Manifest,
+    data: bytes,
+    target: Folder | Remote,
+    source: Folder | Remote,
+    where: object,
+    advice: str,
+) -> None:
+    """LLMCacheError unless the target holds nothing, this generation, or one that the new generation came from."""
+    if old is None:
+        return
+    name = generation_name(old.generation)
+    there = target.read(name, MAX_BYTES)
+    if old.generation == new.generation and there == data:
+        return
+    if old.generation >= new.generation:
+        raise LLMCacheError(
+            f"{where} holds generation {old.generation}, this is generation {new.generation}: it is another store, or "
+            f"went on from here; {advice}"
+        )
+    try:
+        descends = source.read(name, MAX_BYTES) == there
+    except FileNotFoundError:  # collected since: it is an ancestor when all it holds is held by the new one
+        held = {one.id for facts in banks(new).values() for one in facts.segments}
+        same = all(
+            alike(space, new.namespaces[name]) for name, space in old.namespaces.items() if name in new.namespaces
+        )
+        descends = same and held >= {one.id for facts in banks(old).values() for one in facts.segments}
+    if not descends:
+        raise LLMCacheError(f"{where} holds another store, or one that went on from here; {advice}")
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+def _files(manifest: Manifest) -> Iterator[FileFacts]:
+    """Every file, the activations of a segment after its rows, which say how they are checked."""
+    return iter(sorted(set(files_of(manifest)), key=lambda one: one.name.endswith(".seg")))
+
+
+def _segments(manifest: Manifest) -> dict[str, SegmentFacts]:
+    """The segments by the name of the file with their activations."""
+    return {one.file("seg").name: one for facts in banks(manifest).values() for one in facts.segments}
+
+
+def _checked(
+    folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts], name: str | None = None
+) -> Callable[[], Iterator[NDArray[np.uint8]]]:
+    """What gives the bytes of a file, checked as they are read. name: what the file is called so far, if not so."""
+
+    def parts() -> Iterator[NDArray[np.uint8]]:
+        segment = segments.get(file.name)
+        records = records_of(folder, segment)[0] if segment else None
+        yield from checked(folder, replace(file, name=name or file.name), records)
+
+    return parts
+
+
+def _is_same(there: Remote, folder: Folder, file: FileFacts) -> bool:
+    """Whether a file at the URL has the bytes that it has here."""
+    return _digest(there.chunks(file.name)) == _digest(checked(folder, replace(file, sha256=None)))
+
+
+def _digest(parts: Iterator[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(memoryview(part))
+    return digest.digest()
+
+
+def _is_here(folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> bool:
+    try:
+        for _ in _checked(folder, file, segments)():
+            pass
+    except (SnapshotDamaged, OSError):
+        return False
+    return True
+
+
+def _bring(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> None:
+    """Download a file, compare it with the manifest, and only then give it its name."""
+    temporary = f"t-{uuid.uuid4().hex}"
+    try:
+        write_whole(folder, temporary, _no_more(source.chunks(file.name), file))
+        for _ in _checked(folder, file, segments, temporary)():
+            pass
+        folder.remove(file.name)  # what is there is damaged
+        folder.link(temporary, file.name)
+    except FileNotFoundError:
+        raise SnapshotDamaged(f"{source.path}: {file.name} is missing; push the store there again") from None
+    except SnapshotDamaged as error:
+        said = str(error).replace(temporary, file.name)
+        raise SnapshotDamaged(f"{source.path}: {said}; push the store there again") from error
+    finally:
+        folder.remove(temporary)
+
+
+def _no_more(parts: Iterator[bytes], file: FileFacts) -> Iterator[bytes]:
+    size = 0
+    for part in parts:
+        size += len(part)
+        if size > file.size:
+            raise SnapshotDamaged(f"{file.name} has more than {file.size:,} bytes")
+        yield part
+
+
+def _whole(folder: Folder, name: str) -> Iterator[bytes]:
+    yield folder.read(name, _SMALL)
+
+
+def _signatures(folder: Folder | Remote, generation: int) -> list[str]:
+    listed = signatures(cast(Folder, folder))
+    return [name for name, one in listed.items() if one == generation]
+
+
+def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) -> None:
+    """Make what was brought durable, then the manifest's signature, then the manifest."""
+    for sub in ("seg", "idx"):
+        folder.sync_folder(sub)
+    if _FORMAT not in folder.names():
+        found(folder)
+    there = set(folder.names())
+    parts = [(name, source.read(name, _SMALL)) for name in _signatures(source, manifest.generation)]
+    for name, content in [*parts, (generation_name(manifest.generation), data)]:
+        if name in there:
+            continue
+        temporary = f"t-{uuid.uuid4().hex}"
+        write_whole(folder, temporary, [content])
+        try:
+            folder.link(temporary, name)
+        finally:
+            folder.remove(temporary)
+        folder.sync_folder("")
+
+
+def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> Carried:
+    files = list(_files(manifest))
+    rows = sum(one.live for bank in banks(manifest).values() for one in bank.segments)
+    sizes = sum(one.size for one in files), sum(one.size for one in sent)
+    return Carried(
+        redacted(url), os.fspath(path), manifest.generation, rows, len(files), sizes[0], len(sent), sizes[1], dry_run
+    )

@@ -1,0 +1,177 @@
+"""Snapshots: a store's newest generation in a folder of its own, which is a store again.
+
+It can be copied with cp or rsync, opened where it lies, or loaded into a new store with every byte checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmcache.indexes.commits import publish as publishing
+from llmcache.indexes.commits.create import found
+from llmcache.indexes.errors import Busy, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
+from llmcache.indexes.eviction.budget import waiting_lock
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.files.new_folder import new_folder
+from llmcache.indexes.format.manifest import BankFacts, Manifest
+from llmcache.indexes.format.write_once import sync_files
+from llmcache.indexes.maintenance.transfer import carry, carry_segment, files_of
+from llmcache.indexes.store import Store
+
+log = logging.getLogger("llmcache")
+
+_ROUNDS = 20  # times a transfer starts again when the source's files went away under it
+_FREE = 3  # of these rounds, before it keeps maintainers from removing more
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a transfer made. generation: of the source. bytes: of all files; linked: those that share the disk."""
+
+    path: str
+    generation: int
+    entries: int
+    files: int
+    bytes: int
+    linked: int
+
+
+def save(
+    store: str | os.PathLike[str], target: str | os.PathLike[str], *, copy: bool = False, dry_run: bool = False
+) -> Snapshot:
+    """Make a snapshot of the store's newest generation in the new folder `target`.
+
+    On one file system the files are linked, which takes no room and no time; with `copy`, or elsewhere, they are
+    copied and checked on the way. Only what the newest manifest names goes along, and no counters. It appears whole or
+    not at all. SnapshotDamaged when the store has damage that was seen; StoreFull or LLMCacheError when the target
+    cannot be written; the store is not changed.
+    """
+    return _transfer(store, target, copy=copy, check=False, dry_run=dry_run)
+
+
+def load(
+    snapshot: str | os.PathLike[str], target: str | os.PathLike[str], *, copy: bool = False, dry_run: bool = False
+) -> Snapshot:
+    """Make the new store `target` from a snapshot, reading and checking every byte. Otherwise like `save`."""
+    return _transfer(snapshot, target, copy=copy, check=True, dry_run=dry_run)
+
+
+def _transfer(
+    path: str | os.PathLike[str], target: str | os.PathLike[str], *, copy: bool, check: bool, dry_run: bool
+) -> Snapshot:
+    check_free(Path(target))
+    with closing(Store.open(path, uses=False)) as store:
+        where = Path(target)
+        return transfer(store, where, lambda: new_folder(where), copy=copy, check=check, dry_run=dry_run)
+
+
+def transfer(
+    store: Store,
+    target: Path,
+    new: Callable[[], AbstractContextManager[Folder]],
+    *,
+    copy: bool = False,
+    check: bool = False,
+    dry_run: bool = False,
+) -> Snapshot:
+    """`save`, or with `check` `load`, of a store that is open, into the folder that `new` makes for `target`."""
+    for round in range(_ROUNDS):
+        try:
+            with nullcontext() if round < _FREE or dry_run else _nobody_maintains(store):
+                if round >= _FREE:  # what the newest generation names is safe from now on
+                    store.reload()
+                linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
+            break
+        except SnapshotDamaged as error:
+            before = store.manifest.generation
+            if store.reload().generation == before or round == _ROUNDS - 1:
+                raise advised(error, store.folder) from error
+    files = list(files_of(store.manifest))
+    rows = sum(one.rows for bank in banks(store.manifest).values() for one in bank.segments)
+    size = sum(one.size for one in files)
+    return Snapshot(os.fspath(target), store.manifest.generation, rows, len(files), size, linked)
+
+
+@contextmanager
+def _nobody_maintains(store: Store) -> Iterator[None]:
+    """Inside, nobody evicts, compacts or collects, where this process may say so."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(waiting_lock(store.folder))
+        except (Busy, OSError) as error:  # another one is at it, or the folder is only read: tried all the same
+            log.info("%s may lose files while it is copied: %s", store.folder.path, error)
+        yield
+
+
+def _made(
+    store: Store, target: Path, new: Callable[[], AbstractContextManager[Folder]], *, link: bool, check: bool
+) -> int:
+    linked = 0
+    with failing(target), new() as folder:
+        found(folder)
+        for facts in banks(store.manifest).values():
+            for segment in facts.segments:
+                linked += carry_segment(store.folder, folder, segment, segment.id, link=link, check=check)[1]
+            for file in files_of((facts.projection, facts.index)):
+                carried = carry(store.folder, folder, file, file.name, link=link, check=check)
+                linked += file.size if carried else 0
+        sync_files(folder, [one.name for one in files_of(store.manifest)])
+        for sub in ("seg", "idx"):
+            folder.sync_folder(sub)
+        publishing.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))
+    return linked
+
+
+# -- what transfers share -----------------------------------------------------------------------------------
+
+
+def banks(manifest: Manifest) -> dict[tuple[str, str], BankFacts]:
+    """Every bank, by namespace and name."""
+    return {
+        (namespace, name): facts
+        for namespace, space in sorted(manifest.namespaces.items())
+        for name, facts in sorted(space.banks.items())
+    }
+
+
+def check_free(target: Path) -> None:
+    """LLMCacheError when something is at this path that a new folder must not replace."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise LLMCacheError(f"{target} is there already and is no folder; give the path of a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise LLMCacheError(f"{target} is there already and is not empty; give the path of a new folder")
+
+
+def advised(error: SnapshotDamaged, folder: Folder) -> SnapshotDamaged:
+    """The same damage with the store's path and what to do about it."""
+    return SnapshotDamaged(
+        f"{folder.path}: {error}; `llmcache snapshot verify {folder.path}` lists all damage, `llmcache repair` sets it "
+        "aside"
+    )
+
+
+@contextmanager
+def failing(target: Path) -> Iterator[None]:
+    """Turns what a disk says inside the block into an error that says what became of the target."""
+    try:
+        yield
+    except (OSError, StoreFenced) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):  # it may not be written to
+            raise
+        code = cause.errno
+        reason = f"{target} was not written ({os.strerror(code or 0)}); everything is as it was"
+        if code in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise StoreFull(f"{reason}; free some space and try again") from error
+        if code in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+            raise LLMCacheError(
+                f"{reason}: another program made it meanwhile; give the path of a new folder"
+            ) from error
+        raise LLMCacheError(f"{reason}; check the path and its rights") from error

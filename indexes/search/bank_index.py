@@ -1,0 +1,398 @@
+"""The near side of a bank: a projection, and a FAISS index over the projected features of the bank's rows.
+
+Both are derived. They are made from the features in the segments when they are first needed, kept in files so that
+the next opening is quick, and made again on any doubt about those files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, IndexFacts
+from llmcache.indexes.format.segment import Gone, Segment
+from llmcache.indexes.format.segment_writer import Entries
+from llmcache.indexes.format.segments import Pieces
+from llmcache.indexes.format.write_once import verified, write_file
+from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
+from llmcache.indexes.search.vector_index import LEAST_TRAINED, VectorIndex, choose_kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("llmcache")
+
+FIT_ROWS = 512
+"""Rows from which on a PCA is fitted. Below, features are compared as they are."""
+DEAD_SHARE = 0.3
+"""Share of an index's rows that may be evicted before it is built again. Few kinds can give a vector up."""
+_FIT_SAMPLE = 50_000
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class NearChoice:
+    """How a bank looks for neighbours. projection: "none", "pca" or "simhash"; dim: its components or bits."""
+
+    index: str = "auto"
+    projection: str = "pca"
+    dim: int = 128
+    device: str = "cpu"
+
+
+def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
+    """Features as they are stored. Queries are rounded in the same way, so that a repeat has similarity 1.
+
+    Features that are not numbers become zeros, which are near to nothing.
+    """
+    clipped: NDArray[np.floating] = np.nan_to_num(np.clip(features, -65504, 65504))
+    return clipped.astype(np.float16)
+
+
+class Neighbours:
+    """Nearest rows of one bank. `pieces` is the bank's own; its rows only ever grow at the end.
+
+    Rows that were evicted stay in the index, and come back from it, until it is built again.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        facts: BankFacts,
+        pieces: Pieces,
+        choice: NearChoice,
+        *,
+        read_index: bool = True,
+    ) -> None:
+        """read_index: False for a store that nobody vouches for, whose FAISS files are not touched."""
+        self._folder, self._facts, self._pieces, self._choice = folder, facts, pieces, choice
+        self._read_index = read_index
+        self._projection: Projection | None = None
+        self._index: VectorIndex | None = None
+        self._projected: tuple[Projection, Any, Any] | None = None  # the projection on a device
+        self._row_of = np.zeros(0, np.int64)  # index position -> row
+        self._caught_up = 0  # rows that the index was shown
+        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
+        self._lost = 0  # rows in the index that were evicted
+        self._built = 0  # rows at the last build
+        self._saved = 0  # rows in the index file
+        self._alike = 0  # rows when no PCA could be fitted to them
+
+    @property
+    def kind(self) -> str | None:
+        """The FAISS index in use, None while none is needed."""
+        return self._index.kind if self._index else None
+
+    @property
+    def projection(self) -> Projection | None:
+        """Projection that fingerprints are computed with; None while the bank is empty."""
+        self._catch_up()
+        return self._projection
+
+    def nearest(self, features: NDArray[np.floating] | Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first.
+
+        features: an array, or a tensor, which is projected and searched for where it is; see `takes_tensors`.
+        """
+        self._catch_up()
+        if self._index is None or self._projection is None or not len(features):
+            return np.full((len(features), k), -1), np.full((len(features), k), -np.inf, np.float32)
+        if isinstance(features, np.ndarray):
+            queries = self._projection.apply(half(features).astype(np.float32))
+            positions, similarity = self._index.nearest(queries, k)
+        else:
+            positions, similarity = self._nearest_on(self._projection, self._index, features, k)
+        rows = np.where(positions >= 0, self._row_of[np.maximum(positions, 0)], -1)
+        return rows, similarity
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether features may stay on the device: it is a GPU, and their projection has no codes."""
+        return self._choice.device == "cuda" and self._choice.projection != "simhash"
+
+    def _nearest_on(
+        self, projection: Projection, index: VectorIndex, features: Tensor, k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Positions and similarities; nothing but these leaves the device of the features."""
+        from llmcache.indexes.search import torch_index as matrix
+
+        if self._projected is None or self._projected[0] is not projection or self._projected[1] != features.device:
+            self._projected = projection, features.device, matrix.Projected(projection, features.device)
+        positions, similarity = index.nearest_on(self._projected[2](matrix.half(features)), k)
+        return positions.cpu().numpy(), similarity.cpu().numpy()
+
+    def live(self) -> NDArray[np.int64]:
+        """Rows of the bank that were not evicted."""
+        return np.delete(np.arange(sum(map(len, self._pieces))), self._dead)
+
+    def features(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Raw features of some rows, float16 [n, feature width]; zeros where they cannot be read."""
+        found = np.zeros((len(rows), self._facts.feature_width), np.float16)
+        first = 0
+        for block in self._features(0, sum(map(len, self._pieces))):
+            here = np.flatnonzero((rows >= first) & (rows < first + len(block)))
+            found[here] = block[rows[here] - first]
+            first += len(block)
+        return found
+
+    def bury(self, dead: NDArray[np.int64]) -> None:
+        """Take note of the rows that were evicted so far, in order."""
+        self._dead = dead
+        gone = np.isin(self._row_of, dead)
+        self._lost = int(gone.sum())
+        if self._index is not None and self._index.buries:
+            self._index.bury(np.flatnonzero(gone))
+
+    def rebuild(self) -> None:
+        """Fit the projection and build the index again, over all rows that live."""
+        every = self._pieces.rows
+        self._row_of, self._caught_up = np.delete(np.arange(every), self._dead), every
+        self._lost = 0
+        rows = len(self._row_of)
+        if not rows:
+            self._projection = self._index = None
+            return
+        self._projection = self._fit(rows)
+        blocks = [self._projection.apply(block) for block in self._live_features()]
+        binary = self._projection.kind == "simhash"
+        kind = self._chosen(rows, binary) if self._choice.index == "auto" else self._choice.index
+        if self._untrainable(kind, rows):
+            kind = "binary-flat" if binary else "flat"
+        self._index = VectorIndex.build(np.concatenate(blocks), kind=kind, device=self._choice.device)
+        self._built, self._saved = rows, 0
+
+    def _fit(self, rows: int) -> Projection:
+        width = self._facts.feature_width
+        if self._choice.projection == "simhash":
+            return fit_simhash(self._sample(rows), self._choice.dim)
+        if self._choice.projection == "pca" and rows >= FIT_ROWS:
+            try:
+                return fit_pca(self._sample(rows), self._choice.dim)
+            except ConfigError as error:
+                self._alike = rows
+                log.info("features are compared as they are: %s", error)
+        return Projection.none(width)
+
+    def _sample(self, rows: int) -> NDArray[np.float32]:
+        """At most `_FIT_SAMPLE` rows' features, spread evenly over the bank."""
+        step = -(-rows // _FIT_SAMPLE)
+        blocks = [block[:: max(1, step)] for block in self._live_features()]
+        return np.concatenate(blocks)
+
+    def _live_features(self) -> Iterator[NDArray[np.float32]]:
+        """Features of the rows in `_row_of`, in blocks."""
+        first = 0
+        for block in self._features(0, self._pieces.rows):
+            low, high = np.searchsorted(self._row_of, [first, first + len(block)])
+            yield block if high - low == len(block) else block[self._row_of[low:high] - first]
+            first += len(block)
+
+    def _features(self, start: int, end: int) -> Iterator[NDArray[np.float32]]:
+        """Features of rows start to end, in blocks; zeros where a segment's file is damaged."""
+        first = 0
+        for piece in self._pieces:
+            skip, stop = max(0, start - first), min(len(piece), end - first)
+            first += len(piece)
+            if skip >= stop:
+                continue
+            try:
+                if isinstance(piece, Gone):
+                    stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
+                else:
+                    stored = piece.features if isinstance(piece, Entries) else piece.features()
+                if stored.shape[1] != self._facts.feature_width:
+                    raise SnapshotDamaged(
+                        f"features are {stored.shape[1]} wide where the bank's are {self._facts.feature_width}"
+                    )
+            except (SnapshotDamaged, OSError) as error:
+                log.warning("%s: its %d rows have no near matches", error, len(piece))
+                stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
+            for at in range(skip, stop, _BLOCK):
+                block = stored[at : min(at + _BLOCK, stop)].astype(np.float32)
+                # `half` wrote no NaN; whoever did cost its own rows their neighbours, not the bank its index
+                yield block if np.isfinite(block.sum()) else np.nan_to_num(block, posinf=0, neginf=0)
+
+    # -- keeping up -----------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        rows = self._pieces.rows
+        if rows == len(self._dead):
+            self._projection = self._index = None
+            return
+        if self._index is None:
+            self._load()
+        if self._index is None or self._projection is None or self._outgrown(rows - len(self._dead)):
+            self.rebuild()
+        elif self._caught_up < rows:
+            for block in self._features(self._caught_up, rows):
+                self._index.add(self._projection.apply(block))
+            self._row_of = np.concatenate([self._row_of, np.arange(self._caught_up, rows)])
+            self._caught_up = rows
+
+    def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
+        """Go on with the bank's new pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
+        self._facts = facts
+        self._saved = facts.index.count if facts.index else 0
+        if self._index is None:
+            return
+        self._row_of = moved[self._row_of]
+        if (self._row_of < 0).any():  # not every kind of index can forget: taken from its file, or built again
+            self._projection, self._index, self._row_of = None, None, np.zeros(0, np.int64)
+            self._caught_up = 0
+            return
+        assert self._projection is not None
+        covered = np.zeros(self._pieces.rows, np.bool_)
+        covered[self._row_of] = True
+        sealed = sum(len(piece) for piece in self._pieces if isinstance(piece, Segment))
+        fresh = np.flatnonzero(~covered[:sealed])
+        for part in np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1) if len(fresh) else ():
+            for block in self._features(int(part[0]), int(part[-1]) + 1):
+                self._index.add(self._projection.apply(block))
+        self._row_of = np.concatenate([self._row_of, fresh])
+        covered[fresh] = True
+        self._caught_up = int(covered.sum())  # all sealed rows, and the first of the pending ones
+
+    def _outgrown(self, rows: int) -> bool:
+        """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for.
+
+        Or too many of its rows are dead.
+        """
+        assert self._projection is not None
+        assert self._index is not None
+        if self._lost > DEAD_SHARE * len(self._row_of):
+            return True
+        wanted, kind = self._choice.index, self._index.kind
+        if self._choice.projection == "pca" and self._projection.kind == "none" and rows >= FIT_ROWS:
+            return rows >= 2 * self._alike
+        if wanted != "auto":
+            return wanted != kind and not self._untrainable(wanted, rows)
+        return rows >= 2 * self._built and self._chosen(rows, self._projection.kind == "simhash") != kind
+
+    def _chosen(self, rows: int, binary: bool) -> str:
+        return choose_kind(rows, binary=binary, device=self._choice.device)
+
+    @staticmethod
+    def _untrainable(kind: str, rows: int) -> bool:
+        """Inverted files and CAGRA graphs need some rows to be trained on; a flat index serves until then."""
+        return ("ivf" in kind or kind == "cagra") and rows < LEAST_TRAINED
+
+    def _load(self) -> None:
+        """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
+        facts, projection = self._facts.index, self._facts.projection
+        if not self._read_index or facts is None or projection is None:
+            return
+        if self._choice.index not in {"auto", facts.kind}:
+            return
+        binary = facts.kind.startswith("binary-")
+        elsewhere = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
+        if elsewhere and not facts.kind.startswith("torch"):
+            return  # made where there was a FAISS for it
+        spans, live = self._spans(), self._live_spans()
+        known = {**spans, **live}
+        if any(name not in known for name in facts.segments):
+            return
+        ids = [name.partition("-")[0] for name in facts.segments]
+        if len(set(ids)) != len(ids):
+            return
+        covered = np.concatenate([np.zeros(0, np.int64), *(known[name] for name in facts.segments)])
+        for id in ids:
+            del spans[id]
+        try:
+            fitted = Projection.from_bytes(verified(self._folder, projection).tobytes())
+            if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
+                return
+            data = verified(self._folder, facts.file)
+            if (facts.dim, facts.kind.startswith("binary-")) != (fitted.dim, fitted.kind == "simhash"):
+                raise SnapshotDamaged(f"its {facts.kind} index does not go with its {fitted.kind} projection")
+            index = VectorIndex.from_bytes(
+                data, kind=facts.kind, dim=facts.dim, count=len(covered), device=self._choice.device
+            )
+        except (SnapshotDamaged, ConfigError, OSError) as error:
+            log.warning("the index of this bank is built again: %s", error)
+            return
+        self._projection, self._index = fitted, index
+        self._built = self._saved = len(covered)
+        for span in spans.values():  # segments that came since, from this writer or another
+            for block in self._features(int(span[0]), int(span[-1]) + 1):
+                index.add(fitted.apply(block))
+        self._row_of = np.concatenate([covered, *spans.values()])
+        self._caught_up = self._pieces.rows
+        self.bury(self._dead)
+
+    def _live_spans(self) -> dict[str, NDArray[np.int64]]:
+        """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""
+        spans = {}
+        for piece, first in self._pieces.placed():
+            if isinstance(piece, Segment) and piece.facts.alive:
+                spans[piece.facts.alive.name[len("seg/") : -len(".alive")]] = piece.live() + first
+        return spans
+
+    def _covered(self) -> tuple[str, ...] | None:
+        """What the index covers, in order, as a manifest says it; None when that cannot be said of these rows.
+
+        A segment's id is all its rows; the name of its bitmap is those that live.
+        """
+        begin: dict[int, list[tuple[str, NDArray[np.int64]]]] = {}
+        for name, rows in [*self._spans().items(), *self._live_spans().items()]:
+            if len(rows):
+                begin.setdefault(int(rows[0]), []).append((name, rows))
+        names: list[str] = []
+        at = 0
+        while at < len(self._row_of):
+            for name, rows in begin.pop(int(self._row_of[at]), []):
+                if np.array_equal(self._row_of[at : at + len(rows)], rows):
+                    names.append(name)
+                    at += len(rows)
+                    break
+            else:
+                return None
+        return tuple(names)
+
+    def _spans(self) -> dict[str, NDArray[np.int64]]:
+        """Row numbers of each sealed segment that has rows, by its id."""
+        spans = {}
+        for piece, first in self._pieces.placed():
+            if isinstance(piece, Segment) and len(piece):
+                spans[piece.facts.id] = np.arange(first, first + len(piece))
+        return spans
+
+    def _wanted(self, rows: int) -> str:
+        return "none" if self._choice.projection == "pca" and rows < FIT_ROWS else self._choice.projection
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    def due(self) -> bool:
+        """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
+        sealed = not any(isinstance(piece, Entries) for piece in self._pieces)
+        if self._index is not None and sealed:
+            self._catch_up()
+        return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved
+
+    def save(self, id: str, room: int | None = None) -> tuple[FileFacts, IndexFacts] | None:
+        """Write projection and index durably under this id; what a manifest has to say of them.
+
+        None, and nothing written, when they take more than `room` bytes.
+        """
+        covered = self._covered()
+        if covered is None:  # some of its rows were evicted since it was built
+            self.rebuild()
+            covered = self._covered()
+        assert self._index is not None
+        assert self._projection is not None
+        assert covered is not None
+        fitted, data = self._projection.to_bytes(), self._index.to_bytes()
+        if room is not None and len(fitted) + data.nbytes > room:
+            self._saved = len(self._row_of)  # asked again when it has grown
+            return None
+        projection = write_file(self._folder, f"idx/{id}.proj", [fitted])
+        file = write_file(self._folder, f"idx/{id}.faiss", [data])
+        self._folder.sync_folder("idx")
+        self._saved = len(self._row_of)
+        return projection, IndexFacts(self._index.kind, self._index.dim, len(self._index), covered, file)

@@ -1,0 +1,103 @@
+"""The advisory files of writers: counters (`stat/<writer>.json`) and uses (`stat/<writer>.use`), read and folded.
+
+Each writer replaces its own files whole, so nobody waits for anybody; `fold` makes the files of writers that are long
+gone one. No file here is needed to read an entry, and whatever cannot be read is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest_json import strict_json
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.stats.runs import journal_name, read_journals, write_journal
+from llmcache.indexes.stats.usage import (
+    UseTable,
+    read_uses,
+    use_name,
+    write_uses,
+)
+
+_LIMIT = 1 << 20
+WRITER = re.compile(r"[0-9a-f]{32}")
+
+
+def read_counters(folder: Folder) -> dict[str, dict[str, Any]]:
+    """What each writer's file holds, by writer, without those that another one's file has taken in."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in folder.names("stat"):
+        if name.endswith(".json"):
+            try:
+                content = strict_json(folder.read(f"stat/{name}", _LIMIT))
+            except (OSError, ValueError, RecursionError, SnapshotDamaged):
+                continue
+            if isinstance(content, dict):
+                found[name.removesuffix(".json")] = content
+    folded = {writer for one in found.values() for writer in _folded(one)}
+    return {writer: content for writer, content in found.items() if writer not in folded}
+
+
+def _folded(content: dict[str, Any]) -> list[str]:
+    listed = content.get("folded")
+    return [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+
+
+def add_up(contents: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The numbers of several files by name, see `combined`; whatever is no number is left out."""
+    total: dict[str, float] = {}
+    for content in contents:
+        for key, value in content.items():
+            if _is_number(value):
+                total[key] = combined(key, total.get(key, 0), value)
+    return total
+
+
+def combined(name: str, one: float, other: float) -> float:
+    """A counter of two files as one number: their sum, or the larger one where the name ends in "_largest"."""
+    return max(one, other) if name.endswith("_largest") else one + other
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+
+
+def write_counters(folder: Folder, writer: str, content: dict[str, Any]) -> None:
+    """Replace this writer's counters. Raises OSError; the caller decides that it does not matter."""
+    temporary = f"stat/t-{writer}"
+    folder.remove(temporary)
+    write_whole(folder, temporary, [json.dumps(content).encode()])
+    folder.replace(temporary, f"stat/{writer}.json")
+
+
+def use_files(folder: Folder) -> list[str]:
+    """Names of the writers' files of uses, without those that another one's file has taken in."""
+    names = [name for name in folder.names("stat") if name.endswith(".use")]
+    counted = {writer for content in read_counters(folder).values() for writer in _folded(content)}
+    return [f"stat/{name}" for name in names if name.removesuffix(".use") not in counted]
+
+
+def fold(folder: Folder, writers: list[str], new: str) -> None:
+    """Put the counters and uses of these writers into files of a new one, and remove theirs.
+
+    The new counters name whom they took in, and from then on those count no more. They are written first, and the old
+    files are removed last: killed in between, uses may be lost, and nothing is ever counted twice.
+    """
+    known = read_counters(folder)
+    here = {name.rpartition(".")[0] for name in folder.names("stat")}
+    earlier = {one for writer in writers for one in _folded(known.get(writer, {}))}
+    uses = UseTable.of(read_uses(folder, [use_name(writer) for writer in writers if writer not in earlier]))
+    total = add_up(known[writer] for writer in writers if writer in known)
+    write_counters(folder, new, {**total, "folded": sorted({*writers, *(earlier & here)})})
+    if len(uses.records):
+        write_uses(folder, new, uses.records)
+    if runs := read_journals(folder, [writer for writer in writers if writer not in earlier]):
+        write_journal(folder, new, runs)
+    for writer in sorted({*writers, *(earlier & here)}):
+        folder.remove(use_name(writer))
+        folder.remove(journal_name(writer))
+        folder.remove(f"stat/{writer}.json")

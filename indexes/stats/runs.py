@@ -1,0 +1,126 @@
+"""What a store was used for, day by day: records of runs, one advisory file per writer (`stat/<writer>.runs`).
+
+A record is a JSON object on a line. Like the counters, the files are replaced whole by their writer, made one by
+`fold`, and needed by nobody to read an entry: a line that cannot be read is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest_json import strict_json
+from llmcache.indexes.format.write_once import write_whole
+from llmcache.indexes.urls import redacted
+
+Record: TypeAlias = dict[str, Any]
+
+_LIMIT = 1 << 20  # bytes of a file
+_MOST = 1000  # records of a file: the newest are kept
+_NAMED = 200  # characters of a name
+_BINS = 50
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_NAMES = ("namespace", "corpus", "model")
+_SUMS = ("runs", "evicted_rows")
+_LAST = ("entries", "bytes")
+
+BINS = _BINS
+"""Bins of a record's histograms of similarity, from 0 to 1; what is below 0 is in the first."""
+
+
+def journal_name(writer: str) -> str:
+    return f"stat/{writer}.runs"
+
+
+def day_of(seconds: float) -> str:
+    """The day of a time since the epoch, in UTC: "2026-11-21"."""
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def write_journal(folder: Folder, writer: str, records: Iterable[Record]) -> None:
+    """Replace this writer's records. Raises OSError; the caller decides that it does not matter."""
+    lines = [json.dumps(one, separators=(",", ":"), sort_keys=True).encode() + b"\n" for one in merged(records)]
+    while lines and sum(map(len, lines)) > _LIMIT:
+        lines = lines[len(lines) // 4 + 1 :]
+    temporary = f"stat/t-{writer}"
+    folder.remove(temporary)
+    write_whole(folder, temporary, lines)
+    folder.replace(temporary, journal_name(writer))
+
+
+def read_journals(folder: Folder, writers: Iterable[str]) -> list[Record]:
+    """The records of these writers, made one where they are of one day, corpus and namespace; oldest first."""
+    found: list[Record] = []
+    for writer in writers:
+        try:
+            raw = folder.read(journal_name(writer), _LIMIT)
+        except (OSError, SnapshotDamaged):
+            continue
+        for line in raw.split(b"\n"):
+            try:
+                one = checked(strict_json(line))
+            except (ValueError, RecursionError, SnapshotDamaged):
+                continue
+            if one is not None:
+                found.append(one)
+    return merged(found)
+
+
+def checked(raw: Any) -> Record | None:
+    """What of a record is as it should be; None where it has no day."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("day"), str) or not _DAY.fullmatch(raw["day"]):
+        return None
+    record: Record = {"day": raw["day"]}
+    for name in _NAMES:
+        if isinstance(raw.get(name), str):
+            record[name] = redacted(raw[name])[:_NAMED]
+    for name in ("begin", "end", *_SUMS, *_LAST):
+        if _is_number(raw.get(name)):
+            record[name] = raw[name]
+    counters = raw.get("counters")
+    if isinstance(counters, dict):
+        record["counters"] = {name[:_NAMED]: one for name, one in counters.items() if _is_number(one)}
+    for name in ("asked", "near"):
+        bins = raw.get(name)
+        if isinstance(bins, list) and len(bins) == _BINS and all(type(one) is int and _is_number(one) for one in bins):
+            record[name] = bins
+    forecast = raw.get("forecast")
+    if isinstance(forecast, dict):
+        record["forecast"] = {name[:_NAMED]: one for name, one in forecast.items() if _is_number(one)}
+    return record
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is int and 0 <= value < 1 << 53) or (
+        type(value) is float and math.isfinite(value) and value >= 0
+    )
+
+
+def merged(records: Iterable[Record]) -> list[Record]:
+    """The records with those of one day, namespace and corpus added up; the newest of them, oldest first."""
+    found: dict[tuple[str, ...], Record] = {}
+    for one in sorted(records, key=lambda one: float(one.get("end", 0))):
+        place = (one["day"], *(str(one.get(name, "")) for name in _NAMES))
+        found[place] = _added(found[place], one) if place in found else one
+    return sorted(found.values(), key=lambda one: (str(one["day"]), float(one.get("end", 0))))[-_MOST:]
+
+
+def _added(one: Record, later: Record) -> Record:
+    both: Record = {**one, **later}
+    for name in _SUMS:
+        if name in both:
+            both[name] = one.get(name, 0) + later.get(name, 0)
+    if "begin" in one:
+        both["begin"] = min(one["begin"], later.get("begin", one["begin"]))
+    mine, theirs = one.get("counters", {}), later.get("counters", {})
+    both["counters"] = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+    for name in ("asked", "near"):
+        if name in one and name in later:
+            both[name] = [a + b for a, b in zip(one[name], later[name], strict=True)]
+    return both

@@ -1,0 +1,165 @@
+"""Unfinished runs that a store knows of: where they keep results, so that a purge reaches them.
+
+`stat/<32 hex digits>.run` is JSON: the folder of the run and its namespace. It is written when a run begins and removed
+when its results are whole or thrown away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import stat
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmcache.indexes.errors import Busy, ConfigError, SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.manifest_json import strict_json
+from llmcache.indexes.format.write_once import write_whole
+
+log = logging.getLogger("llmcache")
+
+ENDING = ".unfinished"
+FILES = ("journal.json", "vectors.f32", "rows.jsonl", "journal.json.partial", "lock")
+"""Names in the folder of an unfinished run; nothing else is touched there."""
+RESULTS = (".parquet", ".npy", ".jsonl")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An unfinished run. folder: where its results are so far. namespace: None where that is not known."""
+
+    folder: Path
+    namespace: str | None = None
+
+
+def beside(out: Path) -> Path:
+    """The folder of the unfinished run that writes `out`."""
+    return out.with_name(f"{out.stem}{ENDING}")
+
+
+def note(folder: Folder, run: Run) -> None:
+    """Let the store know of a run. A store that cannot be written keeps no entries of it, and need not know."""
+    content = json.dumps({"folder": str(run.folder), "namespace": run.namespace}).encode()
+    temporary = f"stat/t-{uuid.uuid4().hex}"
+    try:
+        write_whole(folder, temporary, [content])
+        folder.replace(temporary, _name(run.folder))
+    except OSError as error:
+        log.info("the store does not know of the unfinished run in %s: %s", run.folder, error)
+
+
+def forget(folder: Folder, run: Run) -> None:
+    """The run has ended, or was thrown away."""
+    with suppress(OSError):
+        folder.remove(_name(run.folder))
+
+
+def _name(folder: Path) -> str:
+    return f"stat/{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.run"
+
+
+def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[Run]:
+    """The unfinished runs of a namespace (None: of all) that the store knows of, and those given by path.
+
+    given: folders of runs, or the result files that they write. ConfigError for a path that is neither.
+    """
+    found = {run.folder: run for run in _noted(folder) if namespace is None or run.namespace in {None, namespace}}
+    for path in given:
+        where = path if path.name.endswith(ENDING) else beside(path) if path.suffix.lower() in RESULTS else None
+        if where is None:
+            raise ConfigError(f"{path} is no unfinished run; give its folder (*{ENDING}) or the result file it writes")
+        where = where.absolute()
+        found.setdefault(where, Run(where))
+    return list(found.values())
+
+
+def _noted(folder: Folder) -> list[Run]:
+    noted = []
+    for name in folder.names("stat"):
+        if name.endswith(".run"):
+            try:
+                raw = strict_json(folder.read(f"stat/{name}", _LIMIT))
+                where = Path(str(raw["folder"]))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SnapshotDamaged):
+                continue
+            if where.is_absolute() and where.name.endswith(ENDING):
+                space = raw.get("namespace")
+                noted.append(Run(where, space if isinstance(space, str) else None))
+    return noted
+
+
+def discard(folder: Folder, run: Run) -> bool:
+    """Remove an unfinished run, and what a killed writer left of its result files. Returns whether there was one.
+
+    Nothing but the files that a run makes is removed, and no link is followed. Busy while the run is at work.
+    """
+    there = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
+    forget(folder, run)
+    return any(there)
+
+
+def is_there(run: Run) -> bool:
+    """Return whether any file of an unfinished run exists."""
+    return any(map(os.path.lexists, (run.folder, *_partials(run))))
+
+
+def _partials(run: Run) -> list[Path]:
+    """Files that a killed writer of the run's results may have left."""
+    stem = run.folder.name.removesuffix(ENDING)
+    names = [f"{stem}{ending}{more}.partial" for ending in RESULTS for more in ("", ".jsonl")]
+    return [run.folder.with_name(name) for name in names]
+
+
+def _emptied(run: Run) -> bool:
+    try:
+        descriptor = os.open(run.folder, _FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        with suppress(FileNotFoundError):
+            lock = os.open("lock", _LOCK, dir_fd=descriptor)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"the run in {run.folder} is at work; stop it, and purge again") from None
+            except OSError:
+                pass  # a file system without locks
+            finally:
+                os.close(lock)
+        for name in FILES:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    with suppress(OSError):  # files of others are in it
+        os.rmdir(run.folder)
+    return True
+
+
+def _remove_partial(path: Path) -> bool:
+    """Remove "<name>.partial" unless its writer is at work (Busy); whether there was one."""
+    try:
+        descriptor = os.open(path, _LOCK)
+    except OSError:
+        return False  # there is none, or it is a link or somebody else's
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+        return True
+    except BlockingIOError:
+        raise Busy(f"a run is writing {path}; stop it, and purge again") from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""Our near reuse beside a fixed similarity and beside a cache of final outputs, on the same fingerprints.
+
+Wrong is a hit whose result the judge finds to differ from the computed one. Fitted and calibrated on what is known, or
+on a sample of its own, and reported on what is asked.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
+from llmcache.near.calibration.crossfit import (
+    Entries,
+    Held,
+    Judge,
+    Memory,
+    ask,
+    cross_fit,
+    held_out_voting,
+)
+from llmcache.near.calibration.drift import beyond, label_drift
+from llmcache.near.calibration.risk_control import choose
+from llmcache.near.guard.rules import Rules
+from llmcache.near.neighbors.correction import eligible_sources
+from llmcache.near.neighbors.gate import Boundary, safety
+
+FIXED = 0.8
+"""GPTCache's default threshold of similarity."""
+PAIRS = 8000
+LIMIT = 0.1
+"""1 - cosine from which on a result of QQP is wrong: no head decides there."""
+
+Row = dict[str, Any]
+Floats = NDArray[np.floating]
+
+
+def rivals(model: SentenceTransformer, folder: Path, *, seed: int = 0, budget: float = 0.005) -> list[Row]:
+    """One row per rule, for labelled texts, or for QQP where the folder holds qqp.jsonl.gz."""
+    pairs = folder / "qqp.jsonl.gz"
+    return list((questions if pairs.exists() else labelled)(model, folder, seed, budget))
+
+
+def labelled(model: SentenceTransformer, folder: Path, seed: int, budget: float) -> Iterator[Row]:
+    """Wrong is another label by a logistic head; calibrated on the known documents by cross-fitting."""
+    texts = labelled_texts(folder)
+    known, asked = (embedded(model, pairs) for pairs in texts)
+    head = fitted_head(known.entries.outputs, known.labels)
+    voting = held_out_voting(known.entries, seed)
+    held = cross_fit(known.entries, judges(known), seed=seed, voting=voting)
+    memory = Memory.fit(known.entries, seed, voting)
+    judge = Judge(label_drift(head), Boundary.of(head))
+    own, others = ([text for text, _ in part] for part in texts)
+    for row in _rules(memory, held, asked.entries, judge, own, (own, others), budget):
+        yield {name: value for name, value in row.items() if name != "hit"}
+
+
+def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float) -> Iterator[Row]:
+    """The first questions of pairs are known; the second ones of one half calibrate, those of the other are asked.
+
+    labelled_hits, labelled_wrong: of hits that would be given the other question of their own pair, and of these the
+    pairs that annotators call different.
+    """
+    with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
+        every = [json.loads(line) for line in lines]
+    chosen = [every[place] for place in np.random.default_rng(0).permutation(len(every))[:PAIRS]]
+    first, second = ([str(pair[place]) for pair in chosen] for place in (1, 2))
+    half = PAIRS // 2
+    known, sample, asked = (
+        embedded(model, [(text, "") for text in texts]).entries for texts in (first, second[:half], second[half:])
+    )
+    voting = held_out_voting(known, seed)
+    memory, judge = Memory.fit(known, seed, voting), Judge(beyond(LIMIT))
+    held = ask(memory, sample, judge)
+    same = np.array([pair[0] == 1 for pair in chosen[half:]])
+    nearest = memory.look_up(asked).nearest
+    own = nearest == np.arange(half, PAIRS)
+    for row in _rules(memory, held, asked, judge, first, (second[:half], second[half:]), budget):
+        hit = row.pop("hit")
+        yield {**row, "labelled_hits": int((hit & own).sum()), "labelled_wrong": int((hit & own & ~same).sum())}
+
+
+def _rules(
+    memory: Memory,
+    held: Held,
+    asked: Entries,
+    judge: Judge,
+    known_texts: list[str],
+    texts: tuple[list[str], list[str]],
+    budget: float,
+) -> Iterator[Row]:
+    found = memory.look_up(asked, judge.scores)
+    plain, score = memory.entries.outputs[found.nearest], safety(found.evidence)
+    ours = _threshold(held.drift, held.score, budget)
+    guard = Rules()
+    read, temperature = guard.digests(known_texts), memory.voting.temperature
+    of_sample, of_asked = (
+        guard.sharing(guard.digests(mine), read[one.neighbours], eligible_sources(one.similarities, temperature))[1]
+        >= 0
+        for mine, one in zip(texts, (held.found, found), strict=True)
+    )
+    guarded = np.where(of_asked, -np.inf, score)
+    with_guard = _threshold(held.drift, np.where(of_sample, -np.inf, held.score), budget)
+    tau = _threshold(held.drift, held.found.similarity, budget)
+    as_many = float(np.sort(found.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
+    for name, results, hit in (
+        ("ours: corrected, gate", found.results, score >= ours),
+        ("ours: corrected, gate, field guard", found.results, guarded >= with_guard),
+        (f"fixed {FIXED} on the same fingerprints (GPTCache's rule)", plain, found.similarity >= FIXED),
+        ("final outputs at the same fingerprint and tau", plain, found.similarity >= tau),
+        ("final outputs, as many hits as ours", plain, found.similarity >= as_many),
+    ):
+        wrong = int((judge.drift(asked.outputs, results)[hit] > 0).sum())
+        hits = int(hit.sum())
+        yield {
+            "method": name, "asked": len(hit), "hits": hits, "hit_rate": hits / len(hit), "wrong": wrong,
+            "wrong_of_hits": wrong / max(1, hits), "wrong_of_all": wrong / len(hit), "budget": budget, "hit": hit,
+        }  # fmt: skip
+
+
+def _threshold(drift: Floats, score: Floats, budget: float) -> float:
+    threshold = choose(drift, score, budget).threshold
+    return np.inf if threshold is None else threshold

@@ -1,0 +1,200 @@
+"""Other libraries as contenders (the extra "rivals"), each set up in its own favour, and a fixed cut layer.
+
+A library that is not installed is named and left out. Nothing here is a copy of their code, and nothing is installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from llmcache.bench.competitors.baselines import Counted, width
+from llmcache.bench.competitors.embedding_recycling import cut_layer
+from llmcache.bench.competitors.names import (
+    CUT,
+    DISKCACHE,
+    DISKCACHE_RAW,
+    GPTCACHE,
+    SEMHASH,
+)
+from llmcache.bench.harness.rounds import (
+    Contender,
+    Floats,
+    Opened,
+    Task,
+)
+from llmcache.errors import LLMCacheError
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import tokenise
+
+GPTCACHE_SHARE = 256
+"""Texts that GPTCache is asked: it answers one text a call, with a commit of SQLite for each."""
+NEARLY_ONE = 0.99999
+"""Of GPTCache's similarity, 1 - squared distance / 4. Its default, 0.8, is a cosine of 0.6: other queries' vectors."""
+SEMHASH_THRESHOLD = 0.9
+"""SemHash's own default."""
+
+
+@contextmanager
+def on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
+    """Text to vector as its manual has it, `cache[text] = vector`, which it pickles; new ones in one transaction."""
+    from diskcache import Cache
+
+    encode = Counted(task)
+    with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
+
+        def answer(texts: Sequence[str]) -> Floats:
+            found = [cache.get(text) for text in texts]
+            new = list(dict.fromkeys(text for text, one in zip(texts, found, strict=True) if one is None))
+            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
+            with cache.transact() if new else nullcontext():
+                for text, vector in fresh.items():
+                    cache[text] = vector
+            return np.stack([fresh[text] if one is None else one for text, one in zip(texts, found, strict=True)])
+
+        yield Opened(answer, encode.computed)
+
+
+@contextmanager
+def raw_on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
+    """The same, tuned: the vector's bytes, not pickled, put together at once where all is known.
+
+    It is read text by text: its transactions take the lock of writers, and were no faster.
+    """
+    from diskcache import Cache
+
+    encode, dim = Counted(task), width(task)
+    with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
+
+        def answer(texts: Sequence[str]) -> Floats:
+            raw = [cache.get(text) for text in texts]
+            new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
+            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
+            if new:
+                with cache.transact():
+                    for text, vector in fresh.items():
+                        cache.set(text, vector.tobytes())
+            if not new:
+                return np.frombuffer(b"".join(raw), np.float32).reshape(len(texts), dim)
+            return np.stack(
+                [fresh[t] if one is None else np.frombuffer(one, np.float32) for t, one in zip(texts, raw, strict=True)]
+            )
+
+        yield Opened(answer, encode.computed)
+
+
+def _refuse(command: object, **_: object) -> None:
+    raise LLMCacheError(f"GPTCache wanted to run {command!r}; a benchmark installs nothing: install llmcache[rivals]")
+
+
+@contextmanager
+def in_gptcache(task: Task, folder: Path) -> Iterator[Opened]:
+    """Its own door, text by text: `get` of its adapter, and what it misses is computed together and put in as a batch.
+
+    Embeddings are means of token embeddings, which cost no layer of the model; answers are the vectors in base64. Only
+    equal embeddings are let through, which texts of the same tokens in another order have too. Nothing is evicted.
+    """
+    encode, embedding = Counted(task), token_embedding(task.model)
+
+    def fingerprints(texts: Sequence[str]) -> Floats:
+        return features(embedding, tokenise(task.model, list(texts), None, None).ids, "mean")
+
+    # it offers to install what it misses, by subprocess.check_call, also while it is imported
+    with mock.patch.object(subprocess, "check_call", _refuse), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside of it
+        get, manager = _gptcache(folder / "gptcache", int(embedding.shape[1]), lambda text: fingerprints([text])[0])
+
+        def answer(texts: Sequence[str]) -> Floats:
+            raw = [get(text) for text in texts]
+            new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
+            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
+            if new:
+                answers = [base64.b64encode(vector.tobytes()).decode() for vector in fresh.values()]
+                manager.import_data(new, answers, list(fingerprints(new)), [None] * len(new))
+            return np.stack(
+                [
+                    fresh[text] if one is None else np.frombuffer(base64.b64decode(one), np.float32)
+                    for text, one in zip(texts, raw, strict=True)
+                ]
+            )
+
+        try:
+            yield Opened(answer, encode.computed, manager.flush)
+        finally:
+            manager.close()
+            manager.s._engine.dispose()  # its close leaves the file of SQLite open
+
+
+def _gptcache(folder: Path, dim: int, embed: Callable[[str], Floats]) -> tuple[Callable[[str], Any], Any]:
+    """Its look-up of one text, None for a miss, and its data manager."""
+    import gptcache
+    from gptcache.adapter.api import get
+    from gptcache.manager import manager_factory
+    from gptcache.processor.pre import get_prompt
+    from gptcache.similarity_evaluation import SearchDistanceEvaluation
+
+    manager = manager_factory(
+        "sqlite,faiss",
+        data_dir=str(folder),
+        vector_params={"dimension": dim},
+        eviction_params={"max_size": 1 << 30},
+    )
+    cache = gptcache.Cache()
+    with mock.patch("gptcache.core.atexit"):  # it would write its index when Python ends, into a folder that is gone
+        cache.init(
+            pre_embedding_func=get_prompt,
+            embedding_func=lambda text, **_: embed(text),
+            data_manager=manager,
+            similarity_evaluation=SearchDistanceEvaluation(),
+            config=gptcache.Config(similarity_threshold=NEARLY_ONE),
+        )
+    return lambda text: get(text, cache_obj=cache), manager
+
+
+@contextmanager
+def after_semhash(task: Task, _: Path) -> Iterator[Opened]:
+    """Near-duplicates within a call are dropped, the others encoded; what was dropped gets the vector of what was kept.
+
+    Its encoder is the mean of the model's own token embeddings, a static one as is its default, which is a download.
+    """
+    from semhash import SemHash
+
+    encode, embedding = Counted(task), token_embedding(task.model)
+
+    class Static:
+        def encode(self, inputs: Any, **_: Any) -> Floats:
+            return features(embedding, tokenise(task.model, list(inputs), None, None).ids, "mean")
+
+    def answer(texts: Sequence[str]) -> Floats:
+        found = SemHash.from_records(list(texts), model=Static()).self_deduplicate(SEMHASH_THRESHOLD)
+        kept = dict(zip(found.selected, encode(found.selected), strict=True))
+        of = {one.record: one.duplicate_of for one in found.filtered}
+        return np.stack([kept[text] if text in kept else kept[of[text]] for text in texts])
+
+    yield Opened(answer, encode.computed)
+
+
+# -- who takes part ---------------------------------------------------------------------------------------------
+
+_NOT_ON_REGISTRY = "not installed: {}; no package of it is on the registry"
+
+EXACT_RIVALS = [
+    Contender(DISKCACHE, on_diskcache, "diskcache"),
+    Contender(DISKCACHE_RAW, raw_on_diskcache, "diskcache"),
+    Contender(GPTCACHE, in_gptcache, "gptcache", GPTCACHE_SHARE),
+]
+CUT_LAYER = Contender(CUT, cut_layer)
+SEMHASH_FIRST = Contender(SEMHASH, after_semhash, "semhash")
+ABSENT = [
+    Contender("vCache", _NOT_ON_REGISTRY.format("vcache") + ", and its licence (CC BY-NC-ND) lets none be made of it"),
+    Contender("s2re", _NOT_ON_REGISTRY.format("s2re") + f"; its idea is the row {CUT!r}"),
+]

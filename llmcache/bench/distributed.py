@@ -1,0 +1,100 @@
+"""The same job in one process and on the workers of a local Ray cluster, with and without one of them killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcache.cache import LLMCache
+from llmcache.distributed.cache import SpreadCache
+from llmcache.distributed.ray import open as open_on_ray
+from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.store import Store
+
+BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One way of doing the job. seconds: without starting processes. identical: bits and provenance, to the first.
+
+    entries, segments: in the store; lost: documents that a later opening does not find; duplicates: stored twice.
+    """
+
+    name: str
+    workers: int
+    threads: int
+    documents: int
+    seconds: float
+    identical: bool
+    entries: int
+    segments: int
+    lost: int
+    duplicates: int
+
+
+def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
+    """One process with the threads of a worker, one with all, so many workers, and these with one killed half-way."""
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // workers)
+    before = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
+        base = Path(folder)
+        try:
+            expected, rows = None, []
+            for name, count in (("one process", threads), ("one process, all cores", cores)):
+                torch.set_num_threads(count)
+                with LLMCache.open(base / name, model) as cache:
+                    facts, seconds = _job(cache, texts)
+                expected = expected or facts
+                rows.append(_row(name, 1, count, base / name, texts, seconds, facts == expected))
+            for name, killing in ((f"{workers} workers", False), (f"{workers} workers, one killed", True)):
+                with open_on_ray(base / name, model, workers=workers, threads=threads) as many:
+                    _started(many, workers)
+                    facts, seconds = _job(many, texts, many.workers.pids()[:1] if killing else [])
+                rows.append(_row(name, workers, threads, base / name, texts, seconds, facts == expected))
+            return rows
+        finally:
+            torch.set_num_threads(before)
+
+
+def _started(cache: SpreadCache, workers: int) -> None:
+    """Let the workers load the model before the clock runs."""
+    for _ in cache.run([f"warm up {i}" for i in range(BATCH * workers)], batch_size=BATCH):
+        continue
+
+
+def _job(cache: LLMCache, texts: Sequence[str], victims: Sequence[int] = ()) -> tuple[list[Any], float]:
+    """What the job gives, and seconds. victims: processes that are killed when the first batches are done."""
+    doomed = list(victims)
+
+    def progress(_: int, computed: int) -> None:
+        if computed and doomed:
+            os.kill(doomed.pop(), signal.SIGKILL)
+
+    began = time.perf_counter()
+    found = list(cache.run(texts, batch_size=BATCH, progress=progress))
+    cache.commit()
+    seconds = time.perf_counter() - began
+    return [(one.id, one.tier, one.source, one.similarity, one.output.tobytes()) for one in found], seconds
+
+
+def _row(
+    name: str, workers: int, threads: int, path: Path, texts: Sequence[str], seconds: float, identical: bool
+) -> Spread:
+    with LLMCache.open(path) as cache:
+        lost = sum(one.tier != "exact" for one in cache.run(texts))
+    with closing(Store.open(path)) as store:
+        segments = store.manifest.namespaces["default"].banks["output"].segments
+        twice = compact(store, duplicates=True, dry_run=True).duplicates
+    rows = sum(one.live for one in segments)
+    return Spread(name, workers, threads, len(texts), seconds, identical, rows, len(segments), lost, twice)

@@ -1,0 +1,120 @@
+"""Calibrated near look-ups on a device, beside the same on the host and beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmcache.bench.harness.device import Device, against, spread
+from llmcache.bench.harness.shapes import (
+    SHAPES,
+    WORDS,
+    sentences,
+    tiny,
+)
+from llmcache.model.batching import Sentences, token_embedding
+from llmcache.model.features import features, features_on
+from llmcache.model.tokens import TokenRows
+from llmcache.near.calibration.crossfit import (
+    Entries,
+    Memory,
+    Neighbourhood,
+    rounded,
+)
+from llmcache.near.neighbors.correction import Voting, units
+from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index_torch import DeviceMemory
+from llmcache.near.neighbors.predictor import (
+    LANDMARKS,
+    Predictor,
+    directions,
+    median_square,
+)
+
+_TOKENS = 12  # of a query
+_BATCHES = (1, 32, 256)
+_CLASSES = 77  # of the head whose decisions the results are for
+
+
+def near(device: Device) -> Iterator[dict[str, Any]]:
+    """Queries of 12 tokens on MiniLM's shape, among 20,000 and 200,000 entries: features, predictions, neighbours,
+    corrected results and evidence, on the device and on the host; and the model alone in the same rounds.
+
+    The entries lie around other queries, each with an output of its own. Milliseconds are of one query. difference: of
+    the results on the device to those of the host, the largest; same_neighbours: share of queries with equal ones.
+    """
+    shape = replace(tiny(SHAPES["minilm"]) if device.tiny else SHAPES["minilm"], tokens=_TOKENS)
+    model = sentences(shape, device.name, device.dtype)
+    random = np.random.default_rng(7)
+    drawn = [random.integers(4, WORDS, _TOKENS).astype(np.int32) for _ in range(64 if device.tiny else 4096)]
+    queries = Sentences(model).tokenise(["w0"], None, None).like(drawn[: max(_BATCHES)])
+    for number, count in enumerate((500, 1000) if device.tiny else (20_000, 200_000)):
+        if number and device.over:
+            return
+        for row in _looked_up(Sentences(model), token_embedding(model), drawn, queries, count, device):
+            device.said(f"near look-up of {row['queries']} among {count:,}: {row['of_model']:.1%} of the model's time")
+            yield row
+
+
+def _looked_up(
+    model: Sentences,
+    embedding: torch.Tensor,
+    drawn: list[NDArray[np.int32]],
+    queries: TokenRows,
+    count: int,
+    device: Device,
+) -> Iterator[dict[str, Any]]:
+    random, out = np.random.default_rng(count), int(embedding.shape[1])
+    raw, like = features(embedding, drawn, "mean"), random.integers(0, len(drawn), count)
+    predictor = _predictor(raw, out)
+    kept = rounded(predictor(raw)[like] + random.standard_normal((count, out), np.float32) / np.float32(10))
+    outputs = units(random.standard_normal((count, out), np.float32))
+    entries = Entries(raw[like].astype(np.float16), outputs, [drawn[i] for i in like.tolist()])
+    head = Boundary(random.standard_normal((_CLASSES, out), np.float32), np.zeros(_CLASSES, np.float32))
+    there = DeviceMemory(entries, predictor, Voting(), device.name, predictions=kept)
+    host = Memory(entries, predictor, Voting(), "torch", kept)
+
+    def matched(memory: Neighbourhood, tokens: list[NDArray[np.int32]]) -> Any:
+        return memory.match(features_on(embedding, tokens, "mean"), tokens, head)
+
+    @torch.inference_mode()
+    def computed(batch: int) -> torch.Tensor:
+        return model.vectors(queries, range(batch), None)
+
+    for batch in sorted({min(batch, len(queries.ids)) for batch in _BATCHES}):
+        tokens = list(queries.ids[:batch])
+        actions = {
+            "model": lambda batch=batch: computed(batch),
+            "device": lambda tokens=tokens: matched(there, tokens),
+            "host": lambda tokens=tokens: matched(host, tokens),
+        }
+        seconds = device.rounds(actions, 3 if device.tiny else 20, warm=3)
+        one, other = matched(there, tokens), matched(host, tokens)
+        yield {
+            "entries": count, "queries": batch, "tokens": _TOKENS,
+            **{name: spread(each) for name, each in seconds.items()},
+            **{f"{name}_milliseconds": 1000 * spread(each)["median"] / batch for name, each in seconds.items()},
+            "of_model": 1 / against(seconds["model"], seconds["device"]),
+            "times_as_fast_as_host": against(seconds["host"], seconds["device"]),
+            "difference": float(np.abs(one.results.cpu().numpy() - other.results).max()),
+            "same_neighbours": float((one.neighbours == other.neighbours).all(axis=1).mean()),
+        }  # fmt: skip
+
+
+def _predictor(raw: NDArray[np.float32], out: int) -> Predictor:
+    """A kernel of the usual size on the features of these documents, with weights drawn by chance."""
+    random, width = np.random.default_rng(4), raw.shape[1]
+    matrix = random.standard_normal((width, min(width, 256)), np.float32)
+    mean = raw.mean(axis=0)
+    landmarks = (raw[:LANDMARKS] - mean) @ matrix
+    weights = random.standard_normal((len(landmarks), out), np.float32) / np.float32(np.sqrt(len(landmarks)))
+    return Predictor(
+        mean=mean, matrix=matrix, landmarks=landmarks, weights=weights, offset=np.zeros(out, np.float32),
+        basis=directions(random.standard_normal((2 * out, out), np.float32)),
+        gamma=1 / median_square(landmarks[:512]), penalty=0.1, entries=len(raw), held_out=0.9,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""A model on a device alone, and with its outputs known in the device's memory, in page-locked memory or on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from llmcache.bench.harness.device import Device, against, spread
+from llmcache.bench.harness.shapes import (
+    Shape,
+    sentences,
+    texts,
+    tiny,
+)
+from llmcache.cache import LLMCache
+from llmcache.config import CacheConfig
+
+_BATCH = 256
+_LEVELS = {"device memory": {"device_bytes": 1 << 28}, "pinned memory": {"pinned_bytes": 1 << 28}, "disk": {}}
+
+
+def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
+    """All documents known, level by level, and none known, each beside the model alone in the same rounds, by name.
+
+    documents: in calls of 8 batches; `encode(convert_to_tensor=True)`, so that results are on the device. disk: the
+    store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.
+    """
+    shape, batches, repeats = (tiny(shape), 1, 2) if device.tiny else (shape, 8, 7)
+    batch = 16 if device.tiny else _BATCH
+    model = sentences(shape, device.name, device.dtype)
+    known = texts(batches * batch, shape.tokens, seed=1)
+    yield (
+        "model",
+        {"shape": shape.name, "sizes": shape.sizes, "dtype": str(device.dtype).removeprefix("torch."),
+         "batch": batch, "documents": len(known), "tokens": shape.tokens},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="llmcache-gpu-") as folder, ExitStack() as stack:
+        with LLMCache.open(Path(folder) / "known", model, config=_config(device)) as cache:
+            cache.encode(known, batch_size=batch)
+        caches = {
+            name: stack.enter_context(LLMCache.open(Path(folder) / "known", model, config=_config(device, **settings)))
+            for name, settings in _LEVELS.items()
+        }
+        hits = _hits(model, caches, known, batch, device, repeats)
+        yield "hits", hits
+        device.said(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
+        yield "rows", {name: _gathered(cache, batch, device) for name, cache in caches.items()}
+        empty = stack.enter_context(LLMCache.open(Path(folder) / "empty", model, config=_config(device)))
+        misses = _misses(model, empty, (batches * batch, shape.tokens, batch), device, repeats)
+        yield "misses", misses
+        device.said(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
+
+
+def _config(device: Device, **settings: int) -> CacheConfig:
+    # whatever a level takes is to be seen, also where it does not pay
+    return CacheConfig(index="torch", device="cuda" if device.cuda else "cpu", stand_aside=False, **settings)  # type: ignore[arg-type]
+
+
+def _hits(
+    model: SentenceTransformer,
+    caches: dict[str, LLMCache],
+    known: Sequence[str],
+    batch: int,
+    device: Device,
+    repeats: int,
+) -> dict[str, Any]:
+    def encoded(by: Any) -> Callable[[], torch.Tensor]:
+        return lambda: by.encode(known, batch_size=batch, convert_to_tensor=True)
+
+    actions = {"model alone": encoded(model), **{name: encoded(cache) for name, cache in caches.items()}}
+    found, alone = device.rounds(actions, repeats, warm=2), actions["model alone"]()
+    rows = {}
+    for name, each in found.items():
+        apart = float((actions[name]().float() - alone.float()).abs().max())
+        rows[name] = {
+            **spread(each), "documents_per_second": len(known) / spread(each)["median"],
+            "times_as_fast": against(found["model alone"], each), "difference": apart,
+        }  # fmt: skip
+    for name, cache in caches.items():
+        counters = cache.levels.counters if cache.levels else None
+        rows[name]["answered_by"] = None if counters is None else [counters.device, counters.pinned, counters.files]
+    return rows
+
+
+def _gathered(cache: LLMCache, batch: int, device: Device) -> dict[str, Any]:
+    """One batch of stored rows, from where they are to a tensor on the device."""
+    bank, random = cache._bank, np.random.default_rng(0)
+    rows = random.permutation(bank.pieces.rows)[:batch]
+    take: Callable[[], Any]
+    if cache.levels is None:
+        take = lambda: torch.from_numpy(np.asarray(bank.read(rows).values)).to(device.name)  # noqa: E731
+    else:
+        levels = cache.levels
+        take = lambda: levels.gather(rows)  # noqa: E731
+    each = device.rounds({"": take}, 3 if device.tiny else 30, warm=3)[""]
+    size = batch * bank.facts.width * device.dtype.itemsize
+    return {**spread(each), "bytes": size, "bytes_per_second": size / spread(each)["median"]}
+
+
+def _misses(
+    model: SentenceTransformer, cache: LLMCache, sizes: tuple[int, int, int], device: Device, repeats: int
+) -> dict[str, Any]:
+    """Documents that nobody knows, new ones in each round. The model alone comes first and last by turns."""
+    count, tokens, batch = sizes
+    alone, cached, commits, apart = [], [], [], 0.0
+    for number in range(repeats + 1):
+        if number > 1 and device.over:
+            break
+        fresh = texts(count, tokens, seed=100 + number)
+        found: dict[int, torch.Tensor] = {}
+
+        def by(who: Any, fresh: Sequence[str] = fresh, found: dict[int, torch.Tensor] = found) -> float:
+            def encode() -> None:
+                found[id(who)] = who.encode(fresh, batch_size=batch, convert_to_tensor=True)
+
+            return device.seconds(encode)
+
+        order = (model, cache) if number % 2 else (cache, model)
+        seconds = {id(one): by(one) for one in order}
+        commit = device.seconds(cache.commit)
+        if number:  # the first round is to warm up
+            alone.append(seconds[id(model)])
+            cached.append(seconds[id(cache)])
+            commits.append(commit)
+            apart = max(apart, float((found[id(model)].float() - found[id(cache)].float()).abs().max()))
+    whole = [one + other for one, other in zip(cached, commits, strict=True)]
+    counters = cache.stats().counters
+    return {
+        "model alone": spread(alone), "cache": spread(cached), "commit": spread(commits),
+        "overhead": 1 / against(alone, cached) - 1, "overhead_with_commit": 1 / against(alone, whole) - 1,
+        "difference": apart, "model_seconds": counters.model_seconds, "cache_seconds": counters.overhead_seconds,
+    }  # fmt: skip

@@ -1,0 +1,214 @@
+"""Eviction ablation: the policies of `llmcache.indexes.eviction.policies` under a byte budget, on a Zipf stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from llmcache.bench.paper.latency import Row
+from llmcache.bench.paper.layer_hits import projection
+from llmcache.bench.paper.memory import folder_bytes
+from llmcache.bench.paper.models import classifier
+from llmcache.bench.paper.texts import Workload
+from llmcache.cache import LLMCache
+from llmcache.config import CacheConfig
+from llmcache.indexes.eviction.policies import (
+    POLICIES,
+    Terms,
+    Usage,
+    choose,
+)
+from llmcache.indexes.search.bank_index import half
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import tokenise
+
+EXPONENT = 1.0
+REQUESTS = 10_000
+SECONDS = 60
+"""Between two requests of the stream, by the clock that policies see; there is no waiting."""
+HALF_LIFE = 86_400.0
+AUDITED = 0.1
+"""Share of near hits that are recomputed, whose drift the policies then know."""
+ROOM = (0.1, 0.25, 0.5)
+"""Shares of the bytes of all documents that may be stored."""
+TAU = 0.85
+FREED = 0.02  # of the budget, at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Documents:
+    """What the replay knows of each. nbytes: in the store. cost: seconds of the model.
+
+    similarity: float32 [n, n], of the fingerprints, 0 on the diagonal. wrong: bool [n, n], whether taking over the
+    column's output changes the row's label. drift: float32 [n, n], 1 - cosine of the outputs.
+    """
+
+    nbytes: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    similarity: NDArray[np.float32]
+    wrong: NDArray[np.bool_]
+    drift: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+
+def stream(n: int, requests: int, exponent: float = EXPONENT, seed: int = 0) -> NDArray[np.int64]:
+    """Requests for n documents by Zipf's law; halfway which of them are popular changes. int64 [requests]."""
+    random = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, n + 1) ** exponent
+    ranks = random.choice(n, requests, p=shares / shares.sum())
+    early, late = random.permutation(n), random.permutation(n)
+    return np.where(np.arange(requests) < requests // 2, early[ranks], late[ranks])
+
+
+def documents(model: SentenceTransformer, workload: Workload) -> Documents:
+    """Of the known documents of a labelled workload; bytes as the store has them, seconds measured, by their tokens."""
+    tokens = tokenise(model, workload.known, None, None)
+    began = time.perf_counter()
+    outputs = np.asarray(model.encode(workload.known, batch_size=64), np.float32)
+    seconds = time.perf_counter() - began
+    decided = classifier(outputs, workload.known_labels).predict(outputs)
+    raw = half(features(token_embedding(model), tokens.ids, "mean")).astype(np.float32)
+    prints = projection(raw).apply(raw).astype(np.float32)
+    similarity = prints @ prints.T
+    np.fill_diagonal(similarity, 0)
+    unit = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
+    # output, feature in float16, token ids, and about what a store adds to an entry
+    nbytes = (4 * outputs.shape[1] + 2 * raw.shape[1] + 4 * tokens.lengths + 120).astype(np.int64)
+    cost = (seconds / float(tokens.lengths.sum())) * tokens.lengths.astype(
+        np.float64
+    )  # its time is nearly linear in its tokens
+    return Documents(nbytes, cost, similarity, decided[:, None] != decided[None], (1 - unit @ unit.T).clip(0))
+
+
+def replay(
+    docs: Documents, requests: NDArray[np.int64], policy: str, budget: int, tau: float | None = None, seed: int = 0
+) -> Row:
+    """Requests in their order against a store that evicts by this policy whenever it is above its budget in bytes.
+
+    A document that is stored is a hit. With tau so is one whose nearest stored neighbour is as similar: it takes over
+    that one's output, and is not stored itself. What is evicted is what `choose` says, every row a segment of its own.
+    """
+    random = np.random.default_rng(seed)
+    here = np.zeros(len(docs), np.bool_)
+    used, created, uses = (np.zeros(len(docs), np.int64) for _ in range(3))
+    drift, stored, exact, near, wrong, saved, evicted = np.full(len(docs), np.nan), 0, 0, 0, 0, 0.0, 0
+    for tick, one in enumerate(requests.tolist()):
+        now = (tick + 1) * SECONDS
+        source = one if here[one] else _neighbour(docs, here, one, tau)
+        if source >= 0:
+            used[source], uses[source] = now, uses[source] + 1
+            saved += docs.cost[one]
+            exact += source == one
+            if source != one:
+                near, wrong = near + 1, wrong + int(docs.wrong[one, source])
+                if random.random() < AUDITED:
+                    drift[source] = docs.drift[one, source]
+            continue
+        here[one], used[one], created[one], uses[one], drift[one] = True, 0, now, 0, np.nan
+        stored += int(docs.nbytes[one])
+        if stored > budget:
+            rows = np.flatnonzero(here)
+            usage = Usage(
+                used[rows], uses[rows], created[rows], docs.nbytes[rows], docs.cost[rows], drift[rows],
+                np.arange(len(rows)),
+            )  # fmt: skip
+            gone = rows[choose(usage, max(stored - budget, int(FREED * budget)), policy, Terms(half_life=HALF_LIFE))]
+            here[gone] = False
+            evicted += len(gone)
+            stored -= int(docs.nbytes[gone].sum())
+    n = len(requests)
+    return {
+        "policy": policy, "budget": budget, "requests": n, "hits": (exact + near) / n, "exact": exact / n,
+        "near": near / n, "wrong": wrong / n, "wrong_of_near": wrong / near if near else None,
+        "seconds_saved": float(saved) / float(docs.cost[requests].sum()), "evicted": evicted, "stored": stored,
+    }  # fmt: skip
+
+
+def _neighbour(docs: Documents, here: NDArray[np.bool_], one: int, tau: float | None) -> int:
+    """The nearest stored document at similarity >= tau, -1 without one."""
+    if tau is None:
+        return -1
+    similarity = np.where(here, docs.similarity[one], -1)
+    best = int(similarity.argmax())
+    return best if similarity[best] >= tau else -1
+
+
+def best_possible(docs: Documents, requests: NDArray[np.int64], budget: int) -> float:
+    """Hit rate of evicting what is needed furthest in the future (Belady), by whole documents of a mean size.
+
+    An upper bound for repeats alone, up to the differences in size.
+    """
+    room = max(1, budget // int(docs.nbytes.mean()))
+    later = np.full(len(requests), len(requests))
+    last: dict[int, int] = {}
+    for place in range(len(requests) - 1, -1, -1):
+        later[place] = last.get(int(requests[place]), len(requests))
+        last[int(requests[place])] = place
+    next_use: dict[int, int] = {}
+    hits = 0
+    for place, one in enumerate(requests.tolist()):
+        hits += one in next_use
+        next_use[one] = int(later[place])
+        if len(next_use) > room:
+            del next_use[max(next_use, key=next_use.__getitem__)]
+    return hits / len(requests)
+
+
+def evictions(docs: Documents, requests: int = REQUESTS) -> list[Row]:
+    """One row per policy and budget, for repeats alone and with near hits."""
+    asked = stream(len(docs), requests)
+    rows = []
+    for share in ROOM:
+        budget = int(docs.nbytes.sum() * share)
+        bound = best_possible(docs, asked, budget)
+        for tau in (None, TAU):
+            for policy in POLICIES:
+                found = replay(docs, asked, policy, budget, tau)
+                rows.append(
+                    {"kind": "replay", "documents": len(docs), "room": share, "tau": tau, "bound": bound, **found}
+                )
+    return rows
+
+
+def in_a_store(
+    model: SentenceTransformer, workload: Workload, folder: Path, requests: int, max_bytes: int, call: int = 256
+) -> list[Row]:
+    """The same kind of stream through a cache with this byte budget, whose policies drop whole segments.
+
+    largest: bytes of the store's folder at any commit; the budget is never exceeded.
+    """
+    asked = stream(len(workload.known), requests)
+    rows = []
+    for policy in POLICIES:
+        largest, misses = 0, 0
+        place = folder / policy
+        config = CacheConfig(max_bytes=max_bytes, policy=policy, stand_aside=False)  # type: ignore[arg-type]
+        with LLMCache.open(place, model, config=config) as cache:
+            for part in np.array_split(asked, max(1, len(asked) // call)):
+                cache.encode([workload.known[i] for i in part], batch_size=64)
+                cache.commit()
+                largest = max(largest, folder_bytes(place))
+            misses = cache.stats().counters.misses
+        rows.append({
+            "kind": "store", "documents": len(workload.known), "policy": policy, "budget": max_bytes,
+            "requests": len(asked), "hits": 1 - misses / len(asked), "largest": largest,
+        })  # fmt: skip
+    return rows
+
+
+def policies(rows: Sequence[Row], tau: float | None, room: float) -> dict[str, float]:
+    """Hit rate of each policy in a replay."""
+    return {
+        row["policy"]: row["hits"]
+        for row in rows
+        if row["kind"] == "replay" and row["tau"] == tau and row["room"] == room
+    }

@@ -1,0 +1,100 @@
+"""Hit rate per layer, in both readings of it: one fingerprint with a tau for each layer, and each layer's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmcache.bench.paper.latency import Row, layer_taus
+from llmcache.bench.paper.models import Made, agreement, decisions
+from llmcache.bench.paper.texts import Workload
+from llmcache.indexes.search.bank_index import half
+from llmcache.indexes.search.projection import Projection, fit_pca
+from llmcache.indexes.search.vector_index import VectorIndex
+from llmcache.model.batching import token_embedding
+from llmcache.model.features import features
+from llmcache.model.tokens import batch, tokenise
+
+TAU = 0.85
+"""For states: the middle of the paper's range."""
+LEAST = 256
+"""Known documents from which on a PCA is fitted."""
+DIM = 128
+
+Floats = NDArray[np.float32]
+
+
+def layer_hits(made: Made, workload: Workload) -> list[Row]:
+    """One row per layer. hits: share of `asked` whose nearest known document is at similarity >= tau.
+
+    input: by the fingerprint of the input, as a cache can ask for it before any layer runs; tau rises with the layer
+    within the paper's range. state: by the mean state that the layer gave, which has to be computed first; tau is one.
+    A document is looked up at each layer with its own state, whatever hit before. Wrong: the nearest document's output,
+    which is the mean of its last states, is decided otherwise than the document's own.
+    """
+    known, asked = (pooled_states(made, texts) for texts in (workload.known, workload.asked))
+    outputs, own = known[-1], asked[-1]
+    head = decisions(made, outputs)
+    inputs = nearest(*(_input_features(made, texts) for texts in (workload.known, workload.asked)))
+    taus = layer_taus(range(made.layers))
+    rows = []
+    for layer in range(made.layers):
+        row: Row = {
+            "model": made.name, "weights": made.weights, "data": workload.name, "layer": layer, "of": made.layers,
+            "known": len(workload.known), "asked": len(workload.asked),
+        }  # fmt: skip
+        of_state = nearest(known[layer], asked[layer])
+        for name, (places, similarity), tau in (("input", inputs, taus[layer]), ("state", of_state, TAU)):
+            hit = similarity >= tau
+            wrong = hit & ~agreement(head, own, outputs[places])
+            row |= {
+                f"{name}_tau": tau, f"{name}_hits": float(hit.mean()), f"{name}_wrong": float(wrong.mean()),
+                f"{name}_wrong_of_hits": float(wrong.sum() / hit.sum()) if hit.any() else None,
+                f"{name}_similarity": float(np.median(similarity)),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def pooled_states(made: Made, texts: Sequence[str], size: int = 32) -> Floats:
+    """Mean state of each document behind each layer, float32 [layers, n, width]."""
+    model = made.model
+    trunk = model.transformers_model
+    assert trunk is not None
+    tokens = tokenise(model, list(texts), None, None)
+    order = np.argsort(-tokens.lengths, kind="stable")
+    found: Floats | None = None
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size].tolist()
+        inputs = batch(model.tokenizer, model.device, tokens, chosen)
+        states = trunk(**{name: inputs[name] for name in tokens.fields}, output_hidden_states=True).hidden_states[1:]
+        mask = inputs["attention_mask"][..., None].float()
+        means = torch.stack([(state * mask).sum(1) / mask.sum(1) for state in states]).float().cpu().numpy()
+        if found is None:
+            found = np.zeros((len(means), len(texts), means.shape[2]), np.float32)
+        found[:, chosen] = means
+    assert found is not None
+    return found
+
+
+def _input_features(made: Made, texts: Sequence[str]) -> Floats:
+    return features(token_embedding(made.model), tokenise(made.model, list(texts), None, None).ids, "mean")
+
+
+def projection(known: Floats, dim: int = DIM) -> Projection:
+    """PCA as the banks fit it, or none where there are too few features for one."""
+    return fit_pca(known, min(dim, known.shape[1])) if len(known) >= LEAST else Projection.none(known.shape[1])
+
+
+def nearest(known: Floats, asked: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Place of the nearest known feature to each one asked, int64 [n], and its similarity; features are rounded as
+    banks store them, and compressed by a PCA that is fitted to the known ones.
+    """
+    one, other = (half(each).astype(np.float32) for each in (known, asked))
+    way = projection(one)
+    places, similarity = VectorIndex.build(way.apply(one), kind="flat").nearest(way.apply(other), 1)
+    return places[:, 0], similarity[:, 0]

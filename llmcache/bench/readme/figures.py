@@ -1,0 +1,94 @@
+"""The figures of README.md, made from the recorded runs so that the two cannot disagree.
+
+`python -m llmcache.bench.readme.figures` writes what stands between the two markers; `--check` only says whether it
+is what the records give, and a test calls that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmcache.bench.readme.passages import PASSAGES
+from llmcache.errors import ConfigError, LLMCacheError
+
+BEGIN = "<!-- made by `python -m llmcache.bench.readme.figures`; write in llmcache/bench/readme/passages.py -->"
+END = "<!-- the end of what is made -->"
+
+
+class Records(Mapping[str, Any]):
+    """Recorded runs of a folder by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._read:
+            path = self._folder / f"{name}.json"
+            if not path.exists():
+                raise KeyError(name)
+            try:
+                self._read[name] = json.loads(path.read_bytes())
+            except ValueError:
+                raise ConfigError(f"{path} is no JSON; record it again") from None
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self._folder.glob("*.json")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def section(records: Mapping[str, Any]) -> str:
+    """All passages whose records are there. ConfigError: a record lacks what its passage says."""
+    parts = []
+    for names, passage in PASSAGES:
+        if any(name not in records for name in names):
+            continue
+        try:
+            parts.append(passage(records).strip())
+        except (KeyError, IndexError, StopIteration, TypeError) as error:
+            raise ConfigError(
+                f"the passage on {', '.join(names) or 'what was recorded'} does not fit its record ({error!r}); "
+                "record it again, or change llmcache/bench/readme/passages.py"
+            ) from None
+    return "\n\n".join(part for part in parts if part)
+
+
+def replaced(text: str, made: str) -> str:
+    """The text with this between its markers. ConfigError: it does not have each of them once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"README.md needs the lines {BEGIN!r} and {END!r}, once each, around its figures")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """Exit code 0: README is as the records say, or is now; 1: it is not (--check), or it cannot be made."""
+    parser = argparse.ArgumentParser(prog="python -m llmcache.bench.readme.figures", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README.md would change")
+    parser.add_argument("--records", type=Path, default=Path("data/bench"), help="folder of recorded runs")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args()
+    try:
+        text = options.readme.read_text(encoding="utf-8")
+        made = replaced(text, section(Records(options.records)))
+    except (LLMCacheError, OSError) as error:
+        sys.stderr.write(f"figures: {error}\n")
+        return 1
+    if options.check:
+        if made != text:
+            sys.stderr.write(f"figures: {options.readme} is not what {options.records} gives; run {parser.prog}\n")
+        return int(made != text)
+    options.readme.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

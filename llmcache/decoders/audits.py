@@ -1,0 +1,101 @@
+"""Audits of stored beginnings of prompts: tokens are computed from the first on, and compared with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from llmcache.banks.agreement import (
+    Recomputations,
+    compared,
+    machine_epsilon,
+    other_kernels,
+)
+from llmcache.banks.audits import Evidence
+from llmcache.decoders.block_store import Beginnings, Records
+from llmcache.decoders.kv_buffer import Shape
+from llmcache.decoders.schedule import Row
+
+Rows = NDArray[np.int64]
+
+
+class Recomputed(Protocol):
+    """Computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
+
+    def __call__(self, rows: Sequence[Row], tokens: Sequence[int], *, split: bool) -> list[NDArray[np.float32]]: ...
+
+
+def audit_beginnings(
+    rows: Sequence[Row], records: Records, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+) -> None:
+    """Audit a few of the beginnings that were found for a call, before anything is computed from them.
+
+    rows: of the call, looked up. records: what was read of the bank, by its row numbers.
+    ModelMismatch when stored keys, values or final states are not what the trunk gives.
+    """
+    hits = [row for row in rows if row.known]
+    if not hits:
+        return
+    evidence.saved(np.unique(np.concatenate([np.array(row.chain, np.int64) for row in hits])))
+    places = evidence.chosen_among([np.array(row.chain, np.int64) for row in hits], [row.known for row in hits])
+    if not places:
+        return
+    _audit([hits[place] for place in places], records, evidence, trunk, shape, recomputed)
+
+
+def audit_sample(
+    beginnings: Beginnings, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+) -> None:
+    """Audit a few first blocks of the bank, before others are stored beside them.
+
+    A changed model then does not add to what an unchanged one has stored.
+    """
+    sampled = evidence.sample(b"first blocks")
+    rows = []
+    for number, ids in zip(sampled.tolist(), beginnings.bank.tokens_of(sampled), strict=True):
+        row = Row(ids, 0, 0, chain=(number,), known=len(ids))
+        if len(ids) == beginnings.block and beginnings.first_key(row).hex() == beginnings.bank.key(number):
+            rows.append(row)
+    places = evidence.spread(np.ones(len(rows), np.bool_), lambda: np.arange(len(rows)))
+    rows = [rows[place] for place in places.tolist()]
+    reading = beginnings.bank.read(np.array([row.chain[0] for row in rows], np.int64), count=False)
+    records: Records = {
+        row.chain[0]: values for row, values, intact in zip(rows, reading.values, reading.intact, strict=True) if intact
+    }
+    if records:
+        _audit([row for row in rows if row.chain[0] in records], records, evidence, trunk, shape, recomputed)
+
+
+def _audit(
+    audited: Sequence[Row], records: Records, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+) -> None:
+    known = [row.known for row in audited]
+
+    def runs() -> Recomputations:
+        """The rows in one batch, each by itself, in two steps, and with padding, and by other kernels."""
+        yield recomputed(audited, known, split=False)
+        if len(audited) > 1:
+            yield [recomputed([row], [row.known], split=False)[0] for row in audited]
+        yield recomputed(audited, known, split=True)
+        yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)], split=False)[: len(audited)]
+        with other_kernels():
+            yield recomputed(audited, known, split=False)
+
+    with evidence.recompute():
+        stored = [_stored(row, records) for row in audited]
+        epsilon = machine_epsilon(trunk, next(trunk.parameters()).device)
+        groups = [heads * dim for (heads, dim), planes in shape.kinds.items() for _ in planes] + [shape.width]
+        agreement = compared(stored, runs(), epsilon, evidence.bank.facts.dtype, groups)
+        chains = [np.array(row.chain, np.int64) for row in audited]
+        evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
+
+
+def _stored(row: Row, records: Records) -> NDArray[np.float32]:
+    """Stored records of the known tokens of a row, float32 [known, record]."""
+    parts = [records[number] for number in row.chain]
+    arrays = [part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts]
+    return np.concatenate(arrays)[: row.known]

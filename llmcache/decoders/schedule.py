@@ -1,0 +1,127 @@
+"""Which rows of a call begin alike, which therefore wait for which, and which are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.model.keys import KEY_BYTES, Seed, framed
+
+
+@dataclass(eq=False)
+class Row:
+    """A row of a call without its padding. ids: int32 [tokens]; start: position of the first token.
+
+    place: of the first row of the batch that is this one. keys: of its full blocks; missing: those that the bank does
+    not have. chain: the bank's rows for its beginning. known: tokens that need not be computed.
+    """
+
+    ids: NDArray[np.int32]
+    start: int
+    place: int
+    keys: list[bytes] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    chain: tuple[int, ...] = ()
+    known: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def next_key(seed: Seed, previous: bytes, position: int, ids: NDArray[np.int32]) -> bytes:
+    """Key of a block: of its ids, of the position of its first token, and of everything before it."""
+    one = seed.copy()
+    one.update(framed(previous, position.to_bytes(8, "little", signed=True), ids.astype("<i4", copy=False).tobytes()))
+    return one.digest()[:KEY_BYTES]
+
+
+def common(one: Row, other: Row) -> int:
+    """Tokens at the beginning that two rows share."""
+    if one.start != other.start:
+        return 0
+    n = min(len(one), len(other))
+    differ = np.flatnonzero(one.ids[:n] != other.ids[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+class Waves:
+    """Rows in an order in which those that begin alike are neighbours, computed in waves.
+
+    In each wave a row is computed unless another of the same wave begins with enough of the same tokens; then it
+    waits, and takes them over in the next. All rows are different. forward: what a forward costs besides its tokens,
+    in tokens.
+    """
+
+    def __init__(self, rows: Sequence[Row], forward: int) -> None:
+        self._forward = forward
+        self.rows = sorted(rows, key=lambda row: (row.start, row.ids.tolist()))
+        self._shared = [0, *(common(one, other) for one, other in zip(self.rows, self.rows[1:], strict=False))]
+        self._donors: dict[Row, tuple[Row, int]] = {}
+        self._done: set[Row] = {row for row in rows if row.known == len(row)}
+        self._donating: set[Row] = set()
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        while len(self._done) < len(self.rows):
+            wave = self._chosen()
+            yield wave
+            self._done.update(wave)
+            self._donating.update(wave)
+            self._settle(range(len(self.rows)), 0)
+            self._settle(range(len(self.rows) - 1, -1, -1), 1)
+
+    def donor(self, row: Row) -> tuple[Row, int] | None:
+        """The row whose beginning this one takes over, and how many tokens."""
+        return self._donors.get(row)
+
+    def _chosen(self) -> list[Row]:
+        chosen, shared, gained, left = [], 0, 0, 0
+        pending = [row for row in self.rows if row not in self._done]
+        for row, with_previous in zip(self.rows, self._shared, strict=True):
+            shared = min(shared, with_previous)
+            if row in self._done:
+                continue
+            rest, gain = len(row) - row.known, shared - row.known
+            left += rest
+            if gain >= max(4, rest // 10):
+                gained += gain
+                continue
+            chosen.append(row)
+            shared = len(row)
+        return chosen if gained >= max(2 * self._forward, left // 10) else pending
+
+    def _settle(self, order: Iterable[int], step: int) -> None:
+        """Let the rows that wait know what their nearest neighbour on one side that was computed has for them."""
+        donor, shared = None, 0
+        for place in order:
+            row = self.rows[place]
+            if step == 0:
+                shared = min(shared, self._shared[place])
+            if row in self._donating:
+                donor, shared = row, len(row)
+            elif donor is not None and row not in self._done and shared > row.known:
+                row.known, self._donors[row] = shared, (donor, shared)
+            if step:
+                shared = min(shared, self._shared[place])
+
+
+def together(rows: Sequence[Row], forward: int) -> list[list[Row]]:
+    """Groups of rows to compute in one forward each, so that little is spent on padding and on forwards.
+
+    A forward computes as many tokens in each row as its neediest row has unknown, and costs `forward` tokens besides.
+    """
+    order = sorted(rows, key=lambda row: row.known - len(row))
+    need = np.array([len(row) - row.known for row in order], np.int64)
+    best, cut = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for stop in range(1, len(order) + 1):
+        starts = np.arange(stop)
+        cost = best[:stop] + need[:stop] * (stop - starts) + forward * (need[:stop] > 0)
+        cut[stop] = int(cost.argmin())
+        best[stop] = cost[cut[stop]]
+    groups, stop = [], len(order)
+    while stop:
+        groups.append(order[cut[stop] : stop])
+        stop = cut[stop]
+    return groups[::-1]

@@ -1,0 +1,127 @@
+"""Near reuse of all banks of a cache: which are calibrated, calibrating one, and saving what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmcache.config import CacheConfig
+from llmcache.encoding.answers import Answers
+from llmcache.encoding.executor import Call, Execution
+from llmcache.encoding.results import Source, documents_of, results
+from llmcache.errors import ConfigError
+from llmcache.indexes.store import Store
+from llmcache.near.calibration.calibrate import OWN, Calibration
+from llmcache.near.calibration.drift import Drift
+from llmcache.near.calibration.risk_control import check
+from llmcache.near.calibration_store import NearReuse
+
+CHUNK = 8192  # documents of a sample that are answered together
+
+
+class Calibrations:
+    """Near reuse of the banks that executions answer from, by name of the bank."""
+
+    def __init__(
+        self,
+        store: Store,
+        namespace: str,
+        config: CacheConfig,
+        drift: Drift | None,
+        commit: Callable[[], object],
+    ) -> None:
+        """drift: the user's own function. commit: makes what was put durable."""
+        self._store, self._namespace, self._config = store, namespace, config
+        self._commit = commit
+        self._own: dict[str, Drift] = {} if drift is None else {"output": drift}
+        self._open: dict[str, tuple[NearReuse, Execution]] = {}
+
+    def follow(self, name: str, execution: Execution) -> None:
+        """Let an execution go by what is saved for its bank, if this opening may use it."""
+        own, fields = self._own.get(name), execution.fields
+        near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, fields, own)
+        self._open[name] = near, execution
+        usable = self._store.trust != "untrusted" and self._config.tau is None and self._config.reuse == "deepest"
+        execution.reuse = near.saved() if usable else None
+        fields.pattern = near.pattern
+
+    def calibrate(
+        self,
+        name: str,
+        execution: Execution,
+        sample: Iterable[Source] | None,
+        truth: Iterable[Any] | None,
+        prompt: str | None,
+        role: str | None = None,
+        **settings: Any,
+    ) -> Calibration:
+        """Calibrate a bank, see `LLMCache.calibrate`; the execution goes by it from now on.
+
+        prompt, role: of the entries that answer, and of the sample; entries and documents with others stay as they are.
+        settings: of `calibrating.calibrated`.
+        """
+        check(settings["budget"], settings["confidence"])
+        documents = None if sample is None else list(documents_of(sample))
+        right = None if truth is None else np.asarray(list(truth))
+        if settings["drift"] == "accuracy" and right is None:
+            raise ConfigError('drift="accuracy" needs the right answers of a sample; give truth=, one for each')
+        if right is not None and len(right) != len(documents or ()):
+            raise ConfigError(
+                f"{len(right)} right answers for {len(documents or ())} documents of a sample; give one for each"
+            )
+        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
+        call = Call([], None, prompt, role)
+        try:
+            execution.fields.pattern = settings["pattern"]
+            _compute(execution, documents or (), call)
+            answers = None
+            if right is not None and documents is not None:
+                rows = execution.rows([document.text for document in documents], call)
+                answers = rows[rows >= 0], right[rows >= 0]
+            near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, execution.fields)
+            scope = execution.scope(call)
+            answering = None if documents is None else known
+            found = near.calibrate(answering, scope, commit=self._commit, truth=answers, **settings)
+            if found.drift == OWN:
+                self._own[name] = settings["drift"]
+            return found
+        finally:
+            self.follow(name, execution)
+
+    def keep(self) -> None:
+        """Save what audits have found and what was calibrated again."""
+        for near, execution in self._open.values():
+            if execution.reuse is not None:
+                near.keep(execution.reuse, self._commit)
+
+    def forget(self) -> None:
+        """Rows have other numbers now."""
+        for _, execution in self._open.values():
+            if execution.reuse is not None:
+                execution.reuse.forget()
+
+    def states(self) -> dict[str, tuple[str, str]]:
+        """ "on", "off" or "aside", and what is to be said about it, by bank."""
+        found = {}
+        for name, (_, execution) in self._open.items():
+            if (reuse := execution.reuse) is not None:
+                state = "off" if reuse.off else "aside" if reuse.stands_aside else "on"
+                said = [reuse.off or reuse.stands_aside or reuse.shifted]
+                if reuse.foreign:
+                    said.append(
+                        f"{reuse.foreign:,} documents had another role or prompt than it is calibrated for, and were "
+                        "not looked up"
+                    )
+                found[name] = state, "; ".join(filter(None, said))
+        return found
+
+
+def _compute(execution: Execution, documents: Iterable[Source], call: Call) -> None:
+    def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+        return execution.answers(replace(call, texts=texts, ids=ids))
+
+    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK):
+        continue

@@ -1,0 +1,217 @@
+"""The layers of the models that a cache attaches: their identities, their banks, and who is attached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import Module
+
+from llmcache.banks.device_cache import levels_of
+from llmcache.banks.writer import Storing
+from llmcache.config import CacheConfig
+from llmcache.decoders.kv_buffer import shape_of
+from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.encoding.executor import Execution
+from llmcache.errors import ConfigError
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.layers.attachment import Attachment
+from llmcache.layers.layer_banks import LayerBanks, bank_name
+from llmcache.layers.partial_forward import Anatomy, NoSuchLayer
+from llmcache.model.architecture import Trunk, find_trunk
+from llmcache.model.batching import Model, token_embedding
+from llmcache.model.compiled import refuse_compiled
+from llmcache.model.description.watch import ModelWatch
+from llmcache.model.digests import Digests, sha
+from llmcache.model.features import feature_width, features
+from llmcache.model.locks import CallLock
+
+log = logging.getLogger("llmcache")
+
+PREFIX = "prefix"
+"""Name of the bank of a decoder's keys and values."""
+
+
+class Layers:
+    """Attachments of one cache. Models of one namespace share the bank of a layer; its keys tell them apart."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        namespace: str,
+        storing: Storing,
+        secret: bytes,
+        lock: CallLock,
+        is_open: Callable[[], bool],
+    ) -> None:
+        """lock: of the cache's calls. is_open: whether the cache is open."""
+        self._lock, self._is_open = lock, is_open
+        self._known: Digests = {}  # models that are attached may have tensors in common
+        self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
+        self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
+
+    def _check_dtype(self, trunk: Module) -> None:
+        """ConfigError for a trunk of another dtype than the namespace's model, since the first bank decides for all."""
+        space = self._storing.store.namespace(self._namespace)
+        expected = str(space.identity.get("dtype", "")) if space is not None else ""
+        dtypes = {str(one.dtype).removeprefix("torch.") for one in trunk.parameters() if one.is_floating_point()}
+        if self._config.dtype == "auto" and dtypes and expected and not dtypes & set(expected.split("+")):
+            raise ConfigError(
+                f"its weights are {', '.join(sorted(dtypes))}, those that the namespace was made with are {expected}; "
+                'use another namespace (namespace="..." in Python, --namespace on the command line)'
+            )
+
+    def attachment(self, model: Module, stack: str | None = None) -> Attachment:
+        """The attachment of a model, made once."""
+        refuse_compiled(model)
+        trunk = find_trunk(model, stack)
+        known = self._attachments.get(trunk.module)
+        if known is None or known.trunk.blocks != trunk.blocks:  # other layers were named, or put in their place
+            if known is not None and known.active:
+                raise ConfigError(
+                    f"this {type(trunk.module).__name__} is attached with its layers {known.trunk.stack!r}; leave that "
+                    "context first"
+                )
+            known = self.attachment_at(trunk, self.watch(trunk.module), self._config.layers)
+            self._attachments[trunk.module] = known
+        if not known.active:
+            known.losses.watch(model)
+        return known
+
+    def watch(self, model: Module, tokenizer: Any = None) -> ModelWatch:
+        """The description of a model whose results are kept, and what says whether it still holds."""
+        return ModelWatch(model, tokenizer, self._storing, self._known)
+
+    def attachment_at(self, trunk: Trunk, watch: ModelWatch, layers: str | tuple[int, ...]) -> Attachment:
+        """A new attachment, with banks at these layers. watch: of the trunk's module."""
+        keeper = _TrunkIdentity(watch)
+        return Attachment(
+            trunk,
+            lambda anatomy: self._banks(trunk.module, keeper, chosen_layers(layers, anatomy.layers), anatomy),
+            lambda count: chosen_layers(layers, count),
+            keeper.renew,
+            lambda mode: self._prefixes(trunk.module, keeper, mode),
+            self._storing.counters,
+            self._storing.exact_audits,
+            watch,
+            lock=self._lock,
+            is_open=self._is_open,
+            states_only=layers != "output" or not self._config.prefix_block,
+        )
+
+    def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> Prefixes | None:
+        if not self._config.prefix_block:
+            return None
+        self._check_dtype(trunk)
+        shape = shape_of(trunk)
+        dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
+        bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
+        device = next(trunk.parameters()).device
+        made = Prefixes(
+            trunk,
+            bank,
+            keeper.digest(mode),
+            self._storing.put,
+            self._storing.worth(bank, PREFIX),
+            secret=self._secret,
+            block=self._config.prefix_block,
+            levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
+            evidence=self._storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
+        )
+        made.counters = self._storing.counters.prefix
+        return made
+
+    def bank(self, name: str, facts: BankFacts) -> Bank:
+        """The bank of this name; an empty one with these facts where there is none."""
+        return self._storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
+
+    def execution(self, model: Model, digest: bytes, bank: Bank, name: str, attachment: Attachment | None) -> Execution:
+        """What answers calls with this model's vectors, from this bank, inside an attachment."""
+
+        def inside() -> AbstractContextManager[Any]:
+            return nullcontext() if attachment is None else attachment
+
+        return Execution(model, digest, self._config, self._storing, bank, self._secret, inside, name)
+
+    def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
+        config = self._config
+        self._check_dtype(trunk)
+        embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None
+        width = 0 if embedding is None else feature_width(embedding, config.fingerprint)
+        floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
+        # autocast may give other states than the weights are; one bank has to hold both
+        wide = torch.promote_types(next(floats, anatomy.dtype), anatomy.dtype)
+        own = str(wide).removeprefix("torch.")
+        if wide == torch.float64 and config.dtype == "auto":
+            raise ConfigError(
+                "its states are float64, and banks hold float32 at most: run the model in float32, or say with "
+                'CacheConfig(dtype="float32") that stored states may be rounded'
+            )
+        facts = BankFacts(own if config.dtype == "auto" else config.dtype, anatomy.width, 2, width)
+
+        def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+            if embedding is None:
+                return np.zeros((len(tokens), 0), np.float32)
+            return features(embedding, tokens, config.fingerprint)
+
+        def open_bank(layer: int) -> Bank:
+            store = self._storing.store
+            return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
+
+        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of, trunk)
+
+
+def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:
+    found = bank.facts
+    if (found.dtype, found.width, found.feature_width) == (facts.dtype, facts.width, facts.feature_width):
+        return bank
+    raise ConfigError(
+        f"the bank of layer {layer} holds {found.dtype} states of width {found.width} with {found.feature_width} "
+        f"features, this model's would be {facts.dtype} of width {facts.width} with {facts.feature_width}; use "
+        "another namespace"
+    )
+
+
+class _TrunkIdentity:
+    """The identity of an attached trunk, which is another one whenever the model has changed."""
+
+    def __init__(self, watch: ModelWatch) -> None:
+        self._watch, self._identity = watch, watch.identity()
+
+    def digest(self, mode: str) -> bytes:
+        """Digest of everything that decides the trunk's output. mode: see `numerics.running_mode`."""
+        return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
+
+    def up_to(self, layer: int) -> bytes:
+        """Digest of everything that decides a layer's output."""
+        layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
+        return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
+
+    def renew(self) -> None:
+        """Take over the identity of the model as it is now, under which nothing of what it was is found."""
+        identity, changes = self._watch.identity(), self._watch.changes()
+        if identity.digest != self._identity.digest:
+            log.warning(
+                "the attached model has changed: only what it gave in this form is reused (%s)",
+                changes or "it is as it was at first",
+            )
+        self._identity = identity
+
+
+def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Numbers of the layers that have banks, of `count`; ConfigError for one that is not there."""
+    if layers == "output":
+        return (count - 1,)
+    if isinstance(layers, str):
+        return tuple(range(count))
+    if wrong := [layer for layer in layers if layer >= count]:
+        raise NoSuchLayer(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
+    return tuple(sorted(set(layers)))

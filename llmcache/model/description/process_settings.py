@@ -1,0 +1,46 @@
+"""Settings of the running process, outside of any model, that decide the numbers a model gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# what is asked for each kind of device, with the value PyTorch starts with: others change products of float32
+_PRECISIONS = {
+    "cuda": (("generic", "all", "none"), ("cuda", "matmul", "none"), ("cuda", "conv", "tf32"), ("cuda", "rnn", "tf32")),
+    "cpu": (("generic", "all", "none"), ("mkldnn", "matmul", "none"), ("mkldnn", "conv", "none")),
+}
+
+
+def running_mode(device: str) -> str:
+    """The settings in force that change results, as a text that is part of keys; "" for PyTorch's own defaults.
+
+    They are autocast, the precision of float32 products, the default dtype, and active function modes of PyTorch.
+    device: type of the device that the model is on, such as "cpu".
+    """
+    parts = []
+    if torch.is_autocast_enabled(device):
+        parts.append(f"{device} {torch.get_autocast_dtype(device)}")
+    read: Any = torch._C._get_fp32_precision_getter  # the public attributes raise once old and new ones were both used
+    for backend, operation, usual in _PRECISIONS.get(device, ()):
+        precision = read(backend, operation)
+        if precision not in ("ieee", usual):
+            parts.append(f"{backend} {operation} {precision}")
+    if torch.get_default_dtype() != torch.float32:
+        parts.append(f"default {torch.get_default_dtype()}")
+    if torch._C._len_torch_function_stack():
+        parts += _function_modes()
+    return ", ".join(parts)
+
+
+def _function_modes() -> list[str]:
+    """Modes other than a default device, which changes no result."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    from llmcache.model.description.walk import Walk
+
+    read: Any = _get_current_function_mode_stack
+    modes = [mode for mode in read() if not isinstance(mode, DeviceContext)]
+    return [Walk().text_of(mode, "mode") for mode in modes]

@@ -1,0 +1,410 @@
+"""The values that decide what a model computes, as texts: attributes, functions, classes, hooks and settings.
+
+A walk also collects every mutable container that it reads, with a shallow copy: as long as all of them are equal to
+their copies, another walk would give the same texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import warnings
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from llmcache.model.description.code import (
+    class_entries,
+    code_digest,
+    is_library_function,
+    is_library_module,
+    is_plain_global,
+    name_of,
+    names_stored,
+    names_used,
+    names_written_into,
+)
+from llmcache.model.description.tokenizer_rules import (
+    attributes_text,
+    is_tokenizer,
+    length_limit,
+    rules_digest,
+)
+from llmcache.model.forward_patch import is_stand_in
+
+Probe: TypeAlias = Callable[[], Any]
+
+_LONG = 400
+"""Characters of a text above which its digest stands for it."""
+_DEEPEST = 16
+_OF_PROCESSORS = ("tokenizer", "image_processor", "feature_extractor", "video_processor")
+_MISSING = object()
+_NAMES = re.compile(  # of an adapter's settings: where it came from, and what only training asks for
+    r"base_model_name_or_path|revision|inference_mode|auto_mapping|peft_version|task_type|.*dropout|init_.*|"
+    r"runtime_config|loftq_config|eva_config|corda_config|lora_ga_config|layer_replication|megatron_.*"
+)
+_VOLATILE_SETTINGS = re.compile(
+    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|"
+    r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|output_router_logits|use_cache|"
+    r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*|use_return_dict"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watched:
+    """A container that a walk read. kind: "module" (the attributes of one), "hooks", or "" for any other.
+
+    live, copy: the container and its shallow copy. path: of the value in the model.
+    """
+
+    path: str
+    kind: str
+    live: Any
+    copy: Any
+
+
+class Walk:
+    """Texts of values, and what has to stay as it is for them to stay the same.
+
+    tensors: those met, by path; a text only says that there is one. tokenizer: the model's own, which is only named.
+    """
+
+    def __init__(self) -> None:
+        self.watched: list[Watched] = []
+        self.probes: list[tuple[str, Probe, Any]] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.tokenizer: Any = None
+        self._stack: list[int] = []
+        self._classes: dict[type, str] = {}
+        self._configurations: set[int] = set()
+        self._code_known: dict[int, str] = {}
+
+    # -- what is watched ------------------------------------------------------------------------------------
+
+    def watch(self, path: str, container: Any, kind: str = "") -> None:
+        """Note a dict, list, set or class dictionary as it is now."""
+        copied = dict(container) if isinstance(container, Mapping) else type(container)(container)
+        self.watched.append(Watched(path, kind, container, copied))
+
+    def probe(self, path: str, read: Probe) -> None:
+        """Note what a function without arguments returns now."""
+        self.probes.append((path, read, read()))
+
+    # -- values ---------------------------------------------------------------------------------------------
+
+    def text_of(self, value: Any, path: str) -> str:
+        """The value as a text that is equal for equal values in every process. path: where it is, for tensors."""
+        kind = type(value)
+        if value is None or kind in (bool, int, float, complex, str, bytes):
+            return _short(repr(value))
+        if len(self._stack) > _DEEPEST or id(value) in self._stack:
+            return "(again)"
+        self._stack.append(id(value))
+        try:
+            return _short(self._text(value, path))
+        finally:
+            self._stack.pop()
+
+    def _text(self, value: Any, path: str) -> str:
+        if isinstance(value, Tensor):
+            self.tensors[path] = value
+            return "tensor"
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.Size)):
+            return str(value)
+        if isinstance(value, (torch.device, ModuleType)):
+            return type(value).__name__  # where a model lies does not decide what it gives
+        if isinstance(value, np.ndarray):
+            return self._array(value, path)
+        if isinstance(value, np.generic):
+            return f"{type(value).__name__}({value!r})"
+        if isinstance(value, Enum):
+            return f"{type(value).__qualname__}.{value.name}"
+        if isinstance(value, type):
+            return self.class_text(value)
+        if callable(value) and not isinstance(value, Module):
+            known = self._callable(value, path)
+            if known is not None:
+                return known
+        if isinstance(value, ContextVar):
+            self.probe(path, lambda: value.get(None))
+            return f"context variable {self.text_of(value.get(None), path)}"
+        if isinstance(value, (deque, bytearray, array, SimpleNamespace)):
+            return self._buffer(value, path)
+        if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            return self._collection(value, path)
+        return self._object(value, path)
+
+    def _array(self, value: np.ndarray[Any, Any], path: str) -> str:
+        if value.dtype.kind in "biufc":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of arrays that cannot be written to; nobody writes here
+                try:
+                    self.tensors[path] = torch.from_numpy(value)
+                    return "array"
+                except (TypeError, ValueError):
+                    pass
+        self.probe(path, value.tolist)
+        return f"array {value.dtype} {value.shape} {hashlib.sha256(repr(value.tolist()).encode()).hexdigest()}"
+
+    def _buffer(self, value: Any, path: str) -> str:
+        """A queue, a buffer or a namespace of Python's own: by what it holds, which is read again before every call."""
+        if isinstance(value, SimpleNamespace):
+            self.watch(path, vars(value))
+            return f"namespace {self.text_of(dict(vars(value)), path)}"
+        self.probe(path, lambda: list(value))
+        return f"{type(value).__name__} {self.text_of(list(value), path)}"
+
+    def _collection(self, value: Any, path: str) -> str:
+        if isinstance(value, (dict, list, set)):
+            self.watch(path, value)
+        elif isinstance(value, Mapping):
+            self.probe(path, lambda: dict(value))
+        name = "" if type(value).__module__ == "builtins" else name_of(type(value))
+        if isinstance(value, Mapping):
+            items = ((self.text_of(key, path), self.text_of(item, f"{path}.{key}")) for key, item in value.items())
+            return name + "{" + ", ".join(f"{key}: {item}" for key, item in sorted(items)) + "}"
+        if isinstance(value, (set, frozenset)):
+            return name + "{" + ", ".join(sorted(self.text_of(item, path) for item in value)) + "}"
+        marks = "()" if isinstance(value, tuple) else "[]"
+        inside = ", ".join(self.text_of(item, f"{path}.{place}") for place, item in enumerate(value))
+        return name + marks[0] + inside + marks[1]
+
+    def _object(self, value: Any, path: str) -> str:
+        """An object of any other class: by its class, and by what it holds where that is known to decide results."""
+        if isinstance(value, Module):
+            return self.module_text(value, path)
+        if is_configuration(value):
+            return self.configuration(value, path)
+        if is_tokenizer(value):
+            return self._tokenizer(value, path)
+        name = self.class_text(type(value))
+        if is_dataclass(value):
+            self.watch(path, vars(value)) if hasattr(value, "__dict__") else None
+            held = [(one.name, getattr(value, one.name, None)) for one in fields(value)]
+            if is_library_module(type(value).__module__):
+                held = [(key, item) for key, item in held if not _NAMES.fullmatch(key)]
+        elif is_library_module(type(value).__module__):
+            parts = [one for one in _OF_PROCESSORS if one in getattr(value, "__dict__", {})]
+            return name + "".join(f" {one}={self.text_of(vars(value)[one], f'{path}.{one}')}" for one in parts)
+        else:
+            held = list(getattr(value, "__dict__", {}).items())
+            if held or hasattr(value, "__dict__"):
+                self.watch(path, vars(value))
+            names = [one for base in type(value).__mro__ for one in _slots(base)]
+            held += [(one, getattr(value, one)) for one in names if hasattr(value, one)]
+            if names:
+                self.probe(path, lambda: [getattr(value, one, _MISSING) for one in names])
+            if isinstance(value, (dict, list, set)):
+                held.append(("items", list(value)))
+        inside = ", ".join(f"{key}={self.text_of(item, f'{path}.{key}')}" for key, item in sorted(held, key=_first))
+        return f"{name}({inside})"
+
+    def _tokenizer(self, value: Any, path: str) -> str:
+        if value is self.tokenizer:  # described by itself, beside the modules
+            return "the tokenizer"
+        rules = rules_digest(value, attributes_text(self, value, path))
+        return f"{type(value).__qualname__} {rules} {length_limit(value)}"
+
+    def module_text(self, module: Module, path: str) -> str:
+        """A module that is held as a plain attribute, with all that it holds itself."""
+        from llmcache.model.description.describe import facts_of_module
+
+        facts = facts_of_module(self, module, path)
+        return "module " + hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+
+    def configuration(self, config: Any, path: str) -> str:
+        """The settings of a transformers configuration; one that was read before is only named."""
+        if id(config) in self._configurations:
+            return f"configuration {type(config).__name__}"
+        self._configurations.add(id(config))
+        return f"{type(config).__name__} {self.text_of(self.settings(config, path), path)}"
+
+    def settings(self, config: Any, path: str) -> dict[str, Any]:
+        """The settings of a configuration that differ from the defaults and decide results, by name."""
+        self._configurations.add(id(config))
+        self._watch_configuration(config, path)
+        plain: dict[str, Any] = settings_of(config)
+        return plain
+
+    def _watch_configuration(self, config: Any, path: str) -> None:
+        self.watch(path, vars(config))
+        for name, value in vars(config).items():
+            if is_configuration(value):
+                self._configurations.add(id(value))
+                self._watch_configuration(value, f"{path}.{name}")
+            elif isinstance(value, (dict, list, set)):
+                self._watch_nested(value, f"{path}.{name}")
+
+    def _watch_nested(self, value: Any, path: str) -> None:
+        self.watch(path, value)
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, (dict, list, set)):
+                self._watch_nested(item, path)
+
+    # -- code -----------------------------------------------------------------------------------------------
+
+    def _callable(self, value: Any, path: str) -> str | None:
+        if is_stand_in(value):
+            return "nothing"
+        if isinstance(value, FunctionType):
+            return self._function(value, path)
+        if isinstance(value, MethodType):
+            owner = "" if isinstance(value.__self__, Module) else self.text_of(value.__self__, path)
+            return f"method {self.text_of(value.__func__, path)} {owner}"
+        if isinstance(value, partial):
+            parts = (value.func, value.args, value.keywords)
+            return "partial(" + ", ".join(self.text_of(part, f"{path}.partial") for part in parts) + ")"
+        if isinstance(value, (staticmethod, classmethod)):
+            return f"{type(value).__name__} {self.text_of(value.__func__, path)}"
+        if isinstance(value, BuiltinFunctionType) or (
+            is_library_module(type(value).__module__) and not hasattr(value, "__dict__")
+        ):
+            return name_of(value)
+        return None
+
+    def _function(self, function: FunctionType, path: str) -> str:
+        if is_library_function(function):
+            inner = inspect.unwrap(function, stop=_is_own)
+            if inner is function:
+                return name_of(function)
+            return f"{name_of(function)} around {self.text_of(inner, path)}"
+        known = self._code_known.get(id(function))
+        if known is not None:
+            return known
+        code, used = function.__code__, function.__globals__
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False))
+        stored = names_stored(code)
+        for name in stored:
+            cells.pop(name, None)
+        names = sorted({name for name in names_used(code) if name in used} - stored)
+        self.probe(path, lambda: [function.__code__, function.__defaults__, *map(_content, cells.values())])
+        self.probe(path, lambda: [used.get(name, _MISSING) for name in names])
+        written = names_written_into(code)
+
+        def text(name: str, value: Any) -> str:
+            if name.partition(".")[0] in written and _holds_notes(value):
+                return type(value).__name__  # what a function writes its notes into does not decide what it returns
+            return self.text_of(value, f"{path}.{name}")
+
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        parts = [code_digest(code), *(text("defaults", value) for value in defaults)]
+        parts += [f"{name}={text(name, _content(cell))}" for name, cell in cells.items()]
+        parts += [f"{name}={text(name, used[name])}" for name in names if is_plain_global(used[name])]
+        parts += [f"{name}={text(name, value)}" for name, value in self._of_own_modules(code, path, names, used)]
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        known = f"{function.__name__} with code {digest}"
+        self._code_known[id(function)] = known
+        return known
+
+    def _of_own_modules(
+        self, code: CodeType, path: str, names: Iterable[str], used: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """Attributes that a function reads from modules outside installed libraries, such as `settings.SCALE`."""
+        attributes = set(names_used(code))
+        for name in names:
+            module = used[name]
+            if isinstance(module, ModuleType) and not is_library_module(module.__name__):
+                self.watch(path, vars(module))
+                for attribute in sorted(attributes & vars(module).keys()):
+                    value = vars(module)[attribute]
+                    if not isinstance(value, ModuleType) and is_plain_global(value):
+                        yield f"{name}.{attribute}", value
+
+    def class_text(self, cls: type) -> str:
+        """The name of a class; of one outside installed libraries, or with functions from outside, also its code."""
+        known = self._classes.get(cls)
+        if known is None:
+            self._classes[cls] = name_of(cls) if is_library_module(cls.__module__) else cls.__qualname__
+            foreign: list[str] = []
+            for base in cls.__mro__:
+                if base.__module__ != "builtins":
+                    foreign += self._foreign_entries(base)
+            name = name_of(cls) if is_library_module(cls.__module__) else cls.__qualname__
+            digest = hashlib.sha256(repr(foreign).encode()).hexdigest()
+            known = self._classes[cls] = f"{name} with code {digest}" if foreign else name
+        return known
+
+    def _foreign_entries(self, cls: type) -> Iterable[str]:
+        """Texts of what a class defines that does not come from an installed library."""
+        path = cls.__qualname__
+        self.watched.append(Watched(path, "class", vars(cls), dict(vars(cls))))
+        library = is_library_module(cls.__module__)
+        if not library:
+            yield f"class {cls.__qualname__}"
+        for name, value in class_entries(cls):
+            if isinstance(value, property):
+                functions = [one for one in (value.fget, value.fset) if isinstance(one, FunctionType)]
+                for one in functions:
+                    if not (library and is_library_function(one)):
+                        yield f"{name} {self.text_of(one, f'{path}.{name}')}"
+            elif not library or _is_foreign(value):
+                yield f"{name} {self.text_of(value, f'{path}.{name}')}"
+
+
+def is_configuration(value: Any) -> bool:
+    """Return whether a value is a configuration of transformers, or of the same make."""
+    return hasattr(value, "to_diff_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> Any:
+    """A configuration as a dict, without the names that match; configurations inside it likewise."""
+    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
+    config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
+    if isinstance(config, (list, tuple)):
+        return [settings_of(item, without) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {str(k): settings_of(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
+
+
+def _is_own(function: Any) -> bool:
+    """Return whether a callable is a function from outside installed libraries."""
+    return isinstance(function, FunctionType) and not is_library_function(function)
+
+
+def _is_foreign(value: Any) -> bool:
+    """Return whether an entry of a library's class was put there by somebody else."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, FunctionType):
+        inner = inspect.unwrap(value, stop=_is_own)
+        return _is_own(inner)
+    return isinstance(value, partial)
+
+
+def _holds_notes(value: Any) -> bool:
+    """Return whether a value can be written into, other than a tensor or an array."""
+    plain = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), Tensor, np.ndarray, Enum, type)
+    return not isinstance(value, plain) and not callable(value)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return _MISSING
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(one for one in slots if one not in ("__dict__", "__weakref__"))
+
+
+def _first(pair: tuple[Any, Any]) -> str:
+    return str(pair[0])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()}"

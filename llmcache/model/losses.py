@@ -1,0 +1,90 @@
+"""Detect calls of a model with a head that compute a loss, which the trunk below the head cannot see."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from llmcache.model.compiled import not_compiled
+from llmcache.model.forward_patch import StandIn, install, remove
+
+_LOSS = re.compile(r"label|^(start|end)_positions$|^targets?$|return_loss")
+
+
+class _Given(threading.local):
+    """Name of the loss argument of each thread's current call; None if it has none."""
+
+    name: str | None = None
+
+
+class LossArguments:
+    """Stand-ins for the forwards of the modules around a trunk, from `replace` to `restore`.
+
+    A loss may count positions that the mask hides: under padding on the left the first token of a row is predicted
+    from the hidden position before it. Nothing is known of those, so such a call is one for the model itself.
+    """
+
+    def __init__(self, trunk: Module) -> None:
+        self._trunk = trunk
+        self._around: list[Module] = []
+        self._stand_ins: list[StandIn] = []
+        self._of_threads = _Given()
+
+    @property
+    def given(self) -> str | None:
+        """An argument of this thread's call that makes the model compute a loss; None when there is none."""
+        return self._of_threads.name
+
+    @given.setter
+    def given(self, name: str | None) -> None:
+        self._of_threads.name = name
+
+    def watch(self, model: Module) -> None:
+        """Look at calls of this model, and of what is in it around the trunk, from the next `replace` on."""
+        name = next((name for name, module in model.named_modules() if module is self._trunk), None)
+        config = getattr(model, "config", None)
+        self._around = []
+        if not name or getattr(config, "is_encoder_decoder", False):  # a loss sees nothing of an encoder's positions
+            return
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            module = model.get_submodule(".".join(parts[:depth]))
+            if type(module).forward is not Module.forward:
+                self._around.append(module)
+
+    def replace(self) -> None:
+        self._stand_ins = [StandIn(module, not_compiled(self._answer)) for module in self._around]
+        for stand_in in self._stand_ins:
+            install(stand_in)
+
+    def restore(self) -> None:
+        for stand_in in self._stand_ins:
+            remove(stand_in)
+        self._stand_ins = []
+
+    def refusal(self, mask: Any) -> str | None:
+        """The reason why a call with this mask is one for the model itself; None when it is not."""
+        if self.given is None or not isinstance(mask, Tensor) or bool(mask.bool().all()):
+            return None
+        return f"{self.given} ask for a loss, which may count positions that the mask hides"
+
+    def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.given
+        if before is None:
+            self.given = _loss_argument(inspect.signature(own), args, kwargs)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self.given = before
+
+
+def _loss_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The first argument of a call that makes a model compute a loss."""
+    named = dict(zip(signature.parameters, args, strict=False)) | kwargs
+    return next((name for name, value in named.items() if value is not None and _LOSS.search(name)), None)

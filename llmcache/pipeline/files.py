@@ -1,0 +1,211 @@
+"""Documents out of files: JSON lines, CSV, TSV, plain text and Parquet, one document at a time."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from llmcache.document import Document, Fields, File, Found, bad
+from llmcache.errors import ConfigError, CorpusError
+from llmcache.pipeline.formats import READERS
+
+UNITS = ("line", "paragraph")
+STREAM_FORMATS = ("jsonl", "csv", "tsv", "txt")  # of standard input: Parquet has its index at the end
+ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+UNDERSTOOD = ".jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) and .parquet"
+ERRORS_KEPT = 5
+FOREIGN = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"PAR1\x15": "parquet"}
+
+
+@dataclass(slots=True)
+class Reading:
+    """Counts of what has been read so far; filled in while `documents` is iterated.
+
+    files: begun. documents: given out. duplicate_ids: of these, the ones whose id came before.
+    bytes: taken from the files, as stored; runs up to 128 KiB ahead. errors: messages of the first five bad.
+    bad: records that could not be read; a file whose rest could not be read counts as one.
+    skipped: files in the given folders that were not read because of their ending, by that ending.
+    """
+
+    files: int = 0
+    documents: int = 0
+    bad: int = 0
+    duplicate_ids: int = 0
+    bytes: int = 0
+    errors: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    _ids: set[int] = field(default_factory=set, repr=False, compare=False)
+
+    def take(self, document: Document) -> None:
+        self.documents += 1
+        seen = len(self._ids)
+        self._ids.add(hash(document.id))  # 64 bits in place of the id: a collision only costs a wrong count
+        self.duplicate_ids += len(self._ids) == seen
+
+    @property
+    def skipped_said(self) -> str:
+        """Message with the number of files not read, by ending; "" if all were read."""
+        if not self.skipped:
+            return ""
+        endings = ", ".join(f"{count:,} {ending}" for ending, count in self.skipped.most_common(5))
+        more = ", ..." if len(self.skipped) > 5 else ""
+        return f"{self.skipped.total():,} files in the folders were not read ({endings}{more}); read are {UNDERSTOOD}"
+
+    def refuse(self, error: CorpusError) -> None:
+        self.bad += 1
+        if len(self.errors) < ERRORS_KEPT:
+            self.errors.append(str(error))
+
+
+def documents(
+    sources: str | Path | Iterable[str | Path],
+    *,
+    text_field: str = "text",
+    id_field: str = "id",
+    unit: str = "line",
+    stdin_format: str = "jsonl",
+    skip_bad: bool = False,
+    reading: Reading | None = None,
+) -> Iterator[Document]:
+    """The documents of all sources, in the order of the sources.
+
+    sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, by name,
+    without hidden files and linked folders; files of other endings are counted in `reading`. Gzip is recognised by
+    its content.
+    text_field, id_field: field of a JSON object or column of a table; a JSON line may be a bare text too.
+    A document without an id gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
+    unit: what a document is in a .txt file: a line that is not blank, or a paragraph between blank lines.
+    stdin_format: format of standard input, which may be gzipped too.
+    skip_bad: leave out what cannot be read instead of raising; `reading` counts it.
+
+    Nothing is opened before the first document is asked for; in memory is one record (Parquet: 32 rows).
+    ConfigError, at once: an unknown unit or stdin_format. CorpusError, naming file and line: before the first
+    document, a path that does not exist or is not understood; later, a bad record.
+    """
+    for name, value, choices in (("unit", unit, UNITS), ("stdin_format", stdin_format, STREAM_FORMATS)):
+        if value not in choices:
+            raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+    given = [sources] if isinstance(sources, str | Path) else sources
+    fields = Fields(text_field, id_field, unit)
+    return _documents(given, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
+
+
+def _documents(
+    sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: Reading
+) -> Iterator[Document]:
+    # all paths are looked up first: a mistyped one should not show after an hour's work on those before it
+    for file in [file for source in sources for file in _files(source, stdin_format, reading)]:
+        reading.files += 1
+        for found in _read(file, fields, reading):
+            if isinstance(found, Document):
+                reading.take(found)
+                yield found
+            else:
+                reading.refuse(found)
+                if not skip_bad:
+                    raise found
+
+
+def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File]:
+    if str(source) == "-":
+        return [File(None, "stdin", "standard input", stdin_format)]
+    path, title = Path(source), _shown(source)
+    if os.path.isdir(path):
+        return _folder(path, reading)
+    if not os.path.exists(path):
+        raise CorpusError(f"{title} does not exist; give files, folders, or - for standard input")
+    format = _format(path.name)
+    if format is None:
+        raise CorpusError(f"{title} has none of the endings {UNDERSTOOD}; rename it, or give it through - (stdin)")
+    return [File(path, _shown(path.name), title, format)]
+
+
+def _folder(folder: Path, reading: Reading) -> list[File]:
+    found = []
+    for root, folders, names in os.walk(folder, onerror=_raise_unlisted):  # does not follow links: no loops
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in [Path(root, name) for name in names if not name.startswith(".")]:
+            format = _format(path.name)
+            # a link to nothing is kept and then reported; a pipe is not, since reading it may never end
+            if format is not None and (os.path.isfile(path) or not os.path.exists(path)):
+                found.append(File(path, _shown(path.relative_to(folder)), _shown(path), format))
+            else:
+                reading.skipped[_shown(path.suffix.lower()) or "without an ending"] += 1
+    if not found:
+        raise CorpusError(f"the folder {_shown(folder)} holds no file with an ending of {UNDERSTOOD}")
+    return sorted(found, key=lambda file: Path(file.name).parts)
+
+
+def _raise_unlisted(error: OSError) -> NoReturn:
+    raise CorpusError(f"the folder {_shown(error.filename)} cannot be listed ({error.strerror})") from error
+
+
+def _format(name: str) -> str | None:
+    plain = name.lower().removesuffix(".gz")
+    ending = next((ending for ending in ENDINGS if plain.endswith(ending)), None)
+    if ending is None or (ending == ".parquet" and name.lower().endswith(".gz")):
+        return None
+    return "jsonl" if ending == ".ndjson" else ending[1:]
+
+
+def _shown(path: str | Path) -> str:
+    """The path as text that can be written as UTF-8, whatever bytes the file name has."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
+    """Documents and errors in the order of the file; one that fails as a whole ends with an error."""
+    try:
+        with _opened(file, reading) as stream:
+            yield from READERS[file.format](file, fields, stream)
+    except CorpusError as error:
+        yield error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield bad(file, 0, f"is a gzip file that is cut short or damaged ({error}); fetch it again")
+    except OSError as error:
+        yield bad(file, 0, f"cannot be read ({error.strerror or error})")
+
+
+@contextmanager
+def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
+    """The bytes of the file, unpacked."""
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(open(file.path, "rb")) if file.path else sys.stdin.buffer
+        stream: Any = stack.enter_context(io.BufferedReader(_Counted(source, reading), 1 << 17))
+        head = stream.peek(8)
+        for mark, kind in FOREIGN.items():
+            if head.startswith(mark) and kind != file.format:
+                raise CorpusError(f"{file.title} is a {kind} file by its content; unpack or rename it first")
+        if head.startswith(b"\x1f\x8b"):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        yield stream
+
+
+class _Counted(io.RawIOBase):
+    """A stream whose bytes are counted as they are taken. Closing it leaves that stream open."""
+
+    def __init__(self, stream: io.BufferedReader, reading: Reading) -> None:
+        self._stream, self._reading = stream, reading
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int:
+        taken = self._stream.readinto1(buffer)
+        self._reading.bytes += taken
+        return taken

@@ -1,0 +1,261 @@
+"""What a run would meet and take, by one pass at the speed of hashing and a few samples."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.banks.history import records
+from llmcache.encoding.answers import exact_by_tokens
+from llmcache.encoding.executor import Call, Execution
+from llmcache.encoding.results import Source, documents_of
+from llmcache.errors import CorpusError
+from llmcache.indexes.eviction.garbage import disk_bytes
+from llmcache.indexes.store import Store
+from llmcache.model.features import features
+from llmcache.model.keys import token_keys
+from llmcache.model.private_tokenizer import PrivateCopy
+from llmcache.model.tokens import TokenRows
+from llmcache.near.matcher import MOST, TAKEN, Reuse
+from llmcache.planning.advice import (
+    Amounts,
+    Circumstances,
+    advised,
+    bytes_of,
+)
+from llmcache.planning.cost_model import Cost, probed, recorded
+from llmcache.planning.plan import Plan
+from llmcache.planning.survey import (
+    LONG,
+    Folding,
+    Survey,
+    survey,
+)
+
+_SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
+_ANSWERED, _STORED = 7e-6, 3e-5  # seconds to answer a document, and to keep one, beside what is measured here
+_REFRESH, _LOOK_UP = 2.5e-5, 1e-4  # seconds an entry and a document, to find neighbours as calibrated
+_LATEST = 3  # records of runs that near matches are forecast by
+_FEWEST = 400  # documents to be looked up, for a share of near matches of its own
+_CHARACTERS = 100_000  # that are tokenised for lengths at most, but of _FEWEST_TOKENISED documents in any case
+_FEWEST_TOKENISED = 8
+_TOKENISED = 64  # documents at least, to know how long the others are, and how many are stored by their tokens
+
+
+def planned(
+    execution: Execution, documents: Iterable[Source], call: Call, store: Store, namespace: str, model: Any
+) -> Plan:
+    """See `LLMCache.plan`. model: a SentenceTransformer; call: how the documents will be asked for."""
+    settings: Any = getattr(getattr(model, "transformers_model", None), "config", None)
+    calibration = execution.reuse.calibration if execution.reuse is not None and not execution.reuse.off else None
+    around = Circumstances(
+        model=type(model).__name__ if settings is None else str(getattr(settings, "name_or_path", "") or ""),
+        namespace=namespace,
+        config=execution.config,
+        layers=int(getattr(settings, "num_hidden_layers", 0) or 0),
+        hidden=int(getattr(settings, "hidden_size", 0) or 0),
+        store_bytes=disk_bytes(store.folder),
+        free=shutil.disk_usage(store.folder.path).free,
+        calibrated=None if calibration is None else calibration.threshold,
+        recent=(0, 0) if calibration is None else _recent(store, namespace),
+    )
+    texts = (one.text for one in documents_of(documents))
+    limit = getattr(model, "max_seq_length", None)
+    uses = deepcopy(execution.bank.uses)
+    try:
+        tokenizer = PrivateCopy().of(model.tokenizer)  # the documents may come from somebody who uses the model's
+        return plan(execution, texts, call, tokenizer=tokenizer, limit=limit, around=around)
+    finally:
+        execution.bank.uses = uses  # what was only looked at was not used
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Of the documents that are not known by text: tokens, the share known by their tokens; near, of the others, the
+    share that near reuse takes. seen: of how many that is the share, 0 where it comes from elsewhere. similar: see
+    `Amounts`. drift, bound: of these others, as a mean over all of them.
+    """
+
+    tokens: float = 0.0
+    near: float = 0.0
+    seen: int = 0
+    source: str = "near reuse is off"
+    drift: float | None = None
+    bound: float | None = None
+    similar: float | None = None
+    seconds: float = 0.0
+
+
+def _recent(store: Store, namespace: str) -> tuple[int, int]:
+    """Documents that the latest runs compared with the entries, and of these those that were reused."""
+    latest = [one for one in records(store) if one.get("namespace") == namespace and "asked" in one and "near" in one]
+    asked, near = (sum(sum(one[name]) for one in latest[-_LATEST:]) for name in ("asked", "near"))
+    return asked, near
+
+
+def plan(
+    execution: Execution,
+    texts: Iterable[str],
+    call: Call,
+    *,
+    tokenizer: Any,
+    limit: int | None,
+    around: Circumstances,
+) -> Plan:
+    """The forecast for these texts. limit: tokens that the model reads of each."""
+    began = time.perf_counter()
+    bank = execution.bank
+    found = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
+    if not found.documents:
+        raise CorpusError("there are no documents; nothing can be planned")
+    few = max(_TOKENISED, found.documents // 50)
+    few = max(_FEWEST_TOKENISED, min(few, _CHARACTERS * found.documents // max(1, found.characters)))
+    some = found.every.texts[:: max(1, len(found.every.texts) // few)]
+    seen, rate = _tokenised(execution, some, call)
+    lengths = expected_lengths(found.chars, some, seen.lengths, limit)
+    cost = _cost(execution, seen, lengths, call.batch_size)
+    uncached = float(cost(lengths).sum()) + rate * found.characters
+    shares = _shares(execution, found, call, uncached, rate, around.recent, limit)
+    missing = int(found.open.sum())
+    by_tokens = round(shares.tokens * missing)
+    taken = round(shares.near * (missing - by_tokens))
+    computed = missing - by_tokens - taken
+    model_seconds = float(cost(lengths[found.open]).sum()) * computed / max(1, missing)
+    own = rate * found.new_characters + shares.seconds + _ANSWERED * found.documents + _STORED * computed
+    hits = 1 - computed / found.documents
+    others = (missing - by_tokens) / found.documents
+    amounts = Amounts(
+        documents=found.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
+        uncached=uncached, saved=uncached - model_seconds, near=taken / found.documents, similar=shares.similar,
+    )  # fmt: skip
+    new, total = bytes_of(amounts, bank.facts, around)
+    return Plan(
+        documents=found.documents, characters=found.characters, tokens=amounts.tokens, in_store=found.in_store,
+        in_store_by_tokens=by_tokens, repeats=found.repeats, near=taken, near_from=shares.source,
+        drift=None if shares.drift is None else shares.drift * others,
+        bound=None if shares.bound is None else shares.bound * others,
+        computed=computed, hit_rate=hits, margin=_margin(shares.near, shares.seen) * others,
+        seconds=model_seconds + own, uncached_seconds=uncached, model_seconds=model_seconds, cost_from=cost.source,
+        new_bytes=new, total_bytes=total, pass_seconds=time.perf_counter() - began, model=around.model,
+        namespace=around.namespace, created=time.time(), advice=advised(amounts, bank.facts, around),
+    )  # fmt: skip
+
+
+def _margin(share: float, seen: int) -> float:
+    """Half of the 95 % interval of a share of so many."""
+    return 1.96 * float(np.sqrt(share * (1 - share) / seen)) if seen else 0.0
+
+
+def _tokenised(execution: Execution, texts: Sequence[str], call: Call) -> tuple[TokenRows, float]:
+    """Rows of some texts, in order of length, and seconds a character."""
+    began = time.perf_counter()
+    rows = execution.model.tokenise(sorted(texts, key=len), call.prompt, call.role)
+    return rows, (time.perf_counter() - began) / max(1, sum(map(len, texts)))
+
+
+def expected_lengths(
+    chars: NDArray[np.uint32], texts: Sequence[str], tokens: NDArray[np.int64], limit: int | None
+) -> NDArray[np.int64]:
+    """Tokens of every document by its characters, int64 [n]. tokens: of some texts, both in order of length."""
+    known = np.sort(np.fromiter(map(len, texts), np.int64))
+    whole = tokens < (limit or np.iinfo(np.int64).max)
+    if not whole.any():
+        return np.full(len(chars), int(tokens.max()))
+    least, first = int(tokens.min()), float(known.min())
+    ratio = max(0.0, float((tokens[whole] - least).sum()) / max(1.0, float((known[whole] - first).sum())))
+    return np.clip(np.rint(least + ratio * (chars.astype(np.float64) - first)), 1, limit).astype(np.int64)
+
+
+def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], batch_size: int) -> Cost:
+    def allowed(cost: Cost) -> float:
+        return _SHARE * float(cost(lengths).sum())
+
+    return probed(execution.model, seen, seen.lengths, batch_size, allowed, recorded(execution.bank))
+
+
+def _shares(
+    execution: Execution,
+    found: Survey,
+    call: Call,
+    uncached: float,
+    rate: float,
+    recent: tuple[int, int],
+    limit: int | None,
+) -> _Shares:
+    """What a sample of the documents that are not known by text meets in the store."""
+    texts, bank = found.unknown.texts, execution.bank
+    if not len(bank) or not texts:
+        return _Shares()
+    looked_up = execution.reuse is None and execution.config.tau is not None and execution.config.reuse == "deepest"
+    affordable = int(
+        (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts))
+    )
+    texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
+    if limit is not None:  # what a model does not read of a text need not be tokenised
+        texts = [text[: LONG * limit] for text in texts]
+    texts = sorted(texts, key=len)
+    rows, _ = _tokenised(execution, texts, call)
+    keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
+    known = exact_by_tokens(bank, keys, rows.ids) >= 0
+    rest = rows.take(np.flatnonzero(~known).tolist())
+    reuse, config, missing = execution.reuse, execution.config, int(found.open.sum())
+    by_tokens = float(known.mean())
+    if reuse is not None:
+        if reuse.off:
+            return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
+        if reuse.scope != execution.scope(call):
+            return _Shares(by_tokens, source="near reuse is calibrated for another role or prompt")
+        asked = [texts[i] for i in np.flatnonzero(~known).tolist()]
+        return _calibrated(execution, reuse, rest, asked, by_tokens, uncached, missing, recent)
+    if config.tau is None or not looked_up:
+        similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9, execution.scope(call))
+        return _Shares(by_tokens, similar=similar)
+    share = _share_at(execution, rest, config.tau, execution.scope(call))
+    return _Shares(
+        by_tokens, share, len(rest.ids), f"{len(rest.ids):,} documents looked up at tau {config.tau:g}",
+        seconds=_LOOK_UP * missing,
+    )  # fmt: skip
+
+
+def _share_at(execution: Execution, rows: TokenRows, tau: float, scope: int) -> float:
+    raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
+    _, similarity = execution.bank.nearest(raw, 1, scope=scope, least=tau)
+    return float((similarity[:, 0] >= tau).mean()) if len(raw) else 0.0
+
+
+def _calibrated(
+    execution: Execution,
+    reuse: Reuse,
+    rows: TokenRows,
+    texts: Sequence[str],
+    by_tokens: float,
+    uncached: float,
+    missing: int,
+    recent: tuple[int, int],
+) -> _Shares:
+    """As the calibration found it, or the latest runs did; from look-ups of the sample where the time allows as many
+    as it takes to know better.
+    """
+    calibration, entries = reuse.calibration, min(len(execution.bank.in_scope(reuse.scope)), MOST)
+    kept = 1 - reuse.audits.share  # the others are computed, as audits
+    seconds = _LOOK_UP * missing + _REFRESH * entries
+    share, seen, source = calibration.hits, 0, f"as calibrated on {calibration.samples:,} documents"
+    if recent[0] >= _FEWEST:
+        share, source = recent[1] / recent[0], f"as in the latest runs, {recent[0]:,} documents"
+    count = min(len(rows.ids), int((2 * _SHARE * uncached - _REFRESH * entries) / _LOOK_UP))
+    if count >= _FEWEST:
+        chosen = range(0, len(rows.ids), max(1, len(rows.ids) // count))
+        rows, texts = rows.take(chosen), [texts[i] for i in chosen]
+        raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
+        share, seen = float((reuse.look_up(raw, rows.ids, texts).gate == TAKEN).mean()), len(rows.ids)
+        source = f"{seen:,} documents looked up as calibrated"
+    return _Shares(
+        by_tokens, share * kept, seen, source, calibration.expected, calibration.bound, seconds=seconds
+    )  # fmt: skip

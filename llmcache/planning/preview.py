@@ -1,0 +1,101 @@
+"""What a corpus meets in a store: counted while results pass, or forecast before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+
+from llmcache.banks.namespaces import admit, checked_name
+from llmcache.document import Document
+from llmcache.encoding.answers import first_occurrences
+from llmcache.encoding.results import Result
+from llmcache.indexes.bank import Bank
+from llmcache.indexes.search.bank_index import NearChoice
+from llmcache.indexes.store import Store
+from llmcache.model.identity import Identity
+from llmcache.model.keys import key_seed, text_keys
+from llmcache.model.prompts import resolve
+
+_BLOCK = 65_536
+
+
+@dataclass(slots=True)
+class Tally:
+    """Documents by tier, counted while they pass."""
+
+    documents: int = 0
+    exact: int = 0
+    near: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of documents that cost no model time."""
+        return 1 - self.misses / self.documents if self.documents else 0.0
+
+    def counted(self, results: Iterable[Result]) -> Iterator[Result]:
+        """The same results, counted."""
+        for result in results:
+            self.documents += 1
+            self.exact += result.tier == "exact"
+            self.near += result.tier == "near"
+            self.misses += result.tier == "miss"
+            yield result
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run would meet. distinct: different texts; known: of these, in the store by text; repeats: the rest."""
+
+    documents: int
+    distinct: int
+    known: int
+
+    @property
+    def repeats(self) -> int:
+        """Documents whose text came before in the same corpus."""
+        return self.documents - self.distinct
+
+
+def forecast(
+    documents: Iterable[Document],
+    bank: Bank | None,
+    digest: bytes,
+    role: str | None,
+    prompt: str | None,
+    secret: bytes = b"",
+) -> Forecast:
+    """Count a corpus against a bank, by text; nothing is tokenised, computed or written.
+
+    A text that is not known may still hit by its tokens, so `known` is a lower bound. Memory: 16 bytes a document.
+    """
+    seed = key_seed(digest, "text", role, prompt, secret)
+    stream = iter(documents)
+    blocks = [np.zeros((0, 2), np.uint64)]
+    while texts := [document.text for document in islice(stream, _BLOCK)]:
+        blocks.append(text_keys(seed, texts).view(np.uint64))
+    keys = np.concatenate(blocks)
+    distinct, _ = first_occurrences(keys)
+    known = int((bank.find_text(keys[distinct]) >= 0).sum()) if bank is not None else 0
+    return Forecast(len(keys), len(distinct), known)
+
+
+def forecast_against(
+    store: Store | None, namespace: str, role: str | None, documents: Iterable[Document], secret: bytes = b""
+) -> Forecast:
+    """`forecast` against the output bank of a store; without a store, or without the namespace, nothing is known."""
+    space = store.namespace(checked_name(namespace)) if store else None
+    if space is not None:
+        admit(space, namespace, secret)
+    if store is None or space is None or "output" not in space.banks:
+        return forecast(documents, None, b"", role, None)
+    identity = Identity.from_json(space.identity)
+    prompt = resolve(dict(identity.prompts), identity.default_prompt_name, role=role)
+    bank = store.bank(namespace, "output", lambda: space.banks["output"], NearChoice())
+    return forecast(documents, bank, identity.digest, role, prompt, secret)
