@@ -12,7 +12,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tests.conftest import MODELS, ROOT, Command
-from tests.test_heads import head
+from tests.encoding.test_heads import head
 
 PAGE = ROOT / "docs" / "pipelines.md"
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)

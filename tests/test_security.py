@@ -34,8 +34,8 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "An untrusted store that is let in": ("test_trust::test_nothing_is_written_to_an_untrusted_store",),
     "FAISS never sees its index file": (
         "test_trust::test_nothing_of_an_untrusted_store_reaches_faiss",
-        "test_namespace::test_an_untrusted_store_serves_equal_tokens_only",
-        "test_namespace::test_an_untrusted_store_does_not_choose_the_model",
+        "test_namespaces::test_an_untrusted_store_serves_equal_tokens_only",
+        "test_namespaces::test_an_untrusted_store_does_not_choose_the_model",
     ),
     "*own* is about who can change files now": ("test_security::test_a_copy_of_an_untrusted_store_is_ones_own",),
     "A signature is made with the same key": ("test_trust::test_a_signature_is_the_hmac_of_the_manifests_bytes",),
@@ -44,7 +44,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "`snapshot pull` takes whatever": ("test_remote::test_a_signed_store_stays_signed_and_asks_for_its_key",),
     "Every file is compared": (
         "test_remote::test_a_file_that_is_not_whole_is_never_taken_and_a_push_repairs_it",
-        "test_io::test_a_name_that_is_not_inside_the_store_is_refused_by_every_call",
+        "test_folder::test_a_name_that_is_not_inside_the_store_is_refused_by_every_call",
     ),
     "Nothing in a store is executed": (
         "test_hostile::test_nothing_of_a_store_of_any_kind_is_executed",
@@ -52,21 +52,21 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     ),
     "Manifests are strict JSON": ("test_hostile::test_a_hostile_store_is_refused_or_its_entries_are_misses",),
     "FAISS is given bytes only": ("test_hostile::test_a_hostile_store_is_refused_or_its_entries_are_misses",),
-    "A namespace has segments": ("test_namespace::test_namespaces_share_no_file",),
+    "A namespace has segments": ("test_namespaces::test_namespaces_share_no_file",),
     "With a secret": (
         "test_keys::test_a_key_agrees_with_the_format_written_out_by_hand",
-        "test_namespace::test_a_wrong_secret_is_refused_at_opening",
-        "test_namespace::test_a_secret_that_could_be_guessed_is_refused_and_leaves_no_store",
+        "test_namespaces::test_a_wrong_secret_is_refused_at_opening",
+        "test_namespaces::test_a_secret_that_could_be_guessed_is_refused_and_leaves_no_store",
     ),
-    "The store keeps nothing of the secret": ("test_namespace::test_a_store_keeps_nothing_of_a_secret_but_its_check",),
-    "Results say from which tier": ("test_namespace::test_the_same_namespace_hits",),
+    "The store keeps nothing of the secret": ("test_namespaces::test_a_store_keeps_nothing_of_a_secret_but_its_check",),
+    "Results say from which tier": ("test_namespaces::test_the_same_namespace_hits",),
     "Folders are made with mode 0700": (
         "test_trust::test_every_file_a_store_ever_makes_is_the_owners_alone",
         "test_journal::test_all_files_are_the_users_alone_until_the_result_is_whole",
     ),
     "Result files get the mode": ("test_journal::test_all_files_are_the_users_alone_until_the_result_is_whole",),
     "No link is followed": (
-        "test_io::test_what_is_no_plain_file_is_not_read_and_nobody_waits_for_it",
+        "test_folder::test_what_is_no_plain_file_is_not_read_and_nobody_waits_for_it",
         "test_digests_cache::test_what_is_no_plain_file_is_not_read",
         "test_journal::test_a_link_or_pipe_in_the_folder_of_a_run_is_not_followed",
         "test_journal::test_a_link_in_the_place_of_a_partial_result_or_of_the_folder_is_refused",
@@ -122,7 +122,8 @@ def test_every_sentence_is_stated_by_a_test() -> None:
     assert table[1:] == list(ROWS)
     for name in [*ROWS.values(), *(one for some in CLAIMS.values() for one in some)]:
         module, _, function = name.partition("::")
-        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+        (file,) = (ROOT / "tests").rglob(f"{module}.py")
+        tree = ast.parse(file.read_text())
         assert function in {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}, name
 
 

@@ -30,10 +30,10 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests import damage_calibrated
 from tests.damage import damaged
 from tests.faults import MORE_CODES, Tally, faults, interleavings, power_losses
+from tests.indexes.test_state_machine import STEPS, StoreMachine
 from tests.kills import random_kills, sigkills
 from tests.operations import OPERATIONS
 from tests.stops import stops
-from tests.test_state_machine import STEPS, StoreMachine
 
 ROOT = Path(__file__).parent.parent
 
