@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.errors import ModelMismatch
 from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.store import Store
 from tests.damage import CHANGES, files_of, in_children, restore, signed, with_checksum_of
@@ -133,7 +134,11 @@ class Case:
             keys: list[Any] = list(place) if isinstance(place, dict) else list(range(len(place)))
             key = chance.choice(keys)
             if not isinstance(place[key], dict | list) or not place[key] or chance.random() < 0.2:
-                place[key] = chance.choice([0, -1, 1 << 50, 1.5, None, "x", [], {}, True, 1e300, [1, 2], {"a": 1}])
+                turned = list(place[key])[::-1] if isinstance(place[key], list) else 2  # a shape of as many numbers
+                values: list[Any] = [turned, 0, -1, 1 << 50, 1.5, None, "x", [], {}, True, 1e300, [1, 2], {"a": 1}]
+                place[key] = chance.choice(values)
+                    [turned, 0, -1, 1 << 50, 1.5, None, "x", [], {}, True, 1e300, [1, 2], {"a": 1}]
+                )
                 return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
             place = place[key]
 
@@ -194,7 +199,8 @@ def _failure(path: Path, case: Case, truth: Truth) -> str | None:
     try:
         near = truth.answered(path)
     except LLMCacheError as error:
-        if case.role != "manifest":
+        # whoever puts the checksums right too makes another store: an audit may say so
+        if case.role != "manifest" and not (case.fixed and isinstance(error, ModelMismatch)):
             return f"{case.title}: refused: {type(error).__name__}: {error}"
         return None
     except Exception as error:

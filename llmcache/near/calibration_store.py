@@ -83,6 +83,11 @@ class NearReuse:
         given = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
         if given.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(given)):
             raise ConfigError(f"what was fitted gives {given.shape[-1]} numbers, outputs have {facts.width}")
+        if fitted.boundary is not None and fitted.boundary.weights.shape[1] != facts.width:
+            raise ConfigError(
+                f"the head of its calibration takes {fitted.boundary.weights.shape[1]} numbers, outputs have "
+                f"{facts.width}; calibrate again"
+            )
 
     @property
     def pattern(self) -> str:

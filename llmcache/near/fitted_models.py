@@ -46,6 +46,8 @@ def get(bank: Bank, place: Mapping[str, Any]) -> Fitted:
     flat: NDArray[np.float32] = np.asarray(reading.values[0]).ravel()
     arrays: dict[str, NDArray[np.generic]] = {}
     at = 0
+    if sum(int(np.prod(shape)) for shape in place["shapes"].values()) != len(flat):
+        raise ConfigError("the shapes of what the calibration fitted do not fit its numbers; calibrate again")
     for name, shape in sorted(place["shapes"].items()):
         count = int(np.prod(shape))
         arrays[name] = flat[at : at + count].reshape(shape)

@@ -184,6 +184,8 @@ class Fitted:
         if edge is not None:
             boundary = Boundary(edge["weights"].astype(np.float32), edge["offset"].astype(np.float32))
         if keys is not None:
+            if keys["keys"].shape[1:] != (_PIECES,):
+                raise ConfigError(f"the keys of a calibration's entries have the shape {keys['keys'].shape}")
             answering = np.ascontiguousarray(keys["keys"].astype(np.uint16)).view(np.uint64).reshape(-1)
         return cls(Predictor.from_arrays(parts.get("predictor", {})), boundary, answering)
 

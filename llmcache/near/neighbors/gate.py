@@ -58,6 +58,13 @@ class Boundary:
     weights: NDArray[np.float32] = field(repr=False)
     offset: NDArray[np.float32] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 2 or self.offset.shape != self.weights.shape[:1]:
+            raise ConfigError(
+                f"the weights of a head are [classes, numbers] and its offset [classes], got {self.weights.shape} and "
+                f"{self.offset.shape}"
+            )
+
     def __call__(self, outputs: NDArray[np.floating]) -> NDArray[np.float32]:
         """float32 [n, classes]."""
         return np.asarray(outputs @ self.weights.T + self.offset, np.float32)
