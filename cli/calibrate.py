@@ -67,7 +67,7 @@ def calibrate(
     """
     from llmcache.cache import LLMCache
     from llmcache.encoding.heads import answers_from_file, head_from_file
-    from llmcache.near.calibration.calibrate import DriftKind
+    from llmcache.near.calibration.drift import DriftKind
 
     printing.quiet()
     reading = Reading()

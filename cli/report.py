@@ -32,6 +32,7 @@ def report(
     """
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"{out} cannot be written: give the name of a file in a folder that is there")
+    from llmcache import __version__
     from llmcache.report.facts import facts
     from llmcache.report.page import rendered, write
 
@@ -40,7 +41,7 @@ def report(
         found = facts(opened, price=price_per_hour, currency=currency)
     finally:
         opened.close()
-    size = len(rendered(found).encode()) if dry_run else write(found, out)
+    size = len(rendered(found, __version__).encode()) if dry_run else write(found, out, __version__)
     if json:
         printing.as_json({**found.summary(), "out": None if dry_run else str(out), "bytes": size})
         return

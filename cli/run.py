@@ -27,9 +27,9 @@ from llmcache.pipeline.files import Reading
 from llmcache.planning.plan import Compared, Plan
 
 if TYPE_CHECKING:
+    from llmcache.banks.counters import Counters
     from llmcache.pipeline.checkpoints import Written
     from llmcache.records import Refused
-    from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 

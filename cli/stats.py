@@ -9,18 +9,14 @@ from typing import Annotated
 import typer
 
 from llmcache.banks.break_even import Profile
+from llmcache.banks.counters import Counters, layer_counters
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 from llmcache.config import CacheConfig
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.near.status import NearReport
-from llmcache.report.statistics import (
-    BankStatistics,
-    Counters,
-    layer_counters,
-    statistics,
-)
+from llmcache.report.statistics import BankStatistics, statistics
 
 
 def stats(

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from llmcache import opening
 from llmcache.banks.audits import ExactAudits
-from llmcache.banks.device_cache import DeviceAnswers, Levels
+from llmcache.banks.counters import Counters
+from llmcache.banks.device_cache import Levels
 from llmcache.banks.namespaces import admit, checked_name, resolved_secret
 from llmcache.banks.writer import Storing
 from llmcache.concurrency import at_exit as leaving
@@ -32,6 +33,7 @@ from llmcache.decoders import generation as decoding
 from llmcache.decoders.generation import Generated, Scores
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.calibrations import Calibrations
+from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.executor import (
     Call,
     Execution,
@@ -56,14 +58,14 @@ from llmcache.model.identity import Identity, mismatch
 from llmcache.model.locks import lock_of
 from llmcache.model.private_tokenizer import PrivateCopy, private_copy
 from llmcache.model.prompts import ROLES, resolve
-from llmcache.near.calibration.calibrate import Calibration, DriftKind
-from llmcache.near.calibration.drift import Drift
+from llmcache.near.calibration.calibrate import Calibration
+from llmcache.near.calibration.drift import Drift, DriftKind
 from llmcache.near.guard.fields import KINDS
 from llmcache.planning.forecast import planned
 from llmcache.planning.plan import Compared, Plan
 from llmcache.planning.preview import Tally
 from llmcache.records import is_table
-from llmcache.report.statistics import Counters, Statistics, statistics
+from llmcache.report.statistics import Statistics, statistics
 
 log = logging.getLogger("llmcache")
 

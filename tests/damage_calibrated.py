@@ -137,8 +137,6 @@ class Case:
                 turned = list(place[key])[::-1] if isinstance(place[key], list) else 2  # a shape of as many numbers
                 values: list[Any] = [turned, 0, -1, 1 << 50, 1.5, None, "x", [], {}, True, 1e300, [1, 2], {"a": 1}]
                 place[key] = chance.choice(values)
-                    [turned, 0, -1, 1 << 50, 1.5, None, "x", [], {}, True, 1e300, [1, 2], {"a": 1}]
-                )
                 return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
             place = place[key]
 

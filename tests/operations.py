@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.generations import generation_name
+from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.eviction import budget as eviction
-from llmcache.indexes.eviction.budget import Budget, Candidates, Publish
+from llmcache.indexes.eviction.budget import Budget, Candidates
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.names import SUBFOLDERS
 from llmcache.indexes.files.new_folder import filled

@@ -11,11 +11,11 @@ from llmcache.indexes.bank import Bank, Lot
 from llmcache.indexes.commits.background import Begun
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.presence import lost, missing, without
-from llmcache.indexes.commits.publish import Republished
+from llmcache.indexes.commits.publish import Publish, Republished
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged
-from llmcache.indexes.eviction.budget import Publish, index_stands
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
+from llmcache.indexes.search.bank_index import index_stands
 
 log = logging.getLogger("llmcache")
 

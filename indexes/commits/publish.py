@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 from llmcache.indexes.commits.generations import (
     LAST,
@@ -37,6 +38,9 @@ from llmcache.indexes.format.manifest_json import MAX_BYTES, from_bytes, to_byte
 from llmcache.indexes.format.write_once import write_whole
 
 _ROUNDS = 200
+
+Publish: TypeAlias = Callable[[Callable[[Manifest], Manifest]], Manifest]
+"""Takes a change of the newest manifest, publishes the result, and returns it once it is durable."""
 
 
 class Republished(CommitConflict):

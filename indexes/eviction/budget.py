@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from llmcache.indexes.commits.generations import generation_name, generations, newest
+from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage, remove
 from llmcache.indexes.eviction.policies import (
@@ -26,13 +27,12 @@ from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.rows import ALIGN, ROW, Keys
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.segment_writer import write_alive
-from llmcache.indexes.search.bank_index import DEAD_SHARE
+from llmcache.indexes.search.bank_index import index_stands
 from llmcache.indexes.stats.counters import use_files
 from llmcache.indexes.stats.usage import UseTable, read_uses
 
 log = logging.getLogger("llmcache")
 
-Publish: TypeAlias = Callable[[Callable[[Manifest], Manifest]], Manifest]
 
 GRACE = 3600.0
 """Seconds for which a file in no manifest is left alone."""
@@ -157,21 +157,6 @@ def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFa
     segments = tuple(buried[one.id][1] if one.id in buried and one == buried[one.id][0] else one for one in kept)
     new = replace(facts, segments=segments)
     return new if segments == facts.segments or index_stands(new) else replace(new, index=None, projection=None)
-
-
-def index_stands(facts: BankFacts) -> bool:
-    """Whether the bank's index file still leads to its segments' rows, and not to too many dead ones."""
-    if facts.index is None:
-        return False
-    segments = {one.id: one for one in facts.segments}
-    dead = 0
-    for name in facts.index.segments:
-        id, dash, _ = name.partition("-")
-        one = segments.get(id)
-        if one is None or (dash and (one.alive is None or one.alive.name != f"seg/{name}.alive")):
-            return False
-        dead += 0 if dash else one.dead
-    return dead <= DEAD_SHARE * facts.index.count
 
 
 # -- the budget ---------------------------------------------------------------------------------------------

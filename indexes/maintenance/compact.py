@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.eviction.budget import Publish, index_stands
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.key_table import KeyTable
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
@@ -23,6 +23,7 @@ from llmcache.indexes.format.rows import ALIAS
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.rewrite import Pick
 from llmcache.indexes.maintenance.rewrite import rewrite as write_anew
+from llmcache.indexes.search.bank_index import index_stands
 
 log = logging.getLogger("llmcache")
 

@@ -396,3 +396,18 @@ class Neighbours:
         self._folder.sync_folder("idx")
         self._saved = len(self._row_of)
         return projection, IndexFacts(self._index.kind, self._index.dim, len(self._index), covered, file)
+
+
+def index_stands(facts: BankFacts) -> bool:
+    """Whether the bank's index file still leads to its segments' rows, and not to too many dead ones."""
+    if facts.index is None:
+        return False
+    segments = {one.id: one for one in facts.segments}
+    dead = 0
+    for name in facts.index.segments:
+        id, dash, _ = name.partition("-")
+        one = segments.get(id)
+        if one is None or (dash and (one.alive is None or one.alive.name != f"seg/{name}.alive")):
+            return False
+        dead += 0 if dash else one.dead
+    return dead <= DEAD_SHARE * facts.index.count

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from llmcache.banks.agreement import Agreement
+from llmcache.banks.counters import Counters
 from llmcache.config import CacheConfig
 from llmcache.errors import ModelMismatch
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys
-from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.banks.counters import Counters
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.stats.counters import read_counters
 from llmcache.indexes.stats.runs import (
@@ -20,7 +21,6 @@ from llmcache.indexes.stats.runs import (
 )
 from llmcache.indexes.store import Store
 from llmcache.indexes.urls import redacted
-from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 

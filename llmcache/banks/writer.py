@@ -11,6 +11,7 @@ from typing import Any
 
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.break_even import Decision
+from llmcache.banks.counters import Counters
 from llmcache.banks.history import History
 from llmcache.banks.payoff import Rows, Worth
 from llmcache.config import CacheConfig
@@ -21,7 +22,6 @@ from llmcache.indexes.format.manifest import Manifest
 from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.store import Store
 from llmcache.model.description.watch import ModelWatch
-from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 

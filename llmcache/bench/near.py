@@ -25,16 +25,8 @@ from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features
 from llmcache.model.tokens import tokenise
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Found,
-    Held,
-    Judge,
-    Memory,
-    cross_fit,
-    held_out_voting,
-)
-from llmcache.near.calibration.drift import cosine_drift, label_drift
+from llmcache.near.calibration.crossfit import Held, cross_fit, held_out_voting
+from llmcache.near.calibration.drift import Judge, cosine_drift, label_drift
 from llmcache.near.calibration.risk_control import Choice, choose
 from llmcache.near.neighbors.correction import (
     EVIDENCE,
@@ -43,6 +35,7 @@ from llmcache.near.neighbors.correction import (
     units,
 )
 from llmcache.near.neighbors.gate import Boundary, safety
+from llmcache.near.neighbors.index import Entries, Found, Memory
 from llmcache.near.neighbors.predictor import (
     Predictor,
     components,

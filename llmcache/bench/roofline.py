@@ -31,8 +31,8 @@ from llmcache.indexes.search.vector_index import VectorIndex, choose_kind
 from llmcache.indexes.store import Store
 from llmcache.model.batching import Sentences, compute, token_embedding
 from llmcache.model.features import features
-from llmcache.near.calibration.crossfit import Entries, Memory, rounded
 from llmcache.near.neighbors.correction import Voting
+from llmcache.near.neighbors.index import Entries, Memory, rounded
 from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions
 
 BATCH, TOKENS, WIDTH = 256, 150, 384

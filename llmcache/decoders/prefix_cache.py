@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llmcache.banks.audits import Evidence
+from llmcache.banks.counters import PrefixCounters
 from llmcache.banks.device_cache import Levels
 from llmcache.banks.payoff import Worth
 from llmcache.decoders.audits import audit_beginnings, audit_sample
@@ -38,7 +39,6 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.keys import key_seed
 from llmcache.model.trial import Reach, explained
-from llmcache.report.statistics import PrefixCounters
 
 
 @dataclass(eq=False, slots=True)

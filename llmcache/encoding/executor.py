@@ -13,20 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.banks.device_cache import DeviceAnswers, Levels, levels_of
+from llmcache.banks.device_cache import Levels, levels_of
+from llmcache.banks.lookup import exact_by_tokens, first_occurrences, near
 from llmcache.banks.pace import Pace
 from llmcache.banks.payoff import sample
 from llmcache.banks.writer import Storing
 from llmcache.config import CacheConfig
-from llmcache.encoding.answers import (
-    EXACT,
-    MISS,
-    NEAR,
-    Answers,
-    exact_by_tokens,
-    first_occurrences,
-    near,
-)
+from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
+from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.hit_audits import AuditedHits, Window
 from llmcache.encoding.near_layers import Asking, asked_with, near_layers
 from llmcache.encoding.uncached import answer_by_model, at_limit, seconds_again

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.encoding.answers import exact_by_tokens
+from llmcache.banks.lookup import exact_by_tokens
 from llmcache.encoding.executor import Call, Execution
 from llmcache.indexes.bank import Bank
 from llmcache.model.features import features

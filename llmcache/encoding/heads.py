@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,11 @@ def _execution(
     dtype = "float32" if config.dtype == "auto" else config.dtype
     name = f"head-{digest.hex()[:16]}"
     bank = layers.bank(name, BankFacts(dtype, probe.outputs.shape[1], 1, width))
-    return name, layers.execution(runner, digest, bank, name, attachment)
+
+    def inside() -> AbstractContextManager[Any]:
+        return nullcontext() if attachment is None else attachment
+
+    return name, Execution(runner, digest, config, layers.storing, bank, layers.secret, inside, name)
 
 
 def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:

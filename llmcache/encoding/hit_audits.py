@@ -22,7 +22,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.batching import Model, compute
 from llmcache.model.keys import Seed, token_keys
-from llmcache.model.tokens import TokenRows
+from llmcache.model.tokens import TokenRows, in_vocabulary
 
 if TYPE_CHECKING:
     from llmcache.encoding.executor import Call
@@ -76,6 +76,7 @@ class AuditedHits:
         if not evidence.open:
             return
         rows = evidence.sample(seed.digest())
+        rows = rows[in_vocabulary(self._bank.tokens_of(rows), len(self._model.token_embedding()))]
         if not len(rows):
             return
         with evidence.recompute():

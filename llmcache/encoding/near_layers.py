@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.banks.counters import Counters
+from llmcache.banks.lookup import near
 from llmcache.config import CacheConfig
-from llmcache.encoding.answers import Answers, near
+from llmcache.encoding.answers import Answers
 from llmcache.indexes.bank import Bank
 from llmcache.layers.layer_banks import bank_name
 from llmcache.model.batching import Model, compute
-from llmcache.model.tokens import TokenRows
-from llmcache.report.statistics import Counters
+from llmcache.model.tokens import TokenRows, in_vocabulary
 
 if TYPE_CHECKING:
     from llmcache.layers.attachment import Attachment
@@ -66,7 +67,8 @@ def near_layers(
         found = np.flatnonzero(rows >= 0)
         own = [asking.tokens.ids[i] for i in open_[found].tolist()]
         found = found[~_has_own_state(bank, asking.raw[open_[found]], own)]
-        neighbours = asking.tokens.like([bank.tokens(int(row)) for row in rows[found]])
+        found = found[in_vocabulary(bank.tokens_of(rows[found]), len(model.token_embedding()))]
+        neighbours = asking.tokens.like(bank.tokens_of(rows[found]))
         attachment.up_to = layer
         try:
             for done in compute(model, neighbours, asking.call.batch_size, asking.call.role):

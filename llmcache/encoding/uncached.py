@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.banks.counters import Counters
 from llmcache.encoding.answers import Answers
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model, compute
-from llmcache.model.tokens import TokenRows
-from llmcache.report.statistics import Counters
+from llmcache.model.tokens import TokenRows, in_vocabulary
 
 if TYPE_CHECKING:
     from llmcache.encoding.executor import Call
@@ -42,9 +42,11 @@ def at_limit(model: Model, tokens: TokenRows) -> int:
 
 def seconds_again(model: Model, bank: Bank, rows: NDArray[np.int64]) -> float:
     """Seconds the model takes for documents of a bank, computed again; as recorded where only the bank knows them."""
-    ids = [bank.tokens(int(row)) for row in rows]
+    stored = bank.tokens_of(rows)
+    if not in_vocabulary(stored, len(model.token_embedding())).all():
+        return bank.cost(rows)
     try:
-        like = model.tokenise(["a"], None, None).like(ids)
+        like = model.tokenise(["a"], None, None).like(stored)
     except ConfigError:  # it takes more than token ids
         return bank.cost(rows)
-    return sum(done.seconds for done in compute(model, like, len(ids), None))
+    return sum(done.seconds for done in compute(model, like, len(stored), None))

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from llmcache.banks.audits import ExactAudits
+from llmcache.banks.counters import Counters
+from llmcache.banks.lookup import first_occurrences
 from llmcache.decoders.padded_batch import holds_tokens, wants_keys
 from llmcache.decoders.prefix_cache import Prefixes
-from llmcache.encoding.answers import first_occurrences
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.layers.audits import audit_states
@@ -54,7 +55,6 @@ from llmcache.model.losses import LossArguments
 from llmcache.model.restoring import without_trace
 from llmcache.model.trial import explained, vocabulary_of
 from llmcache.model.trial_inputs import first_call
-from llmcache.report.statistics import Counters
 
 log = logging.getLogger("llmcache")
 

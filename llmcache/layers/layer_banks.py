@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import Module
 
+from llmcache.banks.counters import LayerCounters
 from llmcache.banks.writer import Storing
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import scoped
@@ -17,7 +18,6 @@ from llmcache.indexes.format.rows import Keys
 from llmcache.model.inputs import InputRows
 from llmcache.model.keys import key_seed, token_keys
 from llmcache.near.marks import scope_of
-from llmcache.report.statistics import LayerCounters
 
 
 def bank_name(layer: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,6 @@ from llmcache.banks.writer import Storing
 from llmcache.config import CacheConfig
 from llmcache.decoders.kv_buffer import shape_of
 from llmcache.decoders.prefix_cache import Prefixes
-from llmcache.encoding.executor import Execution
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
@@ -27,7 +25,7 @@ from llmcache.layers.attachment import Attachment
 from llmcache.layers.layer_banks import LayerBanks, bank_name
 from llmcache.layers.partial_forward import Anatomy, NoSuchLayer
 from llmcache.model.architecture import Trunk, find_trunk
-from llmcache.model.batching import Model, token_embedding
+from llmcache.model.batching import token_embedding
 from llmcache.model.compiled import refuse_compiled
 from llmcache.model.description.watch import ModelWatch
 from llmcache.model.digests import Digests, sha
@@ -55,12 +53,12 @@ class Layers:
         """lock: of the cache's calls. is_open: whether the cache is open."""
         self._lock, self._is_open = lock, is_open
         self._known: Digests = {}  # models that are attached may have tensors in common
-        self._config, self._namespace, self._storing, self._secret = config, namespace, storing, secret
+        self._config, self._namespace, self.storing, self.secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
     def _check_dtype(self, trunk: Module) -> None:
         """ConfigError for a trunk of another dtype than the namespace's model, since the first bank decides for all."""
-        space = self._storing.store.namespace(self._namespace)
+        space = self.storing.store.namespace(self._namespace)
         expected = str(space.identity.get("dtype", "")) if space is not None else ""
         dtypes = {str(one.dtype).removeprefix("torch.") for one in trunk.parameters() if one.is_floating_point()}
         if self._config.dtype == "auto" and dtypes and expected and not dtypes & set(expected.split("+")):
@@ -88,7 +86,7 @@ class Layers:
 
     def watch(self, model: Module, tokenizer: Any = None) -> ModelWatch:
         """The description of a model whose results are kept, and what says whether it still holds."""
-        return ModelWatch(model, tokenizer, self._storing, self._known)
+        return ModelWatch(model, tokenizer, self.storing, self._known)
 
     def attachment_at(self, trunk: Trunk, watch: ModelWatch, layers: str | tuple[int, ...]) -> Attachment:
         """A new attachment, with banks at these layers. watch: of the trunk's module."""
@@ -99,8 +97,8 @@ class Layers:
             lambda count: chosen_layers(layers, count),
             keeper.renew,
             lambda mode: self._prefixes(trunk.module, keeper, mode),
-            self._storing.counters,
-            self._storing.exact_audits,
+            self.storing.counters,
+            self.storing.exact_audits,
             watch,
             lock=self._lock,
             is_open=self._is_open,
@@ -119,27 +117,19 @@ class Layers:
             trunk,
             bank,
             keeper.digest(mode),
-            self._storing.put,
-            self._storing.worth(bank, PREFIX),
-            secret=self._secret,
+            self.storing.put,
+            self.storing.worth(bank, PREFIX),
+            secret=self.secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
-            evidence=self._storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
+            evidence=self.storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
         )
-        made.counters = self._storing.counters.prefix
+        made.counters = self.storing.counters.prefix
         return made
 
     def bank(self, name: str, facts: BankFacts) -> Bank:
         """The bank of this name; an empty one with these facts where there is none."""
-        return self._storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
-
-    def execution(self, model: Model, digest: bytes, bank: Bank, name: str, attachment: Attachment | None) -> Execution:
-        """What answers calls with this model's vectors, from this bank, inside an attachment."""
-
-        def inside() -> AbstractContextManager[Any]:
-            return nullcontext() if attachment is None else attachment
-
-        return Execution(model, digest, self._config, self._storing, bank, self._secret, inside, name)
+        return self.storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
 
     def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
         config = self._config
@@ -163,10 +153,10 @@ class Layers:
             return features(embedding, tokens, config.fingerprint)
 
         def open_bank(layer: int) -> Bank:
-            store = self._storing.store
+            store = self.storing.store
             return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
 
-        return LayerBanks(layers, open_bank, keeper.up_to, self._storing, self._secret, features_of, trunk)
+        return LayerBanks(layers, open_bank, keeper.up_to, self.storing, self.secret, features_of, trunk)
 
 
 def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:

@@ -206,6 +206,14 @@ def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray
     }
 
 
+def in_vocabulary(ids: Sequence[NDArray[np.int32]], size: int) -> NDArray[np.bool_]:
+    """Mask of the rows whose token ids a model with an embedding of this size can look up; bool [n].
+
+    Rows of a store may hold others where somebody made its files.
+    """
+    return np.fromiter((not len(one) or (one.min() >= 0 and one.max() < size) for one in ids), np.bool_, len(ids))
+
+
 def tokenise_plainly(tokenizer: Any, texts: Sequence[str], limit: int | None) -> TokenRows:
     """Rows of what a tokenizer of transformers makes of these texts, cut to `limit` tokens.
 

@@ -23,10 +23,10 @@ from llmcache.near.calibration.calibrate import (
     Truth,
     calibrated,
 )
-from llmcache.near.calibration.crossfit import Entries
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.marks import FieldDigests
 from llmcache.near.matcher import Reuse, answering_keys, entries_of
+from llmcache.near.neighbors.index import Entries
 from llmcache.near.neighbors.prediction_bank import Distilled
 from llmcache.near.neighbors.predictor import LEAST
 from llmcache.near.status import SETTING, calibrations_of, unreadable

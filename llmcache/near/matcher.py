@@ -19,8 +19,8 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.indexes.search.bank_index import half
+from llmcache.model.tokens import in_vocabulary
 from llmcache.near.calibration.calibrate import Calibration, Fitted, judge_of
-from llmcache.near.calibration.crossfit import Entries, Memory, Neighbourhood
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.recalibration import Refitting, grown
 from llmcache.near.calibration.risk_control import WORST
@@ -30,6 +30,7 @@ from llmcache.near.monitoring.audits import Audits
 from llmcache.near.monitoring.distribution_shift import Shift
 from llmcache.near.neighbors.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.near.neighbors.gate import safety
+from llmcache.near.neighbors.index import Entries, Memory, Neighbourhood
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.prediction_bank import Distilled
 
@@ -121,9 +122,10 @@ def entries_of(
     rows = rows[:: max(1, -(-len(rows) // most))]
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
-    good = reading.intact & features.any(axis=1)
-    kept = rows[good]
-    return kept, Entries(features[good], np.asarray(reading.values)[good], bank.tokens_of(kept))
+    tokens = bank.tokens_of(rows)
+    good = reading.intact & features.any(axis=1) & in_vocabulary(tokens, np.iinfo(np.int32).max)
+    kept = np.flatnonzero(good)
+    return rows[kept], Entries(features[kept], np.asarray(reading.values)[kept], [tokens[i] for i in kept.tolist()])
 
 
 class Reuse:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.history import records
-from llmcache.encoding.answers import exact_by_tokens
+from llmcache.banks.lookup import exact_by_tokens
 from llmcache.encoding.executor import Call, Execution
 from llmcache.encoding.results import Source, documents_of
 from llmcache.errors import CorpusError

@@ -8,9 +8,9 @@ from itertools import islice
 
 import numpy as np
 
+from llmcache.banks.lookup import first_occurrences
 from llmcache.banks.namespaces import admit, checked_name
 from llmcache.document import Document
-from llmcache.encoding.answers import first_occurrences
 from llmcache.encoding.results import Result
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice

@@ -10,18 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from llmcache.banks.counters import Counters, layer_counters
 from llmcache.banks.history import records
 from llmcache.errors import ConfigError
 from llmcache.indexes.errors import LLMCacheError
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.stats.runs import BINS, Record
 from llmcache.indexes.store import Store
-from llmcache.report.statistics import (
-    Counters,
-    Statistics,
-    layer_counters,
-    statistics,
-)
+from llmcache.report.statistics import Statistics, statistics
 
 TIERS = ("same text", "same tokens", "repeated in one call", "near", "computed")
 """How documents were answered, in the order in which charts stack them."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 
-from llmcache import __version__
 from llmcache import units as words
 from llmcache.errors import CorpusError
 from llmcache.private_files import write_whole
@@ -28,19 +27,19 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
-def rendered(facts: Facts) -> str:
-    """The page."""
+def rendered(facts: Facts, version: str = "") -> str:
+    """The page as HTML. version: of llmcache, for its last line."""
     budgets = [float(one["budget"]) for one in facts.calibrations.values() if one.get("budget")]
     return _template().render(
         facts=facts, sections=sections, tiers=list(zip(TIERS, sections.COLOURS, facts.total.tiers, strict=True)),
-        budget=budgets[0] if len(budgets) == 1 else None, version=__version__,
+        budget=budgets[0] if len(budgets) == 1 else None, version=version,
         made=time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(facts.made)).lstrip("0"),
     )  # fmt: skip
 
 
-def write(facts: Facts, path: Path) -> int:
+def write(facts: Facts, path: Path, version: str = "") -> int:
     """Write the page, whole or not at all; its bytes. CorpusError when it cannot be written there."""
-    data = rendered(facts).encode("utf-8", "replace")
+    data = rendered(facts, version).encode("utf-8", "replace")
     try:
         write_whole(path, data)
     except OSError as error:

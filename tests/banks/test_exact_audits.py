@@ -28,11 +28,11 @@ from torch.nn import functional
 from llmcache import CacheConfig, LLMCache
 from llmcache.banks.agreement import compared
 from llmcache.banks.audits import ExactAudits
+from llmcache.banks.counters import Counters
 from llmcache.decoders import generation as decoding
 from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.model.description import describe as description
 from llmcache.model.description.watch import ModelWatch
-from llmcache.report.statistics import Counters
 from tests import architectures
 from tests.layers.test_attachment import tokenizer as word_tokenizer
 

@@ -22,7 +22,7 @@ from llmcache.bench.near import (
 )
 from llmcache.bench.reusing import reusing
 from llmcache.errors import ConfigError
-from llmcache.near.calibration.crossfit import Memory
+from llmcache.near.neighbors.index import Memory
 from tests.near.test_correction import entries
 
 

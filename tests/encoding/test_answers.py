@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmcache.encoding.answers import EXACT, Answers, first_occurrences
+from llmcache.banks.lookup import first_occurrences
+from llmcache.encoding.answers import EXACT, Answers
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.reading import Reading
 

@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 import pytest
 
+from llmcache.banks.counters import Counters
 from llmcache.banks.history import History
 from llmcache.banks.history import records as records_of
 from llmcache.indexes.errors import CorpusError, LLMCacheError, SnapshotDamaged
 from llmcache.indexes.maintenance import remote
 from llmcache.indexes.store import Store
 from llmcache.indexes.urls import has_secrets, redacted, without_secrets_of
-from llmcache.report.statistics import Counters
 from tests import storybook
 
 SECRETS = ("S3cr3tK3y", "wJalr/XUtnFEMI/K7MDENG+bPxRfi", "p@ss:word#1?x", "tok_0123456789abcdef", "ü-geheim")

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.near.calibration.calibrate import _again, calibrated
-from llmcache.near.calibration.crossfit import Memory
 from llmcache.near.neighbors.gate import Boundary, safety
+from llmcache.near.neighbors.index import Memory
 from tests.near.test_correction import entries
 
 

@@ -8,16 +8,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.errors import ConfigError
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Judge,
-    Memory,
-    ask,
-    cross_fit,
-    held_out_voting,
-    unseen,
-)
-from llmcache.near.calibration.drift import cosine_drift, label_drift
+from llmcache.near.calibration.crossfit import ask, cross_fit, held_out_voting, unseen
+from llmcache.near.calibration.drift import Judge, cosine_drift, label_drift
 from llmcache.near.neighbors.correction import (
     DECIDED,
     EVIDENCE,
@@ -34,6 +26,7 @@ from llmcache.near.neighbors.correction import (
     weights,
 )
 from llmcache.near.neighbors.gate import Boundary, safety
+from llmcache.near.neighbors.index import Entries, Memory
 from tests.near.test_predictor import documents
 
 Floats = NDArray[np.float32]

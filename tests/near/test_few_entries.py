@@ -15,8 +15,8 @@ from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.near.calibration.crossfit import Entries, Memory
 from llmcache.near.neighbors.correction import NEIGHBOURS
+from llmcache.near.neighbors.index import Entries, Memory
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from tests.damage_calibrated import damaged, make, texts, tiny_model
 

@@ -13,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.banks.device_cache import DeviceAnswers
 from llmcache.encoding.answers import NEAR
+from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.executor import Call
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features, features_on
-from llmcache.near.calibration.crossfit import Entries, Memory, rounded
 from llmcache.near.matcher import TAKEN
 from llmcache.near.neighbors import index_torch as ondevice
 from llmcache.near.neighbors.correction import (
@@ -29,6 +28,7 @@ from llmcache.near.neighbors.correction import (
     units,
 )
 from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index import Entries, Memory, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
 from llmcache.near.neighbors.predictor import fit
 

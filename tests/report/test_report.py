@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 
 from llmcache import units as words
+from llmcache.banks.counters import Counters
 from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.store import Store
 from llmcache.report.charts import thinned, ticks
 from llmcache.report.facts import Facts, Tally, facts
 from llmcache.report.page import rendered, write
-from llmcache.report.statistics import BankStatistics, Counters, statistics
+from llmcache.report.statistics import BankStatistics, statistics
 from tests.conftest import Command
 from tests.storybook import calibration, filled, told
 

@@ -17,20 +17,13 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Held,
-    Judge,
-    Memory,
-    ask,
-    cross_fit,
-    held_out_voting,
-)
-from llmcache.near.calibration.drift import beyond, label_drift
+from llmcache.near.calibration.crossfit import Held, ask, cross_fit, held_out_voting
+from llmcache.near.calibration.drift import Judge, beyond, label_drift
 from llmcache.near.calibration.risk_control import choose
 from llmcache.near.guard.rules import Rules
 from llmcache.near.neighbors.correction import eligible_sources
 from llmcache.near.neighbors.gate import Boundary, safety
+from llmcache.near.neighbors.index import Entries, Memory
 
 FIXED = 0.8
 """GPTCache's default threshold of similarity."""

@@ -20,14 +20,9 @@ from llmcache.bench.harness.shapes import (
 from llmcache.model.batching import Sentences, token_embedding
 from llmcache.model.features import features, features_on
 from llmcache.model.tokens import TokenRows
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Memory,
-    Neighbourhood,
-    rounded,
-)
 from llmcache.near.neighbors.correction import Voting, units
 from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index import Entries, Memory, Neighbourhood, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.predictor import (
     LANDMARKS,

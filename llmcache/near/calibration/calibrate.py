@@ -5,27 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Held,
-    Judge,
-    Memory,
-    Scores,
-    ask,
-    cross_fit,
-    held_out_voting,
-)
+from llmcache.near.calibration.crossfit import Held, ask, cross_fit, held_out_voting
 from llmcache.near.calibration.drift import (
     Drift,
-    beyond,
-    cosine_drift,
-    kl_drift,
+    DriftKind,
+    Judge,
+    judge,
     label_drift,
     labels,
 )
@@ -41,10 +32,9 @@ from llmcache.near.monitoring.distribution_shift import LEAST as WATCHED
 from llmcache.near.monitoring.distribution_shift import Shift
 from llmcache.near.neighbors.correction import Voting, decided, eligible_sources
 from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index import Entries, Memory, Scores
 from llmcache.near.neighbors.predictor import LEAST, Predictor
 
-DriftKind = Literal["label", "accuracy", "cosine", "beyond", "kl"]
-DRIFTS = ("label", "accuracy", "cosine", "beyond", "kl")
 OWN = "own"
 """The drift of a calibration by the user's own function."""
 _CURVE = 60  # points of the curve that are kept
@@ -202,22 +192,6 @@ def judge_of(calibration: Calibration, fitted: Fitted, own: Drift | None = None)
             )
         return Judge(own)
     return judge(calibration.drift, calibration.limit, fitted.boundary)
-
-
-def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) -> Judge:
-    if callable(drift):
-        return Judge(drift)
-    if drift in {"label", "accuracy"}:
-        if boundary is None:
-            raise ConfigError(f"drift={drift!r} needs a head that decides; give head=, a classifier of the outputs")
-        return Judge(label_drift(boundary), boundary)
-    if drift == "beyond":
-        return Judge(beyond(0.05 if limit is None else limit))
-    if drift == "kl":
-        return Judge(kl_drift(1.0 if limit is None else limit), lambda outputs: outputs)
-    if drift == "cosine":
-        return Judge(cosine_drift)
-    raise ConfigError(f"drift is one of {', '.join(DRIFTS)}, or a function of two arrays [n, out], got {drift!r}")
 
 
 def calibrated(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
+from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index import Scores
 
 Floats = NDArray[np.floating]
 Drift = Callable[[Floats, Floats], NDArray[np.float64]]
+DriftKind = Literal["label", "accuracy", "cosine", "beyond", "kl"]
+DRIFTS: tuple[DriftKind, ...] = get_args(DriftKind)
 
 
 def label_drift(head: Any) -> Drift:
@@ -71,3 +76,35 @@ def _cosine(one: Floats, other: Floats) -> NDArray[np.float64]:
 def _log_softmax(logits: Floats) -> NDArray[np.float64]:
     shifted = np.asarray(logits, np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """What drift is. drift: of computed and reused outputs, [n] in [0, 1].
+
+    scores: logits of the head the drift is of, from outputs; None where there is none (drift of embeddings).
+    """
+
+    drift: Drift
+    scores: Scores | None = None
+
+
+def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) -> Judge:
+    """Return the measure of drift of this kind, or of the user's own function.
+
+    limit: of "beyond" and "kl". boundary: the head, for "label" and "accuracy". ConfigError: a kind that is not known,
+    or a head that is missing.
+    """
+    if callable(drift):
+        return Judge(drift)
+    if drift in {"label", "accuracy"}:
+        if boundary is None:
+            raise ConfigError(f"drift={drift!r} needs a head that decides; give head=, a classifier of the outputs")
+        return Judge(label_drift(boundary), boundary)
+    if drift == "beyond":
+        return Judge(beyond(0.05 if limit is None else limit))
+    if drift == "kl":
+        return Judge(kl_drift(1.0 if limit is None else limit), lambda outputs: outputs)
+    if drift == "cosine":
+        return Judge(cosine_drift)
+    raise ConfigError(f"drift is one of {', '.join(DRIFTS)}, or a function of two arrays [n, out], got {drift!r}")

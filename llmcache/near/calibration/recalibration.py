@@ -16,7 +16,7 @@ from llmcache.near.calibration.calibrate import (
     Fitted,
     calibrated,
 )
-from llmcache.near.calibration.crossfit import Entries
+from llmcache.near.neighbors.index import Entries
 
 log = logging.getLogger("llmcache")
 

@@ -1,7 +1,7 @@
 """Calibrated near reuse on a device: predictions, the search for neighbours, corrected results and their evidence.
 
 The same over arrays are `llmcache.near.neighbors.predictor`, `llmcache.near.neighbors.correction` and
-`llmcache.near.calibration.crossfit.Memory`; what they give differs by the rounding of float32.
+`llmcache.near.neighbors.index.Memory`; what they give differs by the rounding of float32.
 """
 
 from __future__ import annotations
@@ -22,12 +22,6 @@ from llmcache.indexes.search.torch_index import (
     in_full,
     usable,
 )
-from llmcache.near.calibration.crossfit import (
-    Entries,
-    Matches,
-    Scores,
-    Tokens,
-)
 from llmcache.near.neighbors.correction import (
     EVIDENCE,
     NEIGHBOURS,
@@ -36,6 +30,7 @@ from llmcache.near.neighbors.correction import (
     unit_norm,
 )
 from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.index import Entries, Matches, Scores, Tokens
 from llmcache.near.neighbors.predictor import Predictor
 
 _DEVICES = ("cuda",)  # on which near reuse looks up; on the host numpy and FAISS are as quick

@@ -15,7 +15,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.near.calibration.crossfit import rounded
+from llmcache.near.neighbors.index import rounded
 from llmcache.near.neighbors.predictor import Predictor
 
 PREFIX = "distilled-"

@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmcache import snapshot
+from llmcache.banks.counters import Counters
 from llmcache.cli.main import main
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.generations import LAST, generation_name
@@ -37,7 +38,7 @@ from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import ROW, Keys
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.report.statistics import Counters, statistics
+from llmcache.report.statistics import statistics
 
 WIDTH = 24
 SPAWN = multiprocessing.get_context("spawn")
