@@ -24,12 +24,12 @@ from llmcache.cli.shared.heads import run_heads
 from llmcache.cli.shared.metrics import MetricsFile, Run
 from llmcache.errors import ConfigError
 from llmcache.pipeline.files import Reading
-from llmcache.planning.plan import Compared, Plan
+from llmcache.planning.plan import ForecastError, Plan
 
 if TYPE_CHECKING:
     from llmcache.banks.counters import Counters
     from llmcache.pipeline.checkpoints import Written
-    from llmcache.records import Refused
+    from llmcache.records import RejectedRecord
 
 log = logging.getLogger("llmcache")
 
@@ -168,9 +168,9 @@ class Limits:
 def report(
     written: Written,
     reading: Reading,
-    errors: list[Refused],
+    errors: list[RejectedRecord],
     counters: Counters,
-    forecast: Compared | None,
+    forecast: ForecastError | None,
     json: bool,
 ) -> None:
     """Print what became of the documents, and where the results are."""

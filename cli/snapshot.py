@@ -75,7 +75,7 @@ def pull(
     _carried(snapshot.pull(url, folder, key=key, dry_run=dry_run), json=json)
 
 
-def _carried(done: snapshot.Carried, *, json: bool) -> None:
+def _carried(done: snapshot.TransferResult, *, json: bool) -> None:
     if json:
         printing.as_json(asdict(done))
         return

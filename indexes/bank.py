@@ -27,16 +27,16 @@ from llmcache.indexes.format.rows import (
     Keys,
     seconds32,
 )
-from llmcache.indexes.format.segment import Gone, Segment
-from llmcache.indexes.format.segment_writer import Entries, seal
-from llmcache.indexes.format.segments import Pieces, Rows, opened
+from llmcache.indexes.format.segment import Segment, Tombstone
+from llmcache.indexes.format.segment_writer import PendingRows, seal
+from llmcache.indexes.format.segments import Rows, SegmentList, opened
 from llmcache.indexes.format.shelf import Shelf
-from llmcache.indexes.search.bank_index import NearChoice, Neighbours, half
+from llmcache.indexes.search.bank_index import BankIndex, NearChoice, half
 from llmcache.indexes.search.scopes import ScopedSearch
 from llmcache.indexes.stats.counters import use_files
 from llmcache.indexes.stats.usage import (
     USE,
-    Uses,
+    UsageCounter,
     UseTable,
     read_uses,
 )
@@ -48,10 +48,10 @@ log = logging.getLogger("llmcache")
 
 
 @dataclass(frozen=True, slots=True)
-class Lot:
+class FlushBatch:
     """What one segment is made of: rows on end that are not sealed yet, and names of rows. Nobody changes them."""
 
-    batches: list[Entries]
+    batches: list[PendingRows]
     aliases: list[tuple[Keys, Keys]]
     shelf: Shelf | None = None
     """Memory of the rows that is theirs alone."""
@@ -78,7 +78,7 @@ class Bank:
         self.facts = facts
         self._trust, self._strong = trust, strong
         segments, self.lost = opened(folder, facts, {}, trust)
-        self.pieces = Pieces(segments)
+        self.pieces = SegmentList(segments)
         self._aliases: list[tuple[Keys, Keys]] = []
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
@@ -86,9 +86,9 @@ class Bank:
         self._spare: Shelf | None = None
         self.pending_bytes = 0  # activations that are not sealed yet, nor on their way
         self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
-        self.near = Neighbours(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
+        self.near = BankIndex(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
         self._search = ScopedSearch(self.near, self.pieces, choice)
-        self.uses = Uses(self.pieces.rows)
+        self.uses = UsageCounter(self.pieces.rows)
         self.moves = 0
         """How often rows got other numbers."""
         self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
@@ -108,7 +108,7 @@ class Bank:
         keys, aliases = [np.zeros((0, 2), np.uint64)], [np.zeros(0, ALIAS)]
         # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
         for piece, start in self.pieces.placed():
-            if isinstance(piece, Gone):
+            if isinstance(piece, Tombstone):
                 dead.append(np.arange(start, start + len(piece)))
             elif isinstance(piece, Segment):
                 live = piece.live()
@@ -131,7 +131,7 @@ class Bank:
     def _add_pending(self) -> None:
         """Add what is not sealed yet to tables of keys that were just made."""
         for piece, start in self.pieces.placed():
-            if isinstance(piece, Entries):
+            if isinstance(piece, PendingRows):
                 self._rows.add(piece.keys, np.arange(start, start + len(piece)))
         for texts, keys in self._aliases:
             led = self._rows.find(keys)
@@ -253,8 +253,8 @@ class Bank:
         parts = [np.zeros(0, USE)]
         for piece, start in self.pieces.placed():
             low, high = np.searchsorted(rows, [start, start + len(piece)]).tolist()
-            if high > low and not isinstance(piece, Gone):
-                keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
+            if high > low and not isinstance(piece, Tombstone):
+                keys = piece.keys if isinstance(piece, PendingRows) else piece.rows["key"]
                 parts.append(self.uses.records(rows[low:high], keys[rows[low:high] - start]))
         return np.concatenate(parts)
 
@@ -364,7 +364,7 @@ class Bank:
         if not kept.any():
             return kept
         chosen = np.flatnonzero(kept)
-        entries = Entries(
+        entries = PendingRows(
             keys=keys[chosen],
             payload=payload,
             scale=scale,
@@ -389,12 +389,12 @@ class Bank:
             self._texts.add(text_keys[found], rows[found])
             self._aliases.append((text_keys[found], keys[found]))
 
-    def lots(self) -> list[Lot]:
+    def lots(self) -> list[FlushBatch]:
         """What waits to be sealed, in the lots that can be: a segment's rows are numbered on end."""
         runs = self.pieces.runs()
-        return [Lot(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
+        return [FlushBatch(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
 
-    def set_apart(self) -> Lot:
+    def set_apart(self) -> FlushBatch:
         """The first of the lots, to be sealed while other rows are put: these come after it, and into other memory."""
         lot = self.lots()[0]
         if len(lot.batches) == len(self.pieces.pending):
@@ -403,7 +403,7 @@ class Bank:
         self.pending_bytes -= sum(_nbytes(one.payload) for one in lot.batches)
         return lot
 
-    def seal(self, id: str, lot: Lot) -> SegmentFacts:
+    def seal(self, id: str, lot: FlushBatch) -> SegmentFacts:
         """Write a lot as one durable segment; it counts once a manifest names it (`sealed`).
 
         It may run in a thread beside everything else that is done with the bank.
@@ -414,7 +414,7 @@ class Bank:
             aliases["row"] = np.concatenate([row for _, row in lot.aliases])
         return seal(self._folder, id, lot.batches, aliases, self.facts.feature_width, strong=self._strong)
 
-    def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: Lot) -> None:
+    def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: FlushBatch) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
         self.facts = facts
         self._aliases = self._aliases[len(lot.aliases) :]

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits import publish as publishing
-from llmcache.indexes.commits.background import Behind
+from llmcache.indexes.commits.background import BackgroundWriter
 from llmcache.indexes.commits.bank_commit import Place, commit_index, commit_rows
 from llmcache.indexes.commits.create import (
     check_age,
@@ -60,7 +60,7 @@ class Store:
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
         self._banks: dict[Place, Bank] = {}
-        self._behind = Behind(folder)
+        self._behind = BackgroundWriter(folder)
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """How large the folder may become; None is without bound. Set by whoever opens the store."""

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from llmcache import opening
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
-from llmcache.banks.device_cache import Levels
+from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.namespaces import admit, checked_name, resolved_secret
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.concurrency import at_exit as leaving
 from llmcache.concurrency.calls import Calls, WorkerCommits, call
 from llmcache.concurrency.reopening import Opening, reopened
@@ -35,8 +35,8 @@ from llmcache.encoding.answers import Answers
 from llmcache.encoding.calibrations import Calibrations
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.executor import (
-    Call,
-    Execution,
+    EncodeCall,
+    Executor,
     Progress,
     nothing,
 )
@@ -62,8 +62,8 @@ from llmcache.near.calibration.calibrate import Calibration
 from llmcache.near.calibration.drift import Drift, DriftKind
 from llmcache.near.guard.fields import KINDS
 from llmcache.planning.forecast import planned
-from llmcache.planning.plan import Compared, Plan
-from llmcache.planning.preview import Tally
+from llmcache.planning.plan import ForecastError, Plan
+from llmcache.planning.preview import TierCounts
 from llmcache.records import is_table
 from llmcache.report.statistics import Statistics, statistics
 
@@ -113,19 +113,19 @@ class LLMCache:
         store.budget = config.budget
         self._counters = Counters()
         self._exact_audits = ExactAudits(config, self._counters)
-        self._storing = Storing(store, config, self._counters, self._exact_audits)
+        self._storing = BankWriter(store, config, self._counters, self._exact_audits)
         self._storing.lock = self._calls.lock
         self._storing.history.namespace, self._storing.history.model = namespace, identity.name
         self._watch.witness = self._storing
         self._layers = Layers(config, namespace, self._storing, secret, self._calls.lock, lambda: self.is_open)
         self._calibrations = Calibrations(store, namespace, config, self._drift, self._storing.commit)
-        self._encoding: Execution | None = None
+        self._encoding: Executor | None = None
         if isinstance(model, SentenceTransformer):
             bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
             if store.trust != "own":
                 opening.check_width(bank.facts, opening.fresh_bank(model, config))
             inside = nullcontext if config.layers == "output" else self.attached
-            self._encoding = Execution(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
+            self._encoding = Executor(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
             self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
         leaving.opened(self)
@@ -313,7 +313,7 @@ class LLMCache:
                 if bar is not None:
                     bar.update(answered)
 
-            answers = execution.answers(Call(texts, None, resolved, role, batch_size, advance, tensor))
+            answers = execution.answers(EncodeCall(texts, None, resolved, role, batch_size, advance, tensor))
         outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
         self._watch.rested_at = time.perf_counter()
         return finished(
@@ -367,27 +367,27 @@ class LLMCache:
         batch_size: int = 32,
         chunk: int = CHUNK,
         progress: Progress = nothing,
-    ) -> Tally:
+    ) -> TierCounts:
         """Store the outputs of documents that the cache does not know yet; the arguments are those of `run`.
 
         Returns how many documents were known and how many were computed. What was known counts as no saving, since
         nobody takes the outputs.
         """
         asked = replace(self._asked(role, prompt_name, prompt, batch_size, progress), wanted=False)
-        tally = Tally()
+        tally = TierCounts()
         for _ in tally.counted(self._results(documents, asked, chunk)):
             continue
         return tally
 
     def _asked(
         self, role: str | None, prompt_name: str | None, prompt: str | None, batch_size: int, progress: Progress
-    ) -> Call:
+    ) -> EncodeCall:
         """A call without its texts; LLMCacheError where the cache is closed, ConfigError where the model gives none."""
         self._check_open()
         self._execution  # noqa: B018  # ConfigError now, and not when results are asked for
-        return Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size, progress)
+        return EncodeCall([], None, self._prompt(role, prompt_name, prompt), role, batch_size, progress)
 
-    def _results(self, documents: Iterable[Source], asked: Call, chunk: int) -> Iterator[Result]:
+    def _results(self, documents: Iterable[Source], asked: EncodeCall, chunk: int) -> Iterator[Result]:
         """Results of documents, `chunk` at a time. asked: the call, without its texts and ids."""
 
         def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
@@ -414,12 +414,12 @@ class LLMCache:
         """
         self._check_open()
         self._check_model()
-        call = Call([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
+        call = EncodeCall([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
         self._planned_at = self._counters.as_dict()
         return planned(self._execution, documents, call, self._store, self.namespace, cast(Any, self.model))
 
     @call
-    def compared(self, plan: Plan) -> Compared:
+    def compared(self, plan: Plan) -> ForecastError:
         """How everything that was asked since `plan` (since the opening, when that was another one) went beside it.
 
         `str` of it is one line; it is kept with the store's record of its runs.
@@ -652,7 +652,7 @@ class LLMCache:
     # -- the store ------------------------------------------------------------------------------------------
 
     @property
-    def _execution(self) -> Execution:
+    def _execution(self) -> Executor:
         if self._encoding is None:
             raise ConfigError(
                 f"embeddings come from a SentenceTransformer; this cache has a {type(self.model).__name__}: use "
@@ -666,7 +666,7 @@ class LLMCache:
 
     @property
     @call
-    def storing(self) -> Storing:
+    def storing(self) -> BankWriter:
         """What puts and commits, for a run that says itself when to commit."""
         self._check_open()
         return self._storing
@@ -721,7 +721,7 @@ class LLMCache:
 
     @property
     @call
-    def levels(self) -> Levels | None:
+    def levels(self) -> DeviceCache | None:
         """What is held in the memory of the device and in page-locked memory; None before it is first asked for."""
         return self._execution.levels
 

@@ -19,7 +19,7 @@ _NOTHING = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedRecord:
     """A record that is no document. place: in the stream, from 0. id: its own, or the place where it has none."""
 
     place: int
@@ -27,11 +27,11 @@ class Refused:
     reason: str
 
 
-Taken: TypeAlias = Document | Refused
+Taken: TypeAlias = Document | RejectedRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FieldSpec:
     """Where text and id of a record are, and how many characters a document may have."""
 
     text: str = "text"
@@ -39,7 +39,7 @@ class Wanted:
     most: int = MOST_CHARACTERS
 
 
-def intake(documents: Any, wanted: Wanted | None = None) -> Iterator[Taken]:
+def intake(documents: Any, wanted: FieldSpec | None = None) -> Iterator[Taken]:
     """One Document, or what is wrong with it, per record, in order; nothing is read before it is asked for.
 
     documents: any iterable of texts, `Document`s, mappings, or objects with the fields as attributes (dataclasses,
@@ -49,7 +49,7 @@ def intake(documents: Any, wanted: Wanted | None = None) -> Iterator[Taken]:
     ConfigError for a single text, bytes, path or mapping, and for a lazy frame. CorpusError for a frame without the
     column. What the iterable raises is raised.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or FieldSpec()
     check_many(documents, "documents", frames=True)
     return _stream(documents, wanted)
 
@@ -89,7 +89,7 @@ def is_table(given: Any) -> bool:
     return hasattr(given, "column_names") or (hasattr(given, "columns") and hasattr(given, "shape"))
 
 
-def _stream(documents: Any, wanted: Wanted) -> Iterator[Taken]:
+def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
     place = 0
     columns = _columns(documents, wanted)
     if columns is not None:
@@ -109,41 +109,41 @@ def _stream(documents: Any, wanted: Wanted) -> Iterator[Taken]:
             place += 1
 
 
-def _rows(start: int, columns: Iterator[tuple[Any, Any]], wanted: Wanted) -> Iterator[Taken]:
+def _rows(start: int, columns: Iterator[tuple[Any, Any]], wanted: FieldSpec) -> Iterator[Taken]:
     for place, (id, text) in enumerate(columns, start):
         yield _made(place, id, text, wanted)
 
 
-def _record(place: int, record: Any, wanted: Wanted) -> Taken:
+def _record(place: int, record: Any, wanted: FieldSpec) -> Taken:
     if isinstance(record, Document):
         return _made(place, record.id, record.text, wanted)
     if isinstance(record, Mapping):
         if wanted.text not in record:
             seen = ", ".join(repr(str(name)[:40]) for name in list(record)[:10])
             reason = f"has no field {wanted.text!r}, only {seen or 'none'}"
-            return Refused(place, _named(place, record.get(wanted.id)), reason)
+            return RejectedRecord(place, _named(place, record.get(wanted.id)), reason)
         return _made(place, record.get(wanted.id), record[wanted.text], wanted)
     text = getattr(record, wanted.text, _NOTHING)
     if text is _NOTHING or record is None:
-        return Refused(place, str(place), f"is {kind(record)}, neither a text nor a record with {wanted.text!r}")
+        return RejectedRecord(place, str(place), f"is {kind(record)}, neither a text nor a record with {wanted.text!r}")
     return _made(place, getattr(record, wanted.id, None), text, wanted)
 
 
-def _made(place: int, id: Any, text: Any, wanted: Wanted) -> Taken:
+def _made(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
     id, text = _plain(id), _plain(text)
     if isinstance(id, float) and id.is_integer():  # how a frame writes whole numbers of which one is missing
         id = int(id)
     if not isinstance(id, str | Integral | None) or isinstance(id, bool):
-        return Refused(place, str(place), f"has {kind(id)} under {wanted.id!r}, not a text or whole number")
+        return RejectedRecord(place, str(place), f"has {kind(id)} under {wanted.id!r}, not a text or whole number")
     named = _named(place, id)
     if not isinstance(text, str):
-        return Refused(place, named, f"has {kind(text)} under {wanted.text!r}, not a text")
+        return RejectedRecord(place, named, f"has {kind(text)} under {wanted.text!r}, not a text")
     if len(text) > wanted.most:
-        return Refused(place, named, f"has {len(text):,} characters, more than max_characters={wanted.most:,}")
+        return RejectedRecord(place, named, f"has {len(text):,} characters, more than max_characters={wanted.most:,}")
     try:
         _ = text.isascii() or text.encode(), named.isascii() or named.encode()
     except UnicodeEncodeError:
-        return Refused(place, ascii(named), "is not Unicode text: it has half of a surrogate pair")
+        return RejectedRecord(place, ascii(named), "is not Unicode text: it has half of a surrogate pair")
     return Document(named, text)
 
 
@@ -170,7 +170,7 @@ def _named(place: int, id: Any) -> str:
 # -- columns ----------------------------------------------------------------------------------------------
 
 
-def _columns(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]] | None:
+def _columns(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
     """Pairs of id and text out of a frame, a table or a data set; None when it is none of them."""
     if type(given).__module__.partition(".")[0] == "datasets" and hasattr(given, "column_names"):
         return _of_data_set(given, wanted)
@@ -183,7 +183,7 @@ def _columns(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]] | None:
     return _of_frame(given, wanted)
 
 
-def _of_frame(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]] | None:
+def _of_frame(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
     import narwhals as nw
 
     frame: Any = nw.from_native(given, pass_through=True)
@@ -201,7 +201,7 @@ def _of_frame(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]] | None:
     return None  # a series, or something that only looks like a frame: iterated
 
 
-def _of_slices(frame: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
+def _of_slices(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
     has_id = wanted.id in frame.columns
     for start in range(0, len(frame), _ROWS):
         part = frame[start : start + _ROWS]
@@ -209,7 +209,7 @@ def _of_slices(frame: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
         yield from zip(part[wanted.id].to_list() if has_id else [None] * len(texts), texts, strict=True)
 
 
-def _of_data_set(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
+def _of_data_set(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
     if hasattr(given, "with_format"):  # one that gives tensors or tables would lose texts, or give columns as one value
         given = given.with_format(None)
     if given.column_names is not None:
@@ -221,7 +221,7 @@ def _of_data_set(given: Any, wanted: Wanted) -> Iterator[tuple[Any, Any]]:
         yield from zip(batch.get(wanted.id, [None] * len(texts)), texts, strict=True)
 
 
-def _check(names: Iterable[str], wanted: Wanted) -> None:
+def _check(names: Iterable[str], wanted: FieldSpec) -> None:
     found = list(names)
     if wanted.text not in found:
         seen = ", ".join(repr(str(name)[:40]) for name in found[:10]) or "none"

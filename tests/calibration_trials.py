@@ -3,8 +3,9 @@
     python -m tests.calibration_trials --trials 400 [--corpora DATA --embeddings FOLDER] [--out FILE.json]
 
 A trial draws documents, puts some into a store, calibrates near reuse there, looks other documents up through
-`Reuse.look_up` of that store, as a cache does, and compares what would be given with the true outputs. A calibration
-exceeds its budget when the mean drift over those documents is above it. At confidence 0.95 that may happen in at most
+`NearMatcher.look_up` of that store, as a cache does, and compares what would be given with the true outputs. A
+calibration exceeds its budget when the mean drift over those documents is above it. At confidence 0.95 that may
+happen in at most
 one calibration of twenty: a table says how often it did, with an interval.
 
 Documents come from a known law, without end, or from embedded corpora, split anew in each trial.
@@ -36,10 +37,10 @@ from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.store import Store
 from llmcache.near.calibration.drift import cosine_drift, label_drift
 from llmcache.near.calibration.risk_control import least_samples
-from llmcache.near.calibration_store import NearReuse
+from llmcache.near.calibration_store import CalibrationStore
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import TAKEN, Reuse
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.matcher import TAKEN, NearMatcher
+from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.repeats import NearAnswers
 
 CONFIDENCE = 0.95
@@ -114,7 +115,7 @@ def law(noise: float, curve: float = 6.0, classes: int = 4, width: int = 12, out
     """
     fixed = np.random.default_rng(7)
     one, two = fixed.standard_normal((width, 16)), fixed.standard_normal((16, out))
-    head = Boundary(fixed.standard_normal((classes, out)).astype(np.float32), np.zeros(classes, np.float32))
+    head = LinearHead(fixed.standard_normal((classes, out)).astype(np.float32), np.zeros(classes, np.float32))
 
     def draw(random: np.random.Generator, n: int) -> Documents:
         features = half(random.standard_normal((n, width)))
@@ -206,7 +207,7 @@ def trial(
         if sample:
             put(bank, every.take(rest[:measured]))
             rest = rest[measured:]
-        near = NearReuse(store, "trial", config, "output", bank, FieldDigests())
+        near = CalibrationStore(store, "trial", config, "output", bank, FieldDigests())
         if head == "trained":
             assert known.labels is not None
             every = replace(every, head=fitted_head(known.outputs, known.labels))
@@ -226,7 +227,7 @@ def trial(
     )  # fmt: skip
 
 
-def answered(reuse: Reuse, asked: Documents, drift: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def answered(reuse: NearMatcher, asked: Documents, drift: str) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Which documents a cache would answer near, and their drift by the head's own decisions or the true cosine."""
     if reuse.off:
         return np.zeros(len(asked.outputs), np.bool_), np.zeros(len(asked.outputs))

@@ -17,7 +17,7 @@ from llmcache.cli.shared.metrics import Run
 from llmcache.cli.shared.options import Access
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import Reading
-from llmcache.planning.plan import Compared, Plan
+from llmcache.planning.plan import ForecastError, Plan
 
 log = logging.getLogger("llmcache")
 
@@ -80,7 +80,7 @@ def report(
     reading: Reading,
     tally: Mapping[str, Any],
     store: Mapping[str, Any],
-    forecast: Compared | None = None,
+    forecast: ForecastError | None = None,
 ) -> None:
     """Print what one run did."""
     if asked.json:

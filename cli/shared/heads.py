@@ -22,14 +22,14 @@ def run_heads(
 ) -> None:
     """Write what every head gives for every document, and print what was shared."""
     from llmcache.model.loading import load_any
-    from llmcache.planning.preview import Tally
+    from llmcache.planning.preview import TierCounts
 
     folders = dict(named(one) for one in given)
     if len(folders) < len(given):
         raise ConfigError("two heads have the same name; give each a name of its own")
     heads = {name: load_any(folder)[0] for name, folder in folders.items()}
     reading = Reading()
-    tallies = {name: Tally() for name in heads}
+    tallies = {name: TierCounts() for name in heads}
     files = {name: out.with_name(f"{out.stem}.{name}{out.suffix}") for name in heads}
     with ExitStack() as stack, progress(reading, bytes_of(sources.corpora)) as advance:
         writers: dict[str, ResultWriter] = {}

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeAlias
 
-from llmcache.indexes.bank import Bank, Lot
-from llmcache.indexes.commits.background import Begun
+from llmcache.indexes.bank import Bank, FlushBatch
+from llmcache.indexes.commits.background import PendingSegment
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.presence import lost, missing, without
 from llmcache.indexes.commits.publish import Publish, Republished
@@ -29,8 +29,8 @@ def commit_rows(
     writer: str,
     place: Place,
     bank: Bank,
-    lot: Lot,
-    begun: Begun | None = None,
+    lot: FlushBatch,
+    begun: PendingSegment | None = None,
 ) -> None:
     """Seal a lot of the bank, publish it and serve from it. OSError when it could not be written.
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.format import codec
 from llmcache.indexes.format.manifest import BankFacts
-from llmcache.indexes.format.segment import Gone, Segment
-from llmcache.indexes.format.segment_writer import Entries
-from llmcache.indexes.format.segments import Piece, Pieces, Rows
+from llmcache.indexes.format.segment import Segment, Tombstone
+from llmcache.indexes.format.segment_writer import PendingRows
+from llmcache.indexes.format.segments import Piece, Rows, SegmentList
 
 Payload: TypeAlias = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
@@ -29,7 +29,7 @@ class Reading:
     intact: NDArray[np.bool_]
 
 
-def vectors(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def vectors(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """float32 [n, width], zeros where a row is not intact."""
     table, intact = np.empty((len(rows), facts.width), np.float32), np.zeros(len(rows), np.bool_)
     plain = facts.dtype == "float32"
@@ -53,7 +53,7 @@ def vectors(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.fl
     return table, intact
 
 
-def states(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
+def states(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
     """One float32 [tokens, width] per row, without tokens where the row is not intact."""
     found, intact = [np.zeros((0, facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
     for piece, chosen, local in pieces.groups(rows):
@@ -68,9 +68,9 @@ def states(pieces: Pieces, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[n
 
 def _stored(piece: Piece, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
     """bool [n]: intact; the stored bytes; float32 [n]: scale."""
-    if isinstance(piece, Gone):
+    if isinstance(piece, Tombstone):
         return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
-    if isinstance(piece, Entries):
+    if isinstance(piece, PendingRows):
         return np.ones(len(rows), np.bool_), [piece.payload[i] for i in rows], piece.scale[rows]
     payload = piece.payload(rows)
     return piece.intact(rows, payload), payload, piece.rows["scale"][rows]

@@ -43,7 +43,7 @@ _NEAR = 512 << 10  # bytes that are copied and then compared: no more than a pro
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class Tombstone:
     """The place of a segment that was evicted while its bank was open: nobody else gets its row numbers."""
 
     rows: int

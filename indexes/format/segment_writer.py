@@ -27,7 +27,7 @@ from llmcache.indexes.format.write_once import write_file
 
 
 @dataclass(slots=True)
-class Entries:
+class PendingRows:
     """Rows that are not sealed yet; the arrays share their first axis.
 
     keys: uint64 [n, 2]. payload: uint8 [n, bytes], or one array [bytes] per row. scale, cost: float32 [n].
@@ -55,7 +55,7 @@ class Entries:
 def seal(
     folder: Folder,
     id: str,
-    batches: Sequence[Entries],
+    batches: Sequence[PendingRows],
     aliases: NDArray[Any],
     feature_width: int,
     *,
@@ -120,7 +120,7 @@ def header_of(rows: NDArray[Any], feature_width: int, mark: int = 0) -> bytes:
     return header.tobytes()
 
 
-def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
+def _records(folder: Folder, batches: Sequence[PendingRows], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
     rows = np.zeros(sum(map(len, batches)), ROW)
     tokens = [part for batch in batches for part in batch.tokens]
     # a source id is a label for people: a longer one is cut rather than refused
@@ -144,13 +144,13 @@ def _records(folder: Folder, batches: Sequence[Entries], strong: bool) -> tuple[
     return rows, sources
 
 
-def _sizes(batch: Entries) -> NDArray[np.int64]:
+def _sizes(batch: PendingRows) -> NDArray[np.int64]:
     if isinstance(batch.payload, np.ndarray):
         return np.full(len(batch), batch.payload.shape[1])
     return np.array([part.nbytes for part in batch.payload], np.int64)
 
 
-def _payload(batches: Sequence[Entries], rows: NDArray[Any]) -> Iterator[memoryview]:
+def _payload(batches: Sequence[PendingRows], rows: NDArray[Any]) -> Iterator[memoryview]:
     """The rows' bytes, padded; the checksums of `rows` are filled in. Rows without padding are not copied."""
     first = 0
     for batch in batches:
@@ -179,7 +179,7 @@ def padded(parts: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> memoryview
     return memoryview(b"".join(held))
 
 
-def _variable(batches: Sequence[Entries], sources: Sequence[bytes]) -> Iterator[bytes]:
+def _variable(batches: Sequence[PendingRows], sources: Sequence[bytes]) -> Iterator[bytes]:
     names = iter(sources)
     for batch in batches:
         yield b"".join(ids.astype("<i4", copy=False).tobytes() + next(names) for ids in batch.tokens)

@@ -19,16 +19,16 @@ from llmcache.indexes.format.marks import (
     put_marks,
     unmarked,
 )
-from llmcache.indexes.format.segment import Gone, Segment
-from llmcache.indexes.format.segment_writer import Entries
+from llmcache.indexes.format.segment import Segment, Tombstone
+from llmcache.indexes.format.segment_writer import PendingRows
 
 log = logging.getLogger("llmcache")
 
-Piece: TypeAlias = Segment | Entries | Gone
+Piece: TypeAlias = Segment | PendingRows | Tombstone
 Rows: TypeAlias = NDArray[np.int64]  # row numbers, [n]
 
 
-class Pieces:
+class SegmentList:
     """Segments, entries that are not sealed yet, and places of what was evicted, in the order of their rows.
 
     Rows are numbered from 0, piece after piece. Iterating gives the pieces.
@@ -50,16 +50,16 @@ class Pieces:
         return int(self._starts[-1])
 
     @property
-    def pending(self) -> list[Entries]:
+    def pending(self) -> list[PendingRows]:
         """What is not sealed yet."""
-        return [piece for piece in self._pieces if isinstance(piece, Entries)]
+        return [piece for piece in self._pieces if isinstance(piece, PendingRows)]
 
-    def runs(self) -> list[list[Entries]]:
+    def runs(self) -> list[list[PendingRows]]:
         """What is not sealed yet, in runs of rows that are numbered on end: what was given up leaves gaps."""
-        runs: list[list[Entries]] = []
+        runs: list[list[PendingRows]] = []
         for before, piece in zip([None, *self._pieces], self._pieces, strict=False):
-            if isinstance(piece, Entries):
-                if not isinstance(before, Entries):
+            if isinstance(piece, PendingRows):
+                if not isinstance(before, PendingRows):
                     runs.append([])
                 runs[-1].append(piece)
         return runs
@@ -70,14 +70,14 @@ class Pieces:
 
     # -- changing -------------------------------------------------------------------------------------------
 
-    def append(self, entries: Entries) -> Rows:
+    def append(self, entries: PendingRows) -> Rows:
         """Add rows behind all others; their numbers."""
         first = self.rows
         self._pieces.append(entries)
         self._starts = np.append(self._starts, first + len(entries))
         return np.arange(first, first + len(entries))
 
-    def seal(self, segment: Segment, run: Sequence[Entries]) -> None:
+    def seal(self, segment: Segment, run: Sequence[PendingRows]) -> None:
         """Let the segment that holds the rows of a run take their place."""
         first = next((n for n, piece in enumerate(self._pieces) if run and piece is run[0]), len(self._pieces))
         self._become([*self._pieces[:first], segment, *self._pieces[first + len(run) :]])
@@ -89,7 +89,7 @@ class Pieces:
         """
         gone = set(map(id, self.pending[after:]))
         rows = sum(map(len, self.pending[after:]))
-        self._pieces = [Gone(len(one)) if id(one) in gone else one for one in self._pieces]
+        self._pieces = [Tombstone(len(one)) if id(one) in gone else one for one in self._pieces]
         return rows
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> bool:
@@ -100,7 +100,7 @@ class Pieces:
                 continue
             now = newer.get(piece.facts.id)
             if piece.facts.id in gone:
-                self._pieces[place], changed = Gone(len(piece)), True
+                self._pieces[place], changed = Tombstone(len(piece)), True
             if now is None or piece.facts.alive == now.alive:
                 continue
             changed = True
@@ -108,7 +108,7 @@ class Pieces:
                 piece.bury(now)
             except (SnapshotDamaged, OSError) as error:
                 log.warning("segment %s is left out: %s", piece.facts.id, error)
-                self._pieces[place] = Gone(len(piece))
+                self._pieces[place] = Tombstone(len(piece))
         return changed
 
     def follow(self, segments: Iterable[Segment]) -> Rows:
@@ -147,9 +147,9 @@ class Pieces:
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Token ids of a row; empty when they cannot be read."""
         piece, local = self.at(row)
-        if isinstance(piece, Entries):
+        if isinstance(piece, PendingRows):
             return piece.tokens[local]
-        if isinstance(piece, Gone):
+        if isinstance(piece, Tombstone):
             return np.zeros(0, np.int32)
         try:
             return piece.tokens(local)
@@ -174,9 +174,9 @@ class Pieces:
         return self._source(*self.at(row))
 
     def _source(self, piece: Piece, local: int) -> str:
-        if isinstance(piece, Entries):
+        if isinstance(piece, PendingRows):
             return piece.sources[local]
-        if isinstance(piece, Gone):
+        if isinstance(piece, Tombstone):
             return ""
         try:
             return piece.source(local)
@@ -193,9 +193,9 @@ class Pieces:
         return found
 
     def _sources(self, piece: Piece, local: Rows) -> list[str]:
-        if isinstance(piece, Gone):
+        if isinstance(piece, Tombstone):
             return [""] * len(local)
-        if isinstance(piece, Entries):
+        if isinstance(piece, PendingRows):
             return [piece.sources[i] for i in local.tolist()]
         try:
             return piece.sources(local)
@@ -206,17 +206,17 @@ class Pieces:
         """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
         found = np.zeros((len(rows), 2), np.uint64)
         for piece, chosen, local in self.groups(rows):
-            if not isinstance(piece, Gone):
-                found[chosen] = (piece.keys if isinstance(piece, Entries) else piece.rows["key"])[local]
+            if not isinstance(piece, Tombstone):
+                found[chosen] = (piece.keys if isinstance(piece, PendingRows) else piece.rows["key"])[local]
         return found
 
     def created(self, rows: Rows) -> Rows:
         """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
         found = np.zeros(len(rows), np.int64)
         for piece, chosen, local in self.groups(rows):
-            if isinstance(piece, Entries):
+            if isinstance(piece, PendingRows):
                 found[chosen] = 0 if piece.created is None else piece.created[local]
-            elif not isinstance(piece, Gone):
+            elif not isinstance(piece, Tombstone):
                 found[chosen] = piece.rows["created"][local]
         return found
 
@@ -234,25 +234,25 @@ class Pieces:
     def key(self, row: int) -> str:
         """Key of a row, in hexadecimal; empty where its segment was evicted."""
         piece, local = self.at(row)
-        if isinstance(piece, Gone):
+        if isinstance(piece, Tombstone):
             return ""
-        keys = piece.keys if isinstance(piece, Entries) else piece.rows["key"]
+        keys = piece.keys if isinstance(piece, PendingRows) else piece.rows["key"]
         return bytes(keys[local].tobytes()).hex()
 
     def cost(self, rows: Rows) -> float:
         """Seconds the model took for these rows when they were computed."""
         total = 0.0
         for piece, _, local in self.groups(rows):
-            if isinstance(piece, Gone):
+            if isinstance(piece, Tombstone):
                 continue
-            cost = piece.cost if isinstance(piece, Entries) else piece.rows["cost"]
+            cost = piece.cost if isinstance(piece, PendingRows) else piece.rows["cost"]
             total += float(cost[local].sum())
         return total
 
 
 def marks_in(piece: Piece) -> Marks | None:
     """Marks of the rows of a piece; None where they have none."""
-    return None if isinstance(piece, Gone) else piece.marks
+    return None if isinstance(piece, Tombstone) else piece.marks
 
 
 def _name(piece: Piece) -> str | int:

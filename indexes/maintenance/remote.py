@@ -42,7 +42,7 @@ _SMALL = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class TransferResult:
     """What a push or a pull did. files, bytes: of the whole store; sent: those that were not there yet."""
 
     url: str
@@ -63,7 +63,7 @@ def push(
     key: bytes | None = None,
     sizes_only: bool = False,
     dry_run: bool = False,
-) -> Carried:
+) -> TransferResult:
     """Bring the newest generation of a store to a URL that fsspec knows; what is there and whole is not sent again.
 
     Stopped in the middle, the same call goes on from there, and who reads the URL meanwhile finds the generation
@@ -97,7 +97,9 @@ def push(
         return _told(url, source.folder.path, manifest, missing, dry_run)
 
 
-def pull(url: str, target: str | os.PathLike[str], *, key: bytes | None = None, dry_run: bool = False) -> Carried:
+def pull(
+    url: str, target: str | os.PathLike[str], *, key: bytes | None = None, dry_run: bool = False
+) -> TransferResult:
     """Bring the newest generation at a URL into a folder: a new one, or a store that was pulled from there before.
 
     Every byte is compared with the manifest before a file gets its name. Stopped in the middle, the same call goes on
@@ -379,10 +381,10 @@ def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) ->
         folder.sync_folder("")
 
 
-def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> Carried:
+def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> TransferResult:
     files = list(_files(manifest))
     rows = sum(one.live for bank in banks(manifest).values() for one in bank.segments)
     sizes = sum(one.size for one in files), sum(one.size for one in sent)
-    return Carried(
+    return TransferResult(
         redacted(url), os.fspath(path), manifest.generation, rows, len(files), sizes[0], len(sent), sizes[1], dry_run
     )

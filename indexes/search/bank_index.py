@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, FileFacts, IndexFacts
-from llmcache.indexes.format.segment import Gone, Segment
-from llmcache.indexes.format.segment_writer import Entries
-from llmcache.indexes.format.segments import Pieces
+from llmcache.indexes.format.segment import Segment, Tombstone
+from llmcache.indexes.format.segment_writer import PendingRows
+from llmcache.indexes.format.segments import SegmentList
 from llmcache.indexes.format.write_once import verified, write_file
 from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.search.vector_index import LEAST_TRAINED, VectorIndex, choose_kind
@@ -56,7 +56,7 @@ def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
     return clipped.astype(np.float16)
 
 
-class Neighbours:
+class BankIndex:
     """Nearest rows of one bank. `pieces` is the bank's own; its rows only ever grow at the end.
 
     Rows that were evicted stay in the index, and come back from it, until it is built again.
@@ -66,7 +66,7 @@ class Neighbours:
         self,
         folder: Folder,
         facts: BankFacts,
-        pieces: Pieces,
+        pieces: SegmentList,
         choice: NearChoice,
         *,
         read_index: bool = True,
@@ -203,10 +203,10 @@ class Neighbours:
             if skip >= stop:
                 continue
             try:
-                if isinstance(piece, Gone):
+                if isinstance(piece, Tombstone):
                     stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
                 else:
-                    stored = piece.features if isinstance(piece, Entries) else piece.features()
+                    stored = piece.features if isinstance(piece, PendingRows) else piece.features()
                 if stored.shape[1] != self._facts.feature_width:
                     raise SnapshotDamaged(
                         f"features are {stored.shape[1]} wide where the bank's are {self._facts.feature_width}"
@@ -370,7 +370,7 @@ class Neighbours:
 
     def due(self) -> bool:
         """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
-        sealed = not any(isinstance(piece, Entries) for piece in self._pieces)
+        sealed = not any(isinstance(piece, PendingRows) for piece in self._pieces)
         if self._index is not None and sealed:
             self._catch_up()
         return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.format.marks import UNKNOWN
-from llmcache.indexes.format.segment import Gone
-from llmcache.indexes.format.segments import Pieces, Rows, marks_in
-from llmcache.indexes.search.bank_index import NearChoice, Neighbours, half
+from llmcache.indexes.format.segment import Tombstone
+from llmcache.indexes.format.segments import Rows, SegmentList, marks_in
+from llmcache.indexes.search.bank_index import BankIndex, NearChoice, half
 from llmcache.indexes.search.projection import Projection
 from llmcache.indexes.search.vector_index import VectorIndex
 
@@ -70,7 +70,7 @@ class _Own:
 class ScopedSearch:
     """Searches the neighbours of one bank for rows that live, of one scope or of all."""
 
-    def __init__(self, near: Neighbours, pieces: Pieces, choice: NearChoice) -> None:
+    def __init__(self, near: BankIndex, pieces: SegmentList, choice: NearChoice) -> None:
         """near, pieces, choice: the bank's own."""
         self._near, self._pieces, self._device = near, pieces, choice.device
         self._known = _Known()
@@ -182,7 +182,7 @@ class ScopedSearch:
             if start + len(piece) <= known.rows or not len(piece):
                 continue
             marks, skip = marks_in(piece), known.rows - start
-            if isinstance(piece, Gone):  # never found: they make no second scope
+            if isinstance(piece, Tombstone):  # never found: they make no second scope
                 known.append(np.full(len(piece) - skip, known.only, np.uint64))
             elif marks is None:
                 known.append(np.full(len(piece) - skip, UNKNOWN, np.uint64))

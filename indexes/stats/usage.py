@@ -30,7 +30,7 @@ _LIMIT = 1 << 30
 _MOST = np.iinfo(np.uint32).max
 
 
-class Uses:
+class UsageCounter:
     """Counters of one bank since it was opened, one place per row."""
 
     def __init__(self, rows: int) -> None:
@@ -45,9 +45,9 @@ class Uses:
             self.last, self.uses = (np.concatenate([one, np.zeros(more, np.uint32)]) for one in (self.last, self.uses))
             self.drift = np.concatenate([self.drift, np.full(more, np.nan, np.float32)])
 
-    def moved(self, places: NDArray[np.int64], rows: int) -> Uses:
+    def moved(self, places: NDArray[np.int64], rows: int) -> UsageCounter:
         """The same counters for rows that have other numbers now. places: int64 [old rows], -1: it is gone."""
-        found, kept = Uses(rows), places >= 0
+        found, kept = UsageCounter(rows), places >= 0
         for name in ("last", "uses", "drift"):
             getattr(found, name)[places[kept]] = getattr(self, name)[: len(places)][kept]
         return found

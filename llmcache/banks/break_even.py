@@ -16,7 +16,7 @@ PROBED = 1 / 16
 _MORE = 1.2  # what it has to save, times what it takes, to go on again
 
 
-class Balance:
+class BreakEven:
     """One for each opening of a cache. pays: whether documents are looked up, but for `PROBED`."""
 
     def __init__(self) -> None:

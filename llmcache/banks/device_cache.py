@@ -46,7 +46,7 @@ class LevelCounters:
     seconds: float = 0.0
 
 
-class Table:
+class ClockTable:
     """Some rows of a bank in one tensor of a fixed size. Full, it gives up rows that were not asked for lately.
 
     A clock with a second chance: a row that was asked for since the hand passed it last stays. For many rows at once
@@ -124,7 +124,7 @@ def dtype_of(facts: BankFacts) -> torch.dtype:
     return found
 
 
-class Levels:
+class DeviceCache:
     """The levels above the files of one bank. For one thread, as the cache is."""
 
     def __init__(
@@ -156,11 +156,11 @@ class Levels:
         self._done: Any = event()  # the last use of the table on the device
         self._read: Any = event()  # the last copy straight out of the one on the host
 
-    def _table(self, slots: int, device: torch.device, *, pinned: bool = False) -> Table | None:
+    def _table(self, slots: int, device: torch.device, *, pinned: bool = False) -> ClockTable | None:
         if not slots:
             return None
         try:
-            return Table(slots, self.width, self.dtype, device, pinned=pinned)
+            return ClockTable(slots, self.width, self.dtype, device, pinned=pinned)
         except RuntimeError as error:  # out of memory is one
             raise ConfigError(
                 f"{slots:,} rows of {self.width} numbers cannot be kept in memory of {device}: "
@@ -310,13 +310,13 @@ class Levels:
         self._moves, self._dead = self.bank.moves, self.bank.dead
 
 
-def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: int = 1) -> Levels | None:
+def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: int = 1) -> DeviceCache | None:
     """The levels that the settings ask for. None where they ask for none, or there is not so much memory: a warning."""
     sizes = {"device_bytes": config.device_bytes, "pinned_bytes": config.pinned_bytes}
     if not any(sizes.values()):
         return None
     try:
-        return Levels(bank, device, tokens=tokens, **sizes)
+        return DeviceCache(bank, device, tokens=tokens, **sizes)
     except ConfigError as error:  # the settings may be those of another machine, and a cache is never in the way
         log.warning("%s. Going on with the files alone", error)
         return None
@@ -337,7 +337,7 @@ def _no_device(*_: object) -> None:
     """There are neither streams nor events without one."""
 
 
-def _placed(table: Table, rows: Rows, intact: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+def _placed(table: ClockTable, rows: Rows, intact: NDArray[np.bool_]) -> tuple[Rows, Rows]:
     """Slots for the intact ones of some rows, and their places in `rows`: each row once, as many as there are slots."""
     _, first = np.unique(rows[intact], return_index=True)
     chosen = np.flatnonzero(intact)[np.sort(first)][: len(table.values)]

@@ -62,7 +62,7 @@ class History:
         self._near += np.bincount(places[taken], minlength=BINS)
 
     def forecast(self, compared: Mapping[str, float]) -> None:
-        """Keep with the record how a run went beside its plan (`plan.Compared.as_dict`)."""
+        """Keep with the record how a run went beside its plan (`plan.ForecastError.as_dict`)."""
         self._forecast = {name: float(one) for name, one in compared.items() if np.isfinite(one) and one >= 0}
 
     def write(self) -> None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from llmcache.banks.break_even import (
     LEAST,
-    Balance,
+    BreakEven,
     Decision,
     Profile,
 )
 from llmcache.indexes.bank import Bank
 
 if TYPE_CHECKING:
-    from llmcache.banks.device_cache import Levels
+    from llmcache.banks.device_cache import DeviceCache
 
 log = logging.getLogger("llmcache")
 
@@ -38,20 +38,20 @@ _CHECKED_ROWS = 4
 Rows = NDArray[np.int64]
 
 
-class Worth:
+class Payoff:
     """What reuse from one bank is worth; asked before its entries are looked up.
 
     Decided by a profile before the first look-up, once the bank has 1,024 entries, and from then on by the seconds
     that loading took and the model would have taken. While it stands aside a few documents are still looked up.
 
-    Memory above the files (`Levels`) is filled by what is loaded, so what it saves speaks for loading too: once entries
-    come again and again, also a file that is slower than the model is read, for as long as both together pay.
+    Memory above the files (`DeviceCache`) is filled by what is loaded, so what it saves speaks for loading too: once
+    entries come again and again, also a file that is slower than the model is read, for as long as both together pay.
     """
 
     def __init__(self, bank: Bank, name: str, *, on: bool, again: Callable[[Rows], float] | None = None) -> None:
         """on: whether it may stand aside at all. again: seconds the model takes for these rows, computed again."""
         self.bank, self.name, self._on, self._again = bank, name, on, again
-        self._balance, self._memory = Balance(), Balance()
+        self._balance, self._memory = BreakEven(), BreakEven()
         self._levelled, self._held = False, 0
         self._factor = 1.0  # of this machine's model seconds to the recorded ones
         self._loaded_seconds, self._measured = 0.0, again is None
@@ -73,7 +73,7 @@ class Worth:
             self._begin()
         return self._balance.tried(n)
 
-    def with_memory(self, some: Rows, levels: Levels, rows: Callable[[], Rows]) -> Rows:
+    def with_memory(self, some: Rows, levels: DeviceCache, rows: Callable[[], Rows]) -> Rows:
         """Documents to be looked up, int64, in order: some, see `tried`, and those whose rows are in memory.
 
         rows: gives the row of each document, -1 where there is none; what that takes counts as spent.
@@ -86,7 +86,7 @@ class Worth:
         return np.union1d(some, held)
 
     @contextmanager
-    def loading(self, rows: Rows, levels: Levels | None = None) -> Iterator[None]:
+    def loading(self, rows: Rows, levels: DeviceCache | None = None) -> Iterator[None]:
         """Inside, these entries are loaded, from the files or by way of the levels: note is taken of the seconds."""
         held, read = None if levels is None else levels.holds(rows), 0.0 if levels is None else levels.counters.seconds
         began = time.perf_counter()
@@ -172,7 +172,7 @@ def sample(bank: Bank) -> Rows:
 
 
 def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profile:
-    """A profile of a bank by a sample of its entries. again: see `Worth`; it is asked for about 0.05 seconds of work,
+    """A profile of a bank by a sample of its entries. again: see `Payoff`; it is asked for about 0.05 seconds of work,
     where loading is not ten times as quick as what was recorded of the model anyway.
 
     They are read in four parts, of which the median counts: the first may have to wait for the disk alone.

@@ -13,7 +13,7 @@ from llmcache.banks.audits import ExactAudits
 from llmcache.banks.break_even import Decision
 from llmcache.banks.counters import Counters
 from llmcache.banks.history import History
-from llmcache.banks.payoff import Rows, Worth
+from llmcache.banks.payoff import Payoff, Rows
 from llmcache.config import CacheConfig
 from llmcache.errors import LLMCacheError
 from llmcache.indexes.bank import Bank
@@ -40,7 +40,7 @@ class _Vouched:
     last: Mapping[Place, object]
 
 
-class Storing:
+class BankWriter:
     """Puts rows into the banks of a store. A failure ends storing, with one warning, and never an inference."""
 
     def __init__(self, store: Store, config: CacheConfig, counters: Counters, exact_audits: ExactAudits) -> None:
@@ -57,7 +57,7 @@ class Storing:
         self._held = False
         self.history = History(store, counters)
         self._aside, self._behind = config.stand_aside, config.background
-        self.worths: dict[str, Worth] = {}
+        self.worths: dict[str, Payoff] = {}
         """What reuse from a bank is worth, by its name."""
         self._puts = 0
         self._vouched: dict[int, _Vouched] = {}
@@ -105,10 +105,10 @@ class Storing:
 
     # -- what is put ----------------------------------------------------------------------------------------
 
-    def worth(self, bank: Bank, name: str, again: Callable[[Rows], float] | None = None) -> Worth:
-        """Of this bank, see `Worth`; the one that is there when it was asked for before."""
+    def worth(self, bank: Bank, name: str, again: Callable[[Rows], float] | None = None) -> Payoff:
+        """Of this bank, see `Payoff`; the one that is there when it was asked for before."""
         if name not in self.worths or self.worths[name].bank is not bank:
-            self.worths[name] = Worth(bank, name, on=self._aside, again=again)
+            self.worths[name] = Payoff(bank, name, on=self._aside, again=again)
         return self.worths[name]
 
     def decisions(self) -> list[Decision]:

@@ -27,7 +27,7 @@ from torch import nn
 from llmcache.bench.competitors.transformers_prefix import Kept
 from llmcache.decoders.generation import padded, score
 from llmcache.decoders.kv_buffer import shape_of
-from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
@@ -71,7 +71,7 @@ class Contender:
 
 
 @contextmanager
-def attached(trunk: Any, prefixes: Prefixes) -> Iterator[None]:
+def attached(trunk: Any, prefixes: PrefixCache) -> Iterator[None]:
     """Let the trunk's forward be that of `prefixes`."""
     original, names = trunk.forward, tuple(signature(trunk.forward).parameters)
 
@@ -94,7 +94,7 @@ class _Cached:
         if self.store.namespace("bench") is None:
             self.store.declare("bench", {}, {}, "")
         bank = self.store.bank("bench", "prefix", lambda: shape_of(self._trunk).facts, NearChoice(index="flat"))
-        self.prefixes = Prefixes(self._trunk, bank, b"bench", Bank.put)
+        self.prefixes = PrefixCache(self._trunk, bank, b"bench", Bank.put)
 
     def attached(self) -> Any:
         return attached(self._trunk, self.prefixes)

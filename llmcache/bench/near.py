@@ -25,8 +25,8 @@ from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features
 from llmcache.model.tokens import tokenise
-from llmcache.near.calibration.crossfit import Held, cross_fit, held_out_voting
-from llmcache.near.calibration.drift import Judge, cosine_drift, label_drift
+from llmcache.near.calibration.crossfit import CrossFitResult, cross_fit, held_out_voting
+from llmcache.near.calibration.drift import DriftMeasure, cosine_drift, label_drift
 from llmcache.near.calibration.risk_control import Choice, choose
 from llmcache.near.neighbors.correction import (
     EVIDENCE,
@@ -34,8 +34,8 @@ from llmcache.near.neighbors.correction import (
     Voting,
     units,
 )
-from llmcache.near.neighbors.gate import Boundary, safety
-from llmcache.near.neighbors.index import Entries, Found, Memory
+from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors
 from llmcache.near.neighbors.predictor import (
     Predictor,
     components,
@@ -148,8 +148,8 @@ def measure(
     for seed in range(seeds):
         voting = held_out_voting(known.entries, seed)
         judge_of = judges(known)
-        scores = Boundary.of(head)
-        memory = Memory.fit(known.entries, seed, voting)
+        scores = LinearHead.of(head)
+        memory = HostNeighborIndex.fit(known.entries, seed, voting)
         held = cross_fit(known.entries, judge_of, seed=seed, voting=voting, like=memory.predictor)
         found = memory.look_up(asked.entries, scores)
         facts = {"seed": seed, "temperature": voting.temperature, "strength": voting.strength}
@@ -213,27 +213,29 @@ def fitted_head(outputs: NDArray[np.float32], labels: Labels) -> Any:
         return LogisticRegression(C=10, max_iter=60).fit(outputs, labels)
 
 
-def judges(known: Labelled) -> Callable[[NDArray[np.int64]], Judge]:
+def judges(known: Labelled) -> Callable[[NDArray[np.int64]], DriftMeasure]:
     """Judges whose heads are fitted to the rows they are asked for, each fitted once."""
-    made: dict[bytes, Judge] = {}
+    made: dict[bytes, DriftMeasure] = {}
 
-    def judge_of(rows: NDArray[np.int64]) -> Judge:
+    def judge_of(rows: NDArray[np.int64]) -> DriftMeasure:
         if rows.tobytes() not in made:
             head = fitted_head(known.entries.outputs[rows], known.labels[rows])
-            made[rows.tobytes()] = Judge(label_drift(head), Boundary.of(head))
+            made[rows.tobytes()] = DriftMeasure(label_drift(head), LinearHead.of(head))
         return made[rows.tobytes()]
 
     return judge_of
 
 
-def _scorings(held: Held, found: Found) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.floating]]]:
+def _scorings(
+    held: CrossFitResult, found: Neighbors
+) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.floating]]]:
     """Name, score of the cached entries and of the documents asked, of each way to decide which hits to trust."""
     yield "corrected, similarity", held.found.similarity, found.similarity
     yield "corrected, consensus", held.found.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
     yield "corrected, gate", held.score, safety(found.evidence)
 
 
-def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Row:
+def _as_measured(known: Labelled, held: CrossFitResult, found: Neighbors, truth: _Truth) -> Row:
     """The paper's kind of claim: accuracy at most 0.5 points lower on the known documents, a standard error added."""
     lost = np.empty(len(known.labels))
     for number in np.unique(held.fold):
@@ -247,7 +249,7 @@ def _as_measured(known: Labelled, held: Held, found: Found, truth: _Truth) -> Ro
 
 
 def _embeddings(
-    known: Labelled, asked: Labelled, held: Held, found: Found, truth: _Truth, confidence: float
+    known: Labelled, asked: Labelled, held: CrossFitResult, found: Neighbors, truth: _Truth, confidence: float
 ) -> Iterator[Row]:
     """Budgets of the mean 1 - cosine, where no head is known: what is reused is the embedding."""
     drift = cosine_drift(known.entries.outputs, held.found.results)
@@ -289,7 +291,7 @@ def _compared(
     looked_up: Callable[[Entries, Entries], tuple[NDArray[np.float32], NDArray[np.float32]]],
     known: Labelled,
     asked: Entries,
-    judge_of: Callable[[NDArray[np.int64]], Judge],
+    judge_of: Callable[[NDArray[np.int64]], DriftMeasure],
     seed: int,
     budget: float,
     confidence: float,
@@ -309,7 +311,9 @@ def _plain(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray
     """The nearest output by the distilled fingerprint (ridge), trusted by similarity and consensus."""
 
     def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        found = Memory(entries, fit(entries.features, entries.outputs, landmarks=0), Voting()).look_up(others)
+        found = HostNeighborIndex(entries, fit(entries.features, entries.outputs, landmarks=0), Voting()).look_up(
+            others
+        )
         return entries.outputs[found.nearest], found.similarity + found.evidence[:, _CONSENSUS]
 
     return _compared(looked_up, known, asked, *rest)
@@ -319,7 +323,7 @@ def _exact(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray
     """Corrected reuse with scikit-learn's exact kernel ridge at fixed settings, trusted by similarity."""
 
     def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        found = Memory(entries, exact_kernel_ridge(entries), Voting(strength=STRENGTH)).look_up(others)
+        found = HostNeighborIndex(entries, exact_kernel_ridge(entries), Voting(strength=STRENGTH)).look_up(others)
         return found.results, found.similarity
 
     return _compared(looked_up, known, asked, *rest)
@@ -343,7 +347,7 @@ def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2
 # -- time ---------------------------------------------------------------------------------------------------
 
 
-def seconds_per_document(memory: Memory, asked: Entries, repeats: int = 5) -> dict[str, float]:
+def seconds_per_document(memory: HostNeighborIndex, asked: Entries, repeats: int = 5) -> dict[str, float]:
     """Of each step of a look-up, in batches of 256; the least of some repeats."""
     steps: dict[str, float] = {}
     batches = [asked.take(np.arange(at, min(at + 256, len(asked)))) for at in range(0, len(asked), 256)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
-from llmcache.decoders.kv_buffer import Held, Shape
+from llmcache.decoders.kv_buffer import KVBuffer, KVLayout
 from llmcache.decoders.prefix_cache import restore
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
@@ -32,7 +32,7 @@ from llmcache.indexes.store import Store
 from llmcache.model.batching import Sentences, compute, token_embedding
 from llmcache.model.features import features
 from llmcache.near.neighbors.correction import Voting
-from llmcache.near.neighbors.index import Entries, Memory, rounded
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
 from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions
 
 BATCH, TOKENS, WIDTH = 256, 150, 384
@@ -187,7 +187,7 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
 def _beginnings(folder: Path) -> Iterator[_Task]:
     """Keys, values and states of GPT-2-small's shape, read from blocks and put where a forward goes on from them."""
     heads, dim, layers = 12, 64, 12
-    shape = Shape(((heads, dim),) * (2 * layers), heads * dim, torch.float32, True, True, tuple)
+    shape = KVLayout(((heads, dim),) * (2 * layers), heads * dim, torch.float32, True, True, tuple)
     each = BEGINNING // BLOCK
     with closing(Store.open(folder / "prefix", create=True)) as store:
         store.declare("default", {"name": "bench"}, {})
@@ -200,7 +200,7 @@ def _beginnings(folder: Path) -> Iterator[_Task]:
 
         def act() -> None:
             for one in keys:
-                held = Held.empty(shape, [BEGINNING + 1], [0], BEGINNING + 1, torch.device("cpu"))
+                held = KVBuffer.empty(shape, [BEGINNING + 1], [0], BEGINNING + 1, torch.device("cpu"))
                 restore(held, 0, list(bank.read(bank.find(one)).values), BEGINNING)
 
         size = _BEGINNINGS * BEGINNING * shape.record * 4
@@ -281,7 +281,7 @@ def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict
     predictions = predictor(raw)[like] + 0.1 * random.standard_normal((held, out), np.float32)
     outputs = _units(random.standard_normal((held, out), np.float32))
     known = Entries(raw[like].astype(np.float16), outputs, [tokens[i] for i in like.tolist()])
-    memory = Memory(known, predictor, Voting(), predictions=rounded(predictions))
+    memory = HostNeighborIndex(known, predictor, Voting(), predictions=rounded(predictions))
     plain = VectorIndex.build(_units(random.standard_normal((entries, 128), np.float32)), kind=choose_kind(entries))
     asked, some = _units(random.standard_normal((len(tokens), 128))), queries.take(range(512))
     nothing = np.zeros((len(tokens), 0), np.float32)

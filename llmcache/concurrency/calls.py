@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.errors import LLMCacheError
 from llmcache.model.locks import CallLock
 
@@ -95,7 +95,7 @@ class WorkerCommits:
         self._at_last = 0.0
         self._took = 0.0
 
-    def commit(self, storing: Storing) -> None:
+    def commit(self, storing: BankWriter) -> None:
         """Commit what waits if it is time to. A failure is a warning: no inference fails for it."""
         if storing.is_held or not storing.store.writable or not storing.store.pending_bytes:
             return

@@ -16,9 +16,9 @@ from llmcache.banks.agreement import (
     other_kernels,
 )
 from llmcache.banks.audits import Evidence
-from llmcache.decoders.block_store import Beginnings, Records
-from llmcache.decoders.kv_buffer import Shape
-from llmcache.decoders.schedule import Row
+from llmcache.decoders.block_store import BlockStore, Records
+from llmcache.decoders.kv_buffer import KVLayout
+from llmcache.decoders.schedule import TokenSequence
 
 Rows = NDArray[np.int64]
 
@@ -26,11 +26,18 @@ Rows = NDArray[np.int64]
 class Recomputed(Protocol):
     """Computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
 
-    def __call__(self, rows: Sequence[Row], tokens: Sequence[int], *, split: bool) -> list[NDArray[np.float32]]: ...
+    def __call__(
+        self, rows: Sequence[TokenSequence], tokens: Sequence[int], *, split: bool
+    ) -> list[NDArray[np.float32]]: ...
 
 
 def audit_beginnings(
-    rows: Sequence[Row], records: Records, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+    rows: Sequence[TokenSequence],
+    records: Records,
+    evidence: Evidence,
+    trunk: nn.Module,
+    shape: KVLayout,
+    recomputed: Recomputed,
 ) -> None:
     """Audit a few of the beginnings that were found for a call, before anything is computed from them.
 
@@ -48,7 +55,7 @@ def audit_beginnings(
 
 
 def audit_sample(
-    beginnings: Beginnings, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+    beginnings: BlockStore, evidence: Evidence, trunk: nn.Module, shape: KVLayout, recomputed: Recomputed
 ) -> None:
     """Audit a few first blocks of the bank, before others are stored beside them.
 
@@ -57,7 +64,7 @@ def audit_sample(
     sampled = evidence.sample(b"first blocks")
     rows = []
     for number, ids in zip(sampled.tolist(), beginnings.bank.tokens_of(sampled), strict=True):
-        row = Row(ids, 0, 0, chain=(number,), known=len(ids))
+        row = TokenSequence(ids, 0, 0, chain=(number,), known=len(ids))
         if len(ids) == beginnings.block and beginnings.first_key(row).hex() == beginnings.bank.key(number):
             rows.append(row)
     places = evidence.spread(np.ones(len(rows), np.bool_), lambda: np.arange(len(rows)))
@@ -71,7 +78,12 @@ def audit_sample(
 
 
 def _audit(
-    audited: Sequence[Row], records: Records, evidence: Evidence, trunk: nn.Module, shape: Shape, recomputed: Recomputed
+    audited: Sequence[TokenSequence],
+    records: Records,
+    evidence: Evidence,
+    trunk: nn.Module,
+    shape: KVLayout,
+    recomputed: Recomputed,
 ) -> None:
     known = [row.known for row in audited]
 
@@ -94,7 +106,7 @@ def _audit(
         evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
 
 
-def _stored(row: Row, records: Records) -> NDArray[np.float32]:
+def _stored(row: TokenSequence, records: Records) -> NDArray[np.float32]:
     """Stored records of the known tokens of a row, float32 [known, record]."""
     parts = [records[number] for number in row.chain]
     arrays = [part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts]

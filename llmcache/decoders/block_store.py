@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.banks.device_cache import Levels
-from llmcache.banks.payoff import Worth
-from llmcache.decoders.kv_buffer import Held
-from llmcache.decoders.schedule import Row, next_key
+from llmcache.banks.device_cache import DeviceCache
+from llmcache.banks.payoff import Payoff
+from llmcache.decoders.kv_buffer import KVBuffer
+from llmcache.decoders.schedule import TokenSequence, next_key
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.maintenance.chains import block_source
 from llmcache.model.keys import Seed
@@ -23,7 +23,7 @@ _SHORTEST = 4  # tokens behind the last full block that are worth an entry where
 Records = dict[int, NDArray[np.float32] | Tensor]
 
 
-class Beginnings:
+class BlockStore:
     """Full blocks of a row, and one shorter entry where it ended or where rows were seen to part."""
 
     def __init__(
@@ -32,19 +32,19 @@ class Beginnings:
         seed: Seed,
         put: Callable[..., Any],
         block: int,
-        worth: Worth | None = None,
-        levels: Levels | None = None,
+        worth: Payoff | None = None,
+        levels: DeviceCache | None = None,
     ) -> None:
         self.bank, self.block, self.levels = bank, block, levels
         self._seed, self._put, self._worth = seed, put, worth
 
-    def with_bank(self, bank: Any, block: int = 4) -> Beginnings:
+    def with_bank(self, bank: Any, block: int = 4) -> BlockStore:
         """Copy for another bank, without bypassing. bank: must also have `put`."""
-        return Beginnings(bank, self._seed, bank.put, block)
+        return BlockStore(bank, self._seed, bank.put, block)
 
     # -- finding --------------------------------------------------------------------------------------------
 
-    def look_up(self, rows: Sequence[Row]) -> Records:
+    def look_up(self, rows: Sequence[TokenSequence]) -> Records:
         """Set keys, missing, chain and known of each row; what the bank has for them, by its row numbers.
 
         Token ids are compared, and checksums, before an entry is believed.
@@ -61,7 +61,7 @@ class Beginnings:
                 row.missing = []
         return self._read([*tried, *in_memory])
 
-    def _tried(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    def _tried(self, rows: Sequence[TokenSequence]) -> tuple[Sequence[TokenSequence], Sequence[TokenSequence]]:
         """Rows to be looked up, and others, whose first block is in memory, to be looked up there alone."""
         if self._worth is None:
             return rows, ()
@@ -71,13 +71,13 @@ class Beginnings:
             held = self._worth.with_memory(some, self.levels, lambda: self._first(rows))
         return [rows[i] for i in some.tolist()], [rows[i] for i in np.setdiff1d(held, some).tolist()]
 
-    def _first(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+    def _first(self, rows: Sequence[TokenSequence]) -> NDArray[np.int64]:
         """Number of the first block of each row, -1 where there is none; int64 [n]."""
         numbers, full = np.full(len(rows), -1, np.int64), [i for i, row in enumerate(rows) if row.keys]
         numbers[full] = self._find([rows[i].keys[0] for i in full])
         return numbers
 
-    def _chain(self, rows: Sequence[Row], tokens: dict[int, bytes], *, held: bool = False) -> None:
+    def _chain(self, rows: Sequence[TokenSequence], tokens: dict[int, bytes], *, held: bool = False) -> None:
         """Set missing, chain and known of each row, by its full blocks. held: go by what memory holds alone."""
         found = self._find([key for row in rows for key in row.keys])
         there = self.levels.holds(np.array(found, np.int64)).tolist() if held and self.levels else [True] * len(found)
@@ -91,26 +91,26 @@ class Beginnings:
                 row.chain += (number,)
             row.known = len(row.chain) * self.block
 
-    def _keys(self, row: Row) -> list[bytes]:
+    def _keys(self, row: TokenSequence) -> list[bytes]:
         keys, previous = [], b""
         for at in range(0, len(row) - self.block + 1, self.block):
             previous = self._key(row, at, self.block, previous)
             keys.append(previous)
         return keys
 
-    def _key(self, row: Row, at: int, tokens: int, previous: bytes) -> bytes:
+    def _key(self, row: TokenSequence, at: int, tokens: int, previous: bytes) -> bytes:
         return next_key(self._seed, previous, row.start + at, row.ids[at : at + tokens])
 
-    def first_key(self, row: Row) -> bytes:
+    def first_key(self, row: TokenSequence) -> bytes:
         """Key of the first block of a row."""
         return self._key(row, 0, self.block, b"")
 
-    def _end_key(self, row: Row, stop: int) -> bytes:
+    def _end_key(self, row: TokenSequence, stop: int) -> bytes:
         """Key of the shorter entry that ends before token `stop`, which is not where a block ends."""
         full = stop // self.block
         return self._key(row, full * self.block, stop - full * self.block, row.keys[full - 1] if full else b"")
 
-    def _look_up_ends(self, rows: Sequence[Row], tokens: dict[int, bytes]) -> None:
+    def _look_up_ends(self, rows: Sequence[TokenSequence], tokens: dict[int, bytes]) -> None:
         """Look behind the last full block of each row for a shorter entry, of any length: hashing is cheap."""
         stops = [range(row.known + 1, min(row.known + self.block, len(row) + 1)) for row in rows]
         keys = [self._end_key(row, stop) for row, each in zip(rows, stops, strict=True) for stop in each]
@@ -126,12 +126,12 @@ class Beginnings:
     def _find(self, keys: Sequence[bytes]) -> list[int]:
         return self.bank.find(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)).tolist()  # type: ignore[no-any-return]
 
-    def _same(self, number: int, row: Row, at: int, length: int, tokens: dict[int, bytes]) -> bool:
+    def _same(self, number: int, row: TokenSequence, at: int, length: int, tokens: dict[int, bytes]) -> bool:
         if number not in tokens:
             tokens[number] = self.bank.tokens(number).tobytes()
         return tokens[number] == row.ids[at : at + length].tobytes()
 
-    def _read(self, rows: Sequence[Row]) -> Records:
+    def _read(self, rows: Sequence[TokenSequence]) -> Records:
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
             return {}
@@ -163,12 +163,17 @@ class Beginnings:
 
     # -- storing --------------------------------------------------------------------------------------------
 
-    def store(self, held: Mapping[Row, tuple[Held, int]], parted: Sequence[tuple[Row, int]], seconds: float) -> None:
+    def store(
+        self,
+        held: Mapping[TokenSequence, tuple[KVBuffer, int]],
+        parted: Sequence[tuple[TokenSequence, int]],
+        seconds: float,
+    ) -> None:
         """Put what the bank does not have of these rows. parted: rows, and after how many tokens others left them.
 
         seconds: of the model for one token.
         """
-        wanted: dict[bytes, tuple[Row, int, int]] = {}  # key -> row, and from which token to which
+        wanted: dict[bytes, tuple[TokenSequence, int, int]] = {}  # key -> row, and from which token to which
         for row in held:
             for place in row.missing:
                 wanted.setdefault(row.keys[place], (row, place * self.block, (place + 1) * self.block))
@@ -190,13 +195,15 @@ class Beginnings:
             cost=np.array([seconds * (stop - start) for _, start, stop in wanted.values()], np.float32),
         )
 
-    def _source(self, row: Row, start: int) -> str:
+    def _source(self, row: TokenSequence, start: int) -> str:
         """Source field of the block that begins at token `start` of a row: the key of the block before it."""
         before = start // self.block
         return block_source(row.keys[before - 1] if before else b"")
 
 
-def _records(wanted: Sequence[tuple[Row, int, int]], held: Mapping[Row, tuple[Held, int]]) -> list[NDArray[np.float32]]:
+def _records(
+    wanted: Sequence[tuple[TokenSequence, int, int]], held: Mapping[TokenSequence, tuple[KVBuffer, int]]
+) -> list[NDArray[np.float32]]:
     """Records of these stretches of rows; those next to each other in a row are copied at once."""
     records: list[NDArray[np.float32]] = []
     at = 0

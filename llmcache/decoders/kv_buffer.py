@@ -27,7 +27,7 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Shape:
+class KVLayout:
     """What a trunk keeps of a token. planes: (heads, head dim) of keys and of values, layer after layer, [2 layers].
 
     width: of the final state. takes_positions: whether the forward has position_ids. positions_skip_padding: whether
@@ -61,7 +61,7 @@ class Shape:
 
 
 @dataclass(eq=False)
-class Held:
+class KVBuffer:
     """Keys, values and final states of n rows, each somewhere in `columns` columns.
 
     planes: one tensor per kind, [planes, n, heads, columns, head dim], or none where only the states are wanted.
@@ -69,7 +69,7 @@ class Held:
     nothing of meaning, and no NaN.
     """
 
-    shape: Shape
+    shape: KVLayout
     planes: list[Tensor]
     states: Tensor
     lengths: Sequence[int]
@@ -78,14 +78,14 @@ class Held:
     @classmethod
     def empty(
         cls,
-        shape: Shape,
+        shape: KVLayout,
         lengths: Sequence[int],
         firsts: Sequence[int],
         columns: int,
         device: torch.device,
         *,
         planes: bool = True,
-    ) -> Held:
+    ) -> KVBuffer:
         """Room for rows; zeros beside them, whatever lay in memory inside."""
         n, kinds = len(lengths), shape.kinds.items() if planes else ()
         held = cls(
@@ -117,7 +117,7 @@ class Held:
                 return one[places.index(number)]
         raise IndexError(number)
 
-    def take(self, i: int, source: Held, j: int, tokens: int) -> None:
+    def take(self, i: int, source: KVBuffer, j: int, tokens: int) -> None:
         """Copy the first tokens of row j of `source`, which may be this one, to row i."""
         to, of = self.firsts[i], source.firsts[j]
         for one, other in zip(self.planes, source.planes, strict=False):
@@ -164,7 +164,7 @@ class Held:
 
 
 class _Slots(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses without types
-    """A layer's cache inside a `Held`: what is computed is written behind what was restored, nothing is copied."""
+    """A layer's cache inside a `KVBuffer`: what is computed is written behind what was restored, nothing is copied."""
 
     def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -184,7 +184,7 @@ class _Slots(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
         return int(self.keys.shape[2])  # type: ignore[union-attr]
 
 
-def cache_of(held: Held, filled: int) -> DynamicCache:
+def cache_of(held: KVBuffer, filled: int) -> DynamicCache:
     """A transformers cache whose first `filled` columns are those of `held`, and which writes the others there."""
     cache = DynamicCache()
     cache.layers = [
@@ -194,7 +194,7 @@ def cache_of(held: Held, filled: int) -> DynamicCache:
     return cache
 
 
-def hand_over(held: Held, cache: DynamicCache) -> DynamicCache:
+def hand_over(held: KVBuffer, cache: DynamicCache) -> DynamicCache:
     """The same cache, which was empty, with keys and values of `held`: taken over where it can be, else copied."""
     for place in range(0, len(held.shape.planes), 2):
         keys, values, number = held.plane(place), held.plane(place + 1), place // 2
@@ -212,7 +212,7 @@ def hand_over(held: Held, cache: DynamicCache) -> DynamicCache:
 # -- finding the shape --------------------------------------------------------------------------------------
 
 
-def shape_of(trunk: nn.Module) -> Shape:
+def shape_of(trunk: nn.Module) -> KVLayout:
     """The shape of a trunk, from four calls with a few tokens; restored and computed states are compared in them.
 
     ConfigError, which says why, when the trunk is not one whose beginnings can be restored.
@@ -247,7 +247,7 @@ def _unfit(config: Any) -> str | None:
     return None
 
 
-def _probed(trunk: nn.Module, takes: bool) -> Shape:
+def _probed(trunk: nn.Module, takes: bool) -> KVLayout:
     trunk.eval()
     device = next(trunk.parameters()).device
     ids = torch.arange(6, device=device)[None] % trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -265,8 +265,8 @@ def _probed(trunk: nn.Module, takes: bool) -> Shape:
     skips = all(_near(one, other[:, :, 2:]) for one, other in zip(planes, _planes(padded), strict=True))
     if not takes and not skips:
         raise ConfigError(f"{type(trunk).__name__} takes no position_ids, and counts positions over padding")
-    shape = Shape(sizes, whole.last_hidden_state.shape[-1], dtype, takes, skips, type(whole))
-    held = Held.empty(shape, [6], [1], 7, device)
+    shape = KVLayout(sizes, whole.last_hidden_state.shape[-1], dtype, takes, skips, type(whole))
+    held = KVBuffer.empty(shape, [6], [1], 7, device)
     for number, one in enumerate(_planes(_run(trunk, ids[:, :3]))):  # of a call that cannot know what follows
         held.plane(number)[:, :, 1:4] = one
     more = {"position_ids": torch.arange(3, 6, device=device)[None]} if takes else {}

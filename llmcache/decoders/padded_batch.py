@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llmcache.decoders.schedule import Row
+from llmcache.decoders.schedule import TokenSequence
 from llmcache.model.inputs import asks_for_nothing, is_plain_mask
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
@@ -21,7 +21,7 @@ _ATTENTION = {"eager", "sdpa"}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PaddedBatch:
     """A call, read. ids: int32 [rows, columns]. firsts, starts: column and position of each row's first token."""
 
     ids: NDArray[np.int32]
@@ -29,21 +29,21 @@ class Layout:
     lengths: list[int]
     starts: list[int]
 
-    def distinct(self) -> tuple[list[Row], list[int]]:
+    def distinct(self) -> tuple[list[TokenSequence], list[int]]:
         """The rows without padding, each once, and which of them each row of the call is."""
         seen: dict[tuple[int, bytes], int] = {}
-        rows: list[Row] = []
+        rows: list[TokenSequence] = []
         which = []
         for i, (first, length, start) in enumerate(zip(self.firsts, self.lengths, self.starts, strict=True)):
             ids = self.ids[i, first : first + length]
             number = seen.setdefault((start, ids.tobytes()), len(rows))
             if number == len(rows):
-                rows.append(Row(ids, start, i))
+                rows.append(TokenSequence(ids, start, i))
             which.append(number)
         return rows, which
 
 
-def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
+def layout_of(call: Mapping[str, Any], *, skips: bool) -> PaddedBatch | str:
     """The layout of a call, or why it has none. skips: whether the model counts positions over tokens only."""
     ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or not _is_integer(ids):
@@ -75,7 +75,7 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> Layout | str:
         starts = np.take_along_axis(given, firsts[:, None], 1)[:, 0]
         if ((given - (columns - firsts[:, None]) != starts[:, None]) & here).any():
             return "the positions of a row do not count up by one"
-    return Layout(table, firsts.tolist(), lengths.tolist(), starts.tolist())
+    return PaddedBatch(table, firsts.tolist(), lengths.tolist(), starts.tolist())
 
 
 def _is_integer(table: Tensor) -> bool:

@@ -16,24 +16,24 @@ from transformers import DynamicCache
 
 from llmcache.banks.audits import Evidence
 from llmcache.banks.counters import PrefixCounters
-from llmcache.banks.device_cache import Levels
-from llmcache.banks.payoff import Worth
+from llmcache.banks.device_cache import DeviceCache
+from llmcache.banks.payoff import Payoff
 from llmcache.decoders.audits import audit_beginnings, audit_sample
-from llmcache.decoders.block_store import Beginnings, Records
+from llmcache.decoders.block_store import BlockStore, Records
 from llmcache.decoders.kv_buffer import (
     Forward,
-    Held,
+    KVBuffer,
     cache_of,
     hand_over,
     shape_of,
 )
 from llmcache.decoders.padded_batch import (
-    Layout,
+    PaddedBatch,
     layout_of,
     unfit,
     wants_keys,
 )
-from llmcache.decoders.schedule import Row, Waves, together
+from llmcache.decoders.schedule import PrefixSchedule, TokenSequence, together
 from llmcache.decoders.trial import MemoryBank, reach_of_beginnings
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
@@ -46,13 +46,13 @@ class _Work:
     """One call under way. places: where in memory the keys and values of each row are, as far as they are."""
 
     original: Forward
-    waves: Waves
+    waves: PrefixSchedule
     records: Records
     ids: Tensor  # of the call: dtype and device
-    places: dict[Row, tuple[Held, int]]
+    places: dict[TokenSequence, tuple[KVBuffer, int]]
 
 
-class Prefixes:
+class PrefixCache:
     """The forward of a causal trunk that computes only what no row began with before.
 
     Rows of a call that begin alike share what one of them computes; beginnings that the store has are restored from
@@ -65,12 +65,12 @@ class Prefixes:
         bank: Bank,
         digest: bytes,
         put: Callable[..., Any],
-        worth: Worth | None = None,
+        worth: Payoff | None = None,
         *,
         secret: bytes = b"",
         block: int = 16,
         forward_cost: int | None = None,
-        levels: Levels | None = None,
+        levels: DeviceCache | None = None,
         evidence: Evidence | None = None,
     ) -> None:
         """To be made while the trunk's forward is its own.
@@ -93,7 +93,7 @@ class Prefixes:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
         put = put if evidence is None else evidence.verifying(put)
-        self._beginnings = Beginnings(bank, key_seed(digest, "prefix", None, None, secret), put, block, worth, levels)
+        self._beginnings = BlockStore(bank, key_seed(digest, "prefix", None, None, secret), put, block, worth, levels)
         self._evidence = evidence
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
@@ -105,7 +105,7 @@ class Prefixes:
         read = self._read(call)
         return read if isinstance(read, str) else None
 
-    def _read(self, call: Mapping[str, Any]) -> Layout | str:
+    def _read(self, call: Mapping[str, Any]) -> PaddedBatch | str:
         layout = unfit(call, self._trunk, self.shape.dtype) or layout_of(call, skips=self.shape.positions_skip_padding)
         if isinstance(layout, str):
             return layout
@@ -121,7 +121,7 @@ class Prefixes:
         trunk, name = self._trunk, type(self._trunk).__name__
 
         def answers(bank: MemoryBank) -> Callable[[Mapping[str, Any]], Any]:
-            rehearsal = object.__new__(Prefixes)
+            rehearsal = object.__new__(PrefixCache)
             rehearsal.__dict__.update(self.__dict__)
             rehearsal.counters, rehearsal._evidence = PrefixCounters(), None
             rehearsal._beginnings = self._beginnings.with_bank(bank)
@@ -150,7 +150,7 @@ class Prefixes:
                 hand_over(held, past)
         return self.shape.output(last_hidden_state=held.states, past_key_values=past)
 
-    def _answer(self, original: Forward, layout: Layout, ids: Tensor, *, cached: bool) -> Held:
+    def _answer(self, original: Forward, layout: PaddedBatch, ids: Tensor, *, cached: bool) -> KVBuffer:
         counters, began, model_seconds = self.counters, time.perf_counter(), self.counters.model_seconds
         rows, which = layout.distinct()
         records = self._beginnings.look_up(rows)
@@ -159,7 +159,7 @@ class Prefixes:
             audit_beginnings(rows, records, self._evidence, self._trunk, self.shape, recomputed)
             if self._evidence.open and any(row.missing for row in rows):
                 audit_sample(self._beginnings, self._evidence, self._trunk, self.shape, recomputed)
-        waves = Waves(rows, self._forward_cost)
+        waves = PrefixSchedule(rows, self._forward_cost)
         work = _Work(original, waves, records, ids, {})
         whole = [row for row in rows if row.known == len(row)]
         if whole:
@@ -179,13 +179,13 @@ class Prefixes:
         counters.store_seconds += time.perf_counter() - stored
         return held
 
-    def _compute(self, work: _Work, group: list[Row], *, planes: bool = True) -> None:
+    def _compute(self, work: _Work, group: list[TokenSequence], *, planes: bool = True) -> None:
         """Compute what is not known of some rows, all of which have nearly as much of it, in one forward."""
         group = sorted(group, key=lambda row: row.place)
         columns, need = max(map(len, group)), max(len(row) - row.known for row in group)
         lengths = [len(row) for row in group]
         firsts = [columns - length for length in lengths]
-        held = Held.empty(self.shape, lengths, firsts, columns, work.ids.device, planes=planes)
+        held = KVBuffer.empty(self.shape, lengths, firsts, columns, work.ids.device, planes=planes)
         # the forward gives the last `need` columns of every row, also those that are known
         known = [min(row.known, max(0, len(row) - need)) for row in group]
         self._restore(work, group, held, known)
@@ -203,14 +203,14 @@ class Prefixes:
             mask[i, : firsts[i]] = 0
         self._run(work, held, ids, positions, None if mask.all() else mask)
 
-    def _run(self, work: _Work, held: Held, ids: Any, positions: Any, mask: Any) -> None:
+    def _run(self, work: _Work, held: KVBuffer, ids: Any, positions: Any, mask: Any) -> None:
         began, need = time.perf_counter(), ids.shape[1]
         self._fill(work.original, work.ids, held, held.columns - need, ids, positions, mask)
         self.counters.forwards += 1
         self.counters.model_seconds += time.perf_counter() - began
 
     def _recomputed(
-        self, original: Forward, like: Tensor, rows: Sequence[Row], tokens: Sequence[int], split: bool
+        self, original: Forward, like: Tensor, rows: Sequence[TokenSequence], tokens: Sequence[int], split: bool
     ) -> list[NDArray[np.float32]]:
         """Records of the first tokens of some rows, computed in one batch from the start, [tokens, record] each.
 
@@ -218,7 +218,7 @@ class Prefixes:
         """
         columns = max(tokens)
         firsts = [columns - count for count in tokens]
-        held = Held.empty(self.shape, tokens, firsts, columns, like.device)
+        held = KVBuffer.empty(self.shape, tokens, firsts, columns, like.device)
         ids, mask = np.zeros((len(rows), columns), np.int64), np.ones((len(rows), columns), np.int64)
         positions = np.zeros((len(rows), columns), np.int64)
         for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
@@ -233,7 +233,7 @@ class Prefixes:
         return [held.records(i, 0, count) for i, count in enumerate(tokens)]
 
     def _fill(
-        self, original: Forward, like: Tensor, held: Held, filled: int, ids: Any, positions: Any, mask: Any
+        self, original: Forward, like: Tensor, held: KVBuffer, filled: int, ids: Any, positions: Any, mask: Any
     ) -> None:
         """Compute the columns of `held` behind the first `filled` ones. like: ids of the call, dtype and device."""
         device, stop = like.device, filled + ids.shape[1]
@@ -250,7 +250,7 @@ class Prefixes:
         )
         held.states[:, filled:stop] = output.last_hidden_state
 
-    def _restore(self, work: _Work, group: Sequence[Row], held: Held, known: Sequence[int]) -> None:
+    def _restore(self, work: _Work, group: Sequence[TokenSequence], held: KVBuffer, known: Sequence[int]) -> None:
         """Write the known beginning of each row into `held`: from another row of the call, or from the store."""
         seen: dict[tuple[int, ...], int] = {}
         for i in sorted(range(len(group)), key=lambda i: -known[i]):
@@ -270,7 +270,7 @@ class Prefixes:
             self.counters.restored += tokens
 
 
-def restore(held: Held, i: int, records: Sequence[NDArray[np.float32] | Tensor], tokens: int) -> None:
+def restore(held: KVBuffer, i: int, records: Sequence[NDArray[np.float32] | Tensor], tokens: int) -> None:
     """Write the first tokens of row i from these records, each [its tokens, record], one after another."""
     arrays = [one for one in records if isinstance(one, np.ndarray)]
     if len(arrays) < len(records) or not held.in_arrays:
@@ -282,7 +282,7 @@ def restore(held: Held, i: int, records: Sequence[NDArray[np.float32] | Tensor],
         at += len(one)
 
 
-def _joined(records: Sequence[NDArray[np.float32] | Tensor], held: Held) -> Tensor:
+def _joined(records: Sequence[NDArray[np.float32] | Tensor], held: KVBuffer) -> Tensor:
     """One record after another, [tokens, record]: on the host where all of them are there, else on the device."""
     arrays = [one for one in records if isinstance(one, np.ndarray)]
     if len(arrays) == len(records):
@@ -291,7 +291,7 @@ def _joined(records: Sequence[NDArray[np.float32] | Tensor], held: Held) -> Tens
     return torch.cat([torch.as_tensor(one).to(device, dtype) for one in records])
 
 
-def _in_layout(layout: Layout, places: Sequence[tuple[Held, int]], *, cached: bool) -> Held:
+def _in_layout(layout: PaddedBatch, places: Sequence[tuple[KVBuffer, int]], *, cached: bool) -> KVBuffer:
     """Keys, values and states where the caller has the tokens: as they are where they lie so already, else a copy."""
     held, columns = places[0][0], layout.ids.shape[1]
     as_it_is = [(one is held, i) for one, i in places] == [(True, i) for i in range(len(held.lengths))]
@@ -299,7 +299,7 @@ def _in_layout(layout: Layout, places: Sequence[tuple[Held, int]], *, cached: bo
         for i, first in enumerate(held.firsts):
             held.states[i, :first] = 0
         return held
-    whole = Held.empty(held.shape, layout.lengths, layout.firsts, columns, held.states.device, planes=cached)
+    whole = KVBuffer.empty(held.shape, layout.lengths, layout.firsts, columns, held.states.device, planes=cached)
     for i, (source, j) in enumerate(places):
         whole.take(i, source, j, layout.lengths[i])
     return whole

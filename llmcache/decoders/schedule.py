@@ -12,7 +12,7 @@ from llmcache.model.keys import KEY_BYTES, Seed, framed
 
 
 @dataclass(eq=False)
-class Row:
+class TokenSequence:
     """A row of a call without its padding. ids: int32 [tokens]; start: position of the first token.
 
     place: of the first row of the batch that is this one. keys: of its full blocks; missing: those that the bank does
@@ -38,7 +38,7 @@ def next_key(seed: Seed, previous: bytes, position: int, ids: NDArray[np.int32])
     return one.digest()[:KEY_BYTES]
 
 
-def common(one: Row, other: Row) -> int:
+def common(one: TokenSequence, other: TokenSequence) -> int:
     """Tokens at the beginning that two rows share."""
     if one.start != other.start:
         return 0
@@ -47,7 +47,7 @@ def common(one: Row, other: Row) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-class Waves:
+class PrefixSchedule:
     """Rows in an order in which those that begin alike are neighbours, computed in waves.
 
     In each wave a row is computed unless another of the same wave begins with enough of the same tokens; then it
@@ -55,15 +55,15 @@ class Waves:
     in tokens.
     """
 
-    def __init__(self, rows: Sequence[Row], forward: int) -> None:
+    def __init__(self, rows: Sequence[TokenSequence], forward: int) -> None:
         self._forward = forward
         self.rows = sorted(rows, key=lambda row: (row.start, row.ids.tolist()))
         self._shared = [0, *(common(one, other) for one, other in zip(self.rows, self.rows[1:], strict=False))]
-        self._donors: dict[Row, tuple[Row, int]] = {}
-        self._done: set[Row] = {row for row in rows if row.known == len(row)}
-        self._donating: set[Row] = set()
+        self._donors: dict[TokenSequence, tuple[TokenSequence, int]] = {}
+        self._done: set[TokenSequence] = {row for row in rows if row.known == len(row)}
+        self._donating: set[TokenSequence] = set()
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[TokenSequence]]:
         while len(self._done) < len(self.rows):
             wave = self._chosen()
             yield wave
@@ -72,11 +72,11 @@ class Waves:
             self._settle(range(len(self.rows)), 0)
             self._settle(range(len(self.rows) - 1, -1, -1), 1)
 
-    def donor(self, row: Row) -> tuple[Row, int] | None:
+    def donor(self, row: TokenSequence) -> tuple[TokenSequence, int] | None:
         """The row whose beginning this one takes over, and how many tokens."""
         return self._donors.get(row)
 
-    def _chosen(self) -> list[Row]:
+    def _chosen(self) -> list[TokenSequence]:
         chosen, shared, gained, left = [], 0, 0, 0
         pending = [row for row in self.rows if row not in self._done]
         for row, with_previous in zip(self.rows, self._shared, strict=True):
@@ -107,7 +107,7 @@ class Waves:
                 shared = min(shared, self._shared[place])
 
 
-def together(rows: Sequence[Row], forward: int) -> list[list[Row]]:
+def together(rows: Sequence[TokenSequence], forward: int) -> list[list[TokenSequence]]:
     """Groups of rows to compute in one forward each, so that little is spent on padding and on forwards.
 
     A forward computes as many tokens in each row as its neediest row has unknown, and costs `forward` tokens besides.

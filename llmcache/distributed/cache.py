@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.distributed.workers import (
-    Done,
-    Place,
-    Share,
+    WorkerConfig,
     Workers,
+    WorkItem,
+    WorkResult,
     library,
 )
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.executor import Call, Execution, Unknown
+from llmcache.encoding.executor import EncodeCall, Executor, Misses
 from llmcache.errors import ConfigError, ForkedStoreError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys
@@ -42,7 +42,7 @@ _PER_WORKER = 4  # shares of a window for each worker, so that none waits long f
 _REMEMBERED = 64 << 20  # bytes of outputs that workers have committed, held until the store is read again
 
 
-class Remembered(Storing):
+class Remembered(BankWriter):
     """Keeps what workers committed in memory, until the store is read again. Commits only names of rows."""
 
     def __init__(self, *finished: Any) -> None:
@@ -85,12 +85,12 @@ class Remembered(Storing):
         super().commit()
 
 
-class SpreadExecution(Execution):
-    """Answers calls as `Execution` does; the batches are computed by workers."""
+class SpreadExecution(Executor):
+    """Answers calls as `Executor` does; the batches are computed by workers."""
 
     workers: Workers
 
-    def answers(self, call: Call) -> Answers:
+    def answers(self, call: EncodeCall) -> Answers:
         mode = running_mode(self.embedding.device.type)
         if mode:
             raise ConfigError(f"workers do not compute under the settings of this process ({mode}); use one process")
@@ -99,13 +99,13 @@ class SpreadExecution(Execution):
             self._storing.commit()
         return super().answers(call)
 
-    def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
+    def _compute(self, answers: Answers, call: EncodeCall, unknown: Misses) -> None:
         order = np.argsort(-unknown.tokens.lengths, kind="stable")
         if not len(order):
             return
         began = time.perf_counter()
         parts = _parts(order, call.batch_size, self.workers.count)
-        done: list[Done | None] = [None] * len(parts)
+        done: list[WorkResult | None] = [None] * len(parts)
         shares = [self._share(call, unknown, part) for part in parts]
         for number, one in self.workers.computed(shares):
             done[number] = one
@@ -119,7 +119,7 @@ class SpreadExecution(Execution):
             else:
                 self.counters.not_stored += len(part)
 
-    def _remember(self, share: Share, done: Done) -> None:
+    def _remember(self, share: WorkItem, done: WorkResult) -> None:
         self._storing.put(
             self.bank,
             share.keys,
@@ -132,10 +132,10 @@ class SpreadExecution(Execution):
             marks=share.marks,
         )
 
-    def _share(self, call: Call, unknown: Unknown, part: NDArray[np.int64]) -> Share:
+    def _share(self, call: EncodeCall, unknown: Misses, part: NDArray[np.int64]) -> WorkItem:
         """Work item of one worker: a part of the documents to compute."""
         places = unknown.places[part]
-        return Share(
+        return WorkItem(
             unknown.tokens.take(part.tolist()),
             unknown.keys[part],
             unknown.text_keys[part],
@@ -202,7 +202,7 @@ class SpreadCache(LLMCache):
             )
         there = {name: value for name, value in keywords.items() if name not in ("config", "tau", "min_generation")}
         store, old = self._store, self._execution
-        place = Place(os.fspath(store.folder.path), model, store.manifest.generation, there)
+        place = WorkerConfig(os.fspath(store.folder.path), model, store.manifest.generation, there)
         self._storing = Remembered(store, self.config, self._counters, self._exact_audits)
         execution = SpreadExecution(
             Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.cache import LLMCache
 from llmcache.errors import ConfigError, LLMCacheError
 from llmcache.indexes.bank import Bank
@@ -32,7 +32,7 @@ _IN_FLIGHT = 2  # shares handed to a worker at a time: the next is there when on
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WorkItem:
     """What one worker computes between two commits: whole batches, longest documents first.
 
     Every array has a row per document. sources: ids. features: float32 [n, feature width]. marks: of the entries, see
@@ -50,7 +50,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class WorkResult:
     """outputs: float32 [n, width], of a share's documents. seconds: of the model. stored: they are committed."""
 
     outputs: NDArray[np.float32]
@@ -59,7 +59,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerConfig:
     """Where workers find the store. generation: workers that see an older one are refused; keywords: of `open`."""
 
     path: str
@@ -76,14 +76,14 @@ class OpenCache(LLMCache):
         return self._bank
 
     @property
-    def storing(self) -> Storing:
+    def storing(self) -> BankWriter:
         return self._storing
 
 
 class Worker:
     """One process with the model loaded once and the store open. Runs as a Ray actor, or as a plain object."""
 
-    def __init__(self, place: Place, threads: int) -> None:
+    def __init__(self, place: WorkerConfig, threads: int) -> None:
         """Nothing is opened yet, so that an error of opening is the answer of a call and not a dead process."""
         self._place, self._threads = place, threads
         self._cache: OpenCache | None = None
@@ -101,7 +101,7 @@ class Worker:
             )
         return self._cache
 
-    def compute(self, share: Share) -> Done:
+    def compute(self, share: WorkItem) -> WorkResult:
         """The outputs of a share, committed where the store can be written.
 
         Started again after a kill it may be handed a share that its predecessor committed: nothing is stored twice.
@@ -127,7 +127,7 @@ class Worker:
                     cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[done.chosen].sum())),
                     marks=None if share.marks is None else share.marks[chosen],
                 )
-        return Done(outputs, seconds, committed(cache))
+        return WorkResult(outputs, seconds, committed(cache))
 
 
 def _sentences(cache: LLMCache) -> Sentences:
@@ -151,7 +151,7 @@ def committed(cache: OpenCache) -> bool:
 class Workers:
     """Actors of a Ray cluster; they start when there is something to compute, and no more than are needed."""
 
-    def __init__(self, place: Place, count: int, threads: int | None = None, gpus: float = 0) -> None:
+    def __init__(self, place: WorkerConfig, count: int, threads: int | None = None, gpus: float = 0) -> None:
         """count: at most so many. threads: of torch, None takes each one's part of the cores. gpus: of each."""
         self.count = count
         self._place, self._gpus = place, gpus
@@ -161,12 +161,12 @@ class Workers:
         self._cpus = part if part < 1 else int(part)
         self.threads = threads or max(1, int(part))
 
-    def computed(self, shares: Sequence[Share]) -> Iterator[tuple[int, Done]]:
+    def computed(self, shares: Sequence[WorkItem]) -> Iterator[tuple[int, WorkResult]]:
         """Every share's number and result, in the order in which they are done. LLMCacheError when workers fail."""
         ray = library()
         self._begin(min(self.count, len(shares)))
         idle = deque(self._actors * _IN_FLIGHT)
-        waiting: deque[tuple[int, Share]] = deque(enumerate(shares))
+        waiting: deque[tuple[int, WorkItem]] = deque(enumerate(shares))
         running: dict[Any, tuple[int, Any]] = {}
         while waiting or running:
             while waiting and idle:

@@ -10,14 +10,14 @@ import numpy as np
 
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.executor import Call, Execution
+from llmcache.encoding.executor import EncodeCall, Executor
 from llmcache.encoding.results import Source, documents_of, results
 from llmcache.errors import ConfigError
 from llmcache.indexes.store import Store
 from llmcache.near.calibration.calibrate import OWN, Calibration
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.risk_control import check
-from llmcache.near.calibration_store import NearReuse
+from llmcache.near.calibration_store import CalibrationStore
 
 CHUNK = 8192  # documents of a sample that are answered together
 
@@ -37,12 +37,12 @@ class Calibrations:
         self._store, self._namespace, self._config = store, namespace, config
         self._commit = commit
         self._own: dict[str, Drift] = {} if drift is None else {"output": drift}
-        self._open: dict[str, tuple[NearReuse, Execution]] = {}
+        self._open: dict[str, tuple[CalibrationStore, Executor]] = {}
 
-    def follow(self, name: str, execution: Execution) -> None:
+    def follow(self, name: str, execution: Executor) -> None:
         """Let an execution go by what is saved for its bank, if this opening may use it."""
         own, fields = self._own.get(name), execution.fields
-        near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, fields, own)
+        near = CalibrationStore(self._store, self._namespace, self._config, name, execution.bank, fields, own)
         self._open[name] = near, execution
         usable = self._store.trust != "untrusted" and self._config.tau is None and self._config.reuse == "deepest"
         execution.reuse = near.saved() if usable else None
@@ -51,7 +51,7 @@ class Calibrations:
     def calibrate(
         self,
         name: str,
-        execution: Execution,
+        execution: Executor,
         sample: Iterable[Source] | None,
         truth: Iterable[Any] | None,
         prompt: str | None,
@@ -73,7 +73,7 @@ class Calibrations:
                 f"{len(right)} right answers for {len(documents or ())} documents of a sample; give one for each"
             )
         known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
-        call = Call([], None, prompt, role)
+        call = EncodeCall([], None, prompt, role)
         try:
             execution.fields.pattern = settings["pattern"]
             _compute(execution, documents or (), call)
@@ -81,7 +81,7 @@ class Calibrations:
             if right is not None and documents is not None:
                 rows = execution.rows([document.text for document in documents], call)
                 answers = rows[rows >= 0], right[rows >= 0]
-            near = NearReuse(self._store, self._namespace, self._config, name, execution.bank, execution.fields)
+            near = CalibrationStore(self._store, self._namespace, self._config, name, execution.bank, execution.fields)
             scope = execution.scope(call)
             answering = None if documents is None else known
             found = near.calibrate(answering, scope, commit=self._commit, truth=answers, **settings)
@@ -119,7 +119,7 @@ class Calibrations:
         return found
 
 
-def _compute(execution: Execution, documents: Iterable[Source], call: Call) -> None:
+def _compute(execution: Executor, documents: Iterable[Source], call: EncodeCall) -> None:
     def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
         return execution.answers(replace(call, texts=texts, ids=ids))
 

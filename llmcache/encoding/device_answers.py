@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.banks.device_cache import Levels, dtype_of, numbers_on
+from llmcache.banks.device_cache import DeviceCache, dtype_of, numbers_on
 from llmcache.encoding.answers import Answers
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
@@ -26,12 +26,12 @@ class DeviceAnswers(Answers):
     others are in `outputs`.
     """
 
-    levels: Levels | None = field(default=None, kw_only=True)
+    levels: DeviceCache | None = field(default=None, kw_only=True)
     tensor: Tensor = field(default_factory=lambda: torch.zeros(0), kw_only=True)
     there: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), kw_only=True)
 
     @classmethod
-    def on(cls, like: Tensor, facts: BankFacts, levels: Levels | None, n: int) -> DeviceAnswers:
+    def on(cls, like: Tensor, facts: BankFacts, levels: DeviceCache | None, n: int) -> DeviceAnswers:
         """For n documents, on the device of `like`, a tensor of the model, whose own numbers are not to be rounded as
         stored ones may be.
         """

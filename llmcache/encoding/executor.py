@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.banks.device_cache import Levels, levels_of
+from llmcache.banks.device_cache import DeviceCache, levels_of
 from llmcache.banks.lookup import exact_by_tokens, first_occurrences, near
 from llmcache.banks.pace import Pace
 from llmcache.banks.payoff import sample
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
 from llmcache.encoding.device_answers import DeviceAnswers
@@ -40,7 +40,7 @@ from llmcache.model.keys import (
 )
 from llmcache.model.tokens import TokenRows
 from llmcache.near.marks import FieldDigests, scope_of
-from llmcache.near.matcher import TAKEN, Near, Reuse
+from llmcache.near.matcher import TAKEN, NearMatcher, NearMatches
 from llmcache.near.neighbors.index_torch import place_of
 from llmcache.near.repeats import NearAnswers
 
@@ -61,7 +61,7 @@ def nothing(answered: int, computed: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class EncodeCall:
     """What one call asks for. ids: of the documents, to say later where an entry came from, or None.
 
     tensor: whether the outputs are wanted on the model's device. wanted: whether somebody takes the outputs; a call
@@ -79,7 +79,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class Misses:
     """Documents that the model has to compute; everything has one row per document."""
 
     places: Places
@@ -94,11 +94,11 @@ class _Audited:
     """Documents that near reuse was asked for: places, what it has for them, and which are computed after all."""
 
     places: Places
-    near: Near
+    near: NearMatches
     again: NDArray[np.bool_]
 
 
-class Execution:
+class Executor:
     """Answers calls from one bank and one model, and counts how."""
 
     def __init__(
@@ -106,7 +106,7 @@ class Execution:
         model: Model,
         digest: bytes,
         config: CacheConfig,
-        storing: Storing,
+        storing: BankWriter,
         bank: Bank,
         secret: bytes,
         inside: Callable[[], AbstractContextManager[Any]],
@@ -124,29 +124,29 @@ class Execution:
         self._worth = storing.worth(bank, name, partial(seconds_again, model, bank))
         self._exact_audits = storing.exact_audits
         self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
-        self._near_reuse: Reuse | None = None
+        self._near_reuse: NearMatcher | None = None
         self._pace = Pace(self._probe)
         self.near_answers = NearAnswers(config.near_repeats)
         self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
         """Digests of what the guard compares, of the texts that are stored here and asked for."""
-        self.levels: Levels | None = None
+        self.levels: DeviceCache | None = None
         """Memory above the bank's files; None before it is wanted."""
         self._levels_for: torch.device | None = None
 
     @property
-    def reuse(self) -> Reuse | None:
+    def reuse(self) -> NearMatcher | None:
         """Calibrated near reuse, which looks up where the model is now; None where there is none, and `tau` decides."""
         if self._near_reuse is not None:
             self._near_reuse.place = place_of(self.config, self.embedding)
         return self._near_reuse
 
     @reuse.setter
-    def reuse(self, reuse: Reuse | None) -> None:
+    def reuse(self, reuse: NearMatcher | None) -> None:
         self._near_reuse = reuse
         if reuse is not None:
             reuse.pace = self._pace
 
-    def answers(self, call: Call) -> Answers:
+    def answers(self, call: EncodeCall) -> Answers:
         """Outputs and provenance of the call's texts, as arrays: what `encode` and `run` are made of.
 
         A call that is interrupted counts the documents that were answered until then. ModelMismatch when an audit finds
@@ -167,7 +167,7 @@ class Execution:
             counters.misses += computed
             raise
 
-    def _answers(self, call: Call) -> Answers:
+    def _answers(self, call: EncodeCall) -> Answers:
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
@@ -189,7 +189,7 @@ class Execution:
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
         return answers
 
-    def _uncached(self, call: Call) -> Answers:
+    def _uncached(self, call: EncodeCall) -> Answers:
         """Outputs of the model alone, for all texts of the call; each distinct text is computed once."""
         answers = Answers.empty(len(call.texts), self.bank.facts.width)
         distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
@@ -200,7 +200,7 @@ class Execution:
         self._count(call, answers, len(repeats), 0.0)
         return answers
 
-    def _empty(self, call: Call) -> Answers:
+    def _empty(self, call: EncodeCall) -> Answers:
         if not call.tensor:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         embedding = self._model.token_embedding()
@@ -211,7 +211,7 @@ class Execution:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
-    def _seed(self, kind: str, call: Call) -> Seed:
+    def _seed(self, kind: str, call: EncodeCall) -> Seed:
         """Seed of all keys of a call: the one place where model, process mode, role, prompt and secret enter a key."""
         return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
 
@@ -225,18 +225,18 @@ class Execution:
         """What computes, for those who measure it (`llmcache.planning.forecast`)."""
         return self._model
 
-    def seed(self, kind: str, call: Call) -> Seed:
+    def seed(self, kind: str, call: EncodeCall) -> Seed:
         """What the keys of this call's "text" or "tokens" begin with."""
         return self._seed(kind, call)
 
-    def scope(self, call: Call) -> int:
+    def scope(self, call: EncodeCall) -> int:
         """Near scope of a call, uint64: only entries stored with the same scope can answer its near matches.
 
         It comes from the same bytes as the keys, so whatever decides which entries match exactly decides this too.
         """
         return scope_of(self._seed("scope", call))
 
-    def marks(self, call: Call, places: Places) -> Marks | None:
+    def marks(self, call: EncodeCall, places: Places) -> Marks | None:
         """Marks of the entries that are made of these documents; None where nothing is stored, or found by likeness."""
         if not self._storing.store.writable or not self.bank.facts.feature_width:
             return None
@@ -244,12 +244,12 @@ class Execution:
 
     def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Of one text: its text key and its token key, uint64 [1, 2], and its tokens."""
-        call = Call([text], None, prompt, role)
+        call = EncodeCall([text], None, prompt, role)
         tokens = self._model.tokenise([text], prompt, role)
         by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
         return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
 
-    def rows(self, texts: Sequence[str], call: Call) -> Places:
+    def rows(self, texts: Sequence[str], call: EncodeCall) -> Places:
         """Rows of texts that the bank holds for the role and prompt of a call, -1 elsewhere; int64 [n]."""
         tokens = self._model.tokenise(texts, call.prompt, call.role)
         seed = self._seed("tokens", call)
@@ -263,7 +263,9 @@ class Execution:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
 
-    def _exact(self, answers: Answers, call: Call, places: Places, rows: Places, window: Window | float) -> Places:
+    def _exact(
+        self, answers: Answers, call: EncodeCall, places: Places, rows: Places, window: Window | float
+    ) -> Places:
         """Serve the places that have a row; returns those that have none, or one that could not be read, in order.
 
         A few of them are audited: ModelMismatch. window: see `AuditedHits.audit`.
@@ -281,7 +283,7 @@ class Execution:
         tokens = sum(len(ids) for ids in self.bank.tokens_of(rows))
         return tokens, seconds_again(self._model, self.bank, rows)
 
-    def _windows(self, call: Call, places: Places) -> Iterator[tuple[Places, TokenRows]]:
+    def _windows(self, call: EncodeCall, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Documents that are tokenised, looked up and length-sorted together.
 
         On a GPU they are fewer, and the next are tokenised while it computes; not where near reuse is calibrated, which
@@ -297,7 +299,7 @@ class Execution:
         return zip(parts, one_ahead(tokenised, parts) if ahead else map(tokenised, parts), strict=True)
 
     def _answer_unknown(
-        self, answers: Answers, call: Call, places: Places, text_keys: Keys, tokens: TokenRows, copies: Places
+        self, answers: Answers, call: EncodeCall, places: Places, text_keys: Keys, tokens: TokenRows, copies: Places
     ) -> None:
         """Answer documents whose text is not known: by their tokens, by a near match, or by the model.
 
@@ -337,7 +339,7 @@ class Execution:
                 open_ = self._near(answers, places[todo], asked, self.scope(call))
             call.progress(len(todo) - len(open_), 0)
             todo, raw = todo[open_], raw[open_]
-        unknown = Unknown(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
+        unknown = Misses(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
         self._compute(answers, call, unknown)
         if audited is not None:
             self._audit(answers, len(places), audited)
@@ -414,7 +416,7 @@ class Execution:
         self.counters.audits += len(drift)
         self.counters.audited_drift += float(drift.sum())
 
-    def _compute(self, answers: Answers, call: Call, unknown: Unknown) -> None:
+    def _compute(self, answers: Answers, call: EncodeCall, unknown: Misses) -> None:
         tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
         with self._inside() as attachment, asked_with(attachment, call):
             for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
@@ -443,7 +445,7 @@ class Execution:
                 finally:  # Ctrl-C while they are stored: they were computed, and count
                     call.progress(len(chosen), len(chosen))
 
-    def _count(self, call: Call, answers: Answers, repeats: int, seconds: float) -> None:
+    def _count(self, call: EncodeCall, answers: Answers, repeats: int, seconds: float) -> None:
         counters = self.counters
         counters.documents += len(answers.tier)
         counters.repeats += repeats
@@ -459,6 +461,6 @@ class Execution:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
 
 
-def _levels(answers: Answers) -> Levels | None:
+def _levels(answers: Answers) -> DeviceCache | None:
     """The memory above the files that a call's hits come from, where there is any."""
     return answers.levels if isinstance(answers, DeviceAnswers) else None

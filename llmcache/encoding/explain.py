@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import Call, Execution
+from llmcache.encoding.executor import EncodeCall, Executor
 from llmcache.indexes.bank import Bank
 from llmcache.model.features import features
 from llmcache.model.tokens import TokenRows
@@ -22,7 +22,7 @@ from llmcache.near.matcher import (
     QUARANTINED,
     TAKEN,
     Decode,
-    Reuse,
+    NearMatcher,
 )
 
 SHOWN = 5
@@ -62,10 +62,10 @@ class Explanation:
         return {**asdict(self), "similarity": self.similarity}
 
 
-def explain(execution: Execution, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
+def explain(execution: Executor, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
     """Look a text up as a call would, without computing or storing anything."""
     bank, config, reuse = execution.bank, execution.config, execution.reuse
-    scope = execution.scope(Call([text], None, prompt, role))
+    scope = execution.scope(EncodeCall([text], None, prompt, role))
     by_text, by_tokens, tokens = execution.keys_of(text, prompt, role)
     for why, row in (
         ("the same text is stored", int(bank.find_text(by_text)[0])),
@@ -98,7 +98,7 @@ def _nearest(bank: Bank, raw: NDArray[np.float32], scope: int, decode: Decode) -
 
 
 def _calibrated(
-    bank: Bank, reuse: Reuse, raw: NDArray[np.float32], tokens: TokenRows, text: str, decode: Decode
+    bank: Bank, reuse: NearMatcher, raw: NDArray[np.float32], tokens: TokenRows, text: str, decode: Decode
 ) -> Explanation:
     if reuse.refresh() is None:
         return Explanation("miss", reuse.off, gates=(("a neighbour", False),))

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.config import CacheConfig
-from llmcache.encoding.executor import Call, Execution, Progress
+from llmcache.encoding.executor import EncodeCall, Executor, Progress
 from llmcache.encoding.results import (
     Result,
     Source,
@@ -44,7 +44,7 @@ from llmcache.model.tokens import (
     tokenise,
     tokenise_plainly,
 )
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 
 log = logging.getLogger("llmcache")
 
@@ -111,7 +111,7 @@ class Heads:
         heads: Mapping[str, Module],
         layers: Layers,
         config: CacheConfig,
-        follow: Callable[[str, Execution], None],
+        follow: Callable[[str, Executor], None],
         check: Callable[[], None],
     ) -> None:
         """source: the cache's own model. follow: lets an execution go by what is calibrated for the bank of this name.
@@ -130,7 +130,7 @@ class Heads:
         self._check = check
         self._watches = {name: layers.watch(model, tokenizer) for name, model in heads.items()}
         depths = shared_depths(identities)
-        self._executions: dict[str, Execution] = {}
+        self._executions: dict[str, Executor] = {}
         self._banks: dict[str, str] = {}
         for name, model in heads.items():
             kept = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
@@ -144,7 +144,7 @@ class Heads:
             self._executions[name], self._banks[name] = execution, bank
             follow(bank, execution)
 
-    def only(self) -> tuple[str, Execution]:
+    def only(self) -> tuple[str, Executor]:
         """The bank's name and the execution of the one head."""
         ((name, execution),) = self._executions.items()
         return self._banks[name], execution
@@ -176,10 +176,10 @@ class Heads:
                 self.check()
                 for name, execution in self._executions.items():
 
-                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Execution = execution) -> Any:
-                        return execution.answers(Call(texts, ids, prompt, role, batch_size, progress))
+                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Executor = execution) -> Any:
+                        return execution.answers(EncodeCall(texts, ids, prompt, role, batch_size, progress))
 
-                    def bank(execution: Execution = execution) -> Bank:
+                    def bank(execution: Executor = execution) -> Bank:
                         return execution.bank
 
                     answered[name] = list(results(window, answer, bank, "output", _WINDOW))
@@ -207,7 +207,7 @@ def _execution(
     layers: Layers,
     config: CacheConfig,
     digest: bytes,
-) -> tuple[str, Execution]:
+) -> tuple[str, Executor]:
     """The name of a head's bank, and what answers from it. digest: of the head's identity."""
     runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
     probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
@@ -219,7 +219,7 @@ def _execution(
     def inside() -> AbstractContextManager[Any]:
         return nullcontext() if attachment is None else attachment
 
-    return name, Execution(runner, digest, config, layers.storing, bank, layers.secret, inside, name)
+    return name, Executor(runner, digest, config, layers.storing, bank, layers.secret, inside, name)
 
 
 def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:
     raise ConfigError(f"a head gives logits [rows, classes]; {type(model).__name__} gives {has}")
 
 
-def head_from_file(path: Path) -> Boundary:
+def head_from_file(path: Path) -> LinearHead:
     """A linear head out of an .npz file with `weights` [classes, width] and `offset` [classes]; no code is read.
 
     ConfigError when it is something else.
@@ -250,7 +250,7 @@ def head_from_file(path: Path) -> Boundary:
         raise ConfigError(
             f"{path} has weights {weights.shape} and offset {offset.shape}, not [classes, width], [classes]"
         )
-    return Boundary(weights, offset)
+    return LinearHead(weights, offset)
 
 
 def answers_from_file(path: Path) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ from llmcache.model.keys import Seed, token_keys
 from llmcache.model.tokens import TokenRows, in_vocabulary
 
 if TYPE_CHECKING:
-    from llmcache.encoding.executor import Call
+    from llmcache.encoding.executor import EncodeCall
 
 Rows = NDArray[np.int64]
 Window: TypeAlias = tuple[Rows, TokenRows]
@@ -43,7 +43,7 @@ class AuditedHits:
         """Count the entries of these keys, uint64 [n, 2], as verified: the model has just computed them."""
         self._evidence.computed(keys)
 
-    def audit(self, answers: Answers, places: Rows, call: Call, window: Window | float) -> None:
+    def audit(self, answers: Answers, places: Rows, call: EncodeCall, window: Window | float) -> None:
         """Audit a few of the hits that were just served: nothing is changed in the answers.
 
         places: int64 [n], of the hits in the call. window: documents of the call that are tokenised already, the hits

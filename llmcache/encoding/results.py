@@ -18,7 +18,7 @@ from llmcache.encoding.answers import MISS, TIERS, Answers
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
 from llmcache.layers.layer_banks import bank_name
-from llmcache.records import Refused, Wanted, intake
+from llmcache.records import FieldSpec, RejectedRecord, intake
 
 Source: TypeAlias = str | Document | Mapping[str, Any]
 """A document as callers give it: a text, a Document, or a mapping with "text" and perhaps "id"."""
@@ -81,11 +81,11 @@ def documents_of(sources: Any) -> Iterator[Document]:
     A document without an id gets its place. ConfigError, at once, for a single text, mapping or path where many
     documents are meant; CorpusError, when it is reached, for a record that is no document.
     """
-    return map(_accepted, intake(sources, Wanted(most=sys.maxsize)))
+    return map(_accepted, intake(sources, FieldSpec(most=sys.maxsize)))
 
 
-def _accepted(taken: Document | Refused) -> Document:
-    if isinstance(taken, Refused):
+def _accepted(taken: Document | RejectedRecord) -> Document:
+    if isinstance(taken, RejectedRecord):
         raise CorpusError(f"document {taken.place} {taken.reason}; Pipeline answers the others and collects such")
     return taken
 

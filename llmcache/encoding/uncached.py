@@ -15,12 +15,14 @@ from llmcache.model.batching import Model, compute
 from llmcache.model.tokens import TokenRows, in_vocabulary
 
 if TYPE_CHECKING:
-    from llmcache.encoding.executor import Call
+    from llmcache.encoding.executor import EncodeCall
 
 _WINDOW = 8192  # documents that are tokenised and length-sorted together
 
 
-def answer_by_model(answers: Answers, call: Call, places: NDArray[np.int64], model: Model, counters: Counters) -> None:
+def answer_by_model(
+    answers: Answers, call: EncodeCall, places: NDArray[np.int64], model: Model, counters: Counters
+) -> None:
     """Compute the documents at these places of a call, int64 [n], and fill in their outputs."""
     for start in range(0, len(places), _WINDOW):
         part = places[start : start + _WINDOW]

@@ -22,17 +22,17 @@ from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.banks.lookup import first_occurrences
 from llmcache.decoders.padded_batch import holds_tokens, wants_keys
-from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.layers.audits import audit_states
-from llmcache.layers.layer_banks import Found, LayerBanks
+from llmcache.layers.layer_banks import LayerBanks, LayerMatches
 from llmcache.layers.merged_outputs import merged
 from llmcache.layers.partial_forward import (
-    Anatomy,
-    Blocks,
+    LayerStack,
     NoSuchLayer,
-    Pass,
+    PartialForward,
+    TrunkSpec,
     examine,
     gives_keys,
 )
@@ -74,10 +74,10 @@ class Attachment:
     def __init__(
         self,
         trunk: Trunk,
-        banks: Callable[[Anatomy], LayerBanks],
+        banks: Callable[[TrunkSpec], LayerBanks],
         choose: Callable[[int], Sequence[int]],
         changed: Callable[[], None],
-        prefixes: Callable[[str], Prefixes | None],
+        prefixes: Callable[[str], PrefixCache | None],
         counters: Counters,
         exact_audits: ExactAudits,
         watch: ModelWatch,
@@ -97,7 +97,7 @@ class Attachment:
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
         self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
-        self._blocks = Blocks(trunk.blocks)
+        self._blocks = LayerStack(trunk.blocks)
         self._signature = inspect.signature(trunk.module.forward)
         self._main = main_input(trunk.module, self._signature)
         self._takes_cache = "use_cache" in self._signature.parameters
@@ -106,9 +106,9 @@ class Attachment:
         self.losses = LossArguments(trunk.module)
         self._lock, self._is_open, self._pid = lock, is_open, os.getpid()
         self._stand_in: StandIn | None = None
-        self._anatomies: dict[tuple[object, ...], tuple[Anatomy, LayerBanks] | str] = {}
+        self._anatomies: dict[tuple[object, ...], tuple[TrunkSpec, LayerBanks] | str] = {}
         self._decodes: bool | None = None
-        self._prefixes: dict[str, Prefixes | str] = {}
+        self._prefixes: dict[str, PrefixCache | str] = {}
         self._watch = watch
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
@@ -322,7 +322,7 @@ class Attachment:
         prefixes = self._beginnings()
         return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._asked() | call)
 
-    def _beginnings(self) -> Prefixes | str:
+    def _beginnings(self) -> PrefixCache | str:
         """What restores beginnings, or why nothing does."""
         mode = self._mode()
         if mode not in self._prefixes:
@@ -365,7 +365,7 @@ class Attachment:
         """Process-wide settings that change the states, such as autocast."""
         return running_mode(self._watch.device.type)
 
-    def _anatomy(self, return_dict: bool | None = None) -> tuple[Anatomy, LayerBanks] | str:
+    def _anatomy(self, return_dict: bool | None = None) -> tuple[TrunkSpec, LayerBanks] | str:
         """Structure of this trunk as seen in trials, with its banks; or the reason why its layers cannot be cached.
 
         For the autocast state at hand and this kind of output. The trials leave no trace in the model.
@@ -387,12 +387,12 @@ class Attachment:
                 self._anatomies[mode] = f"{name} cannot be cached by layers: a trial failed with {explained(error)}"
         return self._anatomies[mode]
 
-    def _tried(self, return_dict: bool | None) -> Anatomy:
+    def _tried(self, return_dict: bool | None) -> TrunkSpec:
         """Try the trunk out; returns its structure. ConfigError if it cannot be cached; model errors pass through."""
         module: Any = self.trunk.module
         device = self._watch.device
 
-        def first_trial() -> tuple[Call, Anatomy]:
+        def first_trial() -> tuple[Call, TrunkSpec]:
             call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
             if self._takes_cache:
                 self._decodes = gives_keys(self._forward, call)
@@ -412,7 +412,7 @@ class Attachment:
         )
         return replace(anatomy, reach=trial.reach(module, vocabulary_of(module)))
 
-    def _rehearsed(self, call: Call, anatomy: Anatomy, banks: MemoryBanks, up_to: int | None) -> Any:
+    def _rehearsed(self, call: Call, anatomy: TrunkSpec, banks: MemoryBanks, up_to: int | None) -> Any:
         """The answer to a call from banks in memory, which leaves counters and what is said of the last pass alone."""
         reason = refusal(call, self._main)
         if reason is not None:
@@ -431,7 +431,7 @@ class Attachment:
         assert not isinstance(found, str), "such a call is refused"
         return self._answer_from(call, *found)
 
-    def _answer_from(self, call: Call, anatomy: Anatomy, banks: LayerBanks | MemoryBanks) -> Any:
+    def _answer_from(self, call: Call, anatomy: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
         """The output for all rows of a call. banks: of a store, or in memory for a trial."""
         rows = input_rows(call, self._main)
         mode = self._mode()
@@ -454,16 +454,16 @@ class Attachment:
         self,
         rows: InputRows,
         distinct: NDArray[np.int64],
-        found: Found,
+        found: LayerMatches,
         group: NDArray[np.int64],
-        anatomy: Anatomy,
+        anatomy: TrunkSpec,
         banks: LayerBanks | MemoryBanks,
     ) -> Any:
         """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
         enter, chosen = int(found.enter[group[0]]), distinct[group]
         whole = len(group) == len(rows) and enter == 0  # nothing to gain from another shape
         width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        one = Pass(enter=enter)
+        one = PartialForward(enter=enter)
         if self.up_to is None:
             one.keep = frozenset(layer for layer in banks.kept if layer >= enter)
         if enter:
@@ -482,11 +482,11 @@ class Attachment:
     def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
         """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
         width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        states = Pass(keep=layers)
+        states = PartialForward(keep=layers)
         self._blocks.run(states, self._forward, rows.some(chosen, width))
         return states.kept
 
-    def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: Anatomy) -> Tensor:
+    def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: TrunkSpec) -> Tensor:
         known = [state for state in states if state is not None]
         table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
         for place, state in zip(table, known, strict=True):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcache.banks.agreement import compared, machine_epsilon, shapes
-from llmcache.layers.layer_banks import Found, LayerBanks
+from llmcache.layers.layer_banks import LayerBanks, LayerMatches
 from llmcache.model.inputs import InputRows, input_rows
 
 Rows = NDArray[np.int64]
@@ -18,7 +18,9 @@ States = Callable[[InputRows, Rows, frozenset[int]], dict[int, Tensor]]
 """States of rows at some layers, computed from the start, [rows, tokens, width] for each layer."""
 
 
-def audit_states(found: Found, rows: InputRows, chosen: Rows, banks: LayerBanks, mode: str, states: States) -> None:
+def audit_states(
+    found: LayerMatches, rows: InputRows, chosen: Rows, banks: LayerBanks, mode: str, states: States
+) -> None:
     """Audit a few of the states that were found for a call, before anything is computed from them.
 
     Where rows are to be computed, and stored, a few entries of the deepest bank are audited before that.
@@ -63,7 +65,7 @@ def _audit_sample(like: InputRows, banks: LayerBanks, mode: str, states: States)
             return
         values = [reading.values[place] for place in intact.tolist()]
         n = len(intact)
-        found = Found(np.full(n, layer + 1), values, np.zeros(n), [""] * n, sampled[chosen[intact]])
+        found = LayerMatches(np.full(n, layer + 1), values, np.zeros(n), [""] * n, sampled[chosen[intact]])
         _audit(found, rows, chosen[intact], np.arange(n), layer, banks, states)
 
 
@@ -83,7 +85,7 @@ def _rows_of(ids: Sequence[NDArray[np.int32]], like: InputRows) -> InputRows:
 
 
 def _audit(
-    found: Found, rows: InputRows, chosen: Rows, audited: Rows, layer: int, banks: LayerBanks, states: States
+    found: LayerMatches, rows: InputRows, chosen: Rows, audited: Rows, layer: int, banks: LayerBanks, states: States
 ) -> None:
     places = chosen[audited]
     others = np.setdiff1d(chosen, places)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from llmcache.banks.counters import LayerCounters
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import scoped
 from llmcache.indexes.format.rows import Keys
@@ -25,7 +25,7 @@ def bank_name(layer: int) -> str:
 
 
 @dataclass(slots=True)
-class Found:
+class LayerMatches:
     """What the banks have of some rows. enter: int64 [n], first layer to compute, 0 where nothing is known.
 
     states: per row float32 [tokens, width], what the layer before `enter` gave; None where nothing is known.
@@ -48,7 +48,7 @@ class LayerBanks:
         layers: Sequence[int],
         open_bank: Callable[[int], Bank],
         digest: Callable[[int], bytes],
-        storing: Storing,
+        storing: BankWriter,
         secret: bytes,
         features: Callable[[Sequence[NDArray[np.int32]]], NDArray[np.float32]],
         trunk: Module,
@@ -79,10 +79,10 @@ class LayerBanks:
         """
         return scope_of(key_seed(self._digest(layer), f"layer {layer} scope {mode}", *asked, self._secret))
 
-    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
+    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> LayerMatches:
         """The deepest state that is stored for each of the chosen rows. up_to: deepest layer to look at."""
         n = len(chosen)
-        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
+        found = LayerMatches(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         open_ = np.arange(n)
         for layer in reversed(self.layers):
             if not len(open_):
@@ -116,7 +116,7 @@ class LayerBanks:
         at: NDArray[np.int64],
         places: NDArray[np.int64],
         layer: int,
-        found: Found,
+        found: LayerMatches,
         counters: LayerCounters,
     ) -> NDArray[np.bool_]:
         """Fill these places of `found` from these bank rows; returns which rows could be read, bool [n]."""

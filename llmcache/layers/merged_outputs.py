@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.layers.partial_forward import Anatomy, Place, parts_of
+from llmcache.layers.partial_forward import Place, TrunkSpec, parts_of
 from llmcache.model.inputs import InputRows
 
 
 def merged(
-    parts: list[tuple[NDArray[np.int64], Any]], first: NDArray[np.int64], rows: InputRows, anatomy: Anatomy
+    parts: list[tuple[NDArray[np.int64], Any]], first: NDArray[np.int64], rows: InputRows, anatomy: TrunkSpec
 ) -> Any:
     """One output for all rows of a call, in their order.
 

@@ -1,8 +1,8 @@
 """Passes through a trunk that enter at any layer: its blocks are skipped until then, and their states recorded.
 
-A forward hook cannot skip a module, so while `Blocks` is in place every block's `forward` is a stand-in, which calls
-the block's own unless the pass at hand begins later. All that a model does around its layers (embeddings, masks,
-positions, final norm, pooler) is done by the model itself.
+A forward hook cannot skip a module, so while `LayerStack` is in place every block's `forward` is a stand-in, which
+calls the block's own unless the pass at hand begins later. All that a model does around its layers (embeddings,
+masks, positions, final norm, pooler) is done by the model itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NoSuchLayer(ConfigError):
 
 
 @dataclass(slots=True)
-class Pass:
+class PartialForward:
     """One forward pass. enter: number of the first layer that is computed; the one before gives `state`.
 
     keep: layers whose states are wanted, in `kept` afterwards. number: of the next layer.
@@ -44,7 +44,7 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class LayerSignature:
     """What a block returns: its state alone, or a tuple that begins with it.
 
     state: which argument is the state that comes in. others: of each further part of the tuple, the argument that it
@@ -63,10 +63,10 @@ class Form:
 class _Running(threading.local):
     """The pass that each thread runs; None where it runs none."""
 
-    now: Pass | None = None
+    now: PartialForward | None = None
 
 
-class Blocks:
+class LayerStack:
     """The blocks of a trunk with stand-ins for their forwards, from `replace` to `restore`.
 
     A pass belongs to the thread that runs it: in all other threads the blocks compute as they always do.
@@ -75,7 +75,7 @@ class Blocks:
     def __init__(self, blocks: Sequence[Module]) -> None:
         self._blocks = list(dict.fromkeys(blocks))
         self._stand_ins: list[StandIn] = []
-        self.forms: list[Form] = []
+        self.forms: list[LayerSignature] = []
         self._running = _Running()
 
     def replace(self) -> None:
@@ -88,7 +88,7 @@ class Blocks:
             remove(stand_in)
         self._stand_ins = []
 
-    def run(self, one: Pass, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
+    def run(self, one: PartialForward, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
         """What the trunk's own `forward` gives for this call, with the layers before `one.enter` skipped."""
         before, self._running.now = self._running.now, one
         try:
@@ -113,7 +113,12 @@ class Blocks:
         return result
 
     def _skipped(
-        self, one: Pass, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        one: PartialForward,
+        number: int,
+        own: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         form = self.forms[number]
         state = one.state if number == one.enter - 1 else _at(form.state, args, kwargs)
@@ -142,7 +147,7 @@ def _tensor(state: Any) -> Tensor:
     raise ConfigError(f"a layer gives a {type(state).__name__}, not a tensor [rows, tokens, width]")
 
 
-def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows: int) -> Form:
+def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows: int) -> LayerSignature:
     """How to stand in for a block that was called like this, with `rows` rows, and returned that.
 
     ConfigError when its state is not [rows, tokens, width].
@@ -160,7 +165,7 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
         0 if args else "hidden_states",
     )
     if not isinstance(result, tuple):
-        return Form(into, True)
+        return LayerSignature(into, True)
     others, constants, made, one_row = [], [], False, True
     for part in result[1:]:
         origin = next((one for one in places if part is not None and _at(one, args, kwargs) is part), None)
@@ -168,7 +173,7 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
         constants.append(None if isinstance(part, Tensor) else part)
         if origin is None and isinstance(part, Tensor):
             made, one_row = True, one_row and part.shape[:1] == (1,)
-    return Form(into, False, tuple(others), tuple(constants), made, one_row)
+    return LayerSignature(into, False, tuple(others), tuple(constants), made, one_row)
 
 
 def _at(place: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -185,7 +190,7 @@ def _first_row(value: Any, rows: int) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class TrunkSpec:
     """What a trial showed of a trunk, under the autocast state and on the device of the trial.
 
     dtype, width: of the states. decodes: it returns keys and values unless told not to. fields: of the outputs that it
@@ -202,12 +207,12 @@ class Anatomy:
 
 @torch.no_grad()
 def examine(
-    blocks: Blocks,
+    blocks: LayerStack,
     forward: Callable[..., Any],
     call: dict[str, Any],
     use_cache: bool,
     choose: Callable[[int], Sequence[int]],
-) -> Anatomy:
+) -> TrunkSpec:
     """Run a trial through a trunk whose blocks are replaced, and learn what stands in for each of them.
 
     Entering after a layer that is to have a bank, with its state, must give what the full pass gives, bit for bit;
@@ -218,7 +223,7 @@ def examine(
     rows = len(next(iter(call.values())))
     decodes = use_cache and gives_keys(forward, call)
     call = {**call, "use_cache": False} if use_cache else call
-    full = Pass(trace=[], keep=frozenset(range(1 << 12)))
+    full = PartialForward(trace=[], keep=frozenset(range(1 << 12)))
     whole = blocks.run(full, forward, call)
     assert full.trace is not None
     if not full.trace:
@@ -234,7 +239,7 @@ def examine(
                 "adds or leaves out tokens, so states cannot be told apart by tokens"
             )
     for layer, state in states.items():
-        again = blocks.run(Pass(enter=layer + 1, state=state), forward, call)
+        again = blocks.run(PartialForward(enter=layer + 1, state=state), forward, call)
         if not same(again, whole):
             raise ConfigError(
                 f"what the model gives depends on more than the state of its layer {layer} (of {len(blocks.forms)}): "
@@ -245,7 +250,7 @@ def examine(
         seen = ", ".join(sorted(f"{width} {dtype}" for width, dtype in kinds)) or "none was chosen"
         raise ConfigError(f"the layers to keep give states of different kinds ({seen}); choose layers of one kind")
     [(width, dtype)] = kinds
-    return Anatomy(len(blocks.forms), width, dtype, decodes, fields)
+    return TrunkSpec(len(blocks.forms), width, dtype, decodes, fields)
 
 
 def parts_of(output: Any) -> dict[Place, Any]:
@@ -266,17 +271,19 @@ def gives_keys(forward: Callable[..., Any], call: Mapping[str, Any]) -> bool:
     return any(part is not None and not isinstance(part, Tensor) for part in parts_of(output).values())
 
 
-def _cut_short(blocks: Blocks, forward: Callable[..., Any], call: dict[str, Any], whole: Any) -> Any:
+def _cut_short(blocks: LayerStack, forward: Callable[..., Any], call: dict[str, Any], whole: Any) -> Any:
     """What the trunk gives for fewer tokens; `whole` itself where the call has none, such as images."""
     ids = next(iter(call.values()))
     if ids.is_floating_point():
         return whole
     some = ids.shape[1] - 2
-    short = blocks.run(Pass(), forward, {k: v[:, :some] if isinstance(v, Tensor) else v for k, v in call.items()})
+    short = blocks.run(
+        PartialForward(), forward, {k: v[:, :some] if isinstance(v, Tensor) else v for k, v in call.items()}
+    )
     if "attention_mask" in call:
         mask = call["attention_mask"].clone()
         mask[:, some:] = 0
-        padded = parts_of(blocks.run(Pass(), forward, {**call, "attention_mask": mask}))
+        padded = parts_of(blocks.run(PartialForward(), forward, {**call, "attention_mask": mask}))
         for place, part in parts_of(short).items():
             other = padded[place]
             if not isinstance(part, Tensor) or not isinstance(other, Tensor):

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from llmcache.banks.device_cache import levels_of
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.decoders.kv_buffer import shape_of
-from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.layer_banks import LayerBanks, bank_name
-from llmcache.layers.partial_forward import Anatomy, NoSuchLayer
+from llmcache.layers.partial_forward import NoSuchLayer, TrunkSpec
 from llmcache.model.architecture import Trunk, find_trunk
 from llmcache.model.batching import token_embedding
 from llmcache.model.compiled import refuse_compiled
@@ -45,7 +45,7 @@ class Layers:
         self,
         config: CacheConfig,
         namespace: str,
-        storing: Storing,
+        storing: BankWriter,
         secret: bytes,
         lock: CallLock,
         is_open: Callable[[], bool],
@@ -105,7 +105,7 @@ class Layers:
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
-    def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> Prefixes | None:
+    def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> PrefixCache | None:
         if not self._config.prefix_block:
             return None
         self._check_dtype(trunk)
@@ -113,7 +113,7 @@ class Layers:
         dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
         bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
         device = next(trunk.parameters()).device
-        made = Prefixes(
+        made = PrefixCache(
             trunk,
             bank,
             keeper.digest(mode),
@@ -131,7 +131,7 @@ class Layers:
         """The bank of this name; an empty one with these facts where there is none."""
         return self.storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
 
-    def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: Anatomy) -> LayerBanks:
+    def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: TrunkSpec) -> LayerBanks:
         config = self._config
         self._check_dtype(trunk)
         embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None

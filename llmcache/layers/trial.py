@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.rows import Keys
-from llmcache.layers.layer_banks import Found
+from llmcache.layers.layer_banks import LayerMatches
 from llmcache.layers.partial_forward import Place, parts_of
 from llmcache.model.inputs import Call, InputRows
 from llmcache.model.restoring import without_trace
@@ -47,9 +47,9 @@ class MemoryBanks:
         digests = b"".join(hashlib.sha256(seed + content).digest()[:16] for content in rows.content)
         return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
-    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> Found:
+    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> LayerMatches:
         n = len(chosen)
-        found = Found(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
+        found = LayerMatches(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         for layer in self.layers:
             if up_to is not None and layer > up_to:
                 continue

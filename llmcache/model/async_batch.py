@@ -15,7 +15,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Begun:
+class AsyncBatch:
     """One batch on its way: its kernels and the copy of its outputs to the host are queued, and nobody waits yet."""
 
     def __init__(self, vectors: Callable[[], Tensor], chosen: list[int]) -> None:

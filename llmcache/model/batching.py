@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.model.async_batch import Begun
+from llmcache.model.async_batch import AsyncBatch
 from llmcache.model.tokens import TokenRows, batch, tokenise
 
 _TOKENS = 2048
@@ -92,11 +92,11 @@ def compute(
 
     ahead: on a GPU, begin the next batch before one is given out, so that it computes while that is looked after.
     """
-    begun: Begun | None = None
+    begun: AsyncBatch | None = None
     on_cpu = model.token_embedding().device.type == "cpu"
     for chosen in batches(rows.lengths, batch_size, _TOKENS if on_cpu else None):
         if ahead and model.token_embedding().device.type == "cuda":
-            last, begun = begun, Begun(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
+            last, begun = begun, AsyncBatch(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
             if last is not None:
                 yield Computed(last.chosen, *last.wait())
             continue

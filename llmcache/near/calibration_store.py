@@ -19,13 +19,13 @@ from llmcache.indexes.store import Store
 from llmcache.near import fitted_models as fitting
 from llmcache.near.calibration.calibrate import (
     Calibration,
-    Fitted,
+    FittedModels,
     Truth,
     calibrated,
 )
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import Reuse, answering_keys, entries_of
+from llmcache.near.matcher import NearMatcher, answering_keys, entries_of
 from llmcache.near.neighbors.index import Entries
 from llmcache.near.neighbors.prediction_bank import Distilled
 from llmcache.near.neighbors.predictor import LEAST
@@ -37,7 +37,7 @@ log = logging.getLogger("llmcache")
 _VERSION = 16  # digits of a key that name a version
 
 
-class NearReuse:
+class CalibrationStore:
     """What is calibrated for a bank. The choice is among the settings of its namespace, what was fitted in a bank."""
 
     def __init__(
@@ -57,7 +57,7 @@ class NearReuse:
         self._fields, self._drift = fields, drift
         self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
 
-    def saved(self) -> Reuse | None:
+    def saved(self) -> NearMatcher | None:
         """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
         raw = self._saved().get(self._setting, {})
         if not raw:
@@ -70,14 +70,14 @@ class NearReuse:
             found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
             self._check(fitted)
             distilled = self._distilled(place)
-            return Reuse(self._bank, found, fitted, self._fields, self._config, kept, self._drift, distilled)
+            return NearMatcher(self._bank, found, fitted, self._fields, self._config, kept, self._drift, distilled)
         except ConfigError as error:
             log.warning("near reuse is off: %s", error)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             log.warning("near reuse is off: its calibration cannot be read (%r); calibrate again", error)
         return None
 
-    def _check(self, fitted: Fitted) -> None:
+    def _check(self, fitted: FittedModels) -> None:
         """ConfigError when the predictor does not take this bank's features, or gives other outputs than its rows."""
         facts = self._bank.facts
         given = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
@@ -146,7 +146,7 @@ class NearReuse:
         return found
 
     def save(
-        self, found: Calibration, fitted: Fitted, kept: Mapping[str, Any] | None, commit: Callable[[], object]
+        self, found: Calibration, fitted: FittedModels, kept: Mapping[str, Any] | None, commit: Callable[[], object]
     ) -> Mapping[str, Any]:
         """Write a calibration with the settings of the namespace; returns where its numbers are.
 
@@ -158,7 +158,7 @@ class NearReuse:
         self._distilled(place).drop_others([one["fitted"]["key"][:_VERSION] for one in self._saved().values()])
         return place
 
-    def keep(self, reuse: Reuse, commit: Callable[[], object]) -> None:
+    def keep(self, reuse: NearMatcher, commit: Callable[[], object]) -> None:
         """Save what has changed in near reuse while it ran: what audits have found, or a newer calibration.
 
         What somebody else has calibrated meanwhile stands.

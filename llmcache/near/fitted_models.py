@@ -12,13 +12,13 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.model.keys import key
-from llmcache.near.calibration.calibrate import Fitted
+from llmcache.near.calibration.calibrate import FittedModels
 
 BANK = "fitted"
 FACTS = BankFacts("float32", 1, 2, 0)
 
 
-def put(bank: Bank, fitted: Fitted) -> dict[str, Any]:
+def put(bank: Bank, fitted: FittedModels) -> dict[str, Any]:
     """Keep the arrays in the bank, until it is committed; what is needed to find them again, as JSON."""
     # sorted, as the manifest sorts them
     arrays = {name: _single(np.asarray(one, np.float64)) for name, one in sorted(fitted.to_arrays().items())}
@@ -37,7 +37,7 @@ def put(bank: Bank, fitted: Fitted) -> dict[str, Any]:
     return {"key": name.hex(), "shapes": {name: list(one.shape) for name, one in arrays.items()}}
 
 
-def get(bank: Bank, place: Mapping[str, Any]) -> Fitted:
+def get(bank: Bank, place: Mapping[str, Any]) -> FittedModels:
     """What `put` kept there. ConfigError when it is gone or damaged."""
     rows = bank.find(np.frombuffer(bytes.fromhex(place["key"]), np.uint64).reshape(1, 2))
     reading = bank.read(rows[rows >= 0])
@@ -52,7 +52,7 @@ def get(bank: Bank, place: Mapping[str, Any]) -> Fitted:
         count = int(np.prod(shape))
         arrays[name] = flat[at : at + count].reshape(shape)
         at += count
-    return Fitted.from_arrays(arrays)
+    return FittedModels.from_arrays(arrays)
 
 
 def _single(numbers: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.format.marks import Marks, kinds_of, unmarked
 from llmcache.model.keys import Seed
-from llmcache.near.guard.rules import KINDS, RULES_VERSION, Rules
+from llmcache.near.guard.rules import KINDS, RULES_VERSION, FieldGuard
 
 _PATTERN = KINDS.index("pattern")
 _PER_TOKEN = 16  # characters of ordinary words in a token, at most; of longer texts only so much is read
@@ -39,7 +39,7 @@ class FieldDigests:
     def __init__(self, secret: bytes = b"", tokens: Callable[[], int | None] = lambda: None) -> None:
         """secret: of the namespace, b"" for none. tokens: how many of a text the model reads; None: all."""
         self._secret, self._tokens = secret, tokens
-        self._plain, self._own, self._number = Rules(), Rules(), 0
+        self._plain, self._own, self._number = FieldGuard(), FieldGuard(), 0
         self._pattern = ""
 
     @property
@@ -52,7 +52,7 @@ class FieldDigests:
 
     @pattern.setter
     def pattern(self, pattern: str) -> None:
-        self._own = Rules(pattern=pattern)
+        self._own = FieldGuard(pattern=pattern)
         self._pattern = pattern
         self._number = int.from_bytes(sha256(pattern.encode()).digest()[:4], "little") | 1 if pattern else 0
 

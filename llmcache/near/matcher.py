@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.banks.break_even import LEAST, Balance
+from llmcache.banks.break_even import LEAST, BreakEven
 from llmcache.banks.device_cache import dtype_of
 from llmcache.banks.pace import Pace
 from llmcache.config import CacheConfig
@@ -20,17 +20,17 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.tokens import in_vocabulary
-from llmcache.near.calibration.calibrate import Calibration, Fitted, judge_of
+from llmcache.near.calibration.calibrate import Calibration, FittedModels, judge_of
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.recalibration import Refitting, grown
 from llmcache.near.calibration.risk_control import WORST
 from llmcache.near.guard import rules as guard
 from llmcache.near.marks import FieldDigests
 from llmcache.near.monitoring.audits import Audits
-from llmcache.near.monitoring.distribution_shift import Shift
+from llmcache.near.monitoring.distribution_shift import DistributionShift
 from llmcache.near.neighbors.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.near.neighbors.gate import safety
-from llmcache.near.neighbors.index import Entries, Memory, Neighbourhood
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.prediction_bank import Distilled
 
@@ -57,7 +57,7 @@ Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class NearMatches:
     """What near reuse has for some documents. results: float32 [n, out], corrected, an array, or a tensor where that is
     looked up on a device. rows: int64 [n], of the source: the best match, or the first of the others that has the
     fields which that one lacks.
@@ -90,14 +90,14 @@ class Near:
 
 
 def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """First halves of the keys of some rows, uint64 [n], sorted: `Fitted.answering` of a calibration on them."""
+    """First halves of the keys of some rows, uint64 [n], sorted: `FittedModels.answering` of a calibration on them."""
     return np.sort(bank.keys(rows)[:, 0])
 
 
-def _no_neighbours(n: int, width: int) -> Near:
+def _no_neighbours(n: int, width: int) -> NearMatches:
     """Empty near matches for n documents, used when no entry can answer."""
     apart = np.full(n, -np.inf, np.float32)
-    return Near(
+    return NearMatches(
         np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
         np.full(n, ALONE, np.int8), [None] * n, apart,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def entries_of(
     return rows[kept], Entries(features[kept], np.asarray(reading.values)[kept], [tokens[i] for i in kept.tolist()])
 
 
-class Reuse:
+class NearMatcher:
     """Answers documents from their neighbours, within the budget that was calibrated; audits see to it.
 
     It is off when calibration found no safe threshold, or when audits are certain that the budget is exceeded at every
@@ -139,7 +139,7 @@ class Reuse:
         self,
         bank: Bank,
         calibration: Calibration,
-        fitted: Fitted,
+        fitted: FittedModels,
         fields: FieldDigests,
         config: CacheConfig,
         kept: Mapping[str, Any] | None = None,
@@ -151,7 +151,7 @@ class Reuse:
         """
         self._bank, self._digests, self._config, self._own = bank, fields, config, drift
         self.distilled = distilled
-        self.balance, self.pace = Balance(), Pace()
+        self.balance, self.pace = BreakEven(), Pace()
         self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits from before the pace was known
         self.changed = False
         """Whether there is something to save: audits, or another calibration."""
@@ -166,9 +166,9 @@ class Reuse:
             self.audits.restore(kept["audits"])
             self.stopped = str(kept["stopped"])
 
-    def _begin(self, calibration: Calibration, fitted: Fitted) -> None:
+    def _begin(self, calibration: Calibration, fitted: FittedModels) -> None:
         self.calibration, self.fitted = calibration, fitted
-        self._memory: Neighbourhood | None = None
+        self._memory: NeighborIndex | None = None
         self._too_few = ""
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._judge = judge_of(calibration, fitted, self._own)
@@ -177,8 +177,10 @@ class Reuse:
             [threshold for threshold, _ in levels], [hits for _, hits in levels], budget=calibration.tolerated,
             alpha=1 - (calibration.confidence or 0.95), share=self._config.audit_share,
         )  # fmt: skip
-        self._traffic = Shift.restored(calibration.traffic) if calibration.traffic else None
-        self._guard = guard.Rules(calibration.guard_kinds, calibration.guard_pattern) if calibration.guard else None
+        self._traffic = DistributionShift.restored(calibration.traffic) if calibration.traffic else None
+        self._guard = (
+            guard.FieldGuard(calibration.guard_kinds, calibration.guard_pattern) if calibration.guard else None
+        )
         self.shifted = ""
         """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
         self.stopped = calibration.reason if calibration.threshold is None else ""
@@ -223,7 +225,7 @@ class Reuse:
         if place != self._place:
             self._place, self._memory = place, None
 
-    def refresh(self) -> Neighbourhood | None:
+    def refresh(self) -> NeighborIndex | None:
         """The entries to find neighbours among: those that the calibration looked its documents up among.
 
         None where fewer are left than a result is made of, because they were evicted, purged or damaged: what was
@@ -249,7 +251,7 @@ class Reuse:
             self._divergent = self._bank.divergent(WORST)
         return self._memory
 
-    def _remembered(self, entries: Entries, known: NDArray[np.float32] | None) -> Neighbourhood:
+    def _remembered(self, entries: Entries, known: NDArray[np.float32] | None) -> NeighborIndex:
         predictor, voting = self.fitted.predictor, self.calibration.voting
         if self._place is not None:
             dtype = dtype_of(self._bank.facts)
@@ -260,7 +262,7 @@ class Reuse:
                     "near reuse cannot hold %s entries in memory of %s: %s. Going on with them on the host",
                     f"{len(entries):,}", self._place, str(error).splitlines()[0],
                 )  # fmt: skip
-        return Memory(entries, predictor, voting, predictions=known)
+        return HostNeighborIndex(entries, predictor, voting, predictions=known)
 
     def tried(self, n: int) -> NDArray[np.int64]:
         """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
@@ -274,7 +276,7 @@ class Reuse:
         features: NDArray[np.float32] | torch.Tensor,
         tokens: Sequence[NDArray[np.int32]],
         texts: Sequence[str],
-    ) -> Near:
+    ) -> NearMatches:
         """Near matches of some documents of the calibrated scope, and what decided on each.
 
         features: raw, [n, width], as the bank's. texts: the original ones, without their prompt, for the guard.
@@ -304,14 +306,14 @@ class Reuse:
                 kinds[i] = UNREAD
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
         consensus = found.evidence[:, _CONSENSUS]
-        return Near(found.results, rows, similarity, consensus, score, gate, kinds, closest)
+        return NearMatches(found.results, rows, similarity, consensus, score, gate, kinds, closest)
 
     def _sharing(
         self,
         mine: NDArray[np.uint64],
         neighbours: NDArray[np.int64],
         similarities: NDArray[np.float32],
-        rules: guard.Rules,
+        rules: guard.FieldGuard,
     ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """See `guard.Rules.sharing`; the other neighbours' fields are read only where those of the nearest differ."""
         first = self._fields_of(neighbours[:, 0])
@@ -348,7 +350,7 @@ class Reuse:
             self.shifted, self.audits.shifted = self._traffic.reason(), True
             log.warning("the traffic has changed since it was calibrated: %s; more hits are audited", self.shifted)
 
-    def chosen_for_audit(self, near: Near) -> NDArray[np.bool_]:
+    def chosen_for_audit(self, near: NearMatches) -> NDArray[np.bool_]:
         """Which hits are to be recomputed: drawn by chance, more than usual while something speaks against them and
         there is time for it, and all that are in quarantine; bool [n].
         """
@@ -356,7 +358,9 @@ class Reuse:
         drawn = self._random.random(len(near.gate)) < (self.audits.share_now if more else self.audits.share)
         return np.asarray((drawn & (near.gate == TAKEN)) | (near.gate == QUARANTINED), np.bool_)
 
-    def audit(self, asked: int, near: Near, again: NDArray[np.bool_], computed: NDArray[np.float32]) -> NDArray[Any]:
+    def audit(
+        self, asked: int, near: NearMatches, again: NDArray[np.bool_], computed: NDArray[np.float32]
+    ) -> NDArray[Any]:
         """Take note of documents asked, of what was found for them, and of those that were computed after all.
 
         again: bool, which of `near` were computed; computed: their outputs. Returns their drift, float64. From when it

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from llmcache.document import Document
 from llmcache.model.keys import framed
 from llmcache.pipeline.chunking import Chunk
-from llmcache.records import Refused, Taken
+from llmcache.records import RejectedRecord, Taken
 
 CHARACTERS = 1 << 18  # a part ends at the document that reaches them
 
@@ -30,7 +30,7 @@ class Part:
 
     documents: list[Document] = field(default_factory=list)
     chunks: list[list[Chunk]] | None = None
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[RejectedRecord] = field(default_factory=list)
     end: int = 0
     digest: bytes = b""
     error: BaseException | None = None
@@ -56,7 +56,7 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
 
     try:
         for taken in stream:
-            if isinstance(taken, Refused):
+            if isinstance(taken, RejectedRecord):
                 part.refused.append(taken)
             else:
                 part.documents.append(taken)
@@ -85,7 +85,7 @@ def _cut(part: Part, places: list[int], cut: Cut) -> None:
     """Fill in the chunks; a document that cannot be cut is refused."""
     found = cut(part.documents)
     lost = {i: one for i, one in enumerate(found) if isinstance(one, str)}
-    part.refused += [Refused(places[i], part.documents[i].id, reason) for i, reason in lost.items()]
+    part.refused += [RejectedRecord(places[i], part.documents[i].id, reason) for i, reason in lost.items()]
     part.documents = [one for i, one in enumerate(part.documents) if i not in lost]
     part.chunks = [one for one in found if not isinstance(one, str)]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmcache.banks.writer import Storing
+from llmcache.banks.writer import BankWriter
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
 from llmcache.indexes.stats import unfinished
@@ -61,7 +61,7 @@ class Written:
 class Resumption:
     """One journaled run at work. start: the checkpoint that it goes on from."""
 
-    def __init__(self, journal: Journal, storing: Storing, namespace: str | None = None) -> None:
+    def __init__(self, journal: Journal, storing: BankWriter, namespace: str | None = None) -> None:
         """namespace: whose entries the results come from, so that a purge of it finds them."""
         self._journal, self._storing, self._store = journal, storing, storing.store
         if self._store.writable:
@@ -156,7 +156,7 @@ class Resumption:
 
 @contextmanager
 def resumable(
-    out: Path, facts: Mapping[str, Any], width: int, storing: Storing, *, resume: bool
+    out: Path, facts: Mapping[str, Any], width: int, storing: BankWriter, *, resume: bool
 ) -> Iterator[Resumption]:
     """A run that writes `out`, whose commits are its checkpoints; other users of the store's banks have to wait."""
     journal, lock = Journal.open(out, facts, width, resume=resume)

@@ -36,8 +36,8 @@ from llmcache.pipeline.journal import beside, discard
 from llmcache.pipeline.writers import result_writer
 from llmcache.records import (
     MOST_CHARACTERS,
-    Refused,
-    Wanted,
+    FieldSpec,
+    RejectedRecord,
     intake,
 )
 
@@ -104,7 +104,7 @@ class Pipeline:
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
         self._cut, self._unit = cut_by(chunk, model, resolved), gives_unit_vectors(model)
-        self._wanted = Wanted(text_field, id_field, max_characters)
+        self._wanted = FieldSpec(text_field, id_field, max_characters)
         self._asked: dict[str, Any] = {
             "role": role, "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "progress": progress,
         }  # fmt: skip
@@ -114,7 +114,7 @@ class Pipeline:
             "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
             "text_field": text_field, "id_field": id_field, "max_characters": max_characters,
         }  # fmt: skip
-        self.errors: list[Refused] = []
+        self.errors: list[RejectedRecord] = []
         self.refused = 0
 
     def run(self, documents: Any) -> Generator[Result]:
@@ -218,7 +218,7 @@ class Pipeline:
             for document, chunks in zip(part.documents, part.chunks, strict=True)
         ]
 
-    def _note(self, refused: Iterable[Refused]) -> None:
+    def _note(self, refused: Iterable[RejectedRecord]) -> None:
         for one in refused:
             if self._strict:
                 raise CorpusError(f"document {one.place} ({one.id!r:.60}) {one.reason}; strict=False collects such")

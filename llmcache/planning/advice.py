@@ -26,7 +26,7 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Amounts:
+class RunForecast:
     """What is forecast of a run. tokens: of all documents; uncached, saved: seconds; near: share that near reuse takes.
 
     similar: share of the documents not stored that have a neighbour at similarity 0.9, None where nobody looked.
@@ -48,7 +48,7 @@ class Amounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Circumstances:
+class RunContext:
     """What a run would happen in. layers, hidden: of the model. store_bytes: of the store now; free: of its disk.
 
     calibrated: threshold of near reuse, None where it was not calibrated or gives nothing. recent: documents that the
@@ -71,7 +71,7 @@ def entry_bytes(tokens: float, bank: BankFacts, dtype: str) -> float:
     return bank.width * DTYPES[dtype] + _PER_ROW + _MARK + 4 * tokens + 2 * bank.feature_width
 
 
-def bytes_of(amounts: Amounts, bank: BankFacts, around: Circumstances) -> tuple[int, int]:
+def bytes_of(amounts: RunForecast, bank: BankFacts, around: RunContext) -> tuple[int, int]:
     """Bytes that a run will write, and that the store will have then, without what a budget evicts."""
     config = around.config
     each = entry_bytes(amounts.mean_tokens, bank, bank.dtype)
@@ -84,16 +84,16 @@ def bytes_of(amounts: Amounts, bank: BankFacts, around: Circumstances) -> tuple[
     return int(new), int(around.store_bytes + new)
 
 
-def _states(amounts: Amounts, bank: BankFacts, around: Circumstances) -> float:
+def _states(amounts: RunForecast, bank: BankFacts, around: RunContext) -> float:
     """Bytes of one layer's states of one document."""
     return amounts.mean_tokens * around.hidden * DTYPES[bank.dtype]
 
 
-def advised(amounts: Amounts, bank: BankFacts, around: Circumstances) -> tuple[Advice, ...]:
+def advised(amounts: RunForecast, bank: BankFacts, around: RunContext) -> tuple[Advice, ...]:
     return tuple(_each(amounts, bank, around))
 
 
-def _each(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Iterator[Advice]:
+def _each(amounts: RunForecast, bank: BankFacts, around: RunContext) -> Iterator[Advice]:
     yield _cache(amounts)
     yield _layers(amounts, bank, around)
     rows = amounts.known + amounts.computed
@@ -105,21 +105,21 @@ def _each(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Iterator[
     yield _tau(amounts, around)
 
 
-def _cache(amounts: Amounts) -> Advice:
+def _cache(amounts: RunForecast) -> Advice:
     if amounts.hit_rate < _WORTH:
         why = f"{amounts.hit_rate:.1%} of these documents repeat; it pays when they, or most of them, come again"
         return Advice("cache", "only for later runs", why)
     return Advice("cache", "yes", f"{amounts.saved / max(amounts.uncached, 1e-9):.0%} of the model's time is saved")
 
 
-def _layers(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Advice:
+def _layers(amounts: RunForecast, bank: BankFacts, around: RunContext) -> Advice:
     all_ = amounts.computed * around.layers * _states(amounts, bank, around)
     if around.config.layers != "output":
         return Advice("layers", str(around.config.layers), "as the settings say; only several heads need them")
     return Advice("layers", "output", f"the states of all {around.layers} layers would take {_said(all_)} more")
 
 
-def _dtype(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Advice:
+def _dtype(amounts: RunForecast, bank: BankFacts, around: RunContext) -> Advice:
     new, _ = bytes_of(amounts, bank, around)
     room = around.free
     if around.config.max_bytes is not None:
@@ -134,7 +134,7 @@ def _dtype(amounts: Amounts, bank: BankFacts, around: Circumstances) -> Advice:
     return Advice("dtype", bank.dtype, f"{seen}: the rest is computed and not kept, or older entries are evicted")
 
 
-def _tau(amounts: Amounts, around: Circumstances) -> Advice:
+def _tau(amounts: RunForecast, around: RunContext) -> Advice:
     if around.calibrated is not None:
         return Advice("tau", "as calibrated", f"the gate's threshold is {around.calibrated:.3g}")
     if around.config.tau is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmcache.banks.history import records
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import Call, Execution
+from llmcache.encoding.executor import EncodeCall, Executor
 from llmcache.encoding.results import Source, documents_of
 from llmcache.errors import CorpusError
 from llmcache.indexes.eviction.garbage import disk_bytes
@@ -23,10 +23,10 @@ from llmcache.model.features import features
 from llmcache.model.keys import token_keys
 from llmcache.model.private_tokenizer import PrivateCopy
 from llmcache.model.tokens import TokenRows
-from llmcache.near.matcher import MOST, TAKEN, Reuse
+from llmcache.near.matcher import MOST, TAKEN, NearMatcher
 from llmcache.planning.advice import (
-    Amounts,
-    Circumstances,
+    RunContext,
+    RunForecast,
     advised,
     bytes_of,
 )
@@ -50,12 +50,12 @@ _TOKENISED = 64  # documents at least, to know how long the others are, and how 
 
 
 def planned(
-    execution: Execution, documents: Iterable[Source], call: Call, store: Store, namespace: str, model: Any
+    execution: Executor, documents: Iterable[Source], call: EncodeCall, store: Store, namespace: str, model: Any
 ) -> Plan:
     """See `LLMCache.plan`. model: a SentenceTransformer; call: how the documents will be asked for."""
     settings: Any = getattr(getattr(model, "transformers_model", None), "config", None)
     calibration = execution.reuse.calibration if execution.reuse is not None and not execution.reuse.off else None
-    around = Circumstances(
+    around = RunContext(
         model=type(model).__name__ if settings is None else str(getattr(settings, "name_or_path", "") or ""),
         namespace=namespace,
         config=execution.config,
@@ -80,7 +80,7 @@ def planned(
 class _Shares:
     """Of the documents that are not known by text: tokens, the share known by their tokens; near, of the others, the
     share that near reuse takes. seen: of how many that is the share, 0 where it comes from elsewhere. similar: see
-    `Amounts`. drift, bound: of these others, as a mean over all of them.
+    `RunForecast`. drift, bound: of these others, as a mean over all of them.
     """
 
     tokens: float = 0.0
@@ -101,13 +101,13 @@ def _recent(store: Store, namespace: str) -> tuple[int, int]:
 
 
 def plan(
-    execution: Execution,
+    execution: Executor,
     texts: Iterable[str],
-    call: Call,
+    call: EncodeCall,
     *,
     tokenizer: Any,
     limit: int | None,
-    around: Circumstances,
+    around: RunContext,
 ) -> Plan:
     """The forecast for these texts. limit: tokens that the model reads of each."""
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def plan(
     own = rate * found.new_characters + shares.seconds + _ANSWERED * found.documents + _STORED * computed
     hits = 1 - computed / found.documents
     others = (missing - by_tokens) / found.documents
-    amounts = Amounts(
+    amounts = RunForecast(
         documents=found.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
         uncached=uncached, saved=uncached - model_seconds, near=taken / found.documents, similar=shares.similar,
     )  # fmt: skip
@@ -153,7 +153,7 @@ def _margin(share: float, seen: int) -> float:
     return 1.96 * float(np.sqrt(share * (1 - share) / seen)) if seen else 0.0
 
 
-def _tokenised(execution: Execution, texts: Sequence[str], call: Call) -> tuple[TokenRows, float]:
+def _tokenised(execution: Executor, texts: Sequence[str], call: EncodeCall) -> tuple[TokenRows, float]:
     """Rows of some texts, in order of length, and seconds a character."""
     began = time.perf_counter()
     rows = execution.model.tokenise(sorted(texts, key=len), call.prompt, call.role)
@@ -173,7 +173,7 @@ def expected_lengths(
     return np.clip(np.rint(least + ratio * (chars.astype(np.float64) - first)), 1, limit).astype(np.int64)
 
 
-def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], batch_size: int) -> Cost:
+def _cost(execution: Executor, seen: TokenRows, lengths: NDArray[np.int64], batch_size: int) -> Cost:
     def allowed(cost: Cost) -> float:
         return _SHARE * float(cost(lengths).sum())
 
@@ -181,9 +181,9 @@ def _cost(execution: Execution, seen: TokenRows, lengths: NDArray[np.int64], bat
 
 
 def _shares(
-    execution: Execution,
+    execution: Executor,
     found: Survey,
-    call: Call,
+    call: EncodeCall,
     uncached: float,
     rate: float,
     recent: tuple[int, int],
@@ -224,15 +224,15 @@ def _shares(
     )  # fmt: skip
 
 
-def _share_at(execution: Execution, rows: TokenRows, tau: float, scope: int) -> float:
+def _share_at(execution: Executor, rows: TokenRows, tau: float, scope: int) -> float:
     raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
     _, similarity = execution.bank.nearest(raw, 1, scope=scope, least=tau)
     return float((similarity[:, 0] >= tau).mean()) if len(raw) else 0.0
 
 
 def _calibrated(
-    execution: Execution,
-    reuse: Reuse,
+    execution: Executor,
+    reuse: NearMatcher,
     rows: TokenRows,
     texts: Sequence[str],
     by_tokens: float,

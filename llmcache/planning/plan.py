@@ -78,13 +78,13 @@ class Plan:
         except ValueError as error:
             raise ConfigError(f"{path} is not a plan of `llmcache plan`: {error}") from None
 
-    def compared(self, documents: int, computed: int, seconds: float) -> Compared:
+    def compared(self, documents: int, computed: int, seconds: float) -> ForecastError:
         """How the run went beside this forecast. seconds: of the model and of the cache."""
-        return Compared(self, documents, computed, seconds)
+        return ForecastError(self, documents, computed, seconds)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ForecastError:
     """A forecast beside what came. points: by which the hit rate was higher; time: the run's over the forecast's."""
 
     plan: Plan

@@ -23,7 +23,7 @@ _BLOCK = 65_536
 
 
 @dataclass(slots=True)
-class Tally:
+class TierCounts:
     """Documents by tier, counted while they pass."""
 
     documents: int = 0

@@ -25,7 +25,7 @@ _POINTS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class RunTotals:
     """Some runs together. tiers: documents by `TIERS`. The rest are seconds, and sums of drift."""
 
     documents: float
@@ -39,7 +39,7 @@ class Tally:
     near_taken: float = 0
 
     @classmethod
-    def of(cls, counters: Mapping[str, float], asked: float = 0, taken: float = 0) -> Tally:
+    def of(cls, counters: Mapping[str, float], asked: float = 0, taken: float = 0) -> RunTotals:
         """counters: as `Counters.as_dict` names them."""
 
         def get(name: str) -> float:
@@ -85,7 +85,7 @@ class Period:
     """A day, or a week or month where there are many. last: its last record's `entries` and `bytes`."""
 
     begin: datetime.date
-    tally: Tally
+    tally: RunTotals
     layers: dict[str, float]
     evicted: float
     entries: float | None
@@ -96,7 +96,7 @@ class Period:
 class Corpus:
     name: str
     runs: int
-    tally: Tally
+    tally: RunTotals
 
     @property
     def seconds_per_thousand(self) -> float:
@@ -124,7 +124,7 @@ class Facts:
     models: list[str]
     made: float
     stats: Statistics
-    total: Tally
+    total: RunTotals
     layers: dict[str, dict[str, float]]
     prefix: dict[str, float]
     period: str
@@ -175,7 +175,7 @@ def facts(store: Store, *, price: float | None = None, currency: str = "$") -> F
     recorded = _added(runs)
     if recorded.get("documents", 0) > counted.get("documents", 0):  # the file of a writer's counters was lost
         counted = recorded
-    total = Tally.of(counted, *map(sum, (_bins(runs, "asked"), _bins(runs, "near"))))
+    total = RunTotals.of(counted, *map(sum, (_bins(runs, "asked"), _bins(runs, "near"))))
     spaces = store.manifest.namespaces
     return Facts(
         store=store.folder.path.name, models=_models(store), made=time.time(), stats=stats, total=total,
@@ -232,7 +232,7 @@ def _of_period(day: datetime.date, group: Sequence[Record]) -> Period:
     sized = [one for one in group if one.get("entries")]
     last = max(sized, key=lambda one: float(one.get("end", 0))) if sized else {}
     evicted = sum(float(one.get("evicted_rows", 0)) for one in group)
-    return Period(day, Tally.of(counters, asked, near), layers, evicted, last.get("entries"), last.get("bytes"))
+    return Period(day, RunTotals.of(counters, asked, near), layers, evicted, last.get("entries"), last.get("bytes"))
 
 
 def _added(group: Sequence[Record]) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _corpora(runs: Sequence[Record]) -> list[Corpus]:
         if one.get("counters", {}).get("documents"):
             grouped.setdefault(str(one.get("corpus", "")), []).append(one)
     found = [
-        Corpus(name, int(sum(float(one.get("runs", 1)) for one in group)), Tally.of(_added(group)))
+        Corpus(name, int(sum(float(one.get("runs", 1)) for one in group)), RunTotals.of(_added(group)))
         for name, group in grouped.items()
     ]
     return sorted(found, key=lambda one: -one.tally.spent_seconds)

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from llmcache import units as words
-from llmcache.report.facts import TIERS, Tally
+from llmcache.report.facts import TIERS, RunTotals
 
 if TYPE_CHECKING:
     from llmcache.report.statistics import Statistics
@@ -16,7 +16,7 @@ _COLOURS = ("#2f6fd0", "#7fb0ee", "#1a9284", "#d0721a", "#8b93a1")  # readable o
 
 def as_html(stats: Statistics) -> str:
     """HTML of what an opening did, and of what its store holds."""
-    now, life = Tally.of(stats.counters.as_dict()), Tally.of(stats.lifetime)
+    now, life = RunTotals.of(stats.counters.as_dict()), RunTotals.of(stats.lifetime)
     parts = [f"<b>{_headline(now)}</b>", _bar(now)]
     if life.documents > now.documents:
         net = words.duration(life.net_seconds)
@@ -36,13 +36,13 @@ def as_html(stats: Statistics) -> str:
     return f'<div class="llmcache-stats" style="max-width:46em;line-height:1.5">{"".join(parts)}{table}</div>'
 
 
-def _headline(tally: Tally) -> str:
+def _headline(tally: RunTotals) -> str:
     if not tally.documents:
         return "Nothing was asked yet."
     return f"{words.share(tally.hit_rate)} of {words.count(tally.documents)} documents cost no model time."
 
 
-def _bar(tally: Tally) -> str:
+def _bar(tally: RunTotals) -> str:
     if not tally.documents:
         return ""
     shown = [one for one in zip(TIERS, _COLOURS, tally.tiers, strict=True) if one[2]]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaModel
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.banks.device_cache import Levels, Table
+from llmcache.banks.device_cache import ClockTable, DeviceCache
 from llmcache.encoding import executor as execution
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
@@ -64,7 +64,7 @@ def opened(folder: Path, count: int = 0, dtype: str = "float32") -> tuple[Store,
 
 @pytest.mark.parametrize("slots", [1, 7, 50])
 def test_a_table_holds_what_was_placed_last_and_never_two_rows_in_one_slot(slots: int) -> None:
-    table, random = Table(slots, 1, torch.float32, torch.device("cpu")), np.random.default_rng(slots)
+    table, random = ClockTable(slots, 1, torch.float32, torch.device("cpu")), np.random.default_rng(slots)
     for _ in range(300):
         rows = random.permutation(200)[: random.integers(1, slots + 1)]
         fresh = rows[table.find(rows) < 0]
@@ -79,7 +79,7 @@ def test_a_table_holds_what_was_placed_last_and_never_two_rows_in_one_slot(slots
 
 
 def test_rows_that_are_asked_for_again_and_again_stay() -> None:
-    table = Table(100, 1, torch.float32, torch.device("cpu"))
+    table = ClockTable(100, 1, torch.float32, torch.device("cpu"))
     loved = np.arange(30)
     table.place(loved)
     for start in range(1000, 3000, 20):
@@ -90,7 +90,7 @@ def test_rows_that_are_asked_for_again_and_again_stay() -> None:
 
 def test_asking_whether_rows_are_held_is_no_use_of_them(tmp_path: Path) -> None:
     store, bank = opened(tmp_path / "s", 1000)
-    levels = Levels(bank, "cpu", device_bytes=50 * 4 * WIDTH, pinned_bytes=100 * 4 * WIDTH)
+    levels = DeviceCache(bank, "cpu", device_bytes=50 * 4 * WIDTH, pinned_bytes=100 * 4 * WIDTH)
     assert not levels.holds(np.arange(-1, 1000)).any()
     levels.gather(np.arange(40))
     levels.gather(np.arange(100, 140))
@@ -111,7 +111,7 @@ def test_asking_whether_rows_are_held_is_no_use_of_them(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_dropped_leave_nothing_in_memory() -> None:
-    table = Table(10, 1, torch.float32, torch.device("cpu"))
+    table = ClockTable(10, 1, torch.float32, torch.device("cpu"))
     slots = table.place(np.arange(5))
     table.values[torch.from_numpy(slots), 0] = 9.0
     table.drop(np.array([1, 3, 77]))
@@ -130,7 +130,7 @@ def test_rows_are_those_of_a_plain_read_wherever_they_lie(
 ) -> None:
     store, bank = opened(tmp_path / "s", 2000, dtype)
     row = WIDTH * {"float32": 4, "int8": 4}.get(dtype, 2)
-    levels = Levels(bank, device, device_bytes=on_device * row, pinned_bytes=pinned * row)
+    levels = DeviceCache(bank, device, device_bytes=on_device * row, pinned_bytes=pinned * row)
     random = np.random.default_rng(1)
     for size in (1, 40, 700, 40, 700, 2000, 300):
         rows = random.choice(2000, size)  # some more than once
@@ -166,7 +166,7 @@ def test_a_damaged_row_is_told_and_never_kept(tmp_path: Path, device: str) -> No
     file.chmod(0o600)
     file.write_bytes(raw)
     store, bank = opened(tmp_path / "s")
-    levels = Levels(bank, device, device_bytes=1 << 20, pinned_bytes=1 << 20)
+    levels = DeviceCache(bank, device, device_bytes=1 << 20, pinned_bytes=1 << 20)
     for _ in range(2):
         found, intact = levels.gather(np.arange(1000))
         assert (~intact).sum() == 1
@@ -180,7 +180,7 @@ def test_a_damaged_row_is_told_and_never_kept(tmp_path: Path, device: str) -> No
 
 def test_what_a_bank_gives_up_is_given_up(tmp_path: Path) -> None:
     store, bank = opened(tmp_path / "s", 1000)
-    levels = Levels(bank, "cpu", device_bytes=1 << 20, pinned_bytes=1 << 20)
+    levels = DeviceCache(bank, "cpu", device_bytes=1 << 20, pinned_bytes=1 << 20)
     assert levels.on_device is not None
     levels.gather(np.arange(1000))
     waiting = sum(len(one) for one in bank.pieces.pending)
@@ -201,7 +201,7 @@ def test_what_a_bank_gives_up_is_given_up(tmp_path: Path) -> None:
 def test_memory_that_cannot_be_had_is_an_error_that_says_so(tmp_path: Path) -> None:
     store, bank = opened(tmp_path / "s")
     with pytest.raises(ConfigError, match="give device_bytes and pinned_bytes that fit"):
-        Levels(bank, "cpu", device_bytes=1 << 60)
+        DeviceCache(bank, "cpu", device_bytes=1 << 60)
     with pytest.raises(ConfigError, match="pinned_bytes is a whole number"):
         CacheConfig(pinned_bytes=-1)
     store.close()

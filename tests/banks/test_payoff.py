@@ -15,10 +15,10 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.banks.break_even import LEAST, PROBED, Profile
-from llmcache.banks.device_cache import Levels
+from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.payoff import (
     PROFILED_ROWS,
-    Worth,
+    Payoff,
     profiled,
     sample,
 )
@@ -155,7 +155,7 @@ def test_reuse_that_turns_out_slower_than_the_profile_is_left_alone_later(
     filled: Path, model: SentenceTransformer
 ) -> None:
     with LLMCache.open(filled, model) as cache:
-        worth = Worth(cache._bank, "output", on=True)
+        worth = Payoff(cache._bank, "output", on=True)
         assert len(worth.tried(10)) == 10
         rows = np.arange(LEAST)
         worth.served(rows, 10 * cache._bank.cost(rows))
@@ -222,7 +222,7 @@ def test_what_memory_saves_speaks_for_loading_until_more_is_spent_than_saved(
 ) -> None:
     with LLMCache.open(filled, model) as cache:
         bank, rows = cache._bank, np.arange(LEAST)
-        worth, levels = Worth(bank, "output", on=True), Levels(bank, "cpu", device_bytes=1 << 22)
+        worth, levels = Payoff(bank, "output", on=True), DeviceCache(bank, "cpu", device_bytes=1 << 22)
         cost, none = bank.cost(rows), np.zeros(LEAST, np.bool_)
         assert len(worth.tried(10)) == 10
         worth.gathered(rows, none, 3 * cost, 3 * cost)
@@ -248,7 +248,7 @@ def test_memory_that_takes_longer_than_the_model_is_left_alone_too(filled: Path,
 
     with LLMCache.open(filled, model) as cache:
         bank, rows = cache._bank, np.arange(LEAST)
-        worth, levels = Worth(bank, "output", on=True), Levels(bank, "cpu", device_bytes=1 << 22)
+        worth, levels = Payoff(bank, "output", on=True), DeviceCache(bank, "cpu", device_bytes=1 << 22)
         worth.gathered(rows, np.ones(LEAST, np.bool_), 3 * bank.cost(rows), 0.0)
         assert worth.decision().state == "aside"
         assert worth.with_memory(np.array([3]), levels, asked).tolist() == [3]

@@ -22,7 +22,7 @@ from llmcache.bench.near import (
 )
 from llmcache.bench.reusing import reusing
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.index import Memory
+from llmcache.near.neighbors.index import HostNeighborIndex
 from tests.near.test_correction import entries
 
 
@@ -69,7 +69,7 @@ def test_exact_kernel_ridge_has_every_entry_as_a_landmark() -> None:
 
 def test_every_step_of_a_look_up_takes_time() -> None:
     known = entries(200)
-    assert min(seconds_per_document(Memory.fit(known), known, repeats=1).values()) >= 0
+    assert min(seconds_per_document(HostNeighborIndex.fit(known), known, repeats=1).values()) >= 0
 
 
 def test_labelled_texts_are_read_in_the_forms_they_come_in(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from llmcache.decoders.kv_buffer import shape_of
-from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
@@ -69,7 +69,7 @@ class Tier:
     """A model with a prefix tier on it, and its store."""
 
     model: Any
-    prefixes: Prefixes
+    prefixes: PrefixCache
     store: Store
     bank: Bank
 
@@ -126,7 +126,7 @@ def tier(tmp_path: Path) -> Iterator[Opener]:
             store.declare("models", {}, {}, "")
         bank = store.bank("models", "prefix", lambda: shape_of(model.get_decoder()).facts, EXACT)
         settings = {"forward_cost": 1, "block": 4, **settings}
-        return Tier(model, Prefixes(model.get_decoder(), bank, b"model", Bank.put, **settings), store, bank)
+        return Tier(model, PrefixCache(model.get_decoder(), bank, b"model", Bank.put, **settings), store, bank)
 
     yield opened
     for one in stores:
@@ -402,7 +402,7 @@ def test_other_models_and_other_secrets_find_nothing(tier: Opener) -> None:
     call = batch(MIXED)
     one(**call)
     for digest, secret in ((b"another", b""), (b"model", b"s" * 32)):
-        other = Prefixes(model.get_decoder(), one.bank, digest, Bank.put, block=4, secret=secret)
+        other = PrefixCache(model.get_decoder(), one.bank, digest, Bank.put, block=4, secret=secret)
         with torch.no_grad():
             other.forward(model.get_decoder().forward, call)
         assert other.counters.restored == 0
@@ -412,7 +412,7 @@ def test_a_bank_of_another_width_is_refused(tier: Opener) -> None:
     one = tier(seeded("llama"))
     wider = seeded("qwen3", num_hidden_layers=4).get_decoder()
     with pytest.raises(ConfigError, match="fresh namespace"):
-        Prefixes(wider, one.bank, b"model", Bank.put)
+        PrefixCache(wider, one.bank, b"model", Bank.put)
 
 
 @pytest.mark.parametrize(

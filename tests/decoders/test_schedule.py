@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmcache.decoders.schedule import (
-    Row,
-    Waves,
+    PrefixSchedule,
+    TokenSequence,
     common,
     next_key,
     together,
@@ -17,19 +17,19 @@ from llmcache.decoders.schedule import (
 from llmcache.model.keys import key_seed
 
 
-def rows_of(seed: int, count: int) -> list[Row]:
+def rows_of(seed: int, count: int) -> list[TokenSequence]:
     """Different rows that begin alike in many ways."""
     random = np.random.default_rng(seed)
-    seen: dict[tuple[int, bytes], Row] = {}
+    seen: dict[tuple[int, bytes], TokenSequence] = {}
     while len(seen) < count:
         ids = np.repeat(random.integers(0, 2, 6), random.integers(1, 12)).astype(np.int32)
-        row = Row(ids[: random.integers(1, len(ids) + 1)], int(random.integers(0, 2)), len(seen))
+        row = TokenSequence(ids[: random.integers(1, len(ids) + 1)], int(random.integers(0, 2)), len(seen))
         row.known = int(random.integers(0, len(row) + 1)) if random.random() < 0.3 else 0
         seen.setdefault((row.start, row.ids.tobytes()), row)
     return list(seen.values())
 
 
-def shared_by_hand(one: Row, other: Row) -> int:
+def shared_by_hand(one: TokenSequence, other: TokenSequence) -> int:
     same = 0
     while one.start == other.start and same < min(len(one), len(other)) and one.ids[same] == other.ids[same]:
         same += 1
@@ -41,7 +41,7 @@ def test_every_row_is_computed_once_and_takes_over_only_what_is_there_and_the_sa
     rows = rows_of(seed, 12)
     stored = {row: row.known for row in rows}
     open_ = {row for row in rows if row.known < len(row)}
-    waves, done = Waves(rows, 1), set[Row]()
+    waves, done = PrefixSchedule(rows, 1), set[TokenSequence]()
     for wave in waves:
         for row in wave:
             assert row in open_
@@ -59,20 +59,20 @@ def test_every_row_is_computed_once_and_takes_over_only_what_is_there_and_the_sa
 
 def test_questions_about_one_text_wait_for_the_first_of_them() -> None:
     stem = np.arange(100, dtype=np.int32)
-    rows = [Row(np.append(stem, np.full(5, 200 + i)).astype(np.int32), 0, i) for i in range(9)]
-    waves = Waves(rows, 32)
+    rows = [TokenSequence(np.append(stem, np.full(5, 200 + i)).astype(np.int32), 0, i) for i in range(9)]
+    waves = PrefixSchedule(rows, 32)
     first, second = list(waves)
     assert (len(first), len(second)) == (1, 8)
     assert all(waves.donor(row) == (first[0], 100) for row in second)
 
 
 def test_nobody_waits_for_less_than_a_forward_is_worth() -> None:
-    rows = [Row(np.array([1, 2, 3, 4, 5, 6, 7, 8 + i], np.int32), 0, i) for i in range(3)]
-    assert [len(wave) for wave in Waves(rows, 100)] == [3]
-    assert [len(wave) for wave in Waves(rows, 1)] == [1, 2]
+    rows = [TokenSequence(np.array([1, 2, 3, 4, 5, 6, 7, 8 + i], np.int32), 0, i) for i in range(3)]
+    assert [len(wave) for wave in PrefixSchedule(rows, 100)] == [3]
+    assert [len(wave) for wave in PrefixSchedule(rows, 1)] == [1, 2]
 
 
-def cost(groups: list[list[Row]], forward: int) -> int:
+def cost(groups: list[list[TokenSequence]], forward: int) -> int:
     needs = [max(len(row) - row.known for row in group) for group in groups]
     return sum(need * len(group) + forward * (need > 0) for need, group in zip(needs, groups, strict=True))
 
@@ -87,9 +87,9 @@ def test_groups_cost_no_more_than_one_forward_for_all_or_one_for_each(seed: int,
 
 
 def test_a_long_row_is_computed_apart_from_many_short_ones() -> None:
-    long, short = Row(np.arange(150, dtype=np.int32), 0, 0), []
+    long, short = TokenSequence(np.arange(150, dtype=np.int32), 0, 0), []
     for i in range(15):
-        short.append(Row(np.arange(150, 300 + i, dtype=np.int32), 0, i + 1, known=140 + i))
+        short.append(TokenSequence(np.arange(150, 300 + i, dtype=np.int32), 0, i + 1, known=140 + i))
     assert sorted(map(len, together([long, *short], 32))) == [1, 15]
 
 

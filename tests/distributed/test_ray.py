@@ -19,7 +19,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import LLMCache, Result
-from llmcache.distributed.workers import Place, Share, Worker
+from llmcache.distributed.workers import Worker, WorkerConfig, WorkItem
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.evict import compact
@@ -165,14 +165,14 @@ def test_a_dataset_is_mapped_by_actors_that_share_a_store(
 # -- a worker, without a cluster ------------------------------------------------------------------------------
 
 
-def share_of(model: SentenceTransformer, cache: Any, texts: list[str]) -> Share:
+def share_of(model: SentenceTransformer, cache: Any, texts: list[str]) -> WorkItem:
     sentences = Sentences(model)
     tokens = sentences.tokenise(sorted(texts, key=len, reverse=True), None, None)
     digest = cache.identity.digest
     by_text = text_keys(key_seed(digest, "text", None, None), sorted(texts, key=len, reverse=True)).view(np.uint64)
     by_token = token_keys(key_seed(digest, "tokens", None, None), tokens.key_bytes()).view(np.uint64)
     raw = features(sentences.token_embedding(), tokens.ids, "mean")
-    return Share(tokens, by_token, by_text, [""] * len(texts), raw, 4, None)
+    return WorkItem(tokens, by_token, by_text, [""] * len(texts), raw, 4, None)
 
 
 def test_a_share_that_is_done_again_after_a_kill_is_stored_once(
@@ -180,7 +180,7 @@ def test_a_share_that_is_done_again_after_a_kill_is_stored_once(
 ) -> None:
     with LLMCache.open(store, model_path) as cache:
         share = share_of(model, cache, [f"text {i} " * (i + 1) for i in range(10)])
-    place = Place(str(store), None, 1, {})
+    place = WorkerConfig(str(store), None, 1, {})
     first = Worker(place, 1).compute(share)  # it committed, and died before anybody heard of it
     second = Worker(place, 1).compute(share)
     assert first.stored
@@ -195,7 +195,7 @@ def test_two_workers_that_store_the_same_are_made_one_by_compact(
     texts = [f"text {i} " * (i + 1) for i in range(10)]
     with LLMCache.open(store, model_path) as cache:
         share = share_of(model, cache, texts)
-    place = Place(str(store), None, 1, {})
+    place = WorkerConfig(str(store), None, 1, {})
     workers = [Worker(place, 1), Worker(place, 1)]
     for worker in workers:
         worker.opened()
@@ -222,9 +222,9 @@ def test_a_worker_with_another_model_or_an_older_store_is_refused(model_path: st
     settings = other / "sentence_bert_config.json"
     settings.write_text(settings.read_text().replace("256", "32"))
     with pytest.raises(ModelMismatch, match="max_seq_length"):
-        Worker(Place(str(store), str(other), 1, {}), 1).opened()
+        Worker(WorkerConfig(str(store), str(other), 1, {}), 1).opened()
     with pytest.raises(UntrustedSnapshot, match="at least 99 was asked for"):
-        Worker(Place(str(store), None, 99, {}), 1).opened()
+        Worker(WorkerConfig(str(store), None, 99, {}), 1).opened()
 
 
 def test_a_worker_that_cannot_write_computes_all_the_same(
@@ -233,7 +233,7 @@ def test_a_worker_that_cannot_write_computes_all_the_same(
     with LLMCache.open(store, model_path) as cache:
         share = share_of(model, cache, ["one", "three words here"])
         expected = cache.encode(["three words here", "one"])
-    worker = Worker(Place(str(store), None, 1, {}), 1)
+    worker = Worker(WorkerConfig(str(store), None, 1, {}), 1)
     worker.opened().storing.store._fence(OSError(30, "Read-only file system"))
     done = worker.compute(share)
     assert not done.stored

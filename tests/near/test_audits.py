@@ -14,7 +14,7 @@ from llmcache.banks.break_even import (
     LEAST,
     MEMORY,
     PROBED,
-    Balance,
+    BreakEven,
 )
 from llmcache.errors import ConfigError
 from llmcache.near.monitoring.audits import WATCHFUL, Audits
@@ -104,7 +104,7 @@ def test_more_is_audited_while_something_speaks_against_the_hits_and_nothing_whe
 
 
 def test_near_reuse_stands_aside_while_it_costs_more_than_it_saves_and_goes_on_when_it_pays() -> None:
-    balance = Balance()
+    balance = BreakEven()
     assert not balance.observe(LEAST - 1, 0.0, 1.0), "too few to tell"
     assert balance.observe(10, 0.0, 0.1)
     assert not balance.pays

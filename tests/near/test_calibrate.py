@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.near.calibration.calibrate import _again, calibrated
-from llmcache.near.neighbors.gate import Boundary, safety
-from llmcache.near.neighbors.index import Memory
+from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.index import HostNeighborIndex
 from tests.near.test_correction import entries
 
 
@@ -30,7 +30,7 @@ def test_how_loud_a_head_decides_changes_neither_the_hits_calibrated_nor_those_g
         head = Loud(volume)
         found, fitted = calibrated(known, None, None, None, budget=0.1, head=head, guarded=False)
         assert found.threshold is not None
-        looked_up = Memory(known, fitted.predictor, found.voting).look_up(asked, Boundary.of(head))
+        looked_up = HostNeighborIndex(known, fitted.predictor, found.voting).look_up(asked, LinearHead.of(head))
         hits = float((safety(looked_up.evidence) >= found.threshold).mean())
         assert abs(hits - found.hits) < 0.12, "what was calibrated is what is given"
         given.append(hits)

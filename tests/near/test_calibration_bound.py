@@ -19,11 +19,11 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
-from llmcache.near.calibration.calibrate import Calibration, Fitted
+from llmcache.near.calibration.calibrate import Calibration, FittedModels
 from llmcache.near.calibration.recalibration import GROWN, grown
-from llmcache.near.calibration_store import NearReuse
+from llmcache.near.calibration_store import CalibrationStore
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import TAKEN, Reuse
+from llmcache.near.matcher import TAKEN, NearMatcher
 from llmcache.near.neighbors.predictor import KERNEL, fit
 from llmcache.near.repeats import NearAnswers
 from tests.calibration_trials import SCOPE, Documents, Trial, answered, law, put, trials
@@ -91,7 +91,7 @@ class Cache:
         facts = BankFacts("float32", first.outputs.shape[1], 1, first.features.shape[1])
         self.bank: Bank = store.bank("default", "output", lambda: facts, self.config.near)
         put(self.bank, first)
-        self.near = NearReuse(store, "default", self.config, "output", self.bank, FieldDigests())
+        self.near = CalibrationStore(store, "default", self.config, "output", self.bank, FieldDigests())
 
     def draw(self, n: int) -> Documents:
         return self._draw(self._random, n)
@@ -100,7 +100,7 @@ class Cache:
         settings = {"budget": 0.1, "drift": "label", "head": self.draw(1).head, "guarded": False, **settings}
         return self.near.calibrate(known, SCOPE, commit=self.store.commit, **settings)
 
-    def saved(self) -> Reuse:
+    def saved(self) -> NearMatcher:
         reuse = self.near.saved()
         assert reuse is not None
         return reuse
@@ -153,9 +153,9 @@ def test_every_entry_that_a_new_calibration_measured_answers_after_it(store: Sto
 
 def test_which_entries_answer_comes_back_from_arrays_bit_for_bit() -> None:
     keys = np.sort(np.random.default_rng(0).integers(0, 2**64, 100, np.uint64))
-    arrays = Fitted(fit(*documents(70)), None, keys).to_arrays()
+    arrays = FittedModels(fit(*documents(70)), None, keys).to_arrays()
     stored = {name: one.astype(np.float32) for name, one in arrays.items()}
-    again = Fitted.from_arrays(stored).answering
+    again = FittedModels.from_arrays(stored).answering
     assert again is not None
     np.testing.assert_array_equal(again, keys)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.monitoring.confidence_sequences import Alarm, Sequence
+from llmcache.near.monitoring.confidence_sequences import ChangeDetector, Sequence
 
 
 def flips(seed: int, count: int, share: float) -> NDArray[np.float64]:
@@ -97,7 +97,7 @@ def test_the_bounds_enclose_the_mean_and_agree_with_the_decisions(drifts: list[f
 def test_audits_in_one_call_or_one_by_one_are_the_same() -> None:
     drifts = flips(1, 500, 0.1)
     at_once, single = Sequence(), Sequence()
-    alarm, other = Alarm(0.02), Alarm(0.02)
+    alarm, other = ChangeDetector(0.02), ChangeDetector(0.02)
     at_once.observe(drifts)
     alarm.observe(drifts)
     for drift in drifts:
@@ -108,11 +108,11 @@ def test_audits_in_one_call_or_one_by_one_are_the_same() -> None:
 
 
 def test_what_was_saved_as_json_goes_on_where_it_was() -> None:
-    sequence, alarm = Sequence(0.01), Alarm([0.01, 0.2], 0.01)
+    sequence, alarm = Sequence(0.01), ChangeDetector([0.01, 0.2], 0.01)
     sequence.observe(flips(1, 77, 0.05))
     alarm.observe(np.stack([flips(1, 77, 0.05), flips(2, 77, 0.05)], axis=1))
     sequence_too = Sequence.restored(json.loads(json.dumps(sequence.state())))
-    alarm_too = Alarm.restored(json.loads(json.dumps(alarm.state())))
+    alarm_too = ChangeDetector.restored(json.loads(json.dumps(alarm.state())))
     for one in (sequence, sequence_too):
         one.observe(flips(3, 50, 0.2))
     for each in (alarm, alarm_too):
@@ -135,7 +135,7 @@ def test_a_drift_outside_of_its_range_is_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match=r"a drift is in \[0, 1\]"):
         Sequence().observe(values)
     with pytest.raises(ValueError, match=r"a drift is in \[0, 1\]"):
-        Alarm(0.1).observe(values)
+        ChangeDetector(0.1).observe(values)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("nan")])
@@ -143,16 +143,16 @@ def test_certainty_is_refused(alpha: float) -> None:
     with pytest.raises(ConfigError, match="no bound holds with certainty"):
         Sequence(alpha)
     with pytest.raises(ConfigError, match="no bound holds with certainty"):
-        Alarm(0.1, alpha)
+        ChangeDetector(0.1, alpha)
 
 
 @pytest.mark.parametrize("limits", [0.0, 1.0, [0.1, -0.1]])
 def test_a_limit_that_cannot_be_exceeded_is_refused(limits: float | list[float]) -> None:
     with pytest.raises(ConfigError, match="a limit of drift"):
-        Alarm(limits)
+        ChangeDetector(limits)
 
 
-def first_alarm(alarm: Alarm, drifts: NDArray[np.float64]) -> int:
+def first_alarm(alarm: ChangeDetector, drifts: NDArray[np.float64]) -> int:
     for end in range(10, len(drifts) + 1, 10):
         alarm.observe(drifts[end - 10 : end])
         if alarm.raised:
@@ -162,7 +162,7 @@ def first_alarm(alarm: Alarm, drifts: NDArray[np.float64]) -> int:
 
 def test_six_times_the_budget_is_noticed_within_some_hundred_audits() -> None:
     drawn = [flips(seed, 2000, 0.06) for seed in range(60)]  # 3 % of all results, half of which are hits
-    alarms = [first_alarm(Alarm(0.01), drifts) for drifts in drawn]
+    alarms = [first_alarm(ChangeDetector(0.01), drifts) for drifts in drawn]
     assert np.median(alarms) <= 100
     assert np.quantile(alarms, 0.9) <= 300
     sequences = [Sequence() for _ in drawn]
@@ -173,7 +173,7 @@ def test_six_times_the_budget_is_noticed_within_some_hundred_audits() -> None:
 
 def test_a_change_after_a_long_quiet_is_noticed_by_the_alarm_long_before_the_mean_shows_it() -> None:
     quiet, change = flips(0, 5000, 0.003), flips(1, 3000, 0.06)
-    alarm, sequence = Alarm(0.01), Sequence()
+    alarm, sequence = ChangeDetector(0.01), Sequence()
     alarm.observe(quiet)
     sequence.observe(quiet)
     assert not alarm.raised
@@ -187,21 +187,21 @@ def test_a_change_after_a_long_quiet_is_noticed_by_the_alarm_long_before_the_mea
 def test_drift_at_its_limit_raises_an_alarm_in_at_most_the_promised_share_of_streams(limits: list[float]) -> None:
     false = 0
     for seed in range(300):
-        alarm = Alarm(limits, alpha=0.1)
+        alarm = ChangeDetector(limits, alpha=0.1)
         alarm.observe(np.random.default_rng(seed).random((2000, len(limits))) < np.array(limits))
         false += alarm.raised
     assert false <= 30
 
 
 def test_the_loudest_stream_is_the_one_that_changed() -> None:
-    alarm = Alarm([0.05, 0.05, 0.05])
+    alarm = ChangeDetector([0.05, 0.05, 0.05])
     alarm.observe(np.random.default_rng(0).random((500, 3)) < [0.05, 0.3, 0.02])
     assert alarm.raised
     assert alarm.loudest() == 1
 
 
 def test_wealth_stays_finite_in_a_stream_of_flips() -> None:
-    alarm = Alarm(1e-4)
+    alarm = ChangeDetector(1e-4)
     alarm.observe(np.ones(10_000))
     alarm.observe(np.zeros(10_000))
     assert np.isfinite(alarm.highest)

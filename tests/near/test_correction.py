@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from llmcache.errors import ConfigError
 from llmcache.near.calibration.crossfit import ask, cross_fit, held_out_voting, unseen
-from llmcache.near.calibration.drift import Judge, cosine_drift, label_drift
+from llmcache.near.calibration.drift import DriftMeasure, cosine_drift, label_drift
 from llmcache.near.neighbors.correction import (
     DECIDED,
     EVIDENCE,
@@ -25,8 +25,8 @@ from llmcache.near.neighbors.correction import (
     units,
     weights,
 )
-from llmcache.near.neighbors.gate import Boundary, safety
-from llmcache.near.neighbors.index import Entries, Memory
+from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex
 from tests.near.test_predictor import documents
 
 Floats = NDArray[np.float32]
@@ -63,7 +63,7 @@ def test_one_neighbour_and_no_strength_is_plain_reuse() -> None:
 
 def test_a_repeat_of_an_entry_gets_about_its_output_back() -> None:
     known = entries(800)
-    found = Memory.fit(known).look_up(known.take(np.arange(20)))
+    found = HostNeighborIndex.fit(known).look_up(known.take(np.arange(20)))
     np.testing.assert_array_equal(found.nearest, np.arange(20))
     assert cosine_drift(known.outputs[:20], found.results).max() < 0.1
 
@@ -210,21 +210,21 @@ def test_a_linear_head_is_pictured_exactly_and_another_one_by_its_labels() -> No
     for classes in (2, 4):
         labels = np.argmax(outputs[:, :classes], axis=1)
         head = LogisticRegression(C=10).fit(outputs, labels)
-        exact, learned = Boundary.of(head), Boundary.fit(outputs, head.predict(outputs))
+        exact, learned = LinearHead.of(head), LinearHead.fit(outputs, head.predict(outputs))
         assert exact is not None
         assert learned is not None
         np.testing.assert_array_equal(exact(outputs).argmax(axis=1), head.predict(outputs))
         assert (learned(outputs).argmax(axis=1) == head.predict(outputs)).mean() > 0.95
-    assert Boundary.of(lambda given: given) is None
-    assert Boundary.fit(outputs, np.zeros(500)) is None
+    assert LinearHead.of(lambda given: given) is None
+    assert LinearHead.fit(outputs, np.zeros(500)) is None
 
 
 # -- cross-fitting ------------------------------------------------------------------------------------------
 
 
-def judge_of(known: Entries) -> Judge:
+def judge_of(known: Entries) -> DriftMeasure:
     head = LogisticRegression().fit(known.outputs, known.outputs[:, 0] > 0)
-    return Judge(label_drift(head), Boundary.of(head))
+    return DriftMeasure(label_drift(head), LinearHead.of(head))
 
 
 def test_no_entry_is_looked_up_among_its_own_fold() -> None:
@@ -238,9 +238,9 @@ def test_no_entry_is_looked_up_among_its_own_fold() -> None:
 def test_the_judge_is_asked_for_with_the_other_folds_rows_only() -> None:
     known, seen = entries(300), []
 
-    def asked(rows: NDArray[np.int64]) -> Judge:
+    def asked(rows: NDArray[np.int64]) -> DriftMeasure:
         seen.append(rows)
-        return Judge(cosine_drift)
+        return DriftMeasure(cosine_drift)
 
     held = cross_fit(known, asked, folds=3)
     for number, rows in enumerate(seen):
@@ -250,8 +250,8 @@ def test_the_judge_is_asked_for_with_the_other_folds_rows_only() -> None:
 
 def test_cross_fitted_drift_foretells_that_of_new_documents() -> None:
     known, asked = entries(900), entries(900, seed=1)
-    judge = Judge(cosine_drift)
-    held, real = cross_fit(known, lambda rows: judge), ask(Memory.fit(known), asked, judge)
+    judge = DriftMeasure(cosine_drift)
+    held, real = cross_fit(known, lambda rows: judge), ask(HostNeighborIndex.fit(known), asked, judge)
     assert held.drift.mean() == pytest.approx(real.drift.mean(), rel=0.25)
     safe, shaky = np.array_split(np.argsort(-real.score), 2)
     assert real.drift[safe].mean() < real.drift[shaky].mean()
@@ -260,13 +260,13 @@ def test_cross_fitted_drift_foretells_that_of_new_documents() -> None:
 def test_identical_documents_can_be_cross_fitted() -> None:
     one = entries(1)
     same = one.take(np.zeros(200, np.int64))
-    held = cross_fit(same, lambda rows: Judge(cosine_drift))
+    held = cross_fit(same, lambda rows: DriftMeasure(cosine_drift))
     np.testing.assert_allclose(held.drift, 0, atol=1e-6)
 
 
 def test_too_few_entries_cannot_be_cross_fitted() -> None:
     with pytest.raises(ConfigError, match="70 entries in 5 folds"):
-        cross_fit(entries(70), lambda rows: Judge(cosine_drift))
+        cross_fit(entries(70), lambda rows: DriftMeasure(cosine_drift))
 
 
 def test_a_sample_is_taken_without_what_the_cache_holds() -> None:

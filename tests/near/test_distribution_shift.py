@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
 from llmcache.indexes.search.projection import fit_pca
-from llmcache.near.monitoring.distribution_shift import Shift
+from llmcache.near.monitoring.distribution_shift import DistributionShift
 from tests.conftest import DATA
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def similarities(seed: int, count: int) -> Floats:
     return np.random.default_rng(seed).beta(8, 2, count)
 
 
-def noticed(watch: Shift, live: Floats) -> int:
+def noticed(watch: DistributionShift, live: Floats) -> int:
     for end in range(5, len(live) + 1, 5):
         watch.observe(live[end - 5 : end])
         if watch.raised:
@@ -37,14 +37,14 @@ def noticed(watch: Shift, live: Floats) -> int:
 def test_the_same_traffic_raises_no_alarm(count: int) -> None:
     false = 0
     for seed in range(300):
-        watch = Shift.fitted(similarities(seed, count), tolerance=0.0)
+        watch = DistributionShift.fitted(similarities(seed, count), tolerance=0.0)
         watch.observe(similarities(1000 + seed, 2000))
         false += watch.raised
     assert false <= 3
 
 
 def test_traffic_that_finds_nearer_entries_raises_no_alarm() -> None:
-    watch = Shift.fitted(similarities(0, 500))
+    watch = DistributionShift.fitted(similarities(0, 500))
     watch.observe(np.sqrt(similarities(1, 5000)))
     assert not watch.raised
 
@@ -53,18 +53,18 @@ def test_half_of_the_traffic_far_away_is_noticed_within_a_hundred_documents() ->
     for seed in range(50):
         live = similarities(seed, 2000)
         live[np.random.default_rng(seed).random(2000) < 0.5] *= 0.5
-        assert noticed(Shift.fitted(similarities(99, 400)), live) <= 100
+        assert noticed(DistributionShift.fitted(similarities(99, 400)), live) <= 100
 
 
 def test_a_change_after_a_long_quiet_is_noticed() -> None:
-    watch = Shift.fitted(similarities(0, 400))
+    watch = DistributionShift.fitted(similarities(0, 400))
     watch.observe(similarities(1, 20_000))
     assert not watch.raised
     assert noticed(watch, similarities(2, 1000) * 0.5) <= 100
 
 
 def test_the_reason_names_the_shares() -> None:
-    watch = Shift.fitted(similarities(0, 400))
+    watch = DistributionShift.fitted(similarities(0, 400))
     watch.observe(similarities(1, 300) * 0.4)
     assert watch.raised
     assert watch.documents == 300
@@ -72,9 +72,9 @@ def test_the_reason_names_the_shares() -> None:
 
 
 def test_what_was_saved_as_json_goes_on_where_it_was() -> None:
-    watch = Shift.fitted(similarities(0, 400))
+    watch = DistributionShift.fitted(similarities(0, 400))
     watch.observe(similarities(1, 333) * 0.9)
-    again = Shift.restored(json.loads(json.dumps(watch.state())))
+    again = DistributionShift.restored(json.loads(json.dumps(watch.state())))
     for each in (watch, again):
         each.observe(similarities(2, 100) * 0.8)
     assert again.state() == watch.state()
@@ -82,7 +82,7 @@ def test_what_was_saved_as_json_goes_on_where_it_was() -> None:
 
 
 def test_documents_in_one_call_or_one_by_one_are_the_same() -> None:
-    at_once, single = Shift.fitted(similarities(0, 400)), Shift.fitted(similarities(0, 400))
+    at_once, single = DistributionShift.fitted(similarities(0, 400)), DistributionShift.fitted(similarities(0, 400))
     live = similarities(1, 200) * 0.9
     at_once.observe(live)
     for one in live:
@@ -92,7 +92,7 @@ def test_documents_in_one_call_or_one_by_one_are_the_same() -> None:
 
 
 def test_identical_similarities_raise_no_alarm_and_missing_ones_are_far() -> None:
-    watch = Shift.fitted(np.ones(200))
+    watch = DistributionShift.fitted(np.ones(200))
     watch.observe(np.ones(1000))
     assert not watch.raised
     watch.observe([np.nan] * 50)
@@ -101,7 +101,7 @@ def test_identical_similarities_raise_no_alarm_and_missing_ones_are_far() -> Non
 
 def test_a_sample_too_small_says_how_many_it_takes() -> None:
     with pytest.raises(ConfigError, match="at least 100 documents, got 99"):
-        Shift.fitted(similarities(0, 99))
+        DistributionShift.fitted(similarities(0, 99))
 
 
 def nearest(queries: Floats, entries: Floats) -> Floats:
@@ -137,9 +137,9 @@ def test_half_banking_half_snips_after_calibrating_on_one_is_noticed(
     projection = fit_pca(vectors[ours][:2000], 128)
     projected = np.asarray(projection.apply(vectors[ours]), np.float64)
     entries, sample, live = projected[:2000], projected[2000:3000], projected[3000:]
-    same = Shift.fitted(nearest(sample, entries))
+    same = DistributionShift.fitted(nearest(sample, entries))
     same.observe(nearest(live, entries))
     assert not same.raised
     others = np.asarray(projection.apply(vectors[theirs][:1000]), np.float64)
     mixed = np.concatenate([live, others])[np.random.default_rng(1).permutation(2000)]
-    assert noticed(Shift.fitted(nearest(sample, entries)), nearest(mixed, entries)) <= 200
+    assert noticed(DistributionShift.fitted(nearest(sample, entries)), nearest(mixed, entries)) <= 200

@@ -16,7 +16,7 @@ from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
 from llmcache.near.neighbors.correction import NEIGHBOURS
-from llmcache.near.neighbors.index import Entries, Memory
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from tests.damage_calibrated import damaged, make, texts, tiny_model
 
@@ -118,7 +118,7 @@ def test_neighbours_of_few_entries_are_all_of_them_on_the_host_and_on_a_device(
         entries = Entries(chance.standard_normal((n, width)).astype(np.float16), outputs, tokens)
         asked = chance.standard_normal((4, width)).astype(np.float32)
         voting, predictor = reuse.calibration.voting, reuse.fitted.predictor
-        host = Memory(entries, predictor, voting).match(asked, tokens[:1] * 4)
+        host = HostNeighborIndex(entries, predictor, voting).match(asked, tokens[:1] * 4)
         device = DeviceMemory(entries, predictor, voting, "cpu").match(asked, tokens[:1] * 4)
         for found in (host, device):
             assert found.neighbours.shape == (4, min(n, NEIGHBOURS))
@@ -126,7 +126,7 @@ def test_neighbours_of_few_entries_are_all_of_them_on_the_host_and_on_a_device(
             assert np.isfinite(found.evidence).all()
         np.testing.assert_allclose(np.asarray(device.results), host.results, atol=1e-3)
         none = Entries(entries.features[:0], outputs[:0], [])
-        for place in (Memory, lambda none, predictor, voting: DeviceMemory(none, predictor, voting, "cpu")):
+        for place in (HostNeighborIndex, lambda none, predictor, voting: DeviceMemory(none, predictor, voting, "cpu")):
             with pytest.raises(ConfigError, match="no entries"):
                 place(none, predictor, voting)
 

@@ -18,7 +18,7 @@ from llmcache.bench.guard import altered, measure
 from llmcache.errors import ConfigError
 from llmcache.near.guard.rules import (
     KINDS,
-    Rules,
+    FieldGuard,
     differs,
     digests,
     fields,
@@ -300,7 +300,7 @@ def test_no_two_products_that_differ_in_a_model_number_are_taken_for_one() -> No
 
 
 def test_the_first_neighbour_that_counts_and_has_the_same_fields_is_the_source() -> None:
-    rules = Rules()
+    rules = FieldGuard()
     asked = rules.digests(["a fee of 35 pounds"] * 4)
     texts = [
         ["fee: 15 pounds", "fee of 35 pounds", "35 pounds, a fee"],

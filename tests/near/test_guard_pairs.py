@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmcache.near.guard.rules import (
     RULES_VERSION,
-    Rules,
+    FieldGuard,
     digests,
     refused,
 )
@@ -78,9 +78,9 @@ def test_the_case_and_white_space_of_drawn_texts_do_not_matter() -> None:
 
 
 def test_digests_of_other_rules_do_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Rules().digests(["pay 5"])
+    ours = FieldGuard().digests(["pay 5"])
     monkeypatch.setattr("llmcache.near.guard.rules.RULES_VERSION", RULES_VERSION + 1)
-    assert Rules().unequal(ours, Rules().digests(["pay 5"])).tolist() == [0]
+    assert FieldGuard().unequal(ours, FieldGuard().digests(["pay 5"])).tolist() == [0]
 
 
 WORDS = sorted({word for pair in written_pairs() for text in (pair.one, pair.other) for word in text.split()})

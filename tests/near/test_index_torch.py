@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from llmcache import CacheConfig, LLMCache
 from llmcache.encoding.answers import NEAR
 from llmcache.encoding.device_answers import DeviceAnswers
-from llmcache.encoding.executor import Call
+from llmcache.encoding.executor import EncodeCall
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features, features_on
@@ -27,8 +27,8 @@ from llmcache.near.neighbors.correction import (
     Voting,
     units,
 )
-from llmcache.near.neighbors.gate import Boundary
-from llmcache.near.neighbors.index import Entries, Memory, rounded
+from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
 from llmcache.near.neighbors.predictor import fit
 
@@ -116,11 +116,11 @@ def test_matches_among_real_queries_are_those_of_the_host(embedded: Entries, dev
     known, asked = embedded.take(np.arange(KNOWN)), embedded.take(np.arange(KNOWN, KNOWN + ASKED))
     known = Entries(half(known.features), known.outputs, known.tokens)
     random = np.random.default_rng(1)
-    head = Boundary(random.standard_normal((7, 384)).astype(np.float32), np.linspace(0, 0.6, 7, dtype=np.float32))
+    head = LinearHead(random.standard_normal((7, 384)).astype(np.float32), np.linspace(0, 0.6, 7, dtype=np.float32))
     scores: Any = {"no head": None, "a linear head": head, "logits": lambda outputs: outputs}[kind]
     predictor, voting = fit(known.features, known.outputs, landmarks=500), Voting(0.05, 0.75)
     kept = rounded(predictor(known.features))
-    expected = Memory(known, predictor, voting, kind="flat", predictions=kept).match(
+    expected = HostNeighborIndex(known, predictor, voting, kind="flat", predictions=kept).match(
         asked.features, asked.tokens, scores
     )
     raw = torch.from_numpy(asked.features).to(device)
@@ -157,7 +157,7 @@ def test_entries_of_two_bytes_are_held_so_and_predictions_that_are_known_are_tak
     known = Entries(half(known.features), outputs, known.tokens)
     predictor = fit(known.features, outputs)
     wrong = half(np.roll(predictor(known.features), 1, axis=0)).astype(np.float32)
-    host = Memory(known, predictor, Voting(), kind="flat", predictions=wrong)
+    host = HostNeighborIndex(known, predictor, Voting(), kind="flat", predictions=wrong)
     for one in (known.features, outputs):
         one.flags.writeable = False  # as arrays that lie in a file
     there = DeviceMemory(known, predictor, Voting(), device, predictions=wrong, dtype=torch.float16)
@@ -255,7 +255,7 @@ def test_near_and_exact_hits_and_misses_of_a_batch_stay_on_the_device(
     with opened_there(
         monkeypatch, tmp_path / "device", fresh_model, device, audit_share=0.0, device_bytes=memory, near_repeats=None
     ) as cache:
-        answers = cache._execution.answers(Call(mixed, tensor=True))
+        answers = cache._execution.answers(EncodeCall(mixed, tensor=True))
         assert isinstance(answers, DeviceAnswers)
         assert answers.there[answers.tier == NEAR].all()
         assert answers.there.all() == (memory > 0), "what was read from the files goes there at the end"
@@ -286,7 +286,7 @@ def test_near_hits_of_the_host_are_among_tensors_that_come_from_memory(
     with LLMCache.open(tmp_path / "s", model, config=config) as cache:
         assert cache._execution.reuse is not None
         assert cache._execution.reuse.place is None
-        answers = cache._execution.answers(Call(asked, tensor=True))
+        answers = cache._execution.answers(EncodeCall(asked, tensor=True))
         assert isinstance(answers, DeviceAnswers)
         near = answers.tier == NEAR
         assert near.any()
@@ -329,7 +329,7 @@ def test_entries_that_no_device_can_hold_are_looked_up_on_the_host_and_that_is_s
         found = reuse.look_up(torch.from_numpy(raw), tokens, texts)
         np.testing.assert_array_equal(found.results, expected.results)
         np.testing.assert_array_equal(found.gate, expected.gate)
-        assert isinstance(reuse.refresh(), Memory)
+        assert isinstance(reuse.refresh(), HostNeighborIndex)
         reuse.refresh()
     warnings = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert [("900 entries" in one.message, "on the host" in one.message) for one in warnings] == [(True, True)]

@@ -273,7 +273,7 @@ def test_entries_from_before_there_were_scopes_are_exact_matches_and_answer_no_n
     model = with_prompts(folder)
     with monkeypatch.context() as older:
         older.setattr("llmcache.indexes.format.manifest_json.FORMAT", 1)
-        older.setattr("llmcache.encoding.executor.Execution.marks", lambda *_: None)
+        older.setattr("llmcache.encoding.executor.Executor.marks", lambda *_: None)
         older.setattr("llmcache.layers.layer_banks.scoped", lambda *_: None)
         stored(tmp_path / "s", model, RULES[rule], {"plain": {}})
     (manifest,) = {max((tmp_path / "s").glob("m-*.json"))}
@@ -292,7 +292,7 @@ def test_a_calibration_from_before_there_were_scopes_is_off_and_says_so(
 ) -> None:
     model = with_prompts(folder)
     with monkeypatch.context() as older:
-        older.setattr("llmcache.encoding.executor.Execution.marks", lambda *_: None)
+        older.setattr("llmcache.encoding.executor.Executor.marks", lambda *_: None)
         stored(tmp_path / "old", model, RULES["calibrated"], {"plain": {}})
     with LLMCache.open(tmp_path / "old", model) as cache, pytest.raises(ConfigError, match="older versions"):
         cache.calibrate(budget=0.9, drift="cosine")

@@ -21,7 +21,7 @@ from llmcache.document import Document
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
 from llmcache.pipeline.chunked import Chunked, _by_caller
 from llmcache.pipeline.chunking import Chunk
-from llmcache.records import Refused, intake
+from llmcache.records import RejectedRecord, intake
 from tests.conftest import Command
 
 IDS = ["a", 7, None, float("nan"), 3.0, np.int64(9), np.float32("nan"), uuid.UUID(int=5), "None", "nan"]
@@ -148,7 +148,7 @@ def test_every_record_is_answered_or_refused(cache: LLMCache) -> None:
     answered = sum(1 for _ in pipeline.run(records))
     assert answered + pipeline.refused == len(records)
     assert answered == sum(isinstance(one, Document) for one in intake(records))
-    assert pipeline.refused == sum(isinstance(one, Refused) for one in intake(records))
+    assert pipeline.refused == sum(isinstance(one, RejectedRecord) for one in intake(records))
 
 
 # -- chunks -----------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from llmcache.model.tokens import TokenRows
 from llmcache.planning import cost_model as costs
 from llmcache.planning import forecast as planning
 from llmcache.planning.advice import (
-    Amounts,
-    Circumstances,
+    RunContext,
+    RunForecast,
     advised,
     bytes_of,
 )
@@ -232,7 +232,7 @@ def test_a_plan_that_is_read_again_is_the_same(store: Path, model: SentenceTrans
 BANK = BankFacts("float32", 384, 1, 384)
 
 
-def around(**given: object) -> Circumstances:
+def around(**given: object) -> RunContext:
     config = CacheConfig(**given.pop("settings", {}))  # type: ignore[arg-type]  # only here for short
     facts = {
         "model": "m",
@@ -243,13 +243,13 @@ def around(**given: object) -> Circumstances:
         "free": 1 << 40,
         **given,
     }
-    return Circumstances(config=config, **facts)  # type: ignore[arg-type]
+    return RunContext(config=config, **facts)  # type: ignore[arg-type]
 
 
-def amounts(**given: object) -> Amounts:
+def amounts(**given: object) -> RunForecast:
     facts = {"documents": 1000, "computed": 800, "known": 0, "tokens": 20_000, "hit_rate": 0.2, "uncached": 10.0,
              "saved": 2.0, "near": 0.0, **given}  # fmt: skip
-    return Amounts(**facts)  # type: ignore[arg-type]
+    return RunForecast(**facts)  # type: ignore[arg-type]
 
 
 def test_the_bytes_forecast_are_those_that_a_run_writes(

@@ -22,7 +22,7 @@ from llmcache.banks.counters import Counters
 from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.store import Store
 from llmcache.report.charts import thinned, ticks
-from llmcache.report.facts import Facts, Tally, facts
+from llmcache.report.facts import Facts, RunTotals, facts
 from llmcache.report.page import rendered, write
 from llmcache.report.statistics import BankStatistics, statistics
 from tests.conftest import Command
@@ -88,9 +88,9 @@ def test_the_totals_are_those_of_the_counters_and_of_all_runs(past: Path) -> Non
 
 def test_tiers_add_up_to_the_documents_whatever_the_counters_say() -> None:
     counters = {"documents": 10, "exact_text": 9, "exact_tokens": 5, "repeats": 3, "near": 2, "misses": 4}
-    assert Tally.of(counters).tiers == (4, 0, 0, 2, 4)
-    assert Tally.of({}).hit_rate == 0
-    assert Tally.of({}).times == 1
+    assert RunTotals.of(counters).tiers == (4, 0, 0, 2, 4)
+    assert RunTotals.of({}).hit_rate == 0
+    assert RunTotals.of({}).times == 1
 
 
 def test_days_become_weeks_and_months_where_there_are_many(store: Path) -> None:
@@ -118,9 +118,9 @@ def test_the_most_used_entries_are_counted_before_the_others(past: Path) -> None
 
 
 def test_drift_of_all_results_is_that_of_the_audits_by_the_share_reused() -> None:
-    tally = Tally.of({"documents": 100, "audits": 50, "audited_drift": 1.0, "near": 40}, 80, 40)
+    tally = RunTotals.of({"documents": 100, "audits": 50, "audited_drift": 1.0, "near": 40}, 80, 40)
     assert tally.drift_of_all == pytest.approx(1 / 50 * 40 / 80)
-    assert Tally.of({"documents": 100}).drift_of_all is None
+    assert RunTotals.of({"documents": 100}).drift_of_all is None
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
-from llmcache.near.calibration.crossfit import Held, ask, cross_fit, held_out_voting
-from llmcache.near.calibration.drift import Judge, beyond, label_drift
+from llmcache.near.calibration.crossfit import CrossFitResult, ask, cross_fit, held_out_voting
+from llmcache.near.calibration.drift import DriftMeasure, beyond, label_drift
 from llmcache.near.calibration.risk_control import choose
-from llmcache.near.guard.rules import Rules
+from llmcache.near.guard.rules import FieldGuard
 from llmcache.near.neighbors.correction import eligible_sources
-from llmcache.near.neighbors.gate import Boundary, safety
-from llmcache.near.neighbors.index import Entries, Memory
+from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex
 
 FIXED = 0.8
 """GPTCache's default threshold of similarity."""
@@ -48,8 +48,8 @@ def labelled(model: SentenceTransformer, folder: Path, seed: int, budget: float)
     head = fitted_head(known.entries.outputs, known.labels)
     voting = held_out_voting(known.entries, seed)
     held = cross_fit(known.entries, judges(known), seed=seed, voting=voting)
-    memory = Memory.fit(known.entries, seed, voting)
-    judge = Judge(label_drift(head), Boundary.of(head))
+    memory = HostNeighborIndex.fit(known.entries, seed, voting)
+    judge = DriftMeasure(label_drift(head), LinearHead.of(head))
     own, others = ([text for text, _ in part] for part in texts)
     for row in _rules(memory, held, asked.entries, judge, own, (own, others), budget):
         yield {name: value for name, value in row.items() if name != "hit"}
@@ -70,7 +70,7 @@ def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float
         embedded(model, [(text, "") for text in texts]).entries for texts in (first, second[:half], second[half:])
     )
     voting = held_out_voting(known, seed)
-    memory, judge = Memory.fit(known, seed, voting), Judge(beyond(LIMIT))
+    memory, judge = HostNeighborIndex.fit(known, seed, voting), DriftMeasure(beyond(LIMIT))
     held = ask(memory, sample, judge)
     same = np.array([pair[0] == 1 for pair in chosen[half:]])
     nearest = memory.look_up(asked).nearest
@@ -81,10 +81,10 @@ def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float
 
 
 def _rules(
-    memory: Memory,
-    held: Held,
+    memory: HostNeighborIndex,
+    held: CrossFitResult,
     asked: Entries,
-    judge: Judge,
+    judge: DriftMeasure,
     known_texts: list[str],
     texts: tuple[list[str], list[str]],
     budget: float,
@@ -92,7 +92,7 @@ def _rules(
     found = memory.look_up(asked, judge.scores)
     plain, score = memory.entries.outputs[found.nearest], safety(found.evidence)
     ours = _threshold(held.drift, held.score, budget)
-    guard = Rules()
+    guard = FieldGuard()
     read, temperature = guard.digests(known_texts), memory.voting.temperature
     of_sample, of_asked = (
         guard.sharing(guard.digests(mine), read[one.neighbours], eligible_sources(one.similarities, temperature))[1]

@@ -21,8 +21,8 @@ from llmcache.model.batching import Sentences, token_embedding
 from llmcache.model.features import features, features_on
 from llmcache.model.tokens import TokenRows
 from llmcache.near.neighbors.correction import Voting, units
-from llmcache.near.neighbors.gate import Boundary
-from llmcache.near.neighbors.index import Entries, Memory, Neighbourhood, rounded
+from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.predictor import (
     LANDMARKS,
@@ -70,11 +70,11 @@ def _looked_up(
     kept = rounded(predictor(raw)[like] + random.standard_normal((count, out), np.float32) / np.float32(10))
     outputs = units(random.standard_normal((count, out), np.float32))
     entries = Entries(raw[like].astype(np.float16), outputs, [drawn[i] for i in like.tolist()])
-    head = Boundary(random.standard_normal((_CLASSES, out), np.float32), np.zeros(_CLASSES, np.float32))
+    head = LinearHead(random.standard_normal((_CLASSES, out), np.float32), np.zeros(_CLASSES, np.float32))
     there = DeviceMemory(entries, predictor, Voting(), device.name, predictions=kept)
-    host = Memory(entries, predictor, Voting(), "torch", kept)
+    host = HostNeighborIndex(entries, predictor, Voting(), "torch", kept)
 
-    def matched(memory: Neighbourhood, tokens: list[NDArray[np.int32]]) -> Any:
+    def matched(memory: NeighborIndex, tokens: list[NDArray[np.int32]]) -> Any:
         return memory.match(features_on(embedding, tokens, "mean"), tokens, head)
 
     @torch.inference_mode()

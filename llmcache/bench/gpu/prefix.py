@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmcache.banks.device_cache import Levels
+from llmcache.banks.device_cache import DeviceCache
 from llmcache.bench.decoding import attached
 from llmcache.bench.harness.device import Device, against, spread
 from llmcache.bench.harness.shapes import (
@@ -20,7 +20,7 @@ from llmcache.bench.harness.shapes import (
     trunk,
 )
 from llmcache.decoders.kv_buffer import shape_of
-from llmcache.decoders.prefix_cache import Prefixes
+from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
@@ -45,11 +45,11 @@ def prefixes(device: Device) -> Iterator[dict[str, Any]]:
         bank = store.bank("bench", "prefix", lambda: shape_of(model).facts, NearChoice(index="torch"))
         levels = {
             "disk": None,
-            "pinned memory": Levels(bank, device.name, pinned_bytes=room, tokens=_BLOCK),
-            "device memory": Levels(bank, device.name, device_bytes=room, tokens=_BLOCK),
+            "pinned memory": DeviceCache(bank, device.name, pinned_bytes=room, tokens=_BLOCK),
+            "device memory": DeviceCache(bank, device.name, device_bytes=room, tokens=_BLOCK),
         }
         made = {
-            name: Prefixes(model, bank, b"bench", Bank.put, block=_BLOCK, levels=one) for name, one in levels.items()
+            name: PrefixCache(model, bank, b"bench", Bank.put, block=_BLOCK, levels=one) for name, one in levels.items()
         }
         for number, length in enumerate(lengths):
             if number and device.over:
@@ -62,7 +62,7 @@ def prefixes(device: Device) -> Iterator[dict[str, Any]]:
         store.close()
 
 
-def _restored(model: Any, made: Mapping[str, Prefixes], store: Store, length: int, device: Device) -> dict[str, Any]:
+def _restored(model: Any, made: Mapping[str, PrefixCache], store: Store, length: int, device: Device) -> dict[str, Any]:
     random = torch.Generator().manual_seed(length)
     begin = torch.randint(4, WORDS, (1, length), generator=random)
     states: dict[str, torch.Tensor] = {}

@@ -20,7 +20,7 @@ from llmcache.bench.paper.texts import Workload, spread
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 
 TAUS = (0.82, 0.85, 0.88)
 BUDGET = 0.005
@@ -142,7 +142,7 @@ def _squad(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     every, paragraphs = texts.squad_questions(work.data, max(40, work.known(KNOWN) // 3))
     workload = every.some(work.known(KNOWN), work.asked(ASKED))
     vectors = np.asarray(work.model.encode(paragraphs, batch_size=32), np.float32)
-    head = Boundary(vectors, np.zeros(len(vectors), np.float32))
+    head = LinearHead(vectors, np.zeros(len(vectors), np.float32))
     right = np.array([int(one) for one in workload.asked_labels])
 
     def task(known: Outputs) -> Task:
@@ -162,7 +162,7 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     every = texts.openbook_facts(work.data)
     book = [every[i] for i in spread(len(every), max(64, work.known(KNOWN)))]
     facts = np.asarray(work.model.encode(book, batch_size=64), np.float32)
-    head = Boundary(facts, np.zeros(len(facts), np.float32))
+    head = LinearHead(facts, np.zeros(len(facts), np.float32))
     right = np.array([place for *_, place in questions])
 
     def task(outputs: Outputs) -> Task:
@@ -177,5 +177,5 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     return workload, task
 
 
-def _first(head: Boundary) -> Callable[[Outputs], Labels]:
+def _first(head: LinearHead) -> Callable[[Outputs], Labels]:
     return lambda outputs: np.asarray(head(outputs).argmax(axis=1))

@@ -22,7 +22,7 @@ from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.model.tokens import tokenise
 from llmcache.near.calibration.drift import cosine_drift
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 
 BATCH = 16
 """Documents of a round, which are asked in one call."""
@@ -161,7 +161,7 @@ def _rule(made: Made) -> CacheConfig:
     return CacheConfig(layers=made.banked, reuse="layer", layer_tau=layer_taus(made.banked), stand_aside=False)
 
 
-def _caches(made: Made, head: Boundary, folder: Path) -> list[Cached]:
+def _caches(made: Made, head: LinearHead, folder: Path) -> list[Cached]:
     """On copies of one warm store. DocCache at the lowest tau gives the outputs that the layers' rule ends in.
 
     Only ours stands aside where reuse does not pay: the paper's rule has no such thing.
@@ -191,7 +191,7 @@ def _round(contenders: Sequence[Contender], texts: Sequence[str], turn: int) -> 
     return found
 
 
-def _row(name: str, played: Sequence[dict[str, list[Answered]]], head: Boundary, commit: float) -> Row:
+def _row(name: str, played: Sequence[dict[str, list[Answered]]], head: LinearHead, commit: float) -> Row:
     first, again = ([one[name][turn] for one in played] for turn in (0, 1))
     first = with_commit(first, commit)
     base, base_again = ([one["NoCache"][turn] for one in played] for turn in (0, 1))

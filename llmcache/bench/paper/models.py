@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from llmcache.bench.near import fitted_head
 from llmcache.demo import demo_model
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 
 REAL = "MiniLM"
 LENGTH = 192
@@ -113,16 +113,16 @@ def classifier(outputs: NDArray[np.float32], labels: Sequence[str]) -> Any:
         return fitted_head(outputs, np.array(labels))
 
 
-def decisions(made: Made, outputs: NDArray[np.float32]) -> Boundary:
+def decisions(made: Made, outputs: NDArray[np.float32]) -> LinearHead:
     """What decides on the model's outputs: a seeded linear classifier of eight classes over standardised outputs.
 
     outputs: float32 [n, out], of known documents. Without labels for it, it can only agree or disagree with itself.
     """
     mean, scale = outputs.mean(axis=0), outputs.std(axis=0) + 1e-9
     matrix = np.random.default_rng(0).standard_normal((CLASSES, outputs.shape[1])) / scale
-    return Boundary(matrix.astype(np.float32), (-(matrix @ mean)).astype(np.float32))
+    return LinearHead(matrix.astype(np.float32), (-(matrix @ mean)).astype(np.float32))
 
 
-def agreement(head: Boundary, computed: NDArray[np.float32], given: NDArray[np.float32]) -> NDArray[np.bool_]:
+def agreement(head: LinearHead, computed: NDArray[np.float32], given: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which outputs are decided alike, bool [n]."""
     return np.asarray(head(computed).argmax(axis=1) == head(given).argmax(axis=1))

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.calibration.crossfit import Held, ask, cross_fit, held_out_voting
+from llmcache.near.calibration.crossfit import CrossFitResult, ask, cross_fit, held_out_voting
 from llmcache.near.calibration.drift import (
     Drift,
     DriftKind,
-    Judge,
+    DriftMeasure,
     judge,
     label_drift,
     labels,
@@ -29,10 +29,10 @@ from llmcache.near.calibration.risk_control import (
 from llmcache.near.guard import rules as guard
 from llmcache.near.guard.fields import KINDS
 from llmcache.near.monitoring.distribution_shift import LEAST as WATCHED
-from llmcache.near.monitoring.distribution_shift import Shift
+from llmcache.near.monitoring.distribution_shift import DistributionShift
 from llmcache.near.neighbors.correction import Voting, decided, eligible_sources
-from llmcache.near.neighbors.gate import Boundary
-from llmcache.near.neighbors.index import Entries, Memory, Scores
+from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Scores
 from llmcache.near.neighbors.predictor import LEAST, Predictor
 
 OWN = "own"
@@ -67,7 +67,7 @@ class Calibration:
     traffic: what the similarities of the sample were like, for `shift.Shift`.
     tolerated: highest mean drift over all results for the audits, which know no right answers: the budget; for
     "accuracy" an upper bound of the decisions that change at the threshold.
-    entries: how many entries documents were looked up among; only these answer afterwards (`Fitted.answering`).
+    entries: how many entries documents were looked up among; only these answer afterwards (`FittedModels.answering`).
     size: entries of the bank at the time, a sample that was given included; 0 where there was no bank.
     rule: `RULE` of the version that calibrated.
     scope: of the entries and of the documents that they answer, 16 hexadecimal digits (`marking.scope_of`); "" in
@@ -141,7 +141,7 @@ _PIECES = 4  # of a 64-bit key: 16 bits each, which a float32 holds exactly
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fitted:
+class FittedModels:
     """The arrays of a calibration.
 
     boundary: of the head that decides what drift is; None without one. answering: uint64 [n], sorted, the first halves
@@ -149,7 +149,7 @@ class Fitted:
     """
 
     predictor: Predictor
-    boundary: Boundary | None
+    boundary: LinearHead | None
     answering: NDArray[np.uint64] | None = field(default=None, repr=False)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -163,7 +163,7 @@ class Fitted:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Fitted:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> FittedModels:
         """The inverse of `to_arrays`. ConfigError: arrays are missing or do not fit."""
         parts: dict[str, dict[str, NDArray[np.generic]]] = {}
         for name, one in arrays.items():
@@ -172,7 +172,7 @@ class Fitted:
         edge, keys = parts.get("boundary"), parts.get("answering")
         boundary = answering = None
         if edge is not None:
-            boundary = Boundary(edge["weights"].astype(np.float32), edge["offset"].astype(np.float32))
+            boundary = LinearHead(edge["weights"].astype(np.float32), edge["offset"].astype(np.float32))
         if keys is not None:
             if keys["keys"].shape[1:] != (_PIECES,):
                 raise ConfigError(f"the keys of a calibration's entries have the shape {keys['keys'].shape}")
@@ -180,7 +180,7 @@ class Fitted:
         return cls(Predictor.from_arrays(parts.get("predictor", {})), boundary, answering)
 
 
-def judge_of(calibration: Calibration, fitted: Fitted, own: Drift | None = None) -> Judge:
+def judge_of(calibration: Calibration, fitted: FittedModels, own: Drift | None = None) -> DriftMeasure:
     """What measures drift while running, of a calibration that was saved. own: the user's function, where it has one.
 
     ConfigError: it has one, and it is not given.
@@ -190,7 +190,7 @@ def judge_of(calibration: Calibration, fitted: Fitted, own: Drift | None = None)
             raise ConfigError(
                 "it was calibrated by a function of yours, which is not stored; give it with drift= when opening"
             )
-        return Judge(own)
+        return DriftMeasure(own)
     return judge(calibration.drift, calibration.limit, fitted.boundary)
 
 
@@ -211,7 +211,7 @@ def calibrated(
     pattern: str = "",
     seed: int = 0,
     refit_head: bool = False,
-) -> tuple[Calibration, Fitted]:
+) -> tuple[Calibration, FittedModels]:
     """The calibration for a cache's entries, and the numbers it needs.
 
     entries: those that answer afterwards. sample: documents that are not among them, and that the head has not seen;
@@ -226,24 +226,24 @@ def calibrated(
         raise ConfigError(
             f"{len(entries)} entries are too few to learn from; warm the store with at least {2 * LEAST} documents"
         )
-    rules = guard.Rules(kinds, pattern) if guarded else None
+    rules = guard.FieldGuard(kinds, pattern) if guarded else None
     boundary = _boundary(head, entries) if drift in _DECIDED else None
     asked, mine = (entries, read) if sample is None else (sample, sample_read)
     if drift == "accuracy" and (truth is None or len(truth) != len(asked)):
         raise ConfigError('drift="accuracy" needs the right answers of the sample; give truth=, one for each document')
     judged = judge(drift, limit, boundary)
     if drift in _DECIDED:
-        judged = Judge(label_drift(head), judged.scores)
+        judged = DriftMeasure(label_drift(head), judged.scores)
     voting = held_out_voting(entries, seed)
-    memory = Memory.fit(entries, seed, voting)
+    memory = HostNeighborIndex.fit(entries, seed, voting)
     if sample is not None:
         held = ask(memory, sample, judged)
-    elif drift in _DECIDED and (refit_head or not isinstance(head, Boundary)):
+    elif drift in _DECIDED and (refit_head or not isinstance(head, LinearHead)):
         judges = _judges(entries, head, judged, truth)
         held = cross_fit(entries, judges, folds=_FOLDS, seed=seed, voting=voting, like=memory.predictor)
     else:
         held = cross_fit(entries, lambda rows: judged, folds=_FOLDS, seed=seed, voting=voting, like=memory.predictor)
-    score = held.score
+    score, similarity = held.score, held.found.similarity
     if rules:
         if read is None or mine is None:
             raise ConfigError("a guard needs the fields of entries and sample; give their digests, or guarded=False")
@@ -263,9 +263,9 @@ def calibrated(
         bound_of_hits=choice.bound_of_hits, samples=choice.samples, needed=choice.needed, entries=len(entries),
         reason=choice.reason, temperature=voting.temperature, strength=voting.strength, tolerated=tolerated,
         guard=guarded, guard_kinds=tuple(kinds), guard_pattern=pattern, curve=_points(choice.curve),
-        traffic=Shift.fitted(held.found.similarity).state() if len(held.found.similarity) >= WATCHED else {},
+        traffic=DistributionShift.fitted(similarity).state() if len(similarity) >= WATCHED else {},
     )  # fmt: skip
-    return result, Fitted(memory.predictor, boundary)
+    return result, FittedModels(memory.predictor, boundary)
 
 
 def _changing(drift: NDArray[np.float64], score: NDArray[np.floating], choice: Choice) -> float:
@@ -286,24 +286,26 @@ def _points(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
     )
 
 
-def _judges(entries: Entries, head: Any, measured: Judge, truth: Truth | None) -> Callable[[NDArray[np.int64]], Judge]:
+def _judges(
+    entries: Entries, head: Any, measured: DriftMeasure, truth: Truth | None
+) -> Callable[[NDArray[np.int64]], DriftMeasure]:
     """The judge for some of the entries. A head that has seen the others would judge them too kindly: its linear
     picture is fitted again to each of the parts, to the right answers where they are known, else to what it decides.
     """
     answers = labels(head, entries.outputs) if truth is None else truth
 
-    def judge_of(rows: NDArray[np.int64]) -> Judge:
+    def judge_of(rows: NDArray[np.int64]) -> DriftMeasure:
         edge = _again(None if truth is None else head, entries.outputs[rows], answers[rows])
         if edge is None:
             return measured
         if measured.scores is not None:
             edge = _as_clear_as(edge, measured.scores, entries.outputs[rows])
-        return Judge(label_drift(edge), edge)
+        return DriftMeasure(label_drift(edge), edge)
 
     return judge_of
 
 
-def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> Boundary | None:
+def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> LinearHead | None:
     """A linear picture of a head that is fitted to these answers: a classifier of scikit-learn as it was fitted, with
     its own settings; of anything else, or of None, a logistic regression. None where there is but one answer.
     """
@@ -311,14 +313,14 @@ def _again(head: Any, outputs: NDArray[np.float32], answers: NDArray[Any]) -> Bo
     from sklearn.exceptions import ConvergenceWarning
 
     if not isinstance(head, BaseEstimator) or len(np.unique(answers)) < 2:
-        return Boundary.fit(outputs, answers)
+        return LinearHead.fit(outputs, answers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         same = clone(head).fit(outputs, answers)
-    return Boundary.of(same) or Boundary.fit(outputs, labels(same, outputs))
+    return LinearHead.of(same) or LinearHead.fit(outputs, labels(same, outputs))
 
 
-def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -> Boundary:
+def _as_clear_as(edge: LinearHead, scores: Scores, outputs: NDArray[np.float32]) -> LinearHead:
     """Rescale a fitted head to the scores of the original head; its decisions stay the same.
 
     A hit's score goes by how clearly the head decides, and a fit to clean decisions, or with another penalty, decides
@@ -326,10 +328,10 @@ def _as_clear_as(edge: Boundary, scores: Scores, outputs: NDArray[np.float32]) -
     """
     own, fitted = (float(np.median(decided(one(outputs)))) for one in (scores, edge))
     factor = np.float32(own / fitted if own > 0 and fitted > 0 else 1.0)
-    return Boundary(edge.weights * factor, edge.offset * factor)
+    return LinearHead(edge.weights * factor, edge.offset * factor)
 
 
-def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> NDArray[np.float64]:
+def _lost(asked: Entries, held: CrossFitResult, truth: Truth, head: Any, refit: bool) -> NDArray[np.float64]:
     """1 where the computed output is decided rightly and the reused one is not, -1 the other way round, else 0."""
     lost = np.zeros(len(asked))
     if not refit:
@@ -352,12 +354,12 @@ def _lost(asked: Entries, held: Held, truth: Truth, head: Any, refit: bool) -> N
     return lost
 
 
-def _boundary(head: Any, entries: Entries) -> Boundary:
+def _boundary(head: Any, entries: Entries) -> LinearHead:
     if head is None:
         raise ConfigError('drift="label" needs a head that decides; give head=, a classifier of the outputs')
-    if isinstance(head, Boundary):
+    if isinstance(head, LinearHead):
         return head
-    boundary = Boundary.of(head) or Boundary.fit(entries.outputs, labels(head, entries.outputs))
+    boundary = LinearHead.of(head) or LinearHead.fit(entries.outputs, labels(head, entries.outputs))
     if boundary is None:
         raise ConfigError("the head gives one label to all entries; there is nothing that could change")
     return boundary

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.calibration.drift import Judge
+from llmcache.near.calibration.drift import DriftMeasure
 from llmcache.near.neighbors.correction import (
     Voting,
     choose_voting,
 )
 from llmcache.near.neighbors.gate import safety
-from llmcache.near.neighbors.index import Entries, Found, Memory, Rows
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors, Rows
 from llmcache.near.neighbors.predictor import LEAST, Predictor
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _VOTED = 1000  # held-out entries that temperature and strength are chosen by
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class CrossFitResult:
     """Drift and score of documents that were looked up among entries without them, for `calibration.choose`.
 
     drift: float64 [n] in [0, 1], of each document were it reused. score: float64 [n], of `gate.safety`.
@@ -40,19 +40,19 @@ class Held:
 
     drift: NDArray[np.float64]
     score: NDArray[np.float64]
-    found: Found = field(repr=False)
+    found: Neighbors = field(repr=False)
     fold: NDArray[np.int8] = field(repr=False)
 
 
 def cross_fit(
     entries: Entries,
-    judge_of: Callable[[Rows], Judge],
+    judge_of: Callable[[Rows], DriftMeasure],
     *,
     folds: int = 5,
     seed: int = 0,
     voting: Voting | None = None,
     like: Predictor | None = None,
-) -> Held:
+) -> CrossFitResult:
     """Every entry as if it were asked and not known, with all that is fitted coming from the other folds.
 
     judge_of: the judge for some entries (by row): fits the head to them where it can be fitted again. A head that was
@@ -63,25 +63,25 @@ def cross_fit(
     if folds < 2 or len(entries) * (folds - 1) // folds < LEAST:
         raise ConfigError(f"{len(entries)} entries in {folds} folds; a predictor needs {LEAST} outside of its fold")
     fold = np.random.default_rng(seed).permutation(np.arange(len(entries)) % folds).astype(np.int8)
-    parts: list[tuple[Rows, Found, NDArray[np.float64]]] = []
+    parts: list[tuple[Rows, Neighbors, NDArray[np.float64]]] = []
     for number in range(folds):
         apart, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         judge = judge_of(rest)
-        found = Memory.fit(entries.take(rest), seed, voting, like).look_up(entries.take(apart), judge.scores)
-        found = Found(found.results, rest[found.neighbours], found.similarities, found.evidence)
+        found = HostNeighborIndex.fit(entries.take(rest), seed, voting, like).look_up(entries.take(apart), judge.scores)
+        found = Neighbors(found.results, rest[found.neighbours], found.similarities, found.evidence)
         parts.append((apart, found, judge.drift(entries.outputs[apart], found.results)))
     order = np.argsort(np.concatenate([apart for apart, _, _ in parts]))
     drift = np.concatenate([moved for _, _, moved in parts])[order]
-    columns = (np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Found.__slots__)
-    whole = Found(*columns)
-    return Held(drift, safety(whole.evidence), whole, fold)
+    columns = (np.concatenate([getattr(found, name) for _, found, _ in parts])[order] for name in Neighbors.__slots__)
+    whole = Neighbors(*columns)
+    return CrossFitResult(drift, safety(whole.evidence), whole, fold)
 
 
-def ask(memory: Memory, sample: Entries, judge: Judge) -> Held:
+def ask(memory: HostNeighborIndex, sample: Entries, judge: DriftMeasure) -> CrossFitResult:
     """Documents that are not in the cache (`unseen`), looked up in the memory that answers: nothing is fitted."""
     found = memory.look_up(sample, judge.scores)
     drift = judge.drift(sample.outputs, found.results)
-    return Held(drift, safety(found.evidence), found, np.zeros(len(sample), np.int8))
+    return CrossFitResult(drift, safety(found.evidence), found, np.zeros(len(sample), np.int8))
 
 
 def unseen(sample: NDArray[np.uint64], known: NDArray[np.uint64]) -> Rows:
@@ -104,5 +104,7 @@ def held_out_voting(entries: Entries, seed: int = 0) -> Voting:
     order = np.random.default_rng(seed + 1).permutation(len(entries))
     cut = min(_VOTED, len(entries) // 10)
     apart = entries.take(order[:cut])
-    predicted, outputs, predictions, similarity, _ = Memory.fit(entries.take(order[cut:]), seed).neighbours(apart)
+    predicted, outputs, predictions, similarity, _ = HostNeighborIndex.fit(entries.take(order[cut:]), seed).neighbours(
+        apart
+    )
     return choose_voting(predicted, outputs, predictions, similarity, apart.outputs)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Scores
 
 Floats = NDArray[np.floating]
@@ -79,7 +79,7 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judge:
+class DriftMeasure:
     """What drift is. drift: of computed and reused outputs, [n] in [0, 1].
 
     scores: logits of the head the drift is of, from outputs; None where there is none (drift of embeddings).
@@ -89,22 +89,22 @@ class Judge:
     scores: Scores | None = None
 
 
-def judge(drift: str | Drift, limit: float | None, boundary: Boundary | None) -> Judge:
+def judge(drift: str | Drift, limit: float | None, boundary: LinearHead | None) -> DriftMeasure:
     """Return the measure of drift of this kind, or of the user's own function.
 
     limit: of "beyond" and "kl". boundary: the head, for "label" and "accuracy". ConfigError: a kind that is not known,
     or a head that is missing.
     """
     if callable(drift):
-        return Judge(drift)
+        return DriftMeasure(drift)
     if drift in {"label", "accuracy"}:
         if boundary is None:
             raise ConfigError(f"drift={drift!r} needs a head that decides; give head=, a classifier of the outputs")
-        return Judge(label_drift(boundary), boundary)
+        return DriftMeasure(label_drift(boundary), boundary)
     if drift == "beyond":
-        return Judge(beyond(0.05 if limit is None else limit))
+        return DriftMeasure(beyond(0.05 if limit is None else limit))
     if drift == "kl":
-        return Judge(kl_drift(1.0 if limit is None else limit), lambda outputs: outputs)
+        return DriftMeasure(kl_drift(1.0 if limit is None else limit), lambda outputs: outputs)
     if drift == "cosine":
-        return Judge(cosine_drift)
+        return DriftMeasure(cosine_drift)
     raise ConfigError(f"drift is one of {', '.join(DRIFTS)}, or a function of two arrays [n, out], got {drift!r}")

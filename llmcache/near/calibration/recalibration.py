@@ -13,7 +13,7 @@ from llmcache.errors import LLMCacheError
 from llmcache.near.calibration.calibrate import (
     Calibration,
     Digests,
-    Fitted,
+    FittedModels,
     calibrated,
 )
 from llmcache.near.neighbors.index import Entries
@@ -45,20 +45,20 @@ class Refitting:
         entries: Entries,
         read: Digests,
         before: Calibration,
-        fitted: Fitted,
+        fitted: FittedModels,
         size: int,
         answering: NDArray[np.uint64],
     ) -> None:
         """entries: those that answer afterwards. read: digests of the fields of the entries, for the guard.
 
-        size: of the bank. answering: see `Fitted.answering`.
+        size: of the bank. answering: see `FittedModels.answering`.
         """
-        self._found: tuple[Calibration, Fitted] | None = None
+        self._found: tuple[Calibration, FittedModels] | None = None
         self._size, self._answering = size, answering
         self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
         self._thread.start()
 
-    def result(self) -> tuple[Calibration, Fitted] | None:
+    def result(self) -> tuple[Calibration, FittedModels] | None:
         """What it has come to; None while it works, or when it failed, which was logged."""
         return None if self._thread.is_alive() else self._found
 
@@ -66,7 +66,7 @@ class Refitting:
         """Until it is done."""
         self._thread.join()
 
-    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: Fitted) -> None:
+    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: FittedModels) -> None:
         try:
             found, numbers = calibrated(
                 entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,

@@ -25,12 +25,12 @@ from llmcache.near.guard.fields import (
     fields,
 )
 
-__all__ = ["KINDS", "RULES_VERSION", "Fields", "Rules", "differs", "digests", "fields", "refused", "unlike"]
+__all__ = ["KINDS", "RULES_VERSION", "FieldGuard", "Fields", "differs", "digests", "fields", "refused", "unlike"]
 
 RULES_VERSION: int = 2  # part of every digest: digests made by other rules never match these
 
 
-class Rules:
+class FieldGuard:
     """Which fields two texts have to share. kinds: those that count, of `KINDS`. pattern: a regular expression for the
     user's own fields, "" for none.
 

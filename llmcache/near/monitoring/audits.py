@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.monitoring.confidence_sequences import Alarm
+from llmcache.near.monitoring.confidence_sequences import ChangeDetector
 from llmcache.near.monitoring.confidence_sequences import Sequence as Bounds
 
 WATCHFUL = 0.2
@@ -42,7 +42,7 @@ class Audits:
         self.budget, self.share = budget, share
         part = alpha / max(1, len(thresholds))  # half of it for the sequence (its lower bound), half for the alarm
         self.bounds = [Bounds(part) for _ in thresholds]
-        self._alarms = [Alarm(min(_HIGHEST, max(1e-6, budget / max(one, 1e-9))), part / 2) for one in hits]
+        self._alarms = [ChangeDetector(min(_HIGHEST, max(1e-6, budget / max(one, 1e-9))), part / 2) for one in hits]
         self.level = 0
         """Which of the thresholds is in use; their number when near reuse is off."""
         self.asked = 0
@@ -110,7 +110,7 @@ class Audits:
         """Go on from a `state`. ConfigError when it is of other thresholds."""
         try:
             bounds = [Bounds.restored(one) for one in state["bounds"]]
-            alarms = [Alarm.restored(one) for one in state["alarms"]]
+            alarms = [ChangeDetector.restored(one) for one in state["alarms"]]
             taken = np.asarray(state["taken"], np.int64)
             if not len(bounds) == len(alarms) == len(taken) == len(self.thresholds):
                 raise ConfigError(f"{len(bounds)} audits saved for {len(self.thresholds)} thresholds; calibrate again")

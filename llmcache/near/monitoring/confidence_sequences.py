@@ -10,10 +10,10 @@ over a fixed set of tilts t, is the supermartingale; as log(1 + m (e^t - 1)) is 
 mean also when the drift changes over time. (Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric,
 nonasymptotic confidence sequences", sub-Bernoulli case with a discrete mixture.) The state is two numbers.
 
-`Alarm` notices that drift has begun to exceed a limit, however long it had not: wealth of bets against "the mean is at
-most the limit", as in Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", mixed
-over stakes and over the time at which a bet starts, so that long quiet does not use it up (as in the e-detectors of
-Shin, Ramdas and Rinaldo 2024).
+`ChangeDetector` notices that drift has begun to exceed a limit, however long it had not: wealth of bets against "the
+mean is at most the limit", as in Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
+betting", mixed over stakes and over the time at which a bet starts, so that long quiet does not use it up (as in the
+e-detectors of Shin, Ramdas and Rinaldo 2024).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ _CHUNK = 64  # observations at a time: their products stay finite
 _RICH = 1e100  # wealth is cut here, long after the alarm; less evidence is still evidence
 
 
-class Alarm:
+class ChangeDetector:
     """Evidence that drifts in [0, 1] have begun to exceed their limits; one stream per limit.
 
     limits: the mean of each stream that is still right. alpha: chance that any alarm is ever false, over all streams.
@@ -167,7 +167,7 @@ class Alarm:
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Alarm:
+    def restored(cls, state: Mapping[str, Any]) -> ChangeDetector:
         """The alarm whose `state` this is."""
         alarm = cls(state["limits"], float(state["alpha"]))
         alarm.count, alarm.highest = int(state["count"]), float(state["highest"])

@@ -21,25 +21,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.monitoring.confidence_sequences import Alarm
+from llmcache.near.monitoring.confidence_sequences import ChangeDetector
 
 LEAST = 100  # similarities in a sample: below, the margins swallow every shift
 _FAR = (0.02, 0.05, 0.2, 0.5)  # shares of the sample that are farthest from the entries
 
 
-class Shift:
+class DistributionShift:
     """A watch over live documents, made by `fitted` from the calibration sample. A few plain numbers.
 
     borders: below these similarities lie the shares 2, 5, 20 and 50 % of the sample. alarm: a limit per border.
     """
 
-    def __init__(self, borders: NDArray[np.float64], alarm: Alarm) -> None:
+    def __init__(self, borders: NDArray[np.float64], alarm: ChangeDetector) -> None:
         self.borders = borders
         self._alarm = alarm
         self._below = np.zeros(len(borders), np.int64)
 
     @classmethod
-    def fitted(cls, similarities: ArrayLike, *, alpha: float = 0.01, tolerance: float = 0.5) -> Shift:
+    def fitted(cls, similarities: ArrayLike, *, alpha: float = 0.01, tolerance: float = 0.5) -> DistributionShift:
         """A watch for documents farther from the entries than these.
 
         similarities: of each document of the calibration sample to its nearest entry, [n], n >= 100, in any order; the
@@ -53,7 +53,7 @@ class Shift:
         counts = [max(1, int(share * len(sample))) for share in _FAR]
         chance = alpha / 2 / len(_FAR)  # half of alpha for shares that the sample underrates, half for the bets
         limits = [min(0.99, (1 + tolerance) * _at_most(count, len(sample), chance)) for count in counts]
-        return cls(sample[counts], Alarm(limits, alpha / 2))
+        return cls(sample[counts], ChangeDetector(limits, alpha / 2))
 
     def observe(self, similarities: ArrayLike) -> None:
         """Takes in the similarities of some live documents to their nearest entries, [n], in order.
@@ -89,9 +89,9 @@ class Shift:
         return {"borders": self.borders.tolist(), "below": self._below.tolist(), "alarm": self._alarm.state()}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Shift:
+    def restored(cls, state: Mapping[str, Any]) -> DistributionShift:
         """The watch whose `state` this is."""
-        shift = cls(np.asarray(state["borders"], np.float64), Alarm.restored(state["alarm"]))
+        shift = cls(np.asarray(state["borders"], np.float64), ChangeDetector.restored(state["alarm"]))
         shift._below = np.asarray(state["below"], np.int64)
         return shift
 

@@ -48,7 +48,7 @@ def safety(evidence: NDArray[np.floating]) -> Floats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Boundary:
+class LinearHead:
     """Where a head changes its mind, as a linear map: scores = outputs @ weights.T + offset.
 
     weights: float32 [classes, out]. offset: float32 [classes]. A head itself cannot be stored without pickle; this can,
@@ -70,7 +70,7 @@ class Boundary:
         return np.asarray(outputs @ self.weights.T + self.offset, np.float32)
 
     @classmethod
-    def of(cls, head: Any) -> Boundary | None:
+    def of(cls, head: Any) -> LinearHead | None:
         """Of a linear scikit-learn classifier, by its own coefficients; None of anything else."""
         coefficients, intercept = getattr(head, "coef_", None), getattr(head, "intercept_", None)
         if not isinstance(coefficients, np.ndarray) or coefficients.ndim != 2 or not hasattr(head, "classes_"):
@@ -81,7 +81,7 @@ class Boundary:
         return cls(coefficients.astype(np.float32), np.asarray(offset, np.float32))
 
     @classmethod
-    def fit(cls, outputs: NDArray[np.floating], labels: NDArray[np.generic]) -> Boundary | None:
+    def fit(cls, outputs: NDArray[np.floating], labels: NDArray[np.generic]) -> LinearHead | None:
         """Of any head, by the labels it gave to some outputs; None when it gave only one label."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression

@@ -50,7 +50,7 @@ class Entries:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class Neighbors:
     """What a look-up gives for a batch.
 
     results: corrected outputs, float32 [n, out]; neighbours: int64 [n, k], rows of the entries that they are made of,
@@ -75,7 +75,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matches:
-    """What `Found` has, of a batch that was matched: all but the results is on the host.
+    """What `Neighbors` has, of a batch that was matched: all but the results is on the host.
 
     results: float32 [n, out], an array, or a tensor on the device of the entries.
     """
@@ -86,8 +86,8 @@ class Matches:
     evidence: Floats = field(repr=False)
 
 
-class Neighbourhood(Protocol):
-    """Entries that documents are looked up among: `Memory` on the host, `ondevice.DeviceMemory` on a device.
+class NeighborIndex(Protocol):
+    """Entries that documents are looked up among: `HostNeighborIndex` on the host, `ondevice.DeviceMemory` on a device.
 
     features: raw, [n, width], not rounded, an array or a tensor on any device; tokens: ids of each document.
     """
@@ -106,7 +106,7 @@ def rounded(predictions: Floats) -> Floats:
     return half(predictions).astype(np.float32)
 
 
-class Memory:
+class HostNeighborIndex:
     """Entries, a predictor fitted to them, and an index over their fingerprints."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Memory:
     @classmethod
     def fit(
         cls, entries: Entries, seed: int = 0, voting: Voting | None = None, like: Predictor | None = None
-    ) -> Memory:
+    ) -> HostNeighborIndex:
         """A memory of entries with a predictor fitted to them.
 
         voting: None uses the defaults. like: see `predictor.fit`.
@@ -147,21 +147,21 @@ class Memory:
         predicted, rows = self._nearest(asked)
         return predicted, *self._ordered(predicted, rows)
 
-    def look_up(self, asked: Entries, scores: Scores | None = None) -> Found:
+    def look_up(self, asked: Entries, scores: Scores | None = None) -> Neighbors:
         """asked: its outputs are not looked at. scores: of the head that the results are for."""
         predicted, rows = self._nearest(asked)
         starts = range(0, max(1, len(asked)), _BLOCK)
         parts = [slice(start, start + _BLOCK) for start in starts]
         found = [self._judged(predicted[part], rows[part], asked.tokens[part], scores) for part in parts]
-        return Found(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        return Neighbors(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def match(self, features: Floats | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
-        """See `Neighbourhood`."""
+        """See `NeighborIndex`."""
         found = self.look_up(_asked(features, tokens), scores)
         return Matches(found.results, found.neighbours, found.similarities, found.evidence)
 
     def nearest(self, features: Floats | Tensor, tokens: Tokens) -> tuple[Rows, Floats]:
-        """See `Neighbourhood`."""
+        """See `NeighborIndex`."""
         *_, similarity, rows = self.neighbours(_asked(features, tokens))
         return rows, similarity
 
@@ -186,7 +186,7 @@ class Memory:
     def _judged(
         self, predicted: Floats, rows: Rows, tokens: Tokens, scores: Scores | None
     ) -> tuple[Floats, Rows, Floats, Floats]:
-        """What `Found` has of a block of documents, whose neighbours' outputs stay in the processor's cache."""
+        """What `Neighbors` has of a block of documents, whose neighbours' outputs stay in the processor's cache."""
         outputs, predictions, similarity, rows = self._ordered(predicted, rows)
         temperature, strength = self.voting.temperature, self.voting.strength
         near = predicted, outputs, predictions, similarity

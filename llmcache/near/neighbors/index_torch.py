@@ -1,7 +1,7 @@
 """Calibrated near reuse on a device: predictions, the search for neighbours, corrected results and their evidence.
 
 The same over arrays are `llmcache.near.neighbors.predictor`, `llmcache.near.neighbors.correction` and
-`llmcache.near.neighbors.index.Memory`; what they give differs by the rounding of float32.
+`llmcache.near.neighbors.index.HostNeighborIndex`; what they give differs by the rounding of float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmcache.near.neighbors.correction import (
     likeness,
     unit_norm,
 )
-from llmcache.near.neighbors.gate import Boundary
+from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, Matches, Scores, Tokens
 from llmcache.near.neighbors.predictor import Predictor
 
@@ -116,7 +116,7 @@ class DeviceMemory:
         self._predictions = torch.empty(entries.outputs.shape, dtype=torch.float16, device=self.device)
         self._norms = torch.empty(len(entries), device=self.device)
         self._index = Matrix(predictor.basis.shape[1], torch.float32, str(self.device))
-        self._head: tuple[Boundary, Tensor, Tensor] | None = None
+        self._head: tuple[LinearHead, Tensor, Tensor] | None = None
         with in_full(self.device):
             for start in range(0, len(entries), _BLOCK):
                 part = slice(start, start + _BLOCK)
@@ -180,7 +180,7 @@ class DeviceMemory:
 
     def _scored(self, scores: Scores, results: Tensor) -> Tensor:
         """Logits of a head. One that is linear is asked on the device, any other on the host."""
-        if not isinstance(scores, Boundary):
+        if not isinstance(scores, LinearHead):
             return _there(np.asarray(scores(results.cpu().numpy()), np.float32), self.device)
         if self._head is None or self._head[0] is not scores:
             self._head = scores, _there(scores.weights, self.device), _there(scores.offset, self.device)

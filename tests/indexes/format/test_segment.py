@@ -31,7 +31,7 @@ from llmcache.indexes.format.rows import (
     digests,
 )
 from llmcache.indexes.format.segment import Segment
-from llmcache.indexes.format.segment_writer import Entries, seal
+from llmcache.indexes.format.segment_writer import PendingRows, seal
 
 ID = "0123456789abcdef" * 2
 KINDS = ("seg", "row", "key", "var", "fp")
@@ -45,11 +45,11 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
     opened.close()
 
 
-def entries(n: int, lengths: Sequence[int] | None = None, *, seed: int = 0, feature_width: int = 4) -> Entries:
+def entries(n: int, lengths: Sequence[int] | None = None, *, seed: int = 0, feature_width: int = 4) -> PendingRows:
     """Rows of random bytes; lengths are bytes, 100 each where not given."""
     random = np.random.default_rng(seed)
     lengths = [100] * n if lengths is None else lengths
-    return Entries(
+    return PendingRows(
         keys=random.integers(0, 1 << 64, (n, 2), np.uint64),
         payload=[random.integers(0, 256, size, np.uint8) for size in lengths],
         scale=random.random(n).astype(np.float32),
@@ -67,7 +67,7 @@ def aliases_of(keys: Keys, seed: int = 1) -> NDArray[Any]:
     return found
 
 
-def sealed(folder: Folder, batches: Sequence[Entries], *, id: str = ID, feature_width: int = 4) -> SegmentFacts:
+def sealed(folder: Folder, batches: Sequence[PendingRows], *, id: str = ID, feature_width: int = 4) -> SegmentFacts:
     keys = np.concatenate([batch.keys for batch in batches]) if batches else np.zeros((0, 2), np.uint64)
     return seal(folder, id, batches, aliases_of(keys[::2]), feature_width)
 
@@ -94,7 +94,7 @@ def file_of(folder: Folder, kind: str) -> Path:
     return folder.path / "seg" / f"{ID}.{kind}"
 
 
-def assert_same(segment: Segment, batches: Sequence[Entries]) -> None:
+def assert_same(segment: Segment, batches: Sequence[PendingRows]) -> None:
     """Every field of every row is what went in."""
     assert len(segment) == sum(map(len, batches))
     assert all(intact(segment))
