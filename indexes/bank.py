@@ -89,7 +89,7 @@ class Bank:
         self.near = BankIndex(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
         self._search = ScopedSearch(self.near, self.pieces, choice)
         self.uses = UsageCounter(self.pieces.rows)
-        self.moves = 0
+        self.renumberings = 0
         """How often rows got other numbers."""
         self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
         self._load_keys()
@@ -120,7 +120,7 @@ class Bank:
                     dead.append(np.flatnonzero(~piece.alive) + start)
         self._rows.extend(np.concatenate(keys), np.concatenate(rows))
         self._dead = np.concatenate(dead)
-        self.near.bury(self._dead)
+        self.near.mark_deleted(self._dead)
         if self._trust == "untrusted":  # a text key could lead to anything: only token ids are compared
             return
         pairs = np.concatenate(aliases)
@@ -160,7 +160,7 @@ class Bank:
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
         """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
         moved = self.pieces.follow(segments)
-        self.moves += 1
+        self.renumberings += 1
         self.facts, self.lost = facts, lost
         self._damaged = {int(moved[row]) for row in self._damaged if moved[row] >= 0}
         self.uses = self.uses.moved(moved, self.pieces.rows)

@@ -228,7 +228,7 @@ class Store:
     def pending(self) -> dict[Place, tuple[int, int]]:
         """What waits in each open bank: a mark for `drop_pending`. What is on its way is waited for first."""
         if self.writable:
-            self.land()
+            self.finish_commit()
         return {place: bank.pending for place, bank in self._banks.items()}
 
     def drop_pending(self, after: Mapping[Place, tuple[int, int]]) -> int:
@@ -304,7 +304,7 @@ class Store:
         self._check()
         if self._fenced:
             raise self._fenced
-        self.land()
+        self.finish_commit()
         for place, bank in self._banks.items():
             if bank.has_pending:
                 self._commit_rows(place, bank)
@@ -322,18 +322,18 @@ class Store:
         """
         if self.budget is not None:
             return self.commit()
-        self.land()
+        self.finish_commit()
         for place, bank in self._banks.items():
             if bank.has_pending:
                 self._behind.begin(place, bank)
         return self.manifest
 
     @property
-    def arrived(self) -> bool:
+    def commit_ready(self) -> bool:
         """Whether what `commit_behind` began is written, so that `land` does not wait."""
-        return self._behind.arrived
+        return self._behind.commit_ready
 
-    def land(self) -> Manifest:
+    def finish_commit(self) -> Manifest:
         """Let what `commit_behind` began count, once it is written. Returns the newest manifest; errors as `commit`."""
         self._check()
         if self._fenced:
@@ -392,7 +392,7 @@ class Store:
             if space and name in space.banks:
                 bank.forget(space.banks[name], gone)
 
-    def let_go(self) -> None:
+    def close_banks(self) -> None:
         """Give the open banks up, with what was put and not committed, and what they know of the use of their rows."""
         self._behind.give_up()
         self._banks = {}

@@ -363,7 +363,7 @@ def _commit_behind(disk: Disk, ledger: Ledger, stores: list[Store]) -> None:
         ledger.begun |= {*numbers, numbers[0] + 20}
         store.commit_behind()
         put(store, [numbers[0] + 20])
-        store.land()  # only now this thread touches the disk again: the order of calls is always the same
+        store.finish_commit()  # only now this thread touches the disk again: the order of calls is always the same
         ledger.acknowledged |= set(numbers)
     store.commit()
     ledger.acknowledged |= {44, 54}

@@ -52,7 +52,7 @@ def _write(path: Path, diary: Path, first: int, seed: str) -> None:
         if chance.random() < 0.5:
             store.commit_behind()
             time.sleep(chance.choice((0, 0.02, 0.12)))  # idle: longer than the grace, or not
-            store.land()
+            store.finish_commit()
         else:
             store.commit()
         note(diary, "ACK", set(numbers))

@@ -28,7 +28,7 @@ FLOORS = [
     "llmcache.banks",
     "llmcache.model",
     "llmcache.config llmcache.records llmcache.snapshot llmcache.private_files",
-    "llmcache.document llmcache.units",
+    "llmcache.document llmcache.units llmcache.arrays",
     "llmcache.errors",
     "llmcache.indexes.maintenance",
     "llmcache.indexes.store",

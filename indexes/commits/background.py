@@ -50,7 +50,7 @@ class BackgroundWriter:
         self._begun.append(PendingSegment(place, bank, lot, lease, self._thread.submit(_sealed, bank, lot, lease)))
 
     @property
-    def arrived(self) -> bool:
+    def commit_ready(self) -> bool:
         """Whether there is something, and all of it is written or has failed."""
         return bool(self._begun) and all(one.written.done() for one in self._begun)
 

@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 Keys: TypeAlias = NDArray[np.uint64]  # 128-bit keys, [n, 2]
+Rows: TypeAlias = NDArray[np.int64]  # row numbers in a bank, [n]
 ALIGN = 64
 ROW = np.dtype(
     [

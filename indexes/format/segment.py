@@ -91,7 +91,7 @@ class Segment:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def bury(self, facts: SegmentFacts) -> None:
+    def mark_deleted(self, facts: SegmentFacts) -> None:
         """Take over the bitmap of newer facts of the same segment; SnapshotDamaged when it cannot be read."""
         self.facts, self.alive = facts, _alive(self.folder, facts)
 

@@ -105,7 +105,7 @@ class SegmentList:
                 continue
             changed = True
             try:
-                piece.bury(now)
+                piece.mark_deleted(now)
             except (SnapshotDamaged, OSError) as error:
                 log.warning("segment %s is left out: %s", piece.facts.id, error)
                 self._pieces[place] = Tombstone(len(piece))

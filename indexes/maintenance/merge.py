@@ -29,7 +29,7 @@ from llmcache.indexes.format.manifest import (
 )
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.write_once import sync_files
-from llmcache.indexes.maintenance.mergeable import alike, check_same
+from llmcache.indexes.maintenance.mergeable import check_same, same_identity
 from llmcache.indexes.maintenance.rewrite import Pick, rewrite
 from llmcache.indexes.maintenance.snapshot import (
     advised,
@@ -376,7 +376,7 @@ def _joined(
     for name, space in spaces.items():
         if name not in new.namespaces:
             new = replace(new, namespaces={**new.namespaces, name: replace(space, banks={})})
-        elif not alike(new.namespaces[name], space):
+        elif not same_identity(new.namespaces[name], space):
             raise ModelMismatch(f"the namespace {name!r} was made anew by another model meanwhile; merge again")
     for plan, kept, index in added:
         empty = replace(plan.facts, segments=(), projection=None, index=None)

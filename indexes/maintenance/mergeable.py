@@ -22,7 +22,7 @@ def check_same(stores: Sequence[Store]) -> None:
     for store in stores:
         for name, space in store.manifest.namespaces.items():
             first, known = seen.setdefault(name, (store, space))
-            if not alike(known, space):
+            if not same_identity(known, space):
                 one, other = _title(known), _title(space)
                 raise ModelMismatch(
                     f"the namespace {name!r} of {first.folder.path} was made with {one}, that of {store.folder.path} "
@@ -38,7 +38,7 @@ def check_same(stores: Sequence[Store]) -> None:
                 )
 
 
-def alike(one: NamespaceFacts, other: NamespaceFacts) -> bool:
+def same_identity(one: NamespaceFacts, other: NamespaceFacts) -> bool:
     """Return whether two namespaces have the same model identity and the same secret."""
     return not _different(one, other)
 

@@ -102,7 +102,7 @@ def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
         replaced = _replaced(store, selection, purged, dry_run=True)
         _sweep(store, doomed, purged, before.generation, (selection, replaced), documents, dry_run=True)
         return purged
-    store.let_go()  # or closing the store would write down which rows it has used
+    store.close_banks()  # or closing the store would write down which rows it has used
     store.publish(lambda base: base)  # raises why nothing may be written, before anything is; every base below is ours
     purged.unfinished = sum(unfinished.discard(store.folder, run) for run in runs)
     while selection := select(store.folder, store.manifest, doomed, documents):

@@ -30,7 +30,7 @@ from llmcache.indexes.format.manifest import FileFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.manifest_json import MAX_BYTES
 from llmcache.indexes.format.segment import records_of
 from llmcache.indexes.format.write_once import write_whole
-from llmcache.indexes.maintenance.mergeable import alike
+from llmcache.indexes.maintenance.mergeable import same_identity
 from llmcache.indexes.maintenance.snapshot import advised, banks, failing
 from llmcache.indexes.maintenance.transfer import checked, files_of
 from llmcache.indexes.store import Store
@@ -271,7 +271,9 @@ def _check_follows(
     except FileNotFoundError:  # collected since: it is an ancestor when all it holds is held by the new one
         held = {one.id for facts in banks(new).values() for one in facts.segments}
         same = all(
-            alike(space, new.namespaces[name]) for name, space in old.namespaces.items() if name in new.namespaces
+            same_identity(space, new.namespaces[name])
+            for name, space in old.namespaces.items()
+            if name in new.namespaces
         )
         descends = same and held >= {one.id for facts in banks(old).values() for one in facts.segments}
     if not descends:

@@ -142,13 +142,13 @@ class BankIndex:
             first += len(block)
         return found
 
-    def bury(self, dead: NDArray[np.int64]) -> None:
+    def mark_deleted(self, dead: NDArray[np.int64]) -> None:
         """Take note of the rows that were evicted so far, in order."""
         self._dead = dead
         gone = np.isin(self._row_of, dead)
         self._lost = int(gone.sum())
         if self._index is not None and self._index.buries:
-            self._index.bury(np.flatnonzero(gone))
+            self._index.mark_deleted(np.flatnonzero(gone))
 
     def rebuild(self) -> None:
         """Fit the projection and build the index again, over all rows that live."""
@@ -324,7 +324,7 @@ class BankIndex:
                 index.add(fitted.apply(block))
         self._row_of = np.concatenate([covered, *spans.values()])
         self._caught_up = self._pieces.rows
-        self.bury(self._dead)
+        self.mark_deleted(self._dead)
 
     def _live_spans(self) -> dict[str, NDArray[np.int64]]:
         """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""

@@ -54,7 +54,7 @@ class Matrix:
             self._dead = torch.cat([self._dead, torch.zeros(len(fresh), dtype=torch.bool, device=self.device)])
         self.ntotal = wanted
 
-    def bury(self, numbers: NDArray[np.int64]) -> None:
+    def mark_deleted(self, numbers: NDArray[np.int64]) -> None:
         """Let no search give these rows from now on. They become zeros: what was purged is not kept on a device."""
         if not len(numbers):
             return

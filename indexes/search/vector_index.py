@@ -211,9 +211,9 @@ class VectorIndex:
         """Whether it can leave out rows that were evicted."""
         return self._kind.startswith("torch")
 
-    def bury(self, ids: NDArray[np.int64]) -> None:
+    def mark_deleted(self, ids: NDArray[np.int64]) -> None:
         """Let no search give these vectors from now on; where `buries`."""
-        self._index.bury(ids)
+        self._index.mark_deleted(ids)
 
     def _search(self, queries: NDArray[Any], k: int, beside: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self._kind.startswith("torch"):

@@ -184,14 +184,14 @@ class Evidence:
 
     def _begin(self) -> None:
         self._open = self._first
-        self._epoch, self._moves = self._audits.epoch, self.bank.moves
+        self._epoch, self._moves = self._audits.epoch, self.bank.renumberings
         self._verified = np.zeros(0, np.bool_)  # by row, as long as anything depends on it
         self._sampled: set[bytes] = set()
 
     @property
     def open(self) -> int:
         """Number of hits to audit before other hits are served without an audit."""
-        if self._epoch != self._audits.epoch or self._moves != self.bank.moves:
+        if self._epoch != self._audits.epoch or self._moves != self.bank.renumberings:
             self._begin()
         return self._open
 

@@ -27,7 +27,7 @@ class BreakEven:
         """That were looked up."""
         self._random = np.random.default_rng()
 
-    def tried(self, n: int) -> NDArray[np.int64]:
+    def select_for_lookup(self, n: int) -> NDArray[np.int64]:
         """Which of n documents are to be looked up, int64, in order."""
         return np.arange(n) if self.pays else np.flatnonzero(self._random.random(n) < PROBED)
 

@@ -150,7 +150,7 @@ class DeviceCache:
         self.on_device = self._table(device_bytes // self._row, self.device)
         self.on_host = self._table(pinned_bytes // self._row, torch.device("cpu"), pinned=self._cuda)
         self.counters = LevelCounters()
-        self._moves, self._dead = bank.moves, bank.dead
+        self._moves, self._dead = bank.renumberings, bank.dead
         stream, event = (torch.cuda.Stream, torch.cuda.Event) if self._cuda else (_no_device, _no_device)
         self._copies: Any = stream(self.device)
         self._done: Any = event()  # the last use of the table on the device
@@ -170,7 +170,9 @@ class DeviceCache:
     def holds(self, rows: Rows) -> NDArray[np.bool_]:
         """Which rows are in memory, so that no file is read for them; bool [n]. -1 never is. It is no use of them."""
         held = np.zeros(len(rows), np.bool_)
-        if self._moves == self.bank.moves:  # else rows have other numbers, and everything is given up at the next call
+        if (
+            self._moves == self.bank.renumberings
+        ):  # else rows have other numbers, and everything is given up at the next call
             for table in filter(None, (self.on_device, self.on_host)):
                 held |= table.slots(rows) >= 0
         return held
@@ -298,16 +300,16 @@ class DeviceCache:
 
     def _follow(self) -> None:
         """Give up what the bank has given up, and everything when its rows have other numbers."""
-        if self._moves == self.bank.moves and self._dead is self.bank.dead:
+        if self._moves == self.bank.renumberings and self._dead is self.bank.dead:
             return
         if self._read is not None:
             self._read.synchronize()
         for table in filter(None, (self.on_device, self.on_host)):
-            if self._moves != self.bank.moves:
+            if self._moves != self.bank.renumberings:
                 table.clear()
             else:
                 table.drop(np.setdiff1d(self.bank.dead, self._dead))
-        self._moves, self._dead = self.bank.moves, self.bank.dead
+        self._moves, self._dead = self.bank.renumberings, self.bank.dead
 
 
 def levels_of(bank: Bank, device: torch.device, config: CacheConfig, *, tokens: int = 1) -> DeviceCache | None:

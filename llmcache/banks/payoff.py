@@ -62,7 +62,7 @@ class Payoff:
         """Whether entries are looked up, and kept."""
         return self._balance.pays
 
-    def tried(self, n: int, *, memory: bool = False) -> Rows:
+    def select_for_lookup(self, n: int, *, memory: bool = False) -> Rows:
         """Which of n documents are to be looked up, int64, in order. memory: there is some above the files, and
         `with_memory` is asked next.
         """
@@ -71,7 +71,7 @@ class Payoff:
             return np.arange(n)
         if self.profile is None and len(self.bank) >= LEAST:
             self._begin()
-        return self._balance.tried(n)
+        return self._balance.select_for_lookup(n)
 
     def with_memory(self, some: Rows, levels: DeviceCache, rows: Callable[[], Rows]) -> Rows:
         """Documents to be looked up, int64, in order: some, see `tried`, and those whose rows are in memory.

@@ -76,7 +76,7 @@ class BankWriter:
     def doubted(self) -> None:
         """Drop what was put since models were last vouched for: nobody can say which model computed it."""
         try:
-            self._taking(self.store.land)  # what a thread writes was verified before
+            self._taking(self.store.finish_commit)  # what a thread writes was verified before
         except LLMCacheError as error:
             log.warning("%s. Going on without storing", error)
         oldest = min(self._vouched.values(), key=lambda one: one.puts, default=None)
@@ -162,8 +162,8 @@ class BankWriter:
             self._committed = time.monotonic()
             self._verify()
             self._taking(self.store.commit_behind)
-        elif self.store.arrived:
-            self._taking(self.store.land)
+        elif self.store.commit_ready:
+            self._taking(self.store.finish_commit)
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
         """Let these texts lead to the rows of these keys from now on."""

@@ -65,7 +65,7 @@ class BlockStore:
         """Rows to be looked up, and others, whose first block is in memory, to be looked up there alone."""
         if self._worth is None:
             return rows, ()
-        some = self._worth.tried(len(rows), memory=self.levels is not None)
+        some = self._worth.select_for_lookup(len(rows), memory=self.levels is not None)
         held = some
         if self.levels is not None and len(some) < len(rows):
             held = self._worth.with_memory(some, self.levels, lambda: self._first(rows))

@@ -38,7 +38,7 @@ class Answers:
     similarity: NDArray[np.float32]
     consensus: NDArray[np.float32]
     row: NDArray[np.int64]
-    twin: NDArray[np.int64]
+    duplicate_of: NDArray[np.int64]
     layer: NDArray[np.int64]
     audited: NDArray[np.bool_]
     entry: dict[int, str] = field(default_factory=dict)
@@ -93,10 +93,10 @@ class Answers:
             self.outputs[places] = values
         return reading.intact
 
-    def kept(self, places: NDArray[np.int64], vectors: Tensor) -> None:
+    def set_device_outputs(self, places: NDArray[np.int64], vectors: Tensor) -> None:
         """The model's own tensor for these places, [n, width], for answers that are wanted where it is."""
 
-    def taken_over(
+    def set_from_neighbour(
         self,
         places: NDArray[np.int64],
         outputs: NDArray[np.float32],
@@ -122,4 +122,4 @@ class Answers:
         self.row[places] = self.row[first]
         self.layer[places] = self.layer[first]
         self.audited[places] = self.audited[first]
-        self.twin[places] = first
+        self.duplicate_of[places] = first

@@ -52,7 +52,7 @@ class DeviceAnswers(Answers):
             self._set(places[good], values if len(good) == len(rows) else values[self._numbers(good)])
         return intact
 
-    def kept(self, places: Rows, vectors: Tensor) -> None:
+    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
         self._set(places, vectors.detach())
 
     def given(self, places: Rows) -> NDArray[np.float32]:

@@ -258,7 +258,7 @@ class Executor:
     def _tried(self, answers: Answers, keys: Keys) -> Places:
         """Which of these documents to look up, int64, in order: all, unless it does not pay."""
         levels = _levels(answers)
-        some = self._worth.tried(len(keys), memory=levels is not None)
+        some = self._worth.select_for_lookup(len(keys), memory=levels is not None)
         if len(some) == len(keys) or levels is None:
             return some
         return self._worth.with_memory(some, levels, lambda: self.bank.find_text(keys))
@@ -376,7 +376,7 @@ class Executor:
         """
         reuse = self.reuse
         assert reuse is not None
-        tried = reuse.tried(len(places))
+        tried = reuse.select_for_lookup(len(places))
         tried = tried[self.near_answers.allowed(keys[tried], copies[tried])]
         if not len(tried):
             return np.arange(len(places)), None
@@ -390,7 +390,7 @@ class Executor:
         served = (near.gate == TAKEN) & ~again
         where = places[tried[served]]
         if isinstance(answers, DeviceAnswers) and isinstance(given := near.given(served), torch.Tensor):
-            answers.kept(where, given)
+            answers.set_device_outputs(where, given)
         else:
             answers.outputs[where] = near.on_host(served)
         answers.tier[where], answers.row[where] = NEAR, near.rows[served]
@@ -421,7 +421,7 @@ class Executor:
         with self._inside() as attachment, asked_with(attachment, call):
             for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
                 chosen, where = done.chosen, unknown.places[done.chosen]
-                answers.kept(where, done.vectors)
+                answers.set_device_outputs(where, done.vectors)
                 passed = None if attachment is None else attachment.last_pass()
                 if passed is None:
                     answers.outputs[where] = done.outputs
@@ -456,7 +456,7 @@ class Executor:
         if not call.wanted:
             return
         counters.saved_seconds += self.bank.cost(answers.row[answers.row >= 0])
-        of_computed = int(np.count_nonzero((answers.twin >= 0) & (answers.row < 0)))
+        of_computed = int(np.count_nonzero((answers.duplicate_of >= 0) & (answers.row < 0)))
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
 

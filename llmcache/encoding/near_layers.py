@@ -74,7 +74,7 @@ def near_layers(
             for done in compute(model, neighbours, asking.call.batch_size, asking.call.role):
                 where = asking.places[open_[found[done.chosen]]]
                 passed = attachment.last_pass() or (np.zeros(len(where), np.int64), [""] * len(where))
-                answers.taken_over(where, done.outputs, *passed)
+                answers.set_from_neighbour(where, done.outputs, *passed)
                 answers.similarity[where] = similarity[found[done.chosen]]
         finally:
             attachment.up_to = None

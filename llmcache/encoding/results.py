@@ -92,7 +92,7 @@ def _accepted(taken: Document | RejectedRecord) -> Document:
 
 def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Iterator[Result]:
     # lists: single numbers out of arrays would take most of the time of a hit
-    columns = (answers.tier, answers.row, answers.twin, answers.layer, answers.similarity, answers.consensus)
+    columns = (answers.tier, answers.row, answers.duplicate_of, answers.layer, answers.similarity, answers.consensus)
     places = zip(ids, *(column.tolist() for column in columns), answers.audited.tolist(), strict=True)
     names = iter(bank.sources(answers.row[answers.row >= 0]))
     for i, (id, tier, row, twin, reused, similarity, consensus, audited) in enumerate(places):

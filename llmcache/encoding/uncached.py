@@ -31,7 +31,7 @@ def answer_by_model(
         counters.at_limit += at_limit(model, tokens)
         for done in compute(model, tokens, call.batch_size, call.role):
             answers.outputs[part[done.chosen]] = done.outputs
-            answers.kept(part[done.chosen], done.vectors)
+            answers.set_device_outputs(part[done.chosen], done.vectors)
             counters.model_seconds += done.seconds
             call.progress(len(done.chosen), len(done.chosen))
 

@@ -89,7 +89,7 @@ class LayerBanks:
                 break
             if up_to is not None and layer > up_to:
                 continue
-            tried = open_[self._worth[layer].tried(len(open_))]
+            tried = open_[self._worth[layer].select_for_lookup(len(open_))]
             began = time.perf_counter()
             counters = self._storing.counters.layer(bank_name(layer))
             bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[tried]]

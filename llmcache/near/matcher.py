@@ -264,12 +264,12 @@ class NearMatcher:
                 )  # fmt: skip
         return HostNeighborIndex(entries, predictor, voting, predictions=known)
 
-    def tried(self, n: int) -> NDArray[np.int64]:
+    def select_for_lookup(self, n: int) -> NDArray[np.int64]:
         """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
         self._refit()
         if not self.stopped and n:
             self.refresh()  # says whether there are entries at all
-        return np.zeros(0, np.int64) if self.off else self.balance.tried(n)
+        return np.zeros(0, np.int64) if self.off else self.balance.select_for_lookup(n)
 
     def look_up(
         self,

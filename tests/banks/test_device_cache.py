@@ -105,7 +105,7 @@ def test_asking_whether_rows_are_held_is_no_use_of_them(tmp_path: Path) -> None:
     before = levels.counters.seconds
     levels.gather(np.arange(100, 140))
     assert levels.counters.seconds == before, "no file was read"
-    bank.moves += 1  # as after `reload`
+    bank.renumberings += 1  # as after `reload`
     assert not levels.holds(np.arange(1000)).any()
     store.close()
 

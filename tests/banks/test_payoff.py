@@ -156,11 +156,11 @@ def test_reuse_that_turns_out_slower_than_the_profile_is_left_alone_later(
 ) -> None:
     with LLMCache.open(filled, model) as cache:
         worth = Payoff(cache._bank, "output", on=True)
-        assert len(worth.tried(10)) == 10
+        assert len(worth.select_for_lookup(10)) == 10
         rows = np.arange(LEAST)
         worth.served(rows, 10 * cache._bank.cost(rows))
         assert not worth.pays
-        assert len(worth.tried(1000)) < 200
+        assert len(worth.select_for_lookup(1000)) < 200
         for _ in range(200):
             worth.served(rows[:256], 0.0)
         assert worth.pays
@@ -224,7 +224,7 @@ def test_what_memory_saves_speaks_for_loading_until_more_is_spent_than_saved(
         bank, rows = cache._bank, np.arange(LEAST)
         worth, levels = Payoff(bank, "output", on=True), DeviceCache(bank, "cpu", device_bytes=1 << 22)
         cost, none = bank.cost(rows), np.zeros(LEAST, np.bool_)
-        assert len(worth.tried(10)) == 10
+        assert len(worth.select_for_lookup(10)) == 10
         worth.gathered(rows, none, 3 * cost, 3 * cost)
         assert worth.decision().state == "memory"
         some = np.array([3, 900])

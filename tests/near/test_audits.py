@@ -108,9 +108,9 @@ def test_near_reuse_stands_aside_while_it_costs_more_than_it_saves_and_goes_on_w
     assert not balance.observe(LEAST - 1, 0.0, 1.0), "too few to tell"
     assert balance.observe(10, 0.0, 0.1)
     assert not balance.pays
-    probed = len(balance.tried(100_000)) / 100_000
+    probed = len(balance.select_for_lookup(100_000)) / 100_000
     assert probed == pytest.approx(PROBED, rel=0.2)
     changed = [balance.observe(64, 1.0, 0.1) for _ in range(MEMORY // 64)]
     assert balance.pays
     assert changed.count(True) == 1
-    assert np.array_equal(balance.tried(5), np.arange(5))
+    assert np.array_equal(balance.select_for_lookup(5), np.arange(5))

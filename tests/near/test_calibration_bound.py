@@ -131,7 +131,7 @@ def test_a_sample_as_large_as_the_cache_is_not_thrown_away_by_a_calibration_with
     put(cache.bank, cache.draw(140 * factor))
     found = cache.calibrate(known)
     reuse, size = cache.saved(), len(cache.bank)
-    reuse.tried(1)
+    reuse.select_for_lookup(1)
     assert reuse._refitting is None
     assert not grown(found, GROWN * size - 1)
     assert grown(found, GROWN * size), "from then on it is made again"
@@ -142,10 +142,10 @@ def test_every_entry_that_a_new_calibration_measured_answers_after_it(store: Sto
     cache.calibrate(None)
     put(cache.bank, cache.draw(150))
     reuse = cache.saved()
-    reuse.tried(1)
+    reuse.select_for_lookup(1)
     assert reuse._refitting is not None
     reuse._refitting.wait()
-    reuse.tried(1)
+    reuse.select_for_lookup(1)
     reuse.refresh()
     assert sorted(reuse._rows.tolist()) == sorted(cache.bank.near.live().tolist())
     assert reuse.calibration.entries == reuse.calibration.size == 290

@@ -55,13 +55,13 @@ def test_rows_on_their_way_are_served_and_rows_that_come_meanwhile_leave_them_al
     store, gate = open_in(disk, stores, create=True), Gate(disk.memory)
     put(store, range(20))
     store.commit_behind()
-    assert not store.arrived
+    assert not store.commit_ready
     put(store, range(20, 40))  # into memory that must be other memory: nothing of it is written yet
     before = bank_of(store).find(keys_of(ALL))
     assert found_in(store, ALL) == set(range(40))
     assert elsewhere(disk, stores) == set()
     gate.open()
-    store.land()
+    store.finish_commit()
     assert elsewhere(disk, stores) == set(range(20))
     np.testing.assert_array_equal(bank_of(store).find(keys_of(ALL)), before)
     assert found_in(store, ALL) == set(range(40))
@@ -77,10 +77,10 @@ def test_nothing_counts_before_it_is_whole(disk: MemoryDisk, stores: list[Store]
     began = store.manifest.generation
     assert store.commit_behind().generation == began
     gate.open()
-    while not store.arrived:
+    while not store.commit_ready:
         pass
     assert elsewhere(disk, stores) == set()  # written, and nobody named it
-    assert store.land().generation == began + 1
+    assert store.finish_commit().generation == began + 1
 
 
 def test_what_waits_is_bounded_by_two_lots(disk: MemoryDisk, stores: list[Store]) -> None:
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_while_a_thread_writes_ends_storing_and_loses_nothin
     store.commit_behind()
     put(store, range(20, 30))
     with pytest.raises(StoreFull, match="free some space"):
-        store.land()
+        store.finish_commit()
     assert not store.writable
     assert found_in(store, ALL) == set(range(30))
     with pytest.raises(StoreFull):
@@ -167,7 +167,7 @@ def test_rows_that_were_given_up_between_others_move_none_of_them(
     if behind:
         store.commit_behind()
         put(store, range(20, 24))
-        store.land()
+        store.finish_commit()
         assert found_in(store, ALL) == {*range(5), *range(9, 24)}
     store.commit()
     left = {*range(5), *range(9, 24 if behind else 20)}

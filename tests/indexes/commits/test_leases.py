@@ -126,7 +126,7 @@ def test_a_writer_that_is_stopped_anywhere_keeps_its_files_beside_gc(
             put(store, range(100, 120))
             if behind:
                 store.commit_behind()
-                store.land()
+                store.finish_commit()
             store.commit()
 
         def meanwhile(path: Path = path) -> None:
@@ -155,7 +155,7 @@ def test_a_collector_that_is_stopped_before_it_removes_takes_nothing_that_is_pub
     old(path)
 
     def land() -> None:
-        writer.land()
+        writer.finish_commit()
         writer.commit()
 
     assert beside_a_stopped(lambda: collect(path, 0), "remove", 0, land) == 0
