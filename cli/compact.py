@@ -9,7 +9,7 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
-from llmcache.indexes.maintenance.evict import compact as compact_segments
+from llmcache.indexes.maintenance.compact import compact as compact_segments
 from llmcache.indexes.store import Store
 
 

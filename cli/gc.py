@@ -9,7 +9,7 @@ import typer
 
 from llmcache.cli.shared import amounts, options
 from llmcache.cli.shared import output as printing
-from llmcache.indexes.maintenance.evict import gc as collect
+from llmcache.indexes.maintenance.gc import gc as collect
 from llmcache.indexes.store import Store
 
 

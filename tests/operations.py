@@ -29,7 +29,9 @@ from llmcache.indexes.files.new_folder import filled
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import HEADER, ROW, Keys
 from llmcache.indexes.format.write_once import write_whole
-from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.merge import join
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.maintenance.repair import repaired

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 
 from llmcache.indexes.errors import Busy
-from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.merge import merge
 from llmcache.indexes.maintenance.snapshot import save
 from llmcache.indexes.maintenance.verify import verify

@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.key_table import KeyTable
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.rows import ALIAS
 from llmcache.indexes.format.segment import Segment
+from llmcache.indexes.maintenance.duplicates import drop_duplicates
+from llmcache.indexes.maintenance.exclusive import locked
 from llmcache.indexes.maintenance.rewrite import Pick
 from llmcache.indexes.maintenance.rewrite import rewrite as write_anew
 from llmcache.indexes.search.bank_index import index_stands
+from llmcache.indexes.store import Store
 
 log = logging.getLogger("llmcache")
 
@@ -57,6 +61,57 @@ class Rewritten:
     rows: int
     damaged: int
     replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """segments that were rewritten, rows copied, damaged rows left behind; bytes that `gc` may now remove.
+
+    duplicates: further copies of an entry that were dropped before.
+    """
+
+    segments: int
+    rows: int
+    damaged: int
+    bytes: int
+    dry_run: bool
+    duplicates: int = 0
+
+
+def _under_half_alive(facts: SegmentFacts) -> bool:
+    return 2 * facts.live < facts.rows
+
+
+def compact(store: Store, *, duplicates: bool = False, small: bool = False, dry_run: bool = False) -> Compacted:
+    """Rewrite the segments of which less than half the rows are alive. What they were is left for `gc`.
+
+    duplicates: first drop what is stored more than once, because several writers computed it at the same time.
+    small: make one of many small segments of a writer, too.
+    Rows that do not agree with their checksums are left behind, and counted; segments that cannot be read stay as
+    they are. Busy; StoreFull or StoreFenced when a write fails.
+    """
+    with locked(store, dry_run):
+        dropped = drop_duplicates(store, dry_run=dry_run) if duplicates else 0
+        planned = _planned_groups(store, small)
+        if dry_run:
+            segments = sum(len(group.sources) for group in planned)
+            rows, freed = sum(g.rows for g in planned), sum(g.bytes for g in planned)
+            return Compacted(segments, rows, 0, freed, dry_run, dropped)
+        segments = rows = damaged = freed = 0
+        for group in planned:
+            done = rewritten(store, group)
+            rows, damaged = rows + done.rows, damaged + done.damaged
+            if done.replaced:
+                segments, freed = segments + len(group.sources), freed + group.bytes
+        return Compacted(segments, rows, damaged, freed, dry_run, dropped)
+
+
+def _planned_groups(store: Store, small: bool) -> list[Group]:
+    def wanted(facts: SegmentFacts) -> bool:
+        return _under_half_alive(facts) or (small and 4 * facts.payload < SEGMENT_BYTES)
+
+    found = groups(eviction.current(store.folder), wanted)
+    return [one for one in found if len(one.sources) > 1 or _under_half_alive(one.sources[0])]
 
 
 def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int = SEGMENT_BYTES) -> list[Group]:
@@ -103,6 +158,14 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
         for file in new.files:
             folder.remove(file.name)
     return Rewritten(sum(map(len, chosen)) if replaced else 0, damaged, replaced)
+
+
+def rewritten(store: Store, group: Group) -> Rewritten:
+    try:
+        return rewrite(store.folder, store.publish, eviction.current(store.folder), group)
+    except SnapshotDamaged as error:
+        log.warning("segments stay as they are: %s", error)
+        return Rewritten(0, 0, False)
 
 
 def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifest:

@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from llmcache.indexes.commits import publish as publishing
-from llmcache.indexes.commits.create import check_format, found
+from llmcache.indexes.commits.create import found
 from llmcache.indexes.commits.generations import (
     LAST,
     generation_name,
     generations,
     newest,
 )
-from llmcache.indexes.commits.leases import Lease, leased
+from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.trust import check_own
-from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
+from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.names import QUARANTINE, SUBFOLDERS
-from llmcache.indexes.format.codec import DTYPES
 from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
     Manifest,
     SegmentFacts,
 )
-from llmcache.indexes.format.manifest_json import MAX_BYTES, salvage
-from llmcache.indexes.format.rows import HEADER, MAGIC, ROW
-from llmcache.indexes.format.segment import (
-    Segment,
-    mark_bytes,
-    marks_of,
-    records_of,
+from llmcache.indexes.maintenance.repair_plan import (
+    Plan,
+    check_known,
+    exists,
+    format_whole,
+    planned,
+    salvaged_manifests,
 )
 from llmcache.indexes.maintenance.rewrite import Pick, rewrite
 from llmcache.indexes.maintenance.snapshot import banks, failing
-from llmcache.indexes.maintenance.transfer import chunks, files_of, living
+from llmcache.indexes.maintenance.transfer import files_of
 from llmcache.indexes.maintenance.verify import (
-    Checked,
     History,
-    check_segment,
     history_of,
-    index_damage,
-    names_in,
-    names_of,
     odd_parts,
     opened,
     printable,
 )
-
-_KINDS = ("seg", "row", "key", "var", "fp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +58,6 @@ class Repair:
     rewritten: int
     adopted: int
     lost: int
-
-
-@dataclass(slots=True)
-class _Plan:
-    base: Manifest
-    banks: dict[tuple[str, str], list[SegmentFacts | Pick]] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)  # ids of segments of the base that do not stay as they are
-    indexless: set[tuple[str, str]] = field(default_factory=set)
-    aside: list[str] = field(default_factory=list)
-    adopted: int = 0
-    lost: int = 0
-
-    @property
-    def picks(self) -> int:
-        return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
 
 
 def repair(
@@ -112,10 +81,10 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
     """`repair` of the store in a folder that is open. Busy while another process evicts, compacts or collects."""
     with failing(folder.path):
         check_own(folder)
-        _format_whole(folder)  # a later format is left alone
+        format_whole(folder)  # a later format is left alone
         odd = _odd_parts(folder)
         history = history_of(folder, strict=True)
-        _check_known(folder, history, list(_salvaged(folder, history)))
+        check_known(folder, history, list(salvaged_manifests(folder, history)))
         if not dry_run:
             if history.base is not None:
                 publishing.check_signable(folder, history.base, key)  # before anything is made
@@ -141,238 +110,25 @@ def _odd_parts(folder: Folder) -> list[str]:
 
 def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) -> Repair:
     history = history_of(folder, strict=True)
-    plan = _planned(folder, history, grace)
+    plan = planned(folder, history, grace)
     aside = tuple(sorted(plan.aside))
     if dry_run:
         return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
     with Lease(folder) as lease:
         generation = _done(folder, history, plan, key, lease)
     for name in aside:
-        if _there(folder, name):
+        if exists(folder, name):
             folder.set_aside(name)
-    if not _format_whole(folder):
+    if not format_whole(folder):
         found(folder)
     folder.sync_folder("")
     return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
 
 
-# -- planning -----------------------------------------------------------------------------------------------
-
-
-def _planned(folder: Folder, history: History, grace: float) -> _Plan:
-    salvaged = list(_salvaged(folder, history))
-    _check_known(folder, history, salvaged)
-    plan = _Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
-    for place, facts in banks(plan.base).items():
-        parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
-        plan.banks[place] = [part for part in parts if part is not None]
-        lost_index = list(index_damage(folder, facts, strict=True))
-        if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
-            plan.indexless.add(place)
-            plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if _there(folder, file.name)]
-    if _passed_over(history):
-        _adopt(folder, history, plan, salvaged)
-    plan.aside += [generation_name(one) for one in history.damaged]
-    if not _format_whole(folder) and _there(folder, "FORMAT"):
-        plan.aside.append("FORMAT")
-    plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
-    return plan
-
-
-def _check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) -> None:
-    if history.base is None and history.listed and not salvaged:
-        raise SnapshotDamaged(
-            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
-            "entries are of; restore one m-*.json from a copy, or start a new store"
-        )
-
-
-def _salvaged(folder: Folder, history: History) -> Iterator[Manifest]:
-    """What damaged manifests that were passed over still say, newest first."""
-    for generation in _passed_over(history):
-        with suppress(SnapshotDamaged, FileNotFoundError):
-            name = generation_name(generation)
-            said = salvage(folder.read(name, MAX_BYTES))
-            if said is not None:
-                yield said
-
-
-def _passed_over(history: History) -> list[int]:
-    """Damaged generations that the newest whole one does not build upon, since they were damaged before it was made,
-    or are newer than it."""
-    base = history.base or Manifest()
-    return [one for one in history.damaged if one > base.generation or one in base.skipped]
-
-
-def _kept(folder: Folder, facts: SegmentFacts, plan: _Plan, uncertain: bool) -> SegmentFacts | Pick | None:
-    """The segment as it is, what can be kept of it, or None. uncertain: the facts come from a damaged manifest."""
-    result = check_segment(folder, facts, strict=True)
-    if uncertain and result.broken:
-        other = _facts_from_files(folder, facts.id)
-        if other is not None:
-            facts, result = other, check_segment(folder, other, strict=True)
-    if not result.broken and not len(result.rows):
-        return facts
-    plan.changed.add(facts.id)
-    plan.aside += [file.name for file in files_of(facts) if _there(folder, file.name)]
-    alive = facts.live if "row" in result.broken else facts.rows if "alive" in result.broken else _alive(folder, facts)
-    pick = _pick(folder, facts, result)
-    plan.lost += alive - (len(pick.rows) if pick else 0)
-    return pick
-
-
-def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
-    if result.records is None or (len(result.rows) == facts.rows and not len(result.aliases)):
-        return None
-    alive = np.ones(facts.rows, np.bool_) if "alive" in result.broken else living(folder, facts)
-    alive[result.rows] = False
-    rows = np.flatnonzero(alive)
-    if not len(rows):
-        return None
-    _, _, feature_width = records_of(folder, facts)
-    name = facts.file("seg").name
-    descriptor, size = folder.open(name)
-    folder.close_file(descriptor)
-    data = folder.sealed(name, size)
-    # pitch 0: the file may end within the padding of its last row
-    segment = Segment(
-        facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
-    )
-    return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
-
-
-def _alive(folder: Folder, facts: SegmentFacts) -> int:
-    return int(living(folder, facts).sum())
-
-
-def _there(folder: Folder, name: str) -> bool:
-    try:
-        folder.size(name)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _format_whole(folder: Folder) -> bool:
-    try:
-        check_format(folder)
-    except FormatTooNew:
-        raise
-    except (SnapshotDamaged, FileNotFoundError):
-        return False
-    return True
-
-
-# -- segments that no whole manifest names ------------------------------------------------------------------
-
-
-def _adopt(folder: Folder, history: History, plan: _Plan, salvaged: Sequence[Manifest]) -> None:
-    """Take in segments that came with the damaged generations: those a damaged manifest still names, then any other
-    whose rows all agree with their checksums, where there is only one bank that it can be of."""
-    manifest = [plan.base, *history.older]
-    known = {one.id for old in manifest for facts in banks(old).values() for one in facts.segments}
-    for said in salvaged if history.base is not None else ():
-        for place, facts in banks(said).items():
-            here = banks(plan.base).get(place)
-            for one in facts.segments:
-                if here and _shape(here) == _shape(facts) and one.id not in known and _is_whole(folder, one):
-                    known.add(one.id)
-                    plan.banks[place].append(one)
-                    plan.adopted += 1
-    for id in sorted({name.partition(".")[0] for name in names_of(folder, "seg")} - known):
-        found_facts = _facts_from_files(folder, id)
-        places = [
-            place for place, facts in banks(plan.base).items() if found_facts and _fits(folder, found_facts, facts)
-        ]
-        if found_facts and len(places) == 1 and _is_whole(folder, found_facts):
-            plan.banks[places[0]].append(found_facts)
-            plan.adopted += 1
-
-
-def _is_whole(folder: Folder, facts: SegmentFacts) -> bool:
-    result = check_segment(folder, facts, strict=True)
-    return not result.broken and not len(result.rows)
-
-
-def _shape(facts: BankFacts) -> tuple[str, int, int, int]:
-    return facts.dtype, facts.width, facts.rank, facts.feature_width
-
-
-def _fits(folder: Folder, segment: SegmentFacts, bank: BankFacts) -> bool:
-    records, _, feature_width = records_of(folder, segment)
-    step = bank.width * DTYPES[bank.dtype]
-    sizes = records["nbytes"]
-    equal = bool((sizes == step).all()) if bank.rank == 1 else not (sizes % step).any() if step else False
-    return equal and feature_width == bank.feature_width
-
-
-def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
-    """What a manifest would say of a segment, from its files alone; None when they do not go together."""
-    try:
-        sizes = {kind: _size(folder, f"seg/{id}.{kind}") for kind in _KINDS}
-        rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
-        header = _header(folder, f"seg/{id}.row")
-        width = int(header["feature_width"])
-        # before anything is read: files may be far larger than what they hold
-        if int(header["rows"]) != rows or sizes["key"] % 32 or sizes["fp"] != rows * width * 2:
-            return None
-        files = tuple(_file_facts(folder, f"seg/{id}.{kind}", sizes[kind], kind != "seg") for kind in _KINDS)
-        facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
-        records, _, _ = records_of(folder, facts)
-    except (SnapshotDamaged, FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    variable = int(records["tokens"].sum(dtype=np.int64)) * 4 + int(records["source"].sum(dtype=np.int64))
-    if sizes["var"] != variable:
-        return None
-    return replace(facts, payload=int(records["nbytes"].sum(dtype=np.int64)))
-
-
-def _size(folder: Folder, name: str) -> int:
-    descriptor, size = folder.open(name)
-    folder.close_file(descriptor)
-    return size
-
-
-def _header(folder: Folder, name: str) -> NDArray[Any]:
-    """The record of HEADER that a .row file begins with; SnapshotDamaged when it begins with something else."""
-    raw = np.zeros(HEADER.itemsize, np.uint8)
-    descriptor, _ = folder.open(name)
-    try:
-        folder.read_at(descriptor, raw, 0)
-    finally:
-        folder.close_file(descriptor)
-    header: NDArray[Any] = raw.view(HEADER)[0]
-    if header["magic"] != MAGIC or header["record"] != ROW.itemsize:
-        raise SnapshotDamaged(f"{name} does not begin as a .row file")
-    return header
-
-
-def _file_facts(folder: Folder, name: str, size: int, hashed: bool) -> FileFacts:
-    digest = hashlib.sha256()
-    for part in chunks(folder, name, size) if hashed else ():
-        digest.update(part.data)
-    return FileFacts(name, size, digest.hexdigest() if hashed else None)
-
-
-def _left_over(folder: Folder, history: History, plan: _Plan, grace: float) -> list[str]:
-    """Files in seg/ and idx/ that no whole manifest names, nor the one to come, and that no commit still needs."""
-    named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
-    parts = [one for found_parts in plan.banks.values() for one in found_parts]
-    named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
-    protected = leased(folder, [f"stat/{name}" for name in names_of(folder, "stat")])
-    left = []
-    for name in names_in(folder):
-        if name.startswith(("seg/", "idx/")) and name not in named and name.rpartition("/")[2][:32] not in protected:
-            with suppress(FileNotFoundError):  # removed since it was listed
-                if folder.age(name) >= grace:
-                    left.append(name)
-    return left
-
-
 # -- doing --------------------------------------------------------------------------------------------------
 
 
-def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None, lease: Lease) -> int:
+def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease: Lease) -> int:
     """Write and commit the new generation, when anything of it is new; its number."""
     passed_over = any(plan.base.generation < one < LAST for one in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
@@ -404,7 +160,7 @@ def _done(folder: Folder, history: History, plan: _Plan, key: bytes | None, leas
         raise
 
 
-def _changed(base: Manifest, plan: _Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
+def _changed(base: Manifest, plan: Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
     """The newest manifest with this repair's changes; segments that others have committed meanwhile stay."""
     planned = {one.id for facts in banks(plan.base).values() for one in facts.segments}
     for place, facts in banks(base).items():

@@ -17,7 +17,7 @@ import torch
 from llmcache.cache import LLMCache
 from llmcache.distributed.cache import SpreadCache
 from llmcache.distributed.ray import open as open_on_ray
-from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.store import Store
 
 BATCH = 32

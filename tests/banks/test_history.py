@@ -13,7 +13,7 @@ from llmcache import CacheConfig, LLMCache
 from llmcache.banks.counters import Counters
 from llmcache.banks.history import History, records
 from llmcache.indexes.files.folder import Folder
-from llmcache.indexes.maintenance.evict import gc
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.stats.counters import fold
 from llmcache.indexes.store import Store

@@ -22,7 +22,7 @@ from llmcache import LLMCache, Result
 from llmcache.distributed.workers import Worker, WorkerConfig, WorkItem
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
 from llmcache.indexes.format.segment import Segment
-from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 from llmcache.model.batching import Sentences

@@ -13,7 +13,9 @@ import pytest
 from llmcache.indexes.files.descriptors import OPEN_FILES, OpenFiles
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.rows import seconds32
-from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.verify import verification
 from llmcache.indexes.store import Store
 from tests.kills import forked

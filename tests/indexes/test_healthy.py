@@ -12,7 +12,9 @@ import pytest
 
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.eviction.budget import Budget
-from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.merge import merge
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.maintenance.repair import repair

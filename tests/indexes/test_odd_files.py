@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from llmcache.indexes.errors import LLMCacheError
+from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.maintenance.diff import diff
-from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.evict import evict
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.merge import merge
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.maintenance.repair import repair

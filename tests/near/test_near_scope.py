@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache, snapshot
 from llmcache.errors import ConfigError
-from llmcache.indexes.maintenance.evict import compact, evict
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
 from llmcache.indexes.store import Store
 from llmcache.near.neighbors.predictor import LEAST
 from tests.small_sentences import sentences, tiny_folder, with_prompts, with_router

@@ -20,7 +20,8 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import SegmentFacts
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance import snapshot
-from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.merge import merge
 from llmcache.indexes.maintenance.snapshot import save
 from llmcache.indexes.maintenance.verify import verify

@@ -14,7 +14,8 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Keys
-from llmcache.indexes.maintenance.evict import compact, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store

@@ -24,7 +24,8 @@ from llmcache.indexes.format.marks import (
 )
 from llmcache.indexes.format.rows import HEADER, Keys
 from llmcache.indexes.format.segment import records_of
-from llmcache.indexes.maintenance.evict import compact, evict
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.maintenance.repair import repair
 from llmcache.indexes.maintenance.sign import sign

@@ -31,7 +31,9 @@ from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.manifest_json import strict_json
 from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.format.segment import Segment
-from llmcache.indexes.maintenance.evict import compact, evict, gc
+from llmcache.indexes.maintenance.compact import compact
+from llmcache.indexes.maintenance.evict import evict
+from llmcache.indexes.maintenance.gc import gc
 from llmcache.indexes.maintenance.verify import verify
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.stats.usage import USE

@@ -17,7 +17,7 @@ from llmcache.indexes.errors import Busy, ConfigError
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.maintenance.chains import block_source
-from llmcache.indexes.maintenance.evict import compact
+from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.maintenance.merge import merge
 from llmcache.indexes.maintenance.purge import Doomed, purge
 from llmcache.indexes.maintenance.snapshot import save

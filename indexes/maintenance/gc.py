@@ -1,0 +1,71 @@
+"""Garbage collection: remove the files that no reader needs."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+from llmcache.indexes.errors import ConfigError
+from llmcache.indexes.eviction import garbage as collection
+from llmcache.indexes.eviction.budget import GRACE
+from llmcache.indexes.eviction.garbage import garbage
+from llmcache.indexes.maintenance.exclusive import locked
+from llmcache.indexes.stats import counters as counting
+from llmcache.indexes.store import Store
+
+log = logging.getLogger("llmcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """files removed, manifests among them, and their bytes; writers whose advisory files were made one.
+
+    blocked: damaged manifests because of which nothing was removed.
+    """
+
+    files: int
+    manifests: int
+    bytes: int
+    folded: int
+    blocked: tuple[str, ...]
+    dry_run: bool
+
+
+def gc(store: Store, grace_seconds: float = GRACE, *, dry_run: bool = False) -> Collected:
+    """Remove what no reader needs any more, and has not needed for `grace_seconds`.
+
+    That is: files in no manifest, which a killed writer left; manifests that have a successor, but for the newest
+    one's predecessor; files that only such manifests name; temporary files. The advisory files of writers that have
+    not written for that long become one. With a damaged manifest in the store nothing is removed, since what it names
+    is not known. What a living process is writing stays whatever the grace is, where the file system has locks.
+    """
+    if not grace_seconds >= 0:
+        raise ConfigError(f"the grace is a number of seconds from 0 on, got {grace_seconds}")
+    with locked(store, dry_run):
+        found = garbage(store.folder, grace_seconds, grace_seconds)
+        old = _old_writers(store, grace_seconds)
+        if not dry_run:
+            collection.remove(store.folder, list(found.sizes))
+            if len(old) > 1:
+                _fold(store, old)
+        folded = len(old) if len(old) > 1 else 0
+        return Collected(len(found.sizes), found.manifests, sum(found.sizes.values()), folded, found.blocked, dry_run)
+
+
+def _old_writers(store: Store, grace: float) -> list[str]:
+    """Writers, this one excepted, of whose advisory files none was written within the grace."""
+    now = store.folder.now()
+    changed: dict[str, float] = {}
+    for name, (_, when) in store.folder.listing("stat").items():
+        writer, _, ending = name.rpartition(".")
+        if ending in {"json", "use", "runs"} and counting.WRITER.fullmatch(writer) and writer != store.writer:
+            changed[writer] = max(changed.get(writer, 0), when)
+    return sorted(writer for writer, when in changed.items() if now - when > grace)
+
+
+def _fold(store: Store, writers: list[str]) -> None:
+    try:
+        counting.fold(store.folder, writers, uuid.uuid4().hex)
+    except OSError as error:
+        log.warning("the counters of %d writers were not made one: %s", len(writers), error)

@@ -1,0 +1,270 @@
+"""Plans of repairs: find what is damaged, what can be saved of it, and what else can be taken in again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.commits.create import check_format
+from llmcache.indexes.commits.generations import (
+    generation_name,
+)
+from llmcache.indexes.commits.leases import leased
+from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
+from llmcache.indexes.files.folder import Folder
+from llmcache.indexes.format.codec import DTYPES
+from llmcache.indexes.format.manifest import (
+    BankFacts,
+    FileFacts,
+    Manifest,
+    SegmentFacts,
+)
+from llmcache.indexes.format.manifest_json import MAX_BYTES, salvage
+from llmcache.indexes.format.rows import HEADER, MAGIC, ROW
+from llmcache.indexes.format.segment import (
+    Segment,
+    mark_bytes,
+    marks_of,
+    records_of,
+)
+from llmcache.indexes.maintenance.rewrite import Pick
+from llmcache.indexes.maintenance.snapshot import banks
+from llmcache.indexes.maintenance.transfer import chunks, files_of, living
+from llmcache.indexes.maintenance.verify import (
+    Checked,
+    History,
+    check_segment,
+    index_damage,
+    names_in,
+    names_of,
+)
+
+_KINDS = ("seg", "row", "key", "var", "fp")
+
+
+@dataclass(slots=True)
+class Plan:
+    base: Manifest
+    banks: dict[tuple[str, str], list[SegmentFacts | Pick]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)  # ids of segments of the base that do not stay as they are
+    indexless: set[tuple[str, str]] = field(default_factory=set)
+    aside: list[str] = field(default_factory=list)
+    adopted: int = 0
+    lost: int = 0
+
+    @property
+    def picks(self) -> int:
+        return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
+
+
+def planned(folder: Folder, history: History, grace: float) -> Plan:
+    salvaged = list(salvaged_manifests(folder, history))
+    check_known(folder, history, salvaged)
+    plan = Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
+    for place, facts in banks(plan.base).items():
+        parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
+        plan.banks[place] = [part for part in parts if part is not None]
+        lost_index = list(index_damage(folder, facts, strict=True))
+        if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
+            plan.indexless.add(place)
+            plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if exists(folder, file.name)]
+    if _passed_over(history):
+        _adopt(folder, history, plan, salvaged)
+    plan.aside += [generation_name(one) for one in history.damaged]
+    if not format_whole(folder) and exists(folder, "FORMAT"):
+        plan.aside.append("FORMAT")
+    plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
+    return plan
+
+
+def check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) -> None:
+    if history.base is None and history.listed and not salvaged:
+        raise SnapshotDamaged(
+            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
+            "entries are of; restore one m-*.json from a copy, or start a new store"
+        )
+
+
+def salvaged_manifests(folder: Folder, history: History) -> Iterator[Manifest]:
+    """What damaged manifests that were passed over still say, newest first."""
+    for generation in _passed_over(history):
+        with suppress(SnapshotDamaged, FileNotFoundError):
+            name = generation_name(generation)
+            said = salvage(folder.read(name, MAX_BYTES))
+            if said is not None:
+                yield said
+
+
+def _passed_over(history: History) -> list[int]:
+    """Damaged generations that the newest whole one does not build upon, since they were damaged before it was made,
+    or are newer than it."""
+    base = history.base or Manifest()
+    return [one for one in history.damaged if one > base.generation or one in base.skipped]
+
+
+def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> SegmentFacts | Pick | None:
+    """The segment as it is, what can be kept of it, or None. uncertain: the facts come from a damaged manifest."""
+    result = check_segment(folder, facts, strict=True)
+    if uncertain and result.broken:
+        other = _facts_from_files(folder, facts.id)
+        if other is not None:
+            facts, result = other, check_segment(folder, other, strict=True)
+    if not result.broken and not len(result.rows):
+        return facts
+    plan.changed.add(facts.id)
+    plan.aside += [file.name for file in files_of(facts) if exists(folder, file.name)]
+    alive = facts.live if "row" in result.broken else facts.rows if "alive" in result.broken else _alive(folder, facts)
+    pick = _pick(folder, facts, result)
+    plan.lost += alive - (len(pick.rows) if pick else 0)
+    return pick
+
+
+def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
+    if result.records is None or (len(result.rows) == facts.rows and not len(result.aliases)):
+        return None
+    alive = np.ones(facts.rows, np.bool_) if "alive" in result.broken else living(folder, facts)
+    alive[result.rows] = False
+    rows = np.flatnonzero(alive)
+    if not len(rows):
+        return None
+    _, _, feature_width = records_of(folder, facts)
+    name = facts.file("seg").name
+    descriptor, size = folder.open(name)
+    folder.close_file(descriptor)
+    data = folder.sealed(name, size)
+    # pitch 0: the file may end within the padding of its last row
+    segment = Segment(
+        facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
+    )
+    return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
+
+
+def _alive(folder: Folder, facts: SegmentFacts) -> int:
+    return int(living(folder, facts).sum())
+
+
+def exists(folder: Folder, name: str) -> bool:
+    try:
+        folder.size(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def format_whole(folder: Folder) -> bool:
+    try:
+        check_format(folder)
+    except FormatTooNew:
+        raise
+    except (SnapshotDamaged, FileNotFoundError):
+        return False
+    return True
+
+
+def _left_over(folder: Folder, history: History, plan: Plan, grace: float) -> list[str]:
+    """Files in seg/ and idx/ that no whole manifest names, nor the one to come, and that no commit still needs."""
+    named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
+    parts = [one for found_parts in plan.banks.values() for one in found_parts]
+    named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
+    protected = leased(folder, [f"stat/{name}" for name in names_of(folder, "stat")])
+    left = []
+    for name in names_in(folder):
+        if name.startswith(("seg/", "idx/")) and name not in named and name.rpartition("/")[2][:32] not in protected:
+            with suppress(FileNotFoundError):  # removed since it was listed
+                if folder.age(name) >= grace:
+                    left.append(name)
+    return left
+
+
+def _adopt(folder: Folder, history: History, plan: Plan, salvaged: Sequence[Manifest]) -> None:
+    """Take in segments that came with the damaged generations: those a damaged manifest still names, then any other
+    whose rows all agree with their checksums, where there is only one bank that it can be of."""
+    manifest = [plan.base, *history.older]
+    known = {one.id for old in manifest for facts in banks(old).values() for one in facts.segments}
+    for said in salvaged if history.base is not None else ():
+        for place, facts in banks(said).items():
+            here = banks(plan.base).get(place)
+            for one in facts.segments:
+                if here and _shape(here) == _shape(facts) and one.id not in known and _is_whole(folder, one):
+                    known.add(one.id)
+                    plan.banks[place].append(one)
+                    plan.adopted += 1
+    for id in sorted({name.partition(".")[0] for name in names_of(folder, "seg")} - known):
+        found_facts = _facts_from_files(folder, id)
+        places = [
+            place for place, facts in banks(plan.base).items() if found_facts and _fits(folder, found_facts, facts)
+        ]
+        if found_facts and len(places) == 1 and _is_whole(folder, found_facts):
+            plan.banks[places[0]].append(found_facts)
+            plan.adopted += 1
+
+
+def _is_whole(folder: Folder, facts: SegmentFacts) -> bool:
+    result = check_segment(folder, facts, strict=True)
+    return not result.broken and not len(result.rows)
+
+
+def _shape(facts: BankFacts) -> tuple[str, int, int, int]:
+    return facts.dtype, facts.width, facts.rank, facts.feature_width
+
+
+def _fits(folder: Folder, segment: SegmentFacts, bank: BankFacts) -> bool:
+    records, _, feature_width = records_of(folder, segment)
+    step = bank.width * DTYPES[bank.dtype]
+    sizes = records["nbytes"]
+    equal = bool((sizes == step).all()) if bank.rank == 1 else not (sizes % step).any() if step else False
+    return equal and feature_width == bank.feature_width
+
+
+def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
+    """What a manifest would say of a segment, from its files alone; None when they do not go together."""
+    try:
+        sizes = {kind: _size(folder, f"seg/{id}.{kind}") for kind in _KINDS}
+        rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
+        header = _header(folder, f"seg/{id}.row")
+        width = int(header["feature_width"])
+        # before anything is read: files may be far larger than what they hold
+        if int(header["rows"]) != rows or sizes["key"] % 32 or sizes["fp"] != rows * width * 2:
+            return None
+        files = tuple(_file_facts(folder, f"seg/{id}.{kind}", sizes[kind], kind != "seg") for kind in _KINDS)
+        facts = SegmentFacts(id, rows, sizes["key"] // 32, 0, files)
+        records, _, _ = records_of(folder, facts)
+    except (SnapshotDamaged, FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    variable = int(records["tokens"].sum(dtype=np.int64)) * 4 + int(records["source"].sum(dtype=np.int64))
+    if sizes["var"] != variable:
+        return None
+    return replace(facts, payload=int(records["nbytes"].sum(dtype=np.int64)))
+
+
+def _size(folder: Folder, name: str) -> int:
+    descriptor, size = folder.open(name)
+    folder.close_file(descriptor)
+    return size
+
+
+def _header(folder: Folder, name: str) -> NDArray[Any]:
+    """The record of HEADER that a .row file begins with; SnapshotDamaged when it begins with something else."""
+    raw = np.zeros(HEADER.itemsize, np.uint8)
+    descriptor, _ = folder.open(name)
+    try:
+        folder.read_at(descriptor, raw, 0)
+    finally:
+        folder.close_file(descriptor)
+    header: NDArray[Any] = raw.view(HEADER)[0]
+    if header["magic"] != MAGIC or header["record"] != ROW.itemsize:
+        raise SnapshotDamaged(f"{name} does not begin as a .row file")
+    return header
+
+
+def _file_facts(folder: Folder, name: str, size: int, hashed: bool) -> FileFacts:
+    digest = hashlib.sha256()
+    for part in chunks(folder, name, size) if hashed else ():
+        digest.update(part.data)
+    return FileFacts(name, size, digest.hexdigest() if hashed else None)
