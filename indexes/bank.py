@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.files.folder import Folder
-from llmcache.indexes.format import codec
 from llmcache.indexes.format.key_table import KeyTable
 from llmcache.indexes.format.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.format.marks import Marks
-from llmcache.indexes.format.reading import (
-    Payload,
-    Reading,
-    states,
-    vectors,
-)
-from llmcache.indexes.format.rows import (
-    ALIAS,
-    ROW,
-    Keys,
-    seconds32,
-)
+from llmcache.indexes.format.pending import FlushBatch, alias_records, encode_rows, payload_bytes, sealed_bytes
+from llmcache.indexes.format.reading import Reading, states, vectors
+from llmcache.indexes.format.rows import ALIAS, Keys, seconds32
 from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows, seal
 from llmcache.indexes.format.segments import Rows, SegmentList, opened
@@ -34,27 +24,12 @@ from llmcache.indexes.format.shelf import Shelf
 from llmcache.indexes.search.bank_index import BankIndex, NearChoice, half
 from llmcache.indexes.search.scopes import ScopedSearch
 from llmcache.indexes.stats.counters import use_files
-from llmcache.indexes.stats.usage import (
-    USE,
-    UsageCounter,
-    UseTable,
-    read_uses,
-)
+from llmcache.indexes.stats.usage import UsageCounter, UseTable, read_uses, use_records
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("llmcache")
-
-
-@dataclass(frozen=True, slots=True)
-class FlushBatch:
-    """What one segment is made of: rows on end that are not sealed yet, and names of rows. Nobody changes them."""
-
-    batches: list[PendingRows]
-    aliases: list[tuple[Keys, Keys]]
-    shelf: Shelf | None = None
-    """Memory of the rows that is theirs alone."""
 
 
 class Bank:
@@ -249,25 +224,11 @@ class Bank:
 
     def use_records(self) -> NDArray[np.void]:
         """Records (usage.USE) of the rows that were read or audited since the bank was opened."""
-        rows = self.uses.touched()
-        parts = [np.zeros(0, USE)]
-        for piece, start in self.pieces.placed():
-            low, high = np.searchsorted(rows, [start, start + len(piece)]).tolist()
-            if high > low and not isinstance(piece, Tombstone):
-                keys = piece.keys if isinstance(piece, PendingRows) else piece.rows["key"]
-                parts.append(self.uses.records(rows[low:high], keys[rows[low:high] - start]))
-        return np.concatenate(parts)
+        return use_records(self.uses, self.pieces)
 
     def sealed_bytes(self) -> int:
         """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
-        size = 4096 + 32 * sum(len(text) for text, _ in self._aliases)
-        for one in self.pieces.pending:
-            size += _nbytes(one.payload) + 64 * len(one) + one.features.nbytes + ROW.itemsize * len(one)
-            size += sum(
-                4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True)
-            )
-            size += 0 if one.marks is None else one.marks.nbytes
-        return size
+        return sealed_bytes(self.pieces.pending, self._aliases)
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -352,15 +313,7 @@ class Bank:
         features: float [n, feature width], raw. cost: seconds, float32 [n]. marks: which near matches the rows may
         answer; None: none. Values that are not finite, or do not fit the stored dtype, are not kept.
         """
-        if isinstance(values, np.ndarray):
-            payload: Payload
-            kept, payload, scale = codec.kept(values, self.facts.dtype, self._shelf.place)
-        else:
-            flat = [one.reshape(1, -1) for one in values]
-            kept = np.array([bool(codec.representable(one, self.facts.dtype)[0]) for one in flat], np.bool_)
-            pairs = [codec.encode(flat[i], self.facts.dtype) for i in np.flatnonzero(kept)]
-            payload = [one[0] for one, _ in pairs]
-            scale = np.array([one[0] for _, one in pairs], np.float32)
+        kept, payload, scale = encode_rows(values, self.facts.dtype, self._shelf.place)
         if not kept.any():
             return kept
         chosen = np.flatnonzero(kept)
@@ -376,7 +329,7 @@ class Bank:
             marks=None if marks is None else marks[chosen],
         )
         rows = self.pieces.append(entries)
-        self.pending_bytes += _nbytes(payload)
+        self.pending_bytes += payload_bytes(payload)
         self.uses.grow(self.pieces.rows)
         self._rows.add(entries.keys, rows)
         return kept
@@ -400,7 +353,7 @@ class Bank:
         if len(lot.batches) == len(self.pieces.pending):
             lot, self._shelf = replace(lot, shelf=self._shelf), self._spare or Shelf()
             self._spare = None
-        self.pending_bytes -= sum(_nbytes(one.payload) for one in lot.batches)
+        self.pending_bytes -= sum(payload_bytes(one.payload) for one in lot.batches)
         return lot
 
     def seal(self, id: str, lot: FlushBatch) -> SegmentFacts:
@@ -408,11 +361,9 @@ class Bank:
 
         It may run in a thread beside everything else that is done with the bank.
         """
-        aliases = np.zeros(sum(len(text) for text, _ in lot.aliases), ALIAS)
-        if len(aliases):
-            aliases["text"] = np.concatenate([text for text, _ in lot.aliases])
-            aliases["row"] = np.concatenate([row for _, row in lot.aliases])
-        return seal(self._folder, id, lot.batches, aliases, self.facts.feature_width, strong=self._strong)
+        return seal(
+            self._folder, id, lot.batches, alias_records(lot.aliases), self.facts.feature_width, strong=self._strong
+        )
 
     def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: FlushBatch) -> None:
         """Serve from the segment, which the newest manifest names, what was served from memory until now."""
@@ -434,8 +385,4 @@ class Bank:
         self._texts.settle()
 
     def _count_pending(self) -> None:
-        self.pending_bytes = sum(_nbytes(one.payload) for one in self.pieces.pending)
-
-
-def _nbytes(payload: Payload) -> int:
-    return payload.nbytes if isinstance(payload, np.ndarray) else sum(part.nbytes for part in payload)
+        self.pending_bytes = sum(payload_bytes(one.payload) for one in self.pieces.pending)

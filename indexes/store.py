@@ -6,7 +6,6 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,20 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits import publish as publishing
 from llmcache.indexes.commits.background import BackgroundWriter
 from llmcache.indexes.commits.bank_commit import Place, commit_index, commit_rows
-from llmcache.indexes.commits.create import (
-    check_age,
-    folder_at,
-    not_opened,
-    prepared,
-)
-from llmcache.indexes.commits.generations import generations
-from llmcache.indexes.commits.signatures import signatures
-from llmcache.indexes.commits.trust import (
-    Trust,
-    check_asked,
-    judged,
-    latest,
-)
-from llmcache.indexes.errors import Busy, ForkedStoreError, ModelMismatch, StoreFenced
+from llmcache.indexes.commits.create import check_age, folder_at, not_opened, prepared
+from llmcache.indexes.commits.namespaces import declared, dropped
+from llmcache.indexes.commits.pending_marks import drop_since, last_batches
+from llmcache.indexes.commits.reload import newest_segments, outdated
+from llmcache.indexes.commits.trust import Trust, check_asked, judged, latest, no_writing
+from llmcache.indexes.errors import Busy, ForkedStoreError, StoreFenced
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.files.folder import Folder, Reading
 from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts
-from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.stats import counters as counting
 from llmcache.indexes.stats.usage import USE, write_uses
 
 log = logging.getLogger("llmcache")
-
-_RELOADS = 3  # times a reader starts again when files went away under it
 
 
 class Store:
@@ -123,7 +110,7 @@ class Store:
             level, manifest, damaged = judged(folder, trust, key, allow_untrusted=allow_untrusted)
             check_age(folder, manifest, min_generation)
             store = cls(folder, manifest, level, key)
-            store._fenced = _read_only(store)
+            store._fenced = no_writing(folder, manifest, level, key)
         except OSError as error:
             raise not_opened(folder.path, error) from error
         if damaged:
@@ -163,15 +150,9 @@ class Store:
             bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
             self._banks[namespace, name] = bank
             # files that are gone may belong to a generation that is gone: a newer one names others
-            if bank.lost and self._outdated():
+            if bank.lost and outdated(self.folder, self.manifest):
                 self.reload()
         return self._banks[namespace, name]
-
-    def _outdated(self) -> bool:
-        try:
-            return generations(self.folder)[:1] > [self.manifest.generation]
-        except OSError:  # a disk that cannot be listed has nothing newer to offer
-            return False
 
     def reload(self) -> Manifest:
         """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
@@ -181,37 +162,11 @@ class Store:
         vouched for at the opening; the store then stays where it is.
         """
         self._check()
-        for round in range(_RELOADS):
-            prepared(self.folder)
-            _, manifest, _ = judged(self.folder, self.trust, self._key, allow_untrusted=self.trust == "untrusted")
-            for namespace, name in self._banks:
-                self._check_same(namespace, name, manifest)
-            opened = {place: self._moved(manifest, *place) for place in self._banks}
-            newest = generations(self.folder)[:1] <= [manifest.generation]
-            if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
-                break
+        manifest, opened = newest_segments(self.folder, self.manifest, self._banks, self.trust, self._key)
         for place, (facts, segments, lost) in opened.items():
             self._banks[place].follow(facts, segments, lost)
         self.manifest = manifest
         return manifest
-
-    def _moved(self, manifest: Manifest, namespace: str, name: str) -> tuple[BankFacts, list[Segment], int]:
-        bank, space = self._banks[namespace, name], manifest.namespaces.get(namespace)
-        empty = replace(bank.facts, segments=(), projection=None, index=None)
-        facts = space.banks.get(name, empty) if space else empty
-        return facts, *bank.opened(facts)
-
-    def _check_same(self, namespace: str, name: str, manifest: Manifest) -> None:
-        old, new = self.manifest.namespaces.get(namespace), manifest.namespaces.get(namespace)
-        bank = self._banks[namespace, name].facts
-        there = new.banks.get(name, bank) if new else bank
-        shape, other = ((one.dtype, one.width, one.rank, one.feature_width) for one in (bank, there))
-        remade = old and new and (old.identity, old.secret_check) != (new.identity, new.secret_check)
-        if remade or shape != other:
-            raise ModelMismatch(
-                f"the namespace {namespace!r} of {self.folder.path} was made anew by another model, or with another "
-                "secret; open it again"
-            )
 
     # -- committing -----------------------------------------------------------------------------------------
 
@@ -242,16 +197,11 @@ class Store:
 
     def last_put(self) -> dict[Place, object]:
         """The last batch that waits in each open bank, None where none does; nothing is waited for."""
-        return {place: bank.pieces.pending[-1] if bank.pieces.pending else None for place, bank in self._banks.items()}
+        return last_batches(self._banks)
 
     def drop_since(self, last: Mapping[Place, object]) -> int:
         """Give up what was put after these batches, or all where they wait no more. Returns how many rows that was."""
-        lost = 0
-        for place, bank in self._banks.items():
-            waiting = [id(batch) for batch in bank.pieces.pending]
-            batch = last.get(place)
-            lost += bank.drop_pending((waiting.index(id(batch)) + 1 if id(batch) in waiting else 0, 0))
-        return lost
+        return drop_since(self._banks, last)
 
     def committed(self, writer: str) -> int:
         """Segments of a writer that the manifest names, as this store knows it."""
@@ -265,26 +215,11 @@ class Store:
 
         A namespace that is there keeps its secret_check: its keys were made with that secret.
         """
-
-        def change(base: Manifest) -> Manifest:
-            old = base.namespaces.get(namespace)
-            banks, check = (old.banks, old.secret_check) if old else ({}, secret_check)
-            new = NamespaceFacts(identity, config, banks, check)
-            return replace(base, namespaces={**base.namespaces, namespace: new})
-
-        self.publish(change)
+        self.publish(declared(namespace, identity, config, secret_check))
 
     def drop(self, namespace: str, name: str) -> None:
         """Remove a bank that is derived from others; a commit of its own. Its files are left to gc."""
-
-        def change(base: Manifest) -> Manifest:
-            space = base.namespaces.get(namespace)
-            if space is None or name not in space.banks:
-                return base
-            banks = {other: facts for other, facts in space.banks.items() if other != name}
-            return replace(base, namespaces={**base.namespaces, namespace: replace(space, banks=banks)})
-
-        self.publish(change)
+        self.publish(dropped(namespace, name))
         self._banks.pop((namespace, name), None)
 
     @property
@@ -442,12 +377,7 @@ class Store:
 
     def counters(self, *, without: str = "") -> dict[str, float]:
         """The counters of all writers but one, added up; whatever cannot be read is left out."""
-        try:
-            found = counting.read_counters(self.folder)
-        except OSError as error:
-            log.info("counters were not read: %s", error)
-            return {}
-        return counting.add_up(content for writer, content in found.items() if writer != without)
+        return counting.total_counters(self.folder, without=without)
 
     # -- usage ----------------------------------------------------------------------------------------------
 
@@ -464,13 +394,3 @@ class Store:
             write_uses(self.folder, self.writer, records)
         except OSError as error:
             log.info("the uses of rows were not kept: %s", error)
-
-
-def _read_only(store: Store) -> StoreFenced | None:
-    """Why nothing may be written to a store that was just opened, if so."""
-    where = store.folder.path
-    if store.trust == "untrusted":
-        return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")
-    if store._key is None and store.manifest.generation in signatures(store.folder).values():
-        return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
-    return None

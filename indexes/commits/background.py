@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from llmcache.indexes.bank import Bank, FlushBatch
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import SegmentFacts
+from llmcache.indexes.format.pending import FlushBatch
 
 log = logging.getLogger("llmcache")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeAlias
 
-from llmcache.indexes.bank import Bank, FlushBatch
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.background import PendingSegment
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.presence import lost, missing, without
@@ -15,7 +15,8 @@ from llmcache.indexes.commits.publish import Publish, Republished
 from llmcache.indexes.errors import LLMCacheError, SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
-from llmcache.indexes.search.bank_index import index_stands
+from llmcache.indexes.format.pending import FlushBatch
+from llmcache.indexes.search.index_coverage import index_stands
 
 log = logging.getLogger("llmcache")
 

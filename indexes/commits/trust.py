@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from llmcache.indexes.commits.generations import generations, newest
-from llmcache.indexes.commits.signatures import checked_secret
-from llmcache.indexes.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
+from llmcache.indexes.commits.signatures import checked_secret, signatures
+from llmcache.indexes.errors import ConfigError, SnapshotDamaged, StoreFenced, UntrustedSnapshot
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import Manifest
 
@@ -77,7 +77,7 @@ def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
         listed = generations(folder)
         try:
             found = newest(folder, listed, key) if listed else (Manifest(), [])
-        except (SnapshotDamaged, UntrustedSnapshot):
+        except (SnapshotDamaged, StoreFenced, UntrustedSnapshot):
             if generations(folder) == listed:
                 raise
             continue
@@ -85,3 +85,13 @@ def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
             return found
     listed = generations(folder)
     return newest(folder, listed, key) if listed else (Manifest(), [])
+
+
+def no_writing(folder: Folder, manifest: Manifest, trust: Trust, key: bytes | None) -> StoreFenced | None:
+    """Why nothing may be written to a store that was just opened, if so."""
+    where = folder.path
+    if trust == "untrusted":
+        return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")
+    if key is None and manifest.generation in signatures(folder).values():
+        return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
+    return None

@@ -27,7 +27,7 @@ from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.rows import ALIGN, ROW, Keys
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.segment_writer import write_alive
-from llmcache.indexes.search.bank_index import index_stands
+from llmcache.indexes.search.index_coverage import index_stands
 from llmcache.indexes.stats.counters import use_files
 from llmcache.indexes.stats.usage import UseTable, read_uses
 

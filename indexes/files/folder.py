@@ -32,13 +32,13 @@ from llmcache.indexes.files.linux import (
     mapped,
 )
 from llmcache.indexes.files.names import QUARANTINE, SUBFOLDERS, placed
+from llmcache.indexes.files.plain_file import open_plain
 from llmcache.indexes.files.sealed_file import Sealed, read_into
 
 Reading = Literal["auto", "mmap", "pread"]
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
 # what a file system answers when it cannot link, or not from there
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -210,19 +210,7 @@ class Folder:
 
     def _open(self, name: str) -> tuple[int, int]:
         folder, leaf = self._place(name)
-        try:
-            descriptor = os.open(leaf, _READ, dir_fd=folder)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise SnapshotDamaged(f"{name} is a symbolic link; a store holds plain files only") from None
-            if error.errno == errno.ENXIO:
-                raise SnapshotDamaged(f"{name} is a socket or a device; a store holds plain files only") from None
-            raise
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            os.close(descriptor)
-            raise SnapshotDamaged(f"{name} is not a plain file")
-        return descriptor, facts.st_size
+        return open_plain(folder, leaf, name)
 
     def exposed(self) -> str | None:
         """Why the folder is not this user's alone: the first name in it that another user owns or may write."""

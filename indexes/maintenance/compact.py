@@ -26,7 +26,7 @@ from llmcache.indexes.maintenance.duplicates import drop_duplicates
 from llmcache.indexes.maintenance.exclusive import locked
 from llmcache.indexes.maintenance.rewrite import Pick
 from llmcache.indexes.maintenance.rewrite import rewrite as write_anew
-from llmcache.indexes.search.bank_index import index_stands
+from llmcache.indexes.search.index_coverage import index_stands
 from llmcache.indexes.store import Store
 
 log = logging.getLogger("llmcache")

@@ -21,6 +21,7 @@ from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows
 from llmcache.indexes.format.segments import SegmentList
 from llmcache.indexes.format.write_once import verified, write_file
+from llmcache.indexes.search.index_coverage import DEAD_SHARE, covered_segments, live_spans, segment_spans
 from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.search.vector_index import LEAST_TRAINED, VectorIndex, choose_kind
 
@@ -31,8 +32,6 @@ log = logging.getLogger("llmcache")
 
 FIT_ROWS = 512
 """Rows from which on a PCA is fitted. Below, features are compared as they are."""
-DEAD_SHARE = 0.3
-"""Share of an index's rows that may be evicted before it is built again. Few kinds can give a vector up."""
 _FIT_SAMPLE = 50_000
 _BLOCK = 65_536
 
@@ -294,7 +293,7 @@ class BankIndex:
         elsewhere = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
         if elsewhere and not facts.kind.startswith("torch"):
             return  # made where there was a FAISS for it
-        spans, live = self._spans(), self._live_spans()
+        spans, live = segment_spans(self._pieces), live_spans(self._pieces)
         known = {**spans, **live}
         if any(name not in known for name in facts.segments):
             return
@@ -326,43 +325,6 @@ class BankIndex:
         self._caught_up = self._pieces.rows
         self.mark_deleted(self._dead)
 
-    def _live_spans(self) -> dict[str, NDArray[np.int64]]:
-        """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""
-        spans = {}
-        for piece, first in self._pieces.placed():
-            if isinstance(piece, Segment) and piece.facts.alive:
-                spans[piece.facts.alive.name[len("seg/") : -len(".alive")]] = piece.live() + first
-        return spans
-
-    def _covered(self) -> tuple[str, ...] | None:
-        """What the index covers, in order, as a manifest says it; None when that cannot be said of these rows.
-
-        A segment's id is all its rows; the name of its bitmap is those that live.
-        """
-        begin: dict[int, list[tuple[str, NDArray[np.int64]]]] = {}
-        for name, rows in [*self._spans().items(), *self._live_spans().items()]:
-            if len(rows):
-                begin.setdefault(int(rows[0]), []).append((name, rows))
-        names: list[str] = []
-        at = 0
-        while at < len(self._row_of):
-            for name, rows in begin.pop(int(self._row_of[at]), []):
-                if np.array_equal(self._row_of[at : at + len(rows)], rows):
-                    names.append(name)
-                    at += len(rows)
-                    break
-            else:
-                return None
-        return tuple(names)
-
-    def _spans(self) -> dict[str, NDArray[np.int64]]:
-        """Row numbers of each sealed segment that has rows, by its id."""
-        spans = {}
-        for piece, first in self._pieces.placed():
-            if isinstance(piece, Segment) and len(piece):
-                spans[piece.facts.id] = np.arange(first, first + len(piece))
-        return spans
-
     def _wanted(self, rows: int) -> str:
         return "none" if self._choice.projection == "pca" and rows < FIT_ROWS else self._choice.projection
 
@@ -380,10 +342,10 @@ class BankIndex:
 
         None, and nothing written, when they take more than `room` bytes.
         """
-        covered = self._covered()
+        covered = covered_segments(self._pieces, self._row_of)
         if covered is None:  # some of its rows were evicted since it was built
             self.rebuild()
-            covered = self._covered()
+            covered = covered_segments(self._pieces, self._row_of)
         assert self._index is not None
         assert self._projection is not None
         assert covered is not None
@@ -396,18 +358,3 @@ class BankIndex:
         self._folder.sync_folder("idx")
         self._saved = len(self._row_of)
         return projection, IndexFacts(self._index.kind, self._index.dim, len(self._index), covered, file)
-
-
-def index_stands(facts: BankFacts) -> bool:
-    """Whether the bank's index file still leads to its segments' rows, and not to too many dead ones."""
-    if facts.index is None:
-        return False
-    segments = {one.id: one for one in facts.segments}
-    dead = 0
-    for name in facts.index.segments:
-        id, dash, _ = name.partition("-")
-        one = segments.get(id)
-        if one is None or (dash and (one.alive is None or one.alive.name != f"seg/{name}.alive")):
-            return False
-        dead += 0 if dash else one.dead
-    return dead <= DEAD_SHARE * facts.index.count

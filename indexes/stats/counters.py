@@ -7,6 +7,7 @@ gone one. No file here is needed to read an entry, and whatever cannot be read i
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,8 @@ from llmcache.indexes.stats.usage import (
     use_name,
     write_uses,
 )
+
+log = logging.getLogger("llmcache")
 
 _LIMIT = 1 << 20
 WRITER = re.compile(r"[0-9a-f]{32}")
@@ -40,6 +43,16 @@ def read_counters(folder: Folder) -> dict[str, dict[str, Any]]:
                 found[name.removesuffix(".json")] = content
     folded = {writer for one in found.values() for writer in _folded(one)}
     return {writer: content for writer, content in found.items() if writer not in folded}
+
+
+def total_counters(folder: Folder, *, without: str = "") -> dict[str, float]:
+    """Add up the counters of all writers except `without`. Returns {} when the folder cannot be listed."""
+    try:
+        found = read_counters(folder)
+    except OSError as error:
+        log.info("counters were not read: %s", error)
+        return {}
+    return add_up(content for writer, content in found.items() if writer != without)
 
 
 def _folded(content: dict[str, Any]) -> list[str]:

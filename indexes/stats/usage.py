@@ -16,6 +16,9 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.key_table import KeyTable
 from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.segment import Tombstone
+from llmcache.indexes.format.segment_writer import PendingRows
+from llmcache.indexes.format.segments import SegmentList
 from llmcache.indexes.format.write_once import write_whole
 
 USE = np.dtype(
@@ -109,6 +112,18 @@ def _merged(records: NDArray[np.void]) -> NDArray[np.void]:
         merged["drift"] = np.nan
         merged["drift"][(np.cumsum(first) - 1)[audited]] = records["drift"][audited]  # the last of several is kept
     return merged
+
+
+def use_records(uses: UsageCounter, segments: SegmentList) -> NDArray[np.void]:
+    """Return records of USE for the rows of a bank that were used or audited."""
+    rows = uses.touched()
+    parts = [np.zeros(0, USE)]
+    for piece, start in segments.placed():
+        low, high = np.searchsorted(rows, [start, start + len(piece)]).tolist()
+        if high > low and not isinstance(piece, Tombstone):
+            keys = piece.keys if isinstance(piece, PendingRows) else piece.rows["key"]
+            parts.append(uses.records(rows[low:high], keys[rows[low:high] - start]))
+    return np.concatenate(parts)
 
 
 def use_name(writer: str) -> str:

@@ -1,0 +1,68 @@
+"""Pending rows of a bank: their encoding, their sizes, and the batches that become segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.indexes.format import codec
+from llmcache.indexes.format.reading import Payload
+from llmcache.indexes.format.rows import ALIAS, ROW, Keys
+from llmcache.indexes.format.segment_writer import PendingRows
+from llmcache.indexes.format.shelf import Shelf
+
+
+@dataclass(frozen=True, slots=True)
+class FlushBatch:
+    """What one segment is made of: rows on end that are not sealed yet, and names of rows. Nobody changes them."""
+
+    batches: list[PendingRows]
+    aliases: list[tuple[Keys, Keys]]
+    shelf: Shelf | None = None
+    """Memory of the rows that is theirs alone."""
+
+
+def encode_rows(
+    values: NDArray[np.float32] | Sequence[NDArray[np.float32]],
+    dtype: str,
+    place: Callable[[int, int], NDArray[np.uint8]],
+) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
+    """Encode the rows that `dtype` can represent.
+
+    values: float32 [n, width], or n arrays [tokens, width]. place: allocates uint8 [rows, bytes].
+    Returns which rows are encoded, bool [n], their bytes, and their scales, float32 [rows encoded].
+    """
+    if isinstance(values, np.ndarray):
+        return codec.kept(values, dtype, place)
+    flat = [one.reshape(1, -1) for one in values]
+    kept = np.array([bool(codec.representable(one, dtype)[0]) for one in flat], np.bool_)
+    pairs = [codec.encode(flat[i], dtype) for i in np.flatnonzero(kept)]
+    scale = np.array([one[0] for _, one in pairs], np.float32)
+    return kept, [one[0] for one, _ in pairs], scale
+
+
+def payload_bytes(payload: Payload) -> int:
+    return payload.nbytes if isinstance(payload, np.ndarray) else sum(part.nbytes for part in payload)
+
+
+def sealed_bytes(batches: Sequence[PendingRows], aliases: Sequence[tuple[Keys, Keys]]) -> int:
+    """Estimate from above the bytes of a segment of these batches and aliases (text keys and row keys)."""
+    size = 4096 + 32 * sum(len(text) for text, _ in aliases)
+    for one in batches:
+        size += payload_bytes(one.payload) + 64 * len(one) + one.features.nbytes + ROW.itemsize * len(one)
+        size += sum(4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True))
+        size += 0 if one.marks is None else one.marks.nbytes
+    return size
+
+
+def alias_records(aliases: Sequence[tuple[Keys, Keys]]) -> NDArray[Any]:
+    """Return pairs of text keys and row keys, each uint64 [n, 2], as records of ALIAS."""
+    records = np.zeros(sum(len(text) for text, _ in aliases), ALIAS)
+    if len(records):
+        records["text"] = np.concatenate([text for text, _ in aliases])
+        records["row"] = np.concatenate([row for _, row in aliases])
+    return records
