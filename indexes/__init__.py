@@ -1,1 +1,1 @@
-"""The vector database under LLMCache: files, segments, FAISS indexes. Knows nothing of transformers."""
+"""Vector database below LLMCache: files, segments, commits, FAISS indexes. It has no code about transformers."""

@@ -1,4 +1,4 @@
-"""A bank: one layer's FAISS index over fingerprints, paired with the memory-mapped store of its activations."""
+"""Bank: one layer's FAISS index over fingerprints, paired with the memory-mapped store of its activations."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ log = logging.getLogger("llmcache")
 
 
 class Bank:
-    """Rows are numbered from 0: sealed ones first, segment after segment, then the pending ones.
+    """Rows of one layer, with look-ups by key and by similarity.
 
-    A row keeps its number until `follow` moves the bank to a newer generation, also when it is sealed. Rows that were
-    evicted keep theirs too: no look-up gives them, and `len` does not count them.
+    Rows are numbered from 0: sealed rows first, segment after segment, then pending rows. A row keeps its number when
+    it is sealed; only `follow`, which moves the bank to a newer generation, renumbers. Evicted rows keep their
+    numbers: no look-up returns them, and `len` does not count them.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Bank:
         trust: str = "own",
         strong: bool = False,
     ) -> None:
-        """trust: "own", "signed" or "untrusted", of the store. strong: seal with checksums that cannot be forged."""
+        """trust: of the store, "own", "signed" or "untrusted". strong: seal with checksums that cannot be forged."""
         self._folder = folder
         self.facts = facts
         self._trust, self._strong = trust, strong
@@ -59,14 +60,14 @@ class Bank:
         self._damaged: set[int] = set()
         self._shelf = Shelf()
         self._spare: Shelf | None = None
-        self.pending_bytes = 0  # activations that are not sealed yet, nor on their way
-        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
+        self.pending_bytes = 0  # of activations that are neither sealed nor being written by the background writer
+        self._dead = np.zeros(0, np.int64)  # evicted rows, in order
         self.near = BankIndex(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
         self._search = ScopedSearch(self.near, self.pieces, choice)
         self.uses = UsageCounter(self.pieces.rows)
         self.renumberings = 0
-        """How often rows got other numbers."""
-        self._clock = 0  # the latest time that was seen, so that a clock set back makes nothing look old
+        """Number of times that rows were renumbered."""
+        self._clock = 0  # latest time seen: a clock that is set back must not make new rows look old
         self._load_keys()
 
     def __len__(self) -> int:
@@ -74,14 +75,15 @@ class Bank:
 
     @property
     def has_pending(self) -> bool:
+        """Return whether rows or aliases are pending."""
         return bool(self.pieces.pending or self._aliases)
 
     def _load_keys(self) -> None:
-        """Make the tables of keys, and the list of rows that are dead, from the pieces."""
+        """Build the key tables and the list of dead rows from the sealed segments."""
         self._rows, self._texts = KeyTable(), KeyTable()
         dead, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         keys, aliases = [np.zeros((0, 2), np.uint64)], [np.zeros(0, ALIAS)]
-        # newest first: of two copies of an entry the newer is believed, the older may be the damaged one it replaced
+        # a later copy of an entry overrides an earlier one, which may be the damaged copy that it replaced
         for piece, start in self.pieces.placed():
             if isinstance(piece, Tombstone):
                 dead.append(np.arange(start, start + len(piece)))
@@ -96,15 +98,15 @@ class Bank:
         self._rows.extend(np.concatenate(keys), np.concatenate(rows))
         self._dead = np.concatenate(dead)
         self.near.mark_deleted(self._dead)
-        if self._trust == "untrusted":  # a text key could lead to anything: only token ids are compared
+        if self._trust == "untrusted":  # a text key could lead to any row, so rows are found by token ids only
             return
         pairs = np.concatenate(aliases)
         led = self._rows.find(pairs["row"])
-        found = led >= 0  # an alias may outlive its row
+        found = led >= 0  # an alias may remain after its row was evicted
         self._texts.extend(pairs["text"][found], led[found])
 
     def _add_pending(self) -> None:
-        """Add what is not sealed yet to tables of keys that were just made."""
+        """Add pending rows and aliases to key tables that were just built."""
         for piece, start in self.pieces.placed():
             if isinstance(piece, PendingRows):
                 self._rows.add(piece.keys, np.arange(start, start + len(piece)))
@@ -113,10 +115,10 @@ class Bank:
             self._texts.add(texts[led >= 0], led[led >= 0])
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> None:
-        """Let go of the segments whose ids are in `gone`, and of their files, which take up disk space for as long as
-        they are mapped; and of the rows of others that are dead by these facts, of a newer manifest.
+        """Drop evicted segments, whose ids are in `gone`, and the rows that are dead in `facts`, of a newer manifest.
 
-        A segment that is not there any more for another reason was rewritten, and goes on serving.
+        Dropping unmaps the segments' files, which take up disk space while they are mapped. A segment that is missing
+        in `facts` and not in `gone` was rewritten, and stays in use.
         """
         changed = self.pieces.forget(facts, gone)
         self.facts = facts
@@ -128,12 +130,15 @@ class Bank:
     # -- another generation ---------------------------------------------------------------------------------
 
     def opened(self, facts: BankFacts) -> tuple[list[Segment], int]:
-        """The segments of a newer generation, those already open as they are; how many had to be left out."""
+        """Open the segments of a newer generation, reusing those that are open already.
+
+        Returns the segments, and how many could not be opened.
+        """
         known = {piece.facts: piece for piece in self.pieces if isinstance(piece, Segment)}
         return opened(self._folder, facts, known, self._trust)
 
     def follow(self, facts: BankFacts, segments: Sequence[Segment], lost: int) -> None:
-        """Move to a newer generation, whose segments `opened` gave. What is pending stays pending, behind them."""
+        """Move to a newer generation, whose segments `opened` returned. Pending rows stay pending, after all others."""
         moved = self.pieces.follow(segments)
         self.renumberings += 1
         self.facts, self.lost = facts, lost
@@ -147,22 +152,22 @@ class Bank:
     # -- looking up -----------------------------------------------------------------------------------------
 
     def find(self, keys: Keys) -> Rows:
-        """Row of each key, -1 where there is none. keys: uint64 [n, 2]; returns int64 [n]."""
+        """Look up rows by key. keys: uint64 [n, 2]. Returns the row of each key, int64 [n], -1 for a miss."""
         return self._without_damaged(self._rows.find(keys))
 
     def find_text(self, keys: Keys) -> Rows:
-        """The same by text keys (aliases)."""
+        """Look up rows by text key (alias). text keys: uint64 [n, 2]. Returns int64 [n], -1 for a miss."""
         return self._without_damaged(self._texts.find(keys))
 
     def nearest(
         self, features: NDArray[np.float32] | Tensor, k: int, *, scope: int | None = None, least: float = -np.inf
     ) -> tuple[Rows, NDArray[np.float32]]:
-        """The k nearest rows by fingerprint, and their similarities, nearest first.
+        """Find the k nearest rows by fingerprint.
 
-        features: float [n, feature width], raw, as `put` takes them, or a tensor of them
-        (`near.takes_tensors`). scope: only rows with this scope in their marks are found; None: all are. least: rows
-        that are less similar than this may be left out. Returns int64 [n, k] (-1: none) and float32 [n, k] (-inf
-        there).
+        features: raw as in `put`, float [n, feature width], an array, or a tensor where `near.takes_tensors`.
+        scope: find only rows with this scope in their marks; None: rows of all scopes.
+        least: similarity below which rows may be left out.
+        Returns rows, int64 [n, k], nearest first, -1 for none; and similarities, float32 [n, k], -inf for none.
         """
         unusable = self._dead
         if self._damaged:
@@ -177,16 +182,16 @@ class Bank:
     # -- reading --------------------------------------------------------------------------------------------
 
     def read(self, rows: Rows, *, count: bool = True) -> Reading:
-        """Stored activations of some rows, each checked against its checksum. rows: int64 [n], all >= 0.
+        """Read the activations of rows and check each against its checksum. rows: int64 [n], all >= 0.
 
-        count: as a use of each row, which eviction goes by. A row that fails the check is reported, and from then on no
-        look-up of this bank returns it.
+        count: count a use of each row, for eviction. A row that fails its checksum is logged, and no later look-up of
+        this bank returns it.
         """
         if count:
             self.used(rows)
         values, intact = (vectors if self.facts.rank == 1 else states)(self.pieces, self.facts, rows)
-        if self._trust == "untrusted":  # `put` keeps finite numbers only, a stranger may not
-            intact &= np.array([bool(np.isfinite(one).all()) for one in values], np.bool_)
+        if self._trust == "untrusted":  # `put` stores finite numbers only, the writer of an untrusted store may not
+            intact &= np.array([bool(np.isfinite(row).all()) for row in values], np.bool_)
             if isinstance(values, np.ndarray):
                 values[~intact] = 0
         if not intact.all():
@@ -206,11 +211,11 @@ class Bank:
         return self._clock
 
     def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
-        """Note how far results from these rows were from a fresh computation, float32 [n], in [0, 1]."""
+        """Record the drift of rows: the distance of their activations from a fresh computation, float32 [n] in [0, 1]."""
         self.uses.drift[rows], self.uses.last[rows] = drift, self._now()
 
     def divergent(self, limit: float) -> Rows:
-        """Rows whose last audit, here or by other writers, found a drift above the limit; int64, in order."""
+        """Return the rows whose last audit, by any writer, found a drift above the limit; int64, in order."""
         known = UseTable.of(read_uses(self._folder, use_files(self._folder))).records
         elsewhere = self._rows.find(known["key"][known["drift"] > limit])
         here = self.uses.drift
@@ -219,26 +224,26 @@ class Bank:
 
     @property
     def dead(self) -> Rows:
-        """Rows that were evicted or given up, in order; another array whenever it is not the same ones."""
+        """Rows that were evicted or dropped, int64, in order. The array is replaced whenever it changes."""
         return self._dead
 
     def use_records(self) -> NDArray[np.void]:
-        """Records (usage.USE) of the rows that were read or audited since the bank was opened."""
+        """Return records (usage.USE) of the rows that were read or audited since the bank was opened."""
         return use_records(self.uses, self.pieces)
 
     def sealed_bytes(self) -> int:
-        """About what `seal` will write, and not less: activations, records, tokens, features and aliases."""
+        """Estimate from above the bytes that `seal` writes: activations, records, tokens, features and aliases."""
         return sealed_bytes(self.pieces.pending, self._aliases)
 
     @property
     def pending(self) -> tuple[int, int]:
-        """How many batches and lists of aliases wait to be sealed: a mark for `drop_pending`."""
+        """Numbers of pending batches and of pending alias lists, a mark for `drop_pending`."""
         return len(self.pieces.pending), len(self._aliases)
 
     def drop_pending(self, after: tuple[int, int] = (0, 0)) -> int:
-        """Give up what was not sealed yet; returns how many rows that was. Their numbers are not used again.
+        """Drop pending rows. Returns how many. Their numbers are not used again.
 
-        after: what `pending` said; what was pending then is kept.
+        after: an earlier value of `pending`; rows that were pending then are kept.
         """
         rows = self.pieces.drop_pending(after[0])
         self._aliases = self._aliases[: after[1]]
@@ -251,47 +256,47 @@ class Bank:
 
     @property
     def damaged(self) -> int:
-        """Rows that failed their checksum since the bank was opened."""
+        """Number of rows that failed their checksum since the bank was opened."""
         return len(self._damaged)
 
     def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of a row; empty when they cannot be read."""
+        """Return the token ids of a row, int32 [tokens]; empty when they cannot be read."""
         return self.pieces.tokens(row)
 
     def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
-        """`tokens` of each of some rows; much faster than one by one."""
+        """Return `tokens` of each row; much faster than row by row."""
         return self.pieces.tokens_of(rows)
 
     def source(self, row: int) -> str:
-        """Id of the document that made a row; empty when it cannot be read."""
+        """Return the id of the document that a row was computed from; empty when it cannot be read."""
         return self.pieces.source(row)
 
     def sources(self, rows: Rows) -> list[str]:
-        """`source` of each of some rows; much faster than one by one."""
+        """Return `source` of each row; much faster than row by row."""
         return self.pieces.sources(rows)
 
     def keys(self, rows: Rows) -> Keys:
-        """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
+        """Return the keys of rows, uint64 [n, 2]; zeros for rows of evicted segments."""
         return self.pieces.keys(rows)
 
     def created(self, rows: Rows) -> Rows:
-        """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
+        """Return when rows were put, int64 [n], seconds since the epoch; 0 for rows of evicted segments."""
         return self.pieces.created(rows)
 
     def marks(self, rows: Rows) -> Marks:
-        """Marks of some rows, [n]: which near matches they may answer; zeros where that is not known."""
+        """Return the marks of rows, [n], which tell the near matches they may answer; zeros if unknown."""
         return self.pieces.marks(rows)
 
     def in_scope(self, scope: int) -> Rows:
-        """Live rows of this scope, int64, in order."""
+        """Return the live rows of a scope, int64, in order."""
         return self._search.rows_of(scope, self._dead)
 
     def key(self, row: int) -> str:
-        """Key of a row, in hexadecimal; empty where its segment was evicted."""
+        """Return the key of a row in hexadecimal; empty if its segment was evicted."""
         return self.pieces.key(row)
 
     def cost(self, rows: Rows) -> float:
-        """Seconds the model took for these rows when they were computed."""
+        """Return the seconds that the model took to compute these rows."""
         return self.pieces.cost(rows)
 
     # -- storing --------------------------------------------------------------------------------------------
@@ -307,11 +312,13 @@ class Bank:
         cost: NDArray[np.float32],
         marks: Marks | None = None,
     ) -> NDArray[np.bool_]:
-        """Keep some activations in memory, found at once, until `seal` writes them. Returns which were kept, bool [n].
+        """Add activations to the pending rows, where look-ups find them at once, until `seal` writes them.
 
         keys: uint64 [n, 2]. values: float32 [n, width], or n arrays [tokens, width] for a bank of rank 2.
-        features: float [n, feature width], raw. cost: seconds, float32 [n]. marks: which near matches the rows may
-        answer; None: none. Values that are not finite, or do not fit the stored dtype, are not kept.
+        tokens: token ids of each row, int32. sources: document ids. features: raw, float [n, feature width].
+        cost: seconds of the model, float32 [n]. marks: tell which near matches the rows may answer; None: none.
+        Returns which rows were added, bool [n]. Values that are not finite or exceed the range of the stored dtype
+        are not added.
         """
         kept, payload, scale = encode_rows(values, self.facts.dtype, self._shelf.place)
         if not kept.any():
@@ -335,7 +342,7 @@ class Bank:
         return kept
 
     def alias(self, text_keys: Keys, keys: Keys) -> None:
-        """Let these texts lead to the rows of these keys; keys that have no row are passed over. Both uint64 [n, 2]."""
+        """Let text keys find the rows of these keys. Keys without a row are skipped. Both uint64 [n, 2]."""
         rows = self.find(keys)
         found = rows >= 0
         if found.any():
@@ -343,12 +350,12 @@ class Bank:
             self._aliases.append((text_keys[found], keys[found]))
 
     def lots(self) -> list[FlushBatch]:
-        """What waits to be sealed, in the lots that can be: a segment's rows are numbered on end."""
+        """Split the pending rows into batches of consecutive row numbers, one per future segment."""
         runs = self.pieces.runs()
         return [FlushBatch(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
 
     def set_apart(self) -> FlushBatch:
-        """The first of the lots, to be sealed while other rows are put: these come after it, and into other memory."""
+        """Return the first batch of `lots`, to be sealed while further rows are put, which use other memory."""
         lot = self.lots()[0]
         if len(lot.batches) == len(self.pieces.pending):
             lot, self._shelf = replace(lot, shelf=self._shelf), self._spare or Shelf()
@@ -357,21 +364,21 @@ class Bank:
         return lot
 
     def seal(self, id: str, lot: FlushBatch) -> SegmentFacts:
-        """Write a lot as one durable segment; it counts once a manifest names it (`sealed`).
+        """Write a batch as one durable segment with this id. It takes effect when a manifest names it (`sealed`).
 
-        It may run in a thread beside everything else that is done with the bank.
+        May run in a thread, concurrently with any other use of the bank.
         """
         return seal(
             self._folder, id, lot.batches, alias_records(lot.aliases), self.facts.feature_width, strong=self._strong
         )
 
     def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: FlushBatch) -> None:
-        """Serve from the segment, which the newest manifest names, what was served from memory until now."""
+        """Replace pending rows by the segment that holds them, after the newest manifest names it."""
         self.facts = facts
         self._aliases = self._aliases[len(lot.aliases) :]
         try:
             self.pieces.seal(Segment.open(self._folder, segment), lot.batches)
-        except BaseException:  # it is still served from memory
+        except BaseException:  # the rows stay pending, in memory
             self._aliases = [*lot.aliases, *self._aliases]
             self._count_pending()
             raise

@@ -1,4 +1,4 @@
-"""Every error a caller may want to catch.
+"""All errors that a caller may want to catch.
 
 LLMCacheError
  ├── ConfigError          a setting that cannot work (also a ValueError)
@@ -8,15 +8,15 @@ LLMCacheError
  ├── SnapshotNotFound     there is no store at this path
  ├── SnapshotDamaged      the store's own files do not agree with their checksums
  │    └── FormatTooNew    the store was written by a newer LLMCache
- ├── UntrustedSnapshot    nobody vouches for the store's files, or they are older than what was asked for
+ ├── UntrustedSnapshot    the store's owner, permissions or signature cannot be trusted, or it is too old
  ├── CommitConflict       other writers won every round of a commit
  ├── Busy                 another process maintains the store (evicts, compacts or collects)
  ├── StoreFenced          an earlier write failed; this writer may not write again
  │    └── StoreFull       ... because the disk is full
  └── ForkedStoreError     the store was opened in another process
 
-An error message says what was seen, and what to do next. None of these is raised out of an inference call once
-the cache is open: there, any failure of the store is a miss.
+An error message says what was seen, and what to do next. Once the cache is open, an inference call raises none of
+these: any failure of the store is a miss.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class LLMCacheError(Exception):
 
 
 def _without_credentials(record: logging.LogRecord) -> bool:
-    """Hide the credentials of URLs in a line of the log."""
+    """Hide credentials of URLs in a log record."""
     try:
         message = record.getMessage()
-    except (TypeError, ValueError):  # arguments that do not fit
+    except (TypeError, ValueError):  # arguments do not match the format string
         message = f"{record.msg} {record.args}"
         record.msg, record.args = message, ()
     if (hidden := redacted(message)) != message:
@@ -49,15 +49,15 @@ logging.getLogger("llmcache").addFilter(_without_credentials)
 
 
 class ConfigError(LLMCacheError, ValueError):
-    """A setting that cannot work."""
+    """Invalid setting or argument."""
 
 
 class CorpusError(LLMCacheError, ValueError):
-    """A document file that cannot be read as asked."""
+    """Document file that cannot be read as requested."""
 
 
 class FaissMissing(LLMCacheError, ImportError):
-    """No FAISS is installed."""
+    """FAISS is required and not installed."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -76,7 +76,7 @@ class SnapshotNotFound(LLMCacheError):
 
 
 class SnapshotDamaged(LLMCacheError):
-    """The store's own files do not agree with their checksums."""
+    """Files of the store are missing or do not match their checksums."""
 
 
 class FormatTooNew(SnapshotDamaged):
@@ -84,24 +84,24 @@ class FormatTooNew(SnapshotDamaged):
 
 
 class UntrustedSnapshot(LLMCacheError):
-    """Nobody vouches for the store's files, or they are older than what was asked for."""
+    """Store whose owner, permissions or signature cannot be trusted, or that is older than requested."""
 
 
 class CommitConflict(LLMCacheError):
-    """Other writers won every round of a commit."""
+    """Commit that failed because other writers were faster in every round."""
 
 
 class Busy(LLMCacheError):
-    """Another process maintains the store."""
+    """Another process holds the store's maintainer lock."""
 
 
 class StoreFenced(LLMCacheError):
-    """An earlier write failed; this writer may not write again."""
+    """Write that is refused, because an earlier one failed or the store is read-only for this process."""
 
 
 class StoreFull(StoreFenced):
-    """The disk is full."""
+    """Write that failed because the disk is full."""
 
 
 class ForkedStoreError(LLMCacheError):
-    """The store was opened in another process."""
+    """Store that is used in another process than the one that opened it."""

@@ -1,4 +1,4 @@
-"""A store: one folder, its newest manifest, and the banks that are open in it."""
+"""Store: one folder, its newest manifest, and the banks that are open in it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ log = logging.getLogger("llmcache")
 
 
 class Store:
-    """An open store. Any number of processes may have it open; each commits its own segments.
+    """Open store. Any number of processes may have the same store open; each commits its own segments.
 
-    Not for use by several threads at once, and not after a fork: open it in the worker.
+    A Store is not thread-safe, and cannot be used after a fork: open the store in the worker.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest, trust: Trust = "own", key: bytes | None = None) -> None:
-        """trust: "own", "signed" or "untrusted", as it was found. key: what commits are signed with."""
+        """trust: level that was found, "own", "signed" or "untrusted". key: signs the commits; None signs nothing."""
         self.folder = folder
         self.manifest = manifest
         self.trust = trust
@@ -50,12 +50,13 @@ class Store:
         self._behind = BackgroundWriter(folder)
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
-        """How large the folder may become; None is without bound. Set by whoever opens the store."""
+        """Limit on the folder's bytes; None: no limit. The code that opens the store sets it."""
         self.read_only = False
         """True if the store was opened read-only: nothing is written below its folder."""
         self.keeps_uses = True
-        self.not_stored = 0  # rows given up because the budget had no place for them
-        self.evicted = 0  # rows that this opening evicted to make room
+        """True if the store records how often rows were read."""
+        self.not_stored = 0  # rows dropped because they did not fit the budget
+        self.evicted = 0  # rows that this object evicted to make room
 
     @classmethod
     def open(
@@ -71,16 +72,17 @@ class Store:
         allow_untrusted: bool = False,
         read_only: bool = False,
     ) -> Store:
-        """Open the store in this folder; with `create`, make one where there is none.
+        """Open the store in this folder; with `create`, make one if there is none.
 
-        reading: how activations are read, see `Folder`. uses: keep beside the store how often rows were read.
-        trust: "own", the folder is this user's alone; "signed", its manifest is signed with `key`; "untrusted",
-            neither; "auto" looks for a signature where there is a key, and for the owner where there is none.
-        key: at least 32 bytes; commits are signed with it.
-        min_generation: refuse an older one, against a store that was put back to an earlier state.
-        allow_untrusted: open an untrusted store all the same. It is then only read, and only equal token ids match.
-        read_only: write nothing below the folder: no commits, no counters. `commit` is then StoreFenced.
-        SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when that is not possible.
+        reading: how activations are read, see `Folder`. uses: record how often rows are read, in the store's folder.
+        trust: "own" requires that only this user can write to the folder; "signed", that its manifest is signed with
+            `key`; "untrusted" requires neither; "auto" means "signed" if there is a key, else "own".
+        key: at least 32 bytes; signs the commits.
+        min_generation: refuse an older generation, which protects against a store that was rolled back.
+        allow_untrusted: open an untrusted store instead of refusing it. It is read-only, and a row is a hit only when
+            its token ids are equal.
+        read_only: write nothing below the folder, neither commits nor counters. `commit` then raises StoreFenced.
+        SnapshotNotFound, FormatTooNew, SnapshotDamaged or UntrustedSnapshot when the store cannot be opened like this.
         """
         check_asked(trust, key)
         folder = folder_at(Path(path), create=create and not read_only, reading=reading)
@@ -104,7 +106,10 @@ class Store:
         min_generation: int = 0,
         allow_untrusted: bool = False,
     ) -> Store:
-        """The store in a folder that is open already, which the store then closes; a new one where it is empty."""
+        """Open the store in a folder that is open already, and make one if the folder is empty.
+
+        The store owns the folder from then on and closes it.
+        """
         try:
             prepared(folder)
             level, manifest, damaged = judged(folder, trust, key, allow_untrusted=allow_untrusted)
@@ -121,14 +126,14 @@ class Store:
         return store
 
     def only_read(self, reason: str) -> None:
-        """Write nothing from now on. reason: why, for the error of a commit."""
+        """Refuse writes from now on. reason: goes into the error that commits raise."""
         self.read_only = True
         self._fenced = self._fenced or StoreFenced(
             f"nothing is written to {self.folder.path}, since {reason}; open the store again where it can be written"
         )
 
     def close(self) -> None:
-        """Give the descriptors back. What was not committed is lost."""
+        """Write usage counts and close the folder. Pending rows are lost."""
         if self.folder.pid() == self._pid:  # no thread survives a fork
             self._behind.give_up()
             if not self._fenced:
@@ -139,27 +144,28 @@ class Store:
     # -- namespaces and banks -------------------------------------------------------------------------------
 
     def namespace(self, name: str) -> NamespaceFacts | None:
+        """Return the facts of a namespace as of the manifest in memory; None if there is no such namespace."""
         return self.manifest.namespaces.get(name)
 
     def bank(self, namespace: str, name: str, fresh: Callable[[], BankFacts], choice: NearChoice) -> Bank:
-        """The bank of this name, opened once; an empty one with the facts of `fresh` where there is none yet."""
+        """Return the bank of this name, opened at most once. fresh: returns the facts of a bank that does not exist."""
         self._check()
         if (namespace, name) not in self._banks:
             space = self.manifest.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
             bank = Bank(self.folder, facts or fresh(), choice, trust=self.trust, strong=self.signs)
             self._banks[namespace, name] = bank
-            # files that are gone may belong to a generation that is gone: a newer one names others
+            # missing files may belong to a generation that was collected: the newest one names other files
             if bank.lost and outdated(self.folder, self.manifest):
                 self.reload()
         return self._banks[namespace, name]
 
     def reload(self) -> Manifest:
-        """Move to the newest generation: what other writers have committed is found from now on. Returns its manifest.
+        """Move to the newest generation, so that commits of other writers are found. Returns its manifest.
 
-        What was put and not committed is kept. Rows may have other numbers afterwards. ModelMismatch when a namespace
-        that is in use belongs to another model now, UntrustedSnapshot when nobody vouches any more for what was
-        vouched for at the opening; the store then stays where it is.
+        Pending rows are kept. Rows may get other numbers. ModelMismatch when a namespace in use belongs to another
+        model in that generation, UntrustedSnapshot when that generation does not reach the level of trust at which
+        the store was opened; the store then stays at its generation.
         """
         self._check()
         manifest, opened = newest_segments(self.folder, self.manifest, self._banks, self.trust, self._key)
@@ -172,69 +178,69 @@ class Store:
 
     @property
     def writable(self) -> bool:
-        """False once a write has failed: the store then only serves what it has."""
+        """Return whether the store still takes commits: False once a write has failed, or if it is read-only."""
         return self._fenced is None
 
     @property
     def pending_bytes(self) -> int:
-        """Activations that were put and not committed yet."""
+        """Bytes of pending activations, those that were put and not committed yet."""
         return sum(bank.pending_bytes for bank in self._banks.values())
 
     def pending(self) -> dict[Place, tuple[int, int]]:
-        """What waits in each open bank: a mark for `drop_pending`. What is on its way is waited for first."""
+        """Finish a background commit, then return what is pending in each open bank, a mark for `drop_pending`."""
         if self.writable:
             self.finish_commit()
         return {place: bank.pending for place, bank in self._banks.items()}
 
     def drop_pending(self, after: Mapping[Place, tuple[int, int]]) -> int:
-        """Give up what was put and not committed since `pending` gave this; returns how many rows that was."""
+        """Drop the pending rows that were put since `pending` returned `after`. Returns their number."""
         return sum(bank.drop_pending(after.get(place, (0, 0))) for place, bank in self._banks.items())
 
     def discard(self) -> int:
-        """Give up all that was put and not committed, what a thread is writing included; returns how many rows."""
+        """Drop all pending rows, and what the background writer has written of them. Returns the number of rows."""
         self._behind.give_up()
         return self.drop_pending({})
 
     def last_put(self) -> dict[Place, object]:
-        """The last batch that waits in each open bank, None where none does; nothing is waited for."""
+        """Return the last pending batch of each open bank, None if it has none. Does not wait for the background."""
         return last_batches(self._banks)
 
     def drop_since(self, last: Mapping[Place, object]) -> int:
-        """Give up what was put after these batches, or all where they wait no more. Returns how many rows that was."""
+        """Drop rows put after these batches, or all that a bank has pending without its batch. Returns their number."""
         return drop_since(self._banks, last)
 
     def committed(self, writer: str) -> int:
-        """Segments of a writer that the manifest names, as this store knows it."""
+        """Count the segments of a writer in the manifest that is in memory."""
         banks = [bank for space in self.manifest.namespaces.values() for bank in space.banks.values()]
-        return sum(one.writer == writer for bank in banks for one in bank.segments)
+        return sum(segment.writer == writer for bank in banks for segment in bank.segments)
 
     def declare(
         self, namespace: str, identity: Mapping[str, Any], config: Mapping[str, Any], secret_check: str = ""
     ) -> None:
-        """Record whose entries a namespace holds, with which settings and secret; a commit of its own.
+        """Commit a namespace's model identity, settings and check of the secret, as a generation of its own.
 
-        A namespace that is there keeps its secret_check: its keys were made with that secret.
+        An existing namespace keeps its secret_check, because its keys were made with that secret.
         """
         self.publish(declared(namespace, identity, config, secret_check))
 
     def drop(self, namespace: str, name: str) -> None:
-        """Remove a bank that is derived from others; a commit of its own. Its files are left to gc."""
+        """Commit the removal of a derived bank, as a generation of its own. Its files stay until garbage collection."""
         self.publish(dropped(namespace, name))
         self._banks.pop((namespace, name), None)
 
     @property
     def signs(self) -> bool:
-        """Whether commits are signed; rows then need checksums that cannot be forged."""
+        """Return whether commits are signed. Rows then need checksums that cannot be forged."""
         return self._key is not None
 
     def latest(self) -> Manifest:
-        """The newest manifest of the folder now, at the level of trust that the store was opened with."""
+        """Read the newest manifest of the folder, at the level of trust at which the store was opened."""
         return latest(self.folder, self._key if self.trust == "signed" else None)[0]
 
     def commit(self) -> Manifest:
-        """Make everything that was put durable and visible to others. Returns the newest manifest.
+        """Make all pending rows durable and visible to other processes. Returns the newest manifest.
 
-        StoreFenced or StoreFull when a write fails: nothing of this commit counts then, all before it does.
+        StoreFenced or StoreFull when a write fails: earlier commits then stay, and this one has no effect.
         """
         self._check()
         if self._fenced:
@@ -250,10 +256,10 @@ class Store:
         return self.manifest
 
     def commit_behind(self) -> Manifest:
-        """Begin to commit everything that was put, in a thread; it counts from `land` or `commit` on.
+        """Start writing all pending rows in a thread; `finish_commit` or `commit` publishes them.
 
-        What was begun before is waited for first. With a budget, for which files may have to go before new ones are
-        written, this is `commit`.
+        Finishes the previous background commit first. With a budget this is `commit`, since files may have to be
+        evicted before new ones are written.
         """
         if self.budget is not None:
             return self.commit()
@@ -265,11 +271,11 @@ class Store:
 
     @property
     def commit_ready(self) -> bool:
-        """Whether what `commit_behind` began is written, so that `land` does not wait."""
+        """Return whether the background commit is written, so that `finish_commit` does not wait."""
         return self._behind.commit_ready
 
     def finish_commit(self) -> Manifest:
-        """Let what `commit_behind` began count, once it is written. Returns the newest manifest; errors as `commit`."""
+        """Wait for the segments of `commit_behind`, publish them, and return the manifest. Errors as `commit`."""
         self._check()
         if self._fenced:
             raise self._fenced
@@ -297,11 +303,11 @@ class Store:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
             log.info("nothing is committed for now: %s", error)
-        except OSError as error:  # a file could not be written, the lock not be had, or the sizes not be looked at
+        except OSError as error:  # writing a file, taking the lock or reading file sizes failed
             raise self._fence(error) from error
 
     def _room_for(self, nbytes: int, budget: eviction.Budget) -> int | None:
-        """Bytes that are free in the budget, at least this many, after evicting what has to go; None: never."""
+        """Evict until `nbytes` fit the budget. Returns the free bytes, None if they cannot fit."""
         self.write_uses()
         gone: set[str] = set()
         spaces = self.manifest.namespaces.values()
@@ -321,21 +327,21 @@ class Store:
             raise self._fence(error) from error
 
     def forget(self, gone: Container[str]) -> None:
-        """Let the open banks go of these segments, and of rows that the newest manifest known here says are dead."""
+        """Drop evicted segments, by id, from the open banks, and rows that are dead in the manifest in memory."""
         for (namespace, name), bank in self._banks.items():
             space = self.manifest.namespaces.get(namespace)
             if space and name in space.banks:
                 bank.forget(space.banks[name], gone)
 
     def close_banks(self) -> None:
-        """Give the open banks up, with what was put and not committed, and what they know of the use of their rows."""
+        """Close the open banks. Their pending rows and usage counts are lost."""
         self._behind.give_up()
         self._banks = {}
 
     def publish(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> Manifest:
-        """Commit a change (`publishing.commit`) as this store's writer; returns the newest manifest.
+        """Commit a change of the manifest as this store's writer, see `publish.commit`. Returns the newest manifest.
 
-        Open banks do not follow it.
+        Open banks stay as they are.
         """
         self._check()
         if self._fenced:
@@ -353,7 +359,7 @@ class Store:
         return self.manifest
 
     def _fence(self, error: OSError) -> StoreFenced:
-        """Stop writing: the error to raise, which every later commit raises too."""
+        """Refuse writes from now on. Returns the error to raise, which every later commit raises too."""
         self._fenced = publishing.fenced(error)
         return self._fenced
 
@@ -367,22 +373,19 @@ class Store:
     # -- counters -------------------------------------------------------------------------------------------
 
     def write_counters(self, counters: Mapping[str, float]) -> None:
-        """Keep this writer's counters beside the store. Advisory: a failure is ignored, a reader never needs them."""
+        """Write this writer's counters to the store's folder. Failures are logged and ignored: no reader needs them."""
         if self.read_only:
             return
-        try:
-            counting.write_counters(self.folder, self.writer, dict(counters))
-        except OSError as error:
-            log.info("counters were not kept: %s", error)
+        counting.keep_counters(self.folder, self.writer, counters)
 
     def counters(self, *, without: str = "") -> dict[str, float]:
-        """The counters of all writers but one, added up; whatever cannot be read is left out."""
+        """Add up the counters of all writers except `without`. Files that cannot be read are skipped."""
         return counting.total_counters(self.folder, without=without)
 
     # -- usage ----------------------------------------------------------------------------------------------
 
     def write_uses(self) -> None:
-        """Keep how often and when the open banks' rows were read beside the store. Advisory, like the counters."""
+        """Write how often and when rows of the open banks were read. Failures are logged and ignored."""
         if not self.keeps_uses or self.read_only:
             return
         records = np.concatenate([np.zeros(0, USE), *(bank.use_records() for bank in self._banks.values())])

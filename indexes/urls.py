@@ -1,7 +1,7 @@
-"""URLs without their credentials, for messages, records and reports.
+"""Redaction of credentials in URLs, for messages, records and reports.
 
-What stands before the host (user, password, access key) and all values behind `?` and `#` (tokens, signatures) becomes
-`***`. Where a text could be read in two ways, the reading that hides more is taken.
+Everything before the host (user, password, access key) and after `?` or `#` (tokens, signatures) is replaced by `***`.
+Ambiguous text is read in the way that hides more.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from urllib.parse import quote, unquote
 HIDDEN = "***"
 # "s3://", and "s3:/" as pathlib writes it; the rest of the URL up to white space or a quotation mark
 _URL = re.compile(r"""(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*:/{1,3})(?P<rest>[^\s'"<>`]+)""")
-_SHORT = 4  # characters below which a secret is not looked for by itself: it would be found in ordinary words
+_SHORT = 4  # shorter secrets are not searched for on their own, since they occur in ordinary words
 
 
 def redacted(text: str) -> str:
-    """A text with the credentials of all URLs in it hidden."""
+    """Return the text with the credentials of all URLs in it hidden."""
     if ":/" not in text:
         return text
     return _URL.sub(lambda match: match["scheme"] + _hidden(match["rest"]), text)
 
 
 def _hidden(rest: str) -> str:
-    """Part of a URL after the scheme, without credentials."""
+    """Hide the credentials in the part of a URL after the scheme."""
     place, mark, _ = _parted(rest)
     authority, slash, path = place.partition("/")
     _, at, host = authority.rpartition("@")
     if at:
         place = f"{HIDDEN}@{host}{slash}{path}"
-    elif ":" in authority and "@" in path:  # a password with a slash in it, as secret keys have them
+    elif ":" in authority and "@" in path:  # a password that contains a slash, as secret keys may
         place = f"{HIDDEN}@{path.rpartition('@')[2]}"
     if not mark:
         return place
@@ -37,7 +37,7 @@ def _hidden(rest: str) -> str:
 
 
 def _parted(rest: str) -> tuple[str, str, str]:
-    """Split a URL at its query or fragment: the part before, the separator, and the part after.
+    """Split a URL at its query or fragment. Returns the part before, the separator, and the part after.
 
     A question mark or # before the last @ of the authority belongs to a password.
     """
@@ -52,18 +52,18 @@ def _parted(rest: str) -> tuple[str, str, str]:
 
 
 def without_secrets_of(url: str, text: str) -> str:
-    """A text, such as a library's error about this URL, with the URL's credentials hidden wherever they stand."""
+    """Hide the credentials of this URL anywhere in a text, such as a library's error message."""
     for secret in sorted(_secrets(url), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return redacted(text)
 
 
 def _secrets(url: str) -> set[str]:
-    """The credentials in a URL, as they are written there and as a library may write them."""
+    """Return the credentials in a URL, as written and in the quoted and unquoted forms that a library may print."""
     found: set[str] = set()
     for match in _URL.finditer(url):
         place, _, query = _parted(match["rest"])
-        for at in (one.start() for one in re.finditer("@", place)):  # any of them may end the password
+        for at in (sign.start() for sign in re.finditer("@", place)):  # any @ may end the password
             found |= {place[:at], *place[:at].split(":", 1)}
         found |= {value for part in re.split("[&;#]", query) for value in (part, part.partition("=")[2])}
     plain = found | {unquote(one) for one in found}
@@ -72,4 +72,5 @@ def _secrets(url: str) -> set[str]:
 
 
 def has_secrets(url: str) -> bool:
+    """Return whether a URL has credentials."""
     return redacted(url) != url

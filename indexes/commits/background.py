@@ -1,4 +1,4 @@
-"""Commits in the background: a thread writes lots of rows into segments while their owner goes on."""
+"""Background writer: a thread that writes batches of pending rows as segments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger("llmcache")
 
 @dataclass(frozen=True, slots=True)
 class PendingSegment:
-    """A lot of a bank on its way into a segment that no manifest names yet.
+    """Batch that is being written as a segment, which no manifest names yet.
 
-    place: names of the bank's namespace and of the bank. written: the facts of the segment, once it is written. lease:
-    keeps its files from being collected until they are published.
+    place: names of the namespace and of the bank. lease: protects the segment's files from garbage collection until
+    they are published. written: future of the segment's facts.
     """
 
     place: tuple[str, str]
@@ -32,10 +32,10 @@ class PendingSegment:
 
 
 class BackgroundWriter:
-    """What a thread writes for one store: at most one lot of each bank, so that memory is bounded by two of them.
+    """Writer thread of one store. It has at most one batch of each bank, so memory is bounded by two batches a bank.
 
-    The thread only makes new files of rows that nobody changes any more. What they are, and when they count, is for
-    the thread that owns the store.
+    The thread only writes new files of rows that do not change any more. The thread that owns the store chooses the
+    rows and publishes the files.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -44,7 +44,7 @@ class BackgroundWriter:
         self._begun: list[PendingSegment] = []
 
     def begin(self, place: tuple[str, str], bank: Bank) -> None:
-        """Have what waits in the bank written; call it when nothing of the bank is on its way."""
+        """Start writing the bank's first pending batch. No other batch of this bank may be in progress."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
         lease, lot = Lease(self._folder), bank.set_apart()
@@ -52,21 +52,21 @@ class BackgroundWriter:
 
     @property
     def commit_ready(self) -> bool:
-        """Whether there is something, and all of it is written or has failed."""
+        """Return whether batches were started and all of them are written or have failed."""
         return bool(self._begun) and all(one.written.done() for one in self._begun)
 
     def taken(self) -> Iterator[PendingSegment]:
-        """Each lot once, oldest first; whoever takes it waits for its future."""
+        """Yield and remove the started batches, oldest first. The caller waits for their futures."""
         while self._begun:
             yield self._begun.pop(0)
 
     def give_up(self) -> None:
-        """Wait for the thread and remove what it has written: nothing will name it."""
+        """Wait for the thread and remove its unpublished segments."""
         for one in self.taken():
             try:
                 for file in one.written.result().files:
                     self._folder.remove(file.name)
-            except OSError as error:  # what is left is for gc
+            except OSError as error:  # garbage collection removes the rest
                 log.info("a segment that was given up was not removed: %s", error)
             finally:
                 one.lease.close()

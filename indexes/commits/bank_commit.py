@@ -1,4 +1,4 @@
-"""Commits of a bank: what is in memory becomes a segment, or an index file, that the next manifest names."""
+"""Commits of a bank: write pending rows as a segment, or the index as a file, and publish a manifest that names it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmcache.indexes.search.index_coverage import index_stands
 log = logging.getLogger("llmcache")
 
 Place: TypeAlias = tuple[str, str]  # names of a namespace and of a bank in it
-_TRIES = 3  # times a segment is written whose files, or whose commit, were collected
+_TRIES = 3  # attempts at a segment when its files or its commit are collected meanwhile
 
 
 def commit_rows(
@@ -33,14 +33,14 @@ def commit_rows(
     lot: FlushBatch,
     begun: PendingSegment | None = None,
 ) -> None:
-    """Seal a lot of the bank, publish it and serve from it. OSError when it could not be written.
+    """Write a batch of the bank as a segment, publish the segment, and read from it from then on.
 
-    Files that are missing once a manifest names them make the commit a failure: the rows, which are still in memory,
-    are then written anew, and the next manifest names the new segment in place of the missing one. After three rounds
-    Collected, and the rows stay in memory.
+    When files of the segment are missing after a manifest named them, the rows, which are still in memory, are written
+    again, and the next manifest names the new segment in place of the missing one.
 
-    publish: with `once`, since the segment's files must not be named by a second manifest.
-    begun: the lot on its way into a segment, to wait for; None: it is written here.
+    publish: with `once`, since no second manifest may name the segment's files.
+    begun: the segment that the background writer is writing from this batch; None: write it here.
+    OSError when the segment cannot be written. Collected after three attempts; the rows then stay in memory.
     """
     gone: set[str] = set()  # ids of segments that were published and whose files are missing
     for round in range(_TRIES):
@@ -53,7 +53,7 @@ def commit_rows(
                     gone.add(segment.id)
                     raise Collected(_COLLECTED.format(folder.path, name))
                 break
-            except (Collected, Republished) as error:  # it slept, or others have evicted the commit since
+            except (Collected, Republished) as error:  # this process was suspended, or another evicted the commit
                 if round == _TRIES - 1:
                     if gone:
                         publish(lambda base: without(base, gone))
@@ -63,14 +63,14 @@ def commit_rows(
     try:
         bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
     except (SnapshotDamaged, OSError) as error:
-        # committed all the same. What is pending goes on serving, and is committed once more: a copy is harmless
+        # the commit is valid; the rows stay pending and are committed once more, and a second copy is harmless
         log.warning("what was just committed cannot be opened: %s", error)
 
 
 def _published(
     folder: Folder, publish: Publish, place: Place, fresh: BankFacts, segment: SegmentFacts, gone: Collection[str]
 ) -> Manifest:
-    """Publish a segment, in place of those in `gone`; the new manifest. Collected when its files are gone before."""
+    """Publish a segment, in place of those in `gone`. Returns the manifest. Collected when its files are missing."""
 
     def change(base: Manifest) -> Manifest:
         facts = _bank_in(base, place, fresh)
@@ -85,9 +85,9 @@ def _published(
 
 
 def commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, room: int | None) -> None:
-    """Write the bank's projection and index, if they take no more than `room` bytes, and publish them.
+    """Write the bank's projection and index and publish them, unless they take more than `room` bytes (None: no limit).
 
-    OSError when they could not be written.
+    OSError when they cannot be written.
     """
     with Lease(folder) as lease:
         _commit_index(folder, publish, place, bank, room, lease)
@@ -107,14 +107,14 @@ def _commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, ro
             return base
         new = replace(facts, projection=projection, index=index)
         if not index_stands(new):
-            replaced[:] = [projection.name, index.file.name]  # it has rows that were removed, or purged, meanwhile
+            replaced[:] = [projection.name, index.file.name]  # it has rows that were evicted or purged meanwhile
             return base
         replaced[:] = [old.name for old in (facts.projection, facts.index and facts.index.file) if old]
         return base.with_bank(*place, new)
 
     namespace, name = place
     bank.facts = publish(change).namespaces[namespace].banks[name]
-    for old in replaced:  # a reader that is about to open one of these builds its index itself
+    for old in replaced:  # a reader that finds them missing builds the index itself
         try:
             folder.remove(old)
         except OSError as error:
@@ -128,7 +128,7 @@ _COLLECTED = (
 
 
 class Collected(LLMCacheError):
-    """The files of a commit are gone."""
+    """Commit whose files were removed before or just after it was published."""
 
 
 def _bank_in(base: Manifest, place: Place, fresh: BankFacts) -> BankFacts:

@@ -1,4 +1,4 @@
-"""Folders become stores: made, or found to be of a format and a kind that can be opened."""
+"""Creation of stores, and the check that a folder is a store of a format that this version can open."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from llmcache.indexes.format.write_once import write_whole
 log = logging.getLogger("llmcache")
 
 LAYOUT = 1
-"""The number in FORMAT: of the folders and names of a store. Manifests have a number of their own."""
+"""Version in the file FORMAT, for the layout of folders and names. Manifests have their own version."""
 _FORMAT_LIMIT = 4096
 _UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}(-\d+)?")
 
 
 def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
-    """The folder of a store, or of one to be made; SnapshotNotFound or SnapshotDamaged where it can be neither."""
+    """Open the folder of a store; with `create`, also an empty or missing folder that can become one.
+
+    SnapshotNotFound or SnapshotDamaged when the folder is neither; LLMCacheError when it cannot be opened.
+    """
     try:
         _check_place(where, create=create)
     except OSError as error:
@@ -36,7 +39,8 @@ def folder_at(where: Path, *, create: bool, reading: Reading) -> Folder:
     except OSError as error:
         if not create or error.errno not in _UNWRITABLE or not (where / "FORMAT").exists():
             raise not_opened(where, error) from error
-    return folder_at(where, create=False, reading=reading)  # a store that can only be read, without empty sub-folders
+    # a store on a read-only disk that lacks sub-folders which would be empty
+    return folder_at(where, create=False, reading=reading)
 
 
 def _check_place(where: Path, *, create: bool) -> None:
@@ -51,13 +55,14 @@ def _check_place(where: Path, *, create: bool) -> None:
 
 
 def prepared(folder: Folder) -> None:
-    """A folder that is no store yet is made one; one that is must be of a format we read."""
+    """Make the folder a store unless it is one, and check its format."""
     if "FORMAT" not in folder.names():
         found(folder)
     check_format(folder)
 
 
 def check_age(folder: Folder, manifest: Manifest, least: int) -> None:
+    """Check that the store is at generation `least` or later. UntrustedSnapshot when it is older."""
     if manifest.generation < least:
         raise UntrustedSnapshot(
             f"{folder.path} is at generation {manifest.generation}, at least {least} was asked for: it was put back to "
@@ -70,7 +75,11 @@ def not_opened(where: Path, error: OSError) -> LLMCacheError:
 
 
 def refuse_strangers(where: Path) -> None:
-    names = sorted(one.name for one in where.iterdir())
+    """Check that a folder without FORMAT has no files but those of a store that is being made.
+
+    SnapshotDamaged when it has manifests, SnapshotNotFound when it has foreign files.
+    """
+    names = sorted(path.name for path in where.iterdir())
     if "FORMAT" in names:  # another process has just made the store
         return
     if any(name.startswith("m-") for name in names):
@@ -83,7 +92,7 @@ def refuse_strangers(where: Path) -> None:
 
 
 def found(folder: Folder) -> None:
-    """Make the folder a store. Two processes may do so at once: the file says the same either way."""
+    """Make the folder a store by writing FORMAT. Two processes may do so at once: both write the same content."""
     folder.restrict()
     temporary = f"t-{uuid.uuid4().hex}"
     write_whole(folder, temporary, [json.dumps({"magic": "llmcache", "format": LAYOUT}).encode()])
@@ -97,6 +106,7 @@ def found(folder: Folder) -> None:
 
 
 def check_format(folder: Folder) -> None:
+    """Check the file FORMAT. SnapshotDamaged when it is not LLMCache's, FormatTooNew for a later version."""
     try:
         found = strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
         magic, number = found["magic"], found["format"]

@@ -1,4 +1,4 @@
-"""The generations of a store: which manifests a folder has, and the newest that is whole."""
+"""Generations of a store: list the manifests of a folder, and read the newest intact one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llmcache.indexes.format.manifest import Manifest
 from llmcache.indexes.format.manifest_json import MAX_BYTES, from_bytes
 
 LAST = 10**12 - 1
-"""The highest generation that a manifest's name can say."""
+"""Highest generation number that fits the name of a manifest."""
 _NAME = re.compile(r"m-(\d{12})\.json")
-_MOST_DAMAGED = 256  # manifests that are tried before giving up
+_MOST_DAMAGED = 256  # manifests to try before giving up
 
 
 def generation_name(generation: int) -> str:
@@ -21,16 +21,16 @@ def generation_name(generation: int) -> str:
 
 
 def generations(folder: Folder) -> list[int]:
-    """Generations that one listing shows, newest first."""
+    """List the generations of a folder, newest first, from one directory listing."""
     return sorted((int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))), reverse=True)
 
 
 def newest(folder: Folder, listed: list[int], key: bytes | None = None) -> tuple[Manifest, list[int]]:
-    """The newest manifest of a listing that verifies, and the generations above it that do not.
+    """Read the newest manifest of a listing that verifies. Returns it and the damaged generations above it.
 
-    key: count only what is signed with it. UntrustedSnapshot when nothing is.
-    SnapshotNotFound when the listing is empty, SnapshotDamaged when none of it verifies. A manifest of a newer
-    format is never passed over for an older one: that would undo what the newer program wrote.
+    key: skip manifests that are not signed with this key. UntrustedSnapshot when none is signed with it.
+    SnapshotNotFound when the listing is empty, SnapshotDamaged when no manifest verifies. FormatTooNew when a manifest
+    has a newer format: it is never skipped, since that would undo what the newer program wrote.
     """
     damaged: list[int] = []
     unsigned = 0
@@ -42,7 +42,7 @@ def newest(folder: Folder, listed: list[int], key: bytes | None = None) -> tuple
                 unsigned += 1
                 raise SnapshotDamaged(f"{name} is not signed with the key given")
             found = from_bytes(data, name)
-            if found.generation != generation:  # it would undo what came since
+            if found.generation != generation:  # taking it would undo the generations after the one it holds
                 raise SnapshotDamaged(f"{name} holds generation {found.generation}: an older file was copied over it")
             return found, damaged
         except FormatTooNew:

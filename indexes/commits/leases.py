@@ -1,16 +1,16 @@
-"""Leases: which new files a living process is still writing, so that no other process removes them as garbage.
+"""Leases: protect the new files that a running process is writing from garbage collection by other processes.
 
-A file's age does not say whether its writer lives: a process may be stopped for hours, a clock may jump, and a hard
-link keeps the time at which the file was first written. So a writer names its new files in a file of its own,
-`stat/<id>.lease`, before it creates them, and holds a lock on that file until a manifest names them or they are given
-up. The kernel releases the lock when the process ends, however it ends, and not while it is stopped.
+The age of a file does not tell whether its writer still runs: a process may be suspended for hours, a clock may jump,
+and a hard link keeps the time of the first write. So a writer lists its new files in a file of its own,
+`stat/<id>.lease`, before it creates them. It holds a lock on that file until a manifest names the new files or they
+are abandoned. The kernel releases the lock when the process ends in any way, but not while it is suspended.
 
-Whoever collects garbage lists the files first, then reads the leases, then the manifests. A file of that listing was
-named by a lease before it was created. When the lease is still locked, the file stays; when it is not, the file was
-published before, and the manifests that are read next say so, or its writer is dead.
+A collector lists the files first, then reads the leases, then the manifests. Each new file in its listing was named by
+a lease before it was created. If the lease is still locked, the file stays. If not, either the file was published
+before, and the manifests that are read next name it, or its writer has ended.
 
-Leases need no sync: after a power loss no writer lives. On a file system without locks no lease counts, and the age of
-files decides alone.
+Leases need no sync: after a power loss no writer runs. On a file system without locks leases have no effect, and only
+the age of files counts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llmcache.indexes.files.folder import Folder
 log = logging.getLogger("llmcache")
 
 LEASE = re.compile(r"stat/[0-9a-f]{32}\.lease")
-"""Names of the files of leases."""
-_LIMIT = 256 << 20  # bytes of a lease: 33 for each id
+"""Pattern of the names of lease files."""
+_LIMIT = 256 << 20  # bytes of a lease file, 33 for each id
 _TRIES = 100
 
 
 class Lease:
-    """The ids of segments and index files that this process writes; locked from the first id until `close`."""
+    """Lease on the ids of segments and index files that this process writes, locked from the first id to `close`."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Lease:
         self._size = 0
 
     def add(self, id: str) -> None:
-        """Protect the files of this id, which are created after this returns. OSError when that cannot be written."""
+        """Protect files of this id, which must be created afterwards. OSError when the lease cannot be written."""
         if self._descriptor < 0:
             self._begin()
         line = f"{id}\n".encode()
@@ -50,7 +50,7 @@ class Lease:
         self._size += len(line)
 
     def new(self) -> str:
-        """A new id that is protected."""
+        """Return a new id whose files are protected."""
         id = uuid.uuid4().hex
         self.add(id)
         return id
@@ -60,7 +60,7 @@ class Lease:
             name = f"stat/{uuid.uuid4().hex}.lease"
             try:
                 self._descriptor = self._folder.create_locked(name)
-            except FileExistsError:  # a collector looked at the lock at the same moment
+            except FileExistsError:  # a collector tested the lock at the same moment
                 if round == _TRIES - 1:
                     raise
                 continue
@@ -68,12 +68,12 @@ class Lease:
             return
 
     def close(self) -> None:
-        """Protect nothing any more. A file that cannot be removed now is left for gc: it is not locked."""
+        """End the protection. If the lease file cannot be removed, garbage collection does it: it is not locked."""
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
         try:
-            self._folder.remove(self._name)  # before the lock goes, so that nobody finds the file without it
+            self._folder.remove(self._name)  # before the lock is released, so that no process sees it unlocked
         except OSError as error:
             log.info("%s was not removed: %s", self._name, error)
         try:
@@ -91,15 +91,15 @@ class Lease:
 
 
 def leased(folder: Folder, names: Iterable[str]) -> frozenset[str]:
-    """The ids that living processes protect, of the files with these names that are leases.
+    """Return the ids that running processes protect. names: of files, those that are not leases are ignored.
 
-    OSError or SnapshotDamaged when a lease that is locked cannot be read: what it protects is then not known.
+    OSError or SnapshotDamaged when a locked lease cannot be read, so that the files it protects are unknown.
     """
     ids: set[str] = set()
     for name in names:
         if LEASE.fullmatch(name) and folder.locked(name):
             try:
                 ids.update(folder.read(name, _LIMIT).decode("ascii", "replace").split())
-            except FileNotFoundError:  # closed since: its files are published or given up
+            except FileNotFoundError:  # closed meanwhile: its files are published or abandoned
                 continue
     return frozenset(ids)

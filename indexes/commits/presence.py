@@ -1,7 +1,7 @@
 """Check that the files named by a new manifest exist, and drop from it the segments whose files are missing.
 
-Leases keep collectors away from files that are being committed. These checks are for what leases cannot stop: a
-person's `rm`, a purge, an older version of this program, or a file system without locks.
+Leases protect files that are being committed from collectors. These checks are for removals that leases cannot
+prevent: a person's `rm`, a purge, an older version of this program, or a file system without locks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llmcache.indexes.format.manifest import Manifest
 
 
 def missing(folder: Folder, names: Iterable[str]) -> str:
-    """The first of these files that is not there; "" where all are, or where the disk does not say."""
+    """Return the first of these files that does not exist; "" if there is none. Other disk errors are ignored."""
     for name in names:
         try:
             folder.size(name)
@@ -27,9 +27,10 @@ def missing(folder: Folder, names: Iterable[str]) -> str:
 
 
 def lost(folder: Folder, names: Iterable[str]) -> str:
-    """The first of these files that the newest manifest names and that is not there; "" where there is none.
+    """Return the first of these files that the newest manifest names and that does not exist; "" if there is none.
 
-    A file that no manifest names any more was evicted since. LLMCacheError or OSError when no manifest can be read.
+    A missing file that the manifest does not name was evicted meanwhile. LLMCacheError or OSError when no manifest can
+    be read.
     """
     if gone := missing(folder, names):
         listed = generations(folder)
@@ -39,7 +40,7 @@ def lost(folder: Folder, names: Iterable[str]) -> str:
 
 
 def without(manifest: Manifest, ids: Collection[str]) -> Manifest:
-    """The manifest without the segments of these ids."""
+    """Return the manifest without the segments of these ids."""
     for namespace, space in manifest.namespaces.items():
         for name, bank in space.banks.items():
             segments = tuple(one for one in bank.segments if one.id not in ids)

@@ -1,16 +1,17 @@
-"""Commits: the next generation, published by put-if-absent. No lock, and no update is lost.
+"""Commits: publish the next generation by put-if-absent, without locks and without lost updates.
 
-Old manifests are removed (`maintenance.gc`), so that a number can become free again. A writer that listed
-generation 10, was stopped, and woke up when 20 was the newest and 11 had been collected, would link its 11
-without an error: durable, acknowledged, and read by nobody. So the listing is looked at once more after the
-link. Collecting never removes the newest manifest, hence: when nothing higher is listed, nothing higher was
-there when the number was taken, so it was not taken before, and the base was the newest. When something higher
-is listed, either somebody built on this commit in the meantime, and the change is part of the newest manifest
-already; or the number was a used one, and the change is published again on top of the newest. Nothing needs to
-tell the two apart, since changes are idempotent, and a manifest that lost is just an old one to everybody else.
+Garbage collection (`maintenance.gc`) removes old manifests, so a generation number can become free again. Suppose a
+writer lists generation 10, is suspended, and resumes when 20 is the newest and 11 was collected. It could then link
+its manifest as 11 without an error: durable, acknowledged, and never read. So a writer lists the folder again after
+the link. Collection never removes the newest manifest. Hence, when the second listing shows no higher number, none
+existed when the number was taken: the number was new, and the base was the newest generation. When the listing does
+show a higher number, there are two cases. Either another writer built on this commit meanwhile, and the newest
+manifest has the change already. Or the number was used before, and the change is published again on top of the newest
+manifest. Changes are idempotent, so the cases need not be told apart. To all other processes, a manifest that lost is
+just an old manifest.
 
-Just an old one: whoever collects may remove at once the files that it names and the newest does not. So files
-that were named by a manifest which lost must not be named by another one; the writer makes them anew (`once`).
+A collector may at once remove files that only such a manifest names. So no second manifest may name the files of a
+manifest that lost; the writer writes them again (`once`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from llmcache.indexes.format.write_once import write_whole
 _ROUNDS = 200
 
 Publish: TypeAlias = Callable[[Callable[[Manifest], Manifest]], Manifest]
-"""Takes a change of the newest manifest, publishes the result, and returns it once it is durable."""
+"""Function that applies a change to the newest manifest, publishes the result, and returns it once it is durable."""
 
 
 class Republished(CommitConflict):
-    """A commit was linked, is not part of the store, and its files are not to be named again."""
+    """Commit that was linked and lost: it is not part of the store, and its files must not be named again."""
 
 
 def commit(
@@ -59,14 +60,15 @@ def commit(
 ) -> Manifest:
     """Publish `change(newest manifest)` as the next generation and return it once it is durable.
 
-    The change is applied again to the new base whenever another writer was faster, so it must be a pure delta, and
-    applied to a manifest that has it already it must give an equal one.
-    Base and number come from one directory listing: two listings would lose the update of a writer in between.
-    key: sign the manifest with it. signed_base: go on from manifests signed with it only, so that a stranger's changes
-    never get our signature; where the owner alone can write, an unsigned base is fine.
-    salvaged: what to change where no manifest is whole; without it that is SnapshotDamaged.
-    once: the change names files of its own, which no second manifest may name anew: Republished where one would.
-    StoreFenced or StoreFull when a write fails; what was committed before is untouched.
+    The change is applied again to the new base whenever another writer was faster, so it must be a pure delta and
+    idempotent. Base and number come from one directory listing: with two, the update of a writer in between would be
+    lost.
+
+    key: signs the manifest. signed_base: build only on manifests signed with `key`, so that foreign changes never get
+    our signature; if only the owner can write, an unsigned base is fine.
+    salvaged: base to use when no manifest is intact; without it that raises SnapshotDamaged.
+    once: the change names new files, which no second manifest may name. Republished when one would have to.
+    StoreFenced or StoreFull when a write fails; earlier commits are untouched. CommitConflict after 200 rounds.
     """
     linked = False
     for _ in range(_ROUNDS):
@@ -74,7 +76,7 @@ def commit(
         try:
             base, damaged = newest(folder, listed, key if signed_base else None) if listed else (Manifest(), [])
         except SnapshotDamaged:
-            if generations(folder)[:1] != listed[:1]:  # all of them were collected since they were listed
+            if generations(folder)[:1] != listed[:1]:  # all of them were collected after they were listed
                 continue
             if salvaged is None:
                 raise
@@ -103,14 +105,14 @@ def commit(
             if _highest(folder) == generation:
                 return new
             continue
-        time.sleep(random.uniform(0, 0.02))  # two losers of one round should not meet again in the next
+        time.sleep(random.uniform(0, 0.02))  # so that two writers that lost a round do not collide in the next
     raise CommitConflict(f"{folder.path}: other writers won {_ROUNDS} rounds in a row; commit again")
 
 
 def _highest(folder: Folder) -> int:
     try:
         return generations(folder)[0]
-    except OSError as error:  # the commit may count or not; this writer cannot know
+    except OSError as error:  # this writer cannot tell whether the commit took effect
         raise fenced(error) from error
 
 
@@ -127,7 +129,8 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
         write_whole(folder, temporary, [data])
         try:
             folder.link(temporary, name)
-        except (FileExistsError, FileNotFoundError):  # the latter: collected, since this process slept for so long
+        # FileNotFoundError: the temporary file was collected while this process was suspended
+        except (FileExistsError, FileNotFoundError):
             if announced:
                 folder.remove(announced)
             return False
@@ -142,14 +145,14 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
 
 
 def check_signable(folder: Folder, base: Manifest, key: bytes | None) -> None:
-    """StoreFenced where the generation to build on is signed, and the next one would not be."""
+    """Check that a signed store stays signed. StoreFenced when `base` is signed and there is no key."""
     if key is None and base.generation in signatures(folder).values():
         raise StoreFenced(f"{folder.path} is signed, and this would not be; open it with its key to store anything")
 
 
 @contextmanager
 def fencing() -> Iterator[None]:
-    """Turns what a disk says inside the block into the error for it, `fenced`."""
+    """Turn OSErrors inside the block into `fenced` errors."""
     try:
         yield
     except OSError as error:
@@ -157,7 +160,7 @@ def fencing() -> Iterator[None]:
 
 
 def fenced(error: OSError) -> StoreFenced:
-    """The error for a write that failed. Never retried: after a failed fsync the kernel may call the next a success."""
+    """Return the error for a failed write. Writes are never retried: after a failed fsync the next may falsely succeed."""
     reason = f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StoreFull(f"{reason}; free some space and open the store again")

@@ -16,7 +16,7 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest
 from llmcache.indexes.format.segment import Segment
 
-_RELOADS = 3  # times a reader starts again when files went away under it
+_RELOADS = 3  # attempts of a reader when segment files are removed while it opens them
 
 Opened: TypeAlias = tuple[BankFacts, list[Segment], int]
 """A bank's facts in a newer generation, its segments, and how many of them could not be opened."""
@@ -26,16 +26,17 @@ def outdated(folder: Folder, manifest: Manifest) -> bool:
     """Return whether the folder has a newer generation than this one."""
     try:
         return generations(folder)[:1] > [manifest.generation]
-    except OSError:  # a disk that cannot be listed has nothing newer to offer
+    except OSError:  # a folder that cannot be listed cannot be reloaded either
         return False
 
 
 def newest_segments(
     folder: Folder, current: Manifest, banks: Mapping[Place, Bank], trust: Trust, key: bytes | None
 ) -> tuple[Manifest, dict[Place, Opened]]:
-    """Open the newest generation's segments of these banks, which do not change. Returns its manifest with them.
+    """Read the newest manifest and open the segments that it names for these banks.
 
-    current: the manifest that the banks follow so far. Errors as `Store.reload`.
+    The banks themselves do not change. current: the manifest that they follow. Returns the new manifest and, for each
+    bank, its facts, its segments and the number of segments that could not be opened. Errors as `Store.reload`.
     """
     for round in range(_RELOADS):
         prepared(folder)

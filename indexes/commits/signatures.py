@@ -1,10 +1,11 @@
-"""Signatures of manifests: HMAC-SHA256 over a manifest's bytes, in a file beside it.
+"""Signatures of manifests: HMAC-SHA256 over a manifest's bytes, in a separate file.
 
-A writer cannot know its number before it has won it, and the signature must be there before the manifest is: else a
-reader, or worse a writer, would take the newest manifest for a stranger's. So a signature is first written under a name
-that holds the manifest's own digest, `m-N-<32 hex digits>.sig`, where losers of the race for N cannot meet it; then the
-manifest is linked; then the file is renamed to `m-N.sig`. Whoever looks under the first name, then under the second,
-finds it at any moment, and after a crash at any call. `openssl dgst -sha256 -hmac` computes the same number.
+The signature must exist before the manifest does; otherwise readers and other writers would take the newest manifest
+for an unsigned one. But a writer does not know its generation N before it has won the race for N. So the signature is
+first written under a name with the digest of the manifest, `m-N-<32 hex digits>.sig`, which writers that lose the race
+do not use. Then the manifest is linked, and then the file is renamed to `m-N.sig`. A process that tries the first name
+and then the second finds the signature at any time, also after a crash at any call. `openssl dgst -sha256 -hmac`
+computes the same value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.write_once import write_whole
 
 LEAST = 32
-"""Bytes that a key or a secret must have."""
+"""Minimum length of a key or secret in bytes."""
 _LIMIT = 4096
 _NAME = re.compile(r"m-(\d{12})(-[0-9a-f]{32})?\.sig")
 
@@ -39,23 +40,26 @@ def _line(key: bytes, data: bytes) -> bytes:
 
 
 def announce(folder: Folder, generation: int, data: bytes, key: bytes) -> str:
-    """Make the signature of a manifest durable before the manifest is linked; the file's name. OSError: it was not."""
+    """Write the signature of a manifest durably, before the manifest is linked. Returns the file's name.
+
+    OSError when it cannot be written.
+    """
     name = _candidate(generation, data)
     write_whole(folder, name, [_line(key, data)])
-    folder.sync_folder("")  # the manifest's entry must not survive a power loss that this one does not
+    folder.sync_folder("")  # after a power loss the manifest must not exist without its signature
     return name
 
 
 def sign(folder: Folder, generation: int, data: bytes, key: bytes) -> None:
-    """Sign a manifest that is there already. OSError: it was not done."""
+    """Sign an existing manifest. OSError when the signature cannot be written."""
     folder.replace(announce(folder, generation, data, key), signature_name(generation))
     folder.sync_folder("")
 
 
 def is_signed(folder: Folder, generation: int, data: bytes, key: bytes) -> bool:
-    """Whether these bytes of a manifest are signed with this key."""
+    """Return whether these bytes of a manifest are signed with this key."""
     wanted = _line(key, data)
-    for name in (_candidate(generation, data), signature_name(generation)):  # in this order: see above
+    for name in (_candidate(generation, data), signature_name(generation)):  # the order matters, see the module
         with suppress(OSError, SnapshotDamaged):
             if hmac.compare_digest(folder.read(name, _LIMIT), wanted):
                 return True
@@ -63,7 +67,7 @@ def is_signed(folder: Folder, generation: int, data: bytes, key: bytes) -> bool:
 
 
 def signatures(folder: Folder) -> dict[str, int]:
-    """The signature files of one listing, with the generations they are for."""
+    """List the signature files of a folder, by name, with their generations."""
     return {name: int(match[1]) for name in folder.names() if (match := _NAME.fullmatch(name))}
 
 
@@ -71,7 +75,10 @@ def signatures(folder: Folder) -> dict[str, int]:
 
 
 def checked_secret(secret: bytes, what: str) -> bytes:
-    """The same bytes. ConfigError when they are too few to be one; what: how people know it."""
+    """Check the length of a key or secret and return it. ConfigError when it is too short.
+
+    what: name of the secret in the message.
+    """
     if not isinstance(secret, bytes) or len(secret) < LEAST:
         found = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
         raise ConfigError(f"{what} has at least {LEAST} bytes, got {found}; make one: openssl rand -hex 32 > FILE")
@@ -79,7 +86,10 @@ def checked_secret(secret: bytes, what: str) -> bytes:
 
 
 def secret_from_file(path: str | os.PathLike[str], what: str) -> bytes:
-    """What is in a file. A text's last line end does not count, so that a file and a variable can say the same."""
+    """Read a secret from a file, without the last line end of a text, so that it can equal a variable's value.
+
+    what: name of the secret in messages. ConfigError when the file cannot be read or the secret is too short.
+    """
     try:
         with Path(path).open("rb") as file:
             data = file.read(_LIMIT + 1)
@@ -92,7 +102,7 @@ def secret_from_file(path: str | os.PathLike[str], what: str) -> bytes:
 
 
 def secret_from_variable(name: str, what: str) -> bytes:
-    """What is in an environment variable."""
+    """Read a secret from an environment variable. ConfigError when it is not set or too short."""
     text = os.environ.get(name)
     if text is None:
         raise ConfigError(f"{what} should be in the variable {name}, which is not set; export it, or give a file")

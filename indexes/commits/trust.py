@@ -1,8 +1,9 @@
-"""How far a store is trusted: whose its files are, and who signed its manifest.
+"""Levels of trust in a store, by the owner of its files and the signature of its manifest.
 
-own        this user's, and nobody else may write them
-signed     the newest manifest that counts carries a signature made with the key given
-untrusted  everything else: nothing of it reaches FAISS, only equal token ids are a match, nothing is written to it
+own        all files belong to this user, and nobody else may write them
+signed     the newest manifest has a signature made with the given key; manifests without one do not count
+untrusted  everything else: its files never reach FAISS, a row is a hit only when its token ids are equal, and nothing
+           is written to the store
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import Manifest
 
 Trust = Literal["auto", "own", "signed", "untrusted"]
-_ROUNDS = 3  # times a reader looks again when manifests went away under it
+_ROUNDS = 3  # attempts of a reader when manifests are removed while it reads
 
 
 def check_asked(trust: str, key: bytes | None) -> None:
-    """ConfigError unless a store can be opened with these."""
+    """Check the arguments `trust` and `key` of an opening. ConfigError when a store cannot be opened with them."""
     if trust not in get_args(Trust):
         raise ConfigError(f"trust is one of {', '.join(get_args(Trust))}, got {trust!r}")
     if key is not None:
@@ -32,10 +33,12 @@ def check_asked(trust: str, key: bytes | None) -> None:
 def judged(
     folder: Folder, trust: Trust, key: bytes | None, *, allow_untrusted: bool = False
 ) -> tuple[Trust, Manifest, list[int]]:
-    """The level of trust a store gets, its newest manifest at that level, and the generations that were passed over.
+    """Determine the level of trust of a store.
 
-    auto: with a key the signature decides, without one the owner. A level that is asked for by name is met, or the
-    store is untrusted. UntrustedSnapshot when it is, unless that is allowed.
+    trust: "auto" checks the signature if there is a key, else the owner. Any other level is required: a store that
+    does not meet it is untrusted.
+    Returns the level, the newest manifest at that level, and the newer generations that were skipped.
+    UntrustedSnapshot when the store is untrusted, unless `allow_untrusted`.
     """
     reason = "it was opened as untrusted"
     if trust == "signed" or (trust == "auto" and key is not None):
@@ -55,12 +58,12 @@ def judged(
             f"{folder.path}: {reason}. To read it all the same, give allow_untrusted=True (--allow-untrusted): then "
             "only exact token matches count"
         )
-    folder.private = True  # others may write to it while it is open
+    folder.private = True  # other users may write to the folder while it is open
     return "untrusted", *latest(folder, None)
 
 
 def check_own(folder: Folder) -> None:
-    """UntrustedSnapshot unless the folder is this user's alone."""
+    """Check that only this user can write to the folder. UntrustedSnapshot when others can."""
     exposed = folder.exposed()
     if exposed is not None:
         raise UntrustedSnapshot(f"{folder.path}: {_flawed(exposed)}")
@@ -71,8 +74,10 @@ def _flawed(exposed: str) -> str:
 
 
 def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
-    """`manifest.newest` of the folder now, an empty one where there is none. Manifests that a listing shows may go
-    before they are read: it is then looked again."""
+    """Read the newest manifest of the folder, see `generations.newest`; an empty one if there is none.
+
+    A manifest may be removed after the folder was listed and before it is read; the folder is then listed again.
+    """
     for _ in range(_ROUNDS - 1):
         listed = generations(folder)
         try:
@@ -88,7 +93,7 @@ def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
 
 
 def no_writing(folder: Folder, manifest: Manifest, trust: Trust, key: bytes | None) -> StoreFenced | None:
-    """Why nothing may be written to a store that was just opened, if so."""
+    """Return the error that forbids writing to a store that was just opened, None if writing is allowed."""
     where = folder.path
     if trust == "untrusted":
         return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")

@@ -18,12 +18,15 @@ from llmcache.indexes.format.shelf import Shelf
 
 @dataclass(frozen=True, slots=True)
 class FlushBatch:
-    """What one segment is made of: rows on end that are not sealed yet, and names of rows. Nobody changes them."""
+    """Pending rows with consecutive numbers, and aliases, which become one segment. They do not change any more.
+
+    aliases: pairs of text keys and row keys, each uint64 [n, 2].
+    """
 
     batches: list[PendingRows]
     aliases: list[tuple[Keys, Keys]]
     shelf: Shelf | None = None
-    """Memory of the rows that is theirs alone."""
+    """Memory that only these rows use; None: memory that other rows use too."""
 
 
 def encode_rows(
@@ -46,6 +49,7 @@ def encode_rows(
 
 
 def payload_bytes(payload: Payload) -> int:
+    """Sum the bytes of stored activations."""
     return payload.nbytes if isinstance(payload, np.ndarray) else sum(part.nbytes for part in payload)
 
 

@@ -1,7 +1,7 @@
-"""The advisory files of writers: counters (`stat/<writer>.json`) and uses (`stat/<writer>.use`), read and folded.
+"""Advisory files of writers: counters (`stat/<writer>.json`) and usage records (`stat/<writer>.use`).
 
-Each writer replaces its own files whole, so nobody waits for anybody; `fold` makes the files of writers that are long
-gone one. No file here is needed to read an entry, and whatever cannot be read is left out.
+Each writer replaces its own files as a whole, so that no writer waits for another. `fold` merges the files of writers
+that ended long ago. No file here is needed to read an entry, and files that cannot be read are skipped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmcache.indexes.errors import SnapshotDamaged
@@ -31,7 +31,7 @@ WRITER = re.compile(r"[0-9a-f]{32}")
 
 
 def read_counters(folder: Folder) -> dict[str, dict[str, Any]]:
-    """What each writer's file holds, by writer, without those that another one's file has taken in."""
+    """Read the counters of each writer, by writer. Writers whose counters were folded into others are left out."""
     found: dict[str, dict[str, Any]] = {}
     for name in folder.names("stat"):
         if name.endswith(".json"):
@@ -61,7 +61,7 @@ def _folded(content: dict[str, Any]) -> list[str]:
 
 
 def add_up(contents: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of several files by name, see `combined`; whatever is no number is left out."""
+    """Combine the numbers of several files by name, see `combined`. Values that are no numbers are skipped."""
     total: dict[str, float] = {}
     for content in contents:
         for key, value in content.items():
@@ -71,7 +71,7 @@ def add_up(contents: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def combined(name: str, one: float, other: float) -> float:
-    """A counter of two files as one number: their sum, or the larger one where the name ends in "_largest"."""
+    """Combine two values of a counter: their sum, or the larger one if the name ends in "_largest"."""
     return max(one, other) if name.endswith("_largest") else one + other
 
 
@@ -80,25 +80,34 @@ def _is_number(value: object) -> bool:
 
 
 def write_counters(folder: Folder, writer: str, content: dict[str, Any]) -> None:
-    """Replace this writer's counters. Raises OSError; the caller decides that it does not matter."""
+    """Replace this writer's counters. OSError when they cannot be written; callers may ignore it."""
     temporary = f"stat/t-{writer}"
     folder.remove(temporary)
     write_whole(folder, temporary, [json.dumps(content).encode()])
     folder.replace(temporary, f"stat/{writer}.json")
 
 
+def keep_counters(folder: Folder, writer: str, counters: Mapping[str, float]) -> None:
+    """Replace this writer's counters like `write_counters`. A failure is logged and ignored."""
+    try:
+        write_counters(folder, writer, dict(counters))
+    except OSError as error:
+        log.info("counters were not kept: %s", error)
+
+
 def use_files(folder: Folder) -> list[str]:
-    """Names of the writers' files of uses, without those that another one's file has taken in."""
+    """List the files of usage records, without those that were folded into another writer's."""
     names = [name for name in folder.names("stat") if name.endswith(".use")]
     counted = {writer for content in read_counters(folder).values() for writer in _folded(content)}
     return [f"stat/{name}" for name in names if name.removesuffix(".use") not in counted]
 
 
 def fold(folder: Folder, writers: list[str], new: str) -> None:
-    """Put the counters and uses of these writers into files of a new one, and remove theirs.
+    """Merge the counters, usage records and journals of these writers into files of the writer `new`; remove theirs.
 
-    The new counters name whom they took in, and from then on those count no more. They are written first, and the old
-    files are removed last: killed in between, uses may be lost, and nothing is ever counted twice.
+    The new counters list the writers that were folded, whose files no longer count from then on. The new counters are
+    written first and the old files are removed last. A process that is killed in between may lose usage records, but
+    nothing is counted twice.
     """
     known = read_counters(folder)
     here = {name.rpartition(".")[0] for name in folder.names("stat")}

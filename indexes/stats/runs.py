@@ -1,7 +1,7 @@
-"""What a store was used for, day by day: records of runs, one advisory file per writer (`stat/<writer>.runs`).
+"""Journals of runs, by day, corpus and namespace: one advisory file per writer (`stat/<writer>.runs`).
 
-A record is a JSON object on a line. Like the counters, the files are replaced whole by their writer, made one by
-`fold`, and needed by nobody to read an entry: a line that cannot be read is left out.
+Each line is a record, a JSON object. Like the counters, a file is replaced as a whole by its writer and merged by
+`counters.fold`. No reader needs the files, and lines that cannot be read are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SUMS = ("runs", "evicted_rows")
 _LAST = ("entries", "bytes")
 
 BINS = _BINS
-"""Bins of a record's histograms of similarity, from 0 to 1; what is below 0 is in the first."""
+"""Number of equal bins from 0 to 1 of a record's similarity histograms; the first includes values below 0."""
 
 
 def journal_name(writer: str) -> str:
@@ -39,12 +39,12 @@ def journal_name(writer: str) -> str:
 
 
 def day_of(seconds: float) -> str:
-    """The day of a time since the epoch, in UTC: "2026-11-21"."""
+    """Format the UTC day of a time in seconds since the epoch, as in "2026-11-21"."""
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 def write_journal(folder: Folder, writer: str, records: Iterable[Record]) -> None:
-    """Replace this writer's records. Raises OSError; the caller decides that it does not matter."""
+    """Replace this writer's journal; the oldest records are cut off above 1 MiB. OSError when it cannot be written."""
     lines = [json.dumps(one, separators=(",", ":"), sort_keys=True).encode() + b"\n" for one in merged(records)]
     while lines and sum(map(len, lines)) > _LIMIT:
         lines = lines[len(lines) // 4 + 1 :]
@@ -55,7 +55,7 @@ def write_journal(folder: Folder, writer: str, records: Iterable[Record]) -> Non
 
 
 def read_journals(folder: Folder, writers: Iterable[str]) -> list[Record]:
-    """The records of these writers, made one where they are of one day, corpus and namespace; oldest first."""
+    """Read the journals of these writers and merge their records, see `merged`. Oldest first."""
     found: list[Record] = []
     for writer in writers:
         try:
@@ -73,7 +73,7 @@ def read_journals(folder: Folder, writers: Iterable[str]) -> list[Record]:
 
 
 def checked(raw: Any) -> Record | None:
-    """What of a record is as it should be; None where it has no day."""
+    """Return the valid fields of a parsed record, without the others; None if it has no valid day."""
     if not isinstance(raw, dict) or not isinstance(raw.get("day"), str) or not _DAY.fullmatch(raw["day"]):
         return None
     record: Record = {"day": raw["day"]}
@@ -103,7 +103,7 @@ def _is_number(value: object) -> bool:
 
 
 def merged(records: Iterable[Record]) -> list[Record]:
-    """The records with those of one day, namespace and corpus added up; the newest of them, oldest first."""
+    """Merge records of the same day, namespace, corpus and model. Returns the newest 1,000, oldest first."""
     found: dict[tuple[str, ...], Record] = {}
     for one in sorted(records, key=lambda one: float(one.get("end", 0))):
         place = (one["day"], *(str(one.get(name, "")) for name in _NAMES))

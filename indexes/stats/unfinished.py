@@ -1,7 +1,7 @@
-"""Unfinished runs that a store knows of: where they keep results, so that a purge reaches them.
+"""Registry of unfinished pipeline runs, so that a purge also reaches their partial results.
 
-`stat/<32 hex digits>.run` is JSON: the folder of the run and its namespace. It is written when a run begins and removed
-when its results are whole or thrown away.
+`stat/<32 hex digits>.run` is JSON with the folder of the run and its namespace. It is written when a run starts, and
+removed when the run's results are complete or discarded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("llmcache")
 
 ENDING = ".unfinished"
 FILES = ("journal.json", "vectors.f32", "rows.jsonl", "journal.json.partial", "lock")
-"""Names in the folder of an unfinished run; nothing else is touched there."""
+"""Files that a run makes in its folder; `discard` removes only these."""
 RESULTS = (".parquet", ".npy", ".jsonl")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -36,19 +36,19 @@ _LIMIT = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An unfinished run. folder: where its results are so far. namespace: None where that is not known."""
+    """Unfinished run. folder: of its partial results. namespace: None if unknown."""
 
     folder: Path
     namespace: str | None = None
 
 
 def beside(out: Path) -> Path:
-    """The folder of the unfinished run that writes `out`."""
+    """Return the folder of the unfinished run whose result file is `out`."""
     return out.with_name(f"{out.stem}{ENDING}")
 
 
 def note(folder: Folder, run: Run) -> None:
-    """Let the store know of a run. A store that cannot be written keeps no entries of it, and need not know."""
+    """Register a run with the store. A failure is logged and ignored: an unwritable store has no entries of the run."""
     content = json.dumps({"folder": str(run.folder), "namespace": run.namespace}).encode()
     temporary = f"stat/t-{uuid.uuid4().hex}"
     try:
@@ -59,7 +59,7 @@ def note(folder: Folder, run: Run) -> None:
 
 
 def forget(folder: Folder, run: Run) -> None:
-    """The run has ended, or was thrown away."""
+    """Remove a run that has ended or was discarded from the registry."""
     with suppress(OSError):
         folder.remove(_name(run.folder))
 
@@ -69,7 +69,7 @@ def _name(folder: Path) -> str:
 
 
 def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[Run]:
-    """The unfinished runs of a namespace (None: of all) that the store knows of, and those given by path.
+    """List the registered unfinished runs of a namespace (None: of all), and those given by path.
 
     given: folders of runs, or the result files that they write. ConfigError for a path that is neither.
     """
@@ -99,9 +99,9 @@ def _noted(folder: Folder) -> list[Run]:
 
 
 def discard(folder: Folder, run: Run) -> bool:
-    """Remove an unfinished run, and what a killed writer left of its result files. Returns whether there was one.
+    """Remove an unfinished run and its partial result files. Returns whether any of them existed.
 
-    Nothing but the files that a run makes is removed, and no link is followed. Busy while the run is at work.
+    Removes only files that a run makes, and follows no links. Busy while the run is active.
     """
     there = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
     forget(folder, run)
@@ -142,17 +142,17 @@ def _emptied(run: Run) -> bool:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    with suppress(OSError):  # files of others are in it
+    with suppress(OSError):  # the folder has foreign files
         os.rmdir(run.folder)
     return True
 
 
 def _remove_partial(path: Path) -> bool:
-    """Remove "<name>.partial" unless its writer is at work (Busy); whether there was one."""
+    """Remove a partial file. Returns whether it existed. Busy while its writer is active."""
     try:
         descriptor = os.open(path, _LOCK)
     except OSError:
-        return False  # there is none, or it is a link or somebody else's
+        return False  # missing, a link, or not this user's
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return False

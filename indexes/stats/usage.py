@@ -1,7 +1,7 @@
-"""How often and when rows were read: counters in memory, and advisory records beside the store.
+"""Usage of rows, how often and when they were read: counters in memory, and advisory records in the store's folder.
 
-`stat/<writer>.use` is fixed-width records, one per row that its writer has read. Losing one costs an eviction that is
-less well chosen, never an entry: no reader needs them.
+`stat/<writer>.use` has fixed-width records, one per row that its writer has read. A lost record makes the choice of
+rows to evict worse, but loses no entry: no reader needs the records.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _MOST = np.iinfo(np.uint32).max
 
 
 class UsageCounter:
-    """Counters of one bank since it was opened, one place per row."""
+    """Usage counters of one bank since it was opened, one per row.
+
+    last: seconds since the epoch, uint32. uses: uint32. drift: of the last audit, float32, NaN if never audited.
+    """
 
     def __init__(self, rows: int) -> None:
         self.last = np.zeros(rows, np.uint32)
@@ -42,30 +45,31 @@ class UsageCounter:
         self.drift = np.full(rows, np.nan, np.float32)
 
     def grow(self, rows: int) -> None:
-        """Make place for this many rows."""
+        """Grow the arrays to at least this many rows."""
         if rows > len(self.uses):
             more = max(rows, 2 * len(self.uses)) - len(self.uses)
-            self.last, self.uses = (np.concatenate([one, np.zeros(more, np.uint32)]) for one in (self.last, self.uses))
+            zeros = np.zeros(more, np.uint32)
+            self.last, self.uses = (np.concatenate([counts, zeros]) for counts in (self.last, self.uses))
             self.drift = np.concatenate([self.drift, np.full(more, np.nan, np.float32)])
 
     def moved(self, places: NDArray[np.int64], rows: int) -> UsageCounter:
-        """The same counters for rows that have other numbers now. places: int64 [old rows], -1: it is gone."""
+        """Return the counters under new row numbers. places: new row of each old row, int64, -1: dropped."""
         found, kept = UsageCounter(rows), places >= 0
         for name in ("last", "uses", "drift"):
             getattr(found, name)[places[kept]] = getattr(self, name)[: len(places)][kept]
         return found
 
     def count(self, rows: NDArray[np.int64], now: int) -> None:
-        """One use of each of these rows; a row that is there twice counts once."""
+        """Count one use of each of these rows; a row that occurs twice in `rows` counts once. now: seconds."""
         self.uses[rows] += 1
         self.last[rows] = now
 
     def touched(self) -> NDArray[np.int64]:
-        """Rows that were used or audited."""
+        """Return the rows that were used or audited, in order."""
         return np.flatnonzero((self.uses > 0) | ~np.isnan(self.drift))
 
     def records(self, rows: NDArray[np.int64], keys: Keys) -> NDArray[np.void]:
-        """Records of USE for these rows, whose keys are uint64 [n, 2]."""
+        """Return records of USE for these rows. keys: of the rows, uint64 [n, 2]."""
         found = np.zeros(len(rows), USE)
         found["key"], found["last"] = keys, self.last[rows]
         found["uses"], found["drift"] = self.uses[rows], self.drift[rows]
@@ -74,14 +78,14 @@ class UsageCounter:
 
 @dataclass(frozen=True, slots=True)
 class UseTable:
-    """Records of all writers, one per key."""
+    """Usage records of all writers, one per key."""
 
     records: NDArray[np.void]
     _places: KeyTable
 
     @classmethod
     def of(cls, records: NDArray[np.void]) -> UseTable:
-        """Records of one key become one: uses are added, the last use is the latest, so is the drift."""
+        """Merge the records of each key: add the uses, and take the latest use and the latest audited drift."""
         merged = _merged(records)
         places = KeyTable()
         if len(merged):
@@ -89,7 +93,7 @@ class UseTable:
         return cls(merged, places)
 
     def find(self, keys: Keys) -> NDArray[np.void]:
-        """A record of USE for each key, uint64 [n, 2]: one without uses where nothing is known."""
+        """Return a record of USE for each key, uint64 [n, 2]; a key without a record has no uses and drift NaN."""
         found = np.zeros(len(keys), USE)
         found["drift"] = np.nan
         places = self._places.find(keys)
@@ -110,7 +114,7 @@ def _merged(records: NDArray[np.void]) -> NDArray[np.void]:
         merged["uses"] = np.minimum(sums, _MOST)
         audited = np.flatnonzero(~np.isnan(records["drift"]))
         merged["drift"] = np.nan
-        merged["drift"][(np.cumsum(first) - 1)[audited]] = records["drift"][audited]  # the last of several is kept
+        merged["drift"][(np.cumsum(first) - 1)[audited]] = records["drift"][audited]  # the latest audit of a key wins
     return merged
 
 
@@ -131,7 +135,7 @@ def use_name(writer: str) -> str:
 
 
 def write_uses(folder: Folder, writer: str, records: NDArray[np.void]) -> None:
-    """Replace this writer's records. Raises OSError; the caller decides that it does not matter."""
+    """Replace this writer's usage records. OSError when they cannot be written; callers may ignore it."""
     temporary = f"stat/t-{writer}"
     folder.remove(temporary)
     write_whole(folder, temporary, [records.tobytes()])
@@ -139,7 +143,7 @@ def write_uses(folder: Folder, writer: str, records: NDArray[np.void]) -> None:
 
 
 def read_uses(folder: Folder, names: Iterable[str]) -> NDArray[np.void]:
-    """Records of these files, one after the other. A file that is no such file is passed over."""
+    """Read the records of these files, one file after the other. Unreadable or malformed files are skipped."""
     parts = [np.zeros(0, USE)]
     for name in names:
         try:
