@@ -16,10 +16,10 @@ from llmcache.indexes.format.manifest import BankFacts, SegmentFacts
 from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.pending import FlushBatch, alias_records, encode_rows, payload_bytes, sealed_bytes
 from llmcache.indexes.format.reading import Reading, states, vectors
-from llmcache.indexes.format.rows import ALIAS, Keys, seconds32
+from llmcache.indexes.format.rows import ALIAS, Keys, Rows, seconds32
 from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows, seal
-from llmcache.indexes.format.segments import Rows, SegmentList, opened
+from llmcache.indexes.format.segments import SegmentList, opened
 from llmcache.indexes.format.shelf import Shelf
 from llmcache.indexes.search.bank_index import BankIndex, NearChoice, half
 from llmcache.indexes.search.scopes import ScopedSearch
@@ -211,7 +211,7 @@ class Bank:
         return self._clock
 
     def audit(self, rows: Rows, drift: NDArray[np.float32]) -> None:
-        """Record the drift of rows: the distance of their activations from a fresh computation, float32 [n] in [0, 1]."""
+        """Record the drift of rows, their distance from a fresh computation, float32 [n] in [0, 1]."""
         self.uses.drift[rows], self.uses.last[rows] = drift, self._now()
 
     def divergent(self, limit: float) -> Rows:

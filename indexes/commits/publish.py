@@ -160,7 +160,7 @@ def fencing() -> Iterator[None]:
 
 
 def fenced(error: OSError) -> StoreFenced:
-    """Return the error for a failed write. Writes are never retried: after a failed fsync the next may falsely succeed."""
+    """Return the error for a failed write. Never retry: after a failed fsync the next one may falsely succeed."""
     reason = f"writing to the store failed ({os.strerror(error.errno or 0)}); what was committed before is safe"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StoreFull(f"{reason}; free some space and open the store again")

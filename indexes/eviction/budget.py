@@ -1,4 +1,4 @@
-"""Evicting rows from a store: the candidates, the commit that drops them, and room for a commit under a byte budget."""
+"""Eviction of rows: find candidates, commit their removal, and make room for a commit under a byte budget."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage, remove
 from llmcache.indexes.eviction.policies import (
-    Rows,
     Terms,
     Usage,
     choose,
 )
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
-from llmcache.indexes.format.rows import ALIGN, ROW, Keys
+from llmcache.indexes.format.rows import ALIGN, ROW, Keys, Rows
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.segment_writer import write_alive
 from llmcache.indexes.search.index_coverage import index_stands
@@ -35,15 +34,15 @@ log = logging.getLogger("llmcache")
 
 
 GRACE = 3600.0
-"""Seconds for which a file in no manifest is left alone."""
-_RESERVE = 0.02
-_AHEAD = 0.05
-_PATIENCE = 10.0
+"""Seconds for which a file in no manifest is kept."""
+_RESERVE = 0.02  # share of the budget that is not used
+_AHEAD = 0.05  # share of the budget that an eviction frees beyond the need
+_PATIENCE = 10.0  # seconds to wait for the maintainer lock
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """max_bytes: what all files of the store may take up together. policy: a name in replacement.POLICIES."""
+    """Byte budget of a store. max_bytes: limit for all its files together. policy: a name in policies.POLICIES."""
 
     max_bytes: int
     policy: str = "lru"
@@ -52,8 +51,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Rows that could be evicted. places: namespace, bank and segment by segment number; rows: numbers inside it.
+    """Rows that could be evicted, with their usage.
 
+    rows: numbers inside their segments, int64 [n]. places: namespace, bank and segment, by `usage.segment`.
     keys: uint64 [n, 2].
     """
 
@@ -64,17 +64,17 @@ class Candidates:
 
 
 KEPT = ("fitted",)
-"""Banks that no budget touches: a few numbers of one calibration, without which all of it is void."""
+"""Banks that are never evicted: they hold a few numbers of a calibration, which would be useless without them."""
 
 
 def current(folder: Folder) -> Manifest:
-    """The manifest that the store is now; an empty one where nothing was ever committed."""
+    """Read the newest manifest; an empty one if nothing was ever committed."""
     listed = generations(folder)
     return newest(folder, listed)[0] if listed else Manifest()
 
 
 def candidates(folder: Folder, manifest: Manifest) -> Candidates:
-    """Every live row of every segment that can be read, with what is known of its use; but for banks in `KEPT`."""
+    """Collect the live rows of all readable segments with their usage, except those of the banks in `KEPT`."""
     uses = UseTable.of(read_uses(folder, use_files(folder)))
     places: list[tuple[str, str, SegmentFacts]] = []
     records, rows, beside, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
@@ -110,16 +110,17 @@ def _usage(records: Any, uses: UseTable, beside: Rows, segment: Rows) -> Usage:
         created=created,
         nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + beside,
         cost=np.nan_to_num(records["cost"].astype(np.float64)),
-        # an audit of an earlier copy says nothing about this one
+        # ignore an audit of an earlier copy of the entry
         drift=np.where(used["last"] >= created, used["drift"].astype(np.float64), np.nan),
         segment=segment,
     )
 
 
 def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> set[str]:
-    """Commit that these candidates are dead. A segment of which nothing is left is no longer named; returns their ids.
+    """Commit the eviction of candidates. chosen: positions in `found`.
 
-    chosen: places in `found`. OSError when a bitmap cannot be written; nothing is evicted then.
+    Segments without live rows are dropped from the manifest. Returns their ids. OSError when a bitmap cannot be
+    written; nothing is evicted then.
     """
     gone: set[str] = set()
     if not len(chosen):
@@ -152,7 +153,7 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
 
 
 def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
-    """Facts of a bank without what was evicted; a segment that is not as it was when that was chosen stays."""
+    """Return the facts of a bank after an eviction. Segments that changed since the choice of rows stay as they are."""
     kept = (one for one in facts.segments if one.id not in gone)
     segments = tuple(buried[one.id][1] if one.id in buried and one == buried[one.id][0] else one for one in kept)
     new = replace(facts, segments=segments)
@@ -163,9 +164,9 @@ def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFa
 
 
 def free_bytes(folder: Folder, budget: Budget) -> int:
-    """What may be added now; below zero when there is too much already.
+    """Return the bytes that may be added now, negative if the store is over its budget.
 
-    Two parts in a hundred are held back, and at least three manifests: the commit that evicts needs one itself.
+    A reserve of 2% of the budget, and at least three manifests, is not available: the eviction's own commit needs it.
     """
     return budget.max_bytes - _held_back(folder, budget) - disk_bytes(folder)
 
@@ -177,10 +178,10 @@ def _held_back(folder: Folder, budget: Budget) -> int:
 
 
 def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> int | None:
-    """Free bytes in the budget, at least `nbytes`; evicts whole segments until there are. None: they cannot fit.
+    """Evict whole segments until `nbytes` are free. Returns the free bytes, None if `nbytes` cannot fit.
 
-    gone: takes in the ids of the segments that were evicted.
-    Dropped files are removed at once: who has them open goes on reading them, and who opens them late has misses.
+    gone: set to which the ids of evicted segments are added.
+    Their files are removed at once: processes that have them open can still read them, others have misses.
     """
     free = free_bytes(folder, budget)
     if free < nbytes and not _make_free(folder, publish, budget, nbytes, gone):
@@ -190,7 +191,7 @@ def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gon
 
 def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> bool:
     tidy(folder)
-    if garbage(folder, GRACE, 0).blocked:  # nothing can be removed, so evicting would free nothing
+    if garbage(folder, GRACE, 0).blocked:  # no file can be removed, so eviction would free nothing
         return False
     while (free := free_bytes(folder, budget)) < nbytes:
         found = candidates(folder, current(folder))
@@ -206,13 +207,13 @@ def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, go
 
 
 def tidy(folder: Folder) -> None:
-    """Remove what newer manifests have dropped, without waiting; the newest manifest and its predecessor stay."""
+    """Remove superseded files at once, except the newest manifest and its predecessor with their files."""
     remove(folder, list(garbage(folder, GRACE, 0).sizes))
 
 
 @contextmanager
 def waiting_lock(folder: Folder) -> Iterator[None]:
-    """The maintainer lock, waited for some seconds; then `Busy`."""
+    """Hold the maintainer lock inside the block. Waits up to 10 seconds for it, then raises Busy."""
     until = time.monotonic() + _PATIENCE
     with ExitStack() as held:
         while True:

@@ -1,4 +1,4 @@
-"""Files that a store no longer needs: which they are, and removing them."""
+"""Garbage of a store: find the files that it no longer needs, and remove them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _FORMS = (_DATA, _ADVISORY, LEASE, _OF_MANIFEST, _TEMPORARY)
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """sizes: bytes of each file that is not needed, by name. manifests: how many of them are manifests.
+    """Files that may be removed. sizes: bytes of each, by name. manifests: number of superseded manifests.
 
-    blocked: names of damaged manifests; while there are any, nothing is garbage, since what they name is not known.
+    blocked: names of damaged manifests. While there are any, no file is garbage, since the files they name are unknown.
     """
 
     sizes: dict[str, int]
@@ -38,7 +38,7 @@ class Garbage:
 
 
 def files(folder: Folder) -> dict[str, tuple[int, float]]:
-    """Size and time of the last change of every file of the store, by name. Files of other names are left out."""
+    """List the store's own files, by name, with size in bytes and time of the last change. Skips foreign names."""
     found = {}
     for sub in ("", *SUBFOLDERS):
         for name, facts in folder.listing(sub).items():
@@ -49,20 +49,20 @@ def files(folder: Folder) -> dict[str, tuple[int, float]]:
 
 
 def disk_bytes(folder: Folder) -> int:
-    """Size of the store in bytes: the sum of its own files. Foreign files in the folder do not count."""
+    """Sum the sizes of the store's own files, in bytes. Foreign files in the folder do not count."""
     return sum(size for size, _ in files(folder).values())
 
 
 def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
-    """Files that may be removed.
+    """Find the files that may be removed.
 
-    grace: seconds for which a file in no manifest is left alone, beside those that a living writer has a lease on.
-    superseded: seconds for which a manifest that has a successor, and what only it names, are left alone; the newest
-    manifest and its predecessor stay in any case.
+    grace: seconds after its last change for which a file in no manifest is kept. Files under a lease are always kept.
+    superseded: seconds for which a manifest with a successor is kept, with the files that only it names. The newest
+    manifest and its predecessor are always kept.
     """
     found = files(folder)
-    # In this order: a file of the listing above had a lease before it was created, and a lease ends after its files
-    # were published, so what is neither leased now nor named by the manifests below will never be named.
+    # The order matters. A file in the listing above had a lease before it was created, and a lease ends only after its
+    # files were published. So a file that is neither leased now nor named by the manifests below is never named.
     protected = leased(folder, found)
     known, damaged = _manifests(folder)
     if damaged or not known:
@@ -70,20 +70,20 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
     now, newest = folder.now(), known[0]
     named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
     for successor, manifest in pairwise(known):
-        # of the younger of the two: a writer that lost with a used number (publishing.commit) publishes again soon
+        # Count from the younger of the two: a writer that lost with a reused number (publish.commit) republishes soon.
         both = (successor, manifest)
         since = max(found.get(generation_name(each.generation), (0, now))[1] for each in both)
-        if superseded > 0 and now - since < superseded:  # at 0, also on a disk whose clock is ahead of ours
+        if superseded > 0 and now - since < superseded:  # 0 keeps nothing, even if the disk's clock is ahead of ours
             named |= manifest.files
             kept.add(manifest.generation)
         else:
-            dropped |= manifest.files  # nobody names them again: `once` in publishing.commit
+            dropped |= manifest.files  # no manifest names them again: `once` in publish.commit
     pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
 
     def removable(name: str, changed: float) -> bool:
         old = now - changed > grace
         if match := _OF_MANIFEST.fullmatch(name):
-            number = int(match[1])  # a signature without its manifest is of a commit that was killed, or lost
+            number = int(match[1])  # a signature without a manifest comes from a commit that was killed or lost
             return number in pruned or (number not in listed and old)
         if _DATA.fullmatch(name) and name not in named:
             return name.rpartition("/")[2][:32] not in protected and (name in dropped or old)
@@ -96,7 +96,7 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
-    """All manifests that are listed, newest first, and the names of damaged ones."""
+    """Read all manifests of the folder. Returns the intact ones, newest first, and the names of damaged ones."""
     known, damaged = [], []
     for generation in generations(folder):
         name = generation_name(generation)
@@ -106,14 +106,14 @@ def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
             raise
         except SnapshotDamaged:
             damaged.append(name)
-        except FileNotFoundError:  # another process collects too
+        except FileNotFoundError:  # another process collected it
             continue
     return known, tuple(damaged)
 
 
 def remove(folder: Folder, names: list[str]) -> None:
-    """Remove files; one that cannot be removed is left for the next time."""
-    # manifests first, oldest first: what is left when this is cut short is a store without some of its past
+    """Remove files. A file that cannot be removed is logged and left for the next collection."""
+    # manifests first, oldest first, so that an interruption leaves a store without some old generations
     for name in sorted(names, key=lambda name: (not name.startswith("m-"), name)):
         try:
             if LEASE.fullmatch(name):

@@ -1,6 +1,6 @@
-"""Which entries go when there is no room for all: the eviction policies, as functions over arrays.
+"""Eviction policies: functions over arrays that rank rows, and the choice of the rows to evict.
 
-A policy ranks; `choose` takes as many as are needed. Nothing here knows of files.
+A policy ranks rows; `choose` takes as many as needed. This module does not access files.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Rows: TypeAlias = NDArray[np.int64]
+from llmcache.indexes.format.rows import Rows
 
 HALF_LIFE = 7 * 86400.0
-"""Seconds after which a use counts half as much, unless it is said otherwise."""
+"""Default half-life of a use, in seconds."""
 DRIFT_LIMIT = 0.05
-"""Audited drift (1 - cosine to a fresh computation) from which on an entry is divergent."""
+"""Default drift (1 - cosine to a fresh computation) above which an audited entry is divergent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is known of each row; every array is [n], in the order in which the rows were stored.
+    """Usage of rows; every array is [n], in the order in which the rows were stored.
 
-    last_use, created: seconds since the epoch; last_use is 0 where a row was never read. uses: times it was read.
-    nbytes: what it takes on the disk, above 0. cost: seconds the model took. drift: NaN if never audited.
-    segment: a number for each segment; rows of one segment share it.
+    last_use, created: seconds since the epoch; last_use is 0 if the row was never read. uses: number of reads.
+    nbytes: bytes on the disk, above 0. cost: seconds of the model. drift: NaN if never audited.
+    segment: number of the row's segment.
     """
 
     last_use: NDArray[np.int64]
@@ -42,12 +42,12 @@ class Usage:
 
     @property
     def seen(self) -> NDArray[np.int64]:
-        """When each row was last needed. A clock that jumped back cannot make a use older than its row."""
+        """Time of the last use, or of storage if that is later, which a clock that jumped back can cause."""
         return np.maximum(self.last_use, self.created)
 
     @property
     def age(self) -> NDArray[np.int64]:
-        """Seconds since then, before the latest thing that was seen: never negative, whatever a clock says now."""
+        """Seconds from `seen` of each row to the latest `seen` of all: never negative, whatever the clock shows now."""
         seen = self.seen
         age: NDArray[np.int64] = seen.max(initial=0) - seen
         return age
@@ -55,43 +55,43 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """half_life: seconds, for `decay`. drift_limit: for `divergence`."""
+    """Parameters of policies. half_life: seconds, for "decay". drift_limit: for "divergence" and `choose`."""
 
     half_life: float = HALF_LIFE
     drift_limit: float = DRIFT_LIMIT
 
 
 def least_recently_used(usage: Usage, terms: Terms) -> Rows:
-    """The longest unneeded first; of equals the one that was stored first."""
+    """Rank least recently used rows first; of equals, the row that was stored first."""
     return np.argsort(-usage.age, kind="stable")
 
 
 def least_frequently_used(usage: Usage, terms: Terms) -> Rows:
-    """The least read first; of equals the least recently used."""
+    """Rank least frequently used rows first; of equals, the least recently used."""
     return np.lexsort((-usage.age, usage.uses))
 
 
 def stalest(usage: Usage, terms: Terms) -> Rows:
-    """By uses with exponential temporal decay: (1 + uses) * 0.5 ** (age / half-life), least first.
+    """Rank by uses with exponential decay, (1 + uses) * 0.5 ** (age / half-life), smallest first.
 
-    The logarithm is compared, so that what is many half-lives old still has an order.
+    Logarithms are compared, so that rows of many half-lives of age still have an order.
     """
     weight = np.log2(1.0 + usage.uses) - usage.age / terms.half_life
     return np.lexsort((-usage.age, weight))
 
 
 def least_saving(usage: Usage, terms: Terms) -> Rows:
-    """By seconds saved per byte, least first: cost * (1 + uses) / bytes; the 1 is for the use that is to come."""
+    """Rank by seconds saved per byte, cost * (1 + uses) / bytes, smallest first; the 1 stands for the next use."""
     return np.lexsort((-usage.age, usage.cost * (1.0 + usage.uses) / usage.nbytes))
 
 
 def most_divergent(usage: Usage, terms: Terms) -> Rows:
-    """What is audited to drift above the limit first, the worst of it at the front; the rest as least recently used."""
+    """Rank rows with an audited drift above the limit first, the largest drift at the front; the rest as LRU."""
     return np.lexsort((-usage.age, -_beyond(usage, terms)))
 
 
 def _beyond(usage: Usage, terms: Terms) -> NDArray[np.float64]:
-    """Drift where it is above the limit, else 0."""
+    """Return the drift where it is above the limit, else 0; float64 [n]."""
     drift = np.nan_to_num(usage.drift, nan=0.0, posinf=np.inf)
     return np.where(drift > terms.drift_limit, drift, 0.0)
 
@@ -109,13 +109,13 @@ POLICIES: dict[str, Policy] = {
 def choose(
     usage: Usage, bytes_to_free: int, policy: str = "lru", terms: Terms | None = None, *, only_whole: bool = False
 ) -> Rows:
-    """Rows that are to go, in order, so that at least this many bytes are freed; all rows when they are fewer.
+    """Choose rows to evict, in order, so that at least this many bytes are freed; all rows if that is not enough.
 
-    The policy's order gives the rows that would go one by one, but for those audited to drift above the limit: under
-    any policy they are the first, the worst at the front. A segment of which they make up more than half the bytes goes
-    whole, since dropping a file costs nothing and rewriting half of it does; these go first, the most chosen one at the
-    front. What is then still missing goes row by row, in the policy's order, or, with
-    `only_whole`, as further segments.
+    Rows are first picked one by one: under any policy those with an audited drift above the limit come first, the
+    largest drift at the front, then the others in the policy's order. A segment with more than half of its bytes
+    picked is evicted whole, because dropping a file costs nothing and rewriting half of it does; such segments come
+    first, the one with the largest picked share at the front. The bytes that are then still missing are evicted row by
+    row, in the order above, or, with `only_whole`, as further segments.
     """
     terms = terms or Terms()
     order = POLICIES[policy](usage, terms)
@@ -139,7 +139,7 @@ def choose(
 
 
 def _segments(usage: Usage, picked: NDArray[np.bool_], every: bool) -> NDArray[np.int64]:
-    """Segments of which more than half the bytes are picked, the most picked first; with `every`, all others behind."""
+    """Return segments with over half their bytes picked, the largest share first; with `every`, then all others."""
     if not len(usage):
         return np.zeros(0, np.int64)
     total = np.bincount(usage.segment, usage.nbytes)

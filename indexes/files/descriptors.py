@@ -1,7 +1,7 @@
-"""Descriptors of sealed files that are read with `preadv`: a bounded number is open at a time, in a whole process.
+"""Cache of descriptors of sealed files that are read with `preadv`, of bounded size for the whole process.
 
 A store of thousands of segments has thousands of such files, and a process may have 1,024 descriptors by default. So
-files are opened when they are read, and those that were not read for longest are closed when there are too many.
+files are opened when they are read, and the least recently used are closed when too many are open.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _MOST = 256
 
 
 class OpenFiles:
-    """Files by any key that is theirs alone, at most `most` of them open. Threads may share it."""
+    """LRU cache of open files by a unique key, at most `most` of them open. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lock = threading.RLock()  # a file may be given up, by the garbage collector, inside of it
-        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors, by key, the one that was used last at the end
+        self._lock = threading.RLock()  # Python's garbage collector may call `close` while this thread has the lock
+        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by key, the most recently used last
         self._keys = 0
 
     def add(self, descriptor: int) -> int:
-        """Take a file over that is open; the key that it has from now on."""
+        """Add an open file, whose descriptor this object owns from then on. Returns its key."""
         with self._lock:
             self._keys += 1
             key = self._keys
@@ -35,9 +35,9 @@ class OpenFiles:
 
     @contextmanager
     def using(self, key: int, opened: Callable[[], int]) -> Iterator[int]:
-        """The descriptor of a file, for reading inside the block. opened: opens it where it is not open."""
+        """Yield the descriptor of a file for reading inside the block. opened: opens the file if it is closed."""
         with self._lock:
-            descriptor = self._open.pop(key, -1)  # out of the table: nobody closes it meanwhile
+            descriptor = self._open.pop(key, -1)  # removed, so that no other thread closes it meanwhile
         if descriptor < 0:
             descriptor = opened()
         try:
@@ -52,11 +52,11 @@ class OpenFiles:
             self._open[key] = descriptor
             while len(self._open) > self._most:
                 surplus.append(self._open.popitem(last=False)[1])
-        for one in surplus:
-            os.close(one)
+        for surplus_descriptor in surplus:
+            os.close(surplus_descriptor)
 
     def close(self, key: int) -> None:
-        """Close a file that nobody reads any more."""
+        """Close a file that is not read any more."""
         with self._lock:
             descriptor = self._open.pop(key, -1)
         if descriptor >= 0:
@@ -72,4 +72,4 @@ def _affordable() -> int:
 
 
 OPEN_FILES = OpenFiles(_affordable())
-"""Those of this process."""
+"""Cache of this process."""

@@ -1,4 +1,4 @@
-"""Folders that a power loss does not take the name from."""
+"""Durable folder names: created and renamed folders keep their names after a power loss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def make_durably(path: Path) -> None:
-    """Make a folder and those above it that are missing, each durable by name: a store in no folder is a lost store."""
+    """Make a folder and its missing parents, and sync the directory entry of each."""
     missing = [one for one in (path, *path.parents) if not one.exists()]
     for one in reversed(missing):
         one.mkdir(mode=0o700, exist_ok=True)
-        with suppress(PermissionError):  # a folder may be open to writing and not to reading
+        with suppress(PermissionError):  # a folder may be writable and not readable
             above = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(above)
@@ -23,6 +23,7 @@ def make_durably(path: Path) -> None:
 
 
 def sync_name(path: Path) -> None:
+    """Sync a folder, which makes the names of its entries durable."""
     descriptor = os.open(path, FOLDER)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,7 @@
-"""Every system call on a store's files, with `sealed`, `system`, `locks`, `durable` and `partial`, which serve
-only it.
+"""All system calls on a store's files; the other modules of this package serve only this one.
 
-No other module opens, writes or removes a file of a store. Kept to two dozen calls on purpose: what a store does to a
-disk can be read here, and replaced as a whole (`memory`).
+No other module opens, writes or removes a file of a store. The calls are few on purpose: they show all that a store
+does to a disk, and tests replace them as a whole by a simulated disk.
 """
 
 from __future__ import annotations
@@ -37,20 +36,21 @@ from llmcache.indexes.files.sealed_file import Sealed, read_into
 
 Reading = Literal["auto", "mmap", "pread"]
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
-# what a file system answers when it cannot link, or not from there
+# errors of a file system that cannot create this link
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Folder:
-    """A store's folder, held open by descriptor.
+    """Folder of a store, kept open by descriptor.
 
-    Names are relative: "m-000000000001.json" or "seg/<id>.row". A name is looked up below the descriptor of a
-    folder that was itself opened without following links, so a store cannot lead out of its folder.
+    Names are relative: "m-000000000001.json" or "seg/<id>.row". Names are resolved below the descriptor of a folder
+    that was itself opened without following links, so a store cannot lead out of its folder.
 
-    reading: "mmap" maps sealed files, which is shared between processes but kills them (SIGBUS) when somebody shortens
-    a mapped file; "pread" reads them into memory, where that is a short read and a miss; "auto" maps on local disks.
+    reading: "mmap" maps sealed files, so that processes share memory, but a process is killed (SIGBUS) when somebody
+    truncates a mapped file; "pread" reads them, and a truncated file is a short read and a miss; "auto" maps files on
+    local disks.
     """
 
     def __init__(self, path: Path, *, create: bool = False, reading: Reading = "auto") -> None:
@@ -58,7 +58,7 @@ class Folder:
         self.reading: Reading = reading
         self._local: bool | None = None
         self.path = path.resolve()
-        self.private = False  # True: nothing is mapped, so that nobody else can change what was read and checked
+        self.private = False  # True: map no files, so that nobody can change bytes after they were checked
         if create:
             make_durably(self.path)
         self._descriptors: dict[str, int] = {"": os.open(self.path, FOLDER)}
@@ -82,6 +82,7 @@ class Folder:
         self.sync_folder("")
 
     def close(self) -> None:
+        """Close all descriptors of the folder."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
@@ -98,19 +99,19 @@ class Folder:
     # -- looking ------------------------------------------------------------------------------------------
 
     def names(self, sub: str = "") -> list[str]:
-        """File names in one sub-folder, from one directory listing; an absent sub-folder is empty."""
+        """List the names in one sub-folder, by one directory listing; a missing sub-folder is empty."""
         try:
             return os.listdir(self._folder(sub))
         except FileNotFoundError:
             return []
 
     def size(self, name: str) -> int:
-        """Bytes of a regular file."""
+        """Return the size of a file in bytes."""
         folder, leaf = self._place(name)
         return os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_size
 
     def kind(self, name: str) -> str:
-        """Type of the directory entry: "file", "folder", "link", "pipe", "socket", "device", or "" if there is none."""
+        """Return the type of a directory entry, see `linux.kind_of`; "" if there is none."""
         folder, leaf = self._place(name)
         try:
             mode = os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode
@@ -119,19 +120,19 @@ class Folder:
         return kind_of(mode)
 
     def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
-        """Size in bytes and time of the last change (`changed`) of every plain file in one sub-folder, by name."""
+        """Return size in bytes and time of change (`linux.changed`) of the files in one sub-folder, by name."""
         found: dict[str, tuple[int, float]] = {}
         for name in self.names(sub):
             try:
                 facts = os.stat(name, dir_fd=self._folder(sub), follow_symlinks=False)
-            except FileNotFoundError:  # removed since it was listed
+            except FileNotFoundError:  # removed after it was listed
                 continue
             if stat.S_ISREG(facts.st_mode):
                 found[name] = (facts.st_size, changed(facts))
         return found
 
     def read(self, name: str, limit: int) -> bytes:
-        """The whole file, at most `limit` bytes; more than that is damage, not a long wait."""
+        """Read a whole file. SnapshotDamaged when it has more than `limit` bytes."""
         descriptor, size = self._open(name)
         try:
             if size > limit:
@@ -145,7 +146,7 @@ class Folder:
 
     @property
     def maps(self) -> bool:
-        """Whether files are mapped here rather than read."""
+        """Return whether files are mapped rather than read."""
         if self.private:
             return False
         if self.reading != "auto":
@@ -155,7 +156,7 @@ class Folder:
         return self._local
 
     def map(self, name: str, size: int) -> NDArray[np.uint8]:
-        """The file's bytes, read-only; its size must be exactly `size`. Shared between processes where it is mapped."""
+        """Return the bytes of a file, uint8 [size], read-only, mapped or read. SnapshotDamaged for another size."""
         descriptor, found = self._open(name)
         try:
             if found != size:
@@ -171,7 +172,7 @@ class Folder:
             os.close(descriptor)
 
     def sealed(self, name: str, size: int) -> Sealed:
-        """A file to read rows from; its size must be exactly `size`. Where it is not mapped, it may be opened again."""
+        """Open a file to read rows from. SnapshotDamaged for another size. An unmapped file may be reopened later."""
         if self.maps:
             return Sealed(size, mapped=self.map(name, size))
         descriptor, found = self._open(name)
@@ -182,7 +183,7 @@ class Folder:
         return Sealed(size, descriptor=descriptor, again=lambda: self._again(name, same))
 
     def _again(self, name: str, same: os.stat_result) -> int:
-        """Descriptor of a file that was looked at before; OSError when it is another one, or this folder is closed."""
+        """Open a file again. Returns its descriptor. OSError when it is another file, or this folder is closed."""
         if not self._descriptors:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF), name)
         try:
@@ -195,15 +196,15 @@ class Folder:
         return descriptor
 
     def open(self, name: str) -> tuple[int, int]:
-        """Descriptor of a plain file, for reading with `read_at`, and its bytes; close it with `close_file`."""
+        """Open a file for `read_at`. Returns its descriptor, to be closed with `close_file`, and its size in bytes."""
         return self._open(name)
 
     def read_at(self, descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
-        """Fill the buffer from `offset`; the bytes that were there."""
+        """Fill the buffer from `offset`. Returns the number of bytes read, fewer at the file's end."""
         return read_into(descriptor, buffer, offset)
 
     def age(self, name: str) -> float:
-        """Seconds since the file was last written, or given this name (a link keeps the time of the writing)."""
+        """Return the seconds since a file was last written or linked."""
         folder, leaf = self._place(name)
         facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
         return self.now() - changed(facts)
@@ -213,16 +214,16 @@ class Folder:
         return open_plain(folder, leaf, name)
 
     def exposed(self) -> str | None:
-        """Why the folder is not this user's alone: the first name in it that another user owns or may write."""
+        """Return the first entry that another user owns or may write, as a message; None if there is none."""
         for sub in ("", *SUBFOLDERS, QUARANTINE):
             try:
                 folder = self._folder(sub)
             except FileNotFoundError:
                 continue
             except OSError:
-                if self.kind(sub) == "link":  # it is not followed, but whoever made it does not mean this folder
+                if self.kind(sub) == "link":  # links are not followed, so the store would lack this folder
                     return f"{sub} is a link (put the folder itself in its place)"
-                continue  # not a folder, so it holds nothing; whose it is was seen above
+                continue  # not a folder, so it has no entries; its owner was checked with the folder above
             if flaw := flaw_in(folder, sub, str(self.path)):
                 return flaw
         return None
@@ -238,20 +239,20 @@ class Folder:
     # -- changing -----------------------------------------------------------------------------------------
 
     def restrict(self) -> None:
-        """Take the rights of everybody else from a folder that was there before the store; in vain on another's."""
+        """Set mode 0700 on a folder that existed before the store. Ignored when another user owns it."""
         with suppress(OSError):
             os.fchmod(self._descriptors[""], 0o700)
 
     def create(self, name: str) -> int:
-        """Descriptor of a new file (mode 0600); FileExistsError when the name is taken."""
+        """Create a file (mode 0600). Returns its descriptor. FileExistsError when the name is taken."""
         folder, leaf = self._place(name)
         return os.open(leaf, _CREATE, 0o600, dir_fd=folder)
 
     def create_locked(self, name: str) -> int:
-        """Descriptor of a new file that is locked until this process closes it or ends.
+        """Create a file that is locked until this process closes it or ends. Returns its descriptor.
 
-        FileExistsError when the name is taken, or when another process looked at the lock at the same moment: try
-        another name. On a file system without locks it is created all the same.
+        FileExistsError when the name is taken, or when another process tested the lock at the same moment: try another
+        name. On a file system without locks the file is created without a lock.
         """
         descriptor = self.create(name)
         try:
@@ -270,24 +271,24 @@ class Folder:
         return False
 
     def remove_unlocked(self, name: str) -> None:
-        """Remove a file that `create_locked` made, unless a living process has it open."""
+        """Remove a file of `create_locked`, unless a running process has it locked."""
         with suppress(FileNotFoundError, SnapshotDamaged), locks.unlocked(self._open(name)[0]) as free:
-            if free:  # whoever locks it from now on sees that it has no name any more
+            if free:  # a process that locks it from now on sees that its link count is zero
                 self.remove(name)
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
-        """All of `data` at `offset`; a short write is continued, its cause then shows as the next error."""
+        """Write all of `data` at `offset`. A short write is continued; its cause then shows as the next error."""
         view = memoryview(data).cast("B")
         while view:
             done = self.write_some(descriptor, view, offset)
             view, offset = view[done:], offset + done
 
     def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
-        """One system call: how many bytes of `data` were taken, which may be fewer than all."""
+        """Write by one system call. Returns the number of bytes written, which may be fewer than all."""
         return os.pwrite(descriptor, data, offset)
 
     def begin_sync(self, descriptor: int, offset: int, nbytes: int) -> None:
-        """Let the disk begin with bytes that a later `sync` waits for. A hint, whose failure that `sync` would show."""
+        """Start writing bytes to the disk that a later `sync` waits for. A hint: a failure shows in that `sync`."""
         begin_sync(descriptor, offset, nbytes)
 
     def sync(self, descriptor: int) -> None:
@@ -300,17 +301,17 @@ class Folder:
         os.fsync(self._folder(sub))
 
     def link(self, name: str, new: str) -> None:
-        """Give a file a second name; FileExistsError when `new` is taken: the put-if-absent of a commit."""
+        """Hard-link a file to a second name. FileExistsError when `new` is taken: the put-if-absent of a commit."""
         (folder, leaf), (new_folder, new_leaf) = self._place(name), self._place(new)
         os.link(leaf, new_leaf, src_dir_fd=folder, dst_dir_fd=new_folder, follow_symlinks=False)
 
     def replace(self, name: str, new: str) -> None:
-        """Rename over `new`; only for advisory files, never for one that a manifest names."""
+        """Rename a file over `new`. Only for advisory files, never for files that a manifest names."""
         (folder, leaf), (new_folder, new_leaf) = self._place(name), self._place(new)
         os.replace(leaf, new_leaf, src_dir_fd=folder, dst_dir_fd=new_folder)
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is gone already is fine."""
+        """Remove a file, if it exists."""
         folder, leaf = self._place(name)
         try:
             os.unlink(leaf, dir_fd=folder)
@@ -318,9 +319,9 @@ class Folder:
             return
 
     def link_from(self, source: Folder, name: str, new: str) -> bool:
-        """Give a file of another folder a second name here; False where that cannot be: copy it then.
+        """Hard-link a file of another folder into this one. Returns False if that is impossible: copy it then.
 
-        Only a file of this user that nobody else may write: another's hand must not reach into this folder.
+        Links only files that this user owns and nobody else may write, because others could change the linked file.
         """
         (folder, leaf), (new_folder, new_leaf) = source._place(name), self._place(new)
         facts = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
@@ -335,7 +336,7 @@ class Folder:
         return True
 
     def set_aside(self, name: str) -> str:
-        """Move a file, or whatever has this name, into the quarantine; its name there."""
+        """Move a file, or any other entry of this name, into the quarantine. Returns its name there."""
         if self.kind(QUARANTINE) not in {"", "folder"}:
             os.rename(
                 QUARANTINE,
@@ -352,7 +353,7 @@ class Folder:
         return f"{QUARANTINE}/{free}"
 
     def move_to(self, target: Path) -> None:
-        """Give the whole folder its final name, durably. OSError when something that is not empty has it already."""
+        """Rename the whole folder, durably. OSError when the target exists and is not empty."""
         built = self.path
         self.rename(target)
         try:
@@ -362,7 +363,7 @@ class Folder:
             raise
 
     def rename(self, target: Path) -> None:
-        """Give the whole folder another name; `sync_above` makes it durable."""
+        """Rename the whole folder; `sync_above` makes the name durable."""
         os.rename(self.path, target)
         self.path = target
 
@@ -371,14 +372,14 @@ class Folder:
         sync_name(self.path.parent)
 
     def discard(self) -> None:
-        """Remove the folder with all that is in it, as far as that can be done."""
+        """Remove the folder and its content, as far as possible."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
-        """Hold the store's maintainer lock; `Busy` at once when another process, or another opening, has it.
+        """Hold the store's maintainer lock inside the block. Busy at once when it is taken, also by this process.
 
-        The file stays: whoever removed it would let two maintainers lock two files of the same name.
+        The lock file stays: if it were removed, two processes could lock two files of the same name.
         """
         folder, leaf = self._place(name)
         descriptor = os.open(leaf, _LOCK, 0o600, dir_fd=folder)
@@ -389,10 +390,10 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    # -- the rest of the world ----------------------------------------------------------------------------
+    # -- clock and process ---------------------------------------------------------------------------------
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the time in seconds since the epoch."""
         return time.time()
 
     def pid(self) -> int:

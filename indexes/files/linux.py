@@ -1,6 +1,6 @@
 """Linux system calls missing from `os`: mmap without a descriptor, early write-back, file-system type.
 
-And what `stat` says of a file, in the terms of a store.
+It also interprets `stat` results: types, times of change, owners and permissions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-_BEGIN = 2  # SYNC_FILE_RANGE_WRITE: begin, wait for nothing, and take no error away from a later fsync
+_BEGIN = 2  # SYNC_FILE_RANGE_WRITE: start only, without waiting and without consuming the error of a later fsync
 
 
 def mapped(descriptor: int, size: int) -> NDArray[np.uint8]:
-    """The file's pages, without holding a descriptor: mmap.mmap keeps a copy of it before Python 3.13.
+    """Map a file read-only without keeping a descriptor open, as mmap.mmap does before Python 3.13.
 
     A store maps several files per segment, and a process may have no more than 1,024 descriptors by default.
+    Returns uint8 [size].
     """
     if sys.version_info >= (3, 13):
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ, trackfd=False), np.uint8)
@@ -37,20 +38,20 @@ def mapped(descriptor: int, size: int) -> NDArray[np.uint8]:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     pages = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False  # arrays may be used until the very end
+    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False  # arrays may be used during interpreter exit
     return np.frombuffer(memoryview(pages).toreadonly(), np.uint8)
 
 
 def begin_sync(descriptor: int, offset: int, nbytes: int) -> None:
-    """Let the disk begin with bytes that a later fsync waits for. A hint, whose failure that fsync would show."""
+    """Start writing bytes to the disk that a later fsync waits for. A hint: a failure shows in that fsync."""
     _LIBC.sync_file_range(descriptor, offset, nbytes, _BEGIN)
 
 
 def file_system(descriptor: int) -> str:
-    """Type of the file system that an open folder is on ("ext4", "nfs4", ...); empty where nobody says.
+    """Return the type of the file system of an open folder ("ext4", "nfs4", ...); "" if unknown.
 
-    The mount's own number is asked for: `statvfs` has no type, and device numbers do not match on btrfs and overlay,
-    nor paths where one mount lies over another.
+    The mount id of the descriptor is used because `statvfs` has no type, device numbers do not match on btrfs and
+    overlay, and paths do not match when one mount covers another.
     """
     try:
         facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
@@ -75,19 +76,19 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """Type of a directory entry by its `st_mode`: "file", "folder", "link", "pipe", "socket" or "device"."""
+    """Return the type of a directory entry by its `st_mode`: "file", "folder", "link", "pipe", "socket" or "device"."""
     return _KINDS.get(stat.S_IFMT(mode), "device")
 
 
 def changed(facts: os.stat_result) -> float:
-    """When a file was last written or got its name, in seconds since the epoch: a hard link keeps the mtime."""
+    """Return when a file was last written or linked, in seconds since the epoch. A hard link changes only the ctime."""
     return max(facts.st_mtime, facts.st_ctime)
 
 
 def flaw_in(folder: int, sub: str, path: str) -> str | None:
-    """Reason why a folder (by descriptor) or an entry in it is not exclusively this user's; None if all of it is.
+    """Return why a folder (by descriptor) or an entry in it is not exclusively this user's; None if all are.
 
-    sub: name of the folder in a store, "" for the store's own, which is called `path`.
+    sub: name of the sub-folder, "" for the store's folder, which messages call `path`.
     """
     flaw = flaw_of(sub or path, os.fstat(folder))
     for leaf in () if flaw else os.listdir(folder):
@@ -101,7 +102,7 @@ def flaw_in(folder: int, sub: str, path: str) -> str | None:
 
 
 def flaw_of(name: str, facts: os.stat_result) -> str | None:
-    """Reason why a file or folder is not exclusively this user's; None if it is."""
+    """Return why a file or folder is not exclusively this user's; None if it is."""
     if facts.st_uid != os.geteuid():
         return f"{name} belongs to the user with the number {facts.st_uid}"
     if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing

@@ -1,4 +1,4 @@
-"""Locks (flock) on open files: the kernel releases one when the process that holds it ends, however it ends."""
+"""File locks (flock), which the kernel releases when the process that holds one ends in any way."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NO_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 
 
 def share(descriptor: int) -> bool:
-    """Lock a file that was just created until its descriptor is closed, without keeping others from doing the same.
+    """Take a shared lock on a file that was just created, until its descriptor is closed.
 
-    False when another process has looked at the lock (`unlocked`), or removed the file, since it was created. On a
-    file system without locks it is True and nothing is locked.
+    Returns False when another process has tested the lock (`unlocked`) or removed the file since it was created. On a
+    file system without locks it returns True and locks nothing.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -46,12 +46,12 @@ def unlocked(descriptor: int) -> Iterator[bool]:
 
 
 def exclude(descriptor: int, pid: int) -> str:
-    """Lock a file against everybody else and write into it who has it; "", or who has it already."""
+    """Take an exclusive lock and write its holder into the file. Returns "", or the current holder if it is taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return os.pread(descriptor, 256, 0).decode("utf-8", "replace").strip() or "an unknown process"
-    with suppress(OSError):  # who holds it is for people; a full disk is no reason not to evict
+    with suppress(OSError):  # the holder's name is only for people, and eviction must work on a full disk
         label = f"process {pid} on {socket.gethostname()}\n".encode()
         os.pwrite(descriptor, label, 0)
         os.ftruncate(descriptor, len(label))

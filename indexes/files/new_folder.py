@@ -1,4 +1,4 @@
-"""Folders that get their name when they are whole: snapshots, and the results of merges."""
+"""Atomically created folders: snapshots and results of merges get their name when they are complete."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llmcache.indexes.files.folder import Folder
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Folder]:
-    """A folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails.
+    """Yield a folder to fill, which is renamed to `target` when the block ends and removed when the block fails.
 
-    It is made beside the target as `.<name>-<id>.partial` and locked as long as its maker lives. What a killed maker
-    left is removed by the next one. OSError when something that is not empty has the target's name by then.
+    It is created next to the target as `.<name>-<id>.partial` and locked while its process runs. The next call for the
+    same target removes folders of killed processes. OSError when the target exists and is not empty by then.
     """
     target = target.parent.resolve() / target.name
     make_durably(target.parent)
@@ -42,7 +42,7 @@ def new_folder(target: Path) -> Iterator[Folder]:
 
 @contextmanager
 def filled(folder: Folder, target: Path) -> Iterator[Folder]:
-    """A new folder to fill, which becomes `target` when the block ends, or goes without a trace when it fails."""
+    """Yield the folder to fill, rename it to `target` when the block ends, and remove it when the block fails."""
     try:
         yield folder
         for sub in ("seg", "idx", ""):
@@ -56,19 +56,19 @@ def filled(folder: Folder, target: Path) -> Iterator[Folder]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed makers of this target left."""
+    """Remove partial folders that killed processes left for this target."""
     mine = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{32}}\.partial")
     for name in os.listdir(target.parent):
         path = target.parent / name
         if mine.fullmatch(name) and path.is_dir() and not path.is_symlink():
             lock = _locked(path)
-            if lock is not None:  # None: its maker is at work, or there are no locks here
+            if lock is not None:  # None: its process still runs, or the file system has no locks
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
 
 def _locked(path: Path) -> int | None:
-    """Descriptor that holds the lock of a folder; None when another has it, or the file system has no locks."""
+    """Lock a folder. Returns the descriptor that holds the lock; None if it is taken or locks are not supported."""
     try:
         descriptor = os.open(path, FOLDER)
     except OSError:

@@ -1,4 +1,4 @@
-"""Sealed files, as rows are read from them: mapped, or with `preadv`."""
+"""Reading of rows from sealed files, which are mapped or read with `preadv`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcache.indexes.files.descriptors import OPEN_FILES
 
 
 class Sealed:
-    """The bytes of a sealed file: mapped, or read with `preadv` each time they are asked for."""
+    """Bytes of a sealed file, mapped, or read with `preadv` on each access."""
 
     def __init__(
         self,
@@ -24,8 +24,10 @@ class Sealed:
         descriptor: int = -1,
         again: Callable[[], int] | None = None,
     ) -> None:
-        """descriptor: of a file that is not mapped, taken over. It is closed when others are needed more, and with the
-        last reference to this object. again: opens the file again; OSError where it is another one by then.
+        """mapped: the file's bytes, or None. descriptor: of a file that is not mapped; this object owns it.
+
+        The descriptor is closed when too many files are open, and with the last reference to this object.
+        again: opens the file again; OSError when the name belongs to another file by then.
         """
         self.size, self.mapped, self._again = size, mapped, again
         self._key = 0
@@ -34,7 +36,7 @@ class Sealed:
             weakref.finalize(self, OPEN_FILES.close, self._key)
 
     def part(self, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """uint8 [nbytes]: a view of the mapped file, or a copy. Shorter where the file does not have so much."""
+        """Return bytes of the file, uint8 [nbytes], a view or a copy. Shorter if the file ends before."""
         if start >= self.size:
             return np.zeros(0, np.uint8)
         nbytes = min(nbytes, self.size - start)
@@ -44,9 +46,9 @@ class Sealed:
         return data[: self._fill(data, start)]
 
     def table(self, rows: NDArray[np.int64], pitch: int, nbytes: int) -> NDArray[np.uint8]:
-        """The first bytes of some rows that lie `pitch` apart: a copy, uint8 [n, nbytes].
+        """Copy the first `nbytes` bytes of rows that are `pitch` bytes apart. Returns uint8 [n, nbytes].
 
-        What could not be read is zeros, which no row's checksum takes for its bytes.
+        Bytes that cannot be read are zeros, which fail the row's checksum.
         """
         nbytes = min(nbytes, pitch)
         if self.mapped is not None:
@@ -59,7 +61,7 @@ class Sealed:
         return data
 
     def fill(self, rows: NDArray[np.int64], pitch: int, into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> None:
-        """Copy rows that lie `pitch` apart, each to its place in `into`; what could not be read is zeros there."""
+        """Copy rows that are `pitch` bytes apart into `into`. Bytes that cannot be read are zeros."""
         if self.mapped is not None and isinstance(into, np.ndarray):
             whole = self.mapped[: self.size // pitch * pitch].reshape(-1, pitch)
             if into.shape[1] == pitch:
@@ -69,7 +71,7 @@ class Sealed:
             return
         if isinstance(into, np.ndarray) and into.shape[1] == pitch and into.flags.c_contiguous:
             cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-            for first, end in pairwise(cuts):  # neighbours in one call
+            for first, end in pairwise(cuts):  # one call for consecutive rows
                 place = into[first:end].reshape(-1)
                 place[self._fill(place, int(rows[first]) * pitch) :] = 0
             return
@@ -80,7 +82,7 @@ class Sealed:
                 place[self._fill(place, row * pitch) :] = 0
 
     def _fill(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """A file that was shortened, and a disk that fails, are fewer bytes: misses, never the end of a call."""
+        """Read into the buffer. Returns the bytes read: fewer, and so a miss, for truncated files and disk errors."""
         assert self._again is not None
         try:
             with OPEN_FILES.using(self._key, self._again) as descriptor:
@@ -90,7 +92,7 @@ class Sealed:
 
 
 def read_into(descriptor: int, buffer: NDArray[np.uint8], offset: int) -> int:
-    """Fill a contiguous buffer from `offset` of a file; the bytes that were there."""
+    """Fill a contiguous buffer from `offset` of a file. Returns the number of bytes read, fewer at the file's end."""
     view, done = buffer.data, 0
     while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
         done += count

@@ -1,4 +1,4 @@
-"""From 128-bit keys to row numbers, for whole batches at a time."""
+"""Look-up table from 128-bit keys to row numbers, for whole batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ROUNDS = 64
 
 
 class KeyTable:
-    """Sorted arrays (24 bytes a key) for what was there at the start, a dict for what came since.
+    """Table of sorted arrays (24 bytes a key) for the keys at the start, and a dict for keys that were added later.
 
-    The arrays are looked up for a batch by binary search; the dict is folded into them by `settle`.
+    A batch is looked up in the arrays by binary search; `settle` merges the dict into the arrays.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class KeyTable:
         return len(self._rows) + len(self._recent)
 
     def add(self, keys: Keys, rows: NDArray[np.int64]) -> None:
-        """Let these keys, uint64 [n, 2], lead to these rows; a key added later wins."""
+        """Add keys, uint64 [n, 2], with their rows, int64 [n]. A later row of the same key replaces an earlier one."""
         raw = keys.tobytes()
         for i, row in enumerate(rows.tolist()):
             self._recent[raw[16 * i : 16 * i + 16]] = row
 
     def extend(self, keys: Keys, rows: NDArray[np.int64]) -> None:
-        """`add` for many keys at once, straight into the sorted arrays."""
-        # latest first: a stable sort then keeps them before older ones, and the first match is believed
+        """Add many keys at once, like `add`, directly to the sorted arrays."""
+        # latest first: a stable sort then keeps them before older ones, and look-ups take the first match
         if self._recent:
             self._fold()
         keys, rows = keys[::-1], rows[::-1]
@@ -44,7 +44,7 @@ class KeyTable:
         self._rows = np.concatenate([rows.astype(np.int64), self._rows])[order]
 
     def settle(self) -> None:
-        """Fold recent keys into the arrays, once there are enough of them to be worth a sort."""
+        """Merge the recently added keys into the arrays, once there are enough of them to pay for a sort."""
         if len(self._recent) > 4096 + len(self._rows) // 8:
             self._fold()
 
@@ -54,14 +54,14 @@ class KeyTable:
         self.extend(keys, np.fromiter(recent.values(), np.int64, len(keys)))
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
-        """Row of each key, -1 where it is not known. keys: uint64 [n, 2]; returns int64 [n]."""
+        """Look up keys, uint64 [n, 2]. Returns the row of each, int64 [n], -1 for a miss."""
         rows = np.full(len(keys), -1, np.int64)
         if len(self._rows) and len(keys):
             place = np.searchsorted(self._first, keys[:, 0])
-            # keys that share their first half are next to each other; more than one is a newer copy of an entry
-            # or a coincidence of 1 in 2^64, so this loop ends after one round
+            # Keys with the same first half are adjacent. More than one is a newer copy of an entry, or a collision of
+            # 1 in 2^64, so this loop usually ends after one round.
             open_ = np.ones(len(keys), np.bool_)
-            for _ in range(_ROUNDS):  # a stranger's store may hold a million keys with one first half: they are misses
+            for _ in range(_ROUNDS):  # a hostile store may have a million keys with one first half: these are misses
                 if not open_.any():
                     break
                 inside = np.minimum(place, len(self._first) - 1)

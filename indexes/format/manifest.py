@@ -1,6 +1,6 @@
-"""Manifests: what a store holds, one per generation, as plain facts.
+"""Manifests as dataclasses: the content of one generation of a store.
 
-The highest generation that parses and verifies *is* the store. `docs/format.md` has the fields.
+The highest generation that parses and verifies is the store. `docs/format.md` describes the fields.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """A file that a manifest names. sha256 is None where rows carry their own checksums (.seg)."""
+    """File that a manifest names. size: bytes. sha256: hexadecimal, None where rows have their own checksums (.seg)."""
 
     name: str
     size: int
@@ -23,10 +23,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class SegmentFacts:
-    """A sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes.
+    """Sealed segment. rows and aliases are counts; payload is the sum of the activations' bytes.
 
-    dead: how many of the rows were evicted; `alive` is the bitmap of those that were not, None when all are there.
-    writer: who sealed it; "" where that is not known.
+    dead: number of evicted rows. alive: file of the bitmap of the other rows, None if no row was evicted.
+    writer: id of the writer that sealed it, "" if unknown.
     """
 
     id: str
@@ -40,16 +40,16 @@ class SegmentFacts:
 
     @property
     def live(self) -> int:
-        """Rows that were not evicted."""
+        """Number of rows that were not evicted."""
         return self.rows - self.dead
 
     @property
     def all_files(self) -> tuple[FileFacts, ...]:
-        """What the segment occupies on the disk: its files, and its bitmap where it has one."""
+        """Files of the segment, with its bitmap if it has one."""
         return (*self.files, self.alive) if self.alive else self.files
 
     def file(self, kind: str) -> FileFacts:
-        """The segment's file with this ending."""
+        """Return the segment's file with this extension. SnapshotDamaged when there is none."""
         for facts in self.files:
             if facts.name.endswith("." + kind):
                 return facts
@@ -58,7 +58,7 @@ class SegmentFacts:
 
 @dataclass(frozen=True, slots=True)
 class IndexFacts:
-    """A derived FAISS file. It covers the rows of `segments`, in that order."""
+    """Derived FAISS file. It has `count` vectors: the rows of `segments`, in that order."""
 
     kind: str
     dim: int
@@ -69,7 +69,7 @@ class IndexFacts:
 
 @dataclass(frozen=True, slots=True)
 class BankFacts:
-    """One layer's bank. dtype is how activations are stored, rank 1 is [width], rank 2 is [tokens, width]."""
+    """Bank of one layer. dtype: of stored activations. rank: 1 for [width], 2 for [tokens, width]."""
 
     dtype: str
     width: int
@@ -81,16 +81,16 @@ class BankFacts:
 
     @property
     def all_files(self) -> tuple[FileFacts, ...]:
-        """Every file that this bank names."""
+        """All files that this bank names."""
         derived = (self.projection, self.index and self.index.file)
         return (*(file for one in self.segments for file in one.all_files), *(file for file in derived if file))
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceFacts:
-    """What one model has stored. identity and config are what the layer above needs to tell whose entries these are.
+    """Entries of one model. identity and config: identify the model and its settings for the code above.
 
-    secret_check: what tells the secret that went into the keys from a wrong one; "" where there is no secret.
+    secret_check: distinguishes the secret that went into the keys from a wrong one; "" if there is no secret.
     """
 
     identity: Mapping[str, Any]
@@ -101,7 +101,7 @@ class NamespaceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One generation of a store."""
+    """Manifest of one generation of a store. created: seconds since the epoch. skipped: damaged generations."""
 
     generation: int = 0
     parent: int = 0
@@ -112,12 +112,12 @@ class Manifest:
 
     @property
     def files(self) -> frozenset[str]:
-        """Names of every file that this manifest names."""
+        """Names of all files in this manifest."""
         banks = (bank for space in self.namespaces.values() for bank in space.banks.values())
         return frozenset(file.name for bank in banks for file in bank.all_files)
 
     def with_bank(self, namespace: str, bank: str, facts: BankFacts) -> Manifest:
-        """The same manifest with one bank's facts replaced."""
+        """Return the manifest with the facts of one bank replaced."""
         old = self.namespaces[namespace]
         new = replace(old, banks={**old.banks, bank: facts})
         return replace(self, namespaces={**self.namespaces, namespace: new})

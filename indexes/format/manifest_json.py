@@ -1,4 +1,4 @@
-"""Manifests as bytes: canonical JSON under a checksum, and the strict way back to facts."""
+"""Serialisation of manifests: canonical JSON with a checksum, and a strict parser."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from llmcache.indexes.format.manifest import (
 )
 
 FORMAT = 2
-"""Of manifests. 2: segments may have marks behind their records; who reads 1 only takes such segments for damaged."""
+"""Format version of manifests. 2: .row files may have marks after the records; readers of 1 take them for damaged."""
 MAX_BYTES = 16 << 20
 _FILE = re.compile(r"(seg|idx)/[0-9a-f]{32}(-[0-9a-f]{32})?\.(seg|row|var|fp|key|faiss|proj|alive)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _WIDEST = 1 << 20  # numbers in one activation or feature vector
-_MOST_PARTS, _MOST_COMMAS = 1 << 18, 1 << 20  # a manifest of 16 MiB that we wrote has half of these
+_MOST_PARTS, _MOST_COMMAS = 1 << 18, 1 << 20  # a genuine manifest of 16 MiB has half of these
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Canonical JSON, then one line with the sha256 of everything before it."""
+    """Serialise a manifest as canonical JSON, followed by a line with the sha256 of the JSON."""
     body = json.dumps(
         {"format": FORMAT, **asdict(manifest)},
         sort_keys=True,
@@ -42,7 +42,7 @@ def to_bytes(manifest: Manifest) -> bytes:
 
 
 def from_bytes(data: bytes, name: str) -> Manifest:
-    """Parse and check one manifest; SnapshotDamaged says what is wrong with `name`, FormatTooNew asks to upgrade."""
+    """Parse and check the manifest `name`. SnapshotDamaged when it is invalid, FormatTooNew for a later format."""
     body, line, digest = data[:-73], data[-73:-65], data[-65:-1]
     found = hashlib.sha256(body).hexdigest().encode()
     if len(data) > MAX_BYTES or line != b"\nsha256:" or digest != found or data[-1:] != b"\n":
@@ -54,7 +54,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
 
 
 def salvage(data: bytes) -> Manifest | None:
-    """What a damaged manifest still says, when its JSON can be read; nothing of it is certain."""
+    """Parse a damaged manifest without its checksum. Returns None if that fails; nothing in the result is certain."""
     try:
         return _manifest(strict_json(data.partition(b"\nsha256:")[0]))
     except (TypeError, ValueError, KeyError, RecursionError, AttributeError, OverflowError, SnapshotDamaged):
@@ -62,10 +62,10 @@ def salvage(data: bytes) -> Manifest | None:
 
 
 def strict_json(body: bytes) -> Any:
-    """json.loads that refuses repeated keys, NaN and infinity. Deep nesting is a RecursionError."""
+    """Parse JSON strictly. ValueError for repeated keys, NaN and infinity; RecursionError for deep nesting."""
 
     if body.count(b"{") + body.count(b"[") > _MOST_PARTS or body.count(b",") > _MOST_COMMAS:
-        raise ValueError("it has too many parts")  # parsed, some bytes of text can be hundreds in memory
+        raise ValueError("it has too many parts")  # parsed values can take a hundred times the memory of their text
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

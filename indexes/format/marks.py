@@ -1,8 +1,8 @@
-"""Marks: what decides which near matches a row may answer, stored with the row.
+"""Marks: records that decide which near matches a row may answer, stored with each row.
 
-A mark is a record of fixed width: the scope of the row, which is a digest over everything in its exact key but the
-document, and digests of the fields of its original text with the version of the rules that made them. docs/format.md
-has the bytes.
+A mark has a fixed width. It contains the scope of the row, which is a digest over everything in its exact key except
+the document; digests of the fields of its original text; and the version of the rules that extracted these fields.
+docs/format.md describes the bytes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from llmcache.indexes.errors import SnapshotDamaged
 Marks: TypeAlias = NDArray[Any]  # records of `mark_type`, [n]
 
 UNKNOWN = 0
-"""The scope of a row that was stored without one. It answers no near match."""
-MOST_KINDS = 64  # kinds of fields in one mark, at most
+"""Scope of a row that was stored without one. Such a row answers no near match."""
+MOST_KINDS = 64  # maximum kinds of fields in one mark
 _FIXED = 16  # bytes of a mark before the digests of its fields
 
 
 def mark_type(kinds: int) -> np.dtype[Any]:
-    """The record of a mark with so many kinds of fields: scope, version of the rules, digest of the user's pattern (0:
-    none), and one digest per kind.
+    """Return the dtype of marks with this number of kinds of fields.
+
+    It has the scope, the version of the rules, a digest of the user's pattern (0: none), and one digest per kind.
     """
     return np.dtype([("scope", "<u8"), ("rules", "<u4"), ("pattern", "<u4"), ("fields", "<u8", (kinds,))])
 
 
 def kinds_in(nbytes: int, name: str) -> int:
-    """The number of kinds in marks of so many bytes. SnapshotDamaged: no mark is that long; `name` is the file."""
+    """Return the number of kinds in marks of `nbytes` each. SnapshotDamaged, with the file `name`, for other sizes."""
     kinds, rest = divmod(nbytes - _FIXED, 8)
     if rest or not 0 <= kinds <= MOST_KINDS:
         raise SnapshotDamaged(f"{name} says that its marks take {nbytes} bytes each, which no mark does")
@@ -39,21 +40,21 @@ def kinds_in(nbytes: int, name: str) -> int:
 
 
 def unmarked(n: int, kinds: int = 0) -> Marks:
-    """Marks of n rows of which nothing is known."""
+    """Return n marks with unknown scope and no fields."""
     return np.zeros(n, mark_type(kinds))
 
 
 def scoped(n: int, scope: int) -> Marks:
-    """Marks of n rows of one scope, without digests of fields."""
+    """Return n marks of one scope, without fields."""
     marks = unmarked(n)
     marks["scope"] = scope
     return marks
 
 
 def joined(parts: Sequence[tuple[int, Marks | None]]) -> Marks | None:
-    """Marks of rows on end, of parts (number of rows, their marks or None); None where no part has any.
+    """Concatenate marks. parts: number of rows, and their marks or None. Returns None if no part has marks.
 
-    Parts may know different numbers of kinds: the missing digests are 0.
+    Parts may have different numbers of kinds: missing digests are 0.
     """
     known = [marks for _, marks in parts if marks is not None]
     if not known:
@@ -69,12 +70,12 @@ def joined(parts: Sequence[tuple[int, Marks | None]]) -> Marks | None:
 
 
 def put_marks(into: Marks, places: Any, marks: Marks) -> None:
-    """Copy marks to places of other marks, which know at least as many kinds."""
+    """Copy marks to `places` in `into`, which has at least as many kinds."""
     for name in ("scope", "rules", "pattern"):
         into[name][places] = marks[name]
     into["fields"][places, : kinds_of(marks)] = marks["fields"]
 
 
 def kinds_of(marks: Marks) -> int:
-    """The number of kinds of fields that these marks have."""
+    """Return the number of kinds of fields in these marks."""
     return int(marks.dtype["fields"].shape[0])

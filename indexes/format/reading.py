@@ -1,4 +1,4 @@
-"""Rows are read: stored bytes, checked against their checksums, become numbers again."""
+"""Reading of rows: check stored bytes against their checksums and decode them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.format import codec
 from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows
-from llmcache.indexes.format.segments import Piece, Rows, SegmentList
+from llmcache.indexes.format.segments import Piece, SegmentList
 
 Payload: TypeAlias = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
 
 @dataclass(slots=True)
 class Reading:
-    """What `Bank.read` gives. values: float32 [n, width] (rank 1), or one [tokens, width] per row (rank 2).
+    """Result of `Bank.read`. values: float32 [n, width] (rank 1), or one [tokens, width] per row (rank 2).
 
-    intact: bool [n]; where it is False the row's bytes did not agree with their checksum and its values are zeros.
+    intact: bool [n], False where the row failed its checksum; its values are then zeros (rank 1) or empty (rank 2).
     """
 
     values: NDArray[np.float32] | list[NDArray[np.float32]]
@@ -30,16 +31,16 @@ class Reading:
 
 
 def vectors(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """float32 [n, width], zeros where a row is not intact."""
+    """Read rows of rank 1. Returns float32 [n, width], zeros where a row is not intact, and bool [n], intact."""
     table, intact = np.empty((len(rows), facts.width), np.float32), np.zeros(len(rows), np.bool_)
     plain = facts.dtype == "float32"
     for piece, chosen, local in pieces.groups(rows):
-        if not isinstance(piece, Segment) or not piece.pitch:  # what we seal has one here; a stranger's may not
+        if not isinstance(piece, Segment) or not piece.pitch:  # only segments by other programs lack a pitch here
             good, payload, scale = _stored(piece, local)
             if good.any():
                 block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
                 table[chosen[good]] = codec.decode(block, scale[good], facts.dtype)
-        elif plain:  # straight to where they are wanted
+        elif plain:  # without a copy: directly into the result
             there = table.view(np.uint8)
             every = len(chosen) == len(rows)
             good = np.array(piece.fetch(local, there if every else [there[i] for i in chosen.tolist()]), np.bool_)
@@ -54,7 +55,7 @@ def vectors(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[NDArray[
 
 
 def states(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
-    """One float32 [tokens, width] per row, without tokens where the row is not intact."""
+    """Read rows of rank 2. Returns float32 [tokens, width] per row, empty if not intact, and bool [n], intact."""
     found, intact = [np.zeros((0, facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
     for piece, chosen, local in pieces.groups(rows):
         good, payload, scale = _stored(piece, local)
@@ -67,7 +68,7 @@ def states(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[list[NDAr
 
 
 def _stored(piece: Piece, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
-    """bool [n]: intact; the stored bytes; float32 [n]: scale."""
+    """Read stored bytes. Returns which rows are intact, bool [n], their bytes, and their scales, float32 [n]."""
     if isinstance(piece, Tombstone):
         return np.zeros(len(rows), np.bool_), [np.zeros(0, np.uint8)] * len(rows), np.zeros(len(rows), np.float32)
     if isinstance(piece, PendingRows):

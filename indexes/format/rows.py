@@ -1,4 +1,4 @@
-"""Rows as they stand on the disk: their records, the checksums that bind bytes to them, and where bytes lie."""
+"""On-disk format of rows: records, checksums over keys and bytes, and alignment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROW = np.dtype(
         ("nbytes", "<u4"),
         ("tokens", "<u4"),
         ("created", "<u4"),  # seconds since the epoch
-        ("scale", "<f4"),  # int8 rows: what one step is worth
+        ("scale", "<f4"),  # int8 rows: value of one step
         ("cost", "<f4"),  # seconds the model took for this row
         ("source", "<u2"),  # bytes of the source id
         ("flags", "<u2"),
@@ -35,30 +35,30 @@ HEADER = np.dtype(
         ("record", "<u4"),
         ("feature_width", "<u4"),
         ("rows", "<u8"),
-        ("pitch", "<u8"),  # bytes from one row to the next where all rows are equally long, else 0
-        ("mark", "<u4"),  # bytes of a row's mark, 0 where the rows have none
+        ("pitch", "<u8"),  # bytes from one row to the next if all rows have the same size, else 0
+        ("mark", "<u4"),  # bytes of a row's mark, 0 if rows have no marks
         ("reserved", "S28"),
     ]
 )
 ALIAS = np.dtype([("text", "<u8", (2,)), ("row", "<u8", (2,))])
-_HEAD = np.dtype([("key", "<u8", (2,)), ("nbytes", "<u8"), ("scale", "<f4")])  # what a checksum covers, then the bytes
-STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which nobody can forge
+_HEAD = np.dtype([("key", "<u8", (2,)), ("nbytes", "<u8"), ("scale", "<f4")])  # hashed before a row's bytes
+STRONG = 1  # flag of a row: its checksum is a sha256, cut to 16 bytes, which cannot be forged
 MAGIC = b"LLMCROW1"
-_SHORT = 4 << 10  # bytes of a row up to which copying it costs less than what a hash takes to begin and to end
-_NEAR = 256 << 10  # bytes that are copied and then hashed: no more than a processor's own cache holds
-_PIECE = 2 << 20  # bytes that are hashed, and then written while they are near the processor
+_SHORT = 4 << 10  # bytes of a row up to which a copy costs less than the set-up of a hash
+_NEAR = 256 << 10  # bytes that are copied and then hashed, chosen to fit a core's cache
+_PIECE = 2 << 20  # bytes that are hashed and then written while they are in the cache
 
 
 def seconds32(now: float) -> int:
-    """A time as records hold it, in 32 bits: the first second for clocks before 1970, the last one after 2106."""
+    """Clip a time in seconds since the epoch to the unsigned 32 bits of a record (1970 to 2106)."""
     return min(max(int(now), 0), (1 << 32) - 1)
 
 
 def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, strong: bool = False) -> bytes:
-    """128 bits over key, length, scale and bytes, so that the right bytes in the wrong row do not pass.
+    """Compute a 128-bit checksum over key, length, scale and bytes, so that the bytes of another row do not pass.
 
-    scale: of an int8 row, 1 for others. strong: against people, not only against damage: xxh3 takes a fifteenth of
-    sha256's time, and can be forged.
+    scale: of an int8 row, 1 for others. strong: use sha256, which protects against forgery as well as damage; xxh3
+    takes a fifteenth of the time, but can be forged.
     """
     record = np.zeros(1, ROW)
     record["key"], record["nbytes"], record["scale"] = key, payload.nbytes, scale
@@ -66,7 +66,7 @@ def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, stron
 
 
 def heads(records: NDArray[Any]) -> bytes:
-    """What a row's checksum covers beside its bytes: key, length and scale, 28 bytes for each record of ROW."""
+    """Return key, length and scale of each record of ROW, 28 bytes each, which a checksum covers before the bytes."""
     found = np.zeros(len(records), _HEAD)
     found["key"], found["nbytes"], found["scale"] = records["key"], records["nbytes"], records["scale"]
     return found.tobytes()
@@ -83,13 +83,13 @@ def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) 
 
 
 def begun_digest(record: NDArray[Any]) -> Any:
-    """A hash of one record of ROW, [1], to be updated with the row's bytes; its first 16 bytes are the checksum."""
+    """Start the hash of one record of ROW, [1]. Update it with the row's bytes; 16 bytes of it are the checksum."""
     strong = bool(record["flags"][0] & STRONG)
     return hashlib.sha256(heads(record)) if strong else xxhash.xxh3_128(heads(record))
 
 
 def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryview]) -> list[bytes]:
-    """The checksum of each row that these bytes should have; records: of ROW, as many as there are parts."""
+    """Compute the checksums of rows. records: of ROW. parts: bytes of each row, as many as there are records."""
     head, size = heads(records), _HEAD.itemsize
     strong = (records["flags"] & STRONG > 0).tolist()
     if isinstance(parts, np.ndarray) and parts.shape[1] <= _SHORT and not any(strong) and len(parts) == len(records):
@@ -101,7 +101,7 @@ def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryvie
 
 
 def _together(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
-    """The same for short rows, a copy of each behind its head: one call of the hash for a row, not three."""
+    """Compute the checksums of short rows, copying each next to its head: one hash call per row instead of three."""
     size, step = _HEAD.itemsize, max(1, _NEAR // (_HEAD.itemsize + parts.shape[1]))
     found: list[bytes] = []
     before = np.frombuffer(head, np.uint8).reshape(-1, size)
@@ -114,7 +114,7 @@ def _together(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
 
 
 def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview] | NDArray[np.uint8]) -> list[bool]:
-    """Which rows' bytes are as long as their records say, and agree with their checksums."""
+    """Return which rows have the length of their record and match its checksum."""
     wanted, found = records["checksum"].tobytes(), digests(records, parts)
     if isinstance(parts, np.ndarray) and b"".join(found) == wanted and (records["nbytes"] == parts.shape[1]).all():
         return [True] * len(records)
@@ -125,11 +125,11 @@ def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview]
 
 
 def aligned(size: Any) -> Any:
-    """Bytes that a row of this size takes up in .seg; for a number, or an array of them."""
+    """Round a size in bytes, a number or an array, up to the alignment of rows in .seg (64)."""
     return -(-size // ALIGN) * ALIGN if isinstance(size, int) else (size + (ALIGN - 1)) // ALIGN * ALIGN
 
 
 def portions(nbytes: NDArray[Any]) -> list[slice]:
-    """Rows of these sizes in portions of about 2 MiB, which stay near the processor from one use to the next."""
+    """Split rows of these sizes into slices of about 2 MiB, which fit the cache from one use to the next."""
     cuts = np.flatnonzero(np.diff(np.cumsum(aligned(nbytes.astype(np.int64))) // _PIECE)) + 1
     return [slice(a, b) for a, b in pairwise([0, *cuts.tolist(), len(nbytes)]) if a < b]

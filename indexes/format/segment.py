@@ -1,17 +1,17 @@
-"""Segments: sealed, memory-mapped files of activations with all that is needed to find and trust them.
+"""Segments: sealed, memory-mapped files of activations, with the data needed to find and verify them.
 
 One segment is five files with one id (docs/format.md):
 
     .seg  activations, row after row, each at a multiple of 64 bytes
-    .row  a header and one fixed-width record per row: key, checksum, where the bytes are; behind the records the marks
-          of the rows, which say what near matches they may answer
-    .key  pairs (text key, row key): other names under which a row is found
+    .row  a header and one fixed-width record per row: key, checksum, offsets; then the marks of the rows, which tell
+          the near matches they may answer
+    .key  aliases, pairs (text key, row key) under which a row is also found
     .var  token ids and source id of each row
-    .fp   the raw features that fingerprints are made of, float16 [rows, width]
+    .fp   raw features that fingerprints are computed from, float16 [rows, width]
 
-Rows that were evicted stay in their segment, marked in a sixth file, until the segment is compacted:
+Evicted rows stay in their segment until it is compacted; a sixth file marks them:
 
-    .alive  a bitmap, little bit order: 1 where the row is alive
+    .alive  a bitmap, little bit order: 1 for live rows
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from llmcache.indexes.format.rows import (
 )
 from llmcache.indexes.format.write_once import verified
 
-_NEAR = 512 << 10  # bytes that are copied and then compared: no more than a processor's own cache holds
+_NEAR = 512 << 10  # bytes that are copied and then verified, chosen to fit a core's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """The place of a segment that was evicted while its bank was open: nobody else gets its row numbers."""
+    """Placeholder of a segment that was evicted while its bank was open: its row numbers are not used again."""
 
     rows: int
 
@@ -54,7 +54,10 @@ class Tombstone:
 
 @dataclass(slots=True)
 class Segment:
-    """A sealed segment, opened. `rows` and `aliases` are verified; the larger files when they are first needed."""
+    """Open segment. `rows` and `aliases` are verified at opening, the larger files when they are first read.
+
+    pitch: bytes from one row to the next if all rows have the same size, else 0.
+    """
 
     facts: SegmentFacts
     folder: Folder
@@ -64,12 +67,12 @@ class Segment:
     feature_width: int
     data: Sealed  # the activations
     _mapped: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
-    alive: NDArray[np.bool_] | None = None  # bool [rows]; None while all are
-    marks: Marks | None = None  # of the rows; None where they have none
+    alive: NDArray[np.bool_] | None = None  # bool [rows]; None if no row was evicted
+    marks: Marks | None = None  # of the rows; None if they have none
 
     @classmethod
     def open(cls, folder: Folder, facts: SegmentFacts) -> Segment:
-        """SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
+        """Open a segment. SnapshotDamaged when a file is missing, has another size, or differs from its sha256."""
         raw_rows, pitch, feature_width, marks = _row_file(folder, facts)
         aliases = verified(folder, facts.file("key"))
         if aliases.nbytes != facts.aliases * ALIAS.itemsize:
@@ -82,7 +85,7 @@ class Segment:
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
             raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
         sizes = raw_rows["nbytes"].astype(np.uint64)
-        if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # rows on top of each other
+        if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # overlapping rows
             raise SnapshotDamaged(f"{facts.file('row').name} has rows that do not fill {payload.name}")
         alive = _alive(folder, facts)
         named = aliases.view(ALIAS)
@@ -92,20 +95,20 @@ class Segment:
         return len(self.rows)
 
     def mark_deleted(self, facts: SegmentFacts) -> None:
-        """Take over the bitmap of newer facts of the same segment; SnapshotDamaged when it cannot be read."""
+        """Load the bitmap of newer facts of the same segment. SnapshotDamaged when it cannot be read."""
         self.facts, self.alive = facts, _alive(self.folder, facts)
 
     def live(self) -> NDArray[np.int64]:
-        """Numbers of the rows that were not evicted."""
+        """Return the numbers of live rows, int64, in order."""
         return np.arange(len(self.rows)) if self.alive is None else np.flatnonzero(self.alive)
 
     def living(self) -> NDArray[np.bool_]:
-        """Which rows were not evicted; bool [rows]."""
+        """Return which rows are live, bool [rows]."""
         return np.ones(len(self.rows), np.bool_) if self.alive is None else self.alive
 
     @property
     def strong(self) -> bool:
-        """Whether every row's checksum holds against forgery."""
+        """Return whether all rows have checksums that cannot be forged."""
         return bool((self.rows["flags"] & STRONG).all())
 
     def _file(self, kind: str) -> NDArray[np.uint8]:
@@ -114,23 +117,23 @@ class Segment:
         return self._mapped[kind]
 
     def payload(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
-        """Stored bytes of some rows: a copy, uint8 [n, bytes], where all rows are equally long, else one array each."""
+        """Read the stored bytes of rows: a copy, uint8 [n, bytes], if all have the same size, else one array each."""
         if self.pitch and len(rows):
             return self.data.table(rows, self.pitch, int(self.rows["nbytes"][rows[0]]))
         return self.views(rows)
 
     def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Stored bytes of some rows, one array each: a view of a mapped file, or a copy."""
+        """Read the stored bytes of rows, one array each: a view of a mapped file, or a copy."""
         return [self.data.part(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
 
     def intact(
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Which of these rows' bytes, as `payload` gave them, agree with their checksums; bool [n]."""
+        """Return which rows match their checksums, bool [n]. payload: their bytes, as `payload` returned them."""
         return np.array(agree(self.rows[rows], payload), np.bool_)
 
     def whole(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these rows agree with their checksums, reading a few at a time; bool [n]."""
+        """Read rows a few at a time. Returns which match their checksums, bool [n]."""
         good, order = np.zeros(len(rows), np.bool_), np.argsort(rows, kind="stable")
         for part in portions(self.rows["nbytes"][rows[order]]):
             some = order[part]
@@ -138,14 +141,14 @@ class Segment:
         return good
 
     def fetch(self, rows: NDArray[np.int64], into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[bool]:
-        """Copy rows that are all equally long to where `into` has a place for each; which agree with their checksums.
+        """Copy rows of equal size into `into`, and verify them. Returns which rows match their checksums.
 
-        `into`: uint8 [n, bytes], or one array [bytes] per row. A few rows at a time are copied and at once compared,
-        while they are near the processor. What does not agree is left there and is not to be used.
+        into: uint8 [n, bytes], or one array [bytes] per row. A few rows at a time are copied and verified, while they
+        are in the cache. Rows that do not match are left in `into` and must not be used.
         """
         good: list[bool] = []
         records = self.rows[rows]
-        if not self.pitch:  # each where its record says
+        if not self.pitch:
             for record, place in zip(records, into, strict=True):
                 place[:] = self.data.part(int(record["offset"]), int(record["nbytes"]))
             return agree(records, into)
@@ -157,7 +160,7 @@ class Segment:
         return good
 
     def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of one row. SnapshotDamaged when they are not where the row says."""
+        """Read the token ids of one row, int32 [tokens]. SnapshotDamaged when they exceed the file."""
         record, data = self.rows[row], self._file("var")
         start = int(record["var"])
         end = start + 4 * int(record["tokens"])
@@ -166,7 +169,7 @@ class Segment:
         return data[start:end].view("<i4")
 
     def tokens_of(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-        """`tokens` of each of some rows, in one go. SnapshotDamaged when those of one are not where its row says."""
+        """Read `tokens` of each row in one pass. SnapshotDamaged when those of any row exceed the file."""
         records, data = self.rows[rows], self._file("var")
         starts = records["var"].astype(np.int64)
         ends = starts + 4 * records["tokens"].astype(np.int64)
@@ -178,7 +181,7 @@ class Segment:
         return [data[start:end].view("<i4") for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def variable(self, row: int) -> bytes:
-        """Token ids and source id of one row, as they are stored. SnapshotDamaged when they are not there."""
+        """Read token ids and source id of one row as stored. SnapshotDamaged when they exceed the file."""
         record, data = self.rows[row], self._file("var")
         start = int(record["var"])
         end = start + 4 * int(record["tokens"]) + int(record["source"])
@@ -187,11 +190,11 @@ class Segment:
         return data[start:end].tobytes()
 
     def source(self, row: int) -> str:
-        """Id of the document that made the row. SnapshotDamaged when it is not where the row says."""
+        """Read the id of the document that a row was computed from. SnapshotDamaged when it exceeds the file."""
         return self.variable(row)[4 * int(self.rows[row]["tokens"]) :].decode("utf-8", "replace")
 
     def sources(self, rows: NDArray[np.int64]) -> list[str]:
-        """`source` of each of some rows, read in one go. SnapshotDamaged when one is not where its row says."""
+        """Read `source` of each row in one pass. SnapshotDamaged when that of any row exceeds the file."""
         records, data = self.rows[rows], self._file("var")
         starts = records["var"].astype(np.int64) + 4 * records["tokens"].astype(np.int64)
         ends = starts + records["source"]
@@ -203,7 +206,7 @@ class Segment:
         return [str(held[start:end], "utf-8", "replace") for start, end in places]
 
     def features(self) -> NDArray[np.float16]:
-        """float16 [rows, feature width], a view of the file."""
+        """Return a view of the raw features, float16 [rows, feature width]. SnapshotDamaged for another file size."""
         stored = self._file("fp")
         if stored.nbytes != 2 * len(self.rows) * self.feature_width:
             raise SnapshotDamaged(
@@ -214,17 +217,17 @@ class Segment:
 
 
 def records_of(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int]:
-    """Records of ROW, pitch and feature width of a segment; SnapshotDamaged when its .row is not what it should be."""
+    """Read the records of ROW, the pitch and the feature width of a segment. SnapshotDamaged when .row is invalid."""
     return _row_file(folder, facts)[:3]
 
 
 def marks_of(folder: Folder, facts: SegmentFacts) -> Marks | None:
-    """Marks of the rows of a segment, None where they have none; SnapshotDamaged as `records_of`."""
+    """Read the marks of the rows of a segment; None if they have none. SnapshotDamaged when .row is invalid."""
     return _row_file(folder, facts)[3]
 
 
 def mark_bytes(folder: Folder, name: str) -> int:
-    """Bytes of the mark of each row as the header of a .row file says, unchecked; 0 where the rows have none."""
+    """Read the size of a row's mark in bytes from the header of a .row file, unchecked; 0 if rows have no marks."""
     header = np.zeros(HEADER.itemsize, np.uint8)
     descriptor, _ = folder.open(name)
     try:
@@ -235,7 +238,7 @@ def mark_bytes(folder: Folder, name: str) -> int:
 
 
 def _row_file(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, int, Marks | None]:
-    """Read a .row file: records of ROW, pitch, feature width, and the marks of the rows."""
+    """Read a .row file. Returns records of ROW, pitch, feature width, and the marks of the rows."""
     raw = verified(folder, facts.file("row"))
     if raw.nbytes < HEADER.itemsize:
         raise SnapshotDamaged(f"{facts.file('row').name} is shorter than its header")
@@ -254,7 +257,7 @@ def _row_file(folder: Folder, facts: SegmentFacts) -> tuple[NDArray[Any], int, i
 
 
 def _alive(folder: Folder, facts: SegmentFacts) -> NDArray[np.bool_] | None:
-    """The segment's bitmap. A damaged one is damage of the segment: it could give an evicted row back."""
+    """Read the bitmap of live rows. SnapshotDamaged when it is damaged, since evicted rows could come back."""
     if facts.alive is None:
         return None
     raw = verified(folder, facts.alive)

@@ -1,4 +1,4 @@
-"""Segments are written: rows out of memory, or whole files of rows, made durable under a new id."""
+"""Writing of segments: make pending rows, or prepared streams of rows, durable under a new id."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from llmcache.indexes.format.write_once import write_file
 class PendingRows:
     """Rows that are not sealed yet; the arrays share their first axis.
 
-    keys: uint64 [n, 2]. payload: uint8 [n, bytes], or one array [bytes] per row. scale, cost: float32 [n].
-    tokens: one int32 array per row. sources: the ids of the documents that made them.
-    features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None is the time of sealing.
-    flags: of rows that were sealed before, uint16 [n]; None: as the new segment is sealed.
-    marks: which near matches the rows may answer, [n]; None where that is not known.
+    keys: uint64 [n, 2]. payload: uint8 [n, bytes], or one array [bytes] per row. scale: float32 [n], 1 except for int8.
+    cost: seconds of the model, float32 [n]. tokens: one int32 array per row. sources: document ids.
+    features: float16 [n, feature width]. created: seconds since the epoch, uint32 [n]; None: the time of sealing.
+    flags: of rows that were sealed before, uint16 [n]; None: set by `seal`.
+    marks: tell which near matches the rows may answer, [n]; None if unknown.
     """
 
     keys: Keys
@@ -61,10 +61,10 @@ def seal(
     *,
     strong: bool = False,
 ) -> SegmentFacts:
-    """Write one segment durably and return what a manifest says of it. Its folder entries are synced too.
+    """Write one segment durably, with its directory entries. Returns its facts for a manifest.
 
-    aliases: records of ALIAS. strong: checksums that hold against forgery, for a store that is signed.
-    Any OSError leaves no file of this segment behind.
+    aliases: records of ALIAS. strong: use checksums that cannot be forged, for a signed store.
+    OSError when a file cannot be written; no file of the segment remains then.
     """
     rows, source_bytes = _records(folder, batches, strong)  # the checksums come with the bytes, as they are written
     features = [np.ascontiguousarray(batch.features).data.cast("B") for batch in batches if batch.features.size]
@@ -87,11 +87,12 @@ def write_segment(
     *,
     marks: Marks | None = None,
 ) -> SegmentFacts:
-    """Write the five files of a segment durably. Any OSError leaves none of them behind.
+    """Write the five files of a segment durably. Returns its facts.
 
-    rows: records of ROW, whose offsets are those of the bytes that `payload` and `variable` give. They are read after
-    `payload` has come to its end, which may still fill in their checksums.
-    marks: of the rows, [n], written behind the records; None writes none.
+    rows: records of ROW, with offsets into the bytes of `payload` and `variable`. The records are read after `payload`
+    is exhausted, so that the iterator may fill in their checksums.
+    marks: of the rows, [n], written after the records; None: no marks.
+    OSError when a file cannot be written; no file of the segment remains then.
     """
     files: list[FileFacts] = []
     try:
@@ -111,7 +112,7 @@ def write_segment(
 
 
 def header_of(rows: NDArray[Any], feature_width: int, mark: int = 0) -> bytes:
-    """The header of a .row file with these records. mark: bytes of the mark of each row, 0 where they have none."""
+    """Return the header of a .row file with these records. mark: bytes of the mark of a row, 0 for no marks."""
     header = np.zeros(1, HEADER)
     header["magic"], header["record"], header["rows"] = MAGIC, ROW.itemsize, len(rows)
     header["feature_width"], header["mark"] = feature_width, mark
@@ -123,7 +124,7 @@ def header_of(rows: NDArray[Any], feature_width: int, mark: int = 0) -> bytes:
 def _records(folder: Folder, batches: Sequence[PendingRows], strong: bool) -> tuple[NDArray[Any], list[bytes]]:
     rows = np.zeros(sum(map(len, batches)), ROW)
     tokens = [part for batch in batches for part in batch.tokens]
-    # a source id is a label for people: a longer one is cut rather than refused
+    # a source id is a label for people, so long ones are cut rather than refused
     sources = [name.encode("utf-8", "surrogatepass")[:1024] for batch in batches for name in batch.sources]
     if len(rows):
         rows["key"] = np.concatenate([batch.keys for batch in batches])
@@ -151,7 +152,7 @@ def _sizes(batch: PendingRows) -> NDArray[np.int64]:
 
 
 def _payload(batches: Sequence[PendingRows], rows: NDArray[Any]) -> Iterator[memoryview]:
-    """The rows' bytes, padded; the checksums of `rows` are filled in. Rows without padding are not copied."""
+    """Yield the rows' bytes, padded, and fill in the checksums of `rows`. Rows without padding are not copied."""
     first = 0
     for batch in batches:
         mine = rows[first : first + len(batch)]
@@ -163,7 +164,7 @@ def _payload(batches: Sequence[PendingRows], rows: NDArray[Any]) -> Iterator[mem
 
 
 def padded(parts: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> memoryview:
-    """The bytes of some rows as they stand in .seg, each at a multiple of 64 bytes."""
+    """Return the bytes of rows as in .seg, each padded to a multiple of 64 bytes."""
     if isinstance(parts, np.ndarray):
         n, nbytes = parts.shape
         if not parts.size:
@@ -186,9 +187,9 @@ def _variable(batches: Sequence[PendingRows], sources: Sequence[bytes]) -> Itera
 
 
 def write_alive(folder: Folder, facts: SegmentFacts, alive: NDArray[np.bool_], id: str) -> SegmentFacts:
-    """Write a bitmap, bool [rows], durably under a new id; the segment's facts with it. The caller syncs the folder.
+    """Write a bitmap of live rows, bool [rows], durably under a new id. Returns the segment's facts with it.
 
-    Nothing is changed for anybody until a manifest names it: an older manifest goes on with its own bitmap.
+    The caller syncs the folder. The bitmap has no effect until a manifest names it; older manifests keep their own.
     """
     file = write_file(folder, f"seg/{facts.id}-{id}.alive", [np.packbits(alive, bitorder="little").tobytes()])
     return replace(facts, dead=facts.rows - int(alive.sum()), alive=file)

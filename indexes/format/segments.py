@@ -1,4 +1,4 @@
-"""Pieces of a bank: where its rows lie, sealed in segments, in memory, or nowhere any more."""
+"""Segment list of a bank: its rows in sealed segments and in pending batches, and tombstones of evicted segments."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from llmcache.indexes.format.marks import (
     put_marks,
     unmarked,
 )
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows
 
 log = logging.getLogger("llmcache")
 
 Piece: TypeAlias = Segment | PendingRows | Tombstone
-Rows: TypeAlias = NDArray[np.int64]  # row numbers, [n]
 
 
 class SegmentList:
-    """Segments, entries that are not sealed yet, and places of what was evicted, in the order of their rows.
+    """List of segments, pending batches and tombstones ("pieces"), in the order of their rows.
 
-    Rows are numbered from 0, piece after piece. Iterating gives the pieces.
+    Rows are numbered from 0, piece after piece. Iterating yields the pieces.
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
@@ -46,16 +46,16 @@ class SegmentList:
 
     @property
     def rows(self) -> int:
-        """Rows of all pieces, those that were evicted too."""
+        """Number of rows of all pieces, including evicted ones."""
         return int(self._starts[-1])
 
     @property
     def pending(self) -> list[PendingRows]:
-        """What is not sealed yet."""
+        """Pending batches, in order."""
         return [piece for piece in self._pieces if isinstance(piece, PendingRows)]
 
     def runs(self) -> list[list[PendingRows]]:
-        """What is not sealed yet, in runs of rows that are numbered on end: what was given up leaves gaps."""
+        """Group the pending batches into runs of consecutive row numbers; dropped batches leave gaps."""
         runs: list[list[PendingRows]] = []
         for before, piece in zip([None, *self._pieces], self._pieces, strict=False):
             if isinstance(piece, PendingRows):
@@ -65,25 +65,25 @@ class SegmentList:
         return runs
 
     def placed(self) -> Iterator[tuple[Piece, int]]:
-        """The pieces, each with the number of its first row."""
+        """Yield the pieces, each with the number of its first row."""
         return zip(self._pieces, self._starts.tolist(), strict=False)
 
     # -- changing -------------------------------------------------------------------------------------------
 
     def append(self, entries: PendingRows) -> Rows:
-        """Add rows behind all others; their numbers."""
+        """Append rows. Returns their numbers."""
         first = self.rows
         self._pieces.append(entries)
         self._starts = np.append(self._starts, first + len(entries))
         return np.arange(first, first + len(entries))
 
     def seal(self, segment: Segment, run: Sequence[PendingRows]) -> None:
-        """Let the segment that holds the rows of a run take their place."""
+        """Replace a run of pending batches by the segment that holds their rows."""
         first = next((n for n, piece in enumerate(self._pieces) if run and piece is run[0]), len(self._pieces))
         self._become([*self._pieces[:first], segment, *self._pieces[first + len(run) :]])
 
     def drop_pending(self, after: int = 0) -> int:
-        """Give up what is pending but for the first `after` batches; returns how many rows that was.
+        """Drop the pending batches except the first `after`. Returns the number of rows dropped.
 
         Their numbers are not used again.
         """
@@ -93,7 +93,7 @@ class SegmentList:
         return rows
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> bool:
-        """Let go of the segments whose ids are in `gone`, and of rows that are dead by these facts; whether any was."""
+        """Drop the segments whose ids are in `gone`, and rows that are dead in `facts`. Returns whether any changed."""
         newer, changed = {one.id: one for one in facts.segments}, False
         for place, piece in enumerate(self._pieces):
             if not isinstance(piece, Segment):
@@ -112,7 +112,7 @@ class SegmentList:
         return changed
 
     def follow(self, segments: Iterable[Segment]) -> Rows:
-        """Take these segments, with what is pending behind them. int64 [old rows]: their new numbers, -1: gone."""
+        """Replace the segments; pending batches follow them. Returns new numbers of old rows, int64, -1: dropped."""
         old, rows = list(self.placed()), self.rows
         self._become([*segments, *self.pending])
         places = {_name(piece): start for piece, start in self.placed()}
@@ -125,17 +125,17 @@ class SegmentList:
     # -- rows -----------------------------------------------------------------------------------------------
 
     def at(self, row: int) -> tuple[Piece, int]:
-        """The piece of a row, and the row's number in it."""
+        """Return the piece of a row, and the row's number in it."""
         place = int(np.searchsorted(self._starts, row, "right")) - 1
         return self._pieces[place], row - int(self._starts[place])
 
     def groups(self, rows: Rows) -> Iterator[tuple[Piece, Rows, Rows]]:
-        """The pieces that hold these rows, each with the places in `rows` it answers for and its own row numbers."""
+        """Group rows by piece. Yields each piece, positions in `rows` of its rows, and their numbers in the piece."""
         if len(self._pieces) == 1 and len(rows):
             yield self._pieces[0], np.arange(len(rows)), rows
             return
         places = np.searchsorted(self._starts, rows, "right") - 1
-        order = np.argsort(places, kind="stable")  # once: there may be hundreds of pieces that are not sealed yet
+        order = np.argsort(places, kind="stable")  # one sort, since there may be hundreds of pending batches
         placed = places[order]
         ends = [*np.flatnonzero(np.diff(placed)) + 1, len(rows)] if len(rows) else []
         start = 0
@@ -145,7 +145,7 @@ class SegmentList:
             start = end
 
     def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of a row; empty when they cannot be read."""
+        """Return the token ids of a row, int32 [tokens]; empty when they cannot be read."""
         piece, local = self.at(row)
         if isinstance(piece, PendingRows):
             return piece.tokens[local]
@@ -158,19 +158,19 @@ class SegmentList:
             return np.zeros(0, np.int32)
 
     def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
-        """`tokens` of each of some rows."""
+        """Return `tokens` of each row."""
         found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
         for piece, chosen, local in self.groups(rows):
             try:
                 read = piece.tokens_of(local) if isinstance(piece, Segment) else None
-            except (SnapshotDamaged, OSError):  # most of them may still be read
+            except (SnapshotDamaged, OSError):  # most rows may still be readable one by one
                 read = None
             for i, place in enumerate(chosen.tolist()):
                 found[place] = self.tokens(int(rows[place])) if read is None else read[i]
         return found
 
     def source(self, row: int) -> str:
-        """Id of the document that made a row; empty when it cannot be read."""
+        """Return the id of the document that a row was computed from; empty when it cannot be read."""
         return self._source(*self.at(row))
 
     def _source(self, piece: Piece, local: int) -> str:
@@ -185,7 +185,7 @@ class SegmentList:
             return ""
 
     def sources(self, rows: Rows) -> list[str]:
-        """`source` of each of some rows."""
+        """Return `source` of each row."""
         found = [""] * len(rows)
         for piece, chosen, local in self.groups(rows):
             for place, source in zip(chosen.tolist(), self._sources(piece, local), strict=True):
@@ -199,11 +199,11 @@ class SegmentList:
             return [piece.sources[i] for i in local.tolist()]
         try:
             return piece.sources(local)
-        except (SnapshotDamaged, OSError):  # most of them may still be read
+        except (SnapshotDamaged, OSError):  # most rows may still be readable one by one
             return [self._source(piece, i) for i in local.tolist()]
 
     def keys(self, rows: Rows) -> NDArray[np.uint64]:
-        """Keys of some rows, uint64 [n, 2]; zeros where a segment was evicted."""
+        """Return the keys of rows, uint64 [n, 2]; zeros for rows of evicted segments."""
         found = np.zeros((len(rows), 2), np.uint64)
         for piece, chosen, local in self.groups(rows):
             if not isinstance(piece, Tombstone):
@@ -211,7 +211,7 @@ class SegmentList:
         return found
 
     def created(self, rows: Rows) -> Rows:
-        """When rows were put, int64 [n], seconds since the epoch; 0 where a segment was evicted."""
+        """Return when rows were put, int64 [n], seconds since the epoch; 0 for rows of evicted segments."""
         found = np.zeros(len(rows), np.int64)
         for piece, chosen, local in self.groups(rows):
             if isinstance(piece, PendingRows):
@@ -221,7 +221,7 @@ class SegmentList:
         return found
 
     def marks(self, rows: Rows) -> Marks:
-        """Marks of some rows, [n], with as many kinds as the piece that knows most; zeros where there are none."""
+        """Return the marks of rows, [n], with as many kinds as the piece with most; zeros for rows without marks."""
         parts = []
         for piece, chosen, local in self.groups(rows):
             if (known := marks_in(piece)) is not None:
@@ -232,7 +232,7 @@ class SegmentList:
         return found
 
     def key(self, row: int) -> str:
-        """Key of a row, in hexadecimal; empty where its segment was evicted."""
+        """Return the key of a row in hexadecimal; empty if its segment was evicted."""
         piece, local = self.at(row)
         if isinstance(piece, Tombstone):
             return ""
@@ -240,7 +240,7 @@ class SegmentList:
         return bytes(keys[local].tobytes()).hex()
 
     def cost(self, rows: Rows) -> float:
-        """Seconds the model took for these rows when they were computed."""
+        """Return the seconds that the model took to compute these rows."""
         total = 0.0
         for piece, _, local in self.groups(rows):
             if isinstance(piece, Tombstone):
@@ -251,7 +251,7 @@ class SegmentList:
 
 
 def marks_in(piece: Piece) -> Marks | None:
-    """Marks of the rows of a piece; None where they have none."""
+    """Return the marks of the rows of a piece; None if they have none."""
     return None if isinstance(piece, Tombstone) else piece.marks
 
 
@@ -262,7 +262,10 @@ def _name(piece: Piece) -> str | int:
 def opened(
     folder: Folder, facts: BankFacts, known: Mapping[SegmentFacts, Segment], trust: str
 ) -> tuple[list[Segment], int]:
-    """Every segment that is whole, and how many are not; such a one is a warning, and its entries are misses."""
+    """Open the segments of a bank, reusing `known` ones. Returns them, and the number that could not be opened.
+
+    A segment that cannot be opened is logged as a warning, and its entries are misses.
+    """
     segments, lost = [], 0
     for one in facts.segments:
         try:
@@ -274,7 +277,10 @@ def opened(
 
 
 def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
-    """The same segment. SnapshotDamaged when its rows cannot be of this bank, or should be signed and are not."""
+    """Check a segment against its bank and return it.
+
+    SnapshotDamaged when its rows cannot be of this bank, or when it lacks the checksums that a signed store needs.
+    """
     unit = facts.width * codec.DTYPES[facts.dtype]
     sizes = segment.rows["nbytes"]
     odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())

@@ -1,4 +1,4 @@
-"""Memory for activations that wait to be sealed, used again from one commit to the next."""
+"""Arena for pending activations, whose memory is reused from one commit to the next."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _KEPT = 64 << 20
 
 
 class Shelf:
-    """Places are given out until `clear`, after which the same memory is given out again.
+    """Arena allocator: `clear` frees all allocations at once and keeps up to 64 MiB for reuse.
 
-    New pages cost as much as the copy into them: the kernel clears each one first. Up to 64 MiB are kept.
+    Reuse matters because new pages cost as much as the copy into them: the kernel zeroes each page first.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Shelf:
         self._block = self._used = 0
 
     def place(self, rows: int, nbytes: int) -> NDArray[np.uint8]:
-        """uint8 [rows, nbytes] of nobody else until `clear`, with any content."""
+        """Allocate uint8 [rows, nbytes], uninitialised, valid until `clear`."""
         size = rows * nbytes
         while self._block < len(self._blocks) and self._used + size > len(self._blocks[self._block]):
             self._block, self._used = self._block + 1, 0
@@ -30,7 +30,7 @@ class Shelf:
         return self._blocks[self._block][start : start + size].reshape(rows, nbytes)
 
     def clear(self) -> None:
-        """All places are free; who still has one sees others' bytes in it."""
+        """Free all allocations. Their memory is overwritten by later ones."""
         kept = 0
         for count, block in enumerate(self._blocks):
             kept += len(block)

@@ -1,4 +1,4 @@
-"""Files that are written once: whole, durable, and never again."""
+"""Write-once files: written completely and durably, and never changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llmcache.indexes.format.manifest import FileFacts
 
 
 def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
-    """Write a new file and make its bytes durable; returns its size. A file that could not be finished is removed.
+    """Write a new file and sync it. Returns its size in bytes. A file that cannot be completed is removed.
 
-    durable: with False the caller syncs the file later, many at once (`sync_files`).
+    durable: with False the caller syncs the file later, together with others (`sync_files`).
     The directory entry is not durable yet: the caller syncs the folder once for all files of a commit.
     """
     descriptor = folder.create(name)
@@ -38,7 +38,7 @@ def write_whole(folder: Folder, name: str, parts: Iterable[bytes | memoryview], 
 
 
 def sync_files(folder: Folder, names: Iterable[str]) -> None:
-    """Make the bytes of files durable that were written before; their entries in the folder are not."""
+    """Sync files that were written before, without their directory entries."""
     for name in names:
         descriptor, _ = folder.open(name)
         try:
@@ -48,7 +48,7 @@ def sync_files(folder: Folder, names: Iterable[str]) -> None:
 
 
 def write_file(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *, hashed: bool = True) -> FileFacts:
-    """Write a new file durably (`write_whole`) and give its facts, with the sha256 unless rows carry checksums."""
+    """Write a new file durably, see `write_whole`. Returns its facts. hashed: with the sha256."""
     digest = hashlib.sha256()
 
     def through() -> Iterator[bytes | memoryview]:
@@ -62,7 +62,7 @@ def write_file(folder: Folder, name: str, parts: Iterable[bytes | memoryview], *
 
 
 def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
-    """A mapped file whose size and sha256 are those of the manifest; SnapshotDamaged otherwise."""
+    """Map or read a file and check its size and sha256. Returns uint8 [size]. SnapshotDamaged when they differ."""
     try:
         data = folder.map(facts.name, facts.size)
     except FileNotFoundError:

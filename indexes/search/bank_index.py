@@ -1,7 +1,7 @@
-"""The near side of a bank: a projection, and a FAISS index over the projected features of the bank's rows.
+"""Similarity index of a bank: a projection, and a FAISS index over the projected features of the bank's rows.
 
-Both are derived. They are made from the features in the segments when they are first needed, kept in files so that
-the next opening is quick, and made again on any doubt about those files.
+Both are derived data. They are built from the features in the segments when they are first needed, saved in files so
+that the next opening is quick, and rebuilt whenever those files are missing, damaged or do not fit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmcache")
 
 FIT_ROWS = 512
-"""Rows from which on a PCA is fitted. Below, features are compared as they are."""
+"""Minimum number of rows for a PCA. With fewer rows, features are compared without a projection."""
 _FIT_SAMPLE = 50_000
 _BLOCK = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class NearChoice:
-    """How a bank looks for neighbours. projection: "none", "pca" or "simhash"; dim: its components or bits."""
+    """Settings of similarity search. index: "auto" or one of index_kinds.KINDS.
+
+    projection: "none", "pca" or "simhash". dim: its components or bits. device: "cpu" or "cuda".
+    """
 
     index: str = "auto"
     projection: str = "pca"
@@ -47,18 +50,18 @@ class NearChoice:
 
 
 def half(features: NDArray[np.floating]) -> NDArray[np.float16]:
-    """Features as they are stored. Queries are rounded in the same way, so that a repeat has similarity 1.
+    """Round features to float16, as they are stored. Queries are rounded too, so that a repeat has similarity 1.
 
-    Features that are not numbers become zeros, which are near to nothing.
+    NaN becomes zero. A feature of zeros is similar to nothing.
     """
     clipped: NDArray[np.floating] = np.nan_to_num(np.clip(features, -65504, 65504))
     return clipped.astype(np.float16)
 
 
 class BankIndex:
-    """Nearest rows of one bank. `pieces` is the bank's own; its rows only ever grow at the end.
+    """Similarity index of one bank.
 
-    Rows that were evicted stay in the index, and come back from it, until it is built again.
+    Evicted rows stay in the index, which may return them, until it is rebuilt or, in torch indexes, marks them deleted.
     """
 
     def __init__(
@@ -70,35 +73,39 @@ class BankIndex:
         *,
         read_index: bool = True,
     ) -> None:
-        """read_index: False for a store that nobody vouches for, whose FAISS files are not touched."""
+        """pieces: the bank's segment list; rows are only appended to it, except in `follow`.
+
+        read_index: False for an untrusted store, whose FAISS files are not read.
+        """
         self._folder, self._facts, self._pieces, self._choice = folder, facts, pieces, choice
         self._read_index = read_index
         self._projection: Projection | None = None
         self._index: VectorIndex | None = None
-        self._projected: tuple[Projection, Any, Any] | None = None  # the projection on a device
+        self._projected: tuple[Projection, Any, Any] | None = None  # projection, device, projection on that device
         self._row_of = np.zeros(0, np.int64)  # index position -> row
-        self._caught_up = 0  # rows that the index was shown
-        self._dead = np.zeros(0, np.int64)  # rows that were evicted, in order
-        self._lost = 0  # rows in the index that were evicted
+        self._caught_up = 0  # rows of the bank that were added to the index
+        self._dead = np.zeros(0, np.int64)  # evicted rows, in order
+        self._lost = 0  # evicted rows in the index
         self._built = 0  # rows at the last build
         self._saved = 0  # rows in the index file
-        self._alike = 0  # rows when no PCA could be fitted to them
+        self._alike = 0  # rows at the last failure to fit a PCA, because features were equal
 
     @property
     def kind(self) -> str | None:
-        """The FAISS index in use, None while none is needed."""
+        """Kind of the index in use, None while none was needed."""
         return self._index.kind if self._index else None
 
     @property
     def projection(self) -> Projection | None:
-        """Projection that fingerprints are computed with; None while the bank is empty."""
+        """Projection that computes fingerprints; None while the bank is empty."""
         self._catch_up()
         return self._projection
 
     def nearest(self, features: NDArray[np.floating] | Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows int64 [n, k] (-1: none) and similarities float32 [n, k] (-inf there), nearest first.
+        """Search the k nearest rows, which may include evicted ones.
 
-        features: an array, or a tensor, which is projected and searched for where it is; see `takes_tensors`.
+        features: float [n, feature width], an array, or a tensor, processed on its device, see `takes_tensors`.
+        Returns rows, int64 [n, k], nearest first, -1 for none; and similarities, float32 [n, k], -inf for none.
         """
         self._catch_up()
         if self._index is None or self._projection is None or not len(features):
@@ -113,13 +120,13 @@ class BankIndex:
 
     @property
     def takes_tensors(self) -> bool:
-        """Whether features may stay on the device: it is a GPU, and their projection has no codes."""
+        """Return whether features may be tensors on the device: it is a GPU, and the projection is not SimHash."""
         return self._choice.device == "cuda" and self._choice.projection != "simhash"
 
     def _nearest_on(
         self, projection: Projection, index: VectorIndex, features: Tensor, k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Positions and similarities; nothing but these leaves the device of the features."""
+        """Search on the device of the features. Only positions and similarities are copied to the host."""
         from llmcache.indexes.search import torch_index as matrix
 
         if self._projected is None or self._projected[0] is not projection or self._projected[1] != features.device:
@@ -128,11 +135,11 @@ class BankIndex:
         return positions.cpu().numpy(), similarity.cpu().numpy()
 
     def live(self) -> NDArray[np.int64]:
-        """Rows of the bank that were not evicted."""
+        """Return the live rows of the bank, int64, in order."""
         return np.delete(np.arange(sum(map(len, self._pieces))), self._dead)
 
     def features(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Raw features of some rows, float16 [n, feature width]; zeros where they cannot be read."""
+        """Read raw features of rows. Returns float16 [n, feature width]; zeros where they cannot be read."""
         found = np.zeros((len(rows), self._facts.feature_width), np.float16)
         first = 0
         for block in self._features(0, sum(map(len, self._pieces))):
@@ -142,7 +149,7 @@ class BankIndex:
         return found
 
     def mark_deleted(self, dead: NDArray[np.int64]) -> None:
-        """Take note of the rows that were evicted so far, in order."""
+        """Set the rows that were evicted so far, int64, in order."""
         self._dead = dead
         gone = np.isin(self._row_of, dead)
         self._lost = int(gone.sum())
@@ -150,7 +157,7 @@ class BankIndex:
             self._index.mark_deleted(np.flatnonzero(gone))
 
     def rebuild(self) -> None:
-        """Fit the projection and build the index again, over all rows that live."""
+        """Fit the projection and build the index over all live rows."""
         every = self._pieces.rows
         self._row_of, self._caught_up = np.delete(np.arange(every), self._dead), every
         self._lost = 0
@@ -180,13 +187,13 @@ class BankIndex:
         return Projection.none(width)
 
     def _sample(self, rows: int) -> NDArray[np.float32]:
-        """At most `_FIT_SAMPLE` rows' features, spread evenly over the bank."""
+        """Return the features of at most about 50,000 rows, spread evenly over the bank, float32 [n, feature width]."""
         step = -(-rows // _FIT_SAMPLE)
         blocks = [block[:: max(1, step)] for block in self._live_features()]
         return np.concatenate(blocks)
 
     def _live_features(self) -> Iterator[NDArray[np.float32]]:
-        """Features of the rows in `_row_of`, in blocks."""
+        """Yield the features of the rows in `_row_of`, in blocks."""
         first = 0
         for block in self._features(0, self._pieces.rows):
             low, high = np.searchsorted(self._row_of, [first, first + len(block)])
@@ -194,7 +201,7 @@ class BankIndex:
             first += len(block)
 
     def _features(self, start: int, end: int) -> Iterator[NDArray[np.float32]]:
-        """Features of rows start to end, in blocks; zeros where a segment's file is damaged."""
+        """Yield the features of rows start to end, in blocks; zeros where a segment's file is damaged."""
         first = 0
         for piece in self._pieces:
             skip, stop = max(0, start - first), min(len(piece), end - first)
@@ -215,7 +222,7 @@ class BankIndex:
                 stored = np.zeros((len(piece), self._facts.feature_width), np.float16)
             for at in range(skip, stop, _BLOCK):
                 block = stored[at : min(at + _BLOCK, stop)].astype(np.float32)
-                # `half` wrote no NaN; whoever did cost its own rows their neighbours, not the bank its index
+                # `half` writes no NaN; in files of other programs, only the affected rows lose their neighbours
                 yield block if np.isfinite(block.sum()) else np.nan_to_num(block, posinf=0, neginf=0)
 
     # -- keeping up -----------------------------------------------------------------------------------------
@@ -236,13 +243,13 @@ class BankIndex:
             self._caught_up = rows
 
     def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
-        """Go on with the bank's new pieces. moved: int64 [old rows], the new row of each, -1: it is gone."""
+        """Follow the bank to a newer generation. moved: new row of each old row, int64, -1: dropped."""
         self._facts = facts
         self._saved = facts.index.count if facts.index else 0
         if self._index is None:
             return
         self._row_of = moved[self._row_of]
-        if (self._row_of < 0).any():  # not every kind of index can forget: taken from its file, or built again
+        if (self._row_of < 0).any():  # most kinds of index cannot remove vectors: load its file or rebuild it later
             self._projection, self._index, self._row_of = None, None, np.zeros(0, np.int64)
             self._caught_up = 0
             return
@@ -256,12 +263,12 @@ class BankIndex:
                 self._index.add(self._projection.apply(block))
         self._row_of = np.concatenate([self._row_of, fresh])
         covered[fresh] = True
-        self._caught_up = int(covered.sum())  # all sealed rows, and the first of the pending ones
+        self._caught_up = int(covered.sum())  # all sealed rows, and the first pending rows
 
     def _outgrown(self, rows: int) -> bool:
-        """The projection or the kind of index was right for fewer rows. Explicit kinds stay as they were asked for.
+        """Return whether to rebuild: too many rows are dead, or a larger bank needs another projection or index kind.
 
-        Or too many of its rows are dead.
+        An explicit kind of index only replaces the flat index that stood in for it.
         """
         assert self._projection is not None
         assert self._index is not None
@@ -279,11 +286,11 @@ class BankIndex:
 
     @staticmethod
     def _untrainable(kind: str, rows: int) -> bool:
-        """Inverted files and CAGRA graphs need some rows to be trained on; a flat index serves until then."""
+        """Return whether there are too few rows to train inverted lists or a CAGRA graph; a flat index stands in."""
         return ("ivf" in kind or kind == "cagra") and rows < LEAST_TRAINED
 
     def _load(self) -> None:
-        """Take projection and index from their files; on any doubt leave both unset, so that they are built again."""
+        """Load projection and index from their files. If anything is wrong, leave both unset; they are then rebuilt."""
         facts, projection = self._facts.index, self._facts.projection
         if not self._read_index or facts is None or projection is None:
             return
@@ -292,7 +299,7 @@ class BankIndex:
         binary = facts.kind.startswith("binary-")
         elsewhere = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
         if elsewhere and not facts.kind.startswith("torch"):
-            return  # made where there was a FAISS for it
+            return  # made on a machine with a FAISS build for its device
         spans, live = segment_spans(self._pieces), live_spans(self._pieces)
         known = {**spans, **live}
         if any(name not in known for name in facts.segments):
@@ -318,7 +325,7 @@ class BankIndex:
             return
         self._projection, self._index = fitted, index
         self._built = self._saved = len(covered)
-        for span in spans.values():  # segments that came since, from this writer or another
+        for span in spans.values():  # segments committed after the index file, by any writer
             for block in self._features(int(span[0]), int(span[-1]) + 1):
                 index.add(fitted.apply(block))
         self._row_of = np.concatenate([covered, *spans.values()])
@@ -331,19 +338,19 @@ class BankIndex:
     # -- files ----------------------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether the index covers sealed rows only, and has grown enough since its file to be worth a new one."""
+        """Return whether to save the index: no rows are pending, and it has 20% more rows than its file."""
         sealed = not any(isinstance(piece, PendingRows) for piece in self._pieces)
         if self._index is not None and sealed:
             self._catch_up()
         return self._index is not None and sealed and len(self._row_of) > 1.2 * self._saved
 
     def save(self, id: str, room: int | None = None) -> tuple[FileFacts, IndexFacts] | None:
-        """Write projection and index durably under this id; what a manifest has to say of them.
+        """Write projection and index durably under this id. Returns their facts for a manifest.
 
-        None, and nothing written, when they take more than `room` bytes.
+        Writes nothing and returns None when they take more than `room` bytes.
         """
         covered = covered_segments(self._pieces, self._row_of)
-        if covered is None:  # some of its rows were evicted since it was built
+        if covered is None:  # rows of the index were evicted after it was built
             self.rebuild()
             covered = covered_segments(self._pieces, self._row_of)
         assert self._index is not None
@@ -351,7 +358,7 @@ class BankIndex:
         assert covered is not None
         fitted, data = self._projection.to_bytes(), self._index.to_bytes()
         if room is not None and len(fitted) + data.nbytes > room:
-            self._saved = len(self._row_of)  # asked again when it has grown
+            self._saved = len(self._row_of)  # try again when the index has grown
             return None
         projection = write_file(self._folder, f"idx/{id}.proj", [fitted])
         file = write_file(self._folder, f"idx/{id}.faiss", [data])

@@ -1,4 +1,4 @@
-"""Serialised FAISS indexes, read without trusting what they say of themselves."""
+"""Safe deserialisation of FAISS indexes from untrusted or damaged bytes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from llmcache.indexes.search.index_kinds import (
     is_binary,
 )
 
-_LOADING = threading.Lock()  # FAISS' limits for loading are global
+_LOADING = threading.Lock()  # FAISS' deserialisation limits are global
 
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """Within, FAISS allocates no array of more than twice `size` bytes, whatever a damaged length says."""
+    """Limit arrays that FAISS allocates inside the block to twice `size` bytes, whatever a damaged length claims."""
     faiss = faiss_module()
     with _LOADING:
         loops, span = faiss.get_deserialization_loop_limit(), faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_loop_limit(size)  # every turn of a counted loop reads a byte or more
+        faiss.set_deserialization_loop_limit(size)  # each iteration of a counted loop reads at least one byte
         faiss.set_deserialization_vector_byte_limit(2 * size)
         try:
             yield
@@ -37,14 +37,14 @@ def limited(size: int) -> Iterator[None]:
 
 
 def check_magic(data: NDArray[np.uint8], kind: str) -> None:
-    """SnapshotDamaged unless the bytes begin as an index of this kind does."""
+    """Check the first four bytes of a serialised index. SnapshotDamaged when they are not those of this kind."""
     magic = data[:4].tobytes()
     if magic != FORMS[kind].magic:
         raise SnapshotDamaged(f"expected {FORMS[kind].magic!r} to begin a {kind} index, found {magic!r}")
 
 
 def deserialised(data: NDArray[np.uint8], kind: str) -> Any:
-    """The FAISS index that these bytes are; its parts are still to be checked. SnapshotDamaged when they are none."""
+    """Deserialise a FAISS index; check it with `check_loaded` before use. SnapshotDamaged when FAISS cannot read it."""
     check_magic(data, kind)
     faiss = faiss_module()
     load = faiss.deserialize_index_binary if is_binary(kind) else faiss.deserialize_index
@@ -57,7 +57,7 @@ def deserialised(data: NDArray[np.uint8], kind: str) -> Any:
 
 
 def check_loaded(index: Any, kind: str, dim: int, count: int) -> None:
-    """SnapshotDamaged unless the index and all its parts are what this kind, dim and count come to."""
+    """Check that the index and all its parts match kind, dim and count. SnapshotDamaged when they do not."""
     faiss = faiss_module()
     metric = faiss.METRIC_L2 if is_binary(kind) else faiss.METRIC_INNER_PRODUCT  # Hamming counts as L2
     for part, wanted, size in _parts(index, kind, count):
@@ -77,7 +77,7 @@ def check_loaded(index: Any, kind: str, dim: int, count: int) -> None:
 
 
 def _parts(index: Any, kind: str, count: int) -> Iterator[tuple[Any, str, int]]:
-    """The index and those inside it, outermost first, each with the FAISS class and size it should have."""
+    """Yield the index and its nested indexes, outermost first, each with the expected FAISS class and size."""
     faiss = faiss_module()
     downcast = faiss.downcast_IndexBinary if is_binary(kind) else faiss.downcast_index
     flat = "IndexBinaryFlat" if is_binary(kind) else "IndexFlatIP"
@@ -93,7 +93,7 @@ def _parts(index: Any, kind: str, count: int) -> Iterator[tuple[Any, str, int]]:
 
 
 def _check_lists(found: Any, count: int) -> None:
-    """SnapshotDamaged unless the inverted lists hold each of the ids 0 to count - 1 once."""
+    """Check that the inverted lists hold each of the ids 0 to count - 1 once. SnapshotDamaged when they do not."""
     lists = found.invlists
     sizes = [lists.list_size(i) for i in range(lists.nlist)]
     if lists.nlist != found.nlist or sum(sizes) != count:

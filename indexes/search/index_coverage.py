@@ -1,4 +1,4 @@
-"""Coverage of a bank's index file: the segments, and the live rows of them, whose vectors it holds."""
+"""Coverage of a bank's index file: the segments whose rows, or whose live rows, it contains."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.segments import SegmentList
 
 DEAD_SHARE = 0.3
-"""Share of an index's rows that may be evicted before it is built again. Few kinds can give a vector up."""
+"""Share of an index's rows that may be evicted before it is rebuilt. Most kinds of index cannot remove vectors."""
 
 
 def segment_spans(segments: SegmentList) -> dict[str, NDArray[np.int64]]:
-    """Row numbers of each sealed segment that has rows, by its id."""
+    """Return the row numbers of each sealed segment that has rows, by its id."""
     spans = {}
     for piece, first in segments.placed():
         if isinstance(piece, Segment) and len(piece):
@@ -23,7 +23,7 @@ def segment_spans(segments: SegmentList) -> dict[str, NDArray[np.int64]]:
 
 
 def live_spans(segments: SegmentList) -> dict[str, NDArray[np.int64]]:
-    """Live rows of each segment that has dead ones, by the name of its bitmap: another bitmap, another name."""
+    """Return the live rows of each segment with dead rows, by the name of its bitmap, which changes with the bitmap."""
     spans = {}
     for piece, first in segments.placed():
         if isinstance(piece, Segment) and piece.facts.alive:
@@ -32,9 +32,10 @@ def live_spans(segments: SegmentList) -> dict[str, NDArray[np.int64]]:
 
 
 def covered_segments(segments: SegmentList, indexed: NDArray[np.int64]) -> tuple[str, ...] | None:
-    """What the index covers, in order, as a manifest says it; None when that cannot be said of these rows.
+    """Describe the rows of an index as names for a manifest: a segment's id for all its rows, its bitmap's name for
+    its live rows.
 
-    A segment's id is all its rows; the name of its bitmap is those that live.
+    indexed: rows of the index, in order. Returns None when they are not such a sequence.
     """
     begin: dict[int, list[tuple[str, NDArray[np.int64]]]] = {}
     for name, rows in [*segment_spans(segments).items(), *live_spans(segments).items()]:
@@ -54,7 +55,7 @@ def covered_segments(segments: SegmentList, indexed: NDArray[np.int64]) -> tuple
 
 
 def index_stands(facts: BankFacts) -> bool:
-    """Whether the bank's index file still leads to its segments' rows, and not to too many dead ones."""
+    """Return whether the bank's index file still fits its segments, with not more than `DEAD_SHARE` dead rows."""
     if facts.index is None:
         return False
     segments = {one.id: one for one in facts.segments}

@@ -1,4 +1,4 @@
-"""From raw features to what an index stores: unit vectors, or the sign bits of random directions."""
+"""Projection of raw features to the vectors of an index: unit vectors, or sign bits along random directions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, FormatTooNew, SnapshotDamaged
 
-_KINDS = ("none", "pca", "simhash")  # the place of a kind is its number in a file
-_LEAST = 256  # features to fit a PCA on
-_BLOCK = 2048  # rows at a time, so that float64 copies stay small
+_KINDS = ("none", "pca", "simhash")  # the position of a kind is its number in a file
+_LEAST = 256  # minimum features to fit a PCA
+_BLOCK = 2048  # rows per block, so that float64 copies stay small
 
 # Little-endian: magic, version, kind, width, dim, seed. Then mean and matrix, float64, row by row.
 _HEADER = struct.Struct("<8sHHIIQ")
@@ -26,16 +26,16 @@ def _nothing(*shape: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Projection:
-    """How features become vectors. Made by `none`, `fit_pca` or `fit_simhash`.
+    """Projection of features to vectors, made by `none`, `fit_pca` or `fit_simhash`.
 
     kind: "none", features at unit norm. "pca", principal components, each divided by the square root of its
         standard deviation, at unit norm. "simhash", sign bits along random directions.
     width: components of a feature. dim: components of a vector, or bits of a code.
-    seed: where simhash's directions came from, 0 otherwise. For the record: the directions are stored.
+    seed: of simhash's directions, 0 otherwise. Informational only, since the directions are stored.
     mean: float64 [width], subtracted first; empty for "none". matrix: float64 [width, dim]; empty for "none".
 
-    Features must reach `apply` rounded alike: callers round both the same way. A feature stored as float16
-    and the same feature as a float32 query give vectors of similarity below 1, and sometimes other sign bits.
+    Callers must round stored and query features in the same way. A feature stored as float16 and the same feature as a
+    float32 query give vectors of similarity below 1, and sometimes different sign bits.
     """
 
     kind: str
@@ -55,16 +55,17 @@ class Projection:
 
     @classmethod
     def none(cls, width: int) -> Projection:
-        """Features as they are, at unit norm."""
+        """Return the projection that only scales features to unit norm."""
         return cls(kind="none", width=width, dim=width)
 
     def apply(self, features: NDArray[np.floating]) -> NDArray[np.float32] | NDArray[np.uint8]:
-        """One vector per feature, a copy.
+        """Project features.
 
         features: float32 or float16 [n, width], not normalised.
-        Returns float32 [n, dim], unit L2 norm, or for simhash uint8 [n, dim / 8], first bit lowest.
-        A feature of zeros, or one that projects to zero, is a zero vector, near nothing. It has a code.
-        ValueError: a feature is of another width, NaN or infinite.
+        Returns a copy: float32 [n, dim], unit L2 norm, or for simhash uint8 [n, dim / 8], first bit lowest.
+        A feature of zeros, or one that projects to zero, gives a zero vector, similar to nothing. For simhash it has a
+        code like any other.
+        ValueError when features have another width, NaN or infinity.
         """
         features = _checked(features, self.width)
         packed = self.kind == "simhash"
@@ -87,13 +88,13 @@ class Projection:
         return block / np.where(norms > 0, norms, 1)
 
     def to_bytes(self) -> bytes:
-        """For `from_bytes`; a few hundred kilobytes."""
+        """Serialise the projection, for `from_bytes`; a few hundred kilobytes."""
         header = _HEADER.pack(_MAGIC, _VERSION, _KINDS.index(self.kind), self.width, self.dim, self.seed)
         return header + self.mean.astype("<f8").tobytes() + self.matrix.astype("<f8").tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Projection:
-        """What `to_bytes` wrote. SnapshotDamaged (FormatTooNew for a later version): it is not that."""
+        """Deserialise the result of `to_bytes`. SnapshotDamaged for invalid bytes, FormatTooNew for a later version."""
         data = memoryview(data).cast("B")
         kind, width, dim, seed = _header(data)
         shapes = _shapes(kind, width, dim)
@@ -109,10 +110,10 @@ class Projection:
 
 
 def fit_pca(features: NDArray[np.floating], dim: int) -> Projection:
-    """The principal components of these features, at most `dim` of them, as many as the features have.
+    """Fit a PCA with at most `dim` components, fewer if the features have fewer.
 
     features: float32 or float16 [n, width], n >= 256.
-    ConfigError: too few features, or all alike. ValueError: NaN or infinity among them.
+    ConfigError for too few features, or all equal. ValueError for NaN or infinity.
     """
     features = _checked(features, features.shape[-1])
     if len(features) < _LEAST:
@@ -124,26 +125,26 @@ def fit_pca(features: NDArray[np.floating], dim: int) -> Projection:
     mean = _mean(features)
     variances, directions = np.linalg.eigh(_covariance(features, mean))
     variances, directions = variances[::-1], directions[:, ::-1]  # largest first
-    # Below these, a component is the rounding of float16 or float32 features, or of the sums above.
+    # smaller variances are rounding errors of float16 or float32 features, or of the sums above
     floor = max(1e-10 * variances[0], 1e-14 * float(mean @ mean))
     kept = min(dim, len(features) - 1, int((variances > floor).sum()))
     if kept < 1:
         raise ConfigError(f"all {len(features)} features are alike, so they have no components; use 'none'")
     directions = directions[:, :kept]
-    # An eigenvector's sign is arbitrary, and differs between LAPACKs: the largest entry is made positive.
+    # the sign of an eigenvector is arbitrary and differs between LAPACKs, so make its largest entry positive
     largest = np.abs(directions).argmax(axis=0)
     directions = directions * np.sign(directions[largest, np.arange(kept)])
-    # Half-whitening: unwhitened, the first components drown the others; fully whitened, the last, mostly noise,
-    # count as much as the first.
+    # Half-whitening. Without whitening the first components dominate the others; with full whitening the last
+    # components, mostly noise, have the same weight as the first.
     matrix = directions / variances[:kept] ** 0.25
     return Projection(kind="pca", width=len(mean), dim=kept, mean=mean, matrix=np.ascontiguousarray(matrix))
 
 
 def fit_simhash(features_or_width: NDArray[np.floating] | int, bits: int = 256, seed: int = 0) -> Projection:
-    """Sign bits along `bits` random directions, around the features' mean, or around 0 for a mere width.
+    """Make a SimHash projection: sign bits along `bits` random directions, relative to the mean of the features.
 
-    features_or_width: float32 or float16 [n, width], or width. bits: a multiple of 8. seed: below 2^64.
-    ConfigError: no such number of bits. ValueError: NaN or infinity among the features.
+    features_or_width: float32 or float16 [n, width], or only the width, for the mean 0. bits: a multiple of 8.
+    seed: below 2^64. ConfigError for an invalid number of bits. ValueError for NaN or infinity in the features.
     """
     if isinstance(features_or_width, int):
         width, mean = features_or_width, _nothing(features_or_width)
@@ -158,12 +159,12 @@ def fit_simhash(features_or_width: NDArray[np.floating] | int, bits: int = 256, 
 
 
 def _shapes(kind: str, width: int, dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of mean and matrix."""
+    """Return the shapes of mean and matrix."""
     return ((0,), (0, 0)) if kind == "none" else ((width,), (width, dim))
 
 
 def _flaw(kind: str, width: int, dim: int, seed: int) -> str | None:
-    """What is wrong with these four, in words."""
+    """Describe what is invalid in these parameters; None if they are valid."""
     if kind not in _KINDS:
         return f"no projection of kind {kind!r}; choose one of: {', '.join(_KINDS)}"
     if not 0 < width < 2**32 or not 0 < dim < 2**32:
@@ -180,7 +181,7 @@ def _flaw(kind: str, width: int, dim: int, seed: int) -> str | None:
 
 
 def _header(data: memoryview) -> tuple[str, int, int, int]:
-    """Kind, width, dim and seed."""
+    """Parse a header. Returns kind, width, dim and seed. SnapshotDamaged or FormatTooNew when it is invalid."""
     if len(data) < _HEADER.size:
         raise SnapshotDamaged(f"a projection has at least {_HEADER.size} bytes, found {len(data)}")
     magic, version, number, width, dim, seed = _HEADER.unpack_from(data)
@@ -210,7 +211,7 @@ def _check_finite(block: NDArray[np.float64], start: int) -> None:
 
 
 def _mean(features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Float64 [width]; zeros where there are no features."""
+    """Compute the mean, float64 [width]; zeros if there are no features."""
     total = _nothing(features.shape[1])
     for start in range(0, len(features), _BLOCK):
         block = features[start : start + _BLOCK].astype(np.float64)
@@ -220,7 +221,7 @@ def _mean(features: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _covariance(features: NDArray[np.floating], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Float64 [width, width]."""
+    """Compute the covariance, float64 [width, width]."""
     total = _nothing(len(mean), len(mean))
     for start in range(0, len(features), _BLOCK):
         block = features[start : start + _BLOCK] - mean

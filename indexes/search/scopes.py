@@ -1,8 +1,8 @@
-"""The nearest rows of a bank that live, and of one scope only where one is asked for.
+"""Nearest-neighbour search among the live rows of a bank, optionally within one scope.
 
-The index of a bank holds rows of all scopes, and rows that were evicted or are damaged. In a bank with one scope it is
-asked as it is. Otherwise more is asked of it until enough has come back; where the scope is a small part of the bank,
-or very much would have to be asked, an exact index over the scope's rows alone answers instead.
+A bank's index also contains rows of other scopes, and evicted and damaged rows. If all rows have the same scope, the
+index is searched directly. Otherwise k is increased until enough valid neighbours are found. If the scope is a small
+part of the bank, or k would become very large, an exact index over the rows of the scope is searched instead.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.format.marks import UNKNOWN
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.format.segment import Tombstone
-from llmcache.indexes.format.segments import Rows, SegmentList, marks_in
+from llmcache.indexes.format.segments import SegmentList, marks_in
 from llmcache.indexes.search.bank_index import BankIndex, NearChoice, half
 from llmcache.indexes.search.projection import Projection
 from llmcache.indexes.search.vector_index import VectorIndex
@@ -23,14 +24,16 @@ from llmcache.indexes.search.vector_index import VectorIndex
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MINORITY = 8  # a scope with less than an eighth of the rows has an index of its own
-_MOST_ASKED = 1024  # neighbours that are asked of the index of all rows, before the scope gets an index of its own
+_MINORITY = 8  # a scope with less than an eighth of the rows gets its own index
+_MOST_ASKED = 1024  # largest k for the index of all rows, above which the scope gets its own index
 
 
 @dataclass(slots=True)
 class _Known:
-    """Scopes of the first rows of a bank. only: the one scope that all of them have, while there is one; from the
-    second on the scope of each row is in `each`, uint64 [at least rows].
+    """Scopes of the first `rows` rows of a bank.
+
+    only: the scope of all these rows, while they have the same. each: the scope of each row, uint64 [at least rows],
+    from the second scope on; None before.
     """
 
     rows: int = 0
@@ -38,7 +41,7 @@ class _Known:
     each: NDArray[np.uint64] | None = None
 
     def append(self, scopes: NDArray[np.uint64]) -> None:
-        """Take the scopes of the next rows, of which there is at least one."""
+        """Append the scopes of further rows, uint64 [n], n >= 1."""
         first, after = int(scopes[0]), self.rows + len(scopes)
         if self.each is None:
             if (not self.rows or self.only == first) and (scopes == scopes[0]).all():
@@ -52,7 +55,7 @@ class _Known:
         self.rows = after
 
     def of(self, scope: int) -> NDArray[np.bool_]:
-        """Mask of the rows with this scope, bool [rows]."""
+        """Return a mask of the rows with this scope, bool [rows]."""
         if self.each is None:
             return np.full(self.rows, self.only == scope)
         return np.asarray(self.each[: self.rows] == np.uint64(scope), np.bool_)
@@ -60,7 +63,7 @@ class _Known:
 
 @dataclass(slots=True)
 class _Own:
-    """An exact index over the rows of one scope, int64, under one projection."""
+    """Exact index over the rows of one scope, int64, under one projection."""
 
     projection: Projection
     rows: Rows
@@ -68,7 +71,7 @@ class _Own:
 
 
 class ScopedSearch:
-    """Searches the neighbours of one bank for rows that live, of one scope or of all."""
+    """Nearest-neighbour search among the live rows of one bank, of one scope or of all."""
 
     def __init__(self, near: BankIndex, pieces: SegmentList, choice: NearChoice) -> None:
         """near, pieces, choice: the bank's own."""
@@ -77,11 +80,11 @@ class ScopedSearch:
         self._own: dict[int, _Own] = {}
 
     def forget(self) -> None:
-        """Read scopes and rows again when they are next needed: the rows have other numbers now."""
+        """Discard scopes and scope indexes after rows were renumbered; they are built again when needed."""
         self._known, self._own = _Known(), {}
 
     def rows_of(self, scope: int, dead: Rows) -> Rows:
-        """Rows of this scope that are not among the dead, int64, in order."""
+        """Return the rows of this scope that are not in `dead`, int64, in order."""
         mine = self._scopes().of(scope)
         mine[dead] = False
         return np.flatnonzero(mine)
@@ -95,7 +98,7 @@ class ScopedSearch:
         scope: int | None = None,
         least: float = -np.inf,
     ) -> tuple[Rows, NDArray[np.float32]]:
-        """See `Bank.nearest`. unusable: rows that are never found, int64."""
+        """Search as in `Bank.nearest`. unusable: rows to exclude, int64."""
         if scope == UNKNOWN:
             return _nothing(len(features), k)
         known = self._scopes() if scope is not None else None
@@ -122,17 +125,17 @@ class ScopedSearch:
         scope: int | None,
         least: float,
     ) -> tuple[Rows, NDArray[np.float32]]:
-        """Ask the index for more and more until k rows have come back, or nothing similar enough is left.
+        """Search with increasing k until k valid rows are found, or none of similarity `least` is left.
 
-        left_out: rows that do not count, bool [rows]; None: there are none. scope: whose rows the others are, where an
-        exact index over them may answer instead.
+        left_out: mask of rows to exclude, bool [rows]; None: exclude none. scope: of the other rows, if an exact index
+        over them may be searched instead.
         """
         best, value = _nothing(len(features), k)
         others = 0 if left_out is None else int(np.count_nonzero(left_out))
         open_, ask = np.arange(len(features)), k + min(others, 4 * k + 16)
         while len(open_):
             rows, similarity = self._near.nearest(features if len(open_) == len(features) else features[open_], ask)
-            ended = rows[:, -1] < 0  # the index gives no more
+            ended = rows[:, -1] < 0  # the index has no more neighbours
             far = ~ended & (similarity[:, -1] < least)
             lost = rows < 0 if left_out is None else (rows < 0) | left_out[rows]
             similarity[lost], rows[lost] = -np.inf, -1
@@ -155,7 +158,7 @@ class ScopedSearch:
     def _among(
         self, scope: int, mine: Rows, features: NDArray[np.float32] | Tensor, k: int
     ) -> tuple[Rows, NDArray[np.float32]]:
-        """The k nearest of these rows, which are all that a scope has, by an exact search."""
+        """Search exactly among `mine`, all live rows of a scope. Returns as `nearest`."""
         projection = self._near.projection
         if projection is None:
             return _nothing(len(features), k)
@@ -176,13 +179,13 @@ class ScopedSearch:
         return projection.apply(self._near.features(rows).astype(np.float32))
 
     def _scopes(self) -> _Known:
-        """Scopes of all rows of the bank; those of rows that came since are read."""
+        """Return the scopes of all rows of the bank, after reading those of rows added since the last call."""
         known, rows = self._known, self._pieces.rows
         for piece, start in self._pieces.placed() if known.rows < rows else ():
             if start + len(piece) <= known.rows or not len(piece):
                 continue
             marks, skip = marks_in(piece), known.rows - start
-            if isinstance(piece, Tombstone):  # never found: they make no second scope
+            if isinstance(piece, Tombstone):  # these rows are never found, so they must not count as a second scope
                 known.append(np.full(len(piece) - skip, known.only, np.uint64))
             elif marks is None:
                 known.append(np.full(len(piece) - skip, UNKNOWN, np.uint64))

@@ -1,7 +1,7 @@
-"""An exact search over unit vectors in torch, on a CPU or a GPU: what a flat FAISS index does, without FAISS.
+"""Exact search over unit vectors in torch, on a CPU or a GPU: the equivalent of a flat FAISS index, without FAISS.
 
-A matrix product and the largest of its numbers, block by block, so that memory stays bounded. Only who asks for such an
-index imports this module, since it imports torch; it knows no model.
+It computes a matrix product and its top k, block by block, so that memory stays bounded. This module imports torch, so
+it is imported only when such an index is used.
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.search.projection import Projection
 
 _HEADER = struct.Struct("<4sIQ")  # magic, components, rows; then the rows, little-endian
-_QUERIES = 1024  # at a time
-_SCORES = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of similarities at a time
-_GROUP = 64  # rows of which only the largest similarity is looked at first
+_QUERIES = 1024  # queries per block
+_SCORES = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of similarities per block
+_GROUP = 64  # rows per group; the first pass of the top k compares only the maxima of groups
 _FILES = {torch.float32: "<f4", torch.float16: "<f2"}
 
 
 class Matrix:
-    """Rows numbered from 0 in the order in which they were added, on one device. d: components; ntotal: rows."""
+    """Matrix of rows on one device, numbered from 0 in the order in which they were added.
+
+    d: components of a row. ntotal: number of rows. Both are named as in FAISS.
+    """
 
     def __init__(self, dim: int, dtype: torch.dtype, device: str) -> None:
-        """dtype: float32 or float16, of the rows. ConfigError: there is no such device."""
+        """dtype: of the rows, float32 or float16. ConfigError when the device does not exist."""
         self.device = usable(device)
         self.d, self.ntotal = dim, 0
         self._rows = torch.empty((0, dim), dtype=dtype, device=self.device)
-        self._dead: Tensor | None = None  # bool [ntotal]; None while all are alive
+        self._dead: Tensor | None = None  # bool [ntotal]; None while no row is deleted
 
     @property
     def rows(self) -> Tensor:
-        """[ntotal, dim], on the device; a view."""
+        """View of the rows, [ntotal, dim], on the device."""
         return self._rows[: self.ntotal]
 
     def add(self, vectors: NDArray[np.float32] | Tensor) -> None:
         """Append vectors, float32 [n, dim], on any device."""
         fresh = torch.as_tensor(vectors)
         wanted = self.ntotal + len(fresh)
-        if wanted > len(self._rows):  # the first rows get the room they need, later ones some to grow into
+        if wanted > len(self._rows):  # exact size for the first rows, then geometric growth
             room = wanted if not self.ntotal else max(wanted, self.ntotal + self.ntotal // 2)
             larger = torch.empty((room, self.d), dtype=self._rows.dtype, device=self.device)
             larger[: self.ntotal] = self._rows[: self.ntotal]
@@ -55,7 +58,7 @@ class Matrix:
         self.ntotal = wanted
 
     def mark_deleted(self, numbers: NDArray[np.int64]) -> None:
-        """Let no search give these rows from now on. They become zeros: what was purged is not kept on a device."""
+        """Exclude rows from all later searches and overwrite them by zeros, so that purged data leaves the device."""
         if not len(numbers):
             return
         if self._dead is None:
@@ -65,16 +68,17 @@ class Matrix:
         self._rows[chosen] = 0
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Similarities and numbers, as FAISS gives them."""
+        """Search as `search_on`, with arrays, in FAISS' order of results: similarities, then numbers."""
         similarity, numbers = self.search_on(torch.from_numpy(queries), k)
         return similarity.cpu().numpy(), numbers.cpu().numpy()
 
     @torch.inference_mode()
     def search_on(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Similarities float32 [n, k] and numbers int64 [n, k], largest first, both on the index's device.
+        """Search the k rows of largest similarity.
 
-        queries: float32 [n, dim], on any device. -inf and -1 where there is no live row. Of equal similarities the row
-        with the lower number comes first; which of them come back where k would cut them is not defined.
+        queries: float32 [n, dim], on any device. Returns similarities, float32 [n, k], largest first, and row numbers,
+        int64 [n, k], on the index's device; -inf and -1 where there is no live row. Rows of equal similarity are in
+        order of their numbers; which of them are returned when k cuts through them is undefined.
         """
         queries = queries.to(self.device, torch.float32)
         parts = [self._nearest(queries[at : at + _QUERIES], k) for at in range(0, len(queries), _QUERIES)]
@@ -98,15 +102,16 @@ class Matrix:
         return _ordered(best, torch.where(best.isneginf(), -1, which))
 
     def _scores(self, queries: Tensor, start: int, end: int) -> Tensor:
-        """float32 [queries, end - start]."""
+        """Compute similarities to the rows start to end, float32 [queries, end - start]."""
         rows = self._rows[start:end]
         if rows.dtype == torch.float32:
             return queries @ rows.T
-        if self.device.type == "cuda":  # the sums are float32, and stay so
+        if self.device.type == "cuda":  # accumulates in float32 and returns float32
             return torch.mm(queries.half(), rows.T, out_dtype=torch.float32)
         return queries @ rows.float().T
 
     def to_bytes(self, magic: bytes) -> memoryview:
+        """Serialise the rows. magic: four bytes to start with."""
         rows = self._rows[: self.ntotal].cpu().numpy()
         header = _HEADER.pack(magic, self.d, self.ntotal)
         return memoryview(header + rows.astype(_FILES[self._rows.dtype]).tobytes())
@@ -115,7 +120,7 @@ class Matrix:
     def from_bytes(
         cls, data: NDArray[np.uint8], magic: bytes, dtype: torch.dtype, dim: int, count: int, device: str
     ) -> Matrix:
-        """What `to_bytes` wrote. SnapshotDamaged: it is not that, or of another size."""
+        """Deserialise the result of `to_bytes`. SnapshotDamaged when the bytes are not that, or of another shape."""
         if len(data) < _HEADER.size:
             raise SnapshotDamaged(f"an index of kind torch has at least {_HEADER.size} bytes, found {len(data)}")
         begins, width, rows = _HEADER.unpack_from(data.data)
@@ -135,7 +140,7 @@ class Matrix:
 
 
 def usable(device: str) -> torch.device:
-    """The device. ConfigError where torch has none such."""
+    """Return the torch device. ConfigError when torch does not have it."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("an index on device 'cuda' needs a CUDA device, and torch sees none; use device 'cpu'")
     return torch.device(device)
@@ -143,8 +148,9 @@ def usable(device: str) -> torch.device:
 
 @contextmanager
 def in_full(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products are of float32 numbers, whatever the caller computes in: rounded to TF32 they would be
-    off by 0.001, and under autocast by more.
+    """Compute float32 matrix products in full precision inside the block, whatever the caller's settings.
+
+    TF32 has an error of 0.001, and autocast a larger one.
     """
     before = torch.backends.cuda.matmul.fp32_precision
     with torch.autocast(device.type, enabled=False):
@@ -159,7 +165,10 @@ def in_full(device: torch.device) -> Iterator[None]:
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns. A row's k largest lie in the k groups with the largest maxima."""
+    """Return the k largest values of each row, and their columns.
+
+    A row's k largest values lie in the k groups with the largest maxima, so only those groups are searched.
+    """
     n, columns = scores.shape
     whole = columns // _GROUP
     if whole < 4 * k:
@@ -175,7 +184,7 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(similarity: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest first, and of equal ones the lower number."""
+    """Sort by similarity, largest first, and equal similarities by number."""
     by_number = numbers.sort(dim=1, stable=True).indices
     similarity, numbers = similarity.gather(1, by_number), numbers.gather(1, by_number)
     order = similarity.sort(dim=1, descending=True, stable=True).indices
@@ -186,15 +195,15 @@ def _ordered(similarity: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def half(features: Tensor) -> Tensor:
-    """Features as they are stored, float16; `neighbours.half` of numbers on a device."""
+    """Round features to float16, as they are stored; `bank_index.half` for tensors."""
     return torch.nan_to_num(features.clamp(-65504, 65504)).half()
 
 
 class Projected:
-    """`Projection.apply` on a device, for kinds "none" and "pca"."""
+    """Projection on a device, for the kinds "none" and "pca"; equivalent to `Projection.apply`."""
 
     def __init__(self, projection: Projection, device: torch.device | str) -> None:
-        """ConfigError for "simhash", whose codes only FAISS searches."""
+        """ConfigError for the kind "simhash", whose codes only FAISS can search."""
         if projection.kind == "simhash":
             raise ConfigError("codes of a SimHash are searched by FAISS; use projection 'pca' on a device")
         self._plain = projection.kind == "none"
@@ -202,7 +211,7 @@ class Projected:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
-        """float32 [n, dim], unit L2 norm, of features float16 or float32 [n, width], finite, on the same device."""
+        """Project features, float16 or float32 [n, width], finite. Returns float32 [n, dim], unit norm, same device."""
         block = features.double()
         silent = ~block.any(dim=1, keepdim=True)
         if not self._plain:

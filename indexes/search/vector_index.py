@@ -1,9 +1,9 @@
-"""One index over unit vectors, or over packed sign bits: FAISS', or an exact search in torch.
+"""Similarity index over unit vectors or packed sign bits, by FAISS or by an exact search in torch.
 
-FAISS types stay in here and in `serialised`.
+Only this module, `faiss_bytes` and `index_kinds` use FAISS types.
 
 Similarity is the cosine: [-1, 1], higher is nearer. For sign bits (SimHash) it is cos(pi * hamming / bits),
-an estimate of the cosine between the vectors that the bits were taken from.
+an estimate of the cosine between the vectors that the bits were computed from.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ log = logging.getLogger("llmcache")
 _CANDIDATES = 64
 _GPU_KINDS = frozenset({"flat", "ivf-flat", "ivf-sq8", "ivf-fp16", "cagra"})
 FEW = 20_000
-"""Vectors, below which a flat index is as quick as any other."""
+"""Number of vectors below which a flat index is as fast as any other."""
 LEAST_TRAINED = 640
-"""Vectors to train on: 16 lists, or 16 codes of a quantiser, of 40 vectors each. FAISS asks for 39."""
+"""Minimum vectors to train on: 40 for each of 16 lists, or of 16 codes of a quantiser. FAISS requires 39 for each."""
 
 
 def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
-    """The kind of index for n vectors of some hundred components, or n codes of some hundred bits.
+    """Choose the kind of index for n vectors of some hundred components, or n codes of some hundred bits.
 
-    device: "cuda" without a FAISS build for it gives the exact search in torch.
+    device: "cuda" without a FAISS build for GPUs gives the exact search in torch.
     """
     if device == "cuda" and not binary and not _faiss_on_gpu():
         _say_once_that_torch_searches()
         return "torch" if n < 4_000_000 else "torch-fp16"
-    # Milliseconds per query, two cores, 128 components, large batches. flat: 0.15 at 20,000, 0.7 at 100,000.
-    # ivf-flat: 0.04 at 100,000, 0.44 at a million, where a query reads 4 MB of lists; ivf-fp16 0.13 there, and half of
-    # them; ivf-pq 0.03 at both, with the recall of the others: it reads 0.25 MB of codes and compares 64 vectors.
-    # 256 bits, binary-flat: 0.06 at 100,000, 0.7 at a million; there binary-ivf takes 0.07.
+    # Measured in milliseconds per query: two cores, 128 components, large batches. flat: 0.15 for 20,000 vectors, 0.7
+    # for 100,000. ivf-flat: 0.04 for 100,000, 0.44 for a million, where a query reads 4 MB of lists. ivf-fp16: 0.13 for
+    # a million, reading half as much. ivf-pq: 0.03 for both sizes, with the recall of the others, since it reads
+    # 0.25 MB of codes and re-ranks 64 vectors. 256 bits, binary-flat: 0.06 for 100,000, 0.7 for a million, where
+    # binary-ivf takes 0.07.
     if binary:
         return "binary-flat" if n < 200_000 else "binary-ivf"
     if n < FEW:
@@ -65,7 +66,7 @@ def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
 
 
 def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
-    """Whether an index of this kind, or "auto", on this device is one of FAISS."""
+    """Return whether an index of this kind, or "auto", on this device requires FAISS."""
     if kind == "auto":
         return device == "cpu" or binary
     return not kind.startswith("torch")
@@ -73,11 +74,11 @@ def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
 
 @contextmanager
 def _alone(faiss: Any) -> Iterator[None]:
-    """FAISS with one thread, where there are no more than two processors.
+    """Run FAISS with one thread inside the block, on machines with at most two processors.
 
-    The threads of what torch and numpy multiplied just before still wait on the same processors. On two of them 3,080
-    queries among 10,000 then take a flat search 0.23 s, against 0.1 s with one thread; 2,048 among 200,000 take ivf-pq
-    0.038 ms each, 0.030 with one thread, and 0.019 when no other threads wait.
+    After a matrix product, threads of torch and NumPy still spin on the same processors. On two processors, a flat
+    search of 3,080 queries among 10,000 vectors then takes 0.23 s, against 0.1 s with one thread. ivf-pq takes 0.038 ms
+    for each of 2,048 queries among 200,000 vectors, 0.030 ms with one thread, and 0.019 ms without spinning threads.
     """
     threads = faiss.omp_get_max_threads()
     if threads != 2 or len(os.sched_getaffinity(0)) > 2:
@@ -91,14 +92,14 @@ def _alone(faiss: Any) -> Iterator[None]:
 
 
 def kind_at_hand(n: int) -> str:
-    """`choose_kind` of vectors on a CPU; the exact search in torch where there is no FAISS."""
+    """Choose the kind of index for n vectors on a CPU, see `choose_kind`; "torch" when FAISS is not installed."""
     return "torch" if importlib.util.find_spec("faiss") is None else choose_kind(n)
 
 
 class VectorIndex:
-    """Vectors numbered 0, 1, 2, ... in the order in which they were added.
+    """Index of vectors, numbered 0, 1, 2, ... in the order in which they were added.
 
-    Searches may run side by side on a CPU, one at a time on a GPU. Nothing may run beside `add`.
+    Searches may run concurrently on a CPU, one at a time on a GPU. No call may run concurrently with `add`.
     """
 
     __slots__ = ("_index", "_kind", "_on_gpu")
@@ -108,13 +109,13 @@ class VectorIndex:
 
     @classmethod
     def build(cls, vectors: NDArray[Any], *, kind: str = "auto", device: str = "cpu", seed: int = 0) -> VectorIndex:
-        """An index of these vectors.
+        """Build an index of these vectors.
 
-        vectors: float32 [n, dim], unit L2 norm (zeros are near nothing), or uint8 [n, bits / 8]. Copied.
-        kind: one of KINDS, or "auto" for `choose_kind`. cagra is built on a GPU whatever the device.
+        vectors: float32 [n, dim], unit L2 norm (zeros are similar to nothing), or uint8 [n, bits / 8]. Copied.
+        kind: one of KINDS, or "auto" for `choose_kind`. cagra is always built on a GPU.
         device: "cpu" or "cuda"; hnsw, ivf-pq and the binary kinds stay on the CPU.
-        seed: for k-means and its sample. Graphs are built by several threads and differ all the same.
-        ConfigError: unknown kind, too few vectors to train it, no GPU. ValueError: not such vectors.
+        seed: for k-means and its sample. Graphs are built by several threads and differ despite the seed.
+        ConfigError for an unknown kind, too few vectors to train, or no GPU. ValueError for invalid vectors.
         """
         vectors = np.asarray(vectors)
         if kind == "auto":
@@ -139,11 +140,12 @@ class VectorIndex:
 
     @property
     def kind(self) -> str:
+        """Kind of the index, one of KINDS."""
         return self._kind
 
     @property
     def binary(self) -> bool:
-        """Whether it holds sign bits."""
+        """Return whether the index holds sign bits."""
         return is_binary(self._kind)
 
     @property
@@ -155,7 +157,7 @@ class VectorIndex:
         return int(self._index.ntotal)
 
     def add(self, vectors: NDArray[Any]) -> None:
-        """Append vectors, as in `build`. A cagra index is built anew each time: give it few large pieces."""
+        """Append vectors, as in `build`. A cagra index is rebuilt on each call, so add few large batches."""
         vectors = _checked(vectors, self._kind, self.dim)
         if not len(vectors):
             return
@@ -170,10 +172,11 @@ class VectorIndex:
     def nearest(
         self, queries: NDArray[Any], k: int, *, beside: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids int64 [n, k] and similarities float32 [n, k], nearest first; -1 and -inf where there is none.
+        """Search the k nearest vectors.
 
         queries: float32 [n, dim], unit L2 norm, or uint8 [n, bits / 8].
-        beside: numpy multiplied large matrices just before, and its threads still wait on the processors.
+        beside: NumPy multiplied large matrices just before, so its threads still spin on the processors.
+        Returns ids, int64 [n, k], nearest first, and similarities, float32 [n, k]; -1 and -inf for none.
         """
         queries = _checked(queries, self._kind, self.dim)
         if k < 1:
@@ -183,15 +186,16 @@ class VectorIndex:
         most = min(k, len(self))
         if ids.size and most:
             found, near = self._search(queries, most, beside)
-            # Checked although `from_bytes` did: an id from here becomes the number of a row in a file.
+            # Checked again after `from_bytes`, because these ids become row numbers in files.
             sound = (near >= 0) & (near < len(self)) & np.isfinite(found)
             ids[:, :most] = np.where(sound, near, -1)
             similarity[:, :most] = np.where(sound, np.clip(found, -1, 1), -np.inf)
         return ids, similarity
 
     def nearest_on(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """`nearest` of a tensor, float32 [n, dim], finite; ids and similarities on the index's device if it is one of
-        torch, else on that of the queries.
+        """Search as `nearest`, for a tensor, float32 [n, dim], finite.
+
+        Returns ids and similarities on the index's device for torch kinds, else on the device of the queries.
         """
         import torch
 
@@ -208,11 +212,11 @@ class VectorIndex:
 
     @property
     def buries(self) -> bool:
-        """Whether it can leave out rows that were evicted."""
+        """Return whether the index supports `mark_deleted`."""
         return self._kind.startswith("torch")
 
     def mark_deleted(self, ids: NDArray[np.int64]) -> None:
-        """Let no search give these vectors from now on; where `buries`."""
+        """Exclude these vectors from all later searches. Only where `buries`."""
         self._index.mark_deleted(ids)
 
     def _search(self, queries: NDArray[Any], k: int, beside: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -220,7 +224,7 @@ class VectorIndex:
             answer: tuple[NDArray[np.float32], NDArray[np.int64]] = self._index.search(queries, k)
             return answer
         faiss, params = faiss_module(), None
-        if self._kind == "ivf-pq":  # four-bit codes rank roughly, so many candidates are compared again
+        if self._kind == "ivf-pq":  # four-bit codes rank roughly, so many candidates are re-ranked
             params = faiss.IndexRefineSearchParameters(k_factor=max(8.0, _CANDIDATES / k))
         elif self._kind == "cagra" and self._on_gpu:
             params = faiss.SearchParametersCagra(itopk_size=max(64, -(-k // 32) * 32))  # must not be below k
@@ -230,11 +234,11 @@ class VectorIndex:
         return (np.cos(found * (np.pi / self.dim)).astype(np.float32) if self.binary else found), near
 
     def to_bytes(self) -> memoryview:
-        """The serialised index, for `from_bytes` on any device."""
+        """Serialise the index, for `from_bytes` on any device."""
         if self._kind.startswith("torch"):
             data: memoryview = self._index.to_bytes(FORMS[self._kind].magic)
             return data
-        # Not faiss.write_index: it returns normally when the disk is full, and does not fsync.
+        # faiss.write_index would return normally when the disk is full, and does not fsync
         faiss = faiss_module()
         if self.binary:
             return memoryview(faiss.serialize_index_binary(self._index))
@@ -250,10 +254,10 @@ class VectorIndex:
         count: int,
         device: str = "cpu",
     ) -> VectorIndex:
-        """The index that `to_bytes` serialised, which has `count` vectors of `dim` components or bits.
+        """Deserialise an index that `to_bytes` wrote, with `count` vectors of `dim` components or bits.
 
-        SnapshotDamaged: the bytes are no such index. Wrong numbers inside vectors go unseen: the caller has
-        compared a checksum before. ConfigError: unknown kind, no GPU.
+        SnapshotDamaged when the bytes are no such index. Wrong numbers inside vectors are not detected: the caller
+        checks a checksum before. ConfigError for an unknown kind or no GPU.
         """
         on_gpu = _on_gpu(kind, device)
         if kind.startswith("torch"):
@@ -270,7 +274,7 @@ class VectorIndex:
 
 
 def _on_gpu(kind: str, device: str) -> bool:
-    """Whether an index of this kind goes to the GPU. ConfigError: no such kind or device."""
+    """Return whether an index of this kind is placed on the GPU. ConfigError for an unknown kind or missing device."""
     if kind not in FORMS:
         raise ConfigError(f"no index of kind {kind!r}; choose one of: auto, {', '.join(KINDS)}")
     if device not in {"cpu", "cuda"}:
@@ -291,7 +295,7 @@ def _on_gpu(kind: str, device: str) -> bool:
 
 
 def _faiss_on_gpu() -> bool:
-    """Whether there is a FAISS build that sees a GPU."""
+    """Return whether a FAISS build with GPU support sees a GPU."""
     if importlib.util.find_spec("faiss") is None:
         return False
     faiss = faiss_module()
@@ -315,7 +319,10 @@ def _say_once_that_it_stays(kind: str) -> None:
 
 
 def _checked(vectors: NDArray[Any], kind: str, dim: int | None = None) -> NDArray[Any]:
-    """The vectors as FAISS takes them: C-contiguous, float32 or uint8, of the right width, finite."""
+    """Check vectors and convert them for FAISS: C-contiguous, float32 or uint8, of the right width, finite.
+
+    ValueError when they do not fit.
+    """
     vectors = np.asarray(vectors)
     wanted, family = ("uint8", np.uint8) if is_binary(kind) else ("float32", np.floating)
     if vectors.ndim != 2 or not vectors.shape[1] or not np.issubdtype(vectors.dtype, family):
@@ -333,7 +340,7 @@ def _checked(vectors: NDArray[Any], kind: str, dim: int | None = None) -> NDArra
 
 
 def _trained(vectors: NDArray[Any], kind: str, seed: int) -> Any:
-    """A CPU index of these vectors."""
+    """Train a CPU index and add these vectors."""
     faiss = faiss_module()
     n, width = vectors.shape
     lists = min(int(4 * n**0.5), n // 40)
@@ -343,8 +350,8 @@ def _trained(vectors: NDArray[Any], kind: str, seed: int) -> Any:
     else:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf-sq8":
-        # Eight bits span what is seen in training, and what is added later is cut off there. Whole vectors with a
-        # margin keep to 0.005; differences from the centre, FAISS' default, lost up to 0.08 on new clusters.
+        # Eight bits span the range of the training vectors; later vectors are clipped to it. Encoding whole vectors
+        # with a margin has an error of 0.005; residuals, FAISS' default, had errors up to 0.08 on new clusters.
         index.by_residual, index.sq.rangestat_arg = False, 0.25
     if "ivf" in kind:
         inverted(index, kind).cp.seed = seed % 2**31
@@ -362,23 +369,23 @@ def _sampled(vectors: NDArray[Any], most: int, seed: int) -> NDArray[Any]:
 
 
 def _tune(index: Any, kind: str) -> None:
-    """Set what a search costs. Set after loading too, so that it is never what a file says."""
-    # Chosen for recall@1 >= 0.99 on 100,000 vectors of 1,500 clusters, apart or half overlapping. Not met:
-    # ivf-sq8, 0.87 to 0.96 for its rounding; binary-ivf on overlapping clusters, 0.96.
+    """Set the search parameters. Set them after loading too, so that a file cannot choose them."""
+    # Chosen for recall@1 >= 0.99 on 100,000 vectors of 1,500 clusters, separate or half overlapping. Exceptions:
+    # ivf-sq8 reaches 0.87 to 0.96 because of its rounding; binary-ivf reaches 0.96 on overlapping clusters.
     if "ivf" in kind:
         lists = inverted(index, kind)
         lists.nprobe = min(lists.nlist, 128 if is_binary(kind) else 32)
     if "hnsw" in kind or kind == "cagra":
         index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
     if kind == "cagra":
-        index.num_base_level_search_entrypoints = 32  # a damaged count here made FAISS abort or hang
+        index.num_base_level_search_entrypoints = 32  # a damaged value would make FAISS abort or hang
 
 
 def _to_gpu(index: Any) -> Any:
     faiss = faiss_module()
     resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
-    resources.setTempMemory(256 << 20)  # per index; left alone, each takes 1.5 GB
-    options.use_cuvs = False  # FAISS' own kernels have all our kinds; those of cuVS lack ivf-sq8
+    resources.setTempMemory(256 << 20)  # per index; the default is 1.5 GB
+    options.use_cuvs = False  # FAISS' own kernels support all kinds; cuVS lacks ivf-sq8
     return faiss.index_cpu_to_gpu(resources, 0, index, options)
 
 
@@ -388,5 +395,5 @@ def _cagra(vectors: NDArray[np.float32]) -> Any:
         raise ConfigError("this FAISS has no cagra index, it comes with builds for cuVS; use 'ivf-flat'")
     resources = faiss.StandardGpuResources()
     index = faiss.GpuIndexCagra(resources, vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)  # stores them as well; its `add` would do nothing, and say nothing
+    index.train(vectors)  # also stores them; `add` does nothing, without an error
     return index
