@@ -25,12 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeAlias
 
-from llmcache.indexes.commits.generations import (
-    LAST,
-    generation_name,
-    generations,
-    newest,
-)
+from llmcache.indexes.commits.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.commits.signatures import announce, signature_name, signatures
 from llmcache.indexes.errors import CommitConflict, LLMCacheError, SnapshotDamaged, StoreFenced, StoreFull
 from llmcache.indexes.files.folder import Folder

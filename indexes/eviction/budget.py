@@ -16,11 +16,7 @@ from llmcache.indexes.commits.generations import generation_name, generations, n
 from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage, remove
-from llmcache.indexes.eviction.policies import (
-    Terms,
-    Usage,
-    choose,
-)
+from llmcache.indexes.eviction.policies import Terms, Usage, choose
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.rows import ALIGN, ROW, Keys, Rows

@@ -22,14 +22,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.errors import Busy, SnapshotDamaged
 from llmcache.indexes.files import locks
 from llmcache.indexes.files.durable import FOLDER, make_durably, sync_name
-from llmcache.indexes.files.linux import (
-    begin_sync,
-    changed,
-    file_system,
-    flaw_in,
-    kind_of,
-    mapped,
-)
+from llmcache.indexes.files.linux import begin_sync, changed, file_system, flaw_in, kind_of, mapped
 from llmcache.indexes.files.names import QUARANTINE, SUBFOLDERS, placed
 from llmcache.indexes.files.plain_file import open_plain
 from llmcache.indexes.files.sealed_file import Sealed, read_into

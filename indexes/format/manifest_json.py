@@ -11,14 +11,7 @@ from typing import Any
 
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.format.codec import DTYPES
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
-    IndexFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, IndexFacts, Manifest, NamespaceFacts, SegmentFacts
 
 FORMAT = 2
 """Format version of manifests. 2: .row files may have marks after the records; readers of 1 take them for damaged."""

@@ -28,15 +28,7 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.sealed_file import Sealed
 from llmcache.indexes.format.manifest import SegmentFacts
 from llmcache.indexes.format.marks import Marks, kinds_in, mark_type
-from llmcache.indexes.format.rows import (
-    ALIAS,
-    HEADER,
-    MAGIC,
-    ROW,
-    STRONG,
-    agree,
-    portions,
-)
+from llmcache.indexes.format.rows import ALIAS, HEADER, MAGIC, ROW, STRONG, agree, portions
 from llmcache.indexes.format.write_once import verified
 
 _NEAR = 512 << 10  # bytes that are copied and then verified, chosen to fit a core's cache

@@ -12,17 +12,7 @@ from numpy.typing import NDArray
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import FileFacts, SegmentFacts
 from llmcache.indexes.format.marks import Marks, joined
-from llmcache.indexes.format.rows import (
-    HEADER,
-    MAGIC,
-    ROW,
-    STRONG,
-    Keys,
-    aligned,
-    digests,
-    portions,
-    seconds32,
-)
+from llmcache.indexes.format.rows import HEADER, MAGIC, ROW, STRONG, Keys, aligned, digests, portions, seconds32
 from llmcache.indexes.format.write_once import write_file
 
 

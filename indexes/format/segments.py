@@ -13,12 +13,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format import codec
 from llmcache.indexes.format.manifest import BankFacts, SegmentFacts
-from llmcache.indexes.format.marks import (
-    Marks,
-    kinds_of,
-    put_marks,
-    unmarked,
-)
+from llmcache.indexes.format.marks import Marks, kinds_of, put_marks, unmarked
 from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.format.segment import Segment, Tombstone
 from llmcache.indexes.format.segment_writer import PendingRows

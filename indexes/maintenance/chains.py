@@ -1,7 +1,7 @@
-"""Blocks of tokens that continue each other, and which of them belong to a document.
+"""Chains of KV blocks that continue each other, and the blocks that belong to a document.
 
-A bank of beginnings (keys and values of a decoder) has a row per block of tokens. The source of a row names the block
-before it: its key in hexadecimal, or `FIRST`. Rows written before sources were used for this have an empty source.
+A bank of prefixes (keys and values of a decoder) has a row per block of tokens. The source of a row names the previous
+block, by its key in hexadecimal, or is `FIRST`. Rows of versions that did not record this have an empty source.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from llmcache.indexes.format.segment import Segment
 
 FIRST = "first"
-"""Source of a block that begins a row of tokens."""
+"""Source of the first block of a token sequence."""
 _KEY = re.compile(r"[0-9a-f]{32}")
 _TOKEN = 4  # bytes of a token id
 
 
 def block_source(previous: bytes) -> str:
-    """The source to store with a block. previous: key of the block before it, b"" where it is the first."""
+    """Return the source to store with a block. previous: key of the previous block, b"" for the first block."""
     return previous.hex() or FIRST
 
 
 @dataclass(slots=True)
 class _Block:
-    """One block. tokens: its token ids, int32 little-endian. parent: key of the block before, b"" for a first block,
-    None where that is not recorded."""
+    """KV block. tokens: its token ids, int32 little-endian. parent: key of the previous block, b"" for a first block,
+    None if not recorded. children: keys of the blocks that continue it."""
 
     tokens: bytes
     parent: bytes | None
@@ -37,7 +37,7 @@ class _Block:
 
 
 class Chains:
-    """The blocks of a bank as trees."""
+    """Blocks of a bank as trees."""
 
     def __init__(self, segments: Iterable[Segment]) -> None:
         """SnapshotDamaged when the token ids or sources of a segment cannot be read."""
@@ -49,8 +49,8 @@ class Chains:
                 parent = bytes.fromhex(source) if _KEY.fullmatch(source) else b"" if source == FIRST else None
                 self._blocks.setdefault(key.tobytes(), _Block(tokens.tobytes(), parent))
         self._longest = max((len(one.tokens) for one in self._blocks.values()), default=0)
-        self._firsts: dict[bytes, list[bytes]] = {}  # blocks that begin a row, by their first token
-        self._loose: dict[bytes, list[bytes]] = {}  # blocks whose place in a row is not known, by their first token
+        self._firsts: dict[bytes, list[bytes]] = {}  # first blocks, by their first token
+        self._loose: dict[bytes, list[bytes]] = {}  # blocks of unknown position, by their first token
         for key, block in self._blocks.items():
             if block.parent:
                 above = self._blocks.get(block.parent)
@@ -61,14 +61,14 @@ class Chains:
             starts.setdefault(block.tokens[:_TOKEN], []).append(key)
 
     def of(self, documents: Iterable[NDArray[np.int32] | bytes]) -> set[bytes]:
-        """Keys of the blocks that go with these documents, given as token ids.
+        """Return the keys of the blocks to purge with these documents, given as token ids.
 
-        A block goes when its tokens are a part of the document at its place in the row, or when it continues the whole
-        document, which it then depends on. A block that another document also goes through stays: one that has a
-        block behind it that stays. A block whose place in a row is not known goes when its tokens are in the document
-        where a block can begin.
+        A block is purged when its tokens match the document at the block's position, or when it continues the whole
+        document, on which it then depends. A block that is shared with another document stays: one with a following
+        block that stays. A block of unknown position is purged when its tokens occur in the document at a position
+        where a block can start.
         """
-        passed: dict[bytes, None] = {}  # blocks inside a document, the first ones first
+        passed: dict[bytes, None] = {}  # blocks inside a document, parents before children
         going: set[bytes] = set()
         for ids in documents:
             whole = ids if isinstance(ids, bytes) else np.ascontiguousarray(ids, "<i4").tobytes()
@@ -80,7 +80,7 @@ class Chains:
         return going
 
     def _started(self, whole: bytes) -> list[tuple[bytes, bytes]]:
-        """Blocks that may be the first ones of a document, each with the tokens from its place on."""
+        """Find blocks that may start a match, each with the document's token bytes from its position on."""
         begun = [(key, whole) for key in self._firsts.get(whole[:_TOKEN], ())]
         for at in range(0, len(whole), self._longest or len(whole)):
             rest = whole[at:]
@@ -90,7 +90,7 @@ class Chains:
     def _walk(
         self, whole: bytes, begun: Sequence[tuple[bytes, bytes]], passed: dict[bytes, None], going: set[bytes]
     ) -> None:
-        """Follow a document from these blocks on."""
+        """Follow a document along the chains from the blocks in `begun`."""
         waiting = list(begun)
         while waiting:
             key, rest = waiting.pop()

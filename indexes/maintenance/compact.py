@@ -1,7 +1,7 @@
-"""Compaction: segments with many dead rows are written anew, without them.
+"""Compaction: rewrite segments with many dead rows without them, and join small segments.
 
-Live rows of several segments become one new segment. Each is compared with its checksum on the way; what fails is
-left behind. Everything else about a row comes along: key, tokens, source, features, cost, time, and its aliases.
+The live rows of several segments become one new segment. Each row is checked against its checksum on the way, and
+damaged rows are dropped. Everything else about a row is copied: key, tokens, source, features, cost, time, aliases.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from llmcache.indexes.store import Store
 log = logging.getLogger("llmcache")
 
 SEGMENT_BYTES = 256 << 20
-"""Activations that go into one new segment, about."""
+"""Approximate bytes of activations in one new segment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Segments of one bank that become one."""
+    """Segments of one bank to rewrite as one segment."""
 
     namespace: str
     bank: str
@@ -45,18 +45,21 @@ class Group:
 
     @property
     def rows(self) -> int:
-        """Live rows."""
+        """Number of live rows."""
         return sum(one.live for one in self.sources)
 
     @property
     def bytes(self) -> int:
-        """What the sources take up on the disk."""
+        """Bytes of the sources on the disk."""
         return sum(file.size for one in self.sources for file in one.all_files)
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """rows: copied. damaged: live rows that failed their checksums. replaced: False if somebody else came first."""
+    """Result of rewriting a group. rows: copied. damaged: live rows that failed their checksums.
+
+    replaced: False if another process changed the group first.
+    """
 
     rows: int
     damaged: int
@@ -65,9 +68,9 @@ class Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class Compacted:
-    """segments that were rewritten, rows copied, damaged rows left behind; bytes that `gc` may now remove.
+    """Result of a compaction: segments rewritten, rows copied, damaged rows dropped, bytes that `gc` may now remove.
 
-    duplicates: further copies of an entry that were dropped before.
+    duplicates: further copies of entries that were dropped before.
     """
 
     segments: int
@@ -83,12 +86,12 @@ def _under_half_alive(facts: SegmentFacts) -> bool:
 
 
 def compact(store: Store, *, duplicates: bool = False, small: bool = False, dry_run: bool = False) -> Compacted:
-    """Rewrite the segments of which less than half the rows are alive. What they were is left for `gc`.
+    """Rewrite the segments with less than half of their rows alive. The old files stay until `gc`.
 
-    duplicates: first drop what is stored more than once, because several writers computed it at the same time.
-    small: make one of many small segments of a writer, too.
-    Rows that do not agree with their checksums are left behind, and counted; segments that cannot be read stay as
-    they are. Busy; StoreFull or StoreFenced when a write fails.
+    duplicates: first drop entries that are stored more than once, because several writers computed them at once.
+    small: also join small segments of one writer.
+    Rows that fail their checksums are dropped and counted. Segments that cannot be read stay as they are.
+    Busy while another process maintains the store; StoreFull or StoreFenced when a write fails.
     """
     with locked(store, dry_run):
         dropped = drop_duplicates(store, dry_run=dry_run) if duplicates else 0
@@ -115,9 +118,9 @@ def _planned_groups(store: Store, small: bool) -> list[Group]:
 
 
 def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int = SEGMENT_BYTES) -> list[Group]:
-    """The segments that are wanted, bank by bank, in groups of about `most` bytes of live activations.
+    """Group the segments for which `wanted` is true, bank by bank, into about `most` bytes of live activations each.
 
-    A group is of one writer: all that one has stored can then still be told from the rest, and purged.
+    A group has segments of one writer only, so that all rows of a writer can still be identified and purged.
     """
     found = []
     for namespace, space in sorted(manifest.namespaces.items()):
@@ -137,10 +140,10 @@ def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int
 
 
 def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) -> Rewritten:
-    """Write the group's live rows as one new segment, and commit it in the place of the group's first.
+    """Write the group's live rows as one new segment, and commit it in the place of the group's first segment.
 
-    SnapshotDamaged when a source cannot be opened, OSError when the new one cannot be written; nothing is changed
-    then. A group that another process has changed in the meantime stays as that left it.
+    A group that another process changed meanwhile stays as it is then. SnapshotDamaged when a source cannot be opened,
+    OSError when the new segment cannot be written; nothing has changed then.
     """
     bank = manifest.namespaces[group.namespace].banks[group.bank]
     segments = [Segment.open(folder, facts) for facts in group.sources]
@@ -161,6 +164,7 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
 
 
 def rewritten(store: Store, group: Group) -> Rewritten:
+    """Rewrite a group as `rewrite`. A group with damage is logged and stays as it is."""
     try:
         return rewrite(store.folder, store.publish, eviction.current(store.folder), group)
     except SnapshotDamaged as error:
@@ -184,18 +188,18 @@ def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifes
 
 
 def _intact(segment: Segment) -> NDArray[np.int64]:
-    """Live rows whose bytes agree with their checksums."""
+    """Return the live rows that match their checksums, int64, in order."""
     live = segment.live()
     found = live[segment.whole(live)]
     if len(found) < len(live):
-        log.warning("%d rows of segment %s are damaged, and left behind", len(live) - len(found), segment.facts.id)
+        log.warning("%d rows of segment %s are damaged and dropped", len(live) - len(found), segment.facts.id)
     return found
 
 
 def _aliases(
     folder: Folder, bank: BankFacts, sources: Sequence[Segment], chosen: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.void]:
-    """The sources' aliases that still lead somewhere, each text once: the newest of several is believed."""
+    """Return the sources' aliases whose row still exists in the bank, the newest of each text key; records of ALIAS."""
     old = np.concatenate([np.zeros(0, ALIAS), *(one.aliases for one in sources)])
     if not len(old):
         return old
@@ -205,7 +209,7 @@ def _aliases(
         if facts.id not in mine:
             try:
                 other = Segment.open(folder, facts)
-            except (SnapshotDamaged, OSError):  # its rows are misses, so nothing leads there
+            except (SnapshotDamaged, OSError):  # its rows are misses, so their aliases are useless
                 continue
             keys.append(other.rows["key"][other.live()])
     there = KeyTable()

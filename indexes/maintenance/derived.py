@@ -1,7 +1,7 @@
-"""Data of a namespace that is computed from all of its entries: calibrations, their fitted arrays, and predictions.
+"""Data that is derived from all entries of a namespace: calibrations, their fitted arrays, and predictions.
 
-A calibration is a setting of the namespace. Its fitted numbers are a row of the bank `fitted`, among them features of
-entries (landmarks); the outputs predicted with them are the bank `distilled-<version>`.
+A calibration is a setting of the namespace. Its fitted arrays, which include features of entries (landmarks), are a row
+of the bank `fitted`. Outputs predicted with them are the bank `distilled-<version>`.
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ from typing import Any
 from llmcache.indexes.format.manifest import NamespaceFacts
 
 SETTING = "calibration"
-"""Name of the setting that holds the calibration of the output bank; for another bank followed by "-" and its name."""
+"""Name of the setting with the calibration of the output bank; for other banks, "-" and the bank's name follow."""
 FITTED = "fitted"
 DISTILLED = "distilled-"
 VERSION = 16
-"""Digits of the key of fitted numbers that name the bank of what was predicted with them."""
+"""Number of digits of the key of fitted arrays in the name of the bank of predictions made with them."""
 
 
 def calibrations(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The settings that are calibrations, by name."""
+    """Return the settings that are calibrations, by name."""
     return {name: raw for name, raw in config.items() if name.startswith(SETTING) and isinstance(raw, Mapping) and raw}
 
 
 def calibrated_bank(setting: str) -> str:
-    """Name of the bank whose entries a calibration was made from."""
+    """Return the name of the bank from whose entries a calibration was made."""
     return setting.removeprefix(SETTING).lstrip("-") or "output"
 
 
 def may_hold(raw: Mapping[str, Any], earliest: int | None) -> bool:
     """Return whether a calibration may have used an entry of its bank.
 
-    earliest: when the first of the entries in question was put, seconds since the epoch; None: there is none.
+    earliest: when the first of the entries in question was put, seconds since the epoch; None: no entry.
     """
     until = raw.get("until")
     return earliest is not None and (not isinstance(until, int) or until == 0 or earliest <= until)
 
 
 def fitted_keys(config: Mapping[str, Any]) -> set[str]:
-    """Keys of the fitted numbers that the calibrations of a namespace use, in hexadecimal."""
+    """Return the keys of the fitted arrays that the calibrations of a namespace use, in hexadecimal."""
     places = [raw.get("fitted") for raw in calibrations(config).values()]
     return {str(one["key"]) for one in places if isinstance(one, Mapping) and "key" in one}
 
 
 def without(space: NamespaceFacts, settings: frozenset[str]) -> tuple[dict[str, Any], set[str]]:
-    """The settings of a namespace without some calibrations, and the banks of predictions that nothing uses then."""
+    """Return the settings of a namespace without some calibrations, and the banks of predictions unused after that."""
     config = {name: value for name, value in space.config.items() if name not in settings}
     used = {f"{DISTILLED}{key[:VERSION]}" for key in fitted_keys(config)}
     return config, {name for name in space.banks if name.startswith(DISTILLED) and name not in used}

@@ -1,4 +1,4 @@
-"""What two stores have in common, by keys and checksums: no activation is read."""
+"""Difference of two stores, by keys and checksums, without reading activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from llmcache.indexes.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One bank in two stores. Keys in hexadecimal; `changed` are in both with other bytes. settings: name, a's, b's."""
+    """Difference of one bank in two stores, a and b. Keys are hexadecimal.
+
+    same: number of equal entries. changed: keys in both stores with different bytes. settings: name, a's and b's value.
+    """
 
     namespace: str
     bank: str
@@ -34,7 +37,7 @@ class Difference:
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
-    """How two stores differ, per namespace and bank; a bank that one of them lacks counts as empty."""
+    """Compare two stores, per namespace and bank. A bank that one of them lacks counts as empty."""
     with closing(Store.open(a, uses=False)) as one, closing(Store.open(b, uses=False)) as other:
         places = sorted({*banks(one.manifest), *banks(other.manifest)})
         return [_difference(place, one, other) for place in places]
@@ -47,7 +50,7 @@ def _difference(place: tuple[str, str], one: Store, other: Store) -> Difference:
     equal = (left["checksum"][in_a] == right["checksum"][in_b]).all(axis=1)
     equal &= left["scale"][in_a].view("u4") == right["scale"][in_b].view("u4")
     settings = _settings(place, one, other)
-    if any(name == "dtype" for name, _, _ in settings):  # the same bytes are other numbers
+    if any(name == "dtype" for name, _, _ in settings):  # equal bytes then mean different numbers
         equal[:] = False
     return Difference(
         *place,
@@ -64,7 +67,7 @@ def _hex(keys: NDArray[Any]) -> tuple[str, ...]:
 
 
 def _rows(store: Store, place: tuple[str, str]) -> NDArray[Any]:
-    """Records of ROW of what a reader finds: of each key the newest, the evicted ones left out."""
+    """Return the records of ROW that a reader finds: the newest live row of each key."""
     facts = banks(store.manifest).get(place)
     parts = [np.zeros(0, ROW)]
     for segment in reversed(facts.segments) if facts else ():
@@ -90,7 +93,7 @@ def _settings(place: tuple[str, str], one: Store, other: Store) -> tuple[tuple[s
 
 
 def _described(place: tuple[str, str], store: Store) -> dict[str, Any]:
-    """Identity, settings and shape of a bank, flat."""
+    """Return identity, settings and shape of a bank as one flat mapping."""
     space: NamespaceFacts | None = store.manifest.namespaces.get(place[0])
     facts = banks(store.manifest).get(place)
     if space is None or facts is None:

@@ -1,4 +1,4 @@
-"""Copies of one entry: several writers that computed it at the same time each stored it."""
+"""Duplicates: copies of one entry, stored by several writers that computed it at the same time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _PLACE = np.dtype([("bank", "<i8"), ("first", "<u8"), ("second", "<u8")])
 
 
 def drop_duplicates(store: Store, *, dry_run: bool = False) -> int:
-    """Drop every copy of an entry but the newest, which is the one that readers believe; returns how many.
+    """Drop all copies of an entry except the newest, which is the copy that readers use. Returns their number.
 
-    For whoever holds the maintainer's lock. Memory: about 120 bytes a row.
+    The caller holds the maintainer lock. Uses about 120 bytes of memory per row.
     """
     found = eviction.candidates(store.folder, eviction.current(store.folder))
     older = _older(found)
@@ -24,7 +24,7 @@ def drop_duplicates(store: Store, *, dry_run: bool = False) -> int:
 
 
 def _older(found: eviction.Candidates) -> NDArray[np.int64]:
-    """Places of rows that a later row of the same bank has the key of. The newest segment of a bank is its last."""
+    """Return the positions of rows whose key a later row of the same bank has. A bank's last segment is its newest."""
     banks = {bank: number for number, bank in enumerate(sorted({place[:2] for place in found.places}))}
     bank_of = np.array([banks[place[:2]] for place in found.places], np.int64)
     table = np.zeros(len(found.rows), _PLACE)

@@ -1,7 +1,8 @@
-"""What is done to a store as a whole: evict rows, compact segments, collect files.
+"""Eviction: bring a store below a number of bytes by removing the rows that a policy ranks first.
 
-All of it may run beside readers and writers. Each step is one commit, so a process that is killed leaves the
-generation before it or the one after; one maintainer works at a time (`Busy` for the second), to save wasted work.
+Eviction, compaction and garbage collection may run concurrently with readers and writers. Each step is one commit, so a
+process that is killed leaves the generation before the step or after it. One process maintains a store at a time, to
+avoid wasted work; a second one gets Busy.
 """
 
 from __future__ import annotations
@@ -14,13 +15,7 @@ from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.eviction.budget import GRACE
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage
-from llmcache.indexes.eviction.policies import (
-    DRIFT_LIMIT,
-    HALF_LIFE,
-    POLICIES,
-    Terms,
-    choose,
-)
+from llmcache.indexes.eviction.policies import DRIFT_LIMIT, HALF_LIFE, POLICIES, Terms, choose
 from llmcache.indexes.maintenance.compact import groups, rewritten
 from llmcache.indexes.maintenance.exclusive import locked
 from llmcache.indexes.store import Store
@@ -30,7 +25,10 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """rows and segments that went; bytes of the whole store, before and after. A dry run estimates the latter."""
+    """Result of an eviction: rows evicted, segments among them evicted whole, bytes of the store before and after.
+
+    A dry run estimates the latter.
+    """
 
     rows: int
     segments: int
@@ -48,12 +46,14 @@ def evict(
     drift_limit: float = DRIFT_LIMIT,
     dry_run: bool = False,
 ) -> Evicted:
-    """Bring the store's files down to at most `max_bytes`, giving up the rows that the policy names first.
+    """Bring the store's files to at most `max_bytes`, by evicting the rows that the policy ranks first.
 
-    Files that nobody needs go first, whatever their age. Rows of segments that stay are marked dead, and segments
-    with dead rows are then rewritten, those with most of them first, until the bytes are really free; for that, room
-    for one new segment is needed on the disk. Dropped files are removed at once.
-    ConfigError for a policy or a number that cannot be; Busy; StoreFull or StoreFenced when a write fails.
+    Superseded files are removed first, whatever their age. Evicted rows of segments that stay are marked dead; segments
+    with dead rows are then rewritten, the largest dead share first, until the bytes are free. This needs disk space for
+    one new segment. Files of dropped segments are removed at once.
+    half_life: seconds, for the policy "decay". drift_limit: for "divergence".
+    ConfigError for an invalid policy or number; Busy while another process maintains the store; StoreFull or
+    StoreFenced when a write fails.
     """
     terms = _terms(max_bytes, policy, half_life, drift_limit)
     with locked(store, dry_run):
@@ -94,7 +94,7 @@ def _terms(max_bytes: int, policy: str, half_life: float, drift_limit: float) ->
 
 
 def _planned(store: Store, need: int, policy: str, terms: Terms) -> tuple[int, int, int]:
-    """Rows, whole segments and bytes that the first round would evict."""
+    """Return the rows, whole segments and bytes that the first round would evict."""
     found = eviction.candidates(store.folder, eviction.current(store.folder))
     chosen = choose(found.usage, need, policy, terms)
     numbers, counts = np.unique(found.usage.segment[chosen], return_counts=True)
@@ -103,9 +103,9 @@ def _planned(store: Store, need: int, policy: str, terms: Terms) -> tuple[int, i
 
 
 def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Terms, gone: set[str]) -> int:
-    """Mark as many rows dead as are needed, and rewrite segments until their bytes are free. Returns how many rows.
+    """Evict rows worth `need` bytes, and rewrite segments until their bytes are free. Returns the number of rows.
 
-    gone: takes in the ids of the segments that went whole.
+    gone: set to which the ids of segments that were evicted whole are added.
     """
     found = eviction.candidates(store.folder, eviction.current(store.folder))
     chosen = choose(found.usage, need, policy, terms)

@@ -19,9 +19,9 @@ log = logging.getLogger("llmcache")
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """files removed, manifests among them, and their bytes; writers whose advisory files were made one.
+    """Result of a garbage collection: files removed, manifests among them, and bytes of all these files.
 
-    blocked: damaged manifests because of which nothing was removed.
+    folded: writers whose advisory files were merged. blocked: damaged manifests, because of which no file was removed.
     """
 
     files: int
@@ -33,12 +33,13 @@ class Collected:
 
 
 def gc(store: Store, grace_seconds: float = GRACE, *, dry_run: bool = False) -> Collected:
-    """Remove what no reader needs any more, and has not needed for `grace_seconds`.
+    """Remove files that no reader has needed for `grace_seconds`.
 
-    That is: files in no manifest, which a killed writer left; manifests that have a successor, but for the newest
-    one's predecessor; files that only such manifests name; temporary files. The advisory files of writers that have
-    not written for that long become one. With a damaged manifest in the store nothing is removed, since what it names
-    is not known. What a living process is writing stays whatever the grace is, where the file system has locks.
+    These are: files in no manifest, left by killed writers; manifests with a successor, except the newest one's
+    predecessor; files that only such manifests name; and temporary files. The advisory files of writers that have not
+    written for that long are merged. With a damaged manifest in the store no file is removed, since the files it names
+    are unknown. Files that a running process is writing are kept whatever the grace, if the file system has locks.
+    ConfigError for a negative grace; Busy while another process maintains the store.
     """
     if not grace_seconds >= 0:
         raise ConfigError(f"the grace is a number of seconds from 0 on, got {grace_seconds}")
@@ -54,7 +55,7 @@ def gc(store: Store, grace_seconds: float = GRACE, *, dry_run: bool = False) -> 
 
 
 def _old_writers(store: Store, grace: float) -> list[str]:
-    """Writers, this one excepted, of whose advisory files none was written within the grace."""
+    """List the writers, except this one, none of whose advisory files was written within the grace."""
     now = store.folder.now()
     changed: dict[str, float] = {}
     for name, (_, when) in store.folder.listing("stat").items():

@@ -1,4 +1,4 @@
-"""Joining stores of many workers into one, without a model and without duplicates."""
+"""Merge of the stores of many workers into one store, without a model and without duplicates."""
 
 from __future__ import annotations
 
@@ -20,40 +20,24 @@ from llmcache.indexes.commits.presence import lost, without
 from llmcache.indexes.errors import LLMCacheError, ModelMismatch, SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.new_folder import new_folder
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.write_once import sync_files
 from llmcache.indexes.maintenance.mergeable import check_same, same_identity
 from llmcache.indexes.maintenance.rewrite import Pick, rewrite
-from llmcache.indexes.maintenance.snapshot import (
-    advised,
-    banks,
-    check_free,
-    failing,
-)
-from llmcache.indexes.maintenance.transfer import (
-    carry,
-    carry_segment,
-    files_of,
-    living,
-)
+from llmcache.indexes.maintenance.snapshot import advised, banks, check_free, failing
+from llmcache.indexes.maintenance.transfer import carry, carry_segment, files_of, living
 from llmcache.indexes.store import Store
 
-_ROUNDS = 20  # times a merge starts again when files went away under it
+_ROUNDS = 20  # attempts of a merge when files are removed meanwhile
 _REWRITE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge did to one bank. entries: that were added. duplicates: that were left out, being there already.
+    """Result of a merge for one bank. entries: added. duplicates: skipped, since the target has them already.
 
-    whole: segments taken over as they are; rewritten: segments made of what was new in others.
+    whole: segments linked or copied unchanged. rewritten: new segments, with the new rows of other segments.
     """
 
     namespace: str
@@ -66,13 +50,13 @@ class Merged:
 
 @dataclass(slots=True)
 class _Piece:
-    """One source segment, and what of it goes on."""
+    """One source segment. living: its live rows. rows, aliases: those to take over; all bool."""
 
     segment: Segment
     living: NDArray[np.bool_]
     rows: NDArray[np.bool_]
     aliases: NDArray[np.bool_]
-    fixed: bool  # in the target already
+    fixed: bool  # belongs to the target
 
     @property
     def whole(self) -> bool:
@@ -81,7 +65,7 @@ class _Piece:
 
 @dataclass(slots=True)
 class _Plan:
-    """One bank of the result. stores: one list of pieces per store, the target's own first."""
+    """Plan for one bank of the result. stores: one list of pieces per store, the target's first."""
 
     namespace: str
     bank: str
@@ -101,12 +85,12 @@ def merge(
     copy: bool = False,
     dry_run: bool = False,
 ) -> list[Merged]:
-    """Bring the entries of all sources into `target`: a new folder, or a store that is there. Computes nothing.
+    """Add the entries of all sources to `target`, a new folder or an existing store. Needs no model.
 
-    Rows whose key is there already are left out, unless the copy that is there is damaged. Segments without such rows
-    are linked (with `copy`, or on another file system: copied), of the others what is new is written anew.
-    ModelMismatch when a namespace belongs to different models, SnapshotDamaged when a file of a source is not whole,
-    StoreFull or LLMCacheError when the target cannot be written. Then nothing has changed.
+    Rows whose key the target already has are skipped, unless the target's copy is damaged. Segments without such rows
+    are hard-linked (copied with `copy`, or on another file system). The new rows of other segments are rewritten.
+    ModelMismatch when a namespace belongs to different models, SnapshotDamaged when a file of a source is damaged,
+    StoreFull or LLMCacheError when the target cannot be written; nothing has changed then.
     """
     where = Path(target)
     if not (where / "FORMAT").exists():
@@ -125,7 +109,7 @@ def join(
     copy: bool = False,
     dry_run: bool = False,
 ) -> list[Merged]:
-    """`merge` of open stores into the store `base`, or, where that is None, into the folder that `new` makes."""
+    """Merge open stores into the store `base`, or, if that is None, into the folder that `new` makes. See `merge`."""
     check_same([*([base] if base else []), *stores])
     for round in range(_ROUNDS):
         try:
@@ -133,8 +117,8 @@ def join(
         except publishing.Republished:
             if base is None or round == _ROUNDS - 1:
                 raise
-            base.reload()  # it took a number that was used while this process slept; its files are gone again
-        except SnapshotDamaged:  # or compacted and collected since it was opened, and a newer generation is whole
+            base.reload()  # the number was reused while this process was suspended; the new files were removed again
+        except SnapshotDamaged:  # damaged, or collected after the store was opened: then a newer generation is intact
             opened = [*([base] if base else []), *stores]
             before = [store.manifest.generation for store in opened]
             if [store.reload().generation for store in opened] == before or round == _ROUNDS - 1:
@@ -167,7 +151,7 @@ def _places(stores: Sequence[Store]) -> list[tuple[str, str]]:
     return sorted({place for store in stores for place in banks(store.manifest)})
 
 
-# -- what goes on -------------------------------------------------------------------------------------------
+# -- planning -----------------------------------------------------------------------------------------------
 
 
 def _plan(place: tuple[str, str], base: Store | None, stores: Sequence[Store]) -> _Plan:
@@ -193,7 +177,7 @@ def _piece(store: Store, facts: SegmentFacts, fixed: bool) -> _Piece:
 
 
 def _choose_rows(plan: _Plan) -> None:
-    """Of each key the first copy that is whole: the target's, then source by source, in each the newest first."""
+    """Choose the first intact copy of each key: the target's, then source by source, in each the newest first."""
     order = [piece for pieces in plan.stores for piece in reversed(pieces)]
     if not order:
         return
@@ -202,7 +186,7 @@ def _choose_rows(plan: _Plan) -> None:
     row_of = np.concatenate(alive)
     keys = np.concatenate([piece.segment.rows["key"][rows] for piece, rows in zip(order, alive, strict=True)])
     by_key, fresh = _sorted(keys)
-    # of the target's own copies only the newest counts: a reader believes no other
+    # of the target's own copies only the newest counts, since readers use no other
     own = np.array([piece.fixed for piece in order])[piece_of[by_key]]
     kept = fresh | ~own | ~np.roll(own, 1)
     by_key, fresh = by_key[kept], fresh[kept]
@@ -214,7 +198,7 @@ def _choose_rows(plan: _Plan) -> None:
         at = by_key[place[doubtful]]
         doubtful = doubtful[~_whole(order, piece_of[at], row_of[at])]
         place[doubtful] += 1
-        none = doubtful[place[doubtful] > last[doubtful]]  # no copy is whole: the first one, as without this merge
+        none = doubtful[place[doubtful] > last[doubtful]]  # no copy is intact: keep the first, as without this merge
         place[none] = first[none]
         doubtful = np.setdiff1d(doubtful, none)
     chosen = by_key[place]
@@ -223,11 +207,11 @@ def _choose_rows(plan: _Plan) -> None:
 
 
 def _sorted(table: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """An order of the table's rows that puts equal ones together, earlier ones first; where in it new ones begin."""
+    """Sort so that equal rows are adjacent, earlier ones first. Returns the order, and where in it new values start."""
     order = np.argsort(table[:, 0], kind="stable")
     fresh = _fresh(table, order)
     same = table[order[1:], 0] == table[order[:-1], 0]
-    if (fresh[1:] & same).any():  # equal in the first column only: by chance once in 2^64, or one text with two rows
+    if (fresh[1:] & same).any():  # equal in the first column only: a collision of 1 in 2^64, or one text with two rows
         order = np.lexsort(table.T[::-1])
         fresh = _fresh(table, order)
     return order, fresh
@@ -240,7 +224,7 @@ def _fresh(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bo
 
 
 def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of these rows agree with their checksums; bool [n]."""
+    """Return which of these rows match their checksums, bool [n]."""
     good = np.zeros(len(rows), np.bool_)
     for i in np.unique(pieces).tolist():
         mine = np.flatnonzero(pieces == i)
@@ -249,7 +233,7 @@ def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.
 
 
 def _choose_aliases(plan: _Plan) -> None:
-    """Of each pair of names the first one."""
+    """Choose the first of equal aliases."""
     pieces = [piece for pieces in plan.stores for piece in pieces]
     pairs = [piece.segment.aliases.view("<u8").reshape(-1, 4) for piece in pieces]
     table = np.concatenate([np.zeros((0, 4), np.uint64), *pairs])
@@ -267,7 +251,7 @@ def _choose_aliases(plan: _Plan) -> None:
 def _bring(
     folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], lease: Lease, *, link: bool, derived: bool
 ) -> None:
-    """Write what the plans say and commit it; what fails before the commit leaves no file behind."""
+    """Write the planned segments and commit them. After an error before the commit no new file remains."""
     made: list[str] = []
     committing = False
     try:
@@ -298,7 +282,7 @@ def _bring(
 
 
 def _named(folder: Folder, made: Sequence[str]) -> bool:
-    """Whether the newest manifest names these files after all: its last step, a sync of the folder, may have failed."""
+    """Return whether the newest manifest names these files, as when only the last sync of a commit failed."""
     try:
         listed = generations(folder)
         named = {file.name for file in files_of(newest(folder, listed)[0])} if listed else set()
@@ -333,7 +317,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, lin
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
-    """What is new in segments that cannot go on whole, in portions of 256 MiB, each of one writer."""
+    """Yield the new rows of segments that are not taken over whole, in batches of 256 MiB, each of one writer."""
     held: list[Pick] = []
     for piece in sorted(pieces, key=lambda piece: piece.segment.facts.writer):
         if piece.whole or not (piece.rows.any() or piece.aliases.any()):
@@ -352,7 +336,7 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
 def _index(
     folder: Folder, plan: _Plan, kept: Sequence[SegmentFacts], stores: Sequence[Store], link: bool
 ) -> BankFacts | None:
-    """Facts of the first source whose index covers only segments that go on whole, its files brought along."""
+    """Carry the index files of the first source whose index covers only segments taken over. Returns its facts."""
     ids = {facts.id for facts in kept}
     for store in stores:
         facts = banks(store.manifest).get((plan.namespace, plan.bank))
@@ -383,7 +367,7 @@ def _joined(
         if index:
             empty = replace(empty, projection=index.projection, index=index.index)
         facts = new.namespaces[plan.namespace].banks.get(plan.bank, empty)
-        there = {one.id for one in facts.segments}  # the change may be applied to a manifest that has it already
+        there = {one.id for one in facts.segments}  # the change must be idempotent
         fresh = [one for one in kept if one.id not in there]
         new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *fresh)))
     return new

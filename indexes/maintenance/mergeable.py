@@ -12,11 +12,11 @@ from llmcache.indexes.maintenance.snapshot import banks
 from llmcache.indexes.store import Store
 
 SHOWN = frozenset({"name", "revision", "versions"})
-"""What an identity says about where a model came from; two models may differ in it and still be the same."""
+"""Fields of an identity that describe a model's origin; equal models may differ in them."""
 
 
 def check_same(stores: Sequence[Store]) -> None:
-    """ModelMismatch when a namespace, or a bank, of two of these stores cannot become one."""
+    """Check that the namespaces and banks of these stores can be merged. ModelMismatch when they cannot."""
     seen: dict[str, tuple[Store, NamespaceFacts]] = {}
     shapes: dict[tuple[str, str], tuple[Store, BankFacts]] = {}
     for store in stores:

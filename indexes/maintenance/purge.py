@@ -1,9 +1,9 @@
-"""Purging: entries leave the store with everything that could still hold them, at once.
+"""Purge: remove entries from the store at once, with all files and derived data that could contain them.
 
-Rows are copied, without those that go, into new segments; a manifest names these; then every other generation and every
-file that the new manifest does not name is removed: old segments, indexes and projections, bitmaps, files of commits
-that never ended, and what a repair put aside. Calibrations that an entry may have gone into are given up, and
-unfinished runs of the namespace are thrown away. Stop the writers before: what they have not committed is removed too.
+The remaining rows are copied into new segments, and a manifest names these. Then all other generations and all files
+that the new manifest does not name are removed: old segments, indexes and projections, bitmaps, files of incomplete
+commits, and quarantined files. Calibrations to which an entry may have contributed are dropped, and unfinished runs of
+the namespace are discarded. Stop the writers before: their uncommitted files are removed too.
 """
 
 from __future__ import annotations
@@ -21,23 +21,10 @@ from llmcache.indexes.commits.signatures import signatures
 from llmcache.indexes.errors import ConfigError
 from llmcache.indexes.eviction.budget import waiting_lock
 from llmcache.indexes.files.names import QUARANTINE
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.derived import without
-from llmcache.indexes.maintenance.purge_selection import (
-    Documents,
-    Doomed,
-    Mask,
-    Part,
-    Selection,
-    among,
-    select,
-)
+from llmcache.indexes.maintenance.purge_selection import Documents, Doomed, Mask, Part, Selection, among, select
 from llmcache.indexes.maintenance.rewrite import readable, rewrite
 from llmcache.indexes.maintenance.verify import printable
 from llmcache.indexes.stats import unfinished
@@ -48,7 +35,7 @@ __all__ = ["Doomed", "Purged", "among", "purge"]
 
 log = logging.getLogger("llmcache")
 
-Replaced: TypeAlias = dict[str, SegmentFacts | None]  # by the old segment's id: the new one, None where nothing is left
+Replaced: TypeAlias = dict[str, SegmentFacts | None]  # new segment by the old one's id, None if no row is left
 
 _OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{32})?\.[a-z]{1,8}|t-.*")
 _TEMPORARY = "t-"
@@ -56,12 +43,12 @@ _TEMPORARY = "t-"
 
 @dataclass(slots=True)
 class Purged:
-    """What a purge removed, or would remove.
+    """Result of a purge, or of its dry run.
 
-    rows: entries, among them evicted ones whose bytes were still there. aliases: other names of entries. damaged: rows
-    that had to be copied and could not be read, which are gone too. segments: copied or dropped. files, bytes: off the
-    disk, with all old generations. written: bytes of the copies. calibrations: given up, so that near reuse is off
-    there until it is calibrated again. unfinished: runs thrown away.
+    rows: entries removed, including evicted ones whose bytes still existed. aliases: removed. damaged: rows that should
+    have been copied and could not be read, so that they are lost too. segments: copied or dropped. files, bytes:
+    removed, with all old generations. written: bytes of the copies. calibrations: dropped, so that near reuse is off
+    until the bank is calibrated again. unfinished: runs discarded.
     """
 
     rows: int = 0
@@ -79,12 +66,12 @@ class Purged:
 
 
 def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
-    """Remove entries and every file that could hold them. The store lets its open banks go, with what is pending.
+    """Remove entries and all files that could contain them. Closes the store's open banks and drops pending rows.
 
-    A writer may commit meanwhile, so it is looked again until the newest manifest has nothing of it.
-    ConfigError: no such namespace. StoreFenced or StoreFull when the disk fails: what was to go may then still be
-    there, and all that was to stay is. Busy: another process evicts, compacts or collects, or a run that is not
-    finished is at work.
+    Repeats the selection until the newest manifest has none of the entries, since writers may commit meanwhile.
+    ConfigError for an unknown namespace. StoreFenced or StoreFull when the disk fails: entries to remove may then still
+    exist, and all other entries do. Busy while another process evicts, compacts or collects, or while an unfinished run
+    is active.
     """
     with fencing(), nullcontext() if dry_run else waiting_lock(store.folder):
         return _purged(store, doomed, dry_run=dry_run)
@@ -102,8 +89,8 @@ def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
         replaced = _replaced(store, selection, purged, dry_run=True)
         _sweep(store, doomed, purged, before.generation, (selection, replaced), documents, dry_run=True)
         return purged
-    store.close_banks()  # or closing the store would write down which rows it has used
-    store.publish(lambda base: base)  # raises why nothing may be written, before anything is; every base below is ours
+    store.close_banks()  # otherwise closing the store would write usage records with the keys of rows
+    store.publish(lambda base: base)  # raises before any change if the store cannot be written; later bases are ours
     purged.unfinished = sum(unfinished.discard(store.folder, run) for run in runs)
     while selection := select(store.folder, store.manifest, doomed, documents):
         _change(store, selection, _replaced(store, selection, purged, dry_run=False), doomed.whole)
@@ -118,7 +105,7 @@ def _change(store: Store, selection: Selection, replaced: Replaced, whole: str |
 
 
 def _without(base: Manifest, selection: Selection, replaced: Replaced, whole: str | None) -> Manifest:
-    """The manifest with segments replaced, without the calibrations that go, and without one namespace."""
+    """Return the manifest with segments replaced, without the selected calibrations, and without one namespace."""
     spaces = {
         name: _space_without(space, selection.settings.get(name, frozenset()), replaced)
         for name, space in base.namespaces.items()
@@ -140,7 +127,7 @@ def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
     covered = {name.partition("-")[0] for name in bank.index.segments} if bank.index else set()
     if segments == bank.segments and covered <= {one.id for one in segments}:
         return bank
-    # fingerprints give documents away as activations do, and a PCA is made of them
+    # fingerprints reveal documents as activations do, and a PCA is computed from them
     return replace(bank, segments=segments, projection=None, index=None)
 
 
@@ -148,7 +135,7 @@ def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
 
 
 def _replaced(store: Store, selection: Selection, purged: Purged, *, dry_run: bool) -> Replaced:
-    """Replacement of each affected segment, by id; written to disk unless it is a dry run."""
+    """Return the replacement of each affected segment, by id; written to disk unless it is a dry run."""
     replaced: Replaced = {}
     purged.calibrations += sum(map(len, selection.settings.values()))
     for part in selection.going:
@@ -170,7 +157,7 @@ def _count(purged: Purged, rows: int, aliases: int) -> None:
 
 
 def _copied(store: Store, part: Part, purged: Purged) -> SegmentFacts | None:
-    """A new segment with the rows and aliases of an old one that stay; None where there are none."""
+    """Write a new segment with the remaining rows and aliases of an old one. Returns None if there are none."""
     old = part.segment
     assert old is not None
     rows: Mask = old.living() & ~part.rows
@@ -203,8 +190,8 @@ def _sweep(
 ) -> None:
     """Remove all files that the newest manifest does not need.
 
-    before: generation at which the purge began; its own steps since are not counted. leaving: what a dry run would
-    have replaced.
+    before: generation at which the purge started; manifests of its own steps are not counted. leaving: selection and
+    replacements that a dry run did not commit.
     """
     folder = store.folder
     own = f"{doomed.writer}.json"
@@ -223,7 +210,7 @@ def _sweep(
     passed = {name: one for name, one in signed.items() if one != manifest.generation}
     passed |= {generation_name(one): one for one in older if one != manifest.generation}
     going += passed
-    # records of use list the keys of rows; nothing but the choice of what to evict depends on them
+    # usage records contain keys of rows, and only the choice of rows to evict depends on them
     listing = (".use", ".runs") if doomed.whole is not None else (".use",)
     stat = folder.names("stat")
     going += [f"stat/{name}" for name in stat if name.endswith(listing) or name == own or name.startswith(_TEMPORARY)]
@@ -236,11 +223,11 @@ def _sweep(
     if not dry_run:
         _forget_corpora(store, documents)
     for sub in () if dry_run else ("", *(sub for sub, names in listed.items() if names)):
-        folder.sync_folder(sub)  # a power loss must not bring them back
+        folder.sync_folder(sub)  # a power loss must not restore the files
 
 
 def _forget_corpora(store: Store, documents: Documents) -> None:
-    """Remove the records of runs whose corpus is called as a document that goes, or begins as its source does."""
+    """Remove journal records of runs whose corpus is named like a purged document, or starts with a purged source."""
     names = {*documents.names, *documents.doomed.ids}
     prefixes = tuple(documents.doomed.sources)
     if not names and not prefixes:

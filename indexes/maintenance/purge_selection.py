@@ -1,8 +1,8 @@
 """Select the rows of documents to purge, in every bank and under every key.
 
-An entry is named by its key, by a text key that leads to it, by the id of its document, or by its token ids. All rows
-of the namespace with the same token ids hold the same document, whatever bank they are in (states of layers, outputs of
-heads, predictions), and are selected with it.
+An entry is named by its key, by a text key (alias), by the id of its document, or by its token ids. All rows of the
+namespace with the same token ids contain the same document, in any bank (states of layers, outputs of heads,
+predictions), and are selected with it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.chains import Chains
@@ -45,18 +40,18 @@ _NONE: Mask = np.zeros(0, np.bool_)
 Place: TypeAlias = tuple[str, str]  # namespace and bank
 
 _BEGINNINGS = "prefix"
-_SOURCE_BYTES = 1024  # what a sealed segment keeps of a source id
-_SPAN = re.compile(r"#\d*(-\d*)?")  # what chunking puts behind the id of a document
+_SOURCE_BYTES = 1024  # bytes of a source id that a sealed segment stores
+_SPAN = re.compile(r"#\d*(-\d*)?")  # suffix that chunking appends to a document id
 
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
     """Target of a purge: a whole namespace, all segments of one writer, or named documents, in one namespace or in all.
 
-    keys: uint64 [n, 2], of rows or of texts. ids: of documents, with their chunks. sources: what ids begin with.
-    tokens: token ids of documents, each int32 [tokens]. texts: of how many texts these are the keys: key i is of text
-    i % texts; 0: each key is of a document of its own. unfinished: folders of unfinished runs, or the result files
-    they belong to, that are thrown away beside those that the store knows of.
+    keys: uint64 [n, 2], of rows or of texts. ids: of documents, including their chunks. sources: prefixes of ids.
+    tokens: token ids of documents, each int32 [tokens]. texts: number of texts of the keys: key i belongs to text
+    i % texts; 0: each key belongs to a different document. unfinished: folders of unfinished runs, or their result
+    files, to discard in addition to the registered runs.
     """
 
     namespace: str | None = None
@@ -80,19 +75,19 @@ class Doomed:
 
     @property
     def whole(self) -> str | None:
-        """The namespace that goes as a whole, if one does."""
+        """Return the namespace to remove as a whole, None if it is not removed as a whole."""
         return self.namespace if self.writer is None and not self.names_documents else None
 
 
 def clipped(source: str) -> str:
-    """A source id as a sealed segment gives it back."""
+    """Return a source id as a sealed segment returns it, cut to 1024 bytes."""
     return source.encode("utf-8", "surrogatepass")[:_SOURCE_BYTES].decode("utf-8", "replace")
 
 
 class Documents:
-    """The documents that are to go, and all that is learnt of them on the way.
+    """Documents to purge, and the keys, tokens and ids of them that the selection finds.
 
-    rows: keys of their rows. texts: keys that were given, which may be text keys. tokens: their token ids, as bytes.
+    rows: keys of their rows. texts: the given keys, which may be text keys. tokens: their token ids, as bytes.
     names: ids of documents whose rows were selected.
     """
 
@@ -111,7 +106,7 @@ class Documents:
         self._named_found: set[str] = set()
 
     def note_keys(self, keys: Keys) -> None:
-        """Some of the keys that were given are in the store."""
+        """Record keys that the store has, to find out which of the given documents exist."""
         self._groups_found |= {self._group[one.tobytes()] for one in keys if one.tobytes() in self._group}
 
     def named(self, source: str) -> bool:
@@ -145,7 +140,7 @@ class Documents:
 
 
 class KeySet:
-    """A set of 128-bit keys that many others are compared with."""
+    """Set of 128-bit keys with vectorised membership tests."""
 
     def __init__(self, keys: Keys) -> None:
         self._known: set[bytes] = set()
@@ -178,7 +173,7 @@ def among(keys: Keys, wanted: Keys) -> Mask:
 class Part:
     """Rows and aliases of one segment to remove.
 
-    segment: None where nobody can read it, or it goes whole. rows, aliases: bool, of its rows and aliases; empty where
+    segment: None if it cannot be read or is removed whole. rows, aliases: masks over its rows and aliases, empty if
     there is no segment.
     """
 
@@ -208,7 +203,7 @@ class Selection:
         return bool(self.going or any(self.settings.values()))
 
     def earliest(self, place: Place) -> int | None:
-        """When the first entry that goes was put, seconds since the epoch; None where none of this bank goes."""
+        """Return when the first selected entry of a bank was put, seconds since the epoch; None if none is selected."""
         times = [
             0 if part.segment is None else int(part.segment.rows["created"][part.rows | part.whole].min())
             for part in self.parts.get(place, ())
@@ -241,7 +236,7 @@ def _whole(facts: SegmentFacts) -> Part:
 def _select_in(
     folder: Folder, name: str, space: NamespaceFacts, doomed: Doomed, documents: Documents, selection: Selection
 ) -> None:
-    """Fill in what goes of the banks of one namespace, but for what is derived from it as a whole."""
+    """Select rows in the banks of one namespace, except data that is derived from the namespace as a whole."""
     parts: dict[str, list[Part]] = {}
     for bank, facts in space.banks.items():
         if bank != FITTED:
@@ -272,7 +267,7 @@ def _select_in(
 
 
 def _parts(folder: Folder, bank: str, facts: BankFacts, doomed: Doomed) -> list[Part]:
-    """The segments of a bank, opened where documents are looked for in them."""
+    """Return the parts of a bank, with segments opened if they are searched for documents."""
     parts = []
     for one in facts.segments:
         part = Part(one, None, _NONE, _NONE)
@@ -281,9 +276,9 @@ def _parts(folder: Folder, bank: str, facts: BankFacts, doomed: Doomed) -> list[
             try:
                 part.segment = Segment.open(folder, one)
                 part.segment.tokens_of(np.zeros(0, np.int64))  # raises where token ids and sources are damaged
-                # not before: a manifest may tell of far more rows than its files have
+                # allocated after the check: a manifest may claim far more rows than its files have
                 part.rows, part.aliases = np.zeros(one.rows, np.bool_), np.zeros(one.aliases, np.bool_)
-            except (SnapshotDamaged, FileNotFoundError) as error:  # what the disk does not give now may be whole
+            except (SnapshotDamaged, FileNotFoundError) as error:  # other OSErrors propagate: the file may be intact
                 part.segment = None
                 log.warning("segment %s goes too, since nobody can tell what is in it: %s", one.id, error)
             parts.append(part)
@@ -300,7 +295,7 @@ def _give_up(part: Part, error: SnapshotDamaged) -> None:
 
 
 def _learn(part: Part, documents: Documents) -> None:
-    """Note the keys, ids and token ids of the rows of a segment that are of the documents."""
+    """Record keys, ids and token ids of the rows of a segment that belong to the documents."""
     segment = part.segment
     assert segment is not None
     documents.note_keys(segment.rows["key"][documents.texts.among(segment.rows["key"])])
@@ -320,7 +315,7 @@ def _learn(part: Part, documents: Documents) -> None:
 
 
 def _add_equal_tokens(part: Part, documents: Documents) -> None:
-    """Note the keys of the rows of a segment that have the token ids of one of the documents."""
+    """Record the keys of the rows of a segment that have the token ids of one of the documents."""
     segment = part.segment
     lengths = {len(one) // 4 for one in documents.tokens}
     if segment is None or not lengths:
@@ -339,7 +334,7 @@ def _add_equal_tokens(part: Part, documents: Documents) -> None:
 
 
 def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
-    """Keys of the blocks of beginnings that go with the documents."""
+    """Return the keys of the KV blocks to purge with the documents."""
     for part in _readable(parts):
         try:
             part.segment.tokens_of(np.arange(part.facts.rows))  # type: ignore[union-attr]
@@ -352,7 +347,7 @@ def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
 def _affected(
     name: str, space: NamespaceFacts, doomed: Doomed, documents: Documents, selection: Selection
 ) -> frozenset[str]:
-    """Calibrations that may have been made from an entry that goes, or from one that nobody finds any more."""
+    """Return the calibrations to which a selected entry, or one that was named and not found, may have contributed."""
     unknown = doomed.names_documents and not documents.all_found
     return frozenset(
         setting
@@ -362,9 +357,9 @@ def _affected(
 
 
 def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection: Selection) -> None:
-    """Fill in the fitted numbers that no calibration uses after this, and the predictions made with them.
+    """Select the fitted arrays that no remaining calibration uses, and the predictions made with them.
 
-    Those of calibrations long replaced are still in the bank, with what they hold of entries.
+    Fitted arrays of replaced calibrations remain in the bank, and contain features of entries.
     """
     config, dropped = without(space, selection.settings[name])
     for bank in dropped:

@@ -1,7 +1,7 @@
-"""Stores at a URL: pushed there and pulled from there file by file, each checked, the manifest last.
+"""Push and pull of stores to and from a URL, file by file, each verified, the manifest last.
 
-What lies at the URL is the store's own layout, so that a folder of it can be opened where it lies. Files are never
-changed once a manifest names them, so whatever is there and whole is not sent again.
+The files at the URL have the store's own layout, so that they can be opened there as a folder. Files never change after
+a manifest names them, so intact files that exist already are not sent again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SMALL = 4096
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """What a push or a pull did. files, bytes: of the whole store; sent: those that were not there yet."""
+    """Result of a push or pull. files, bytes: of the whole store. sent, sent_bytes: files that did not exist yet."""
 
     url: str
     path: str
@@ -64,12 +64,12 @@ def push(
     sizes_only: bool = False,
     dry_run: bool = False,
 ) -> TransferResult:
-    """Bring the newest generation of a store to a URL that fsspec knows; what is there and whole is not sent again.
+    """Upload the newest generation of a store to a URL supported by fsspec. Skips intact files that exist there.
 
-    Stopped in the middle, the same call goes on from there, and who reads the URL meanwhile finds the generation
-    before. Bytes are checked as they are read; a damaged store is not pushed. Nothing is removed at the URL.
-    key: of a signed store. sizes_only: take what is there with the right size for whole, without reading it back.
-    ConfigError for a URL that cannot be; LLMCacheError where it holds another store, or one that went on from here.
+    After an interruption the same call continues; readers of the URL find the previous generation until it is complete.
+    Bytes are verified as they are read, so a damaged store is not pushed. No file is removed at the URL.
+    key: of a signed store. sizes_only: take existing files of the right size for intact, without reading them back.
+    ConfigError for an invalid URL; LLMCacheError when the URL has another store, or one with later commits of its own.
     """
     with closing(Store.open(store, key=key, uses=False)) as source, closing(Remote(url)) as there:
         manifest = source.manifest
@@ -100,13 +100,13 @@ def push(
 def pull(
     url: str, target: str | os.PathLike[str], *, key: bytes | None = None, dry_run: bool = False
 ) -> TransferResult:
-    """Bring the newest generation at a URL into a folder: a new one, or a store that was pulled from there before.
+    """Download the newest generation at a URL into a new folder, or into a store that was pulled from there before.
 
-    Every byte is compared with the manifest before a file gets its name. Stopped in the middle, the same call goes on
-    from there; the folder is a store, or one of the new generation, only when all is there.
-    key: the manifest at the URL has to be signed with it. Otherwise whoever can write to the URL is trusted, as by cp.
-    ConfigError, SnapshotNotFound, SnapshotDamaged or UntrustedSnapshot for what is at the URL; LLMCacheError where the
-    folder holds another store, or one that went on from here.
+    Each file is verified against the manifest before it gets its name. After an interruption the same call continues;
+    the folder becomes a store, or reaches the new generation, only when all files are there.
+    key: require that the manifest is signed with it. Without it, everybody who can write to the URL is trusted.
+    ConfigError, SnapshotNotFound, SnapshotDamaged or UntrustedSnapshot for problems at the URL; LLMCacheError when the
+    folder has another store, or one with later commits of its own.
     """
     where = Path(target)
     if where.exists() and not where.is_dir():
@@ -137,11 +137,11 @@ def pull(
         return _told(url, where, manifest, missing, dry_run)
 
 
-# -- what is at a URL -----------------------------------------------------------------------------------------
+# -- remote files ---------------------------------------------------------------------------------------------
 
 
 class Remote:
-    """A store's folder at a URL. Names are those of a store: "seg/<id>.row"."""
+    """Folder of a store at a URL. Names are relative, as in `Folder`: "seg/<id>.row"."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -150,7 +150,7 @@ class Remote:
             self._disk, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
             raise ConfigError(f"{redacted(url)} needs a library that is not installed: {error}") from error
-        except Exception as error:  # each library has errors of its own, and may put the URL into them
+        except Exception as error:  # libraries raise errors of their own, which may contain the URL
             reason = " ".join(without_secrets_of(url, str(error)).split()) or type(error).__name__
             cause = None if has_secrets(url) else error
             raise ConfigError(f"{redacted(url)} is not a URL that can be reached: {reason}") from cause
@@ -164,7 +164,7 @@ class Remote:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def sizes(self, sub: str = "") -> dict[str, int | None]:
-        """Size in bytes of every file in one sub-folder, by name, None where the URL does not say; {} without one."""
+        """Return the size in bytes of each file in one sub-folder, by name, None if unknown; {} if it is missing."""
         with self._said():
             try:
                 listed = self._disk.ls(self._at(sub), detail=True)
@@ -176,7 +176,7 @@ class Remote:
         return list(self.sizes(sub))
 
     def read(self, name: str, limit: int) -> bytes:
-        """The whole file; FileNotFoundError, or SnapshotDamaged for one of more than `limit` bytes."""
+        """Read a whole file. FileNotFoundError, or SnapshotDamaged when it has more than `limit` bytes."""
         found = b""
         for part in self.chunks(name):
             found += part
@@ -190,7 +190,7 @@ class Remote:
                 yield part
 
     def write(self, name: str, parts: Callable[[], Iterator[Any]]) -> None:
-        """A whole file; what could not be finished is removed as far as that can be done."""
+        """Write a whole file. An incomplete file is removed, if possible."""
         path = self._at(name)
         with self._said():
             self._disk.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -205,12 +205,12 @@ class Remote:
     def _remove(self, path: str) -> None:
         try:
             self._disk.rm_file(path)
-        except Exception:  # whatever a library raises: what is left is seen by its size
+        except Exception:  # any error of a library; the size shows later that the file is incomplete
             return
 
     @contextmanager
     def _said(self) -> Iterator[None]:
-        """What the library of a URL raises, and each has errors of its own, as one error that says what to do."""
+        """Turn the errors of a URL's library, whatever their type, into LLMCacheError with advice."""
         try:
             yield
         except (LLMCacheError, FileNotFoundError):
@@ -219,12 +219,12 @@ class Remote:
             reason = " ".join(without_secrets_of(self._url, str(error)).split()) or type(error).__name__
             raise LLMCacheError(
                 f"{self.path}: {reason}; what went over stays there: the same command goes on from there"
-            ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own words
+            ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own message
 
 
 def _newest_at(there: Remote, key: bytes | None) -> Manifest | None:
-    """The newest whole manifest at a URL, None where there is nothing at all."""
-    folder = cast(Folder, there)  # which is asked for names, and for whole files, by no more than what `Remote` has
+    """Read the newest intact manifest at a URL; None if there are no files at all."""
+    folder = cast(Folder, there)  # the functions below call only `names` and `read`, which `Remote` has
     listed = generations(folder)
     if listed:
         try:
@@ -254,7 +254,7 @@ def _check_follows(
     where: object,
     advice: str,
 ) -> None:
-    """LLMCacheError unless the target holds nothing, this generation, or one that the new generation came from."""
+    """Check that the target is empty, at this generation, or at an ancestor of it. LLMCacheError when it is not."""
     if old is None:
         return
     name = generation_name(old.generation)
@@ -268,7 +268,7 @@ def _check_follows(
         )
     try:
         descends = source.read(name, MAX_BYTES) == there
-    except FileNotFoundError:  # collected since: it is an ancestor when all it holds is held by the new one
+    except FileNotFoundError:  # collected: it counts as an ancestor when the new generation has all its segments
         held = {one.id for facts in banks(new).values() for one in facts.segments}
         same = all(
             same_identity(space, new.namespaces[name])
@@ -284,19 +284,19 @@ def _check_follows(
 
 
 def _files(manifest: Manifest) -> Iterator[FileFacts]:
-    """Every file, the activations of a segment after its rows, which say how they are checked."""
+    """Yield all files of a manifest, .seg files last, since the .row files have their checksums."""
     return iter(sorted(set(files_of(manifest)), key=lambda one: one.name.endswith(".seg")))
 
 
 def _segments(manifest: Manifest) -> dict[str, SegmentFacts]:
-    """The segments by the name of the file with their activations."""
+    """Return the segments by the name of their .seg file."""
     return {one.file("seg").name: one for facts in banks(manifest).values() for one in facts.segments}
 
 
 def _checked(
     folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts], name: str | None = None
 ) -> Callable[[], Iterator[NDArray[np.uint8]]]:
-    """What gives the bytes of a file, checked as they are read. name: what the file is called so far, if not so."""
+    """Return a function that yields the verified bytes of a file. name: current name of the file, if different."""
 
     def parts() -> Iterator[NDArray[np.uint8]]:
         segment = segments.get(file.name)
@@ -307,7 +307,7 @@ def _checked(
 
 
 def _is_same(there: Remote, folder: Folder, file: FileFacts) -> bool:
-    """Whether a file at the URL has the bytes that it has here."""
+    """Return whether a file at the URL has the same bytes as here."""
     return _digest(there.chunks(file.name)) == _digest(checked(folder, replace(file, sha256=None)))
 
 
@@ -328,13 +328,13 @@ def _is_here(folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFact
 
 
 def _bring(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> None:
-    """Download a file, compare it with the manifest, and only then give it its name."""
+    """Download a file, verify it against the manifest, and only then give it its name."""
     temporary = f"t-{uuid.uuid4().hex}"
     try:
         write_whole(folder, temporary, _no_more(source.chunks(file.name), file))
         for _ in _checked(folder, file, segments, temporary)():
             pass
-        folder.remove(file.name)  # what is there is damaged
+        folder.remove(file.name)  # an existing file is damaged
         folder.link(temporary, file.name)
     except FileNotFoundError:
         raise SnapshotDamaged(f"{source.path}: {file.name} is missing; push the store there again") from None
@@ -364,7 +364,7 @@ def _signatures(folder: Folder | Remote, generation: int) -> list[str]:
 
 
 def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) -> None:
-    """Make what was brought durable, then the manifest's signature, then the manifest."""
+    """Make the downloaded files durable, then the manifest's signature, then the manifest."""
     for sub in ("seg", "idx"):
         folder.sync_folder(sub)
     if _FORMAT not in folder.names():

@@ -1,4 +1,4 @@
-"""Repair: what is damaged is set aside, and a new generation names what is left."""
+"""Repair: move damaged files to the quarantine, and commit a generation with the intact data."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from pathlib import Path
 
 from llmcache.indexes.commits import publish as publishing
 from llmcache.indexes.commits.create import found
-from llmcache.indexes.commits.generations import (
-    LAST,
-    generation_name,
-    generations,
-    newest,
-)
+from llmcache.indexes.commits.generations import LAST, generation_name, generations, newest
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.trust import check_own
 from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.names import QUARANTINE, SUBFOLDERS
-from llmcache.indexes.format.manifest import (
-    Manifest,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import Manifest, SegmentFacts
 from llmcache.indexes.maintenance.repair_plan import (
     Plan,
     check_known,
@@ -36,21 +28,15 @@ from llmcache.indexes.maintenance.repair_plan import (
 from llmcache.indexes.maintenance.rewrite import Pick, rewrite
 from llmcache.indexes.maintenance.snapshot import banks, failing
 from llmcache.indexes.maintenance.transfer import files_of
-from llmcache.indexes.maintenance.verify import (
-    History,
-    history_of,
-    odd_parts,
-    opened,
-    printable,
-)
+from llmcache.indexes.maintenance.verify import History, history_of, odd_parts, opened, printable
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What a repair did, or with `dry_run` would do. generation: the store's newest afterwards.
+    """Result of a repair, or of its dry run. generation: the store's newest afterwards.
 
-    set_aside: files that went to quarantine/. rewritten: segments made anew from their whole rows. adopted: segments
-    that only a damaged manifest named. lost: entries that no longer are in the store.
+    set_aside: files moved to quarantine/. rewritten: segments rewritten with their intact rows. adopted: segments that
+    no intact manifest named. lost: number of entries that are no longer in the store.
     """
 
     generation: int
@@ -63,32 +49,32 @@ class Repair:
 def repair(
     store: str | os.PathLike[str], *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None
 ) -> Repair:
-    """Set what is damaged aside in `quarantine/` and commit a generation without it. Nothing is deleted.
+    """Move damaged files to `quarantine/` and commit a generation without them. No file is deleted.
 
-    Rows that are whole stay: a segment with damaged files or rows is written anew without them. Segments of a damaged
-    generation are taken in again when they are whole. A damaged index is dropped, and built again when it is needed.
-    grace: seconds for which a file that no manifest names may belong to a commit that is under way.
-    key: what the new generation is signed with; a signed store is not repaired without. UntrustedSnapshot when the
-    folder is not this user's alone: what is taken in again would be anybody's.
-    SnapshotDamaged when no manifest says whose entries these are; StoreFull or LLMCacheError when the disk fails: what
-    cannot be read now is not taken for damaged, so move it away first if the disk has lost it for good.
+    Intact rows stay: a segment with damaged files or rows is rewritten without them. Intact segments of a damaged
+    generation are adopted. A damaged index is dropped, and rebuilt when it is needed.
+    grace: seconds for which a file in no manifest may belong to a commit in progress.
+    key: signs the new generation; required for a signed store.
+    UntrustedSnapshot when others can write to the folder, since adopted segments could then be theirs.
+    SnapshotDamaged when no manifest tells the model of the entries. StoreFull or LLMCacheError when the disk fails: a
+    file that cannot be read now does not count as damaged, so move it away first if the disk has lost it for good.
     """
     with closing(opened(Path(store))) as folder:
         return repaired(folder, dry_run=dry_run, grace=grace, key=key)
 
 
 def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, key: bytes | None = None) -> Repair:
-    """`repair` of the store in a folder that is open. Busy while another process evicts, compacts or collects."""
+    """Repair the store in an open folder, see `repair`. Busy while another process evicts, compacts or collects."""
     with failing(folder.path):
         check_own(folder)
-        format_whole(folder)  # a later format is left alone
+        format_whole(folder)  # raises FormatTooNew: a store of a later format is not changed
         odd = _odd_parts(folder)
         history = history_of(folder, strict=True)
         check_known(folder, history, list(salvaged_manifests(folder, history)))
         if not dry_run:
             if history.base is not None:
                 publishing.check_signable(folder, history.base, key)  # before anything is made
-            for name in odd:  # nothing in them can be read, and what comes next needs their places
+            for name in odd:  # they cannot be read, and the next steps need their names
                 folder.set_aside(name)
             folder.make()
         with nullcontext() if dry_run else folder.lock():
@@ -97,7 +83,7 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
 
 
 def _odd_parts(folder: Folder) -> list[str]:
-    """Names that sub-folders and the lock should have and that something else has. SnapshotDamaged for links."""
+    """List sub-folders and `lock` that are of another type. SnapshotDamaged for links in place of sub-folders."""
     odd = odd_parts(folder)
     for name, what in odd.items():
         if name in SUBFOLDERS and "link" in what:
@@ -125,11 +111,11 @@ def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) ->
     return Repair(generation, aside, plan.picks, plan.adopted, plan.lost)
 
 
-# -- doing --------------------------------------------------------------------------------------------------
+# -- committing ---------------------------------------------------------------------------------------------
 
 
 def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease: Lease) -> int:
-    """Write and commit the new generation, when anything of it is new; its number."""
+    """Write and commit the new generation, if it differs from the base. Returns the newest generation."""
     passed_over = any(plan.base.generation < one < LAST for one in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
         return plan.base.generation
@@ -145,7 +131,7 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
                     new[place].append(facts)
                 else:
                     new[place].append(part)
-        if history.listed[0] >= LAST:  # no number comes after it, and nothing whole is lost with it
+        if history.listed[0] >= LAST:  # a damaged manifest with the last number would block all commits
             folder.set_aside(generation_name(history.listed[0]))
         return publishing.commit(
             folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), key=key, salvaged=plan.base
@@ -154,14 +140,14 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
         listed = generations(folder)
         with suppress(SnapshotDamaged):
             if {one.name for one in files_of(newest(folder, listed)[0])}.intersection(made):
-                raise  # the generation is there, only its last sync failed
+                raise  # the generation was published, only its last sync failed
         for name in made:
             folder.remove(name)
         raise
 
 
 def _changed(base: Manifest, plan: Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
-    """The newest manifest with this repair's changes; segments that others have committed meanwhile stay."""
+    """Return the newest manifest with this repair's changes. Segments that others committed meanwhile stay."""
     planned = {one.id for facts in banks(plan.base).values() for one in facts.segments}
     for place, facts in banks(base).items():
         mine = planned | {one.id for one in new.get(place, ())}

@@ -1,4 +1,4 @@
-"""Plans of repairs: find what is damaged, what can be saved of it, and what else can be taken in again."""
+"""Planning of a repair: find damaged segments and files, the rows to save, and intact segments to adopt."""
 
 from __future__ import annotations
 
@@ -12,58 +12,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.commits.create import check_format
-from llmcache.indexes.commits.generations import (
-    generation_name,
-)
+from llmcache.indexes.commits.generations import generation_name
 from llmcache.indexes.commits.leases import leased
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.codec import DTYPES
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.manifest_json import MAX_BYTES, salvage
 from llmcache.indexes.format.rows import HEADER, MAGIC, ROW
-from llmcache.indexes.format.segment import (
-    Segment,
-    mark_bytes,
-    marks_of,
-    records_of,
-)
+from llmcache.indexes.format.segment import Segment, mark_bytes, marks_of, records_of
 from llmcache.indexes.maintenance.rewrite import Pick
 from llmcache.indexes.maintenance.snapshot import banks
 from llmcache.indexes.maintenance.transfer import chunks, files_of, living
-from llmcache.indexes.maintenance.verify import (
-    Checked,
-    History,
-    check_segment,
-    index_damage,
-    names_in,
-    names_of,
-)
+from llmcache.indexes.maintenance.verify import Checked, History, check_segment, index_damage, names_in, names_of
 
 _KINDS = ("seg", "row", "key", "var", "fp")
 
 
 @dataclass(slots=True)
 class Plan:
+    """Plan of a repair. base: manifest to change. adopted: number of segments. lost: number of entries."""
+
     base: Manifest
-    banks: dict[tuple[str, str], list[SegmentFacts | Pick]] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)  # ids of segments of the base that do not stay as they are
-    indexless: set[tuple[str, str]] = field(default_factory=set)
-    aside: list[str] = field(default_factory=list)
+    banks: dict[tuple[str, str], list[SegmentFacts | Pick]] = field(default_factory=dict)  # segments to keep or rewrite
+    changed: set[str] = field(default_factory=set)  # ids of segments of the base to rewrite or drop
+    indexless: set[tuple[str, str]] = field(default_factory=set)  # banks whose index is dropped
+    aside: list[str] = field(default_factory=list)  # names of files to move to the quarantine
     adopted: int = 0
     lost: int = 0
 
     @property
     def picks(self) -> int:
+        """Number of segments to rewrite."""
         return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
 
 
 def planned(folder: Folder, history: History, grace: float) -> Plan:
+    """Plan the repair of a store. grace: as in `repair`."""
     salvaged = list(salvaged_manifests(folder, history))
     check_known(folder, history, salvaged)
     plan = Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
@@ -84,6 +69,7 @@ def planned(folder: Folder, history: History, grace: float) -> Plan:
 
 
 def check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) -> None:
+    """Check that a manifest can be read, or salvaged. SnapshotDamaged when there are only unreadable ones."""
     if history.base is None and history.listed and not salvaged:
         raise SnapshotDamaged(
             f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
@@ -92,24 +78,23 @@ def check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) 
 
 
 def salvaged_manifests(folder: Folder, history: History) -> Iterator[Manifest]:
-    """What damaged manifests that were passed over still say, newest first."""
+    """Yield what can be parsed of the damaged manifests in `_passed_over`, newest first."""
     for generation in _passed_over(history):
         with suppress(SnapshotDamaged, FileNotFoundError):
             name = generation_name(generation)
-            said = salvage(folder.read(name, MAX_BYTES))
-            if said is not None:
-                yield said
+            manifest = salvage(folder.read(name, MAX_BYTES))
+            if manifest is not None:
+                yield manifest
 
 
 def _passed_over(history: History) -> list[int]:
-    """Damaged generations that the newest whole one does not build upon, since they were damaged before it was made,
-    or are newer than it."""
+    """Return the damaged generations that the newest intact one is not based on: they are newer, or it skipped them."""
     base = history.base or Manifest()
     return [one for one in history.damaged if one > base.generation or one in base.skipped]
 
 
 def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> SegmentFacts | Pick | None:
-    """The segment as it is, what can be kept of it, or None. uncertain: the facts come from a damaged manifest."""
+    """Return the segment as it is, its intact rows, or None. uncertain: the facts come from a damaged manifest."""
     result = check_segment(folder, facts, strict=True)
     if uncertain and result.broken:
         other = _facts_from_files(folder, facts.id)
@@ -126,6 +111,7 @@ def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> S
 
 
 def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
+    """Pick the intact live rows of a damaged segment; None if there are none."""
     if result.records is None or (len(result.rows) == facts.rows and not len(result.aliases)):
         return None
     alive = np.ones(facts.rows, np.bool_) if "alive" in result.broken else living(folder, facts)
@@ -138,7 +124,7 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
     descriptor, size = folder.open(name)
     folder.close_file(descriptor)
     data = folder.sealed(name, size)
-    # pitch 0: the file may end within the padding of its last row
+    # pitch 0, since the file may end within the padding of its last row
     segment = Segment(
         facts, folder, result.records, result.aliases, 0, feature_width, data, marks=marks_of(folder, facts)
     )
@@ -150,6 +136,7 @@ def _alive(folder: Folder, facts: SegmentFacts) -> int:
 
 
 def exists(folder: Folder, name: str) -> bool:
+    """Return whether a name exists in the store."""
     try:
         folder.size(name)
     except (FileNotFoundError, NotADirectoryError):
@@ -158,6 +145,7 @@ def exists(folder: Folder, name: str) -> bool:
 
 
 def format_whole(folder: Folder) -> bool:
+    """Return whether the file FORMAT is intact. FormatTooNew for a later version."""
     try:
         check_format(folder)
     except FormatTooNew:
@@ -168,7 +156,7 @@ def format_whole(folder: Folder) -> bool:
 
 
 def _left_over(folder: Folder, history: History, plan: Plan, grace: float) -> list[str]:
-    """Files in seg/ and idx/ that no whole manifest names, nor the one to come, and that no commit still needs."""
+    """List files in seg/ and idx/ that neither an intact manifest, nor the planned one, nor a running commit needs."""
     named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
     parts = [one for found_parts in plan.banks.values() for one in found_parts]
     named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
@@ -176,15 +164,15 @@ def _left_over(folder: Folder, history: History, plan: Plan, grace: float) -> li
     left = []
     for name in names_in(folder):
         if name.startswith(("seg/", "idx/")) and name not in named and name.rpartition("/")[2][:32] not in protected:
-            with suppress(FileNotFoundError):  # removed since it was listed
+            with suppress(FileNotFoundError):  # removed after it was listed
                 if folder.age(name) >= grace:
                     left.append(name)
     return left
 
 
 def _adopt(folder: Folder, history: History, plan: Plan, salvaged: Sequence[Manifest]) -> None:
-    """Take in segments that came with the damaged generations: those a damaged manifest still names, then any other
-    whose rows all agree with their checksums, where there is only one bank that it can be of."""
+    """Adopt intact segments of damaged generations: those that a salvaged manifest names, then others that fit exactly
+    one bank."""
     manifest = [plan.base, *history.older]
     known = {one.id for old in manifest for facts in banks(old).values() for one in facts.segments}
     for said in salvaged if history.base is not None else ():
@@ -223,13 +211,13 @@ def _fits(folder: Folder, segment: SegmentFacts, bank: BankFacts) -> bool:
 
 
 def _facts_from_files(folder: Folder, id: str) -> SegmentFacts | None:
-    """What a manifest would say of a segment, from its files alone; None when they do not go together."""
+    """Reconstruct the facts of a segment from its files alone; None when the files are inconsistent."""
     try:
         sizes = {kind: _size(folder, f"seg/{id}.{kind}") for kind in _KINDS}
         rows = (sizes["row"] - HEADER.itemsize) // (ROW.itemsize + mark_bytes(folder, f"seg/{id}.row"))
         header = _header(folder, f"seg/{id}.row")
         width = int(header["feature_width"])
-        # before anything is read: files may be far larger than what they hold
+        # checked before the files are read, since damaged files may be very large
         if int(header["rows"]) != rows or sizes["key"] % 32 or sizes["fp"] != rows * width * 2:
             return None
         files = tuple(_file_facts(folder, f"seg/{id}.{kind}", sizes[kind], kind != "seg") for kind in _KINDS)
@@ -250,7 +238,7 @@ def _size(folder: Folder, name: str) -> int:
 
 
 def _header(folder: Folder, name: str) -> NDArray[Any]:
-    """The record of HEADER that a .row file begins with; SnapshotDamaged when it begins with something else."""
+    """Read the header of a .row file, a record of HEADER. SnapshotDamaged when it is not one."""
     raw = np.zeros(HEADER.itemsize, np.uint8)
     descriptor, _ = folder.open(name)
     try:

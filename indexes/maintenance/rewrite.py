@@ -1,4 +1,4 @@
-"""New segments from rows of old ones: bytes and checksums go along as they are, and no model is asked."""
+"""Rewriting of segments: copy rows of old segments, with bytes and checksums, into a new one, without a model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,7 @@ from llmcache.indexes.errors import SnapshotDamaged
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import SegmentFacts
 from llmcache.indexes.format.marks import Marks, joined
-from llmcache.indexes.format.rows import (
-    ALIAS,
-    ROW,
-    STRONG,
-    agree,
-    aligned,
-    digests,
-    portions,
-)
+from llmcache.indexes.format.rows import ALIAS, ROW, STRONG, agree, aligned, digests, portions
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.segment_writer import write_segment
 from llmcache.indexes.format.write_once import verified
@@ -34,9 +26,9 @@ _BLOCK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Rows of a segment that go on. rows: int64 [n], ascending. aliases: records of ALIAS.
+    """Rows of a segment to copy. rows: int64 [n], ascending. aliases: records of ALIAS.
 
-    without: files that cannot be read. "var": the rows go on without token ids and source; "fp": with features of zero.
+    without: files that cannot be read. "var": copy rows without token ids and source; "fp": with zeros as features.
     """
 
     segment: Segment
@@ -51,14 +43,14 @@ class Pick:
 
     @property
     def marks(self) -> Marks | None:
-        """Marks of the rows that go on; None where the segment has none."""
+        """Marks of the rows; None if the segment has none."""
         return None if self.segment.marks is None else self.segment.marks[self.rows]
 
 
 def readable(segment: Segment, rows: NDArray[np.bool_], aliases: NDArray[np.bool_]) -> Pick:
-    """What can be read of some rows, bool [rows]: those that agree with their checksums, without files that do not.
+    """Pick the rows, of those in `rows`, that match their checksums, without the files that are damaged.
 
-    aliases: bool [aliases].
+    rows: bool [rows]. aliases: bool [aliases].
     """
     places = np.flatnonzero(rows)
     places = places[segment.whole(places)]
@@ -87,12 +79,11 @@ def _has_features(segment: Segment, rows: NDArray[np.int64]) -> bool:
 def rewrite(
     folder: Folder, id: str, picks: Sequence[Pick], feature_width: int, *, strong: bool = False
 ) -> SegmentFacts:
-    """Write one durable segment that holds what was picked. Any error leaves no file of it behind.
+    """Write one durable segment with the picked rows. Returns its facts.
 
-    strong: give rows checksums that cannot be forged, where they have none.
-    A row's checksum is over its key and bytes, so it is as good in the new place, and is compared on the way. Marks go
-    along as they are.
-    SnapshotDamaged when a row or a file of a segment is not whole.
+    A row's checksum covers its key and bytes, so it is valid in the new segment too, and it is verified on the way.
+    Marks are copied unchanged. strong: replace weak checksums by ones that cannot be forged.
+    SnapshotDamaged when a row or a file of a source is damaged. After any error no file of the segment remains.
     """
     rows = np.concatenate([np.zeros(0, ROW), *(_records(pick) for pick in picks)])
     steps = aligned(rows["nbytes"].astype(np.uint64))
@@ -124,7 +115,7 @@ def _records(pick: Pick) -> NDArray[Any]:
 
 
 def _payload(picks: Sequence[Pick], rows: NDArray[Any], strong: bool) -> Iterator[memoryview]:
-    """The bytes of what was picked; with `strong` the checksums of `rows` are filled in."""
+    """Yield the bytes of the picked rows; with `strong` fill in the checksums of `rows`."""
     first = 0
     for pick in picks:
         for portion in portions(pick.segment.rows["nbytes"][pick.rows]):
@@ -136,7 +127,7 @@ def _payload(picks: Sequence[Pick], rows: NDArray[Any], strong: bool) -> Iterato
 
 
 def _strengthen(records: NDArray[Any], block: memoryview) -> None:
-    """Fill in checksums that cannot be forged; block: the bytes of these rows, which were compared already."""
+    """Fill in checksums that cannot be forged. block: the bytes of these rows, already verified."""
     weak = np.flatnonzero(records["flags"] & STRONG == 0)
     records["flags"] |= STRONG
     starts = (records["offset"] - records["offset"][:1]).astype(np.int64)
@@ -146,7 +137,10 @@ def _strengthen(records: NDArray[Any], block: memoryview) -> None:
 
 
 def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:
-    """The bytes of some rows as they are to stand in a segment; a copy, so that what is compared is what is written."""
+    """Copy the bytes of rows, padded as in a segment, and verify the copy, so that only verified bytes are written.
+
+    SnapshotDamaged when a row does not match its checksum.
+    """
     records = segment.rows[rows]
     nbytes = records["nbytes"].tolist()
     steps = [aligned(one) for one in nbytes]
@@ -154,7 +148,7 @@ def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:
     starts = (np.cumsum(steps) - steps).tolist()
     offsets = (rows * segment.pitch if segment.pitch else records["offset"]).tolist()
     run = np.flatnonzero(np.diff(rows) != 1) + 1 if segment.pitch == steps[0] else np.arange(1, len(rows))
-    for some in np.split(np.arange(len(rows)), run):  # neighbours of equal length lie side by side in both places
+    for some in np.split(np.arange(len(rows)), run):  # adjacent rows of equal size are adjacent in source and copy
         first, last = int(some[0]), int(some[-1])
         end = starts[last] + nbytes[last]
         found = segment.data.part(offsets[first], end - starts[first])

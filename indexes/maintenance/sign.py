@@ -1,4 +1,4 @@
-"""Signing a whole store: its rows get checksums that cannot be forged, its manifest a signature."""
+"""Signing of a whole store: give its rows checksums that cannot be forged, and its manifest a signature."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import numpy as np
 from llmcache.indexes.commits.leases import Lease
 from llmcache.indexes.commits.publish import fencing
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.rewrite import readable, rewrite
 from llmcache.indexes.store import Store
@@ -22,7 +17,7 @@ from llmcache.indexes.store import Store
 
 @dataclass(slots=True)
 class Signed:
-    """What was written anew. damaged: entries that could not be read, and are left out."""
+    """Result of signing. segments: rewritten. damaged: entries that could not be read and are dropped."""
 
     segments: int = 0
     damaged: int = 0
@@ -32,10 +27,10 @@ class Signed:
 
 
 def sign(store: Store, *, dry_run: bool = False) -> Signed:
-    """Copy every segment whose rows are under no signature, and commit a signed manifest that names the copies.
+    """Rewrite all segments without unforgeable checksums, and commit a signed manifest that names the new segments.
 
-    store: one's own, opened with a key. The old files stay until they are collected.
-    StoreFenced or StoreFull when a write fails: the store is then as it was.
+    store: of trust "own", opened with a key. The old files stay until garbage collection.
+    StoreFenced or StoreFull when a write fails; the store is then unchanged.
     """
     found = Signed()
     replaced: dict[str, SegmentFacts | None] = {}

@@ -1,6 +1,6 @@
-"""Snapshots: a store's newest generation in a folder of its own, which is a store again.
+"""Snapshots: a store's newest generation in a new folder, which is a store itself.
 
-It can be copied with cp or rsync, opened where it lies, or loaded into a new store with every byte checked.
+A snapshot can be copied with cp or rsync, opened in place, or loaded into a new store with all bytes checked.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llmcache.indexes.store import Store
 
 log = logging.getLogger("llmcache")
 
-_ROUNDS = 20  # times a transfer starts again when the source's files went away under it
-_FREE = 3  # of these rounds, before it keeps maintainers from removing more
+_ROUNDS = 20  # attempts of a transfer when files of the source are removed meanwhile
+_FREE = 3  # attempts without the maintainer lock, which keeps other processes from removing files
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a transfer made. generation: of the source. bytes: of all files; linked: those that share the disk."""
+    """Result of a transfer. generation: of the source. bytes: of all files. linked: bytes of hard-linked files."""
 
     path: str
     generation: int
@@ -48,10 +48,10 @@ def save(
 ) -> Snapshot:
     """Make a snapshot of the store's newest generation in the new folder `target`.
 
-    On one file system the files are linked, which takes no room and no time; with `copy`, or elsewhere, they are
-    copied and checked on the way. Only what the newest manifest names goes along, and no counters. It appears whole or
-    not at all. SnapshotDamaged when the store has damage that was seen; StoreFull or LLMCacheError when the target
-    cannot be written; the store is not changed.
+    On the same file system the files are hard-linked, which takes no space and no time; with `copy`, or elsewhere, they
+    are copied and checked on the way. The snapshot has the files of the newest manifest, without counters. It appears
+    complete or not at all, and the store is not changed.
+    SnapshotDamaged when damage is found; StoreFull or LLMCacheError when the target cannot be written.
     """
     return _transfer(store, target, copy=copy, check=False, dry_run=dry_run)
 
@@ -59,7 +59,7 @@ def save(
 def load(
     snapshot: str | os.PathLike[str], target: str | os.PathLike[str], *, copy: bool = False, dry_run: bool = False
 ) -> Snapshot:
-    """Make the new store `target` from a snapshot, reading and checking every byte. Otherwise like `save`."""
+    """Make the new store `target` from a snapshot, reading and checking all bytes. Otherwise like `save`."""
     return _transfer(snapshot, target, copy=copy, check=True, dry_run=dry_run)
 
 
@@ -81,11 +81,11 @@ def transfer(
     check: bool = False,
     dry_run: bool = False,
 ) -> Snapshot:
-    """`save`, or with `check` `load`, of a store that is open, into the folder that `new` makes for `target`."""
+    """Transfer an open store, as `save`, or with `check` as `load`, into the folder that `new` makes for `target`."""
     for round in range(_ROUNDS):
         try:
             with nullcontext() if round < _FREE or dry_run else _nobody_maintains(store):
-                if round >= _FREE:  # what the newest generation names is safe from now on
+                if round >= _FREE:  # under the lock, files of the newest generation are not removed
                     store.reload()
                 linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
             break
@@ -101,11 +101,11 @@ def transfer(
 
 @contextmanager
 def _nobody_maintains(store: Store) -> Iterator[None]:
-    """Inside, nobody evicts, compacts or collects, where this process may say so."""
+    """Hold the maintainer lock inside the block, so that no process evicts, compacts or collects, if possible."""
     with ExitStack() as held:
         try:
             held.enter_context(waiting_lock(store.folder))
-        except (Busy, OSError) as error:  # another one is at it, or the folder is only read: tried all the same
+        except (Busy, OSError) as error:  # another process has the lock, or the folder is read-only: try without it
             log.info("%s may lose files while it is copied: %s", store.folder.path, error)
         yield
 
@@ -133,7 +133,7 @@ def _made(
 
 
 def banks(manifest: Manifest) -> dict[tuple[str, str], BankFacts]:
-    """Every bank, by namespace and name."""
+    """Return all banks, by namespace and name."""
     return {
         (namespace, name): facts
         for namespace, space in sorted(manifest.namespaces.items())
@@ -142,7 +142,7 @@ def banks(manifest: Manifest) -> dict[tuple[str, str], BankFacts]:
 
 
 def check_free(target: Path) -> None:
-    """LLMCacheError when something is at this path that a new folder must not replace."""
+    """Check that a new folder can be made at this path. LLMCacheError when there is anything but an empty folder."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise LLMCacheError(f"{target} is there already and is no folder; give the path of a new folder")
     if target.is_dir() and any(target.iterdir()):
@@ -150,7 +150,7 @@ def check_free(target: Path) -> None:
 
 
 def advised(error: SnapshotDamaged, folder: Folder) -> SnapshotDamaged:
-    """The same damage with the store's path and what to do about it."""
+    """Return the error with the store's path and advice added."""
     return SnapshotDamaged(
         f"{folder.path}: {error}; `llmcache snapshot verify {folder.path}` lists all damage, `llmcache repair` sets it "
         "aside"
@@ -159,12 +159,12 @@ def advised(error: SnapshotDamaged, folder: Folder) -> SnapshotDamaged:
 
 @contextmanager
 def failing(target: Path) -> Iterator[None]:
-    """Turns what a disk says inside the block into an error that says what became of the target."""
+    """Turn disk errors inside the block into LLMCacheError or StoreFull, which say that the target is unchanged."""
     try:
         yield
     except (OSError, StoreFenced) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):  # it may not be written to
+        if not isinstance(cause, OSError):  # the store is read-only
             raise
         code = cause.errno
         reason = f"{target} was not written ({os.strerror(code or 0)}); everything is as it was"

@@ -1,4 +1,4 @@
-"""Whole files from one folder into another: linked, or copied and checked on the way."""
+"""Transfer of whole files between folders: hard-linked, or copied and checked on the way."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llmcache.indexes.format.rows import agree, begun_digest
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.format.write_once import write_whole
 
-_LARGE = 64 << 20  # bytes of rows that are held in memory to compare them
-_CHUNK = 2 << 20  # stays in a processor's cache while it is read, compared and written
+_LARGE = 64 << 20  # bytes of rows that are verified in memory at once
+_CHUNK = 2 << 20  # fits a core's cache while it is read, verified and written
 
 
 def files_of(facts: object) -> Iterator[FileFacts]:
-    """Every file that a manifest, or a part of one, names."""
+    """Yield all files that a manifest, or a part of one, names."""
     if isinstance(facts, FileFacts):
         yield facts
     elif isinstance(facts, Mapping):
@@ -38,7 +38,7 @@ def files_of(facts: object) -> Iterator[FileFacts]:
 
 
 def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a file, 2 MiB at a time; each is good until the next is asked for. SnapshotDamaged: not `size`."""
+    """Yield the bytes of a file in chunks of 2 MiB, each valid until the next. SnapshotDamaged for another size."""
     buffer = np.empty(min(size, _CHUNK), np.uint8)
     with _Opened(folder, name, size) as descriptor:
         for start in range(0, size, _CHUNK):
@@ -51,12 +51,12 @@ def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
 def row_chunks(
     folder: Folder, name: str, size: int, records: NDArray[Any], until: int | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """The bytes of a .seg file in order, cut between rows, each chunk with the numbers of its rows that are damaged.
+    """Yield the bytes of a .seg file in order, cut between rows, each chunk with the numbers of its damaged rows.
 
-    size: of the file; SnapshotDamaged when it has another one. until: what is beyond this byte is not read.
-
-    At most 64 MiB are in memory: longer rows, and long stretches without rows, come in several chunks.
-    records: of ROW. Rows that lie outside the file, or in each other, come with the last chunk.
+    size: of the file in bytes. until: end of the bytes to read; None: the file's end. records: of ROW.
+    At most 64 MiB are in memory: longer rows, and long gaps without rows, are split into several chunks. The numbers of
+    rows that lie outside the file, or overlap others, come with the last chunk.
+    SnapshotDamaged when the file has another size.
     """
     until = size if until is None else until
     rows, starts, ends = _apart(records, until)
@@ -83,7 +83,7 @@ def row_chunks(
 
 
 def _read(folder: Folder, descriptor: int, start: int, stop: int) -> NDArray[np.uint8]:
-    """The bytes from start to stop; zeros where the file has become shorter."""
+    """Read the bytes from start to stop; zeros where the file was truncated."""
     part = np.empty(stop - start, np.uint8)
     part[folder.read_at(descriptor, part, start) :] = 0
     return part
@@ -92,7 +92,7 @@ def _read(folder: Folder, descriptor: int, start: int, stop: int) -> NDArray[np.
 def _unchecked(
     folder: Folder, descriptor: int, start: int, stop: int
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Bytes that belong to no row."""
+    """Yield bytes that belong to no row, in chunks."""
     for at in range(start, stop, _CHUNK):
         yield _read(folder, descriptor, at, min(at + _CHUNK, stop)), np.zeros(0, np.int64)
 
@@ -100,7 +100,7 @@ def _unchecked(
 def _long_row(
     folder: Folder, descriptor: int, records: NDArray[Any], row: int, start: int
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """The bytes of one row in several parts; its number comes after the last, if it is damaged."""
+    """Yield the bytes of one row in several chunks; its number comes with an empty last chunk, if it is damaged."""
     digest = begun_digest(records[row : row + 1])
     for part, none in _unchecked(folder, descriptor, start, start + int(records["nbytes"][row])):
         digest.update(part.data)
@@ -110,7 +110,7 @@ def _long_row(
 
 
 def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that lie inside the file and not in each other, by their place; where each begins and ends."""
+    """Return the rows that lie inside the file and do not overlap, by position, with their starts and ends in bytes."""
     offsets, lengths = records["offset"], records["nbytes"].astype(np.uint64)
     inside = np.flatnonzero((offsets <= size) & (lengths <= np.uint64(size) - np.minimum(offsets, size)))
     rows = inside[np.argsort(offsets[inside], kind="stable")]
@@ -122,7 +122,7 @@ def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray
 
 
 class _Opened:
-    """A file open for reading, of exactly this size."""
+    """File open for reading, of exactly this size. SnapshotDamaged when it is missing or has another size."""
 
     def __init__(self, folder: Folder, name: str, size: int) -> None:
         self._folder = folder
@@ -138,7 +138,7 @@ class _Opened:
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what was read is checked
+        with suppress(OSError):  # the bytes that were read are verified
             self._folder.close_file(self._descriptor)
 
 
@@ -146,9 +146,9 @@ class _Opened:
 
 
 def checked(folder: Folder, facts: FileFacts, records: NDArray[Any] | None = None) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a file; SnapshotDamaged, at the latest after the last, when they are not what they should be.
+    """Yield the bytes of a file and verify them. SnapshotDamaged, at the latest after the last chunk, when they differ.
 
-    records: of ROW, for a .seg file, whose rows carry the checksums.
+    records: of ROW, for a .seg file, whose rows have the checksums.
     """
     if facts.sha256 is None and records is not None:
         for part, bad in row_chunks(folder, facts.name, facts.size, records):
@@ -175,23 +175,22 @@ def carry(
     link: bool = True,
     check: bool = False,
 ) -> bool:
-    """Bring a file into `target` under the name `new`; True when it was linked, False when it was copied.
+    """Link or copy a file into `target` under the name `new`. Returns True for a link, False for a copy.
 
-    Neither a copy's bytes nor the folder's entry is durable yet: the caller syncs them all together.
-
-    A copy is checked on the way, a link only with `check`. records: gives those of a .seg file's rows.
-    SnapshotDamaged says what is wrong with the source.
+    Neither a copy's bytes nor the directory entry is durable yet: the caller syncs all together. A copy is verified on
+    the way, a link only with `check`. records: returns the records of ROW of a .seg file.
+    SnapshotDamaged when the source is damaged.
     """
     if link:
         if check:
             for _ in checked(source, facts, records and records()):
                 pass
         with _Opened(source, facts.name, facts.size) as descriptor:
-            source.sync(descriptor)  # whoever copied the source here may not have waited for the disk
+            source.sync(descriptor)  # a person's cp or rsync may have written the source without a sync
             try:
                 if target.link_from(source, facts.name, new):
                     return True
-            except FileNotFoundError:  # removed since it was opened
+            except FileNotFoundError:  # removed after it was opened
                 raise SnapshotDamaged(f"{facts.name} is missing") from None
     write_whole(target, new, (part.data for part in checked(source, facts, records and records())), durable=False)
     return False
@@ -200,9 +199,9 @@ def carry(
 def carry_segment(
     source: Folder, target: Folder, facts: SegmentFacts, id: str, *, link: bool = True, check: bool = False
 ) -> tuple[SegmentFacts, int]:
-    """Bring a whole segment into `target` under this id; its facts there, and the bytes that were linked.
+    """Link or copy a whole segment into `target` under this id. Returns its new facts, and the bytes linked.
 
-    Copies and entries are not durable yet. What fails leaves no file of it behind.
+    Copies and directory entries are not durable yet. After an error no file of the segment remains in `target`.
     """
     new = renamed(facts, id)
     made: list[str] = []
@@ -221,7 +220,7 @@ def carry_segment(
 
 
 def renamed(facts: SegmentFacts, id: str) -> SegmentFacts:
-    """The same segment under another id, with the files that go with it."""
+    """Return a segment's facts under another id, with its files renamed."""
 
     def named(file: FileFacts) -> FileFacts:
         return replace(file, name=file.name.replace(facts.id, id, 1))
@@ -232,11 +231,11 @@ def renamed(facts: SegmentFacts, id: str) -> SegmentFacts:
 
 
 def living(folder: Folder, facts: SegmentFacts) -> NDArray[np.bool_]:
-    """Which rows of a segment are not evicted; bool [rows]. SnapshotDamaged when the bitmap is not whole."""
+    """Read which rows of a segment are live, bool [rows]. SnapshotDamaged when the bitmap is damaged."""
     alive = getattr(facts, "alive", None)
     if alive is None:
         return np.ones(facts.rows, np.bool_)
-    if alive.size != -(-facts.rows // 8):  # before anything is read, or room is made for so many
+    if alive.size != -(-facts.rows // 8):  # checked before any memory is allocated
         raise SnapshotDamaged(f"{alive.name} has not one bit for each of {facts.rows} rows")
     bits = np.concatenate([np.zeros(0, np.uint8), *(part.copy() for part in checked(folder, alive))])
     if len(bits) != -(-facts.rows // 8):

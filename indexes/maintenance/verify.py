@@ -1,4 +1,4 @@
-"""Reading every byte of a store, and saying what is damaged and what is lost with it."""
+"""Verification: read all bytes of a store, and report damage and the resulting losses."""
 
 from __future__ import annotations
 
@@ -18,23 +18,13 @@ from llmcache.indexes.commits.generations import generation_name, generations
 from llmcache.indexes.errors import FormatTooNew, SnapshotDamaged, SnapshotNotFound
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.files.names import QUARANTINE, SUBFOLDERS
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, Manifest, SegmentFacts
 from llmcache.indexes.format.manifest_json import MAX_BYTES, from_bytes
 from llmcache.indexes.format.rows import ALIAS, ROW
 from llmcache.indexes.format.segment import records_of
 from llmcache.indexes.format.write_once import verified
 from llmcache.indexes.maintenance.snapshot import banks
-from llmcache.indexes.maintenance.transfer import (
-    checked,
-    files_of,
-    living,
-    row_chunks,
-)
+from llmcache.indexes.maintenance.transfer import checked, files_of, living, row_chunks
 
 _OURS = re.compile(r"FORMAT|lock|m-\d{12}(\.json|(-[0-9a-f]{32})?\.sig)")
 _TEMPORARY = re.compile(r"t-[0-9a-f]{32}.*")
@@ -42,7 +32,7 @@ _TEMPORARY = re.compile(r"t-[0-9a-f]{32}.*")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong with one file. lost: what can no more be had. damage: False for what is merely left over."""
+    """Problem with one file. what: the problem. lost: data that is lost with it. damage: False for leftover files."""
 
     file: str
     what: str
@@ -52,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What reading a whole store found. bytes: of the files that the newest manifest names; others: of all the rest."""
+    """Result of a verification. bytes: of the files in the newest manifest. others: bytes of all other files."""
 
     generation: int
     entries: int
@@ -63,13 +53,16 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """Nothing is damaged; files may be left over."""
+        """Return whether no file is damaged; leftover files are allowed."""
         return not any(one.damage for one in self.findings)
 
 
 @dataclass(slots=True)
 class History:
-    """The manifests of a store, newest first. base: the newest whole one; damaged: why others are not, by number."""
+    """Manifests of a store, newest first.
+
+    listed: generations. base: the newest intact manifest. older: the other intact ones. damaged: reasons by generation.
+    """
 
     listed: list[int]
     base: Manifest | None
@@ -79,7 +72,7 @@ class History:
 
 @dataclass(slots=True)
 class Checked:
-    """What is wrong with a segment. broken: why, by kind of file. rows: int64, rows that do not read as they should."""
+    """Result of checking a segment. broken: reasons by kind of file. rows: damaged live rows, int64."""
 
     facts: SegmentFacts
     records: NDArray[Any] | None
@@ -89,17 +82,17 @@ class Checked:
 
 
 def verify(store: str | os.PathLike[str]) -> Verification:
-    """Read every byte of the store in this folder: manifests, all files, the checksum of every row.
+    """Read and check all bytes of the store in this folder: manifests, files, and the checksums of all rows.
 
-    Changes nothing, and needs no lock. Memory: 64 MiB, and about 150 bytes for each row of the largest bank.
-    SnapshotNotFound where there is no store; FormatTooNew for a later format; LLMCacheError where the disk fails.
+    Changes no file and needs no lock. Memory: 64 MiB, and about 150 bytes for each row of the largest bank.
+    SnapshotNotFound when there is no store; FormatTooNew for a later format; LLMCacheError when the disk fails.
     """
     with closing(opened(Path(store))) as folder:
         return verification(folder)
 
 
 def verification(folder: Folder) -> Verification:
-    """`verify` of the store in a folder that is open."""
+    """Verify the store in an open folder, see `verify`."""
     findings = [*_format(folder), *_parts(folder)]
     history = history_of(folder)
     findings += _manifests(folder, history)
@@ -116,9 +109,9 @@ def verification(folder: Folder) -> Verification:
 
 
 def opened(path: Path) -> Folder:
-    """The folder of what may be a damaged store. Read, never mapped: a file that shrinks must not end the program.
+    """Open the folder of a store that may be damaged. Files are read, never mapped: truncation would kill the process.
 
-    SnapshotNotFound where there is no store; LLMCacheError where the folder cannot be looked into.
+    SnapshotNotFound when there is no store; LLMCacheError when the folder cannot be read.
     """
     try:
         if not path.is_dir() or not any(_OURS.fullmatch(one.name) for one in path.iterdir()):
@@ -129,9 +122,9 @@ def opened(path: Path) -> Folder:
 
 
 def odd_parts(folder: Folder) -> dict[str, str]:
-    """Problems with the sub-folders and `lock` of a store, by name.
+    """Return sub-folders and `lock` of a store that are of another type, with the problem, by name.
 
-    A link says so with the word "link": what it leads to may be whole.
+    Problems with links contain the word "link": the target of the link may be intact.
     """
     odd = {}
     for name in (*SUBFOLDERS, QUARANTINE, "lock"):
@@ -165,7 +158,7 @@ def _format(folder: Folder) -> Iterator[Finding]:
 
 
 def said(error: Exception, folder: Folder) -> str:
-    """What an error says, without the path of the store."""
+    """Return the message of an error without the path of the store."""
     if isinstance(error, FileNotFoundError):
         return "is missing"
     text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -173,7 +166,7 @@ def said(error: Exception, folder: Folder) -> str:
 
 
 def _refuse(error: Exception, strict: bool) -> None:
-    """A file that is not there is damage. One that the disk does not give now may be whole the next time."""
+    """With `strict`, raise errors of the disk. A missing file is damage, but an unreadable one may be intact later."""
     if strict and isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -182,7 +175,7 @@ def _refuse(error: Exception, strict: bool) -> None:
 
 
 def history_of(folder: Folder, *, strict: bool = False) -> History:
-    """Read every manifest. strict: what the disk will not give is an OSError, and no damage."""
+    """Read all manifests. strict: raise OSErrors of the disk instead of reporting them as damage."""
     history = History(generations(folder), None, [], {})
     for generation in history.listed:
         name = generation_name(generation)
@@ -232,9 +225,9 @@ def _bank(name: str, folder: Folder, facts: BankFacts) -> Iterator[Finding]:
 
 
 def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) -> Checked:
-    """Read all files of a segment and compare every row with its checksum. Evicted rows may be anything.
+    """Read all files of a segment and verify the checksums of its live rows.
 
-    strict: what the disk will not give is an OSError, and no damage.
+    strict: raise OSErrors of the disk instead of reporting them as damage.
     """
     result = Checked(facts, None, np.zeros(0, ALIAS))
 
@@ -246,7 +239,7 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
             result.broken[kind] = said(error, folder)
             return None
 
-    for kind in ("row", "key", "var", "fp"):  # a piece at a time: a file may be far larger than what should be there
+    for kind in ("row", "key", "var", "fp"):  # in chunks, since a damaged file may be very large
         attempt(kind, lambda kind=kind: [None for _ in checked(folder, facts.file(kind))])  # type: ignore[misc]
     found = None if "row" in result.broken else attempt("row", lambda: records_of(folder, facts))
     aliases = None if "key" in result.broken else attempt("key", lambda: _aliases(folder, facts))
@@ -258,7 +251,7 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
         bad = attempt("seg", lambda: _bad_rows(folder, facts, found[0], result))
         bad = np.arange(facts.rows) if bad is None else bad
         result.rows = bad if alive is None else bad[alive[bad]]
-    else:  # without its records a .seg can only be missing, or have another size
+    else:  # without records only the existence and size of .seg can be checked
         attempt("seg", lambda: _bad_rows(folder, facts, np.zeros(0, ROW), result))
     return result
 
@@ -298,7 +291,7 @@ def _segment(bank: str, result: Checked) -> Iterator[Finding]:
 
 
 def index_damage(folder: Folder, facts: BankFacts, *, strict: bool = False) -> Iterator[tuple[str, str]]:
-    """Files of the projection and the index that are not whole, each with the reason."""
+    """Yield damaged files of the projection and the index, each with the reason."""
     for file in files_of((facts.projection, facts.index)):
         try:
             for _ in checked(folder, file):
@@ -312,9 +305,9 @@ def index_damage(folder: Folder, facts: BankFacts, *, strict: bool = False) -> I
 
 
 def _covered(facts: BankFacts) -> int | None:
-    """Rows that the bank's index has to have: all of a segment, or where its bitmap is named, those that live.
+    """Count the rows that the bank's index must have: all of a segment, or, if its bitmap is named, the live ones.
 
-    None where it is of segments, or of bitmaps, that are replaced since: readers then build another one.
+    Returns None if the index is of segments or bitmaps that were replaced: readers then build another index.
     """
     if facts.index is None:
         return None
@@ -329,7 +322,7 @@ def _covered(facts: BankFacts) -> int | None:
     return covered
 
 
-# -- what else lies there -----------------------------------------------------------------------------------
+# -- other files --------------------------------------------------------------------------------------------
 
 
 def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Finding], int]:
@@ -340,7 +333,7 @@ def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Fin
             continue
         try:
             size += folder.size(name)
-        except OSError:  # removed since it was listed
+        except OSError:  # removed after it was listed
             continue
         leaf = name.rpartition("/")[2]
         if _OURS.fullmatch(name) or name.startswith((QUARANTINE + "/", "stat/")):
@@ -356,13 +349,13 @@ def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Fin
 
 
 def names_in(folder: Folder) -> list[str]:
-    """Every name in the store's folders, but for these folders."""
+    """List all names in the store's folder and sub-folders, except the sub-folders themselves."""
     found = [one for one in sorted(folder.names()) if one not in {*SUBFOLDERS, QUARANTINE}]
     return found + [f"{sub}/{one}" for sub in (*SUBFOLDERS, QUARANTINE) for one in sorted(names_of(folder, sub))]
 
 
 def names_of(folder: Folder, sub: str) -> list[str]:
-    """Names in a sub-folder; none where it is something else (`odd_parts`), or cannot be read."""
+    """List the names in a sub-folder; none if it is not a folder (`odd_parts`) or cannot be read."""
     try:
         return folder.names(sub)
     except OSError:
@@ -370,6 +363,6 @@ def names_of(folder: Folder, sub: str) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A file's name as it can be written to any terminal: bytes that are no text, and controls, as escapes."""
+    """Escape undecodable bytes and control characters of a file name, so that it can be printed to any terminal."""
     shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in shown)

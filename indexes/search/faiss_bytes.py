@@ -11,12 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
-from llmcache.indexes.search.index_kinds import (
-    FORMS,
-    faiss_module,
-    inverted,
-    is_binary,
-)
+from llmcache.indexes.search.index_kinds import FORMS, faiss_module, inverted, is_binary
 
 _LOADING = threading.Lock()  # FAISS' deserialisation limits are global
 

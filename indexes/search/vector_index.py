@@ -21,13 +21,7 @@ from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError
 from llmcache.indexes.search.faiss_bytes import check_loaded, check_magic, deserialised
-from llmcache.indexes.search.index_kinds import (
-    FORMS,
-    KINDS,
-    faiss_module,
-    inverted,
-    is_binary,
-)
+from llmcache.indexes.search.index_kinds import FORMS, KINDS, faiss_module, inverted, is_binary
 
 if TYPE_CHECKING:
     from torch import Tensor

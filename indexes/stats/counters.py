@@ -17,12 +17,7 @@ from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest_json import strict_json
 from llmcache.indexes.format.write_once import write_whole
 from llmcache.indexes.stats.runs import journal_name, read_journals, write_journal
-from llmcache.indexes.stats.usage import (
-    UseTable,
-    read_uses,
-    use_name,
-    write_uses,
-)
+from llmcache.indexes.stats.usage import UseTable, read_uses, use_name, write_uses
 
 log = logging.getLogger("llmcache")
 
