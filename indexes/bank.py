@@ -101,9 +101,9 @@ class Bank:
         if self._trust == "untrusted":  # a text key could lead to any row, so rows are found by token ids only
             return
         pairs = np.concatenate(aliases)
-        led = self._rows.find(pairs["row"])
-        found = led >= 0  # an alias may remain after its row was evicted
-        self._texts.extend(pairs["text"][found], led[found])
+        alias_rows = self._rows.find(pairs["row"])
+        existing = alias_rows >= 0  # an alias may remain after its row was evicted
+        self._texts.extend(pairs["text"][existing], alias_rows[existing])
 
     def _add_pending(self) -> None:
         """Add pending rows and aliases to key tables that were just built."""
@@ -111,8 +111,8 @@ class Bank:
             if isinstance(piece, PendingRows):
                 self._rows.add(piece.keys, np.arange(start, start + len(piece)))
         for texts, keys in self._aliases:
-            led = self._rows.find(keys)
-            self._texts.add(texts[led >= 0], led[led >= 0])
+            alias_rows = self._rows.find(keys)
+            self._texts.add(texts[alias_rows >= 0], alias_rows[alias_rows >= 0])
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> None:
         """Drop evicted segments, whose ids are in `gone`, and the rows that are dead in `facts`, of a newer manifest.
@@ -216,11 +216,11 @@ class Bank:
 
     def divergent(self, limit: float) -> Rows:
         """Return the rows whose last audit, by any writer, found a drift above the limit; int64, in order."""
-        known = UseTable.of(read_uses(self._folder, use_files(self._folder))).records
-        elsewhere = self._rows.find(known["key"][known["drift"] > limit])
-        here = self.uses.drift
-        elsewhere = elsewhere[elsewhere >= 0]
-        return np.union1d(elsewhere[np.isnan(here[elsewhere])], np.flatnonzero(here > limit))
+        records = UseTable.of(read_uses(self._folder, use_files(self._folder))).records
+        audited_elsewhere = self._rows.find(records["key"][records["drift"] > limit])
+        drift = self.uses.drift
+        audited_elsewhere = audited_elsewhere[audited_elsewhere >= 0]
+        return np.union1d(audited_elsewhere[np.isnan(drift[audited_elsewhere])], np.flatnonzero(drift > limit))
 
     @property
     def dead(self) -> Rows:
@@ -344,10 +344,10 @@ class Bank:
     def alias(self, text_keys: Keys, keys: Keys) -> None:
         """Let text keys find the rows of these keys. Keys without a row are skipped. Both uint64 [n, 2]."""
         rows = self.find(keys)
-        found = rows >= 0
-        if found.any():
-            self._texts.add(text_keys[found], rows[found])
-            self._aliases.append((text_keys[found], keys[found]))
+        existing = rows >= 0
+        if existing.any():
+            self._texts.add(text_keys[existing], rows[existing])
+            self._aliases.append((text_keys[existing], keys[existing]))
 
     def lots(self) -> list[FlushBatch]:
         """Split the pending rows into batches of consecutive row numbers, one per future segment."""
@@ -360,7 +360,7 @@ class Bank:
         if len(lot.batches) == len(self.pieces.pending):
             lot, self._shelf = replace(lot, shelf=self._shelf), self._spare or Shelf()
             self._spare = None
-        self.pending_bytes -= sum(payload_bytes(one.payload) for one in lot.batches)
+        self.pending_bytes -= sum(payload_bytes(batch.payload) for batch in lot.batches)
         return lot
 
     def seal(self, id: str, lot: FlushBatch) -> SegmentFacts:
@@ -392,4 +392,4 @@ class Bank:
         self._texts.settle()
 
     def _count_pending(self) -> None:
-        self.pending_bytes = sum(payload_bytes(one.payload) for one in self.pieces.pending)
+        self.pending_bytes = sum(payload_bytes(batch.payload) for batch in self.pieces.pending)

@@ -30,7 +30,7 @@ class LLMCacheError(Exception):
     """Base class of all errors that LLMCache raises. Credentials in URLs are removed from the message."""
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
+        super().__init__(*(redacted(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
 def _without_credentials(record: logging.LogRecord) -> bool:

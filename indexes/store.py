@@ -280,9 +280,9 @@ class Store:
         if self._fenced:
             raise self._fenced
         publish = partial(self.publish, once=True)
-        for one in self._behind.taken():
+        for started in self._behind.taken():
             try:
-                commit_rows(self.folder, publish, self.writer, one.place, one.bank, one.lot, one)
+                commit_rows(self.folder, publish, self.writer, started.place, started.bank, started.lot, started)
             except OSError as error:
                 raise self._fence(error) from error
         return self.manifest
@@ -311,7 +311,7 @@ class Store:
         self.write_uses()
         gone: set[str] = set()
         spaces = self.manifest.namespaces.values()
-        live = {one.id: one.live for space in spaces for bank in space.banks.values() for one in bank.segments}
+        live = {facts.id: facts.live for space in spaces for bank in space.banks.values() for facts in bank.segments}
         try:
             return eviction.make_room(self.folder, self.publish, budget, nbytes, gone)
         finally:

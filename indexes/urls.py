@@ -60,15 +60,15 @@ def without_secrets_of(url: str, text: str) -> str:
 
 def _secrets(url: str) -> set[str]:
     """Return the credentials in a URL, as written and in the quoted and unquoted forms that a library may print."""
-    found: set[str] = set()
+    secrets: set[str] = set()
     for match in _URL.finditer(url):
         place, _, query = _parted(match["rest"])
         for at in (sign.start() for sign in re.finditer("@", place)):  # any @ may end the password
-            found |= {place[:at], *place[:at].split(":", 1)}
-        found |= {value for part in re.split("[&;#]", query) for value in (part, part.partition("=")[2])}
-    plain = found | {unquote(one) for one in found}
-    written = {quote(one, safe=safe) for one in plain for safe in ("", "/")}
-    return {one for one in plain | written if len(one) >= _SHORT}
+            secrets |= {place[:at], *place[:at].split(":", 1)}
+        secrets |= {value for part in re.split("[&;#]", query) for value in (part, part.partition("=")[2])}
+    plain = secrets | {unquote(secret) for secret in secrets}
+    written = {quote(secret, safe=safe) for secret in plain for safe in ("", "/")}
+    return {secret for secret in plain | written if len(secret) >= _SHORT}
 
 
 def has_secrets(url: str) -> bool:

@@ -53,7 +53,7 @@ class BackgroundWriter:
     @property
     def commit_ready(self) -> bool:
         """Return whether batches were started and all of them are written or have failed."""
-        return bool(self._begun) and all(one.written.done() for one in self._begun)
+        return bool(self._begun) and all(pending.written.done() for pending in self._begun)
 
     def taken(self) -> Iterator[PendingSegment]:
         """Yield and remove the started batches, oldest first. The caller waits for their futures."""
@@ -62,14 +62,14 @@ class BackgroundWriter:
 
     def give_up(self) -> None:
         """Wait for the thread and remove its unpublished segments."""
-        for one in self.taken():
+        for pending in self.taken():
             try:
-                for file in one.written.result().files:
+                for file in pending.written.result().files:
                     self._folder.remove(file.name)
             except OSError as error:  # garbage collection removes the rest
                 log.info("a segment that was given up was not removed: %s", error)
             finally:
-                one.lease.close()
+                pending.lease.close()
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None

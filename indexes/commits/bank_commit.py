@@ -74,11 +74,11 @@ def _published(
 
     def change(base: Manifest) -> Manifest:
         facts = _bank_in(base, place, fresh)
-        if segment.id in {one.id for one in facts.segments}:
+        if segment.id in {other.id for other in facts.segments}:
             return base
         if name := missing(folder, [file.name for file in segment.files]):
             raise Collected(_COLLECTED.format(folder.path, name))
-        others = tuple(one for one in facts.segments if one.id not in gone)
+        others = tuple(other for other in facts.segments if other.id not in gone)
         return base.with_bank(*place, replace(facts, segments=(*others, segment)))
 
     return publish(change)

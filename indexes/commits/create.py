@@ -108,8 +108,8 @@ def found(folder: Folder) -> None:
 def check_format(folder: Folder) -> None:
     """Check the file FORMAT. SnapshotDamaged when it is not LLMCache's, FormatTooNew for a later version."""
     try:
-        found = strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
-        magic, number = found["magic"], found["format"]
+        content = strict_json(folder.read("FORMAT", _FORMAT_LIMIT))
+        magic, number = content["magic"], content["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SnapshotDamaged(f"{folder.path}/FORMAT is damaged, so this may not be a store") from None
     if magic != "llmcache" or type(number) is not int or number < 1:

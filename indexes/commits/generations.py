@@ -41,10 +41,12 @@ def newest(folder: Folder, listed: list[int], key: bytes | None = None) -> tuple
             if key is not None and not is_signed(folder, generation, data, key):
                 unsigned += 1
                 raise SnapshotDamaged(f"{name} is not signed with the key given")
-            found = from_bytes(data, name)
-            if found.generation != generation:  # taking it would undo the generations after the one it holds
-                raise SnapshotDamaged(f"{name} holds generation {found.generation}: an older file was copied over it")
-            return found, damaged
+            manifest = from_bytes(data, name)
+            if manifest.generation != generation:  # taking it would undo the generations after the one it holds
+                raise SnapshotDamaged(
+                    f"{name} holds generation {manifest.generation}: an older file was copied over it"
+                )
+            return manifest, damaged
         except FormatTooNew:
             raise
         except (FileNotFoundError, SnapshotDamaged):

@@ -32,18 +32,18 @@ def lost(folder: Folder, names: Iterable[str]) -> str:
     A missing file that the manifest does not name was evicted meanwhile. LLMCacheError or OSError when no manifest can
     be read.
     """
-    if gone := missing(folder, names):
+    if absent := missing(folder, names):
         listed = generations(folder)
         named = newest(folder, listed)[0].files if listed else frozenset()
         return missing(folder, (name for name in names if name in named)) if named else ""
-    return gone
+    return absent
 
 
 def without(manifest: Manifest, ids: Collection[str]) -> Manifest:
     """Return the manifest without the segments of these ids."""
     for namespace, space in manifest.namespaces.items():
         for name, bank in space.banks.items():
-            segments = tuple(one for one in bank.segments if one.id not in ids)
+            segments = tuple(segment for segment in bank.segments if segment.id not in ids)
             if segments != bank.segments:
                 manifest = manifest.with_bank(namespace, name, replace(bank, segments=segments))
     return manifest

@@ -64,7 +64,7 @@ def _check_same(
     another dtype or shape there."""
     old, new = current.namespaces.get(namespace), manifest.namespaces.get(namespace)
     other = new.banks.get(name, bank) if new else bank
-    shape, other_shape = ((one.dtype, one.width, one.rank, one.feature_width) for one in (bank, other))
+    shape, other_shape = ((facts.dtype, facts.width, facts.rank, facts.feature_width) for facts in (bank, other))
     remade = old and new and (old.identity, old.secret_check) != (new.identity, new.secret_check)
     if remade or shape != other_shape:
         raise ModelMismatch(

@@ -80,8 +80,8 @@ def checked_secret(secret: bytes, what: str) -> bytes:
     what: name of the secret in the message.
     """
     if not isinstance(secret, bytes) or len(secret) < LEAST:
-        found = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
-        raise ConfigError(f"{what} has at least {LEAST} bytes, got {found}; make one: openssl rand -hex 32 > FILE")
+        actual = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
+        raise ConfigError(f"{what} has at least {LEAST} bytes, got {actual}; make one: openssl rand -hex 32 > FILE")
     return secret
 
 

@@ -43,9 +43,9 @@ def judged(
     reason = "it was opened as untrusted"
     if trust == "signed" or (trust == "auto" and key is not None):
         try:
-            found = latest(folder, key)
+            newest_signed = latest(folder, key)
             folder.private = folder.exposed() is not None
-            return "signed", *found
+            return "signed", *newest_signed
         except UntrustedSnapshot as error:
             reason = str(error)
     elif trust != "untrusted":
@@ -81,13 +81,13 @@ def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
     for _ in range(_ROUNDS - 1):
         listed = generations(folder)
         try:
-            found = newest(folder, listed, key) if listed else (Manifest(), [])
+            result = newest(folder, listed, key) if listed else (Manifest(), [])
         except (SnapshotDamaged, StoreFenced, UntrustedSnapshot):
             if generations(folder) == listed:
                 raise
             continue
-        if not found[1] or generations(folder) == listed:
-            return found
+        if not result[1] or generations(folder) == listed:
+            return result
     listed = generations(folder)
     return newest(folder, listed, key) if listed else (Manifest(), [])
 

@@ -73,7 +73,7 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
     """Collect the live rows of all readable segments with their usage, except those of the banks in `KEPT`."""
     uses = UseTable.of(read_uses(folder, use_files(folder)))
     places: list[tuple[str, str, SegmentFacts]] = []
-    records, rows, beside, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
+    records, rows, extra_bytes, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
             for facts in bank.segments if name not in KEPT else ():
@@ -85,17 +85,17 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
                 live = segment.live()
                 records.append(segment.rows[live])
                 rows.append(live)
-                beside.append(2 * bank.feature_width + (0 if segment.marks is None else segment.marks.itemsize))
+                extra_bytes.append(2 * bank.feature_width + (0 if segment.marks is None else segment.marks.itemsize))
                 numbers.append(len(places))
                 places.append((namespace, name, facts))
-    counts = [len(one) for one in rows[1:]]
-    others = np.repeat(np.array(beside, np.int64), counts)
-    every = np.concatenate(records)
-    usage = _usage(every, uses, others, np.repeat(np.array(numbers, np.int64), counts))
-    return Candidates(usage, np.concatenate(rows), places, every["key"])
+    counts = [len(live_rows) for live_rows in rows[1:]]
+    extra = np.repeat(np.array(extra_bytes, np.int64), counts)
+    all_records = np.concatenate(records)
+    usage = _usage(all_records, uses, extra, np.repeat(np.array(numbers, np.int64), counts))
+    return Candidates(usage, np.concatenate(rows), places, all_records["key"])
 
 
-def _usage(records: Any, uses: UseTable, beside: Rows, segment: Rows) -> Usage:
+def _usage(records: Any, uses: UseTable, extra: Rows, segment: Rows) -> Usage:
     """beside: bytes of the features and the mark of each row, int64 [n]."""
     used = uses.find(records["key"])
     created = records["created"].astype(np.int64)
@@ -104,7 +104,7 @@ def _usage(records: Any, uses: UseTable, beside: Rows, segment: Rows) -> Usage:
         last_use=used["last"].astype(np.int64),
         uses=used["uses"].astype(np.int64),
         created=created,
-        nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + beside,
+        nbytes=aligned + ROW.itemsize + 4 * records["tokens"].astype(np.int64) + records["source"] + extra,
         cost=np.nan_to_num(records["cost"].astype(np.float64)),
         # ignore an audit of an earlier copy of the entry
         drift=np.where(used["last"] >= created, used["drift"].astype(np.float64), np.nan),
@@ -121,7 +121,7 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
     gone: set[str] = set()
     if not len(chosen):
         return gone
-    buried: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
+    with_bitmap: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
     id = uuid.uuid4().hex
     for number in np.unique(found.usage.segment[chosen]).tolist():
         facts = found.places[number][2]
@@ -132,15 +132,15 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
         alive = np.zeros(facts.rows, np.bool_)
         alive[found.rows[found.usage.segment == number]] = True
         alive[dead] = False
-        buried[facts.id] = facts, write_alive(folder, facts, alive, id)
-    if buried:
+        with_bitmap[facts.id] = facts, write_alive(folder, facts, alive, id)
+    if with_bitmap:
         folder.sync_folder("seg")
 
     def change(base: Manifest) -> Manifest:
         for namespace, name in sorted({place[:2] for place in found.places}):
             space = base.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            if facts is not None and (new := _without(facts, gone, buried)) != facts:
+            if facts is not None and (new := _without(facts, gone, with_bitmap)) != facts:
                 base = base.with_bank(namespace, name, new)
         return base
 
@@ -148,10 +148,13 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
     return gone
 
 
-def _without(facts: BankFacts, gone: set[str], buried: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
+def _without(facts: BankFacts, gone: set[str], with_bitmap: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
     """Return the facts of a bank after an eviction. Segments that changed since the choice of rows stay as they are."""
-    kept = (one for one in facts.segments if one.id not in gone)
-    segments = tuple(buried[one.id][1] if one.id in buried and one == buried[one.id][0] else one for one in kept)
+    remaining = (segment for segment in facts.segments if segment.id not in gone)
+    segments = tuple(
+        with_bitmap[segment.id][1] if segment.id in with_bitmap and segment == with_bitmap[segment.id][0] else segment
+        for segment in remaining
+    )
     new = replace(facts, segments=segments)
     return new if segments == facts.segments or index_stands(new) else replace(new, index=None, projection=None)
 
@@ -190,12 +193,12 @@ def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, go
     if garbage(folder, GRACE, 0).blocked:  # no file can be removed, so eviction would free nothing
         return False
     while (free := free_bytes(folder, budget)) < nbytes:
-        found = candidates(folder, current(folder))
-        if free + int(found.usage.nbytes.sum()) < nbytes or not len(found.rows):
+        rows_found = candidates(folder, current(folder))
+        if free + int(rows_found.usage.nbytes.sum()) < nbytes or not len(rows_found.rows):
             return False
-        ahead = min(int(_AHEAD * budget.max_bytes), int(found.usage.nbytes.sum()) // 4)
-        chosen = choose(found.usage, nbytes - free + ahead, budget.policy, budget.terms, only_whole=True)
-        gone |= drop(folder, publish, found, chosen)
+        ahead = min(int(_AHEAD * budget.max_bytes), int(rows_found.usage.nbytes.sum()) // 4)
+        chosen = choose(rows_found.usage, nbytes - free + ahead, budget.policy, budget.terms, only_whole=True)
+        gone |= drop(folder, publish, rows_found, chosen)
         tidy(folder)
         if free_bytes(folder, budget) <= free:
             return False

@@ -39,13 +39,13 @@ class Garbage:
 
 def files(folder: Folder) -> dict[str, tuple[int, float]]:
     """List the store's own files, by name, with size in bytes and time of the last change. Skips foreign names."""
-    found = {}
+    facts_of = {}
     for sub in ("", *SUBFOLDERS):
         for name, facts in folder.listing(sub).items():
-            whole = f"{sub}/{name}" if sub else name
-            if any(form.fullmatch(whole) for form in _FORMS):
-                found[whole] = facts
-    return found
+            path = f"{sub}/{name}" if sub else name
+            if any(form.fullmatch(path) for form in _FORMS):
+                facts_of[path] = facts
+    return facts_of
 
 
 def disk_bytes(folder: Folder) -> int:
@@ -60,25 +60,26 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
     superseded: seconds for which a manifest with a successor is kept, with the files that only it names. The newest
     manifest and its predecessor are always kept.
     """
-    found = files(folder)
+    listing = files(folder)
     # The order matters. A file in the listing above had a lease before it was created, and a lease ends only after its
     # files were published. So a file that is neither leased now nor named by the manifests below is never named.
-    protected = leased(folder, found)
-    known, damaged = _manifests(folder)
-    if damaged or not known:
+    protected = leased(folder, listing)
+    manifests, damaged = _manifests(folder)
+    if damaged or not manifests:
         return Garbage({}, 0, damaged)
-    now, newest = folder.now(), known[0]
-    named, dropped, kept = set(newest.files), set[str](), {newest.generation, newest.parent}
-    for successor, manifest in pairwise(known):
+    now, newest = folder.now(), manifests[0]
+    named, dropped, kept_generations = set(newest.files), set[str](), {newest.generation, newest.parent}
+    for successor, manifest in pairwise(manifests):
         # Count from the younger of the two: a writer that lost with a reused number (publish.commit) republishes soon.
         both = (successor, manifest)
-        since = max(found.get(generation_name(each.generation), (0, now))[1] for each in both)
+        since = max(listing.get(generation_name(each.generation), (0, now))[1] for each in both)
         if superseded > 0 and now - since < superseded:  # 0 keeps nothing, even if the disk's clock is ahead of ours
             named |= manifest.files
-            kept.add(manifest.generation)
+            kept_generations.add(manifest.generation)
         else:
             dropped |= manifest.files  # no manifest names them again: `once` in publish.commit
-    pruned, listed = {one.generation for one in known} - kept, {one.generation for one in known}
+    listed = {each.generation for each in manifests}
+    pruned = listed - kept_generations
 
     def removable(name: str, changed: float) -> bool:
         old = now - changed > grace
@@ -91,24 +92,24 @@ def garbage(folder: Folder, grace: float, superseded: float) -> Garbage:
             return old and not folder.locked(name)
         return bool(_TEMPORARY.fullmatch(name)) and old
 
-    sizes = {name: size for name, (size, changed) in found.items() if removable(name, changed)}
+    sizes = {name: size for name, (size, changed) in listing.items() if removable(name, changed)}
     return Garbage(sizes, len(pruned), ())
 
 
 def _manifests(folder: Folder) -> tuple[list[Manifest], tuple[str, ...]]:
     """Read all manifests of the folder. Returns the intact ones, newest first, and the names of damaged ones."""
-    known, damaged = [], []
+    manifests, damaged = [], []
     for generation in generations(folder):
         name = generation_name(generation)
         try:
-            known.append(from_bytes(folder.read(name, MAX_BYTES), name))
+            manifests.append(from_bytes(folder.read(name, MAX_BYTES), name))
         except FormatTooNew:
             raise
         except SnapshotDamaged:
             damaged.append(name)
         except FileNotFoundError:  # another process collected it
             continue
-    return known, tuple(damaged)
+    return manifests, tuple(damaged)
 
 
 def remove(folder: Folder, names: list[str]) -> None:

@@ -11,15 +11,15 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def make_durably(path: Path) -> None:
     """Make a folder and its missing parents, and sync the directory entry of each."""
-    missing = [one for one in (path, *path.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(mode=0o700, exist_ok=True)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
         with suppress(PermissionError):  # a folder may be writable and not readable
-            above = os.open(one.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(above)
+                os.fsync(parent)
             finally:
-                os.close(above)
+                os.close(parent)
 
 
 def sync_name(path: Path) -> None:

@@ -114,15 +114,15 @@ class Folder:
 
     def listing(self, sub: str = "") -> dict[str, tuple[int, float]]:
         """Return size in bytes and time of change (`linux.changed`) of the files in one sub-folder, by name."""
-        found: dict[str, tuple[int, float]] = {}
+        listed: dict[str, tuple[int, float]] = {}
         for name in self.names(sub):
             try:
                 facts = os.stat(name, dir_fd=self._folder(sub), follow_symlinks=False)
             except FileNotFoundError:  # removed after it was listed
                 continue
             if stat.S_ISREG(facts.st_mode):
-                found[name] = (facts.st_size, changed(facts))
-        return found
+                listed[name] = (facts.st_size, changed(facts))
+        return listed
 
     def read(self, name: str, limit: int) -> bytes:
         """Read a whole file. SnapshotDamaged when it has more than `limit` bytes."""
@@ -150,10 +150,10 @@ class Folder:
 
     def map(self, name: str, size: int) -> NDArray[np.uint8]:
         """Return the bytes of a file, uint8 [size], read-only, mapped or read. SnapshotDamaged for another size."""
-        descriptor, found = self._open(name)
+        descriptor, actual = self._open(name)
         try:
-            if found != size:
-                raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
+            if actual != size:
+                raise SnapshotDamaged(f"{name} has {actual:,} bytes where the manifest says {size:,}")
             if size and self.maps:  # an empty file cannot be mapped
                 return mapped(descriptor, size)
             data = np.empty(size, np.uint8)
@@ -168,10 +168,10 @@ class Folder:
         """Open a file to read rows from. SnapshotDamaged for another size. An unmapped file may be reopened later."""
         if self.maps:
             return Sealed(size, mapped=self.map(name, size))
-        descriptor, found = self._open(name)
-        if found != size:
+        descriptor, actual = self._open(name)
+        if actual != size:
             os.close(descriptor)
-            raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
+            raise SnapshotDamaged(f"{name} has {actual:,} bytes where the manifest says {size:,}")
         same = os.fstat(descriptor)
         return Sealed(size, descriptor=descriptor, again=lambda: self._again(name, same))
 
@@ -341,7 +341,7 @@ class Folder:
             os.mkdir(QUARANTINE, 0o700, dir_fd=self._descriptors[""])
         leaf = name.rpartition("/")[2]
         taken = set(self.names(QUARANTINE))
-        free = next(one for n in range(len(taken) + 1) if (one := f"{leaf}.{n}" if n else leaf) not in taken)
+        free = next(entry for n in range(len(taken) + 1) if (entry := f"{leaf}.{n}" if n else leaf) not in taken)
         self.replace(name, f"{QUARANTINE}/{free}")
         return f"{QUARANTINE}/{free}"
 

@@ -57,10 +57,10 @@ def filled(folder: Folder, target: Path) -> Iterator[Folder]:
 
 def _sweep(target: Path) -> None:
     """Remove partial folders that killed processes left for this target."""
-    mine = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{32}}\.partial")
+    partial_name = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{32}}\.partial")
     for name in os.listdir(target.parent):
         path = target.parent / name
-        if mine.fullmatch(name) and path.is_dir() and not path.is_symlink():
+        if partial_name.fullmatch(name) and path.is_dir() and not path.is_symlink():
             lock = _locked(path)
             if lock is not None:  # None: its process still runs, or the file system has no locks
                 shutil.rmtree(path, ignore_errors=True)

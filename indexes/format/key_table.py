@@ -60,15 +60,15 @@ class KeyTable:
             place = np.searchsorted(self._first, keys[:, 0])
             # Keys with the same first half are adjacent. More than one is a newer copy of an entry, or a collision of
             # 1 in 2^64, so this loop usually ends after one round.
-            open_ = np.ones(len(keys), np.bool_)
+            searching = np.ones(len(keys), np.bool_)
             for _ in range(_ROUNDS):  # a hostile store may have a million keys with one first half: these are misses
-                if not open_.any():
+                if not searching.any():
                     break
                 inside = np.minimum(place, len(self._first) - 1)
-                open_ &= (place < len(self._first)) & (self._first[inside] == keys[:, 0])
-                match = open_ & (self._second[inside] == keys[:, 1])
+                searching &= (place < len(self._first)) & (self._first[inside] == keys[:, 0])
+                match = searching & (self._second[inside] == keys[:, 1])
                 rows[match] = self._rows[inside[match]]
-                open_ &= ~match
+                searching &= ~match
                 place = place + 1
         if self._recent:
             raw, get = keys.tobytes(), self._recent.get

@@ -83,7 +83,7 @@ class BankFacts:
     def all_files(self) -> tuple[FileFacts, ...]:
         """All files that this bank names."""
         derived = (self.projection, self.index and self.index.file)
-        return (*(file for one in self.segments for file in one.all_files), *(file for file in derived if file))
+        return (*(file for segment in self.segments for file in segment.all_files), *(file for file in derived if file))
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def _file(raw: dict[str, Any]) -> FileFacts:
 
 
 def _segment(raw: dict[str, Any]) -> SegmentFacts:
-    files = tuple(_file(one) for one in _list(raw["files"]))
+    files = tuple(_file(file) for file in _list(raw["files"]))
     if len({file.name for file in files}) != len(files):
         raise ValueError("a segment names a file twice")
     rows, dead, alive = _count(raw["rows"]), _count(raw.get("dead", 0)), raw.get("alive")
@@ -134,15 +134,15 @@ def _segment(raw: dict[str, Any]) -> SegmentFacts:
 
 
 def _index(raw: dict[str, Any]) -> IndexFacts:
-    covered = tuple(_text(one) for one in _list(raw["segments"]))
+    covered = tuple(_text(name) for name in _list(raw["segments"]))
     return IndexFacts(_text(raw["kind"]), _count(raw["dim"]), _count(raw["count"]), covered, _file(raw["file"]))
 
 
 def _bank(raw: dict[str, Any]) -> BankFacts:
     if raw["dtype"] not in DTYPES or raw["rank"] not in (1, 2):
         raise ValueError(f"no bank has dtype {raw['dtype']!r:.80} and rank {raw['rank']!r:.80}")
-    segments = tuple(_segment(one) for one in _list(raw["segments"]))
-    if len({one.id for one in segments}) != len(segments):
+    segments = tuple(_segment(segment) for segment in _list(raw["segments"]))
+    if len({segment.id for segment in segments}) != len(segments):
         raise ValueError("a bank names a segment twice")
     return BankFacts(
         dtype=_text(raw["dtype"]),
@@ -166,7 +166,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
         parent=_count(raw["parent"]),
         created=_time(raw["created"]),
         writer=_text(raw["writer"]),
-        skipped=tuple(_count(one) for one in _list(raw["skipped"])),
+        skipped=tuple(_count(generation) for generation in _list(raw["skipped"])),
         namespaces={
             _text(name): NamespaceFacts(
                 _mapping(space["identity"]),

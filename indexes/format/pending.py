@@ -41,11 +41,11 @@ def encode_rows(
     """
     if isinstance(values, np.ndarray):
         return codec.kept(values, dtype, place)
-    flat = [one.reshape(1, -1) for one in values]
-    kept = np.array([bool(codec.representable(one, dtype)[0]) for one in flat], np.bool_)
-    pairs = [codec.encode(flat[i], dtype) for i in np.flatnonzero(kept)]
+    flat = [states.reshape(1, -1) for states in values]
+    fits = np.array([bool(codec.representable(states, dtype)[0]) for states in flat], np.bool_)
+    pairs = [codec.encode(flat[i], dtype) for i in np.flatnonzero(fits)]
     scale = np.array([one[0] for _, one in pairs], np.float32)
-    return kept, [one[0] for one, _ in pairs], scale
+    return fits, [one[0] for one, _ in pairs], scale
 
 
 def payload_bytes(payload: Payload) -> int:
@@ -56,10 +56,12 @@ def payload_bytes(payload: Payload) -> int:
 def sealed_bytes(batches: Sequence[PendingRows], aliases: Sequence[tuple[Keys, Keys]]) -> int:
     """Estimate from above the bytes of a segment of these batches and aliases (text keys and row keys)."""
     size = 4096 + 32 * sum(len(text) for text, _ in aliases)
-    for one in batches:
-        size += payload_bytes(one.payload) + 64 * len(one) + one.features.nbytes + ROW.itemsize * len(one)
-        size += sum(4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(one.tokens, one.sources, strict=True))
-        size += 0 if one.marks is None else one.marks.nbytes
+    for batch in batches:
+        size += payload_bytes(batch.payload) + 64 * len(batch) + batch.features.nbytes + ROW.itemsize * len(batch)
+        size += sum(
+            4 * len(ids) + min(1024, 4 * len(name)) for ids, name in zip(batch.tokens, batch.sources, strict=True)
+        )
+        size += 0 if batch.marks is None else batch.marks.nbytes
     return size
 
 

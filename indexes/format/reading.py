@@ -41,9 +41,9 @@ def vectors(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[NDArray[
                 block = np.stack([payload[i] for i in np.flatnonzero(good).tolist()])
                 table[chosen[good]] = codec.decode(block, scale[good], facts.dtype)
         elif plain:  # without a copy: directly into the result
-            there = table.view(np.uint8)
+            raw = table.view(np.uint8)
             every = len(chosen) == len(rows)
-            good = np.array(piece.fetch(local, there if every else [there[i] for i in chosen.tolist()]), np.bool_)
+            good = np.array(piece.fetch(local, raw if every else [raw[i] for i in chosen.tolist()]), np.bool_)
         else:
             block = np.empty((len(local), facts.width * codec.DTYPES[facts.dtype]), np.uint8)
             good = np.array(piece.fetch(local, block), np.bool_)
@@ -56,15 +56,15 @@ def vectors(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[NDArray[
 
 def states(pieces: SegmentList, facts: BankFacts, rows: Rows) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_]]:
     """Read rows of rank 2. Returns float32 [tokens, width] per row, empty if not intact, and bool [n], intact."""
-    found, intact = [np.zeros((0, facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
+    arrays, intact = [np.zeros((0, facts.width), np.float32)] * len(rows), np.zeros(len(rows), np.bool_)
     for piece, chosen, local in pieces.groups(rows):
         good, payload, scale = _stored(piece, local)
         intact[chosen] = good
         for i in np.flatnonzero(good).tolist():
             stored = np.ascontiguousarray(payload[i])[None]
             numbers = codec.decode(stored, scale[i : i + 1], facts.dtype)
-            found[chosen[i]] = numbers.reshape(-1, facts.width)
-    return found, intact
+            arrays[chosen[i]] = numbers.reshape(-1, facts.width)
+    return arrays, intact
 
 
 def _stored(piece: Piece, rows: Rows) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:

@@ -67,9 +67,9 @@ def checksum(key: Keys, payload: NDArray[np.uint8], scale: float = 1.0, *, stron
 
 def heads(records: NDArray[Any]) -> bytes:
     """Return key, length and scale of each record of ROW, 28 bytes each, which a checksum covers before the bytes."""
-    found = np.zeros(len(records), _HEAD)
-    found["key"], found["nbytes"], found["scale"] = records["key"], records["nbytes"], records["scale"]
-    return found.tobytes()
+    covered = np.zeros(len(records), _HEAD)
+    covered["key"], covered["nbytes"], covered["scale"] = records["key"], records["nbytes"], records["scale"]
+    return covered.tobytes()
 
 
 def _digest(head: bytes, payload: NDArray[np.uint8] | memoryview, strong: bool) -> bytes:
@@ -103,24 +103,24 @@ def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryvie
 def _together(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
     """Compute the checksums of short rows, copying each next to its head: one hash call per row instead of three."""
     size, step = _HEAD.itemsize, max(1, _NEAR // (_HEAD.itemsize + parts.shape[1]))
-    found: list[bytes] = []
-    before = np.frombuffer(head, np.uint8).reshape(-1, size)
-    whole = np.empty((min(step, len(parts)), size + parts.shape[1]), np.uint8)
+    digests_found: list[bytes] = []
+    head_bytes = np.frombuffer(head, np.uint8).reshape(-1, size)
+    joined = np.empty((min(step, len(parts)), size + parts.shape[1]), np.uint8)
     for start in range(0, len(parts), step):
-        some = whole[: len(parts) - start]
-        some[:, :size], some[:, size:] = before[start : start + step], parts[start : start + step]
-        found += map(xxhash.xxh3_128_digest, some)
-    return found
+        block = joined[: len(parts) - start]
+        block[:, :size], block[:, size:] = head_bytes[start : start + step], parts[start : start + step]
+        digests_found += map(xxhash.xxh3_128_digest, block)
+    return digests_found
 
 
 def agree(records: NDArray[Any], parts: Sequence[NDArray[np.uint8] | memoryview] | NDArray[np.uint8]) -> list[bool]:
     """Return which rows have the length of their record and match its checksum."""
-    wanted, found = records["checksum"].tobytes(), digests(records, parts)
-    if isinstance(parts, np.ndarray) and b"".join(found) == wanted and (records["nbytes"] == parts.shape[1]).all():
+    expected, computed = records["checksum"].tobytes(), digests(records, parts)
+    if isinstance(parts, np.ndarray) and b"".join(computed) == expected and (records["nbytes"] == parts.shape[1]).all():
         return [True] * len(records)
     return [
-        part.nbytes == size and one == wanted[16 * i : 16 * i + 16]
-        for i, (part, size, one) in enumerate(zip(parts, records["nbytes"].tolist(), found, strict=True))
+        part.nbytes == size and one == expected[16 * i : 16 * i + 16]
+        for i, (part, size, one) in enumerate(zip(parts, records["nbytes"].tolist(), computed, strict=True))
     ]
 
 

@@ -116,7 +116,7 @@ class Segment:
 
     def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Read the stored bytes of rows, one array each: a view of a mapped file, or a copy."""
-        return [self.data.part(int(one["offset"]), int(one["nbytes"])) for one in self.rows[rows]]
+        return [self.data.part(int(record["offset"]), int(record["nbytes"])) for record in self.rows[rows]]
 
     def intact(
         self, rows: NDArray[np.int64], payload: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
@@ -128,8 +128,8 @@ class Segment:
         """Read rows a few at a time. Returns which match their checksums, bool [n]."""
         good, order = np.zeros(len(rows), np.bool_), np.argsort(rows, kind="stable")
         for part in portions(self.rows["nbytes"][rows[order]]):
-            some = order[part]
-            good[some] = self.intact(rows[some], self.payload(rows[some]))
+            chosen = order[part]
+            good[chosen] = self.intact(rows[chosen], self.payload(rows[chosen]))
         return good
 
     def fetch(self, rows: NDArray[np.int64], into: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[bool]:
@@ -193,9 +193,9 @@ class Segment:
         lost = (records["var"] > data.nbytes) | (ends > data.nbytes)
         if lost.any():
             raise SnapshotDamaged(f"row {rows[lost.argmax()]} ends beyond the end of {self.facts.file('var').name}")
-        held = data.data
+        content = data.data
         places = zip(starts.tolist(), ends.tolist(), strict=True)
-        return [str(held[start:end], "utf-8", "replace") for start, end in places]
+        return [str(content[start:end], "utf-8", "replace") for start, end in places]
 
     def features(self) -> NDArray[np.float16]:
         """Return a view of the raw features, float16 [rows, feature width]. SnapshotDamaged for another file size."""

@@ -88,8 +88,8 @@ def write_segment(
     try:
         files.append(write_file(folder, f"seg/{id}.seg", payload, hashed=False))
         header = header_of(rows, feature_width, 0 if marks is None else marks.itemsize)
-        behind = [] if marks is None else [marks.tobytes()]
-        files.append(write_file(folder, f"seg/{id}.row", [header, rows.tobytes(), *behind]))
+        mark_bytes = [] if marks is None else [marks.tobytes()]
+        files.append(write_file(folder, f"seg/{id}.row", [header, rows.tobytes(), *mark_bytes]))
         files.append(write_file(folder, f"seg/{id}.key", [aliases.tobytes()]))
         files.append(write_file(folder, f"seg/{id}.var", variable))
         files.append(write_file(folder, f"seg/{id}.fp", features))
@@ -124,13 +124,15 @@ def _records(folder: Folder, batches: Sequence[PendingRows], strong: bool) -> tu
     rows["tokens"] = [len(part) for part in tokens]
     rows["source"] = [len(part) for part in sources]
     now = np.uint32(seconds32(folder.now()))
-    stamps = [np.full(len(one), now) if one.created is None else one.created for one in batches]
+    stamps = [np.full(len(batch), now) if batch.created is None else batch.created for batch in batches]
     rows["created"] = np.concatenate(stamps) if stamps else now
     steps = aligned(rows["nbytes"].astype(np.uint64))
     rows["offset"] = np.cumsum(steps) - steps
     steps = rows["tokens"].astype(np.uint64) * 4 + rows["source"]
     rows["var"] = np.cumsum(steps) - steps
-    flags = [np.full(len(one), STRONG * strong, np.uint16) if one.flags is None else one.flags for one in batches]
+    flags = [
+        np.full(len(batch), STRONG * strong, np.uint16) if batch.flags is None else batch.flags for batch in batches
+    ]
     rows["flags"] = np.concatenate(flags) if flags else 0
     return rows, sources
 
@@ -164,10 +166,10 @@ def padded(parts: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> memoryview
         block = np.zeros((n, aligned(nbytes)), np.uint8)
         block[:, :nbytes] = parts
         return block.reshape(-1).data
-    held: list[bytes | memoryview] = []
+    padded_parts: list[bytes | memoryview] = []
     for part in parts:
-        held += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
-    return memoryview(b"".join(held))
+        padded_parts += [part.data, bytes(aligned(part.nbytes) - part.nbytes)]
+    return memoryview(b"".join(padded_parts))
 
 
 def _variable(batches: Sequence[PendingRows], sources: Sequence[bytes]) -> Iterator[bytes]:

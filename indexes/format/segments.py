@@ -82,14 +82,14 @@ class SegmentList:
 
         Their numbers are not used again.
         """
-        gone = set(map(id, self.pending[after:]))
+        dropped = set(map(id, self.pending[after:]))
         rows = sum(map(len, self.pending[after:]))
-        self._pieces = [Tombstone(len(one)) if id(one) in gone else one for one in self._pieces]
+        self._pieces = [Tombstone(len(piece)) if id(piece) in dropped else piece for piece in self._pieces]
         return rows
 
     def forget(self, facts: BankFacts, gone: Container[str]) -> bool:
         """Drop the segments whose ids are in `gone`, and rows that are dead in `facts`. Returns whether any changed."""
-        newer, changed = {one.id: one for one in facts.segments}, False
+        newer, changed = {segment.id: segment for segment in facts.segments}, False
         for place, piece in enumerate(self._pieces):
             if not isinstance(piece, Segment):
                 continue
@@ -154,15 +154,15 @@ class SegmentList:
 
     def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
         """Return `tokens` of each row."""
-        found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
+        tokens: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
         for piece, chosen, local in self.groups(rows):
             try:
                 read = piece.tokens_of(local) if isinstance(piece, Segment) else None
             except (SnapshotDamaged, OSError):  # most rows may still be readable one by one
                 read = None
             for i, place in enumerate(chosen.tolist()):
-                found[place] = self.tokens(int(rows[place])) if read is None else read[i]
-        return found
+                tokens[place] = self.tokens(int(rows[place])) if read is None else read[i]
+        return tokens
 
     def source(self, row: int) -> str:
         """Return the id of the document that a row was computed from; empty when it cannot be read."""
@@ -181,11 +181,11 @@ class SegmentList:
 
     def sources(self, rows: Rows) -> list[str]:
         """Return `source` of each row."""
-        found = [""] * len(rows)
+        names = [""] * len(rows)
         for piece, chosen, local in self.groups(rows):
             for place, source in zip(chosen.tolist(), self._sources(piece, local), strict=True):
-                found[place] = source
-        return found
+                names[place] = source
+        return names
 
     def _sources(self, piece: Piece, local: Rows) -> list[str]:
         if isinstance(piece, Tombstone):
@@ -199,21 +199,21 @@ class SegmentList:
 
     def keys(self, rows: Rows) -> NDArray[np.uint64]:
         """Return the keys of rows, uint64 [n, 2]; zeros for rows of evicted segments."""
-        found = np.zeros((len(rows), 2), np.uint64)
+        keys = np.zeros((len(rows), 2), np.uint64)
         for piece, chosen, local in self.groups(rows):
             if not isinstance(piece, Tombstone):
-                found[chosen] = (piece.keys if isinstance(piece, PendingRows) else piece.rows["key"])[local]
-        return found
+                keys[chosen] = (piece.keys if isinstance(piece, PendingRows) else piece.rows["key"])[local]
+        return keys
 
     def created(self, rows: Rows) -> Rows:
         """Return when rows were put, int64 [n], seconds since the epoch; 0 for rows of evicted segments."""
-        found = np.zeros(len(rows), np.int64)
+        times = np.zeros(len(rows), np.int64)
         for piece, chosen, local in self.groups(rows):
             if isinstance(piece, PendingRows):
-                found[chosen] = 0 if piece.created is None else piece.created[local]
+                times[chosen] = 0 if piece.created is None else piece.created[local]
             elif not isinstance(piece, Tombstone):
-                found[chosen] = piece.rows["created"][local]
-        return found
+                times[chosen] = piece.rows["created"][local]
+        return times
 
     def marks(self, rows: Rows) -> Marks:
         """Return the marks of rows, [n], with as many kinds as the piece with most; zeros for rows without marks."""
@@ -221,10 +221,10 @@ class SegmentList:
         for piece, chosen, local in self.groups(rows):
             if (known := marks_in(piece)) is not None:
                 parts.append((chosen, known[local]))
-        found = unmarked(len(rows), max((kinds_of(marks) for _, marks in parts), default=0))
+        marks_found = unmarked(len(rows), max((kinds_of(marks) for _, marks in parts), default=0))
         for chosen, marks in parts:
-            put_marks(found, chosen, marks)
-        return found
+            put_marks(marks_found, chosen, marks)
+        return marks_found
 
     def key(self, row: int) -> str:
         """Return the key of a row in hexadecimal; empty if its segment was evicted."""

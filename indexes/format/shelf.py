@@ -31,10 +31,10 @@ class Shelf:
 
     def clear(self) -> None:
         """Free all allocations. Their memory is overwritten by later ones."""
-        kept = 0
+        nbytes = 0
         for count, block in enumerate(self._blocks):
-            kept += len(block)
-            if kept > _KEPT:
+            nbytes += len(block)
+            if nbytes > _KEPT:
                 del self._blocks[count:]
                 break
         self._block = self._used = 0

@@ -67,7 +67,9 @@ def verified(folder: Folder, facts: FileFacts) -> NDArray[np.uint8]:
         data = folder.map(facts.name, facts.size)
     except FileNotFoundError:
         raise SnapshotDamaged(f"{facts.name} is missing") from None
-    found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
-    if found != facts.sha256:
-        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {str(facts.sha256)[:12]}...")
+    digest = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]  # hashes the mapped pages without a copy
+    if digest != facts.sha256:
+        raise SnapshotDamaged(
+            f"{facts.name} has sha256 {digest[:12]}..., the manifest says {str(facts.sha256)[:12]}..."
+        )
     return data

@@ -43,12 +43,12 @@ class Chains:
         """SnapshotDamaged when the token ids or sources of a segment cannot be read."""
         self._blocks: dict[bytes, _Block] = {}
         for segment in segments:
-            every = np.arange(len(segment))
+            rows = np.arange(len(segment))
             keys = np.ascontiguousarray(segment.rows["key"])
-            for key, tokens, source in zip(keys, segment.tokens_of(every), segment.sources(every), strict=True):
+            for key, tokens, source in zip(keys, segment.tokens_of(rows), segment.sources(rows), strict=True):
                 parent = bytes.fromhex(source) if _KEY.fullmatch(source) else b"" if source == FIRST else None
                 self._blocks.setdefault(key.tobytes(), _Block(tokens.tobytes(), parent))
-        self._longest = max((len(one.tokens) for one in self._blocks.values()), default=0)
+        self._longest = max((len(block.tokens) for block in self._blocks.values()), default=0)
         self._firsts: dict[bytes, list[bytes]] = {}  # first blocks, by their first token
         self._loose: dict[bytes, list[bytes]] = {}  # blocks of unknown position, by their first token
         for key, block in self._blocks.items():
@@ -68,47 +68,47 @@ class Chains:
         block that stays. A block of unknown position is purged when its tokens occur in the document at a position
         where a block can start.
         """
-        passed: dict[bytes, None] = {}  # blocks inside a document, parents before children
-        going: set[bytes] = set()
+        inside: dict[bytes, None] = {}  # blocks inside a document, parents before children
+        purged: set[bytes] = set()
         for ids in documents:
             whole = ids if isinstance(ids, bytes) else np.ascontiguousarray(ids, "<i4").tobytes()
             if whole:
-                self._walk(whole, self._started(whole), passed, going)
-        for key in reversed(passed):
-            if all(child in going for child in self._blocks[key].children):
-                going.add(key)
-        return going
+                self._walk(whole, self._started(whole), inside, purged)
+        for key in reversed(inside):
+            if all(child in purged for child in self._blocks[key].children):
+                purged.add(key)
+        return purged
 
     def _started(self, whole: bytes) -> list[tuple[bytes, bytes]]:
         """Find blocks that may start a match, each with the document's token bytes from its position on."""
-        begun = [(key, whole) for key in self._firsts.get(whole[:_TOKEN], ())]
+        starts = [(key, whole) for key in self._firsts.get(whole[:_TOKEN], ())]
         for at in range(0, len(whole), self._longest or len(whole)):
             rest = whole[at:]
-            begun += [(key, rest) for key in self._loose.get(rest[:_TOKEN], ())]
-        return begun
+            starts += [(key, rest) for key in self._loose.get(rest[:_TOKEN], ())]
+        return starts
 
     def _walk(
-        self, whole: bytes, begun: Sequence[tuple[bytes, bytes]], passed: dict[bytes, None], going: set[bytes]
+        self, whole: bytes, starts: Sequence[tuple[bytes, bytes]], inside: dict[bytes, None], purged: set[bytes]
     ) -> None:
         """Follow a document along the chains from the blocks in `begun`."""
-        waiting = list(begun)
-        while waiting:
-            key, rest = waiting.pop()
+        stack = list(starts)
+        while stack:
+            key, rest = stack.pop()
             block = self._blocks[key]
             if rest.startswith(block.tokens):
-                passed.setdefault(key)
-                left = rest[len(block.tokens) :]
-                if left:
-                    waiting += [(child, left) for child in block.children]
+                inside.setdefault(key)
+                remaining = rest[len(block.tokens) :]
+                if remaining:
+                    stack += [(child, remaining) for child in block.children]
                 else:
-                    self._with_all_behind(block.children, going)
+                    self._with_all_behind(block.children, purged)
             elif block.tokens.startswith(rest):
-                self._with_all_behind([key], going)
+                self._with_all_behind([key], purged)
 
-    def _with_all_behind(self, keys: Iterable[bytes], going: set[bytes]) -> None:
-        waiting = list(keys)
-        while waiting:
-            key = waiting.pop()
-            if key not in going:
-                going.add(key)
-                waiting += self._blocks[key].children
+    def _with_all_behind(self, keys: Iterable[bytes], purged: set[bytes]) -> None:
+        stack = list(keys)
+        while stack:
+            key = stack.pop()
+            if key not in purged:
+                purged.add(key)
+                stack += self._blocks[key].children

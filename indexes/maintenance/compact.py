@@ -46,12 +46,12 @@ class Group:
     @property
     def rows(self) -> int:
         """Number of live rows."""
-        return sum(one.live for one in self.sources)
+        return sum(segment.live for segment in self.sources)
 
     @property
     def bytes(self) -> int:
         """Bytes of the sources on the disk."""
-        return sum(file.size for one in self.sources for file in one.all_files)
+        return sum(file.size for segment in self.sources for file in segment.all_files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ def _planned_groups(store: Store, small: bool) -> list[Group]:
     def wanted(facts: SegmentFacts) -> bool:
         return _under_half_alive(facts) or (small and 4 * facts.payload < SEGMENT_BYTES)
 
-    found = groups(eviction.current(store.folder), wanted)
-    return [one for one in found if len(one.sources) > 1 or _under_half_alive(one.sources[0])]
+    candidates = groups(eviction.current(store.folder), wanted)
+    return [group for group in candidates if len(group.sources) > 1 or _under_half_alive(group.sources[0])]
 
 
 def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int = SEGMENT_BYTES) -> list[Group]:
@@ -122,21 +122,21 @@ def groups(manifest: Manifest, wanted: Callable[[SegmentFacts], bool], most: int
 
     A group has segments of one writer only, so that all rows of a writer can still be identified and purged.
     """
-    found = []
+    result = []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
-            held: list[SegmentFacts] = []
-            for facts in sorted(filter(wanted, bank.segments), key=lambda one: one.writer):
-                if held and held[0].writer != facts.writer:
-                    found.append(Group(namespace, name, tuple(held)))
-                    held = []
-                held.append(facts)
-                if sum(one.payload * one.live // max(1, one.rows) for one in held) >= most:
-                    found.append(Group(namespace, name, tuple(held)))
-                    held = []
-            if held:
-                found.append(Group(namespace, name, tuple(held)))
-    return found
+            collected: list[SegmentFacts] = []
+            for facts in sorted(filter(wanted, bank.segments), key=lambda segment: segment.writer):
+                if collected and collected[0].writer != facts.writer:
+                    result.append(Group(namespace, name, tuple(collected)))
+                    collected = []
+                collected.append(facts)
+                if sum(segment.payload * segment.live // max(1, segment.rows) for segment in collected) >= most:
+                    result.append(Group(namespace, name, tuple(collected)))
+                    collected = []
+            if collected:
+                result.append(Group(namespace, name, tuple(collected)))
+    return result
 
 
 def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) -> Rewritten:
@@ -147,17 +147,19 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
     """
     bank = manifest.namespaces[group.namespace].banks[group.bank]
     segments = [Segment.open(folder, facts) for facts in group.sources]
-    chosen = [_intact(one) for one in segments]
+    chosen = [_intact(segment) for segment in segments]
     damaged = group.rows - sum(map(len, chosen))
     new = None
     if sum(map(len, chosen)):
-        names = [_aliases(folder, bank, segments, chosen), *[np.zeros(0, ALIAS)] * (len(segments) - 1)]
-        picks = [Pick(one, rows, some) for one, rows, some in zip(segments, chosen, names, strict=True)]
+        alias_lists = [_aliases(folder, bank, segments, chosen), *[np.zeros(0, ALIAS)] * (len(segments) - 1)]
+        picks = [
+            Pick(segment, rows, aliases) for segment, rows, aliases in zip(segments, chosen, alias_lists, strict=True)
+        ]
         new = write_anew(folder, uuid.uuid4().hex, picks, bank.feature_width)
     after = publish(lambda base: _replaced(base, group, new))
-    now = {one.id for one in after.namespaces[group.namespace].banks[group.bank].segments}
-    replaced = not any(one.id in now for one in group.sources)
-    if new and new.id not in now:
+    current_ids = {segment_now.id for segment_now in after.namespaces[group.namespace].banks[group.bank].segments}
+    replaced = not any(source.id in current_ids for source in group.sources)
+    if new and new.id not in current_ids:
         for file in new.files:
             folder.remove(file.name)
     return Rewritten(sum(map(len, chosen)) if replaced else 0, damaged, replaced)
@@ -179,9 +181,9 @@ def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifes
         return base
     segments = list(facts.segments)
     place = segments.index(group.sources[0])
-    kept = [one for one in segments[:place] if one not in group.sources]
-    rest = [one for one in segments[place:] if one not in group.sources]
-    changed = replace(facts, segments=(*kept, *([new] if new else []), *rest))
+    earlier = [segment for segment in segments[:place] if segment not in group.sources]
+    later = [segment for segment in segments[place:] if segment not in group.sources]
+    changed = replace(facts, segments=(*earlier, *([new] if new else []), *later))
     if not index_stands(changed):
         changed = replace(changed, index=None, projection=None)
     return base.with_bank(group.namespace, group.bank, changed)
@@ -190,31 +192,31 @@ def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifes
 def _intact(segment: Segment) -> NDArray[np.int64]:
     """Return the live rows that match their checksums, int64, in order."""
     live = segment.live()
-    found = live[segment.whole(live)]
-    if len(found) < len(live):
-        log.warning("%d rows of segment %s are damaged and dropped", len(live) - len(found), segment.facts.id)
-    return found
+    intact = live[segment.whole(live)]
+    if len(intact) < len(live):
+        log.warning("%d rows of segment %s are damaged and dropped", len(live) - len(intact), segment.facts.id)
+    return intact
 
 
 def _aliases(
     folder: Folder, bank: BankFacts, sources: Sequence[Segment], chosen: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.void]:
     """Return the sources' aliases whose row still exists in the bank, the newest of each text key; records of ALIAS."""
-    old = np.concatenate([np.zeros(0, ALIAS), *(one.aliases for one in sources)])
-    if not len(old):
-        return old
-    mine = {one.facts.id for one in sources}
-    keys = [one.rows["key"][rows] for one, rows in zip(sources, chosen, strict=True)]
+    aliases = np.concatenate([np.zeros(0, ALIAS), *(segment.aliases for segment in sources)])
+    if not len(aliases):
+        return aliases
+    own_ids = {segment.facts.id for segment in sources}
+    keys = [segment.rows["key"][rows] for segment, rows in zip(sources, chosen, strict=True)]
     for facts in bank.segments:
-        if facts.id not in mine:
+        if facts.id not in own_ids:
             try:
                 other = Segment.open(folder, facts)
             except (SnapshotDamaged, OSError):  # its rows are misses, so their aliases are useless
                 continue
             keys.append(other.rows["key"][other.live()])
-    there = KeyTable()
-    every = np.concatenate(keys)
-    there.extend(every, np.arange(len(every)))
-    old = old[there.find(old["row"]) >= 0][::-1]
-    _, first = np.unique(old["text"], axis=0, return_index=True)
-    return old[np.sort(first)][::-1]
+    row_table = KeyTable()
+    all_keys = np.concatenate(keys)
+    row_table.extend(all_keys, np.arange(len(all_keys)))
+    aliases = aliases[row_table.find(aliases["row"]) >= 0][::-1]
+    _, first = np.unique(aliases["text"], axis=0, return_index=True)
+    return aliases[np.sort(first)][::-1]

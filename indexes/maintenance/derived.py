@@ -41,7 +41,7 @@ def may_hold(raw: Mapping[str, Any], earliest: int | None) -> bool:
 def fitted_keys(config: Mapping[str, Any]) -> set[str]:
     """Return the keys of the fitted arrays that the calibrations of a namespace use, in hexadecimal."""
     places = [raw.get("fitted") for raw in calibrations(config).values()]
-    return {str(one["key"]) for one in places if isinstance(one, Mapping) and "key" in one}
+    return {str(place["key"]) for place in places if isinstance(place, Mapping) and "key" in place}
 
 
 def without(space: NamespaceFacts, settings: frozenset[str]) -> tuple[dict[str, Any], set[str]]:

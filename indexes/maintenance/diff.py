@@ -38,18 +38,18 @@ class Difference:
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
     """Compare two stores, per namespace and bank. A bank that one of them lacks counts as empty."""
-    with closing(Store.open(a, uses=False)) as one, closing(Store.open(b, uses=False)) as other:
-        places = sorted({*banks(one.manifest), *banks(other.manifest)})
-        return [_difference(place, one, other) for place in places]
+    with closing(Store.open(a, uses=False)) as store_a, closing(Store.open(b, uses=False)) as store_b:
+        places = sorted({*banks(store_a.manifest), *banks(store_b.manifest)})
+        return [_difference(place, store_a, store_b) for place in places]
 
 
-def _difference(place: tuple[str, str], one: Store, other: Store) -> Difference:
-    left, right = _rows(one, place), _rows(other, place)
+def _difference(place: tuple[str, str], store_a: Store, store_b: Store) -> Difference:
+    left, right = _rows(store_a, place), _rows(store_b, place)
     keys_a, keys_b = (np.ascontiguousarray(rows["key"]).view("V16").ravel() for rows in (left, right))
     _, in_a, in_b = np.intersect1d(keys_a, keys_b, return_indices=True)
     equal = (left["checksum"][in_a] == right["checksum"][in_b]).all(axis=1)
     equal &= left["scale"][in_a].view("u4") == right["scale"][in_b].view("u4")
-    settings = _settings(place, one, other)
+    settings = _settings(place, store_a, store_b)
     if any(name == "dtype" for name, _, _ in settings):  # equal bytes then mean different numbers
         equal[:] = False
     return Difference(
@@ -82,8 +82,8 @@ def _rows(store: Store, place: tuple[str, str]) -> NDArray[Any]:
     return rows[np.sort(newest)]
 
 
-def _settings(place: tuple[str, str], one: Store, other: Store) -> tuple[tuple[str, Any, Any], ...]:
-    left, right = _described(place, one), _described(place, other)
+def _settings(place: tuple[str, str], store_a: Store, store_b: Store) -> tuple[tuple[str, Any, Any], ...]:
+    left, right = _described(place, store_a), _described(place, store_b)
     missing = "-"
     return tuple(
         (name, left.get(name, missing), right.get(name, missing))

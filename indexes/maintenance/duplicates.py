@@ -16,19 +16,19 @@ def drop_duplicates(store: Store, *, dry_run: bool = False) -> int:
 
     The caller holds the maintainer lock. Uses about 120 bytes of memory per row.
     """
-    found = eviction.candidates(store.folder, eviction.current(store.folder))
-    older = _older(found)
+    candidates = eviction.candidates(store.folder, eviction.current(store.folder))
+    older = _older(candidates)
     if not dry_run:
-        store.forget(eviction.drop(store.folder, store.publish, found, older))
+        store.forget(eviction.drop(store.folder, store.publish, candidates, older))
     return len(older)
 
 
-def _older(found: eviction.Candidates) -> NDArray[np.int64]:
+def _older(candidates: eviction.Candidates) -> NDArray[np.int64]:
     """Return the positions of rows whose key a later row of the same bank has. A bank's last segment is its newest."""
-    banks = {bank: number for number, bank in enumerate(sorted({place[:2] for place in found.places}))}
-    bank_of = np.array([banks[place[:2]] for place in found.places], np.int64)
-    table = np.zeros(len(found.rows), _PLACE)
-    table["bank"] = bank_of[found.usage.segment] if len(found.rows) else 0
-    table["first"], table["second"] = found.keys[:, 0], found.keys[:, 1]
+    banks = {bank: number for number, bank in enumerate(sorted({place[:2] for place in candidates.places}))}
+    bank_of = np.array([banks[place[:2]] for place in candidates.places], np.int64)
+    table = np.zeros(len(candidates.rows), _PLACE)
+    table["bank"] = bank_of[candidates.usage.segment] if len(candidates.rows) else 0
+    table["first"], table["second"] = candidates.keys[:, 0], candidates.keys[:, 1]
     _, last = np.unique(table[::-1], return_index=True)
     return np.setdiff1d(np.arange(len(table)), len(table) - 1 - last)

@@ -95,11 +95,11 @@ def _terms(max_bytes: int, policy: str, half_life: float, drift_limit: float) ->
 
 def _planned(store: Store, need: int, policy: str, terms: Terms) -> tuple[int, int, int]:
     """Return the rows, whole segments and bytes that the first round would evict."""
-    found = eviction.candidates(store.folder, eviction.current(store.folder))
-    chosen = choose(found.usage, need, policy, terms)
-    numbers, counts = np.unique(found.usage.segment[chosen], return_counts=True)
-    whole = sum(found.places[number][2].live == count for number, count in zip(numbers, counts, strict=True))
-    return len(chosen), int(whole), int(found.usage.nbytes[chosen].sum())
+    candidates = eviction.candidates(store.folder, eviction.current(store.folder))
+    chosen = choose(candidates.usage, need, policy, terms)
+    numbers, counts = np.unique(candidates.usage.segment[chosen], return_counts=True)
+    whole = sum(candidates.places[number][2].live == count for number, count in zip(numbers, counts, strict=True))
+    return len(chosen), int(whole), int(candidates.usage.nbytes[chosen].sum())
 
 
 def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Terms, gone: set[str]) -> int:
@@ -107,12 +107,12 @@ def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Ter
 
     gone: set to which the ids of segments that were evicted whole are added.
     """
-    found = eviction.candidates(store.folder, eviction.current(store.folder))
-    chosen = choose(found.usage, need, policy, terms)
-    gone |= eviction.drop(store.folder, store.publish, found, chosen)
+    candidates = eviction.candidates(store.folder, eviction.current(store.folder))
+    chosen = choose(candidates.usage, need, policy, terms)
+    gone |= eviction.drop(store.folder, store.publish, candidates, chosen)
     eviction.tidy(store.folder)
     after = eviction.current(store.folder)
-    wanted = groups(after, lambda one: one.dead > 0, most=0)
+    wanted = groups(after, lambda segment: segment.dead > 0, most=0)
     for group in sorted(wanted, key=lambda group: group.sources[0].live / group.sources[0].rows):
         if disk_bytes(store.folder) <= max_bytes:
             break

@@ -44,14 +44,16 @@ def gc(store: Store, grace_seconds: float = GRACE, *, dry_run: bool = False) -> 
     if not grace_seconds >= 0:
         raise ConfigError(f"the grace is a number of seconds from 0 on, got {grace_seconds}")
     with locked(store, dry_run):
-        found = garbage(store.folder, grace_seconds, grace_seconds)
-        old = _old_writers(store, grace_seconds)
+        unused = garbage(store.folder, grace_seconds, grace_seconds)
+        writers = _old_writers(store, grace_seconds)
         if not dry_run:
-            collection.remove(store.folder, list(found.sizes))
-            if len(old) > 1:
-                _fold(store, old)
-        folded = len(old) if len(old) > 1 else 0
-        return Collected(len(found.sizes), found.manifests, sum(found.sizes.values()), folded, found.blocked, dry_run)
+            collection.remove(store.folder, list(unused.sizes))
+            if len(writers) > 1:
+                _fold(store, writers)
+        folded = len(writers) if len(writers) > 1 else 0
+        return Collected(
+            len(unused.sizes), unused.manifests, sum(unused.sizes.values()), folded, unused.blocked, dry_run
+        )
 
 
 def _old_writers(store: Store, grace: float) -> list[str]:

@@ -159,7 +159,7 @@ def _plan(place: tuple[str, str], base: Store | None, stores: Sequence[Store]) -
     facts = banks(holders[0].manifest)[place]
     plan = _Plan(*place, holders[0].manifest.namespaces[place[0]], facts)
     for store in holders:
-        plan.stores.append([_piece(store, one, store is base) for one in banks(store.manifest)[place].segments])
+        plan.stores.append([_piece(store, segment, store is base) for segment in banks(store.manifest)[place].segments])
     _choose_rows(plan)
     _choose_aliases(plan)
     return plan
@@ -227,8 +227,8 @@ def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.
     """Return which of these rows match their checksums, bool [n]."""
     good = np.zeros(len(rows), np.bool_)
     for i in np.unique(pieces).tolist():
-        mine = np.flatnonzero(pieces == i)
-        good[mine] = order[i].segment.whole(rows[mine])
+        positions = np.flatnonzero(pieces == i)
+        good[positions] = order[i].segment.whole(rows[positions])
     return good
 
 
@@ -256,7 +256,9 @@ def _bring(
     committing = False
     try:
         added = [(plan, _segments(folder, plan, made, lease, link=link)) for plan in plans]
-        indexes = {id(plan): _index(folder, plan, kept, stores, link) for plan, kept in added} if derived else {}
+        indexes = (
+            {id(plan): _index(folder, plan, segments, stores, link) for plan, segments in added} if derived else {}
+        )
         derived_files = [file.name for facts in indexes.values() if facts for file in _derived(facts)]
         sync_files(folder, [*made, *derived_files])
         folder.sync_folder("seg")
@@ -264,7 +266,7 @@ def _bring(
         spaces = {name: space for store in reversed(stores) for name, space in store.manifest.namespaces.items()}
 
         def change(base: Manifest) -> Manifest:
-            return _joined(base, spaces, [(plan, kept, indexes.get(id(plan))) for plan, kept in added])
+            return _joined(base, spaces, [(plan, segments, indexes.get(id(plan))) for plan, segments in added])
 
         listed = generations(folder)
         now = newest(folder, listed)[0] if listed else Manifest()
@@ -272,7 +274,7 @@ def _bring(
             committing = True
             publishing.commit(folder, uuid.uuid4().hex, change, once=True)
             if name := lost(folder, made):
-                publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {one[4:36] for one in made}))
+                publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {path[4:36] for path in made}))
                 raise LLMCacheError(f"{folder.path}: another program removed {name} during the merge; merge again")
     except BaseException:
         if not (committing and _named(folder, made)):
@@ -292,7 +294,7 @@ def _named(folder: Folder, made: Sequence[str]) -> bool:
 
 
 def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, link: bool) -> list[SegmentFacts]:
-    kept: list[SegmentFacts] = []
+    segments: list[SegmentFacts] = []
     taken = {name.partition(".")[0].partition("-")[0] for name in folder.names("seg")}
     for piece in plan.pieces:
         if piece.whole:
@@ -304,40 +306,40 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, lin
                 facts, _ = carry_segment(piece.segment.folder, folder, old, id, link=link)
             except SnapshotDamaged as error:
                 raise advised(error, piece.segment.folder) from error
-            kept.append(facts)
+            segments.append(facts)
             made += [file.name for file in files_of(facts)]
     for picks in _batches(plan.pieces):
         try:
             facts = rewrite(folder, lease.new(), picks, plan.facts.feature_width)
         except SnapshotDamaged as error:
             raise advised(error, picks[0].segment.folder) from error
-        kept.append(facts)
+        segments.append(facts)
         made += [file.name for file in files_of(facts)]
-    return kept
+    return segments
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
     """Yield the new rows of segments that are not taken over whole, in batches of 256 MiB, each of one writer."""
-    held: list[Pick] = []
+    batch: list[Pick] = []
     for piece in sorted(pieces, key=lambda piece: piece.segment.facts.writer):
         if piece.whole or not (piece.rows.any() or piece.aliases.any()):
             continue
-        if held and held[0].segment.facts.writer != piece.segment.facts.writer:
-            yield held
-            held = []
-        held.append(Pick(piece.segment, np.flatnonzero(piece.rows), piece.segment.aliases[piece.aliases]))
-        if sum(pick.payload for pick in held) >= _REWRITE_BYTES:
-            yield held
-            held = []
-    if held:
-        yield held
+        if batch and batch[0].segment.facts.writer != piece.segment.facts.writer:
+            yield batch
+            batch = []
+        batch.append(Pick(piece.segment, np.flatnonzero(piece.rows), piece.segment.aliases[piece.aliases]))
+        if sum(pick.payload for pick in batch) >= _REWRITE_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _index(
-    folder: Folder, plan: _Plan, kept: Sequence[SegmentFacts], stores: Sequence[Store], link: bool
+    folder: Folder, plan: _Plan, segments: Sequence[SegmentFacts], stores: Sequence[Store], link: bool
 ) -> BankFacts | None:
     """Carry the index files of the first source whose index covers only segments taken over. Returns its facts."""
-    ids = {facts.id for facts in kept}
+    ids = {facts.id for facts in segments}
     for store in stores:
         facts = banks(store.manifest).get((plan.namespace, plan.bank))
         if facts and facts.index and facts.projection and ids.issuperset(facts.index.segments):
@@ -362,14 +364,14 @@ def _joined(
             new = replace(new, namespaces={**new.namespaces, name: replace(space, banks={})})
         elif not same_identity(new.namespaces[name], space):
             raise ModelMismatch(f"the namespace {name!r} was made anew by another model meanwhile; merge again")
-    for plan, kept, index in added:
+    for plan, segments, index in added:
         empty = replace(plan.facts, segments=(), projection=None, index=None)
         if index:
             empty = replace(empty, projection=index.projection, index=index.index)
         facts = new.namespaces[plan.namespace].banks.get(plan.bank, empty)
-        there = {one.id for one in facts.segments}  # the change must be idempotent
-        fresh = [one for one in kept if one.id not in there]
-        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *fresh)))
+        known_ids = {segment.id for segment in facts.segments}  # the change must be idempotent
+        new_segments = [segment for segment in segments if segment.id not in known_ids]
+        new = new.with_bank(plan.namespace, plan.bank, replace(facts, segments=(*facts.segments, *new_segments)))
     return new
 
 

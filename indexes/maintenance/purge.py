@@ -123,9 +123,9 @@ def _space_without(space: NamespaceFacts, settings: frozenset[str], replaced: Re
 
 
 def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
-    segments = tuple(new for one in bank.segments if (new := replaced.get(one.id, one)) is not None)
+    segments = tuple(new for segment in bank.segments if (new := replaced.get(segment.id, segment)) is not None)
     covered = {name.partition("-")[0] for name in bank.index.segments} if bank.index else set()
-    if segments == bank.segments and covered <= {one.id for one in segments}:
+    if segments == bank.segments and covered <= {segment.id for segment in segments}:
         return bank
     # fingerprints reveal documents as activations do, and a PCA is computed from them
     return replace(bank, segments=segments, projection=None, index=None)
@@ -195,34 +195,36 @@ def _sweep(
     """
     folder = store.folder
     own = f"{doomed.writer}.json"
-    listed = {sub: folder.names(sub) for sub in ("seg", "idx", QUARANTINE)}  # before the manifest: later files are new
+    names_in = {
+        sub: folder.names(sub) for sub in ("seg", "idx", QUARANTINE)
+    }  # before the manifest: later files are new
     older, signed = generations(folder), signatures(folder)
     manifest = store.latest()
     needed = _without(manifest, *leaving, doomed.whole).files
-    strangers = [f"{sub}/{name}" for sub in ("seg", "idx") for name in listed[sub] if not _OURS.fullmatch(name)]
-    if strangers:
+    foreign = [f"{sub}/{name}" for sub in ("seg", "idx") for name in names_in[sub] if not _OURS.fullmatch(name)]
+    if foreign:
         log.warning(
-            "%d files that are not the store's own were left, the first is %s", len(strangers), printable(strangers[0])
+            "%d files that are not the store's own were left, the first is %s", len(foreign), printable(foreign[0])
         )
-    going = [f"{sub}/{name}" for sub, names in listed.items() for name in names]
-    going = [name for name in going if name not in needed and name not in strangers]
-    going += [name for name in folder.names() if name.startswith(_TEMPORARY)]
-    passed = {name: one for name, one in signed.items() if one != manifest.generation}
-    passed |= {generation_name(one): one for one in older if one != manifest.generation}
-    going += passed
+    unused = [f"{sub}/{name}" for sub, names in names_in.items() for name in names]
+    unused = [name for name in unused if name not in needed and name not in foreign]
+    unused += [name for name in folder.names() if name.startswith(_TEMPORARY)]
+    superseded = {name: one for name, one in signed.items() if one != manifest.generation}
+    superseded |= {generation_name(generation): generation for generation in older if generation != manifest.generation}
+    unused += superseded
     # usage records contain keys of rows, and only the choice of rows to evict depends on them
     listing = (".use", ".runs") if doomed.whole is not None else (".use",)
     stat = folder.names("stat")
-    going += [f"stat/{name}" for name in stat if name.endswith(listing) or name == own or name.startswith(_TEMPORARY)]
-    for name in going:
-        if passed.get(name, 0) <= before:
+    unused += [f"stat/{name}" for name in stat if name.endswith(listing) or name == own or name.startswith(_TEMPORARY)]
+    for name in unused:
+        if superseded.get(name, 0) <= before:
             purged.bytes += folder.size(name)
             purged.files += 1
         if not dry_run:
             folder.remove(name)
     if not dry_run:
         _forget_corpora(store, documents)
-    for sub in () if dry_run else ("", *(sub for sub, names in listed.items() if names)):
+    for sub in () if dry_run else ("", *(sub for sub, names in names_in.items() if names)):
         folder.sync_folder(sub)  # a power loss must not restore the files
 
 
@@ -237,9 +239,10 @@ def _forget_corpora(store: Store, documents: Documents) -> None:
         if kind == "runs":
             records = read_journals(store.folder, [writer])
             kept = [
-                one
-                for one in records
-                if one.get("corpus", "") not in names and not str(one.get("corpus", "")).startswith(prefixes or ("\0",))
+                record
+                for record in records
+                if record.get("corpus", "") not in names
+                and not str(record.get("corpus", "")).startswith(prefixes or ("\0",))
             ]
             if len(kept) < len(records):
                 write_journal(store.folder, writer, kept) if kept else store.folder.remove(journal_name(writer))

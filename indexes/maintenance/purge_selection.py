@@ -93,21 +93,21 @@ class Documents:
 
     def __init__(self, doomed: Doomed) -> None:
         self.doomed = doomed
-        given = np.zeros((0, 2), np.uint64) if doomed.keys is None else doomed.keys
-        self.texts = KeySet(given)
-        self.rows = KeySet(given)
-        self.tokens: set[bytes] = {np.ascontiguousarray(one, "<i4").tobytes() for one in doomed.tokens} - {b""}
+        keys = np.zeros((0, 2), np.uint64) if doomed.keys is None else doomed.keys
+        self.texts = KeySet(keys)
+        self.rows = KeySet(keys)
+        self.tokens: set[bytes] = {np.ascontiguousarray(ids, "<i4").tobytes() for ids in doomed.tokens} - {b""}
         self.names: set[str] = set()
-        self._ids = {clipped(one) for one in doomed.ids}
-        self._prefixes = tuple(clipped(one).rstrip("\ufffd") for one in doomed.sources)
-        groups = np.arange(len(given)) % doomed.texts if doomed.texts else np.arange(len(given))
-        self._group = {key.tobytes(): int(one) for key, one in zip(np.ascontiguousarray(given), groups, strict=True)}
+        self._ids = {clipped(document) for document in doomed.ids}
+        self._prefixes = tuple(clipped(source).rstrip("\ufffd") for source in doomed.sources)
+        groups = np.arange(len(keys)) % doomed.texts if doomed.texts else np.arange(len(keys))
+        self._group = {key.tobytes(): int(group) for key, group in zip(np.ascontiguousarray(keys), groups, strict=True)}
         self._groups_found: set[int] = set()
         self._named_found: set[str] = set()
 
     def note_keys(self, keys: Keys) -> None:
         """Record keys that the store has, to find out which of the given documents exist."""
-        self._groups_found |= {self._group[one.tobytes()] for one in keys if one.tobytes() in self._group}
+        self._groups_found |= {self._group[key.tobytes()] for key in keys if key.tobytes() in self._group}
 
     def named(self, source: str) -> bool:
         """Return whether this source id belongs to a document that was named by id."""
@@ -117,7 +117,7 @@ class Documents:
             self._named_found.add(source)
             return True
         if self._prefixes and source.startswith(self._prefixes):
-            self._named_found |= {one for one in self._prefixes if source.startswith(one)}
+            self._named_found |= {prefix for prefix in self._prefixes if source.startswith(prefix)}
             return True
         stem, mark, span = source.rpartition("#")
         if mark and stem in self._ids and _SPAN.fullmatch(mark + span):
@@ -151,17 +151,17 @@ class KeySet:
         return len(self._known)
 
     def add(self, keys: Keys) -> None:
-        new = {one.tobytes() for one in np.ascontiguousarray(keys)} - self._known
+        new = {key.tobytes() for key in np.ascontiguousarray(keys)} - self._known
         if new:
             self._known |= new
             self._firsts = np.unique(np.frombuffer(b"".join(self._known), np.uint64).reshape(-1, 2)[:, 0])
 
     def among(self, keys: Keys) -> Mask:
         """Membership of keys in the set: uint64 [n, 2] to bool [n]."""
-        found = np.isin(keys[:, 0], self._firsts)
-        places = np.flatnonzero(found)
-        found[places] = [keys[i].tobytes() in self._known for i in places.tolist()]
-        return found
+        known = np.isin(keys[:, 0], self._firsts)
+        places = np.flatnonzero(known)
+        known[places] = [keys[i].tobytes() in self._known for i in places.tolist()]
+        return known
 
 
 def among(keys: Keys, wanted: Keys) -> Mask:
@@ -219,7 +219,7 @@ def select(folder: Folder, manifest: Manifest, doomed: Doomed, documents: Docume
     if doomed.whole is not None:
         for name, space in spaces.items():
             for bank, facts in space.banks.items():
-                selection.parts[name, bank] = [_whole(one) for one in facts.segments]
+                selection.parts[name, bank] = [_whole(segment) for segment in facts.segments]
         return selection
     for name, space in spaces.items():
         _select_in(folder, name, space, doomed, documents, selection)
@@ -243,22 +243,22 @@ def _select_in(
             parts[bank] = selection.parts[name, bank] = _parts(folder, bank, facts, doomed)
     if not doomed.names_documents:
         return
-    every = [part for bank in parts.values() for part in bank]
-    for part in _readable(every):
-        led = documents.texts.among(part.segment.aliases["text"])  # type: ignore[union-attr]
-        documents.note_keys(part.segment.aliases["text"][led])  # type: ignore[union-attr]
-        documents.rows.add(part.segment.aliases["row"][led])  # type: ignore[union-attr]
-    for bank, some in parts.items():
+    all_parts = [part for bank in parts.values() for part in bank]
+    for part in _readable(all_parts):
+        found_texts = documents.texts.among(part.segment.aliases["text"])  # type: ignore[union-attr]
+        documents.note_keys(part.segment.aliases["text"][found_texts])  # type: ignore[union-attr]
+        documents.rows.add(part.segment.aliases["row"][found_texts])  # type: ignore[union-attr]
+    for bank, bank_parts in parts.items():
         if bank != _BEGINNINGS:
-            for part in _readable(some):
+            for part in _readable(bank_parts):
                 _learn(part, documents)
-    for bank, some in parts.items():
+    for bank, bank_parts in parts.items():
         if bank != _BEGINNINGS:
-            for part in _readable(some):
+            for part in _readable(bank_parts):
                 _add_equal_tokens(part, documents)
-    for bank, some in parts.items():
-        blocks = _blocks(some, documents) if bank == _BEGINNINGS else None
-        for part in _readable(some):
+    for bank, bank_parts in parts.items():
+        blocks = _blocks(bank_parts, documents) if bank == _BEGINNINGS else None
+        for part in _readable(bank_parts):
             segment = part.segment
             assert segment is not None
             part.rows |= (documents.rows if blocks is None else blocks).among(segment.rows["key"])
@@ -266,21 +266,21 @@ def _select_in(
             part.aliases |= documents.texts.among(segment.aliases["text"])
 
 
-def _parts(folder: Folder, bank: str, facts: BankFacts, doomed: Doomed) -> list[Part]:
+def _parts(folder: Folder, bank: str, bank_facts: BankFacts, doomed: Doomed) -> list[Part]:
     """Return the parts of a bank, with segments opened if they are searched for documents."""
     parts = []
-    for one in facts.segments:
-        part = Part(one, None, _NONE, _NONE)
-        part.whole = one.writer == doomed.writer
+    for facts in bank_facts.segments:
+        part = Part(facts, None, _NONE, _NONE)
+        part.whole = facts.writer == doomed.writer
         if doomed.names_documents or part.whole or bank.startswith(DISTILLED):
             try:
-                part.segment = Segment.open(folder, one)
+                part.segment = Segment.open(folder, facts)
                 part.segment.tokens_of(np.zeros(0, np.int64))  # raises where token ids and sources are damaged
                 # allocated after the check: a manifest may claim far more rows than its files have
-                part.rows, part.aliases = np.zeros(one.rows, np.bool_), np.zeros(one.aliases, np.bool_)
+                part.rows, part.aliases = np.zeros(facts.rows, np.bool_), np.zeros(facts.aliases, np.bool_)
             except (SnapshotDamaged, FileNotFoundError) as error:  # other OSErrors propagate: the file may be intact
                 part.segment = None
-                log.warning("segment %s goes too, since nobody can tell what is in it: %s", one.id, error)
+                log.warning("segment %s goes too, since nobody can tell what is in it: %s", facts.id, error)
             parts.append(part)
     return parts
 
@@ -308,7 +308,7 @@ def _learn(part: Part, documents: Documents) -> None:
         if not len(places):
             return
         documents.rows.add(segment.rows["key"][places])
-        documents.tokens |= {one.tobytes() for one in segment.tokens_of(places)} - {b""}
+        documents.tokens |= {ids.tobytes() for ids in segment.tokens_of(places)} - {b""}
         documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:
         _give_up(part, error)
@@ -317,14 +317,14 @@ def _learn(part: Part, documents: Documents) -> None:
 def _add_equal_tokens(part: Part, documents: Documents) -> None:
     """Record the keys of the rows of a segment that have the token ids of one of the documents."""
     segment = part.segment
-    lengths = {len(one) // 4 for one in documents.tokens}
+    lengths = {len(ids) // 4 for ids in documents.tokens}
     if segment is None or not lengths:
         return
     places = np.flatnonzero(np.isin(segment.rows["tokens"], np.fromiter(lengths, np.int64, len(lengths))))
     if not len(places):
         return
     try:
-        equal = [one.tobytes() in documents.tokens for one in segment.tokens_of(places)]
+        equal = [ids.tobytes() in documents.tokens for ids in segment.tokens_of(places)]
         places = places[np.array(equal, np.bool_)]
         documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:
@@ -340,8 +340,8 @@ def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
             part.segment.tokens_of(np.arange(part.facts.rows))  # type: ignore[union-attr]
         except SnapshotDamaged as error:
             _give_up(part, error)
-    going = Chains(part.segment for part in _readable(parts) if part.segment is not None).of(documents.tokens)
-    return KeySet(np.frombuffer(b"".join(sorted(going)), np.uint64).reshape(-1, 2))
+    purged = Chains(part.segment for part in _readable(parts) if part.segment is not None).of(documents.tokens)
+    return KeySet(np.frombuffer(b"".join(sorted(purged)), np.uint64).reshape(-1, 2))
 
 
 def _affected(
@@ -363,22 +363,22 @@ def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection:
     """
     config, dropped = without(space, selection.settings[name])
     for bank in dropped:
-        selection.parts[name, bank] = [_whole(one) for one in space.banks[bank].segments]
-    gone: set[bytes] = set()
+        selection.parts[name, bank] = [_whole(segment) for segment in space.banks[bank].segments]
+    keys_removed: set[bytes] = set()
     for (namespace, bank), parts in selection.parts.items():
         if namespace == name and not bank.startswith(DISTILLED):
             for part in parts:
                 if part.segment is not None and part.whole:
-                    gone |= {one.tobytes() for one in np.ascontiguousarray(part.segment.rows["key"])}
-    lost = KeySet(np.frombuffer(b"".join(sorted(gone)), np.uint64).reshape(-1, 2))
+                    keys_removed |= {key.tobytes() for key in np.ascontiguousarray(part.segment.rows["key"])}
+    lost = KeySet(np.frombuffer(b"".join(sorted(keys_removed)), np.uint64).reshape(-1, 2))
     for bank in space.banks:
         if bank.startswith(DISTILLED) and bank not in dropped:
             for part in _readable(selection.parts.get((name, bank), ())):
                 part.rows |= lost.among(part.segment.rows["key"])  # type: ignore[union-attr]
     if FITTED in space.banks and (selection.going or selection.settings[name]):
-        kept = [bytes.fromhex(one) for one in fitted_keys(config)]
-        used = KeySet(np.frombuffer(b"".join(kept), np.uint64).reshape(-1, 2))
-        parts = [Part(one, None, _NONE, _NONE) for one in space.banks[FITTED].segments]
+        used_keys = [bytes.fromhex(key) for key in fitted_keys(config)]
+        used = KeySet(np.frombuffer(b"".join(used_keys), np.uint64).reshape(-1, 2))
+        parts = [Part(segment, None, _NONE, _NONE) for segment in space.banks[FITTED].segments]
         for part in parts:
             try:
                 part.segment = Segment.open(folder, part.facts)

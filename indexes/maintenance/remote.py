@@ -71,29 +71,31 @@ def push(
     key: of a signed store. sizes_only: take existing files of the right size for intact, without reading them back.
     ConfigError for an invalid URL; LLMCacheError when the URL has another store, or one with later commits of its own.
     """
-    with closing(Store.open(store, key=key, uses=False)) as source, closing(Remote(url)) as there:
+    with closing(Store.open(store, key=key, uses=False)) as source, closing(Remote(url)) as remote:
         manifest = source.manifest
         if not manifest.generation:
             raise LLMCacheError(f"{source.folder.path} holds nothing yet; fill it first: llmcache build")
         data = source.folder.read(generation_name(manifest.generation), MAX_BYTES)
-        _check_follows(_newest_at(there, key), manifest, data, there, source.folder, there.path, "push to another URL")
-        sizes = {f"{sub}/{name}": size for sub in ("seg", "idx") for name, size in there.sizes(sub).items()}
+        _check_follows(
+            _newest_at(remote, key), manifest, data, remote, source.folder, remote.path, "push to another URL"
+        )
+        sizes = {f"{sub}/{name}": size for sub in ("seg", "idx") for name, size in remote.sizes(sub).items()}
         segments = _segments(manifest)
         missing = [
-            one
-            for one in _files(manifest)
-            if sizes.get(one.name) != one.size or not (sizes_only or _is_same(there, source.folder, one))
+            file
+            for file in _files(manifest)
+            if sizes.get(file.name) != file.size or not (sizes_only or _is_same(remote, source.folder, file))
         ]
         if not dry_run:
             try:
-                for one in missing:
-                    there.write(one.name, _checked(source.folder, one, segments))
+                for file in missing:
+                    remote.write(file.name, _checked(source.folder, file, segments))
             except SnapshotDamaged as error:
                 raise advised(error, source.folder) from error
-            there.write(_FORMAT, partial(_whole, source.folder, _FORMAT))
+            remote.write(_FORMAT, partial(_whole, source.folder, _FORMAT))
             for name in _signatures(source.folder, manifest.generation):
-                there.write(name, partial(_whole, source.folder, name))
-            there.write(generation_name(manifest.generation), lambda: iter([data]))
+                remote.write(name, partial(_whole, source.folder, name))
+            remote.write(generation_name(manifest.generation), lambda: iter([data]))
         return _told(url, source.folder.path, manifest, missing, dry_run)
 
 
@@ -123,16 +125,16 @@ def pull(
         if dry_run and not where.exists():
             return _told(url, where, manifest, list(_files(manifest)), dry_run)
         with failing(where), closing(Folder(where, create=not dry_run)) as folder, Lease(folder) as lease:
-            here = _newest_in(folder)
+            local = _newest_in(folder)
             _check_follows(
-                here, manifest, data, folder, source, where, "pull to a new folder and `llmcache snapshot merge`"
+                local, manifest, data, folder, source, where, "pull to a new folder and `llmcache snapshot merge`"
             )
             segments = _segments(manifest)
-            missing = [one for one in _files(manifest) if not _is_here(folder, one, segments)]
+            missing = [file for file in _files(manifest) if not _is_here(folder, file, segments)]
             if not dry_run:
-                for one in missing:
-                    lease.add(one.name.rpartition("/")[2][:32])
-                    _bring(source, folder, one, segments)
+                for file in missing:
+                    lease.add(file.name.rpartition("/")[2][:32])
+                    _bring(source, folder, file, segments)
                 _publish(source, folder, manifest, data)
         return _told(url, where, manifest, missing, dry_run)
 
@@ -170,19 +172,19 @@ class Remote:
                 listed = self._disk.ls(self._at(sub), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-        return {one["name"].rstrip("/").rpartition("/")[2]: one.get("size") for one in listed}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry.get("size") for entry in listed}
 
     def names(self, sub: str = "") -> list[str]:
         return list(self.sizes(sub))
 
     def read(self, name: str, limit: int) -> bytes:
         """Read a whole file. FileNotFoundError, or SnapshotDamaged when it has more than `limit` bytes."""
-        found = b""
+        content = b""
         for part in self.chunks(name):
-            found += part
-            if len(found) > limit:
+            content += part
+            if len(content) > limit:
                 raise SnapshotDamaged(f"{name} has more than the {limit:,} bytes that such a file may have")
-        return found
+        return content
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with self._said(), self._disk.open(self._at(name), "rb", block_size=_CHUNK) as file:
@@ -222,21 +224,21 @@ class Remote:
             ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own message
 
 
-def _newest_at(there: Remote, key: bytes | None) -> Manifest | None:
+def _newest_at(remote: Remote, key: bytes | None) -> Manifest | None:
     """Read the newest intact manifest at a URL; None if there are no files at all."""
-    folder = cast(Folder, there)  # the functions below call only `names` and `read`, which `Remote` has
+    folder = cast(Folder, remote)  # the functions below call only `names` and `read`, which `Remote` has
     listed = generations(folder)
     if listed:
         try:
             check_format(folder)
         except FileNotFoundError:
             raise SnapshotDamaged(
-                f"{there.path} has manifests but no FORMAT file; push the store there again"
+                f"{remote.path} has manifests but no FORMAT file; push the store there again"
             ) from None
         return newest(folder, listed, key)[0]
-    strangers = sorted(set(there.names()) - {*SUBFOLDERS, _FORMAT})
+    strangers = sorted(set(remote.names()) - {*SUBFOLDERS, _FORMAT})
     if strangers:
-        raise LLMCacheError(f"{there.path} is not a store and not empty (it holds {strangers[0]!r}); take another URL")
+        raise LLMCacheError(f"{remote.path} is not a store and not empty (it holds {strangers[0]!r}); take another URL")
     return None
 
 
@@ -258,8 +260,8 @@ def _check_follows(
     if old is None:
         return
     name = generation_name(old.generation)
-    there = target.read(name, MAX_BYTES)
-    if old.generation == new.generation and there == data:
+    existing = target.read(name, MAX_BYTES)
+    if old.generation == new.generation and existing == data:
         return
     if old.generation >= new.generation:
         raise LLMCacheError(
@@ -267,15 +269,15 @@ def _check_follows(
             f"went on from here; {advice}"
         )
     try:
-        descends = source.read(name, MAX_BYTES) == there
+        descends = source.read(name, MAX_BYTES) == existing
     except FileNotFoundError:  # collected: it counts as an ancestor when the new generation has all its segments
-        held = {one.id for facts in banks(new).values() for one in facts.segments}
+        new_ids = {segment.id for facts in banks(new).values() for segment in facts.segments}
         same = all(
             same_identity(space, new.namespaces[name])
             for name, space in old.namespaces.items()
             if name in new.namespaces
         )
-        descends = same and held >= {one.id for facts in banks(old).values() for one in facts.segments}
+        descends = same and new_ids >= {segment.id for facts in banks(old).values() for segment in facts.segments}
     if not descends:
         raise LLMCacheError(f"{where} holds another store, or one that went on from here; {advice}")
 
@@ -285,12 +287,12 @@ def _check_follows(
 
 def _files(manifest: Manifest) -> Iterator[FileFacts]:
     """Yield all files of a manifest, .seg files last, since the .row files have their checksums."""
-    return iter(sorted(set(files_of(manifest)), key=lambda one: one.name.endswith(".seg")))
+    return iter(sorted(set(files_of(manifest)), key=lambda file: file.name.endswith(".seg")))
 
 
 def _segments(manifest: Manifest) -> dict[str, SegmentFacts]:
     """Return the segments by the name of their .seg file."""
-    return {one.file("seg").name: one for facts in banks(manifest).values() for one in facts.segments}
+    return {segment.file("seg").name: segment for facts in banks(manifest).values() for segment in facts.segments}
 
 
 def _checked(
@@ -306,9 +308,9 @@ def _checked(
     return parts
 
 
-def _is_same(there: Remote, folder: Folder, file: FileFacts) -> bool:
+def _is_same(remote: Remote, folder: Folder, file: FileFacts) -> bool:
     """Return whether a file at the URL has the same bytes as here."""
-    return _digest(there.chunks(file.name)) == _digest(checked(folder, replace(file, sha256=None)))
+    return _digest(remote.chunks(file.name)) == _digest(checked(folder, replace(file, sha256=None)))
 
 
 def _digest(parts: Iterator[Any]) -> bytes:
@@ -339,8 +341,8 @@ def _bring(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[st
     except FileNotFoundError:
         raise SnapshotDamaged(f"{source.path}: {file.name} is missing; push the store there again") from None
     except SnapshotDamaged as error:
-        said = str(error).replace(temporary, file.name)
-        raise SnapshotDamaged(f"{source.path}: {said}; push the store there again") from error
+        message = str(error).replace(temporary, file.name)
+        raise SnapshotDamaged(f"{source.path}: {message}; push the store there again") from error
     finally:
         folder.remove(temporary)
 
@@ -360,7 +362,7 @@ def _whole(folder: Folder, name: str) -> Iterator[bytes]:
 
 def _signatures(folder: Folder | Remote, generation: int) -> list[str]:
     listed = signatures(cast(Folder, folder))
-    return [name for name, one in listed.items() if one == generation]
+    return [name for name, signed_generation in listed.items() if signed_generation == generation]
 
 
 def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) -> None:
@@ -369,10 +371,10 @@ def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) ->
         folder.sync_folder(sub)
     if _FORMAT not in folder.names():
         found(folder)
-    there = set(folder.names())
+    present = set(folder.names())
     parts = [(name, source.read(name, _SMALL)) for name in _signatures(source, manifest.generation)]
     for name, content in [*parts, (generation_name(manifest.generation), data)]:
-        if name in there:
+        if name in present:
             continue
         temporary = f"t-{uuid.uuid4().hex}"
         write_whole(folder, temporary, [content])
@@ -385,8 +387,8 @@ def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) ->
 
 def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> TransferResult:
     files = list(_files(manifest))
-    rows = sum(one.live for bank in banks(manifest).values() for one in bank.segments)
-    sizes = sum(one.size for one in files), sum(one.size for one in sent)
+    rows = sum(segment.live for bank in banks(manifest).values() for segment in bank.segments)
+    sizes = sum(file.size for file in files), sum(file.size for file in sent)
     return TransferResult(
         redacted(url), os.fspath(path), manifest.generation, rows, len(files), sizes[0], len(sent), sizes[1], dry_run
     )

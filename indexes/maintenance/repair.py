@@ -85,8 +85,8 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
 def _odd_parts(folder: Folder) -> list[str]:
     """List sub-folders and `lock` that are of another type. SnapshotDamaged for links in place of sub-folders."""
     odd = odd_parts(folder)
-    for name, what in odd.items():
-        if name in SUBFOLDERS and "link" in what:
+    for name, problem in odd.items():
+        if name in SUBFOLDERS and "link" in problem:
             raise SnapshotDamaged(
                 f"{folder.path}/{name} is a link, and what it leads to may be whole: put the folder itself in its "
                 "place, or remove the link to give up what was in it; then repair again"
@@ -116,7 +116,7 @@ def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) ->
 
 def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease: Lease) -> int:
     """Write and commit the new generation, if it differs from the base. Returns the newest generation."""
-    passed_over = any(plan.base.generation < one < LAST for one in history.damaged)
+    passed_over = any(plan.base.generation < generation < LAST for generation in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
         return plan.base.generation
     made: list[str] = []
@@ -139,7 +139,7 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
     except BaseException:
         listed = generations(folder)
         with suppress(SnapshotDamaged):
-            if {one.name for one in files_of(newest(folder, listed)[0])}.intersection(made):
+            if {file.name for file in files_of(newest(folder, listed)[0])}.intersection(made):
                 raise  # the generation was published, only its last sync failed
         for name in made:
             folder.remove(name)
@@ -148,10 +148,10 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
 
 def _changed(base: Manifest, plan: Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
     """Return the newest manifest with this repair's changes. Segments that others committed meanwhile stay."""
-    planned = {one.id for facts in banks(plan.base).values() for one in facts.segments}
+    planned = {segment.id for facts in banks(plan.base).values() for segment in facts.segments}
     for place, facts in banks(base).items():
-        mine = planned | {one.id for one in new.get(place, ())}
-        later = [one for one in facts.segments if one.id not in mine]
+        own_ids = planned | {segment.id for segment in new.get(place, ())}
+        later = [segment for segment in facts.segments if segment.id not in own_ids]
         facts = replace(facts, segments=(*new.get(place, ()), *later))
         if place in plan.indexless:
             facts = replace(facts, projection=None, index=None)

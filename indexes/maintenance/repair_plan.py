@@ -44,7 +44,7 @@ class Plan:
     @property
     def picks(self) -> int:
         """Number of segments to rewrite."""
-        return sum(isinstance(one, Pick) for parts in self.banks.values() for one in parts)
+        return sum(isinstance(part, Pick) for parts in self.banks.values() for part in parts)
 
 
 def planned(folder: Folder, history: History, grace: float) -> Plan:
@@ -53,7 +53,7 @@ def planned(folder: Folder, history: History, grace: float) -> Plan:
     check_known(folder, history, salvaged)
     plan = Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
     for place, facts in banks(plan.base).items():
-        parts = [_kept(folder, one, plan, history.base is None) for one in facts.segments]
+        parts = [_kept(folder, segment, plan, history.base is None) for segment in facts.segments]
         plan.banks[place] = [part for part in parts if part is not None]
         lost_index = list(index_damage(folder, facts, strict=True))
         if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
@@ -61,7 +61,7 @@ def planned(folder: Folder, history: History, grace: float) -> Plan:
             plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if exists(folder, file.name)]
     if _passed_over(history):
         _adopt(folder, history, plan, salvaged)
-    plan.aside += [generation_name(one) for one in history.damaged]
+    plan.aside += [generation_name(generation) for generation in history.damaged]
     if not format_whole(folder) and exists(folder, "FORMAT"):
         plan.aside.append("FORMAT")
     plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
@@ -90,7 +90,7 @@ def salvaged_manifests(folder: Folder, history: History) -> Iterator[Manifest]:
 def _passed_over(history: History) -> list[int]:
     """Return the damaged generations that the newest intact one is not based on: they are newer, or it skipped them."""
     base = history.base or Manifest()
-    return [one for one in history.damaged if one > base.generation or one in base.skipped]
+    return [generation for generation in history.damaged if generation > base.generation or generation in base.skipped]
 
 
 def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> SegmentFacts | Pick | None:
@@ -157,39 +157,37 @@ def format_whole(folder: Folder) -> bool:
 
 def _left_over(folder: Folder, history: History, plan: Plan, grace: float) -> list[str]:
     """List files in seg/ and idx/ that neither an intact manifest, nor the planned one, nor a running commit needs."""
-    named = {one.name for manifest in (plan.base, *history.older) for one in files_of(manifest)}
-    parts = [one for found_parts in plan.banks.values() for one in found_parts]
-    named |= {one.name for part in parts if isinstance(part, SegmentFacts) for one in files_of(part)}
+    named = {file.name for manifest in (plan.base, *history.older) for file in files_of(manifest)}
+    parts = [part for bank_parts in plan.banks.values() for part in bank_parts]
+    named |= {file.name for part in parts if isinstance(part, SegmentFacts) for file in files_of(part)}
     protected = leased(folder, [f"stat/{name}" for name in names_of(folder, "stat")])
-    left = []
+    unneeded = []
     for name in names_in(folder):
         if name.startswith(("seg/", "idx/")) and name not in named and name.rpartition("/")[2][:32] not in protected:
             with suppress(FileNotFoundError):  # removed after it was listed
                 if folder.age(name) >= grace:
-                    left.append(name)
-    return left
+                    unneeded.append(name)
+    return unneeded
 
 
 def _adopt(folder: Folder, history: History, plan: Plan, salvaged: Sequence[Manifest]) -> None:
     """Adopt intact segments of damaged generations: those that a salvaged manifest names, then others that fit exactly
     one bank."""
     manifest = [plan.base, *history.older]
-    known = {one.id for old in manifest for facts in banks(old).values() for one in facts.segments}
-    for said in salvaged if history.base is not None else ():
-        for place, facts in banks(said).items():
-            here = banks(plan.base).get(place)
-            for one in facts.segments:
-                if here and _shape(here) == _shape(facts) and one.id not in known and _is_whole(folder, one):
-                    known.add(one.id)
-                    plan.banks[place].append(one)
+    known = {segment.id for old in manifest for facts in banks(old).values() for segment in facts.segments}
+    for salvaged_manifest in salvaged if history.base is not None else ():
+        for place, facts in banks(salvaged_manifest).items():
+            bank = banks(plan.base).get(place)
+            for segment in facts.segments:
+                if bank and _shape(bank) == _shape(facts) and segment.id not in known and _is_whole(folder, segment):
+                    known.add(segment.id)
+                    plan.banks[place].append(segment)
                     plan.adopted += 1
     for id in sorted({name.partition(".")[0] for name in names_of(folder, "seg")} - known):
-        found_facts = _facts_from_files(folder, id)
-        places = [
-            place for place, facts in banks(plan.base).items() if found_facts and _fits(folder, found_facts, facts)
-        ]
-        if found_facts and len(places) == 1 and _is_whole(folder, found_facts):
-            plan.banks[places[0]].append(found_facts)
+        rebuilt = _facts_from_files(folder, id)
+        places = [place for place, facts in banks(plan.base).items() if rebuilt and _fits(folder, rebuilt, facts)]
+        if rebuilt and len(places) == 1 and _is_whole(folder, rebuilt):
+            plan.banks[places[0]].append(rebuilt)
             plan.adopted += 1
 
 

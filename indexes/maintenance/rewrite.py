@@ -143,16 +143,16 @@ def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:
     """
     records = segment.rows[rows]
     nbytes = records["nbytes"].tolist()
-    steps = [aligned(one) for one in nbytes]
+    steps = [aligned(size) for size in nbytes]
     block = np.zeros(sum(steps), np.uint8)
     starts = (np.cumsum(steps) - steps).tolist()
     offsets = (rows * segment.pitch if segment.pitch else records["offset"]).tolist()
-    run = np.flatnonzero(np.diff(rows) != 1) + 1 if segment.pitch == steps[0] else np.arange(1, len(rows))
-    for some in np.split(np.arange(len(rows)), run):  # adjacent rows of equal size are adjacent in source and copy
-        first, last = int(some[0]), int(some[-1])
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1 if segment.pitch == steps[0] else np.arange(1, len(rows))
+    for chunk in np.split(np.arange(len(rows)), breaks):  # adjacent rows of equal size are adjacent in source and copy
+        first, last = int(chunk[0]), int(chunk[-1])
         end = starts[last] + nbytes[last]
-        found = segment.data.part(offsets[first], end - starts[first])
-        block[starts[first] : starts[first] + found.nbytes] = found
+        stored = segment.data.part(offsets[first], end - starts[first])
+        block[starts[first] : starts[first] + stored.nbytes] = stored
     places = zip(starts, nbytes, strict=True)
     good = agree(records, [block.data[start : start + size] for start, size in places])
     if not all(good):

@@ -32,23 +32,23 @@ def sign(store: Store, *, dry_run: bool = False) -> Signed:
     store: of trust "own", opened with a key. The old files stay until garbage collection.
     StoreFenced or StoreFull when a write fails; the store is then unchanged.
     """
-    found = Signed()
+    result = Signed()
     replaced: dict[str, SegmentFacts | None] = {}
     with fencing(), Lease(store.folder) as lease:
         for space in store.latest().namespaces.values():
             for bank in space.banks.values():
                 for facts in bank.segments:
-                    _strengthen(store, facts, replaced, found, lease, dry_run=dry_run)
+                    _strengthen(store, facts, replaced, result, lease, dry_run=dry_run)
         if not dry_run:
             store.publish(lambda base: _with(base, replaced))
-    return found
+    return result
 
 
 def _strengthen(
     store: Store,
     facts: SegmentFacts,
     replaced: dict[str, SegmentFacts | None],
-    found: Signed,
+    result: Signed,
     lease: Lease,
     *,
     dry_run: bool,
@@ -56,28 +56,28 @@ def _strengthen(
     try:
         segment = Segment.open(store.folder, facts)
     except SnapshotDamaged:
-        found.damaged += facts.live
+        result.damaged += facts.live
         replaced[facts.id] = None
         return
     if segment.strong:
         return
-    found.segments += 1
+    result.segments += 1
     if dry_run:
         return
     pick = readable(segment, segment.living(), np.ones(len(segment.aliases), np.bool_))
     copy = rewrite(store.folder, lease.new(), [pick], segment.feature_width, strong=True)
-    found.damaged += facts.live - copy.rows
+    result.damaged += facts.live - copy.rows
     replaced[facts.id] = copy
 
 
 def _with(base: Manifest, replaced: dict[str, SegmentFacts | None]) -> Manifest:
     def space(facts: NamespaceFacts) -> NamespaceFacts:
-        return replace(facts, banks={name: bank(one) for name, one in facts.banks.items()})
+        return replace(facts, banks={name: bank(bank_facts) for name, bank_facts in facts.banks.items()})
 
     def bank(facts: BankFacts) -> BankFacts:
-        segments = tuple(new for one in facts.segments if (new := replaced.get(one.id, one)) is not None)
+        segments = tuple(new for segment in facts.segments if (new := replaced.get(segment.id, segment)) is not None)
         if segments == facts.segments:
             return facts
         return replace(facts, segments=segments, projection=None, index=None)  # the index covers segments by their ids
 
-    return replace(base, namespaces={name: space(one) for name, one in base.namespaces.items()})
+    return replace(base, namespaces={name: space(space_facts) for name, space_facts in base.namespaces.items()})

@@ -94,8 +94,8 @@ def transfer(
             if store.reload().generation == before or round == _ROUNDS - 1:
                 raise advised(error, store.folder) from error
     files = list(files_of(store.manifest))
-    rows = sum(one.rows for bank in banks(store.manifest).values() for one in bank.segments)
-    size = sum(one.size for one in files)
+    rows = sum(segment.rows for bank in banks(store.manifest).values() for segment in bank.segments)
+    size = sum(file.size for file in files)
     return Snapshot(os.fspath(target), store.manifest.generation, rows, len(files), size, linked)
 
 
@@ -122,7 +122,7 @@ def _made(
             for file in files_of((facts.projection, facts.index)):
                 carried = carry(store.folder, folder, file, file.name, link=link, check=check)
                 linked += file.size if carried else 0
-        sync_files(folder, [one.name for one in files_of(store.manifest)])
+        sync_files(folder, [file_facts.name for file_facts in files_of(store.manifest)])
         for sub in ("seg", "idx"):
             folder.sync_folder(sub)
         publishing.commit(folder, uuid.uuid4().hex, lambda _: replace(store.manifest, skipped=()))

@@ -27,14 +27,14 @@ def files_of(facts: object) -> Iterator[FileFacts]:
     if isinstance(facts, FileFacts):
         yield facts
     elif isinstance(facts, Mapping):
-        for one in facts.values():
-            yield from files_of(one)
+        for part in facts.values():
+            yield from files_of(part)
     elif isinstance(facts, tuple):
-        for one in facts:
-            yield from files_of(one)
+        for part in facts:
+            yield from files_of(part)
     elif is_dataclass(facts):
-        for one in fields(facts):
-            yield from files_of(getattr(facts, one.name))
+        for member in fields(facts):
+            yield from files_of(getattr(facts, member.name))
 
 
 def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
@@ -127,12 +127,12 @@ class _Opened:
     def __init__(self, folder: Folder, name: str, size: int) -> None:
         self._folder = folder
         try:
-            self._descriptor, found = folder.open(name)
+            self._descriptor, actual = folder.open(name)
         except (FileNotFoundError, NotADirectoryError):
             raise SnapshotDamaged(f"{name} is missing") from None
-        if found != size:
+        if actual != size:
             folder.close_file(self._descriptor)
-            raise SnapshotDamaged(f"{name} has {found:,} bytes where the manifest says {size:,}")
+            raise SnapshotDamaged(f"{name} has {actual:,} bytes where the manifest says {size:,}")
 
     def __enter__(self) -> int:
         return self._descriptor
@@ -161,8 +161,8 @@ def checked(folder: Folder, facts: FileFacts, records: NDArray[Any] | None = Non
         digest.update(part.data)
         yield part
     if facts.sha256 not in {None, digest.hexdigest()}:
-        found, said = digest.hexdigest(), str(facts.sha256)
-        raise SnapshotDamaged(f"{facts.name} has sha256 {found[:12]}..., the manifest says {said[:12]}...")
+        actual, expected = digest.hexdigest(), str(facts.sha256)
+        raise SnapshotDamaged(f"{facts.name} has sha256 {actual[:12]}..., the manifest says {expected[:12]}...")
 
 
 def carry(
@@ -207,11 +207,11 @@ def carry_segment(
     made: list[str] = []
     linked = 0
     try:
-        for old, one in zip(files_of(facts), files_of(new), strict=True):
-            records = (lambda: Segment.open(source, facts).rows) if one.name.endswith(".seg") else None
-            by_link = carry(source, target, old, one.name, records, link=link, check=check)
-            made.append(one.name)
-            linked += one.size if by_link else 0
+        for old_file, renamed_file in zip(files_of(facts), files_of(new), strict=True):
+            records = (lambda: Segment.open(source, facts).rows) if renamed_file.name.endswith(".seg") else None
+            by_link = carry(source, target, old_file, renamed_file.name, records, link=link, check=check)
+            made.append(renamed_file.name)
+            linked += renamed_file.size if by_link else 0
     except BaseException:
         for name in made:
             target.remove(name)

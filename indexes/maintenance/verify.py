@@ -54,7 +54,7 @@ class Verification:
     @property
     def whole(self) -> bool:
         """Return whether no file is damaged; leftover files are allowed."""
-        return not any(one.damage for one in self.findings)
+        return not any(finding.damage for finding in self.findings)
 
 
 @dataclass(slots=True)
@@ -100,12 +100,12 @@ def verification(folder: Folder) -> Verification:
     entries = 0
     for place, facts in banks(history.base or Manifest()).items():
         named += files_of(facts)
-        entries += sum(one.rows for one in facts.segments)
+        entries += sum(segment.rows for segment in facts.segments)
         findings += _bank("/".join(place), folder, facts)
-    left, others = _others(folder, history, {one.name for one in named})
+    leftovers, others = _others(folder, history, {file.name for file in named})
     generation = history.base.generation if history.base else 0
-    size = sum(one.size for one in named)
-    return Verification(generation, entries, len(named), size, others, tuple(findings + left))
+    size = sum(file.size for file in named)
+    return Verification(generation, entries, len(named), size, others, tuple(findings + leftovers))
 
 
 def opened(path: Path) -> Folder:
@@ -114,7 +114,7 @@ def opened(path: Path) -> Folder:
     SnapshotNotFound when there is no store; LLMCacheError when the folder cannot be read.
     """
     try:
-        if not path.is_dir() or not any(_OURS.fullmatch(one.name) for one in path.iterdir()):
+        if not path.is_dir() or not any(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
             raise SnapshotNotFound(f"there is no store in {path}; give the folder that holds FORMAT and m-*.json")
         return Folder(path, reading="pread")
     except OSError as error:
@@ -180,19 +180,19 @@ def history_of(folder: Folder, *, strict: bool = False) -> History:
     for generation in history.listed:
         name = generation_name(generation)
         try:
-            found = from_bytes(folder.read(name, MAX_BYTES), name)
+            manifest = from_bytes(folder.read(name, MAX_BYTES), name)
         except FormatTooNew:
             raise
         except (SnapshotDamaged, OSError) as error:
             _refuse(error, strict)
             history.damaged[generation] = said(error, folder)
             continue
-        if found.generation != generation:
-            history.damaged[generation] = f"{name} says that it is generation {found.generation}"
+        if manifest.generation != generation:
+            history.damaged[generation] = f"{name} says that it is generation {manifest.generation}"
         elif history.base is None:
-            history.base = found
+            history.base = manifest
         else:
-            history.older.append(found)
+            history.older.append(manifest)
     return history
 
 
@@ -241,14 +241,14 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
 
     for kind in ("row", "key", "var", "fp"):  # in chunks, since a damaged file may be very large
         attempt(kind, lambda kind=kind: [None for _ in checked(folder, facts.file(kind))])  # type: ignore[misc]
-    found = None if "row" in result.broken else attempt("row", lambda: records_of(folder, facts))
+    row_file = None if "row" in result.broken else attempt("row", lambda: records_of(folder, facts))
     aliases = None if "key" in result.broken else attempt("key", lambda: _aliases(folder, facts))
-    alive = None if found is None else attempt("alive", lambda: living(folder, facts))
+    alive = None if row_file is None else attempt("alive", lambda: living(folder, facts))
     if aliases is not None:
         result.aliases = aliases
-    if found is not None:
-        result.records = found[0]
-        bad = attempt("seg", lambda: _bad_rows(folder, facts, found[0], result))
+    if row_file is not None:
+        result.records = row_file[0]
+        bad = attempt("seg", lambda: _bad_rows(folder, facts, row_file[0], result))
         bad = np.arange(facts.rows) if bad is None else bad
         result.rows = bad if alive is None else bad[alive[bad]]
     else:  # without records only the existence and size of .seg can be checked
@@ -311,7 +311,7 @@ def _covered(facts: BankFacts) -> int | None:
     """
     if facts.index is None:
         return None
-    segments = {one.id: one for one in facts.segments}
+    segments = {known_segment.id: known_segment for known_segment in facts.segments}
     covered = 0
     for name in facts.index.segments:
         id, dash, _ = name.partition("-")
@@ -326,7 +326,7 @@ def _covered(facts: BankFacts) -> int | None:
 
 
 def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Finding], int]:
-    older = {one.name for manifest in history.older for one in files_of(manifest)}
+    older = {file.name for manifest in history.older for file in files_of(manifest)}
     findings, size = [], 0
     for name in names_in(folder):
         if name in named:
@@ -350,8 +350,8 @@ def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Fin
 
 def names_in(folder: Folder) -> list[str]:
     """List all names in the store's folder and sub-folders, except the sub-folders themselves."""
-    found = [one for one in sorted(folder.names()) if one not in {*SUBFOLDERS, QUARANTINE}]
-    return found + [f"{sub}/{one}" for sub in (*SUBFOLDERS, QUARANTINE) for one in sorted(names_of(folder, sub))]
+    names = [name for name in sorted(folder.names()) if name not in {*SUBFOLDERS, QUARANTINE}]
+    return names + [f"{sub}/{name}" for sub in (*SUBFOLDERS, QUARANTINE) for name in sorted(names_of(folder, sub))]
 
 
 def names_of(folder: Folder, sub: str) -> list[str]:
@@ -365,4 +365,4 @@ def names_of(folder: Folder, sub: str) -> list[str]:
 def printable(name: str) -> str:
     """Escape undecodable bytes and control characters of a file name, so that it can be printed to any terminal."""
     shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in shown)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)

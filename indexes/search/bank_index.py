@@ -140,26 +140,26 @@ class BankIndex:
 
     def features(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Read raw features of rows. Returns float16 [n, feature width]; zeros where they cannot be read."""
-        found = np.zeros((len(rows), self._facts.feature_width), np.float16)
+        features = np.zeros((len(rows), self._facts.feature_width), np.float16)
         first = 0
         for block in self._features(0, sum(map(len, self._pieces))):
-            here = np.flatnonzero((rows >= first) & (rows < first + len(block)))
-            found[here] = block[rows[here] - first]
+            chosen = np.flatnonzero((rows >= first) & (rows < first + len(block)))
+            features[chosen] = block[rows[chosen] - first]
             first += len(block)
-        return found
+        return features
 
     def mark_deleted(self, dead: NDArray[np.int64]) -> None:
         """Set the rows that were evicted so far, int64, in order."""
         self._dead = dead
-        gone = np.isin(self._row_of, dead)
-        self._lost = int(gone.sum())
+        evicted = np.isin(self._row_of, dead)
+        self._lost = int(evicted.sum())
         if self._index is not None and self._index.buries:
-            self._index.mark_deleted(np.flatnonzero(gone))
+            self._index.mark_deleted(np.flatnonzero(evicted))
 
     def rebuild(self) -> None:
         """Fit the projection and build the index over all live rows."""
-        every = self._pieces.rows
-        self._row_of, self._caught_up = np.delete(np.arange(every), self._dead), every
+        total = self._pieces.rows
+        self._row_of, self._caught_up = np.delete(np.arange(total), self._dead), total
         self._lost = 0
         rows = len(self._row_of)
         if not rows:
@@ -257,12 +257,12 @@ class BankIndex:
         covered = np.zeros(self._pieces.rows, np.bool_)
         covered[self._row_of] = True
         sealed = sum(len(piece) for piece in self._pieces if isinstance(piece, Segment))
-        fresh = np.flatnonzero(~covered[:sealed])
-        for part in np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1) if len(fresh) else ():
+        new_rows = np.flatnonzero(~covered[:sealed])
+        for part in np.split(new_rows, np.flatnonzero(np.diff(new_rows) > 1) + 1) if len(new_rows) else ():
             for block in self._features(int(part[0]), int(part[-1]) + 1):
                 self._index.add(self._projection.apply(block))
-        self._row_of = np.concatenate([self._row_of, fresh])
-        covered[fresh] = True
+        self._row_of = np.concatenate([self._row_of, new_rows])
+        covered[new_rows] = True
         self._caught_up = int(covered.sum())  # all sealed rows, and the first pending rows
 
     def _outgrown(self, rows: int) -> bool:
@@ -297,17 +297,17 @@ class BankIndex:
         if self._choice.index not in {"auto", facts.kind}:
             return
         binary = facts.kind.startswith("binary-")
-        elsewhere = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
-        if elsewhere and not facts.kind.startswith("torch"):
+        torch_preferred = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
+        if torch_preferred and not facts.kind.startswith("torch"):
             return  # made on a machine with a FAISS build for its device
         spans, live = segment_spans(self._pieces), live_spans(self._pieces)
-        known = {**spans, **live}
-        if any(name not in known for name in facts.segments):
+        rows_by_name = {**spans, **live}
+        if any(name not in rows_by_name for name in facts.segments):
             return
         ids = [name.partition("-")[0] for name in facts.segments]
         if len(set(ids)) != len(ids):
             return
-        covered = np.concatenate([np.zeros(0, np.int64), *(known[name] for name in facts.segments)])
+        covered = np.concatenate([np.zeros(0, np.int64), *(rows_by_name[name] for name in facts.segments)])
         for id in ids:
             del spans[id]
         try:

@@ -58,12 +58,12 @@ def index_stands(facts: BankFacts) -> bool:
     """Return whether the bank's index file still fits its segments, with not more than `DEAD_SHARE` dead rows."""
     if facts.index is None:
         return False
-    segments = {one.id: one for one in facts.segments}
+    segments = {segment.id: segment for segment in facts.segments}
     dead = 0
     for name in facts.index.segments:
         id, dash, _ = name.partition("-")
-        one = segments.get(id)
-        if one is None or (dash and (one.alive is None or one.alive.name != f"seg/{name}.alive")):
+        segment = segments.get(id)
+        if segment is None or (dash and (segment.alive is None or segment.alive.name != f"seg/{name}.alive")):
             return False
-        dead += 0 if dash else one.dead
+        dead += 0 if dash else segment.dead
     return dead <= DEAD_SHARE * facts.index.count

@@ -85,9 +85,9 @@ class ScopedSearch:
 
     def rows_of(self, scope: int, dead: Rows) -> Rows:
         """Return the rows of this scope that are not in `dead`, int64, in order."""
-        mine = self._scopes().of(scope)
-        mine[dead] = False
-        return np.flatnonzero(mine)
+        of_scope = self._scopes().of(scope)
+        of_scope[dead] = False
+        return np.flatnonzero(of_scope)
 
     def nearest(
         self,
@@ -101,21 +101,21 @@ class ScopedSearch:
         """Search as in `Bank.nearest`. unusable: rows to exclude, int64."""
         if scope == UNKNOWN:
             return _nothing(len(features), k)
-        known = self._scopes() if scope is not None else None
-        if scope is None or known is None or (known.each is None and known.only == scope):
+        scopes = self._scopes() if scope is not None else None
+        if scope is None or scopes is None or (scopes.each is None and scopes.only == scope):
             left_out = None
             if len(unusable):
                 left_out = np.zeros(self._pieces.rows, np.bool_)
                 left_out[unusable] = True
             return self._widening(features, k, left_out, None, least)
-        mine = known.of(scope)
-        mine[unusable] = False
-        count = int(np.count_nonzero(mine))
+        usable = scopes.of(scope)
+        usable[unusable] = False
+        count = int(np.count_nonzero(usable))
         if not count or not len(features):
             return _nothing(len(features), k)
-        if count * _MINORITY < known.rows:
-            return self._among(scope, np.flatnonzero(mine), features, k)
-        return self._widening(features, k, ~mine, scope, least)
+        if count * _MINORITY < scopes.rows:
+            return self._among(scope, np.flatnonzero(usable), features, k)
+        return self._widening(features, k, ~usable, scope, least)
 
     def _widening(
         self,
@@ -132,26 +132,26 @@ class ScopedSearch:
         """
         best, value = _nothing(len(features), k)
         others = 0 if left_out is None else int(np.count_nonzero(left_out))
-        open_, ask = np.arange(len(features)), k + min(others, 4 * k + 16)
-        while len(open_):
-            rows, similarity = self._near.nearest(features if len(open_) == len(features) else features[open_], ask)
+        active, ask = np.arange(len(features)), k + min(others, 4 * k + 16)
+        while len(active):
+            rows, similarity = self._near.nearest(features if len(active) == len(features) else features[active], ask)
             ended = rows[:, -1] < 0  # the index has no more neighbours
             far = ~ended & (similarity[:, -1] < least)
             lost = rows < 0 if left_out is None else (rows < 0) | left_out[rows]
             similarity[lost], rows[lost] = -np.inf, -1
             order = np.argsort(lost, axis=1, kind="stable")[:, :k]
-            best[open_], value[open_] = np.take_along_axis(rows, order, 1), np.take_along_axis(similarity, order, 1)
+            best[active], value[active] = np.take_along_axis(rows, order, 1), np.take_along_axis(similarity, order, 1)
             if ask >= k + others:
                 break
-            going_on = (best[open_, -1] < 0) & ~far
+            going_on = (best[active, -1] < 0) & ~far
             ask = min(4 * ask, k + others)
             if scope is None:
-                open_ = open_[going_on & ~ended]
+                active = active[going_on & ~ended]
                 continue
-            open_ = open_[going_on]
-            if len(open_) and (ask > _MOST_ASKED or ended[going_on].any()):
+            active = active[going_on]
+            if len(active) and (ask > _MOST_ASKED or ended[going_on].any()):
                 assert left_out is not None
-                best[open_], value[open_] = self._among(scope, np.flatnonzero(~left_out), features[open_], k)
+                best[active], value[active] = self._among(scope, np.flatnonzero(~left_out), features[active], k)
                 break
         return best, value
 

@@ -123,10 +123,10 @@ class Matrix:
         """Deserialise the result of `to_bytes`. SnapshotDamaged when the bytes are not that, or of another shape."""
         if len(data) < _HEADER.size:
             raise SnapshotDamaged(f"an index of kind torch has at least {_HEADER.size} bytes, found {len(data)}")
-        begins, width, rows = _HEADER.unpack_from(data.data)
+        first_bytes, width, rows = _HEADER.unpack_from(data.data)
         stored = np.dtype(_FILES[dtype])
         expected = (magic, dim, count, _HEADER.size + stored.itemsize * dim * count)
-        found = (begins, width, rows, len(data))
+        found = (first_bytes, width, rows, len(data))
         if found != expected:
             raise SnapshotDamaged(
                 f"expected in an index of kind torch (magic, width, count, bytes) {expected}, found {found}"
@@ -207,7 +207,7 @@ class Projected:
         if projection.kind == "simhash":
             raise ConfigError("codes of a SimHash are searched by FAISS; use projection 'pca' on a device")
         self._plain = projection.kind == "none"
-        self._mean, self._matrix = (torch.from_numpy(one).to(device) for one in (projection.mean, projection.matrix))
+        self._mean, self._matrix = (torch.from_numpy(part).to(device) for part in (projection.mean, projection.matrix))
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class VectorIndex:
 
         if not self._kind.startswith("torch"):
             found = self.nearest(queries.float().cpu().numpy(), k)
-            ids, similarity = (torch.from_numpy(one).to(queries.device) for one in found)
+            ids, similarity = (torch.from_numpy(array).to(queries.device) for array in found)
             return ids, similarity
         if k < 1 or queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(

@@ -27,7 +27,7 @@ WRITER = re.compile(r"[0-9a-f]{32}")
 
 def read_counters(folder: Folder) -> dict[str, dict[str, Any]]:
     """Read the counters of each writer, by writer. Writers whose counters were folded into others are left out."""
-    found: dict[str, dict[str, Any]] = {}
+    contents: dict[str, dict[str, Any]] = {}
     for name in folder.names("stat"):
         if name.endswith(".json"):
             try:
@@ -35,24 +35,24 @@ def read_counters(folder: Folder) -> dict[str, dict[str, Any]]:
             except (OSError, ValueError, RecursionError, SnapshotDamaged):
                 continue
             if isinstance(content, dict):
-                found[name.removesuffix(".json")] = content
-    folded = {writer for one in found.values() for writer in _folded(one)}
-    return {writer: content for writer, content in found.items() if writer not in folded}
+                contents[name.removesuffix(".json")] = content
+    folded = {writer for content in contents.values() for writer in _folded(content)}
+    return {writer: content for writer, content in contents.items() if writer not in folded}
 
 
 def total_counters(folder: Folder, *, without: str = "") -> dict[str, float]:
     """Add up the counters of all writers except `without`. Returns {} when the folder cannot be listed."""
     try:
-        found = read_counters(folder)
+        contents = read_counters(folder)
     except OSError as error:
         log.info("counters were not read: %s", error)
         return {}
-    return add_up(content for writer, content in found.items() if writer != without)
+    return add_up(content for writer, content in contents.items() if writer != without)
 
 
 def _folded(content: dict[str, Any]) -> list[str]:
     listed = content.get("folded")
-    return [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    return [writer for writer in listed if isinstance(writer, str)] if isinstance(listed, list) else []
 
 
 def add_up(contents: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -104,17 +104,17 @@ def fold(folder: Folder, writers: list[str], new: str) -> None:
     written first and the old files are removed last. A process that is killed in between may lose usage records, but
     nothing is counted twice.
     """
-    known = read_counters(folder)
-    here = {name.rpartition(".")[0] for name in folder.names("stat")}
-    earlier = {one for writer in writers for one in _folded(known.get(writer, {}))}
-    uses = UseTable.of(read_uses(folder, [use_name(writer) for writer in writers if writer not in earlier]))
-    total = add_up(known[writer] for writer in writers if writer in known)
-    write_counters(folder, new, {**total, "folded": sorted({*writers, *(earlier & here)})})
+    contents = read_counters(folder)
+    present = {name.rpartition(".")[0] for name in folder.names("stat")}
+    folded_before = {other for writer in writers for other in _folded(contents.get(writer, {}))}
+    uses = UseTable.of(read_uses(folder, [use_name(writer) for writer in writers if writer not in folded_before]))
+    total = add_up(contents[writer] for writer in writers if writer in contents)
+    write_counters(folder, new, {**total, "folded": sorted({*writers, *(folded_before & present)})})
     if len(uses.records):
         write_uses(folder, new, uses.records)
-    if runs := read_journals(folder, [writer for writer in writers if writer not in earlier]):
+    if runs := read_journals(folder, [writer for writer in writers if writer not in folded_before]):
         write_journal(folder, new, runs)
-    for writer in sorted({*writers, *(earlier & here)}):
+    for writer in sorted({*writers, *(folded_before & present)}):
         folder.remove(use_name(writer))
         folder.remove(journal_name(writer))
         folder.remove(f"stat/{writer}.json")

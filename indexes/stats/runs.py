@@ -45,7 +45,7 @@ def day_of(seconds: float) -> str:
 
 def write_journal(folder: Folder, writer: str, records: Iterable[Record]) -> None:
     """Replace this writer's journal; the oldest records are cut off above 1 MiB. OSError when it cannot be written."""
-    lines = [json.dumps(one, separators=(",", ":"), sort_keys=True).encode() + b"\n" for one in merged(records)]
+    lines = [json.dumps(record, separators=(",", ":"), sort_keys=True).encode() + b"\n" for record in merged(records)]
     while lines and sum(map(len, lines)) > _LIMIT:
         lines = lines[len(lines) // 4 + 1 :]
     temporary = f"stat/t-{writer}"
@@ -56,7 +56,7 @@ def write_journal(folder: Folder, writer: str, records: Iterable[Record]) -> Non
 
 def read_journals(folder: Folder, writers: Iterable[str]) -> list[Record]:
     """Read the journals of these writers and merge their records, see `merged`. Oldest first."""
-    found: list[Record] = []
+    records: list[Record] = []
     for writer in writers:
         try:
             raw = folder.read(journal_name(writer), _LIMIT)
@@ -64,12 +64,12 @@ def read_journals(folder: Folder, writers: Iterable[str]) -> list[Record]:
             continue
         for line in raw.split(b"\n"):
             try:
-                one = checked(strict_json(line))
+                record = checked(strict_json(line))
             except (ValueError, RecursionError, SnapshotDamaged):
                 continue
-            if one is not None:
-                found.append(one)
-    return merged(found)
+            if record is not None:
+                records.append(record)
+    return merged(records)
 
 
 def checked(raw: Any) -> Record | None:
@@ -85,14 +85,18 @@ def checked(raw: Any) -> Record | None:
             record[name] = raw[name]
     counters = raw.get("counters")
     if isinstance(counters, dict):
-        record["counters"] = {name[:_NAMED]: one for name, one in counters.items() if _is_number(one)}
+        record["counters"] = {name[:_NAMED]: value for name, value in counters.items() if _is_number(value)}
     for name in ("asked", "near"):
         bins = raw.get(name)
-        if isinstance(bins, list) and len(bins) == _BINS and all(type(one) is int and _is_number(one) for one in bins):
+        if (
+            isinstance(bins, list)
+            and len(bins) == _BINS
+            and all(type(value) is int and _is_number(value) for value in bins)
+        ):
             record[name] = bins
     forecast = raw.get("forecast")
     if isinstance(forecast, dict):
-        record["forecast"] = {name[:_NAMED]: one for name, one in forecast.items() if _is_number(one)}
+        record["forecast"] = {name[:_NAMED]: value for name, value in forecast.items() if _is_number(value)}
     return record
 
 
@@ -104,23 +108,23 @@ def _is_number(value: object) -> bool:
 
 def merged(records: Iterable[Record]) -> list[Record]:
     """Merge records of the same day, namespace, corpus and model. Returns the newest 1,000, oldest first."""
-    found: dict[tuple[str, ...], Record] = {}
-    for one in sorted(records, key=lambda one: float(one.get("end", 0))):
-        place = (one["day"], *(str(one.get(name, "")) for name in _NAMES))
-        found[place] = _added(found[place], one) if place in found else one
-    return sorted(found.values(), key=lambda one: (str(one["day"]), float(one.get("end", 0))))[-_MOST:]
+    by_place: dict[tuple[str, ...], Record] = {}
+    for record in sorted(records, key=lambda record: float(record.get("end", 0))):
+        place = (record["day"], *(str(record.get(name, "")) for name in _NAMES))
+        by_place[place] = _added(by_place[place], record) if place in by_place else record
+    return sorted(by_place.values(), key=lambda record: (str(record["day"]), float(record.get("end", 0))))[-_MOST:]
 
 
-def _added(one: Record, later: Record) -> Record:
-    both: Record = {**one, **later}
+def _added(earlier: Record, later: Record) -> Record:
+    both: Record = {**earlier, **later}
     for name in _SUMS:
         if name in both:
-            both[name] = one.get(name, 0) + later.get(name, 0)
-    if "begin" in one:
-        both["begin"] = min(one["begin"], later.get("begin", one["begin"]))
-    mine, theirs = one.get("counters", {}), later.get("counters", {})
+            both[name] = earlier.get(name, 0) + later.get(name, 0)
+    if "begin" in earlier:
+        both["begin"] = min(earlier["begin"], later.get("begin", earlier["begin"]))
+    mine, theirs = earlier.get("counters", {}), later.get("counters", {})
     both["counters"] = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
     for name in ("asked", "near"):
-        if name in one and name in later:
-            both[name] = [a + b for a, b in zip(one[name], later[name], strict=True)]
+        if name in earlier and name in later:
+            both[name] = [a + b for a, b in zip(earlier[name], later[name], strict=True)]
     return both

@@ -73,14 +73,14 @@ def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[R
 
     given: folders of runs, or the result files that they write. ConfigError for a path that is neither.
     """
-    found = {run.folder: run for run in _noted(folder) if namespace is None or run.namespace in {None, namespace}}
+    by_folder = {run.folder: run for run in _noted(folder) if namespace is None or run.namespace in {None, namespace}}
     for path in given:
         where = path if path.name.endswith(ENDING) else beside(path) if path.suffix.lower() in RESULTS else None
         if where is None:
             raise ConfigError(f"{path} is no unfinished run; give its folder (*{ENDING}) or the result file it writes")
         where = where.absolute()
-        found.setdefault(where, Run(where))
-    return list(found.values())
+        by_folder.setdefault(where, Run(where))
+    return list(by_folder.values())
 
 
 def _noted(folder: Folder) -> list[Run]:
@@ -103,9 +103,9 @@ def discard(folder: Folder, run: Run) -> bool:
 
     Removes only files that a run makes, and follows no links. Busy while the run is active.
     """
-    there = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
+    removed = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
     forget(folder, run)
-    return any(there)
+    return any(removed)
 
 
 def is_there(run: Run) -> bool:

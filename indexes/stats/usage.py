@@ -54,10 +54,10 @@ class UsageCounter:
 
     def moved(self, places: NDArray[np.int64], rows: int) -> UsageCounter:
         """Return the counters under new row numbers. places: new row of each old row, int64, -1: dropped."""
-        found, kept = UsageCounter(rows), places >= 0
+        counter, present = UsageCounter(rows), places >= 0
         for name in ("last", "uses", "drift"):
-            getattr(found, name)[places[kept]] = getattr(self, name)[: len(places)][kept]
-        return found
+            getattr(counter, name)[places[present]] = getattr(self, name)[: len(places)][present]
+        return counter
 
     def count(self, rows: NDArray[np.int64], now: int) -> None:
         """Count one use of each of these rows; a row that occurs twice in `rows` counts once. now: seconds."""
@@ -70,10 +70,10 @@ class UsageCounter:
 
     def records(self, rows: NDArray[np.int64], keys: Keys) -> NDArray[np.void]:
         """Return records of USE for these rows. keys: of the rows, uint64 [n, 2]."""
-        found = np.zeros(len(rows), USE)
-        found["key"], found["last"] = keys, self.last[rows]
-        found["uses"], found["drift"] = self.uses[rows], self.drift[rows]
-        return found
+        records = np.zeros(len(rows), USE)
+        records["key"], records["last"] = keys, self.last[rows]
+        records["uses"], records["drift"] = self.uses[rows], self.drift[rows]
+        return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class UseTable:
 
     def find(self, keys: Keys) -> NDArray[np.void]:
         """Return a record of USE for each key, uint64 [n, 2]; a key without a record has no uses and drift NaN."""
-        found = np.zeros(len(keys), USE)
-        found["drift"] = np.nan
+        records = np.zeros(len(keys), USE)
+        records["drift"] = np.nan
         places = self._places.find(keys)
-        found[places >= 0] = self.records[places[places >= 0]]
-        return found
+        records[places >= 0] = self.records[places[places >= 0]]
+        return records
 
 
 def _merged(records: NDArray[np.void]) -> NDArray[np.void]:
@@ -151,7 +151,7 @@ def read_uses(folder: Folder, names: Iterable[str]) -> NDArray[np.void]:
         except (OSError, SnapshotDamaged):
             continue
         if len(raw) % USE.itemsize == 0:
-            found = np.frombuffer(raw, USE)
-            drift = found["drift"]
-            parts.append(found[np.isnan(drift) | ((drift >= 0) & (drift < np.inf))])
+            records = np.frombuffer(raw, USE)
+            drift = records["drift"]
+            parts.append(records[np.isnan(drift) | ((drift >= 0) & (drift < np.inf))])
     return np.concatenate(parts)
