@@ -59,7 +59,7 @@ class Bank:
         self._rows, self._texts = KeyTable(), KeyTable()
         self._damaged: set[int] = set()
         self._shelf = Shelf()
-        self._spare: Shelf | None = None
+        self._spare_shelf: Shelf | None = None
         self.pending_bytes = 0  # of activations that are neither sealed nor being written by the background writer
         self._dead = np.zeros(0, np.int64)  # evicted rows, in order
         self.near = BankIndex(folder, facts, self.pieces, choice, read_index=trust != "untrusted")
@@ -358,8 +358,8 @@ class Bank:
         """Return the first batch of `lots`, to be sealed while further rows are put, which use other memory."""
         lot = self.lots()[0]
         if len(lot.batches) == len(self.pieces.pending):
-            lot, self._shelf = replace(lot, shelf=self._shelf), self._spare or Shelf()
-            self._spare = None
+            lot, self._shelf = replace(lot, shelf=self._shelf), self._spare_shelf or Shelf()
+            self._spare_shelf = None
         self.pending_bytes -= sum(payload_bytes(batch.payload) for batch in lot.batches)
         return lot
 
@@ -384,7 +384,7 @@ class Bank:
             raise
         if lot.shelf is not None:
             lot.shelf.clear()
-            self._spare = lot.shelf
+            self._spare_shelf = lot.shelf
         elif not self.pieces.pending:
             self._shelf.clear()
         self._count_pending()

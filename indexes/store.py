@@ -47,7 +47,7 @@ class Store:
         self.writer = uuid.uuid4().hex
         self._pid = folder.pid()
         self._banks: dict[Place, Bank] = {}
-        self._behind = BackgroundWriter(folder)
+        self._background = BackgroundWriter(folder)
         self._fenced: StoreFenced | None = None
         self.budget: eviction.Budget | None = None
         """Limit on the folder's bytes; None: no limit. The code that opens the store sets it."""
@@ -135,7 +135,7 @@ class Store:
     def close(self) -> None:
         """Write usage counts and close the folder. Pending rows are lost."""
         if self.folder.pid() == self._pid:  # no thread survives a fork
-            self._behind.give_up()
+            self._background.give_up()
             if not self._fenced:
                 self.write_uses()
         self._banks = {}
@@ -198,7 +198,7 @@ class Store:
 
     def discard(self) -> int:
         """Drop all pending rows, and what the background writer has written of them. Returns the number of rows."""
-        self._behind.give_up()
+        self._background.give_up()
         return self.drop_pending({})
 
     def last_put(self) -> dict[Place, object]:
@@ -266,13 +266,13 @@ class Store:
         self.finish_commit()
         for place, bank in self._banks.items():
             if bank.has_pending:
-                self._behind.begin(place, bank)
+                self._background.begin(place, bank)
         return self.manifest
 
     @property
     def commit_ready(self) -> bool:
         """Return whether the background commit is written, so that `finish_commit` does not wait."""
-        return self._behind.commit_ready
+        return self._background.commit_ready
 
     def finish_commit(self) -> Manifest:
         """Wait for the segments of `commit_behind`, publish them, and return the manifest. Errors as `commit`."""
@@ -280,7 +280,7 @@ class Store:
         if self._fenced:
             raise self._fenced
         publish = partial(self.publish, once=True)
-        for started in self._behind.taken():
+        for started in self._background.taken():
             try:
                 commit_rows(self.folder, publish, self.writer, started.place, started.bank, started.lot, started)
             except OSError as error:
@@ -335,7 +335,7 @@ class Store:
 
     def close_banks(self) -> None:
         """Close the open banks. Their pending rows and usage counts are lost."""
-        self._behind.give_up()
+        self._background.give_up()
         self._banks = {}
 
     def publish(self, change: Callable[[Manifest], Manifest], *, once: bool = False) -> Manifest:

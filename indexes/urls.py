@@ -19,12 +19,12 @@ def redacted(text: str) -> str:
     """Return the text with the credentials of all URLs in it hidden."""
     if ":/" not in text:
         return text
-    return _URL.sub(lambda match: match["scheme"] + _hidden(match["rest"]), text)
+    return _URL.sub(lambda match: match["scheme"] + _hide_credentials(match["rest"]), text)
 
 
-def _hidden(rest: str) -> str:
+def _hide_credentials(rest: str) -> str:
     """Hide the credentials in the part of a URL after the scheme."""
-    place, mark, _ = _parted(rest)
+    place, mark, _ = _split_at_query(rest)
     authority, slash, path = place.partition("/")
     _, at, host = authority.rpartition("@")
     if at:
@@ -36,7 +36,7 @@ def _hidden(rest: str) -> str:
     return f"{place}{mark}{HIDDEN}"
 
 
-def _parted(rest: str) -> tuple[str, str, str]:
+def _split_at_query(rest: str) -> tuple[str, str, str]:
     """Split a URL at its query or fragment. Returns the part before, the separator, and the part after.
 
     A question mark or # before the last @ of the authority belongs to a password.
@@ -62,7 +62,7 @@ def _secrets(url: str) -> set[str]:
     """Return the credentials in a URL, as written and in the quoted and unquoted forms that a library may print."""
     secrets: set[str] = set()
     for match in _URL.finditer(url):
-        place, _, query = _parted(match["rest"])
+        place, _, query = _split_at_query(match["rest"])
         for at in (sign.start() for sign in re.finditer("@", place)):  # any @ may end the password
             secrets |= {place[:at], *place[:at].split(":", 1)}
         secrets |= {value for part in re.split("[&;#]", query) for value in (part, part.partition("=")[2])}

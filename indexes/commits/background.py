@@ -41,24 +41,24 @@ class BackgroundWriter:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._thread: ThreadPoolExecutor | None = None
-        self._begun: list[PendingSegment] = []
+        self._in_progress: list[PendingSegment] = []
 
     def begin(self, place: tuple[str, str], bank: Bank) -> None:
         """Start writing the bank's first pending batch. No other batch of this bank may be in progress."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
         lease, lot = Lease(self._folder), bank.set_apart()
-        self._begun.append(PendingSegment(place, bank, lot, lease, self._thread.submit(_sealed, bank, lot, lease)))
+        self._in_progress.append(PendingSegment(place, bank, lot, lease, self._thread.submit(_seal, bank, lot, lease)))
 
     @property
     def commit_ready(self) -> bool:
         """Return whether batches were started and all of them are written or have failed."""
-        return bool(self._begun) and all(pending.written.done() for pending in self._begun)
+        return bool(self._in_progress) and all(pending.written.done() for pending in self._in_progress)
 
     def taken(self) -> Iterator[PendingSegment]:
         """Yield and remove the started batches, oldest first. The caller waits for their futures."""
-        while self._begun:
-            yield self._begun.pop(0)
+        while self._in_progress:
+            yield self._in_progress.pop(0)
 
     def give_up(self) -> None:
         """Wait for the thread and remove its unpublished segments."""
@@ -75,5 +75,5 @@ class BackgroundWriter:
             self._thread = None
 
 
-def _sealed(bank: Bank, lot: FlushBatch, lease: Lease) -> SegmentFacts:
+def _seal(bank: Bank, lot: FlushBatch, lease: Lease) -> SegmentFacts:
     return bank.seal(lease.new(), lot)

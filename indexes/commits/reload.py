@@ -43,14 +43,14 @@ def newest_segments(
         _, manifest, _ = judged(folder, trust, key, allow_untrusted=trust == "untrusted")
         for namespace, name in banks:
             _check_same(folder, current, manifest, namespace, name, banks[namespace, name].facts)
-        opened = {place: _moved(manifest, *place, bank) for place, bank in banks.items()}
+        opened = {place: _reopened(manifest, *place, bank) for place, bank in banks.items()}
         newest = generations(folder)[:1] <= [manifest.generation]
         if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
             break
     return manifest, opened
 
 
-def _moved(manifest: Manifest, namespace: str, name: str, bank: Bank) -> Opened:
+def _reopened(manifest: Manifest, namespace: str, name: str, bank: Bank) -> Opened:
     space = manifest.namespaces.get(namespace)
     empty = replace(bank.facts, segments=(), projection=None, index=None)
     facts = space.banks.get(name, empty) if space else empty

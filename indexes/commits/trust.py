@@ -52,7 +52,7 @@ def judged(
         exposed = folder.exposed()
         if exposed is None:
             return "own", *latest(folder, None)
-        reason = _flawed(exposed)
+        reason = _exposed_message(exposed)
     if not allow_untrusted:
         raise UntrustedSnapshot(
             f"{folder.path}: {reason}. To read it all the same, give allow_untrusted=True (--allow-untrusted): then "
@@ -66,10 +66,10 @@ def check_own(folder: Folder) -> None:
     """Check that only this user can write to the folder. UntrustedSnapshot when others can."""
     exposed = folder.exposed()
     if exposed is not None:
-        raise UntrustedSnapshot(f"{folder.path}: {_flawed(exposed)}")
+        raise UntrustedSnapshot(f"{folder.path}: {_exposed_message(exposed)}")
 
 
-def _flawed(exposed: str) -> str:
+def _exposed_message(exposed: str) -> str:
     return f"{exposed}, so nobody vouches for it; if its content is yours: chmod -R go-w, chown -R"
 
 

@@ -167,10 +167,10 @@ def free_bytes(folder: Folder, budget: Budget) -> int:
 
     A reserve of 2% of the budget, and at least three manifests, is not available: the eviction's own commit needs it.
     """
-    return budget.max_bytes - _held_back(folder, budget) - disk_bytes(folder)
+    return budget.max_bytes - _reserve_bytes(folder, budget) - disk_bytes(folder)
 
 
-def _held_back(folder: Folder, budget: Budget) -> int:
+def _reserve_bytes(folder: Folder, budget: Budget) -> int:
     listed = generations(folder)
     size = folder.size(generation_name(listed[0])) if listed else 0
     return max(int(_RESERVE * budget.max_bytes), 3 * size + 8192)

@@ -87,10 +87,10 @@ def least_saving(usage: Usage, terms: Terms) -> Rows:
 
 def most_divergent(usage: Usage, terms: Terms) -> Rows:
     """Rank rows with an audited drift above the limit first, the largest drift at the front; the rest as LRU."""
-    return np.lexsort((-usage.age, -_beyond(usage, terms)))
+    return np.lexsort((-usage.age, -_excess_drift(usage, terms)))
 
 
-def _beyond(usage: Usage, terms: Terms) -> NDArray[np.float64]:
+def _excess_drift(usage: Usage, terms: Terms) -> NDArray[np.float64]:
     """Return the drift where it is above the limit, else 0; float64 [n]."""
     drift = np.nan_to_num(usage.drift, nan=0.0, posinf=np.inf)
     return np.where(drift > terms.drift_limit, drift, 0.0)
@@ -119,7 +119,7 @@ def choose(
     """
     terms = terms or Terms()
     order = POLICIES[policy](usage, terms)
-    order = order[np.argsort(-_beyond(usage, terms)[order], kind="stable")]
+    order = order[np.argsort(-_excess_drift(usage, terms)[order], kind="stable")]
     enough = np.searchsorted(np.cumsum(usage.nbytes[order]), bytes_to_free) + 1 if bytes_to_free > 0 else 0
     picked = np.zeros(len(usage), np.bool_)
     picked[order[:enough]] = True

@@ -66,10 +66,10 @@ class OpenFiles:
         return len(self._open)
 
 
-def _affordable() -> int:
+def _descriptor_limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else max(8, min(_MOST, soft // 4))
 
 
-OPEN_FILES = OpenFiles(_affordable())
+OPEN_FILES = OpenFiles(_descriptor_limit())
 """Cache of this process."""

@@ -93,14 +93,14 @@ def digests(records: NDArray[Any], parts: Iterable[NDArray[np.uint8] | memoryvie
     head, size = heads(records), _HEAD.itemsize
     strong = (records["flags"] & STRONG > 0).tolist()
     if isinstance(parts, np.ndarray) and parts.shape[1] <= _SHORT and not any(strong) and len(parts) == len(records):
-        return _together(head, parts)
+        return _digests_of_short_rows(head, parts)
     return [
         _digest(head[size * i : size * i + size], part, one)
         for i, (part, one) in enumerate(zip(parts, strong, strict=True))
     ]
 
 
-def _together(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
+def _digests_of_short_rows(head: bytes, parts: NDArray[np.uint8]) -> list[bytes]:
     """Compute the checksums of short rows, copying each next to its head: one hash call per row instead of three."""
     size, step = _HEAD.itemsize, max(1, _NEAR // (_HEAD.itemsize + parts.shape[1]))
     digests_found: list[bytes] = []

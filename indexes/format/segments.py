@@ -110,11 +110,11 @@ class SegmentList:
         """Replace the segments; pending batches follow them. Returns new numbers of old rows, int64, -1: dropped."""
         old, rows = list(self.placed()), self.rows
         self._become([*segments, *self.pending])
-        places = {_name(piece): start for piece, start in self.placed()}
+        places = {_identity(piece): start for piece, start in self.placed()}
         moved = np.full(rows, -1, np.int64)
         for piece, start in old:
-            if _name(piece) in places:
-                moved[start : start + len(piece)] = places[_name(piece)] + np.arange(len(piece))
+            if _identity(piece) in places:
+                moved[start : start + len(piece)] = places[_identity(piece)] + np.arange(len(piece))
         return moved
 
     # -- rows -----------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def marks_in(piece: Piece) -> Marks | None:
     return None if isinstance(piece, Tombstone) else piece.marks
 
 
-def _name(piece: Piece) -> str | int:
+def _identity(piece: Piece) -> str | int:
     return piece.facts.id if isinstance(piece, Segment) else id(piece)
 
 
@@ -264,14 +264,14 @@ def opened(
     segments, lost = [], 0
     for one in facts.segments:
         try:
-            segments.append(known.get(one) or _fitting(Segment.open(folder, one), facts, trust))
+            segments.append(known.get(one) or _checked_for(Segment.open(folder, one), facts, trust))
         except (SnapshotDamaged, OSError) as error:
             lost += 1
             log.warning("segment %s is left out, its %d entries are misses: %s", one.id, one.rows, error)
     return segments, lost
 
 
-def _fitting(segment: Segment, facts: BankFacts, trust: str) -> Segment:
+def _checked_for(segment: Segment, facts: BankFacts, trust: str) -> Segment:
     """Check a segment against its bank and return it.
 
     SnapshotDamaged when its rows cannot be of this bank, or when it lacks the checksums that a signed store needs.

@@ -73,13 +73,13 @@ class Chains:
         for ids in documents:
             whole = ids if isinstance(ids, bytes) else np.ascontiguousarray(ids, "<i4").tobytes()
             if whole:
-                self._walk(whole, self._started(whole), inside, purged)
+                self._walk(whole, self._possible_starts(whole), inside, purged)
         for key in reversed(inside):
             if all(child in purged for child in self._blocks[key].children):
                 purged.add(key)
         return purged
 
-    def _started(self, whole: bytes) -> list[tuple[bytes, bytes]]:
+    def _possible_starts(self, whole: bytes) -> list[tuple[bytes, bytes]]:
         """Find blocks that may start a match, each with the document's token bytes from its position on."""
         starts = [(key, whole) for key in self._firsts.get(whole[:_TOKEN], ())]
         for at in range(0, len(whole), self._longest or len(whole)):
@@ -101,11 +101,11 @@ class Chains:
                 if remaining:
                     stack += [(child, remaining) for child in block.children]
                 else:
-                    self._with_all_behind(block.children, purged)
+                    self._add_with_descendants(block.children, purged)
             elif block.tokens.startswith(rest):
-                self._with_all_behind([key], purged)
+                self._add_with_descendants([key], purged)
 
-    def _with_all_behind(self, keys: Iterable[bytes], purged: set[bytes]) -> None:
+    def _add_with_descendants(self, keys: Iterable[bytes], purged: set[bytes]) -> None:
         stack = list(keys)
         while stack:
             key = stack.pop()

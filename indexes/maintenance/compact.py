@@ -102,7 +102,7 @@ def compact(store: Store, *, duplicates: bool = False, small: bool = False, dry_
             return Compacted(segments, rows, 0, freed, dry_run, dropped)
         segments = rows = damaged = freed = 0
         for group in planned:
-            done = rewritten(store, group)
+            done = try_rewrite(store, group)
             rows, damaged = rows + done.rows, damaged + done.damaged
             if done.replaced:
                 segments, freed = segments + len(group.sources), freed + group.bytes
@@ -156,7 +156,7 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
             Pick(segment, rows, aliases) for segment, rows, aliases in zip(segments, chosen, alias_lists, strict=True)
         ]
         new = write_anew(folder, uuid.uuid4().hex, picks, bank.feature_width)
-    after = publish(lambda base: _replaced(base, group, new))
+    after = publish(lambda base: _with_replacement(base, group, new))
     current_ids = {segment_now.id for segment_now in after.namespaces[group.namespace].banks[group.bank].segments}
     replaced = not any(source.id in current_ids for source in group.sources)
     if new and new.id not in current_ids:
@@ -165,7 +165,7 @@ def rewrite(folder: Folder, publish: Publish, manifest: Manifest, group: Group) 
     return Rewritten(sum(map(len, chosen)) if replaced else 0, damaged, replaced)
 
 
-def rewritten(store: Store, group: Group) -> Rewritten:
+def try_rewrite(store: Store, group: Group) -> Rewritten:
     """Rewrite a group as `rewrite`. A group with damage is logged and stays as it is."""
     try:
         return rewrite(store.folder, store.publish, eviction.current(store.folder), group)
@@ -174,7 +174,7 @@ def rewritten(store: Store, group: Group) -> Rewritten:
         return Rewritten(0, 0, False)
 
 
-def _replaced(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifest:
+def _with_replacement(base: Manifest, group: Group, new: SegmentFacts | None) -> Manifest:
     space = base.namespaces.get(group.namespace)
     facts = space.banks.get(group.bank) if space else None
     if facts is None or not set(group.sources) <= set(facts.segments):

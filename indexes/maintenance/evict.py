@@ -16,7 +16,7 @@ from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.eviction.budget import GRACE
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage
 from llmcache.indexes.eviction.policies import DRIFT_LIMIT, HALF_LIFE, POLICIES, Terms, choose
-from llmcache.indexes.maintenance.compact import groups, rewritten
+from llmcache.indexes.maintenance.compact import groups, try_rewrite
 from llmcache.indexes.maintenance.exclusive import locked
 from llmcache.indexes.store import Store
 
@@ -116,6 +116,6 @@ def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Ter
     for group in sorted(wanted, key=lambda group: group.sources[0].live / group.sources[0].rows):
         if disk_bytes(store.folder) <= max_bytes:
             break
-        rewritten(store, group)
+        try_rewrite(store, group)
         eviction.tidy(store.folder)
     return len(chosen)

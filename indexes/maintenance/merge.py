@@ -49,7 +49,7 @@ class Merged:
 
 
 @dataclass(slots=True)
-class _Piece:
+class _SourceSegment:
     """One source segment. living: its live rows. rows, aliases: those to take over; all bool."""
 
     segment: Segment
@@ -71,10 +71,10 @@ class _Plan:
     bank: str
     space: NamespaceFacts
     facts: BankFacts
-    stores: list[list[_Piece]] = field(default_factory=list)
+    stores: list[list[_SourceSegment]] = field(default_factory=list)
 
     @property
-    def pieces(self) -> list[_Piece]:
+    def pieces(self) -> list[_SourceSegment]:
         return [piece for pieces in self.stores for piece in pieces if not piece.fixed]
 
 
@@ -140,11 +140,11 @@ def _join(
     elif base is None:
         with new() as folder, Lease(folder) as lease:
             found(folder)
-            _bring(folder, plans, stores, lease, link=not copy, derived=True)
+            _write_and_commit(folder, plans, stores, lease, link=not copy, derived=True)
     else:
         with Lease(base.folder) as lease:
-            _bring(base.folder, plans, stores, lease, link=not copy, derived=False)
-    return [_told(plan) for plan in plans]
+            _write_and_commit(base.folder, plans, stores, lease, link=not copy, derived=False)
+    return [_result_of(plan) for plan in plans]
 
 
 def _places(stores: Sequence[Store]) -> list[tuple[str, str]]:
@@ -165,7 +165,7 @@ def _plan(place: tuple[str, str], base: Store | None, stores: Sequence[Store]) -
     return plan
 
 
-def _piece(store: Store, facts: SegmentFacts, fixed: bool) -> _Piece:
+def _piece(store: Store, facts: SegmentFacts, fixed: bool) -> _SourceSegment:
     try:
         segment = Segment.open(store.folder, facts)
         alive = living(store.folder, facts)
@@ -173,7 +173,9 @@ def _piece(store: Store, facts: SegmentFacts, fixed: bool) -> _Piece:
         raise advised(error, store.folder) from error
     except FileNotFoundError as error:
         raise advised(SnapshotDamaged(f"{error.filename} is missing"), store.folder) from error
-    return _Piece(segment, alive, np.zeros(len(segment), np.bool_), np.zeros(len(segment.aliases), np.bool_), fixed)
+    return _SourceSegment(
+        segment, alive, np.zeros(len(segment), np.bool_), np.zeros(len(segment.aliases), np.bool_), fixed
+    )
 
 
 def _choose_rows(plan: _Plan) -> None:
@@ -196,7 +198,7 @@ def _choose_rows(plan: _Plan) -> None:
     doubtful = np.flatnonzero(last > first)
     while len(doubtful):
         at = by_key[place[doubtful]]
-        doubtful = doubtful[~_whole(order, piece_of[at], row_of[at])]
+        doubtful = doubtful[~_intact(order, piece_of[at], row_of[at])]
         place[doubtful] += 1
         none = doubtful[place[doubtful] > last[doubtful]]  # no copy is intact: keep the first, as without this merge
         place[none] = first[none]
@@ -209,21 +211,21 @@ def _choose_rows(plan: _Plan) -> None:
 def _sorted(table: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Sort so that equal rows are adjacent, earlier ones first. Returns the order, and where in it new values start."""
     order = np.argsort(table[:, 0], kind="stable")
-    fresh = _fresh(table, order)
+    fresh = _first_of_equal(table, order)
     same = table[order[1:], 0] == table[order[:-1], 0]
     if (fresh[1:] & same).any():  # equal in the first column only: a collision of 1 in 2^64, or one text with two rows
         order = np.lexsort(table.T[::-1])
-        fresh = _fresh(table, order)
+        fresh = _first_of_equal(table, order)
     return order, fresh
 
 
-def _fresh(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _first_of_equal(table: NDArray[np.uint64], order: NDArray[np.int64]) -> NDArray[np.bool_]:
     fresh = np.ones(len(table), np.bool_)
     fresh[1:] = (table[order[1:]] != table[order[:-1]]).any(axis=1)
     return fresh
 
 
-def _whole(order: Sequence[_Piece], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _intact(order: Sequence[_SourceSegment], pieces: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which of these rows match their checksums, bool [n]."""
     good = np.zeros(len(rows), np.bool_)
     for i in np.unique(pieces).tolist():
@@ -248,7 +250,7 @@ def _choose_aliases(plan: _Plan) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def _bring(
+def _write_and_commit(
     folder: Folder, plans: Sequence[_Plan], stores: Sequence[Store], lease: Lease, *, link: bool, derived: bool
 ) -> None:
     """Write the planned segments and commit them. After an error before the commit no new file remains."""
@@ -266,7 +268,7 @@ def _bring(
         spaces = {name: space for store in reversed(stores) for name, space in store.manifest.namespaces.items()}
 
         def change(base: Manifest) -> Manifest:
-            return _joined(base, spaces, [(plan, segments, indexes.get(id(plan))) for plan, segments in added])
+            return _with_segments(base, spaces, [(plan, segments, indexes.get(id(plan))) for plan, segments in added])
 
         listed = generations(folder)
         now = newest(folder, listed)[0] if listed else Manifest()
@@ -277,13 +279,13 @@ def _bring(
                 publishing.commit(folder, uuid.uuid4().hex, lambda now: without(now, {path[4:36] for path in made}))
                 raise LLMCacheError(f"{folder.path}: another program removed {name} during the merge; merge again")
     except BaseException:
-        if not (committing and _named(folder, made)):
+        if not (committing and _was_published(folder, made)):
             for name in made:
                 folder.remove(name)
         raise
 
 
-def _named(folder: Folder, made: Sequence[str]) -> bool:
+def _was_published(folder: Folder, made: Sequence[str]) -> bool:
     """Return whether the newest manifest names these files, as when only the last sync of a commit failed."""
     try:
         listed = generations(folder)
@@ -318,7 +320,7 @@ def _segments(folder: Folder, plan: _Plan, made: list[str], lease: Lease, *, lin
     return segments
 
 
-def _batches(pieces: Sequence[_Piece]) -> Iterator[list[Pick]]:
+def _batches(pieces: Sequence[_SourceSegment]) -> Iterator[list[Pick]]:
     """Yield the new rows of segments that are not taken over whole, in batches of 256 MiB, each of one writer."""
     batch: list[Pick] = []
     for piece in sorted(pieces, key=lambda piece: piece.segment.facts.writer):
@@ -353,7 +355,7 @@ def _derived(facts: BankFacts) -> list[FileFacts]:
     return list(files_of((facts.projection, facts.index)))
 
 
-def _joined(
+def _with_segments(
     base: Manifest,
     spaces: Mapping[str, NamespaceFacts],
     added: Sequence[tuple[_Plan, list[SegmentFacts], BankFacts | None]],
@@ -375,7 +377,7 @@ def _joined(
     return new
 
 
-def _told(plan: _Plan) -> Merged:
+def _result_of(plan: _Plan) -> Merged:
     pieces = plan.pieces
     entries = sum(int(piece.rows.sum()) for piece in pieces)
     living_rows = sum(int(piece.living.sum()) for piece in pieces)

@@ -74,10 +74,10 @@ def purge(store: Store, doomed: Doomed, *, dry_run: bool = False) -> Purged:
     is active.
     """
     with fencing(), nullcontext() if dry_run else waiting_lock(store.folder):
-        return _purged(store, doomed, dry_run=dry_run)
+        return _purge_locked(store, doomed, dry_run=dry_run)
 
 
-def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
+def _purge_locked(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
     if doomed.namespace is not None and doomed.namespace not in store.latest().namespaces:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
         raise ConfigError(f"the store has no namespace {doomed.namespace!r}; it has {known}")
@@ -86,14 +86,14 @@ def _purged(store: Store, doomed: Doomed, *, dry_run: bool) -> Purged:
     if dry_run:
         selection = select(store.folder, before, doomed, documents)
         purged.unfinished = sum(map(unfinished.is_there, runs))
-        replaced = _replaced(store, selection, purged, dry_run=True)
+        replaced = _replacements(store, selection, purged, dry_run=True)
         _sweep(store, doomed, purged, before.generation, (selection, replaced), documents, dry_run=True)
         return purged
     store.close_banks()  # otherwise closing the store would write usage records with the keys of rows
     store.publish(lambda base: base)  # raises before any change if the store cannot be written; later bases are ours
     purged.unfinished = sum(unfinished.discard(store.folder, run) for run in runs)
     while selection := select(store.folder, store.manifest, doomed, documents):
-        _change(store, selection, _replaced(store, selection, purged, dry_run=False), doomed.whole)
+        _change(store, selection, _replacements(store, selection, purged, dry_run=False), doomed.whole)
     if doomed.whole is not None and doomed.whole in store.manifest.namespaces:  # it had no segments
         _change(store, Selection(), {}, doomed.whole)
     _sweep(store, doomed, purged, before.generation, (Selection(), {}), documents, dry_run=False)
@@ -134,7 +134,7 @@ def _bank_without(bank: BankFacts, replaced: Replaced) -> BankFacts:
 # -- copying ------------------------------------------------------------------------------------------------
 
 
-def _replaced(store: Store, selection: Selection, purged: Purged, *, dry_run: bool) -> Replaced:
+def _replacements(store: Store, selection: Selection, purged: Purged, *, dry_run: bool) -> Replaced:
     """Return the replacement of each affected segment, by id; written to disk unless it is a dry run."""
     replaced: Replaced = {}
     purged.calibrations += sum(map(len, selection.settings.values()))
@@ -148,7 +148,7 @@ def _replaced(store: Store, selection: Selection, purged: Purged, *, dry_run: bo
             replaced[part.facts.id] = None
         else:
             _count(purged, int(part.rows.sum()), int(part.aliases.sum()))
-            replaced[part.facts.id] = None if dry_run else _copied(store, part, purged)
+            replaced[part.facts.id] = None if dry_run else _copy_remaining(store, part, purged)
     return replaced
 
 
@@ -156,17 +156,17 @@ def _count(purged: Purged, rows: int, aliases: int) -> None:
     purged.segments, purged.rows, purged.aliases = purged.segments + 1, purged.rows + rows, purged.aliases + aliases
 
 
-def _copied(store: Store, part: Part, purged: Purged) -> SegmentFacts | None:
+def _copy_remaining(store: Store, part: Part, purged: Purged) -> SegmentFacts | None:
     """Write a new segment with the remaining rows and aliases of an old one. Returns None if there are none."""
     old = part.segment
     assert old is not None
     rows: Mask = old.living() & ~part.rows
     if not rows.any() and part.aliases.all():
         return None
-    return _rewritten(store, old, rows, ~part.aliases, purged)
+    return _rewrite_rows(store, old, rows, ~part.aliases, purged)
 
 
-def _rewritten(store: Store, old: Segment, rows: Mask, aliases: Mask, purged: Purged) -> SegmentFacts:
+def _rewrite_rows(store: Store, old: Segment, rows: Mask, aliases: Mask, purged: Purged) -> SegmentFacts:
     facts = rewrite(
         store.folder, uuid.uuid4().hex, [readable(old, rows, aliases)], old.feature_width, strong=store.signs
     )

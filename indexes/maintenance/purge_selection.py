@@ -222,7 +222,7 @@ def select(folder: Folder, manifest: Manifest, doomed: Doomed, documents: Docume
                 selection.parts[name, bank] = [_whole(segment) for segment in facts.segments]
         return selection
     for name, space in spaces.items():
-        _select_in(folder, name, space, doomed, documents, selection)
+        _select_in_namespace(folder, name, space, doomed, documents, selection)
     for name, space in spaces.items():
         selection.settings[name] = _affected(name, space, doomed, documents, selection)
         _select_derived(folder, name, space, selection)
@@ -233,7 +233,7 @@ def _whole(facts: SegmentFacts) -> Part:
     return Part(facts, None, _NONE, _NONE, whole=True)
 
 
-def _select_in(
+def _select_in_namespace(
     folder: Folder, name: str, space: NamespaceFacts, doomed: Doomed, documents: Documents, selection: Selection
 ) -> None:
     """Select rows in the banks of one namespace, except data that is derived from the namespace as a whole."""
@@ -251,7 +251,7 @@ def _select_in(
     for bank, bank_parts in parts.items():
         if bank != _BEGINNINGS:
             for part in _readable(bank_parts):
-                _learn(part, documents)
+                _record_rows(part, documents)
     for bank, bank_parts in parts.items():
         if bank != _BEGINNINGS:
             for part in _readable(bank_parts):
@@ -289,12 +289,12 @@ def _readable(parts: Iterable[Part]) -> list[Part]:
     return [part for part in parts if part.segment is not None and not part.whole]
 
 
-def _give_up(part: Part, error: SnapshotDamaged) -> None:
+def _mark_unreadable(part: Part, error: SnapshotDamaged) -> None:
     log.warning("segment %s goes too, since nobody can tell what is in it: %s", part.facts.id, error)
     part.segment = None
 
 
-def _learn(part: Part, documents: Documents) -> None:
+def _record_rows(part: Part, documents: Documents) -> None:
     """Record keys, ids and token ids of the rows of a segment that belong to the documents."""
     segment = part.segment
     assert segment is not None
@@ -311,7 +311,7 @@ def _learn(part: Part, documents: Documents) -> None:
         documents.tokens |= {ids.tobytes() for ids in segment.tokens_of(places)} - {b""}
         documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:
-        _give_up(part, error)
+        _mark_unreadable(part, error)
 
 
 def _add_equal_tokens(part: Part, documents: Documents) -> None:
@@ -328,7 +328,7 @@ def _add_equal_tokens(part: Part, documents: Documents) -> None:
         places = places[np.array(equal, np.bool_)]
         documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:
-        _give_up(part, error)
+        _mark_unreadable(part, error)
         return
     documents.rows.add(segment.rows["key"][places])
 
@@ -339,7 +339,7 @@ def _blocks(parts: Sequence[Part], documents: Documents) -> KeySet:
         try:
             part.segment.tokens_of(np.arange(part.facts.rows))  # type: ignore[union-attr]
         except SnapshotDamaged as error:
-            _give_up(part, error)
+            _mark_unreadable(part, error)
     purged = Chains(part.segment for part in _readable(parts) if part.segment is not None).of(documents.tokens)
     return KeySet(np.frombuffer(b"".join(sorted(purged)), np.uint64).reshape(-1, 2))
 

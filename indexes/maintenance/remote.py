@@ -77,7 +77,7 @@ def push(
             raise LLMCacheError(f"{source.folder.path} holds nothing yet; fill it first: llmcache build")
         data = source.folder.read(generation_name(manifest.generation), MAX_BYTES)
         _check_follows(
-            _newest_at(remote, key), manifest, data, remote, source.folder, remote.path, "push to another URL"
+            _newest_remote(remote, key), manifest, data, remote, source.folder, remote.path, "push to another URL"
         )
         sizes = {f"{sub}/{name}": size for sub in ("seg", "idx") for name, size in remote.sizes(sub).items()}
         segments = _segments(manifest)
@@ -92,11 +92,11 @@ def push(
                     remote.write(file.name, _checked(source.folder, file, segments))
             except SnapshotDamaged as error:
                 raise advised(error, source.folder) from error
-            remote.write(_FORMAT, partial(_whole, source.folder, _FORMAT))
+            remote.write(_FORMAT, partial(_small_file, source.folder, _FORMAT))
             for name in _signatures(source.folder, manifest.generation):
-                remote.write(name, partial(_whole, source.folder, name))
+                remote.write(name, partial(_small_file, source.folder, name))
             remote.write(generation_name(manifest.generation), lambda: iter([data]))
-        return _told(url, source.folder.path, manifest, missing, dry_run)
+        return _result_of(url, source.folder.path, manifest, missing, dry_run)
 
 
 def pull(
@@ -114,7 +114,7 @@ def pull(
     if where.exists() and not where.is_dir():
         raise LLMCacheError(f"{where} is a file; give the path of a folder")
     with closing(Remote(url)) as source:
-        manifest = _newest_at(source, key)
+        manifest = _newest_remote(source, key)
         if manifest is None:
             raise SnapshotNotFound(
                 f"there is no store at {source.path}; bring one there: llmcache snapshot push STORE {source.path}"
@@ -123,20 +123,20 @@ def pull(
         if where.exists() and not (where / _FORMAT).exists():
             refuse_strangers(where)
         if dry_run and not where.exists():
-            return _told(url, where, manifest, list(_files(manifest)), dry_run)
+            return _result_of(url, where, manifest, list(_files(manifest)), dry_run)
         with failing(where), closing(Folder(where, create=not dry_run)) as folder, Lease(folder) as lease:
-            local = _newest_in(folder)
+            local = _newest_local(folder)
             _check_follows(
                 local, manifest, data, folder, source, where, "pull to a new folder and `llmcache snapshot merge`"
             )
             segments = _segments(manifest)
-            missing = [file for file in _files(manifest) if not _is_here(folder, file, segments)]
+            missing = [file for file in _files(manifest) if not _is_intact(folder, file, segments)]
             if not dry_run:
                 for file in missing:
                     lease.add(file.name.rpartition("/")[2][:32])
-                    _bring(source, folder, file, segments)
+                    _download(source, folder, file, segments)
                 _publish(source, folder, manifest, data)
-        return _told(url, where, manifest, missing, dry_run)
+        return _result_of(url, where, manifest, missing, dry_run)
 
 
 # -- remote files ---------------------------------------------------------------------------------------------
@@ -162,14 +162,14 @@ class Remote:
     def close(self) -> None:
         self._disk.clear_instance_cache()
 
-    def _at(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def sizes(self, sub: str = "") -> dict[str, int | None]:
         """Return the size in bytes of each file in one sub-folder, by name, None if unknown; {} if it is missing."""
-        with self._said():
+        with self._translated_errors():
             try:
-                listed = self._disk.ls(self._at(sub), detail=True)
+                listed = self._disk.ls(self._path_of(sub), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry.get("size") for entry in listed}
@@ -187,14 +187,14 @@ class Remote:
         return content
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        with self._said(), self._disk.open(self._at(name), "rb", block_size=_CHUNK) as file:
+        with self._translated_errors(), self._disk.open(self._path_of(name), "rb", block_size=_CHUNK) as file:
             while part := file.read(_CHUNK):
                 yield part
 
     def write(self, name: str, parts: Callable[[], Iterator[Any]]) -> None:
         """Write a whole file. An incomplete file is removed, if possible."""
-        path = self._at(name)
-        with self._said():
+        path = self._path_of(name)
+        with self._translated_errors():
             self._disk.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 with self._disk.open(path, "wb") as file:
@@ -211,7 +211,7 @@ class Remote:
             return
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Turn the errors of a URL's library, whatever their type, into LLMCacheError with advice."""
         try:
             yield
@@ -224,7 +224,7 @@ class Remote:
             ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own message
 
 
-def _newest_at(remote: Remote, key: bytes | None) -> Manifest | None:
+def _newest_remote(remote: Remote, key: bytes | None) -> Manifest | None:
     """Read the newest intact manifest at a URL; None if there are no files at all."""
     folder = cast(Folder, remote)  # the functions below call only `names` and `read`, which `Remote` has
     listed = generations(folder)
@@ -242,7 +242,7 @@ def _newest_at(remote: Remote, key: bytes | None) -> Manifest | None:
     return None
 
 
-def _newest_in(folder: Folder) -> Manifest | None:
+def _newest_local(folder: Folder) -> Manifest | None:
     listed = generations(folder)
     return newest(folder, listed)[0] if listed else None
 
@@ -320,7 +320,7 @@ def _digest(parts: Iterator[Any]) -> bytes:
     return digest.digest()
 
 
-def _is_here(folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> bool:
+def _is_intact(folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> bool:
     try:
         for _ in _checked(folder, file, segments)():
             pass
@@ -329,11 +329,11 @@ def _is_here(folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFact
     return True
 
 
-def _bring(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> None:
+def _download(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[str, SegmentFacts]) -> None:
     """Download a file, verify it against the manifest, and only then give it its name."""
     temporary = f"t-{uuid.uuid4().hex}"
     try:
-        write_whole(folder, temporary, _no_more(source.chunks(file.name), file))
+        write_whole(folder, temporary, _at_most_size(source.chunks(file.name), file))
         for _ in _checked(folder, file, segments, temporary)():
             pass
         folder.remove(file.name)  # an existing file is damaged
@@ -347,7 +347,7 @@ def _bring(source: Remote, folder: Folder, file: FileFacts, segments: Mapping[st
         folder.remove(temporary)
 
 
-def _no_more(parts: Iterator[bytes], file: FileFacts) -> Iterator[bytes]:
+def _at_most_size(parts: Iterator[bytes], file: FileFacts) -> Iterator[bytes]:
     size = 0
     for part in parts:
         size += len(part)
@@ -356,7 +356,7 @@ def _no_more(parts: Iterator[bytes], file: FileFacts) -> Iterator[bytes]:
         yield part
 
 
-def _whole(folder: Folder, name: str) -> Iterator[bytes]:
+def _small_file(folder: Folder, name: str) -> Iterator[bytes]:
     yield folder.read(name, _SMALL)
 
 
@@ -385,7 +385,7 @@ def _publish(source: Remote, folder: Folder, manifest: Manifest, data: bytes) ->
         folder.sync_folder("")
 
 
-def _told(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> TransferResult:
+def _result_of(url: str, path: Path, manifest: Manifest, sent: list[FileFacts], dry_run: bool) -> TransferResult:
     files = list(_files(manifest))
     rows = sum(segment.live for bank in banks(manifest).values() for segment in bank.segments)
     sizes = sum(file.size for file in files), sum(file.size for file in sent)

@@ -78,7 +78,7 @@ def repaired(folder: Folder, *, dry_run: bool = False, grace: float = 3600.0, ke
                 folder.set_aside(name)
             folder.make()
         with nullcontext() if dry_run else folder.lock():
-            done = _repaired(folder, dry_run, grace, key)
+            done = _repair_locked(folder, dry_run, grace, key)
         return replace(done, set_aside=tuple(map(printable, sorted({*odd, *done.set_aside}))))
 
 
@@ -94,14 +94,14 @@ def _odd_parts(folder: Folder) -> list[str]:
     return [name for name in odd if name != QUARANTINE]
 
 
-def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) -> Repair:
+def _repair_locked(folder: Folder, dry_run: bool, grace: float, key: bytes | None) -> Repair:
     history = history_of(folder, strict=True)
     plan = planned(folder, history, grace)
     aside = tuple(sorted(plan.aside))
     if dry_run:
         return Repair(plan.base.generation, aside, plan.picks, plan.adopted, plan.lost)
     with Lease(folder) as lease:
-        generation = _done(folder, history, plan, key, lease)
+        generation = _commit(folder, history, plan, key, lease)
     for name in aside:
         if exists(folder, name):
             folder.set_aside(name)
@@ -114,7 +114,7 @@ def _repaired(folder: Folder, dry_run: bool, grace: float, key: bytes | None) ->
 # -- committing ---------------------------------------------------------------------------------------------
 
 
-def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease: Lease) -> int:
+def _commit(folder: Folder, history: History, plan: Plan, key: bytes | None, lease: Lease) -> int:
     """Write and commit the new generation, if it differs from the base. Returns the newest generation."""
     passed_over = any(plan.base.generation < generation < LAST for generation in history.damaged)
     if not (plan.changed or plan.adopted or plan.indexless or passed_over):
@@ -134,7 +134,7 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
         if history.listed[0] >= LAST:  # a damaged manifest with the last number would block all commits
             folder.set_aside(generation_name(history.listed[0]))
         return publishing.commit(
-            folder, uuid.uuid4().hex, lambda base: _changed(base, plan, new), key=key, salvaged=plan.base
+            folder, uuid.uuid4().hex, lambda base: _with_changes(base, plan, new), key=key, salvaged=plan.base
         ).generation
     except BaseException:
         listed = generations(folder)
@@ -146,7 +146,7 @@ def _done(folder: Folder, history: History, plan: Plan, key: bytes | None, lease
         raise
 
 
-def _changed(base: Manifest, plan: Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
+def _with_changes(base: Manifest, plan: Plan, new: dict[tuple[str, str], list[SegmentFacts]]) -> Manifest:
     """Return the newest manifest with this repair's changes. Segments that others committed meanwhile stay."""
     planned = {segment.id for facts in banks(plan.base).values() for segment in facts.segments}
     for place, facts in banks(base).items():

@@ -53,18 +53,18 @@ def planned(folder: Folder, history: History, grace: float) -> Plan:
     check_known(folder, history, salvaged)
     plan = Plan(history.base or (replace(salvaged[0], generation=0) if salvaged else Manifest()))
     for place, facts in banks(plan.base).items():
-        parts = [_kept(folder, segment, plan, history.base is None) for segment in facts.segments]
+        parts = [_plan_segment(folder, segment, plan, history.base is None) for segment in facts.segments]
         plan.banks[place] = [part for part in parts if part is not None]
         lost_index = list(index_damage(folder, facts, strict=True))
         if lost_index or (facts.index and plan.changed.intersection(facts.index.segments)):
             plan.indexless.add(place)
             plan.aside += [file.name for file in files_of((facts.projection, facts.index)) if exists(folder, file.name)]
-    if _passed_over(history):
+    if _skipped_generations(history):
         _adopt(folder, history, plan, salvaged)
     plan.aside += [generation_name(generation) for generation in history.damaged]
     if not format_whole(folder) and exists(folder, "FORMAT"):
         plan.aside.append("FORMAT")
-    plan.aside += [name for name in _left_over(folder, history, plan, grace) if name not in plan.aside]
+    plan.aside += [name for name in _unneeded_files(folder, history, plan, grace) if name not in plan.aside]
     return plan
 
 
@@ -78,8 +78,8 @@ def check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) 
 
 
 def salvaged_manifests(folder: Folder, history: History) -> Iterator[Manifest]:
-    """Yield what can be parsed of the damaged manifests in `_passed_over`, newest first."""
-    for generation in _passed_over(history):
+    """Yield what can be parsed of the damaged manifests in `_skipped_generations`, newest first."""
+    for generation in _skipped_generations(history):
         with suppress(SnapshotDamaged, FileNotFoundError):
             name = generation_name(generation)
             manifest = salvage(folder.read(name, MAX_BYTES))
@@ -87,13 +87,13 @@ def salvaged_manifests(folder: Folder, history: History) -> Iterator[Manifest]:
                 yield manifest
 
 
-def _passed_over(history: History) -> list[int]:
+def _skipped_generations(history: History) -> list[int]:
     """Return the damaged generations that the newest intact one is not based on: they are newer, or it skipped them."""
     base = history.base or Manifest()
     return [generation for generation in history.damaged if generation > base.generation or generation in base.skipped]
 
 
-def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> SegmentFacts | Pick | None:
+def _plan_segment(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> SegmentFacts | Pick | None:
     """Return the segment as it is, its intact rows, or None. uncertain: the facts come from a damaged manifest."""
     result = check_segment(folder, facts, strict=True)
     if uncertain and result.broken:
@@ -104,7 +104,9 @@ def _kept(folder: Folder, facts: SegmentFacts, plan: Plan, uncertain: bool) -> S
         return facts
     plan.changed.add(facts.id)
     plan.aside += [file.name for file in files_of(facts) if exists(folder, file.name)]
-    alive = facts.live if "row" in result.broken else facts.rows if "alive" in result.broken else _alive(folder, facts)
+    alive = (
+        facts.live if "row" in result.broken else facts.rows if "alive" in result.broken else _count_live(folder, facts)
+    )
     pick = _pick(folder, facts, result)
     plan.lost += alive - (len(pick.rows) if pick else 0)
     return pick
@@ -131,7 +133,7 @@ def _pick(folder: Folder, facts: SegmentFacts, result: Checked) -> Pick | None:
     return Pick(segment, rows, result.aliases, frozenset(result.broken) & {"var", "fp"})
 
 
-def _alive(folder: Folder, facts: SegmentFacts) -> int:
+def _count_live(folder: Folder, facts: SegmentFacts) -> int:
     return int(living(folder, facts).sum())
 
 
@@ -155,7 +157,7 @@ def format_whole(folder: Folder) -> bool:
     return True
 
 
-def _left_over(folder: Folder, history: History, plan: Plan, grace: float) -> list[str]:
+def _unneeded_files(folder: Folder, history: History, plan: Plan, grace: float) -> list[str]:
     """List files in seg/ and idx/ that neither an intact manifest, nor the planned one, nor a running commit needs."""
     named = {file.name for manifest in (plan.base, *history.older) for file in files_of(manifest)}
     parts = [part for bank_parts in plan.banks.values() for part in bank_parts]

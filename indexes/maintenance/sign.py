@@ -40,7 +40,7 @@ def sign(store: Store, *, dry_run: bool = False) -> Signed:
                 for facts in bank.segments:
                     _strengthen(store, facts, replaced, result, lease, dry_run=dry_run)
         if not dry_run:
-            store.publish(lambda base: _with(base, replaced))
+            store.publish(lambda base: _with_copies(base, replaced))
     return result
 
 
@@ -70,7 +70,7 @@ def _strengthen(
     replaced[facts.id] = copy
 
 
-def _with(base: Manifest, replaced: dict[str, SegmentFacts | None]) -> Manifest:
+def _with_copies(base: Manifest, replaced: dict[str, SegmentFacts | None]) -> Manifest:
     def space(facts: NamespaceFacts) -> NamespaceFacts:
         return replace(facts, banks={name: bank(bank_facts) for name, bank_facts in facts.banks.items()})
 

@@ -84,10 +84,10 @@ def transfer(
     """Transfer an open store, as `save`, or with `check` as `load`, into the folder that `new` makes for `target`."""
     for round in range(_ROUNDS):
         try:
-            with nullcontext() if round < _FREE or dry_run else _nobody_maintains(store):
+            with nullcontext() if round < _FREE or dry_run else _maintainer_lock(store):
                 if round >= _FREE:  # under the lock, files of the newest generation are not removed
                     store.reload()
-                linked = 0 if dry_run else _made(store, target, new, link=not copy, check=check)
+                linked = 0 if dry_run else _make_copy(store, target, new, link=not copy, check=check)
             break
         except SnapshotDamaged as error:
             before = store.manifest.generation
@@ -100,7 +100,7 @@ def transfer(
 
 
 @contextmanager
-def _nobody_maintains(store: Store) -> Iterator[None]:
+def _maintainer_lock(store: Store) -> Iterator[None]:
     """Hold the maintainer lock inside the block, so that no process evicts, compacts or collects, if possible."""
     with ExitStack() as held:
         try:
@@ -110,7 +110,7 @@ def _nobody_maintains(store: Store) -> Iterator[None]:
         yield
 
 
-def _made(
+def _make_copy(
     store: Store, target: Path, new: Callable[[], AbstractContextManager[Folder]], *, link: bool, check: bool
 ) -> int:
     linked = 0

@@ -40,7 +40,7 @@ def files_of(facts: object) -> Iterator[FileFacts]:
 def chunks(folder: Folder, name: str, size: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the bytes of a file in chunks of 2 MiB, each valid until the next. SnapshotDamaged for another size."""
     buffer = np.empty(min(size, _CHUNK), np.uint8)
-    with _Opened(folder, name, size) as descriptor:
+    with _OpenFile(folder, name, size) as descriptor:
         for start in range(0, size, _CHUNK):
             part = buffer[: min(_CHUNK, size - start)]
             if folder.read_at(descriptor, part, start) != len(part):
@@ -59,16 +59,16 @@ def row_chunks(
     SnapshotDamaged when the file has another size.
     """
     until = size if until is None else until
-    rows, starts, ends = _apart(records, until)
+    rows, starts, ends = _separate_rows(records, until)
     outside = np.setdiff1d(np.arange(len(records)), rows) if len(rows) < len(records) else rows[:0]
     cuts = np.flatnonzero(np.diff(starts // _CHUNK) | (np.diff(ends // _CHUNK) > _LARGE // _CHUNK)) + 1
     stops = [*starts[cuts].tolist(), until]
     at = 0
-    with _Opened(folder, name, size) as descriptor:
+    with _OpenFile(folder, name, size) as descriptor:
         for stop, group in zip(stops, np.split(np.arange(len(rows)), cuts), strict=True):
             chosen = rows[group]
             base, reach = (int(starts[group[0]]), int(ends[group[-1]])) if len(group) else (at, at)
-            yield from _unchecked(folder, descriptor, at, base)
+            yield from _bytes_between_rows(folder, descriptor, at, base)
             if len(group) == 1 and reach - base > _LARGE:
                 yield from _long_row(folder, descriptor, records, int(chosen[0]), base)
             elif len(group):
@@ -76,7 +76,7 @@ def row_chunks(
                 places = zip((starts[group] - base).tolist(), (ends[group] - base).tolist(), strict=True)
                 good = agree(records[chosen], [part.data[start:end] for start, end in places])
                 yield part, chosen[~np.array(good, np.bool_)]
-            yield from _unchecked(folder, descriptor, reach, stop)
+            yield from _bytes_between_rows(folder, descriptor, reach, stop)
             at = stop
         if len(outside):
             yield np.zeros(0, np.uint8), outside
@@ -89,7 +89,7 @@ def _read(folder: Folder, descriptor: int, start: int, stop: int) -> NDArray[np.
     return part
 
 
-def _unchecked(
+def _bytes_between_rows(
     folder: Folder, descriptor: int, start: int, stop: int
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Yield bytes that belong to no row, in chunks."""
@@ -102,14 +102,14 @@ def _long_row(
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Yield the bytes of one row in several chunks; its number comes with an empty last chunk, if it is damaged."""
     digest = begun_digest(records[row : row + 1])
-    for part, none in _unchecked(folder, descriptor, start, start + int(records["nbytes"][row])):
+    for part, none in _bytes_between_rows(folder, descriptor, start, start + int(records["nbytes"][row])):
         digest.update(part.data)
         yield part, none
     whole = digest.digest()[:16] == records["checksum"][row].tobytes()
     yield np.zeros(0, np.uint8), np.zeros(0, np.int64) if whole else np.array([row])
 
 
-def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _separate_rows(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows that lie inside the file and do not overlap, by position, with their starts and ends in bytes."""
     offsets, lengths = records["offset"], records["nbytes"].astype(np.uint64)
     inside = np.flatnonzero((offsets <= size) & (lengths <= np.uint64(size) - np.minimum(offsets, size)))
@@ -121,7 +121,7 @@ def _apart(records: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray
     return rows[free], starts[free], ends[free]
 
 
-class _Opened:
+class _OpenFile:
     """File open for reading, of exactly this size. SnapshotDamaged when it is missing or has another size."""
 
     def __init__(self, folder: Folder, name: str, size: int) -> None:
@@ -185,7 +185,7 @@ def carry(
         if check:
             for _ in checked(source, facts, records and records()):
                 pass
-        with _Opened(source, facts.name, facts.size) as descriptor:
+        with _OpenFile(source, facts.name, facts.size) as descriptor:
             source.sync(descriptor)  # a person's cp or rsync may have written the source without a sync
             try:
                 if target.link_from(source, facts.name, new):

@@ -102,7 +102,7 @@ def verification(folder: Folder) -> Verification:
         named += files_of(facts)
         entries += sum(segment.rows for segment in facts.segments)
         findings += _bank("/".join(place), folder, facts)
-    leftovers, others = _others(folder, history, {file.name for file in named})
+    leftovers, others = _other_files(folder, history, {file.name for file in named})
     generation = history.base.generation if history.base else 0
     size = sum(file.size for file in named)
     return Verification(generation, entries, len(named), size, others, tuple(findings + leftovers))
@@ -165,7 +165,7 @@ def said(error: Exception, folder: Folder) -> str:
     return text.replace(f"{folder.path}/", "")
 
 
-def _refuse(error: Exception, strict: bool) -> None:
+def _raise_if_strict(error: Exception, strict: bool) -> None:
     """With `strict`, raise errors of the disk. A missing file is damage, but an unreadable one may be intact later."""
     if strict and isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
@@ -184,7 +184,7 @@ def history_of(folder: Folder, *, strict: bool = False) -> History:
         except FormatTooNew:
             raise
         except (SnapshotDamaged, OSError) as error:
-            _refuse(error, strict)
+            _raise_if_strict(error, strict)
             history.damaged[generation] = said(error, folder)
             continue
         if manifest.generation != generation:
@@ -235,7 +235,7 @@ def check_segment(folder: Folder, facts: SegmentFacts, *, strict: bool = False) 
         try:
             return reading()
         except (SnapshotDamaged, OSError) as error:
-            _refuse(error, strict)
+            _raise_if_strict(error, strict)
             result.broken[kind] = said(error, folder)
             return None
 
@@ -297,7 +297,7 @@ def index_damage(folder: Folder, facts: BankFacts, *, strict: bool = False) -> I
             for _ in checked(folder, file):
                 pass
         except (SnapshotDamaged, OSError) as error:
-            _refuse(error, strict)
+            _raise_if_strict(error, strict)
             yield file.name, said(error, folder)
     covered = _covered(facts)
     if facts.index and covered not in {None, facts.index.count}:
@@ -325,7 +325,7 @@ def _covered(facts: BankFacts) -> int | None:
 # -- other files --------------------------------------------------------------------------------------------
 
 
-def _others(folder: Folder, history: History, named: set[str]) -> tuple[list[Finding], int]:
+def _other_files(folder: Folder, history: History, named: set[str]) -> tuple[list[Finding], int]:
     older = {file.name for manifest in history.older for file in files_of(manifest)}
     findings, size = [], 0
     for name in names_in(folder):

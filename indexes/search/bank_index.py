@@ -83,12 +83,12 @@ class BankIndex:
         self._index: VectorIndex | None = None
         self._projected: tuple[Projection, Any, Any] | None = None  # projection, device, projection on that device
         self._row_of = np.zeros(0, np.int64)  # index position -> row
-        self._caught_up = 0  # rows of the bank that were added to the index
+        self._rows_added = 0  # rows of the bank that were added to the index
         self._dead = np.zeros(0, np.int64)  # evicted rows, in order
-        self._lost = 0  # evicted rows in the index
+        self._evicted_in_index = 0  # evicted rows in the index
         self._built = 0  # rows at the last build
         self._saved = 0  # rows in the index file
-        self._alike = 0  # rows at the last failure to fit a PCA, because features were equal
+        self._pca_failed_at = 0  # rows at the last failure to fit a PCA, because features were equal
 
     @property
     def kind(self) -> str | None:
@@ -152,15 +152,15 @@ class BankIndex:
         """Set the rows that were evicted so far, int64, in order."""
         self._dead = dead
         evicted = np.isin(self._row_of, dead)
-        self._lost = int(evicted.sum())
+        self._evicted_in_index = int(evicted.sum())
         if self._index is not None and self._index.buries:
             self._index.mark_deleted(np.flatnonzero(evicted))
 
     def rebuild(self) -> None:
         """Fit the projection and build the index over all live rows."""
         total = self._pieces.rows
-        self._row_of, self._caught_up = np.delete(np.arange(total), self._dead), total
-        self._lost = 0
+        self._row_of, self._rows_added = np.delete(np.arange(total), self._dead), total
+        self._evicted_in_index = 0
         rows = len(self._row_of)
         if not rows:
             self._projection = self._index = None
@@ -168,7 +168,7 @@ class BankIndex:
         self._projection = self._fit(rows)
         blocks = [self._projection.apply(block) for block in self._live_features()]
         binary = self._projection.kind == "simhash"
-        kind = self._chosen(rows, binary) if self._choice.index == "auto" else self._choice.index
+        kind = self._auto_kind(rows, binary) if self._choice.index == "auto" else self._choice.index
         if self._untrainable(kind, rows):
             kind = "binary-flat" if binary else "flat"
         self._index = VectorIndex.build(np.concatenate(blocks), kind=kind, device=self._choice.device)
@@ -182,7 +182,7 @@ class BankIndex:
             try:
                 return fit_pca(self._sample(rows), self._choice.dim)
             except ConfigError as error:
-                self._alike = rows
+                self._pca_failed_at = rows
                 log.info("features are compared as they are: %s", error)
         return Projection.none(width)
 
@@ -236,11 +236,11 @@ class BankIndex:
             self._load()
         if self._index is None or self._projection is None or self._outgrown(rows - len(self._dead)):
             self.rebuild()
-        elif self._caught_up < rows:
-            for block in self._features(self._caught_up, rows):
+        elif self._rows_added < rows:
+            for block in self._features(self._rows_added, rows):
                 self._index.add(self._projection.apply(block))
-            self._row_of = np.concatenate([self._row_of, np.arange(self._caught_up, rows)])
-            self._caught_up = rows
+            self._row_of = np.concatenate([self._row_of, np.arange(self._rows_added, rows)])
+            self._rows_added = rows
 
     def follow(self, facts: BankFacts, moved: NDArray[np.int64]) -> None:
         """Follow the bank to a newer generation. moved: new row of each old row, int64, -1: dropped."""
@@ -251,7 +251,7 @@ class BankIndex:
         self._row_of = moved[self._row_of]
         if (self._row_of < 0).any():  # most kinds of index cannot remove vectors: load its file or rebuild it later
             self._projection, self._index, self._row_of = None, None, np.zeros(0, np.int64)
-            self._caught_up = 0
+            self._rows_added = 0
             return
         assert self._projection is not None
         covered = np.zeros(self._pieces.rows, np.bool_)
@@ -263,7 +263,7 @@ class BankIndex:
                 self._index.add(self._projection.apply(block))
         self._row_of = np.concatenate([self._row_of, new_rows])
         covered[new_rows] = True
-        self._caught_up = int(covered.sum())  # all sealed rows, and the first pending rows
+        self._rows_added = int(covered.sum())  # all sealed rows, and the first pending rows
 
     def _outgrown(self, rows: int) -> bool:
         """Return whether to rebuild: too many rows are dead, or a larger bank needs another projection or index kind.
@@ -272,16 +272,16 @@ class BankIndex:
         """
         assert self._projection is not None
         assert self._index is not None
-        if self._lost > DEAD_SHARE * len(self._row_of):
+        if self._evicted_in_index > DEAD_SHARE * len(self._row_of):
             return True
         wanted, kind = self._choice.index, self._index.kind
         if self._choice.projection == "pca" and self._projection.kind == "none" and rows >= FIT_ROWS:
-            return rows >= 2 * self._alike
+            return rows >= 2 * self._pca_failed_at
         if wanted != "auto":
             return wanted != kind and not self._untrainable(wanted, rows)
-        return rows >= 2 * self._built and self._chosen(rows, self._projection.kind == "simhash") != kind
+        return rows >= 2 * self._built and self._auto_kind(rows, self._projection.kind == "simhash") != kind
 
-    def _chosen(self, rows: int, binary: bool) -> str:
+    def _auto_kind(self, rows: int, binary: bool) -> str:
         return choose_kind(rows, binary=binary, device=self._choice.device)
 
     @staticmethod
@@ -297,7 +297,7 @@ class BankIndex:
         if self._choice.index not in {"auto", facts.kind}:
             return
         binary = facts.kind.startswith("binary-")
-        torch_preferred = self._choice.index == "auto" and self._chosen(facts.count, binary).startswith("torch")
+        torch_preferred = self._choice.index == "auto" and self._auto_kind(facts.count, binary).startswith("torch")
         if torch_preferred and not facts.kind.startswith("torch"):
             return  # made on a machine with a FAISS build for its device
         spans, live = segment_spans(self._pieces), live_spans(self._pieces)
@@ -312,7 +312,7 @@ class BankIndex:
             del spans[id]
         try:
             fitted = Projection.from_bytes(verified(self._folder, projection).tobytes())
-            if fitted.width != self._facts.feature_width or fitted.kind != self._wanted(len(covered)):
+            if fitted.width != self._facts.feature_width or fitted.kind != self._wanted_projection(len(covered)):
                 return
             data = verified(self._folder, facts.file)
             if (facts.dim, facts.kind.startswith("binary-")) != (fitted.dim, fitted.kind == "simhash"):
@@ -329,10 +329,10 @@ class BankIndex:
             for block in self._features(int(span[0]), int(span[-1]) + 1):
                 index.add(fitted.apply(block))
         self._row_of = np.concatenate([covered, *spans.values()])
-        self._caught_up = self._pieces.rows
+        self._rows_added = self._pieces.rows
         self.mark_deleted(self._dead)
 
-    def _wanted(self, rows: int) -> str:
+    def _wanted_projection(self, rows: int) -> str:
         return "none" if self._choice.projection == "pca" and rows < FIT_ROWS else self._choice.projection
 
     # -- files ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ _MAGIC = b"LLMCPROJ"
 _VERSION = 1
 
 
-def _nothing(*shape: int) -> NDArray[np.float64]:
+def _zeros(*shape: int) -> NDArray[np.float64]:
     return np.zeros(shape, np.float64)
 
 
@@ -42,8 +42,8 @@ class Projection:
     width: int
     dim: int
     seed: int = 0
-    mean: NDArray[np.float64] = field(default_factory=lambda: _nothing(0), repr=False)
-    matrix: NDArray[np.float64] = field(default_factory=lambda: _nothing(0, 0), repr=False)
+    mean: NDArray[np.float64] = field(default_factory=lambda: _zeros(0), repr=False)
+    matrix: NDArray[np.float64] = field(default_factory=lambda: _zeros(0, 0), repr=False)
 
     def __post_init__(self) -> None:
         flaw = _flaw(self.kind, self.width, self.dim, self.seed)
@@ -147,7 +147,7 @@ def fit_simhash(features_or_width: NDArray[np.floating] | int, bits: int = 256, 
     seed: below 2^64. ConfigError for an invalid number of bits. ValueError for NaN or infinity in the features.
     """
     if isinstance(features_or_width, int):
-        width, mean = features_or_width, _nothing(features_or_width)
+        width, mean = features_or_width, _zeros(features_or_width)
     else:
         features = _checked(features_or_width, features_or_width.shape[-1])
         width, mean = features.shape[1], _mean(features)
@@ -212,7 +212,7 @@ def _check_finite(block: NDArray[np.float64], start: int) -> None:
 
 def _mean(features: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the mean, float64 [width]; zeros if there are no features."""
-    total = _nothing(features.shape[1])
+    total = _zeros(features.shape[1])
     for start in range(0, len(features), _BLOCK):
         block = features[start : start + _BLOCK].astype(np.float64)
         _check_finite(block, start)
@@ -222,7 +222,7 @@ def _mean(features: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def _covariance(features: NDArray[np.floating], mean: NDArray[np.float64]) -> NDArray[np.float64]:
     """Compute the covariance, float64 [width, width]."""
-    total = _nothing(len(mean), len(mean))
+    total = _zeros(len(mean), len(mean))
     for start in range(0, len(features), _BLOCK):
         block = features[start : start + _BLOCK] - mean
         total += block.T @ block

@@ -29,7 +29,7 @@ _MOST_ASKED = 1024  # largest k for the index of all rows, above which the scope
 
 
 @dataclass(slots=True)
-class _Known:
+class _Scopes:
     """Scopes of the first `rows` rows of a bank.
 
     only: the scope of all these rows, while they have the same. each: the scope of each row, uint64 [at least rows],
@@ -62,7 +62,7 @@ class _Known:
 
 
 @dataclass(slots=True)
-class _Own:
+class _ScopeIndex:
     """Exact index over the rows of one scope, int64, under one projection."""
 
     projection: Projection
@@ -76,12 +76,12 @@ class ScopedSearch:
     def __init__(self, near: BankIndex, pieces: SegmentList, choice: NearChoice) -> None:
         """near, pieces, choice: the bank's own."""
         self._near, self._pieces, self._device = near, pieces, choice.device
-        self._known = _Known()
-        self._own: dict[int, _Own] = {}
+        self._known = _Scopes()
+        self._own: dict[int, _ScopeIndex] = {}
 
     def forget(self) -> None:
         """Discard scopes and scope indexes after rows were renumbered; they are built again when needed."""
-        self._known, self._own = _Known(), {}
+        self._known, self._own = _Scopes(), {}
 
     def rows_of(self, scope: int, dead: Rows) -> Rows:
         """Return the rows of this scope that are not in `dead`, int64, in order."""
@@ -100,24 +100,24 @@ class ScopedSearch:
     ) -> tuple[Rows, NDArray[np.float32]]:
         """Search as in `Bank.nearest`. unusable: rows to exclude, int64."""
         if scope == UNKNOWN:
-            return _nothing(len(features), k)
+            return _no_results(len(features), k)
         scopes = self._scopes() if scope is not None else None
         if scope is None or scopes is None or (scopes.each is None and scopes.only == scope):
             left_out = None
             if len(unusable):
                 left_out = np.zeros(self._pieces.rows, np.bool_)
                 left_out[unusable] = True
-            return self._widening(features, k, left_out, None, least)
+            return self._search_widening(features, k, left_out, None, least)
         usable = scopes.of(scope)
         usable[unusable] = False
         count = int(np.count_nonzero(usable))
         if not count or not len(features):
-            return _nothing(len(features), k)
+            return _no_results(len(features), k)
         if count * _MINORITY < scopes.rows:
-            return self._among(scope, np.flatnonzero(usable), features, k)
-        return self._widening(features, k, ~usable, scope, least)
+            return self._search_exactly(scope, np.flatnonzero(usable), features, k)
+        return self._search_widening(features, k, ~usable, scope, least)
 
-    def _widening(
+    def _search_widening(
         self,
         features: NDArray[np.float32] | Tensor,
         k: int,
@@ -130,7 +130,7 @@ class ScopedSearch:
         left_out: mask of rows to exclude, bool [rows]; None: exclude none. scope: of the other rows, if an exact index
         over them may be searched instead.
         """
-        best, value = _nothing(len(features), k)
+        best, value = _no_results(len(features), k)
         others = 0 if left_out is None else int(np.count_nonzero(left_out))
         active, ask = np.arange(len(features)), k + min(others, 4 * k + 16)
         while len(active):
@@ -151,23 +151,25 @@ class ScopedSearch:
             active = active[going_on]
             if len(active) and (ask > _MOST_ASKED or ended[going_on].any()):
                 assert left_out is not None
-                best[active], value[active] = self._among(scope, np.flatnonzero(~left_out), features[active], k)
+                best[active], value[active] = self._search_exactly(
+                    scope, np.flatnonzero(~left_out), features[active], k
+                )
                 break
         return best, value
 
-    def _among(
+    def _search_exactly(
         self, scope: int, mine: Rows, features: NDArray[np.float32] | Tensor, k: int
     ) -> tuple[Rows, NDArray[np.float32]]:
         """Search exactly among `mine`, all live rows of a scope. Returns as `nearest`."""
         projection = self._near.projection
         if projection is None:
-            return _nothing(len(features), k)
+            return _no_results(len(features), k)
         own = self._own.get(scope)
         if own is None or own.projection is not projection or not np.array_equal(own.rows, mine[: len(own.rows)]):
             kind = "torch" if (self._near.kind or "").startswith("torch") else "flat"
             kind = "binary-flat" if projection.kind == "simhash" else kind
             index = VectorIndex.build(self._fingerprints(projection, mine), kind=kind, device=self._device)
-            own = self._own[scope] = _Own(projection, mine, index)
+            own = self._own[scope] = _ScopeIndex(projection, mine, index)
         elif len(own.rows) < len(mine):
             own.index.add(self._fingerprints(projection, mine[len(own.rows) :]))
             own.rows = mine
@@ -178,7 +180,7 @@ class ScopedSearch:
     def _fingerprints(self, projection: Projection, rows: Rows) -> NDArray[np.generic]:
         return projection.apply(self._near.features(rows).astype(np.float32))
 
-    def _scopes(self) -> _Known:
+    def _scopes(self) -> _Scopes:
         """Return the scopes of all rows of the bank, after reading those of rows added since the last call."""
         known, rows = self._known, self._pieces.rows
         for piece, start in self._pieces.placed() if known.rows < rows else ():
@@ -194,5 +196,5 @@ class ScopedSearch:
         return known
 
 
-def _nothing(n: int, k: int) -> tuple[Rows, NDArray[np.float32]]:
+def _no_results(n: int, k: int) -> tuple[Rows, NDArray[np.float32]]:
     return np.full((n, k), -1), np.full((n, k), -np.inf, np.float32)

@@ -43,7 +43,7 @@ def choose_kind(n: int, *, binary: bool = False, device: str = "cpu") -> str:
     device: "cuda" without a FAISS build for GPUs gives the exact search in torch.
     """
     if device == "cuda" and not binary and not _faiss_on_gpu():
-        _say_once_that_torch_searches()
+        _log_torch_search_once()
         return "torch" if n < 4_000_000 else "torch-fp16"
     # Measured in milliseconds per query: two cores, 128 components, large batches. flat: 0.15 for 20,000 vectors, 0.7
     # for 100,000. ivf-flat: 0.04 for 100,000, 0.44 for a million, where a query reads 4 MB of lists. ivf-fp16: 0.13 for
@@ -67,7 +67,7 @@ def needs_faiss(kind: str, device: str, *, binary: bool = False) -> bool:
 
 
 @contextmanager
-def _alone(faiss: Any) -> Iterator[None]:
+def _single_threaded(faiss: Any) -> Iterator[None]:
     """Run FAISS with one thread inside the block, on machines with at most two processors.
 
     After a matrix product, threads of torch and NumPy still spin on the same processors. On two processors, a flat
@@ -223,7 +223,7 @@ class VectorIndex:
         elif self._kind == "cagra" and self._on_gpu:
             params = faiss.SearchParametersCagra(itopk_size=max(64, -(-k // 32) * 32))  # must not be below k
         alone = beside and "ivf" in self._kind if self._kind != "flat" else len(self) < FEW
-        with _alone(faiss) if alone and not self._on_gpu else nullcontext():
+        with _single_threaded(faiss) if alone and not self._on_gpu else nullcontext():
             found, near = self._index.search(queries, k, params=params)
         return (np.cos(found * (np.pi / self.dim)).astype(np.float32) if self.binary else found), near
 
@@ -284,7 +284,7 @@ def _on_gpu(kind: str, device: str) -> bool:
             "install llmcache[gpu] in place of llmcache[cpu], use index 'torch', or device 'cpu'"
         )
     if kind not in _GPU_KINDS:
-        _say_once_that_it_stays(kind)
+        _warn_cpu_only_once(kind)
     return kind in _GPU_KINDS
 
 
@@ -297,7 +297,7 @@ def _faiss_on_gpu() -> bool:
 
 
 @cache
-def _say_once_that_torch_searches() -> None:
+def _log_torch_search_once() -> None:
     log.info("there is no FAISS for this GPU: indexes of kind auto are an exact search in torch")
 
 
@@ -308,7 +308,7 @@ def _torch_dtype(kind: str) -> Any:
 
 
 @cache
-def _say_once_that_it_stays(kind: str) -> None:
+def _warn_cpu_only_once(kind: str) -> None:
     log.warning("indexes of kind %s stay on the CPU: FAISS has none such on a GPU", kind)
 
 

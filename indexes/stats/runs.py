@@ -111,11 +111,11 @@ def merged(records: Iterable[Record]) -> list[Record]:
     by_place: dict[tuple[str, ...], Record] = {}
     for record in sorted(records, key=lambda record: float(record.get("end", 0))):
         place = (record["day"], *(str(record.get(name, "")) for name in _NAMES))
-        by_place[place] = _added(by_place[place], record) if place in by_place else record
+        by_place[place] = _sum_of(by_place[place], record) if place in by_place else record
     return sorted(by_place.values(), key=lambda record: (str(record["day"]), float(record.get("end", 0))))[-_MOST:]
 
 
-def _added(earlier: Record, later: Record) -> Record:
+def _sum_of(earlier: Record, later: Record) -> Record:
     both: Record = {**earlier, **later}
     for name in _SUMS:
         if name in both:

@@ -73,7 +73,9 @@ def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[R
 
     given: folders of runs, or the result files that they write. ConfigError for a path that is neither.
     """
-    by_folder = {run.folder: run for run in _noted(folder) if namespace is None or run.namespace in {None, namespace}}
+    by_folder = {
+        run.folder: run for run in _registered(folder) if namespace is None or run.namespace in {None, namespace}
+    }
     for path in given:
         where = path if path.name.endswith(ENDING) else beside(path) if path.suffix.lower() in RESULTS else None
         if where is None:
@@ -83,7 +85,7 @@ def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[R
     return list(by_folder.values())
 
 
-def _noted(folder: Folder) -> list[Run]:
+def _registered(folder: Folder) -> list[Run]:
     noted = []
     for name in folder.names("stat"):
         if name.endswith(".run"):
@@ -103,7 +105,7 @@ def discard(folder: Folder, run: Run) -> bool:
 
     Removes only files that a run makes, and follows no links. Busy while the run is active.
     """
-    removed = [_emptied(run), *(_remove_partial(path) for path in _partials(run))]
+    removed = [_empty_folder(run), *(_remove_partial(path) for path in _partials(run))]
     forget(folder, run)
     return any(removed)
 
@@ -120,7 +122,7 @@ def _partials(run: Run) -> list[Path]:
     return [run.folder.with_name(name) for name in names]
 
 
-def _emptied(run: Run) -> bool:
+def _empty_folder(run: Run) -> bool:
     try:
         descriptor = os.open(run.folder, _FOLDER)
     except (FileNotFoundError, NotADirectoryError):

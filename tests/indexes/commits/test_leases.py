@@ -150,7 +150,7 @@ def test_a_collector_that_is_stopped_before_it_removes_takes_nothing_that_is_pub
     put(writer, range(100, 120))
     if idle:  # its files were written long before gc looks
         writer.commit_behind()
-        writer._behind._begun[0].written.result()
+        writer._background._in_progress[0].written.result()
     for name in ("a" * 32, "b" * 32):
         (path / "seg" / f"{name}.seg").write_bytes(b"what a killed writer left")
     old(path)

@@ -96,7 +96,7 @@ def test_auto_on_a_gpu_that_faiss_does_not_see_is_the_search_in_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(vectors, "_faiss_on_gpu", lambda: False)
-    vectors._say_once_that_torch_searches.cache_clear()
+    vectors._log_torch_search_once.cache_clear()
     caplog.set_level("INFO", "llmcache")
     kinds = [choose_kind(n, device="cuda") for n in (10, 100_000, 10_000_000)]
     assert kinds == ["torch", "torch", "torch-fp16"]

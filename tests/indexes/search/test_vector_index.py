@@ -541,7 +541,7 @@ class TestOnGpu:
     def test_kinds_without_a_gpu_version_stay_on_the_cpu_and_say_so_once(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        subject._say_once_that_it_stays.cache_clear()
+        subject._warn_cpu_only_once.cache_clear()
         for _ in range(2):
             VectorIndex.build(stored(), kind="hnsw", device="cuda")
         assert [record.message for record in caplog.records if "hnsw" in record.message] == [
