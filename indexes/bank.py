@@ -204,7 +204,7 @@ class Bank:
 
     def _report(self, rows: Rows) -> None:
         self._damaged.update(rows.tolist())
-        log.warning("%d stored rows did not agree with their checksums; they are computed again", len(rows))
+        log.warning("%d stored rows do not match their checksums; they are computed again", len(rows))
 
     def _now(self) -> int:
         self._clock = max(self._clock, seconds32(self._folder.now()))

@@ -120,7 +120,7 @@ class Store:
             raise not_opened(folder.path, error) from error
         if damaged:
             log.warning(
-                "%s: the newest %d manifests are damaged%s; opened generation %d. What was stored since is missing",
+                "%s: the newest %d manifests are damaged%s; opened generation %d. Entries stored after it are missing",
                 folder.path, len(damaged), " or not signed" if level == "signed" else "", manifest.generation,
             )  # fmt: skip
         return store
@@ -129,7 +129,7 @@ class Store:
         """Refuse writes from now on. reason: goes into the error that commits raise."""
         self.read_only = True
         self._fenced = self._fenced or StoreFenced(
-            f"nothing is written to {self.folder.path}, since {reason}; open the store again where it can be written"
+            f"{self.folder.path} is read-only, since {reason}; open the store again where it can be written"
         )
 
     def close(self) -> None:
@@ -302,7 +302,7 @@ class Store:
                 else:
                     self.not_stored += bank.drop_pending()
         except Busy as error:
-            log.info("nothing is committed for now: %s", error)
+            log.info("the commit is postponed: %s", error)
         except OSError as error:  # writing a file, taking the lock or reading file sizes failed
             raise self._fence(error) from error
 
@@ -396,4 +396,4 @@ class Store:
                 return
             write_uses(self.folder, self.writer, records)
         except OSError as error:
-            log.info("the uses of rows were not kept: %s", error)
+            log.info("the usage of rows was not written: %s", error)

@@ -67,7 +67,7 @@ class BackgroundWriter:
                 for file in pending.written.result().files:
                     self._folder.remove(file.name)
             except OSError as error:  # garbage collection removes the rest
-                log.info("a segment that was given up was not removed: %s", error)
+                log.info("an unpublished segment was not removed; garbage collection removes it: %s", error)
             finally:
                 pending.lease.close()
         if self._thread is not None:

@@ -58,13 +58,13 @@ def commit_rows(
                     if gone:
                         publish(lambda base: without(base, gone))
                     raise
-                log.info("a segment is written anew: %s", error)
+                log.info("a segment is written again: %s", error)
     namespace, name = place
     try:
         bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
     except (SnapshotDamaged, OSError) as error:
         # the commit is valid; the rows stay pending and are committed once more, and a second copy is harmless
-        log.warning("what was just committed cannot be opened: %s", error)
+        log.warning("a segment that was just committed cannot be opened, so its rows are committed again: %s", error)
 
 
 def _published(
@@ -96,7 +96,7 @@ def commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, roo
 def _commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, room: int | None, lease: Lease) -> None:
     saved = bank.near.save(lease.new(), room)
     if saved is None:
-        log.info("the index of %s is not kept: the budget has no room for it", place[1])
+        log.info("the index of %s is not saved, because it does not fit the budget", place[1])
         return
     projection, index = saved
     replaced: list[str] = []
@@ -122,8 +122,8 @@ def _commit_index(folder: Folder, publish: Publish, place: Place, bank: Bank, ro
 
 
 _COLLECTED = (
-    "{}: {} was removed while it was being committed, because another program removed it or a collector could see no "
-    "locks here; commit again"
+    "{}: {} was removed while it was being committed, by another program, or by a garbage collection on a file system "
+    "without locks; commit again"
 )
 
 

@@ -58,7 +58,7 @@ def newest(folder: Folder, listed: list[int], key: bytes | None = None) -> tuple
         )
     if damaged:
         raise SnapshotDamaged(
-            f"{folder.path}: none of its {len(damaged)} manifests is whole; the newest is "
+            f"{folder.path}: none of its {len(damaged)} manifests is intact; the newest is "
             f"{generation_name(damaged[0])}: restore it from a copy, or start a new store"
         )
     raise SnapshotNotFound(f"{folder.path} holds no manifest, so it is not a store; make one with `llmcache build`")

@@ -79,13 +79,16 @@ def commit(
         check_signable(folder, base, key)
         generation = (listed[0] if listed else 0) + 1
         if generation > LAST:
-            raise StoreFenced(f"{folder.path}: there is no number after {generation_name(LAST)}; run `llmcache repair`")
+            raise StoreFenced(
+                f"{folder.path}: {generation_name(LAST)} has the last possible number; run `llmcache repair`"
+            )
         changed = change(base)
         if linked and changed == base:
             return base
         if linked and once:
             raise Republished(
-                f"{generation_name(base.generation)} and others were there before; what this names may be gone"
+                f"another writer committed {generation_name(base.generation)} first, so files of this commit may have "
+                "been removed; write them again"
             )
         new = replace(
             changed,
@@ -118,7 +121,7 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
     try:
         from_bytes(data, name)
     except SnapshotDamaged as error:
-        raise LLMCacheError(f"not committed, since it could not be read back: {error}") from error
+        raise LLMCacheError(f"the manifest is not committed, because it cannot be read back: {error}") from error
     try:
         announced = announce(folder, generation, data, key) if key is not None else None
         write_whole(folder, temporary, [data])
@@ -142,7 +145,9 @@ def _publish(folder: Folder, temporary: str, data: bytes, generation: int, key: 
 def check_signable(folder: Folder, base: Manifest, key: bytes | None) -> None:
     """Check that a signed store stays signed. StoreFenced when `base` is signed and there is no key."""
     if key is None and base.generation in signatures(folder).values():
-        raise StoreFenced(f"{folder.path} is signed, and this would not be; open it with its key to store anything")
+        raise StoreFenced(
+            f"{folder.path} is signed, and this commit would not be; open the store with its key to store anything"
+        )
 
 
 @contextmanager

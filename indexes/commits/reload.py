@@ -68,6 +68,6 @@ def _check_same(
     remade = old and new and (old.identity, old.secret_check) != (new.identity, new.secret_check)
     if remade or shape != other_shape:
         raise ModelMismatch(
-            f"the namespace {namespace!r} of {folder.path} was made anew by another model, or with another "
+            f"the namespace {namespace!r} of {folder.path} was replaced by one of another model, or with another "
             "secret; open it again"
         )

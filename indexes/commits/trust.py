@@ -55,7 +55,7 @@ def judged(
         reason = _exposed_message(exposed)
     if not allow_untrusted:
         raise UntrustedSnapshot(
-            f"{folder.path}: {reason}. To read it all the same, give allow_untrusted=True (--allow-untrusted): then "
+            f"{folder.path}: {reason}. To read it nevertheless, give allow_untrusted=True (--allow-untrusted): then "
             "only exact token matches count"
         )
     folder.private = True  # other users may write to the folder while it is open
@@ -70,7 +70,7 @@ def check_own(folder: Folder) -> None:
 
 
 def _exposed_message(exposed: str) -> str:
-    return f"{exposed}, so nobody vouches for it; if its content is yours: chmod -R go-w, chown -R"
+    return f"{exposed}, so its content cannot be trusted; if the content is yours: chmod -R go-w, chown -R"
 
 
 def latest(folder: Folder, key: bytes | None) -> tuple[Manifest, list[int]]:
@@ -96,7 +96,7 @@ def no_writing(folder: Folder, manifest: Manifest, trust: Trust, key: bytes | No
     """Return the error that forbids writing to a store that was just opened, None if writing is allowed."""
     where = folder.path
     if trust == "untrusted":
-        return StoreFenced(f"{where} is not trusted, so nothing is written to it; make a store of your own for that")
+        return StoreFenced(f"{where} is not trusted, so it is read-only; make a store of your own to write to")
     if key is None and manifest.generation in signatures(folder).values():
-        return StoreFenced(f"{where} is signed, so nothing is stored without its key; give it (--key-file)")
+        return StoreFenced(f"{where} is signed, so it is read-only without its key; give the key (--key-file)")
     return None

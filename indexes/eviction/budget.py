@@ -80,7 +80,7 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
                 try:
                     segment = Segment.open(folder, facts)
                 except (SnapshotDamaged, OSError) as error:
-                    log.warning("segment %s is not touched: %s", facts.id, error)
+                    log.warning("segment %s cannot be read, so it is not evicted: %s", facts.id, error)
                     continue
                 live = segment.live()
                 records.append(segment.rows[live])

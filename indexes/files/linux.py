@@ -104,7 +104,7 @@ def flaw_in(folder: int, sub: str, path: str) -> str | None:
 def flaw_of(name: str, facts: os.stat_result) -> str | None:
     """Return why a file or folder is not exclusively this user's; None if it is."""
     if facts.st_uid != os.geteuid():
-        return f"{name} belongs to the user with the number {facts.st_uid}"
+        return f"{name} belongs to user id {facts.st_uid}"
     if facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode):  # a link's own mode means nothing
         return f"{name} may be written by other users"
     return None

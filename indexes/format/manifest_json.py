@@ -39,7 +39,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
     body, line, digest = data[:-73], data[-73:-65], data[-65:-1]
     found = hashlib.sha256(body).hexdigest().encode()
     if len(data) > MAX_BYTES or line != b"\nsha256:" or digest != found or data[-1:] != b"\n":
-        raise SnapshotDamaged(f"{name} does not agree with its own checksum")
+        raise SnapshotDamaged(f"{name} does not match its checksum")
     try:
         return _manifest(strict_json(body))
     except (TypeError, ValueError, KeyError, RecursionError, AttributeError, OverflowError) as error:
@@ -84,7 +84,7 @@ def _count(value: Any) -> int:
 
 def _width(value: Any) -> int:
     if _count(value) > _WIDEST:
-        raise ValueError(f"no model gives vectors of {value} numbers")
+        raise ValueError(f"{value} is over the limit of {_WIDEST} numbers in a vector")
     return int(value)
 
 

@@ -35,7 +35,7 @@ def kinds_in(nbytes: int, name: str) -> int:
     """Return the number of kinds in marks of `nbytes` each. SnapshotDamaged, with the file `name`, for other sizes."""
     kinds, rest = divmod(nbytes - _FIXED, 8)
     if rest or not 0 <= kinds <= MOST_KINDS:
-        raise SnapshotDamaged(f"{name} says that its marks take {nbytes} bytes each, which no mark does")
+        raise SnapshotDamaged(f"{name} claims marks of {nbytes} bytes each, and no mark has that size")
     return kinds
 
 

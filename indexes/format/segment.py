@@ -75,7 +75,7 @@ class Segment:
         except FileNotFoundError:
             raise SnapshotDamaged(f"{payload.name} is missing") from None
         if pitch and (pitch * len(raw_rows) != payload.size or (raw_rows["nbytes"] != raw_rows["nbytes"][:1]).any()):
-            raise SnapshotDamaged(f"{facts.file('row').name} says that all rows are equally long, and they are not")
+            raise SnapshotDamaged(f"{facts.file('row').name} claims that all rows have the same size, and they do not")
         sizes = raw_rows["nbytes"].astype(np.uint64)
         if int(sizes.sum()) != facts.payload or facts.payload > payload.size:  # overlapping rows
             raise SnapshotDamaged(f"{facts.file('row').name} has rows that do not fill {payload.name}")

@@ -280,9 +280,9 @@ def _checked_for(segment: Segment, facts: BankFacts, trust: str) -> Segment:
     sizes = segment.rows["nbytes"]
     odd = not unit or bool((sizes != unit if facts.rank == 1 else sizes % unit).any())
     if odd or segment.feature_width != facts.feature_width:
-        raise SnapshotDamaged("its rows are not as long as those of its bank")
+        raise SnapshotDamaged("its rows do not have the size of its bank's rows")
     if trust == "signed" and not segment.strong:
         raise SnapshotDamaged(
-            "it was written without a key, so its rows are not under the signature; `llmcache sign` writes it anew"
+            "it was written without a key, so the signature does not cover its rows; `llmcache sign` rewrites it"
         )
     return segment

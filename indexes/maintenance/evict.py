@@ -64,8 +64,8 @@ def evict(
         unneeded = garbage(store.folder, GRACE, 0)
         if unneeded.blocked:
             raise SnapshotDamaged(
-                f"{store.folder.path}: {unneeded.blocked[0]} is damaged, so what it needs is not known, and nothing "
-                "can be removed; repair the store first"
+                f"{store.folder.path}: {unneeded.blocked[0]} is damaged, so the files it needs are unknown and "
+                "none can be removed; repair the store first"
             )
         after = before - sum(unneeded.sizes.values())
         if dry_run:

@@ -71,4 +71,4 @@ def _fold(store: Store, writers: list[str]) -> None:
     try:
         counting.fold(store.folder, writers, uuid.uuid4().hex)
     except OSError as error:
-        log.warning("the counters of %d writers were not made one: %s", len(writers), error)
+        log.warning("the counters of %d writers were not merged: %s", len(writers), error)

@@ -365,7 +365,7 @@ def _with_segments(
         if name not in new.namespaces:
             new = replace(new, namespaces={**new.namespaces, name: replace(space, banks={})})
         elif not same_identity(new.namespaces[name], space):
-            raise ModelMismatch(f"the namespace {name!r} was made anew by another model meanwhile; merge again")
+            raise ModelMismatch(f"the namespace {name!r} was replaced by one of another model meanwhile; merge again")
     for plan, segments, index in added:
         empty = replace(plan.facts, segments=(), projection=None, index=None)
         if index:

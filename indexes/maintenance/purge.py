@@ -204,7 +204,9 @@ def _sweep(
     foreign = [f"{sub}/{name}" for sub in ("seg", "idx") for name in names_in[sub] if not _OURS.fullmatch(name)]
     if foreign:
         log.warning(
-            "%d files that are not the store's own were left, the first is %s", len(foreign), printable(foreign[0])
+            "%d foreign files in the store's folder were not removed, the first is %s",
+            len(foreign),
+            printable(foreign[0]),
         )
     unused = [f"{sub}/{name}" for sub, names in names_in.items() for name in names]
     unused = [name for name in unused if name not in needed and name not in foreign]

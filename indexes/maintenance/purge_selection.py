@@ -280,7 +280,7 @@ def _parts(folder: Folder, bank: str, bank_facts: BankFacts, doomed: Doomed) -> 
                 part.rows, part.aliases = np.zeros(facts.rows, np.bool_), np.zeros(facts.aliases, np.bool_)
             except (SnapshotDamaged, FileNotFoundError) as error:  # other OSErrors propagate: the file may be intact
                 part.segment = None
-                log.warning("segment %s goes too, since nobody can tell what is in it: %s", facts.id, error)
+                log.warning("segment %s cannot be read, so it is removed too: %s", facts.id, error)
             parts.append(part)
     return parts
 
@@ -290,7 +290,7 @@ def _readable(parts: Iterable[Part]) -> list[Part]:
 
 
 def _mark_unreadable(part: Part, error: SnapshotDamaged) -> None:
-    log.warning("segment %s goes too, since nobody can tell what is in it: %s", part.facts.id, error)
+    log.warning("segment %s cannot be read, so it is removed too: %s", part.facts.id, error)
     part.segment = None
 
 
@@ -385,5 +385,5 @@ def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection:
                 part.rows = ~used.among(part.segment.rows["key"])
                 part.aliases = np.zeros(part.facts.aliases, np.bool_)
             except (SnapshotDamaged, FileNotFoundError) as error:
-                log.warning("segment %s goes too, since nobody can tell what is in it: %s", part.facts.id, error)
+                log.warning("segment %s cannot be read, so it is removed too: %s", part.facts.id, error)
         selection.parts[name, FITTED] = parts

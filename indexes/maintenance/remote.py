@@ -74,7 +74,7 @@ def push(
     with closing(Store.open(store, key=key, uses=False)) as source, closing(Remote(url)) as remote:
         manifest = source.manifest
         if not manifest.generation:
-            raise LLMCacheError(f"{source.folder.path} holds nothing yet; fill it first: llmcache build")
+            raise LLMCacheError(f"{source.folder.path} is empty; fill it first: llmcache build")
         data = source.folder.read(generation_name(manifest.generation), MAX_BYTES)
         _check_follows(
             _newest_remote(remote, key), manifest, data, remote, source.folder, remote.path, "push to another URL"
@@ -117,7 +117,7 @@ def pull(
         manifest = _newest_remote(source, key)
         if manifest is None:
             raise SnapshotNotFound(
-                f"there is no store at {source.path}; bring one there: llmcache snapshot push STORE {source.path}"
+                f"there is no store at {source.path}; push one there: llmcache snapshot push STORE {source.path}"
             )
         data = source.read(generation_name(manifest.generation), MAX_BYTES)
         if where.exists() and not (where / _FORMAT).exists():
@@ -220,7 +220,7 @@ class Remote:
         except Exception as error:
             reason = " ".join(without_secrets_of(self._url, str(error)).split()) or type(error).__name__
             raise LLMCacheError(
-                f"{self.path}: {reason}; what went over stays there: the same command goes on from there"
+                f"{self.path}: {reason}; the files sent so far stay there, and the same command continues"
             ) from (None if has_secrets(self._url) else error)  # a traceback would show the library's own message
 
 
@@ -265,8 +265,8 @@ def _check_follows(
         return
     if old.generation >= new.generation:
         raise LLMCacheError(
-            f"{where} holds generation {old.generation}, this is generation {new.generation}: it is another store, or "
-            f"went on from here; {advice}"
+            f"{where} has generation {old.generation}, this is generation {new.generation}: it is another store, or "
+            f"has later commits of its own; {advice}"
         )
     try:
         descends = source.read(name, MAX_BYTES) == existing
@@ -279,7 +279,7 @@ def _check_follows(
         )
         descends = same and new_ids >= {segment.id for facts in banks(old).values() for segment in facts.segments}
     if not descends:
-        raise LLMCacheError(f"{where} holds another store, or one that went on from here; {advice}")
+        raise LLMCacheError(f"{where} has another store, or one with later commits of its own; {advice}")
 
 
 # -- files ------------------------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def _odd_parts(folder: Folder) -> list[str]:
     for name, problem in odd.items():
         if name in SUBFOLDERS and "link" in problem:
             raise SnapshotDamaged(
-                f"{folder.path}/{name} is a link, and what it leads to may be whole: put the folder itself in its "
-                "place, or remove the link to give up what was in it; then repair again"
+                f"{folder.path}/{name} is a link, and its target may be intact: put the folder itself in its "
+                "place, or remove the link to give up the target's files; then repair again"
             )
     return [name for name in odd if name != QUARANTINE]
 

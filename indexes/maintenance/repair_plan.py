@@ -72,8 +72,8 @@ def check_known(folder: Folder, history: History, salvaged: Sequence[Manifest]) 
     """Check that a manifest can be read, or salvaged. SnapshotDamaged when there are only unreadable ones."""
     if history.base is None and history.listed and not salvaged:
         raise SnapshotDamaged(
-            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so nobody knows which model its "
-            "entries are of; restore one m-*.json from a copy, or start a new store"
+            f"{folder.path}: none of its {len(history.listed)} manifests can be read, so the model of its entries is "
+            "unknown; restore one m-*.json from a copy, or start a new store"
         )
 
 
@@ -247,7 +247,7 @@ def _header(folder: Folder, name: str) -> NDArray[Any]:
         folder.close_file(descriptor)
     header: NDArray[Any] = raw.view(HEADER)[0]
     if header["magic"] != MAGIC or header["record"] != ROW.itemsize:
-        raise SnapshotDamaged(f"{name} does not begin as a .row file")
+        raise SnapshotDamaged(f"{name} does not have the header of a .row file")
     return header
 
 

@@ -157,7 +157,7 @@ def _block(segment: Segment, rows: NDArray[np.int64]) -> memoryview:
     good = agree(records, [block.data[start : start + size] for start, size in places])
     if not all(good):
         file, row = segment.facts.file("seg").name, int(rows[good.index(False)])
-        raise SnapshotDamaged(f"{file}: row {row} does not agree with its checksum")
+        raise SnapshotDamaged(f"{file}: row {row} does not match its checksum")
     return block.data
 
 

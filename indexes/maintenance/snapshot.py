@@ -106,7 +106,7 @@ def _maintainer_lock(store: Store) -> Iterator[None]:
         try:
             held.enter_context(waiting_lock(store.folder))
         except (Busy, OSError) as error:  # another process has the lock, or the folder is read-only: try without it
-            log.info("%s may lose files while it is copied: %s", store.folder.path, error)
+            log.info("%s is copied without the maintainer lock: %s", store.folder.path, error)
         yield
 
 
@@ -144,9 +144,9 @@ def banks(manifest: Manifest) -> dict[tuple[str, str], BankFacts]:
 def check_free(target: Path) -> None:
     """Check that a new folder can be made at this path. LLMCacheError when there is anything but an empty folder."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise LLMCacheError(f"{target} is there already and is no folder; give the path of a new folder")
+        raise LLMCacheError(f"{target} exists and is not a folder; give the path of a new folder")
     if target.is_dir() and any(target.iterdir()):
-        raise LLMCacheError(f"{target} is there already and is not empty; give the path of a new folder")
+        raise LLMCacheError(f"{target} exists and is not empty; give the path of a new folder")
 
 
 def advised(error: SnapshotDamaged, folder: Folder) -> SnapshotDamaged:

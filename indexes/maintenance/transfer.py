@@ -153,7 +153,7 @@ def checked(folder: Folder, facts: FileFacts, records: NDArray[Any] | None = Non
     if facts.sha256 is None and records is not None:
         for part, bad in row_chunks(folder, facts.name, facts.size, records):
             if len(bad):
-                raise SnapshotDamaged(f"{facts.name}: row {bad[0]} does not agree with its checksum")
+                raise SnapshotDamaged(f"{facts.name}: row {bad[0]} does not match its checksum")
             yield part
         return
     digest = hashlib.sha256()

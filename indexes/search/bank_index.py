@@ -183,7 +183,7 @@ class BankIndex:
                 return fit_pca(self._sample(rows), self._choice.dim)
             except ConfigError as error:
                 self._pca_failed_at = rows
-                log.info("features are compared as they are: %s", error)
+                log.info("features are compared without a projection: %s", error)
         return Projection.none(width)
 
     def _sample(self, rows: int) -> NDArray[np.float32]:
@@ -215,7 +215,7 @@ class BankIndex:
                     stored = piece.features if isinstance(piece, PendingRows) else piece.features()
                 if stored.shape[1] != self._facts.feature_width:
                     raise SnapshotDamaged(
-                        f"features are {stored.shape[1]} wide where the bank's are {self._facts.feature_width}"
+                        f"features have width {stored.shape[1]}, those of the bank {self._facts.feature_width}"
                     )
             except (SnapshotDamaged, OSError) as error:
                 log.warning("%s: its %d rows have no near matches", error, len(piece))
@@ -316,12 +316,12 @@ class BankIndex:
                 return
             data = verified(self._folder, facts.file)
             if (facts.dim, facts.kind.startswith("binary-")) != (fitted.dim, fitted.kind == "simhash"):
-                raise SnapshotDamaged(f"its {facts.kind} index does not go with its {fitted.kind} projection")
+                raise SnapshotDamaged(f"its {facts.kind} index does not fit its {fitted.kind} projection")
             index = VectorIndex.from_bytes(
                 data, kind=facts.kind, dim=facts.dim, count=len(covered), device=self._choice.device
             )
         except (SnapshotDamaged, ConfigError, OSError) as error:
-            log.warning("the index of this bank is built again: %s", error)
+            log.warning("the index of this bank is rebuilt: %s", error)
             return
         self._projection, self._index = fitted, index
         self._built = self._saved = len(covered)

@@ -129,7 +129,7 @@ def fit_pca(features: NDArray[np.floating], dim: int) -> Projection:
     floor = max(1e-10 * variances[0], 1e-14 * float(mean @ mean))
     kept = min(dim, len(features) - 1, int((variances > floor).sum()))
     if kept < 1:
-        raise ConfigError(f"all {len(features)} features are alike, so they have no components; use 'none'")
+        raise ConfigError(f"all {len(features)} features are equal, so they have no components; use 'none'")
     directions = directions[:, :kept]
     # the sign of an eigenvector is arbitrary and differs between LAPACKs, so make its largest entry positive
     largest = np.abs(directions).argmax(axis=0)
@@ -168,11 +168,11 @@ def _flaw(kind: str, width: int, dim: int, seed: int) -> str | None:
     if kind not in _KINDS:
         return f"no projection of kind {kind!r}; choose one of: {', '.join(_KINDS)}"
     if not 0 < width < 2**32 or not 0 < dim < 2**32:
-        return f"a projection leads from width to dim, both positive, got {width} and {dim}"
+        return f"width and dim of a projection are positive, got {width} and {dim}"
     if kind == "none" and dim != width:
         return f"projection 'none' keeps the width {width}, got dim {dim}"
     if kind == "pca" and dim > width:
-        return f"features of width {width} have no {dim} components"
+        return f"a PCA of features of width {width} has at most {width} components, got dim {dim}"
     if kind == "simhash" and dim % 8:
         return f"simhash packs its bits into bytes: use a multiple of 8, got {dim}"
     if not 0 <= seed < 2**64:

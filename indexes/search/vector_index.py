@@ -159,7 +159,9 @@ class VectorIndex:
             self._index.add(vectors)
             return
         if not self._on_gpu:
-            raise ConfigError("a cagra index grows only on a GPU; open it there, or build another kind")
+            raise ConfigError(
+                "vectors can be added to a cagra index only on a GPU; open it there, or build another kind"
+            )
         stored = faiss_module().index_gpu_to_cpu(self._index)
         self._index = _cagra(np.concatenate([stored.storage.reconstruct_n(0, len(self)), vectors]))
 
@@ -272,7 +274,7 @@ def _on_gpu(kind: str, device: str) -> bool:
     if kind not in FORMS:
         raise ConfigError(f"no index of kind {kind!r}; choose one of: auto, {', '.join(KINDS)}")
     if device not in {"cpu", "cuda"}:
-        raise ConfigError(f"an index lives on 'cpu' or 'cuda', got {device!r}")
+        raise ConfigError(f"the device of an index is 'cpu' or 'cuda', got {device!r}")
     if kind.startswith("torch"):
         return device == "cuda"
     if device == "cpu":
@@ -298,7 +300,7 @@ def _faiss_on_gpu() -> bool:
 
 @cache
 def _log_torch_search_once() -> None:
-    log.info("there is no FAISS for this GPU: indexes of kind auto are an exact search in torch")
+    log.info("FAISS has no GPU support here: indexes of kind auto use the exact search in torch")
 
 
 def _torch_dtype(kind: str) -> Any:
@@ -309,7 +311,7 @@ def _torch_dtype(kind: str) -> Any:
 
 @cache
 def _warn_cpu_only_once(kind: str) -> None:
-    log.warning("indexes of kind %s stay on the CPU: FAISS has none such on a GPU", kind)
+    log.warning("indexes of kind %s stay on the CPU: FAISS does not support them on a GPU", kind)
 
 
 def _checked(vectors: NDArray[Any], kind: str, dim: int | None = None) -> NDArray[Any]:
@@ -386,7 +388,7 @@ def _to_gpu(index: Any) -> Any:
 def _cagra(vectors: NDArray[np.float32]) -> Any:
     faiss = faiss_module()
     if not hasattr(faiss, "GpuIndexCagra"):
-        raise ConfigError("this FAISS has no cagra index, it comes with builds for cuVS; use 'ivf-flat'")
+        raise ConfigError("this FAISS has no cagra index, which needs a build with cuVS; use 'ivf-flat'")
     resources = faiss.StandardGpuResources()
     index = faiss.GpuIndexCagra(resources, vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)  # also stores them; `add` does nothing, without an error

@@ -87,7 +87,7 @@ def keep_counters(folder: Folder, writer: str, counters: Mapping[str, float]) ->
     try:
         write_counters(folder, writer, dict(counters))
     except OSError as error:
-        log.info("counters were not kept: %s", error)
+        log.info("counters were not written: %s", error)
 
 
 def use_files(folder: Folder) -> list[str]:

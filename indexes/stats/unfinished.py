@@ -55,7 +55,7 @@ def note(folder: Folder, run: Run) -> None:
         write_whole(folder, temporary, [content])
         folder.replace(temporary, _name(run.folder))
     except OSError as error:
-        log.info("the store does not know of the unfinished run in %s: %s", run.folder, error)
+        log.info("the unfinished run in %s was not registered with the store: %s", run.folder, error)
 
 
 def forget(folder: Folder, run: Run) -> None:
@@ -79,7 +79,9 @@ def runs(folder: Folder, namespace: str | None, given: Iterable[Path]) -> list[R
     for path in given:
         where = path if path.name.endswith(ENDING) else beside(path) if path.suffix.lower() in RESULTS else None
         if where is None:
-            raise ConfigError(f"{path} is no unfinished run; give its folder (*{ENDING}) or the result file it writes")
+            raise ConfigError(
+                f"{path} is not an unfinished run; give its folder (*{ENDING}) or the result file it writes"
+            )
         where = where.absolute()
         by_folder.setdefault(where, Run(where))
     return list(by_folder.values())
@@ -133,7 +135,7 @@ def _empty_folder(run: Run) -> bool:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(f"the run in {run.folder} is at work; stop it, and purge again") from None
+                raise Busy(f"the run in {run.folder} is active; stop it, and purge again") from None
             except OSError:
                 pass  # a file system without locks
             finally:

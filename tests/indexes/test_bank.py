@@ -427,7 +427,7 @@ def test_a_flipped_byte_is_a_miss_and_nothing_else(
         for i in (0, 1, 2, 4, 5):
             assert reading.values[i].tobytes() == expected[i].tobytes()
         assert one.damaged == 1
-        assert "1 stored rows did not agree" in caplog.text
+        assert "1 stored rows do not match" in caplog.text
         assert one.find(keys_of(range(6))).tolist() == [0, 1, 2, -1, 4, 5]
         assert one.find_text(text_keys_of(range(6))).tolist() == [0, 1, 2, -1, 4, 5]
         assert_holds(one, [0, 1, 2, 4, 5])

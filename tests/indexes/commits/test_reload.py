@@ -173,7 +173,7 @@ def test_a_namespace_made_anew_by_another_model_is_refused_and_nothing_moves(pat
     one.commit()
     other.declare("default", {"model": "another"}, {})
     before = one.manifest
-    with pytest.raises(ModelMismatch, match="made anew by another model"):
+    with pytest.raises(ModelMismatch, match="replaced by one of another model"):
         one.reload()
     assert one.manifest is before
     assert held(one, range(5)) == {0, 1, 2}

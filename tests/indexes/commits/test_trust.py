@@ -188,7 +188,7 @@ def test_a_store_with_another_users_files_is_refused(tmp_path: Path, name: str) 
     path = filled(tmp_path / "store")
     foreign = next(iter(path.glob(name))) if name else path
     os.chown(foreign, 12345, 12345)
-    with pytest.raises(UntrustedSnapshot, match="belongs to the user with the number 12345"):
+    with pytest.raises(UntrustedSnapshot, match="belongs to user id 12345"):
         Store.open(path)
 
 

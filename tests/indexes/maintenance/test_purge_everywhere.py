@@ -380,10 +380,10 @@ def test_a_run_at_work_stops_a_purge_before_anything_is_removed(tmp_path: Path) 
 
     with (run / "lock").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Busy, match="is at work; stop it"):
+        with pytest.raises(Busy, match="is active; stop it"):
             purge(store, named("id"))
     assert "id" in found_in([tmp_path / "store"], SECRET, "float32")
-    with pytest.raises(ConfigError, match="no unfinished run"):
+    with pytest.raises(ConfigError, match="is not an unfinished run"):
         purge(store, Doomed("default", ids=["x"], unfinished=[tmp_path / "notes.txt"]))
     (tmp_path / "notes.unfinished").mkdir()
     (tmp_path / "notes.unfinished" / "mine.txt").write_text("kept")

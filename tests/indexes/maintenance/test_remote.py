@@ -196,7 +196,7 @@ def test_a_push_that_breaks_off_is_not_seen_and_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(remote.Remote, "write", write)
-        with pytest.raises(LLMCacheError, match="gone; what went over stays there"):
+        with pytest.raises(LLMCacheError, match="gone; the files sent so far stay there"):
             snapshot.push(filled, memory)
     with pytest.raises((SnapshotNotFound, SnapshotDamaged)):
         snapshot.pull(memory, tmp_path / "early")
@@ -301,7 +301,7 @@ def test_a_damaged_manifest_at_the_url_gives_the_generation_before(filled: Path,
 def test_a_damaged_store_is_not_pushed(filled: Path, memory: str, tmp_path: Path) -> None:
     victim = sorted((filled / "seg").glob("*.seg"))[0]
     victim.write_bytes(flipped(victim.read_bytes()))
-    with pytest.raises(SnapshotDamaged, match=r"does not agree with its checksum; .*snapshot verify"):
+    with pytest.raises(SnapshotDamaged, match=r"does not match its checksum; .*snapshot verify"):
         snapshot.push(filled, memory)
     with pytest.raises(SnapshotNotFound):
         snapshot.pull(memory, tmp_path / "back")
@@ -330,7 +330,7 @@ def test_another_store_is_neither_pushed_over_nor_pulled_over(filled: Path, tmp_
         (functools.partial(snapshot.push, other, memory), "push to another URL"),
         (functools.partial(snapshot.pull, memory, other), "pull to a new folder and"),
     ):
-        with pytest.raises(LLMCacheError, match=f"another store, or .*went on from here; {advice}"):
+        with pytest.raises(LLMCacheError, match=f"another store, or .*later commits of its own; {advice}"):
             refused()
     twin = tmp_path / "twin"
     for first in (0, 3):
@@ -345,12 +345,12 @@ def test_what_was_stored_since_a_pull_is_not_lost_to_the_next(filled: Path, tmp_
     back = tmp_path / "back"
     snapshot.pull(memory, back)
     put(back, 100, 3)  # generation 4 here
-    with pytest.raises(LLMCacheError, match="went on from here"):
+    with pytest.raises(LLMCacheError, match="later commits of its own"):
         snapshot.pull(memory, back)
     put(filled, 40, 5)
     put(filled, 45, 5)
     snapshot.push(filled, memory)  # generation 5 there
-    with pytest.raises(LLMCacheError, match="went on from here"):
+    with pytest.raises(LLMCacheError, match="later commits of its own"):
         snapshot.pull(memory, back)
     snapshot.pull(memory, tmp_path / "fresh")
     snapshot.merge([tmp_path / "fresh"], back)

@@ -282,7 +282,7 @@ def test_what_is_there_already_is_not_replaced(store: Path, tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(tmp_path / "full")
     before = everything_in(tmp_path)
     for name in ("file", "full", "link", "store"):
-        with pytest.raises(LLMCacheError, match="is there already"):
+        with pytest.raises(LLMCacheError, match="exists and is not"):
             snapshot.save(store, tmp_path / name)
     assert everything_in(tmp_path) == before
     (tmp_path / "empty").mkdir()
@@ -607,7 +607,7 @@ def test_without_any_readable_manifest_a_repair_refuses_and_says_why(store: Path
         if name.startswith("m-"):
             os.truncate(store / name, 100)
     before = everything_in(store)
-    with pytest.raises(SnapshotDamaged, match="nobody knows which model"):
+    with pytest.raises(SnapshotDamaged, match="the model of its entries is unknown"):
         snapshot.repair(store)
     assert everything_in(store) == before
 

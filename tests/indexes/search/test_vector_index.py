@@ -545,5 +545,5 @@ class TestOnGpu:
         for _ in range(2):
             VectorIndex.build(stored(), kind="hnsw", device="cuda")
         assert [record.message for record in caplog.records if "hnsw" in record.message] == [
-            "indexes of kind hnsw stay on the CPU: FAISS has none such on a GPU"
+            "indexes of kind hnsw stay on the CPU: FAISS does not support them on a GPU"
         ]
