@@ -114,13 +114,13 @@ class Bank:
             alias_rows = self._rows.find(keys)
             self._texts.add(texts[alias_rows >= 0], alias_rows[alias_rows >= 0])
 
-    def forget(self, facts: BankFacts, gone: Container[str]) -> None:
-        """Drop evicted segments, whose ids are in `gone`, and the rows that are dead in `facts`, of a newer manifest.
+    def forget(self, facts: BankFacts, evicted: Container[str]) -> None:
+        """Drop the segments with ids in `evicted`, and the rows that are dead in `facts`, of a newer manifest.
 
         Dropping unmaps the segments' files, which take up disk space while they are mapped. A segment that is missing
-        in `facts` and not in `gone` was rewritten, and stays in use.
+        in `facts` and not in `evicted` was rewritten, and stays in use.
         """
-        changed = self.pieces.forget(facts, gone)
+        changed = self.pieces.forget(facts, evicted)
         self.facts = facts
         if not changed:
             return

@@ -309,15 +309,15 @@ class Store:
     def _room_for(self, nbytes: int, budget: eviction.Budget) -> int | None:
         """Evict until `nbytes` fit the budget. Returns the free bytes, None if they cannot fit."""
         self.write_uses()
-        gone: set[str] = set()
+        evicted: set[str] = set()
         spaces = self.manifest.namespaces.values()
         live = {facts.id: facts.live for space in spaces for bank in space.banks.values() for facts in bank.segments}
         try:
-            return eviction.make_room(self.folder, self.publish, budget, nbytes, gone)
+            return eviction.make_room(self.folder, self.publish, budget, nbytes, evicted)
         finally:
-            if gone:
-                self.evicted += sum(live.get(id, 0) for id in gone)
-                self.forget(gone)
+            if evicted:
+                self.evicted += sum(live.get(id, 0) for id in evicted)
+                self.forget(evicted)
 
     def _commit_index(self, place: Place, bank: Bank) -> None:
         try:
@@ -326,12 +326,12 @@ class Store:
         except OSError as error:
             raise self._fence(error) from error
 
-    def forget(self, gone: Container[str]) -> None:
+    def forget(self, evicted: Container[str]) -> None:
         """Drop evicted segments, by id, from the open banks, and rows that are dead in the manifest in memory."""
         for (namespace, name), bank in self._banks.items():
             space = self.manifest.namespaces.get(namespace)
             if space and name in space.banks:
-                bank.forget(space.banks[name], gone)
+                bank.forget(space.banks[name], evicted)
 
     def close_banks(self) -> None:
         """Close the open banks. Their pending rows and usage counts are lost."""

@@ -31,7 +31,7 @@ def commit_rows(
     place: Place,
     bank: Bank,
     lot: FlushBatch,
-    begun: PendingSegment | None = None,
+    started: PendingSegment | None = None,
 ) -> None:
     """Write a batch of the bank as a segment, publish the segment, and read from it from then on.
 
@@ -39,24 +39,24 @@ def commit_rows(
     again, and the next manifest names the new segment in place of the missing one.
 
     publish: with `once`, since no second manifest may name the segment's files.
-    begun: the segment that the background writer is writing from this batch; None: write it here.
+    started: the segment that the background writer is writing from this batch; None: write it here.
     OSError when the segment cannot be written. Collected after three attempts; the rows then stay in memory.
     """
-    gone: set[str] = set()  # ids of segments that were published and whose files are missing
-    for round in range(_TRIES):
-        with begun.lease if begun and not round else Lease(folder) as lease:
+    missing_ids: set[str] = set()  # ids of segments that were published and whose files are missing
+    for attempt in range(_TRIES):
+        with started.lease if started and not attempt else Lease(folder) as lease:
             try:
-                written = begun.written.result() if begun and not round else bank.seal(lease.new(), lot)
+                written = started.written.result() if started and not attempt else bank.seal(lease.new(), lot)
                 segment = replace(written, writer=writer)
-                manifest = _published(folder, publish, place, bank.facts, segment, gone)
+                manifest = _published(folder, publish, place, bank.facts, segment, missing_ids)
                 if name := lost(folder, [file.name for file in segment.files]):
-                    gone.add(segment.id)
+                    missing_ids.add(segment.id)
                     raise Collected(_COLLECTED.format(folder.path, name))
                 break
             except (Collected, Republished) as error:  # this process was suspended, or another evicted the commit
-                if round == _TRIES - 1:
-                    if gone:
-                        publish(lambda base: without(base, gone))
+                if attempt == _TRIES - 1:
+                    if missing_ids:
+                        publish(lambda base: without(base, missing_ids))
                     raise
                 log.info("a segment is written again: %s", error)
     namespace, name = place
@@ -68,17 +68,22 @@ def commit_rows(
 
 
 def _published(
-    folder: Folder, publish: Publish, place: Place, fresh: BankFacts, segment: SegmentFacts, gone: Collection[str]
+    folder: Folder,
+    publish: Publish,
+    place: Place,
+    new_facts: BankFacts,
+    segment: SegmentFacts,
+    missing_ids: Collection[str],
 ) -> Manifest:
-    """Publish a segment, in place of those in `gone`. Returns the manifest. Collected when its files are missing."""
+    """Publish a segment in place of those in `missing_ids`. Returns the manifest. Collected when files are missing."""
 
     def change(base: Manifest) -> Manifest:
-        facts = _bank_in(base, place, fresh)
+        facts = _bank_in(base, place, new_facts)
         if segment.id in {other.id for other in facts.segments}:
             return base
         if name := missing(folder, [file.name for file in segment.files]):
             raise Collected(_COLLECTED.format(folder.path, name))
-        others = tuple(other for other in facts.segments if other.id not in gone)
+        others = tuple(other for other in facts.segments if other.id not in missing_ids)
         return base.with_bank(*place, replace(facts, segments=(*others, segment)))
 
     return publish(change)
@@ -131,9 +136,9 @@ class Collected(LLMCacheError):
     """Commit whose files were removed before or just after it was published."""
 
 
-def _bank_in(base: Manifest, place: Place, fresh: BankFacts) -> BankFacts:
+def _bank_in(base: Manifest, place: Place, new_facts: BankFacts) -> BankFacts:
     namespace, name = place
     space = base.namespaces.get(namespace)
     if space is None:
         raise LLMCacheError(f"the namespace {namespace!r} was removed by another process; open the store again")
-    return space.banks.get(name, replace(fresh, segments=(), projection=None, index=None))
+    return space.banks.get(name, replace(new_facts, segments=(), projection=None, index=None))

@@ -56,12 +56,12 @@ class Lease:
         return id
 
     def _begin(self) -> None:
-        for round in range(_TRIES):
+        for attempt in range(_TRIES):
             name = f"stat/{uuid.uuid4().hex}.lease"
             try:
                 self._descriptor = self._folder.create_locked(name)
             except FileExistsError:  # a collector tested the lock at the same moment
-                if round == _TRIES - 1:
+                if attempt == _TRIES - 1:
                     raise
                 continue
             self._name = name

@@ -38,14 +38,14 @@ def newest_segments(
     The banks themselves do not change. current: the manifest that they follow. Returns the new manifest and, for each
     bank, its facts, its segments and the number of segments that could not be opened. Errors as `Store.reload`.
     """
-    for round in range(_RELOADS):
+    for attempt in range(_RELOADS):
         prepared(folder)
         _, manifest, _ = judged(folder, trust, key, allow_untrusted=trust == "untrusted")
         for namespace, name in banks:
             _check_same(folder, current, manifest, namespace, name, banks[namespace, name].facts)
         opened = {place: _reopened(manifest, *place, bank) for place, bank in banks.items()}
         newest = generations(folder)[:1] <= [manifest.generation]
-        if newest or round == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
+        if newest or attempt == _RELOADS - 1 or not any(lost for _, _, lost in opened.values()):
             break
     return manifest, opened
 

@@ -96,7 +96,7 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
 
 
 def _usage(records: Any, uses: UseTable, extra: Rows, segment: Rows) -> Usage:
-    """beside: bytes of the features and the mark of each row, int64 [n]."""
+    """Combine records of ROW with usage records. extra: bytes of the features and mark of each row, int64 [n]."""
     used = uses.find(records["key"])
     created = records["created"].astype(np.int64)
     aligned = -(-records["nbytes"].astype(np.int64) // ALIGN) * ALIGN
@@ -118,16 +118,16 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
     Segments without live rows are dropped from the manifest. Returns their ids. OSError when a bitmap cannot be
     written; nothing is evicted then.
     """
-    gone: set[str] = set()
+    emptied: set[str] = set()
     if not len(chosen):
-        return gone
+        return emptied
     with_bitmap: dict[str, tuple[SegmentFacts, SegmentFacts]] = {}
     id = uuid.uuid4().hex
     for number in np.unique(found.usage.segment[chosen]).tolist():
         facts = found.places[number][2]
         dead = found.rows[chosen[found.usage.segment[chosen] == number]]
         if len(dead) == facts.live:
-            gone.add(facts.id)
+            emptied.add(facts.id)
             continue
         alive = np.zeros(facts.rows, np.bool_)
         alive[found.rows[found.usage.segment == number]] = True
@@ -140,17 +140,19 @@ def drop(folder: Folder, publish: Publish, found: Candidates, chosen: Rows) -> s
         for namespace, name in sorted({place[:2] for place in found.places}):
             space = base.namespaces.get(namespace)
             facts = space.banks.get(name) if space else None
-            if facts is not None and (new := _without(facts, gone, with_bitmap)) != facts:
+            if facts is not None and (new := _without(facts, emptied, with_bitmap)) != facts:
                 base = base.with_bank(namespace, name, new)
         return base
 
     publish(change)
-    return gone
+    return emptied
 
 
-def _without(facts: BankFacts, gone: set[str], with_bitmap: dict[str, tuple[SegmentFacts, SegmentFacts]]) -> BankFacts:
+def _without(
+    facts: BankFacts, emptied: set[str], with_bitmap: dict[str, tuple[SegmentFacts, SegmentFacts]]
+) -> BankFacts:
     """Return the facts of a bank after an eviction. Segments that changed since the choice of rows stay as they are."""
-    remaining = (segment for segment in facts.segments if segment.id not in gone)
+    remaining = (segment for segment in facts.segments if segment.id not in emptied)
     segments = tuple(
         with_bitmap[segment.id][1] if segment.id in with_bitmap and segment == with_bitmap[segment.id][0] else segment
         for segment in remaining
@@ -176,19 +178,19 @@ def _reserve_bytes(folder: Folder, budget: Budget) -> int:
     return max(int(_RESERVE * budget.max_bytes), 3 * size + 8192)
 
 
-def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> int | None:
+def make_room(folder: Folder, publish: Publish, budget: Budget, nbytes: int, evicted: set[str]) -> int | None:
     """Evict whole segments until `nbytes` are free. Returns the free bytes, None if `nbytes` cannot fit.
 
-    gone: set to which the ids of evicted segments are added.
+    evicted: set to which the ids of evicted segments are added.
     Their files are removed at once: processes that have them open can still read them, others have misses.
     """
     free = free_bytes(folder, budget)
-    if free < nbytes and not _make_free(folder, publish, budget, nbytes, gone):
+    if free < nbytes and not _make_free(folder, publish, budget, nbytes, evicted):
         return None
     return free_bytes(folder, budget)
 
 
-def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, gone: set[str]) -> bool:
+def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, evicted: set[str]) -> bool:
     tidy(folder)
     if garbage(folder, GRACE, 0).blocked:  # no file can be removed, so eviction would free nothing
         return False
@@ -198,7 +200,7 @@ def _make_free(folder: Folder, publish: Publish, budget: Budget, nbytes: int, go
             return False
         ahead = min(int(_AHEAD * budget.max_bytes), int(rows_found.usage.nbytes.sum()) // 4)
         chosen = choose(rows_found.usage, nbytes - free + ahead, budget.policy, budget.terms, only_whole=True)
-        gone |= drop(folder, publish, rows_found, chosen)
+        evicted |= drop(folder, publish, rows_found, chosen)
         tidy(folder)
         if free_bytes(folder, budget) <= free:
             return False
@@ -213,14 +215,14 @@ def tidy(folder: Folder) -> None:
 @contextmanager
 def waiting_lock(folder: Folder) -> Iterator[None]:
     """Hold the maintainer lock inside the block. Waits up to 10 seconds for it, then raises Busy."""
-    until = time.monotonic() + _PATIENCE
-    with ExitStack() as held:
+    deadline = time.monotonic() + _PATIENCE
+    with ExitStack() as stack:
         while True:
             try:
-                held.enter_context(folder.lock())
+                stack.enter_context(folder.lock())
                 break
             except Busy:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
             time.sleep(0.02)
         yield

@@ -87,14 +87,14 @@ class SegmentList:
         self._pieces = [Tombstone(len(piece)) if id(piece) in dropped else piece for piece in self._pieces]
         return rows
 
-    def forget(self, facts: BankFacts, gone: Container[str]) -> bool:
-        """Drop the segments whose ids are in `gone`, and rows that are dead in `facts`. Returns whether any changed."""
+    def forget(self, facts: BankFacts, evicted: Container[str]) -> bool:
+        """Drop the segments with ids in `evicted`, and rows that are dead in `facts`. Returns whether any changed."""
         newer, changed = {segment.id: segment for segment in facts.segments}, False
         for place, piece in enumerate(self._pieces):
             if not isinstance(piece, Segment):
                 continue
             now = newer.get(piece.facts.id)
-            if piece.facts.id in gone:
+            if piece.facts.id in evicted:
                 self._pieces[place], changed = Tombstone(len(piece)), True
             if now is None or piece.facts.alive == now.alive:
                 continue

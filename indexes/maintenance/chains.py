@@ -90,7 +90,7 @@ class Chains:
     def _walk(
         self, whole: bytes, starts: Sequence[tuple[bytes, bytes]], inside: dict[bytes, None], purged: set[bytes]
     ) -> None:
-        """Follow a document along the chains from the blocks in `begun`."""
+        """Follow a document along the chains from the blocks in `starts`."""
         stack = list(starts)
         while stack:
             key, rest = stack.pop()

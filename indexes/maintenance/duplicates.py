@@ -17,10 +17,10 @@ def drop_duplicates(store: Store, *, dry_run: bool = False) -> int:
     The caller holds the maintainer lock. Uses about 120 bytes of memory per row.
     """
     candidates = eviction.candidates(store.folder, eviction.current(store.folder))
-    older = _older(candidates)
+    superseded = _older(candidates)
     if not dry_run:
-        store.forget(eviction.drop(store.folder, store.publish, candidates, older))
-    return len(older)
+        store.forget(eviction.drop(store.folder, store.publish, candidates, superseded))
+    return len(superseded)
 
 
 def _older(candidates: eviction.Candidates) -> NDArray[np.int64]:

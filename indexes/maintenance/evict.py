@@ -60,7 +60,7 @@ def evict(
         if not dry_run:
             store.write_uses()
         before = disk_bytes(store.folder)
-        rows, gone = 0, set[str]()
+        rows, evicted = 0, set[str]()
         unneeded = garbage(store.folder, GRACE, 0)
         if unneeded.blocked:
             raise SnapshotDamaged(
@@ -76,10 +76,10 @@ def evict(
             for _ in range(_ROUNDS):
                 if (need := disk_bytes(store.folder) - max_bytes) <= 0:
                     break
-                rows += _evict_once(store, need, max_bytes, policy, terms, gone)
+                rows += _evict_once(store, need, max_bytes, policy, terms, evicted)
         finally:
-            store.forget(gone)
-        return Evicted(rows, len(gone), before, disk_bytes(store.folder), dry_run)
+            store.forget(evicted)
+        return Evicted(rows, len(evicted), before, disk_bytes(store.folder), dry_run)
 
 
 def _terms(max_bytes: int, policy: str, half_life: float, drift_limit: float) -> Terms:
@@ -102,14 +102,14 @@ def _planned(store: Store, need: int, policy: str, terms: Terms) -> tuple[int, i
     return len(chosen), int(whole), int(candidates.usage.nbytes[chosen].sum())
 
 
-def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Terms, gone: set[str]) -> int:
+def _evict_once(store: Store, need: int, max_bytes: int, policy: str, terms: Terms, evicted: set[str]) -> int:
     """Evict rows worth `need` bytes, and rewrite segments until their bytes are free. Returns the number of rows.
 
-    gone: set to which the ids of segments that were evicted whole are added.
+    evicted: set to which the ids of segments that were evicted whole are added.
     """
     candidates = eviction.candidates(store.folder, eviction.current(store.folder))
     chosen = choose(candidates.usage, need, policy, terms)
-    gone |= eviction.drop(store.folder, store.publish, candidates, chosen)
+    evicted |= eviction.drop(store.folder, store.publish, candidates, chosen)
     eviction.tidy(store.folder)
     after = eviction.current(store.folder)
     wanted = groups(after, lambda segment: segment.dead > 0, most=0)

@@ -111,17 +111,17 @@ def join(
 ) -> list[Merged]:
     """Merge open stores into the store `base`, or, if that is None, into the folder that `new` makes. See `merge`."""
     check_same([*([base] if base else []), *stores])
-    for round in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         try:
             return _join(base, stores, new, copy=copy, dry_run=dry_run)
         except publishing.Republished:
-            if base is None or round == _ROUNDS - 1:
+            if base is None or attempt == _ROUNDS - 1:
                 raise
             base.reload()  # the number was reused while this process was suspended; the new files were removed again
         except SnapshotDamaged:  # damaged, or collected after the store was opened: then a newer generation is intact
             opened = [*([base] if base else []), *stores]
             before = [store.manifest.generation for store in opened]
-            if [store.reload().generation for store in opened] == before or round == _ROUNDS - 1:
+            if [store.reload().generation for store in opened] == before or attempt == _ROUNDS - 1:
                 raise
     raise AssertionError("the last round returns or raises")
 

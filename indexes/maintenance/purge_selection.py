@@ -370,11 +370,11 @@ def _select_derived(folder: Folder, name: str, space: NamespaceFacts, selection:
             for part in parts:
                 if part.segment is not None and part.whole:
                     keys_removed |= {key.tobytes() for key in np.ascontiguousarray(part.segment.rows["key"])}
-    lost = KeySet(np.frombuffer(b"".join(sorted(keys_removed)), np.uint64).reshape(-1, 2))
+    removed_keys = KeySet(np.frombuffer(b"".join(sorted(keys_removed)), np.uint64).reshape(-1, 2))
     for bank in space.banks:
         if bank.startswith(DISTILLED) and bank not in dropped:
             for part in _readable(selection.parts.get((name, bank), ())):
-                part.rows |= lost.among(part.segment.rows["key"])  # type: ignore[union-attr]
+                part.rows |= removed_keys.among(part.segment.rows["key"])  # type: ignore[union-attr]
     if FITTED in space.banks and (selection.going or selection.settings[name]):
         used_keys = [bytes.fromhex(key) for key in fitted_keys(config)]
         used = KeySet(np.frombuffer(b"".join(used_keys), np.uint64).reshape(-1, 2))

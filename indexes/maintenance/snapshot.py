@@ -82,16 +82,16 @@ def transfer(
     dry_run: bool = False,
 ) -> Snapshot:
     """Transfer an open store, as `save`, or with `check` as `load`, into the folder that `new` makes for `target`."""
-    for round in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         try:
-            with nullcontext() if round < _FREE or dry_run else _maintainer_lock(store):
-                if round >= _FREE:  # under the lock, files of the newest generation are not removed
+            with nullcontext() if attempt < _FREE or dry_run else _maintainer_lock(store):
+                if attempt >= _FREE:  # under the lock, files of the newest generation are not removed
                     store.reload()
                 linked = 0 if dry_run else _make_copy(store, target, new, link=not copy, check=check)
             break
         except SnapshotDamaged as error:
             before = store.manifest.generation
-            if store.reload().generation == before or round == _ROUNDS - 1:
+            if store.reload().generation == before or attempt == _ROUNDS - 1:
                 raise advised(error, store.folder) from error
     files = list(files_of(store.manifest))
     rows = sum(segment.rows for bank in banks(store.manifest).values() for segment in bank.segments)
@@ -102,9 +102,9 @@ def transfer(
 @contextmanager
 def _maintainer_lock(store: Store) -> Iterator[None]:
     """Hold the maintainer lock inside the block, so that no process evicts, compacts or collects, if possible."""
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(waiting_lock(store.folder))
+            stack.enter_context(waiting_lock(store.folder))
         except (Busy, OSError) as error:  # another process has the lock, or the folder is read-only: try without it
             log.info("%s is copied without the maintainer lock: %s", store.folder.path, error)
         yield
