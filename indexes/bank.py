@@ -349,42 +349,42 @@ class Bank:
             self._texts.add(text_keys[existing], rows[existing])
             self._aliases.append((text_keys[existing], keys[existing]))
 
-    def lots(self) -> list[FlushBatch]:
+    def flush_batches(self) -> list[FlushBatch]:
         """Split the pending rows into batches of consecutive row numbers, one per future segment."""
         runs = self.pieces.runs()
         return [FlushBatch(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
 
-    def set_apart(self) -> FlushBatch:
-        """Return the first batch of `lots`, to be sealed while further rows are put, which use other memory."""
-        lot = self.lots()[0]
-        if len(lot.batches) == len(self.pieces.pending):
-            lot, self._shelf = replace(lot, shelf=self._shelf), self._spare_shelf or Shelf()
+    def begin_flush(self) -> FlushBatch:
+        """Return the first batch of `flush_batches`, to be sealed while further rows are put, which use other memory."""
+        flush = self.flush_batches()[0]
+        if len(flush.batches) == len(self.pieces.pending):
+            flush, self._shelf = replace(flush, shelf=self._shelf), self._spare_shelf or Shelf()
             self._spare_shelf = None
-        self.pending_bytes -= sum(payload_bytes(batch.payload) for batch in lot.batches)
-        return lot
+        self.pending_bytes -= sum(payload_bytes(batch.payload) for batch in flush.batches)
+        return flush
 
-    def seal(self, id: str, lot: FlushBatch) -> SegmentFacts:
+    def seal(self, id: str, flush: FlushBatch) -> SegmentFacts:
         """Write a batch as one durable segment with this id. It takes effect when a manifest names it (`sealed`).
 
         May run in a thread, concurrently with any other use of the bank.
         """
         return seal(
-            self._folder, id, lot.batches, alias_records(lot.aliases), self.facts.feature_width, strong=self._strong
+            self._folder, id, flush.batches, alias_records(flush.aliases), self.facts.feature_width, strong=self._strong
         )
 
-    def sealed(self, facts: BankFacts, segment: SegmentFacts, lot: FlushBatch) -> None:
+    def sealed(self, facts: BankFacts, segment: SegmentFacts, flush: FlushBatch) -> None:
         """Replace pending rows by the segment that holds them, after the newest manifest names it."""
         self.facts = facts
-        self._aliases = self._aliases[len(lot.aliases) :]
+        self._aliases = self._aliases[len(flush.aliases) :]
         try:
-            self.pieces.seal(Segment.open(self._folder, segment), lot.batches)
+            self.pieces.seal(Segment.open(self._folder, segment), flush.batches)
         except BaseException:  # the rows stay pending, in memory
-            self._aliases = [*lot.aliases, *self._aliases]
+            self._aliases = [*flush.aliases, *self._aliases]
             self._count_pending()
             raise
-        if lot.shelf is not None:
-            lot.shelf.clear()
-            self._spare_shelf = lot.shelf
+        if flush.shelf is not None:
+            flush.shelf.clear()
+            self._spare_shelf = flush.shelf
         elif not self.pieces.pending:
             self._shelf.clear()
         self._count_pending()

@@ -282,15 +282,15 @@ class Store:
         publish = partial(self.publish, once=True)
         for started in self._background.taken():
             try:
-                commit_rows(self.folder, publish, self.writer, started.place, started.bank, started.lot, started)
+                commit_rows(self.folder, publish, self.writer, started.place, started.bank, started.flush, started)
             except OSError as error:
                 raise self._fence(error) from error
         return self.manifest
 
     def _commit_rows(self, place: Place, bank: Bank) -> None:
         def commit_all() -> None:
-            for lot in bank.lots():
-                commit_rows(self.folder, partial(self.publish, once=True), self.writer, place, bank, lot)
+            for flush in bank.flush_batches():
+                commit_rows(self.folder, partial(self.publish, once=True), self.writer, place, bank, flush)
 
         try:
             if self.budget is None:

@@ -26,7 +26,7 @@ class PendingSegment:
 
     place: tuple[str, str]
     bank: Bank
-    lot: FlushBatch
+    flush: FlushBatch
     lease: Lease
     written: Future[SegmentFacts]
 
@@ -47,8 +47,10 @@ class BackgroundWriter:
         """Start writing the bank's first pending batch. No other batch of this bank may be in progress."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmcache-writer")
-        lease, lot = Lease(self._folder), bank.set_apart()
-        self._in_progress.append(PendingSegment(place, bank, lot, lease, self._thread.submit(_seal, bank, lot, lease)))
+        lease, flush = Lease(self._folder), bank.begin_flush()
+        self._in_progress.append(
+            PendingSegment(place, bank, flush, lease, self._thread.submit(_seal, bank, flush, lease))
+        )
 
     @property
     def commit_ready(self) -> bool:
@@ -75,5 +77,5 @@ class BackgroundWriter:
             self._thread = None
 
 
-def _seal(bank: Bank, lot: FlushBatch, lease: Lease) -> SegmentFacts:
-    return bank.seal(lease.new(), lot)
+def _seal(bank: Bank, flush: FlushBatch, lease: Lease) -> SegmentFacts:
+    return bank.seal(lease.new(), flush)

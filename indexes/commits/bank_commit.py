@@ -30,7 +30,7 @@ def commit_rows(
     writer: str,
     place: Place,
     bank: Bank,
-    lot: FlushBatch,
+    flush: FlushBatch,
     started: PendingSegment | None = None,
 ) -> None:
     """Write a batch of the bank as a segment, publish the segment, and read from it from then on.
@@ -46,7 +46,7 @@ def commit_rows(
     for attempt in range(_TRIES):
         with started.lease if started and not attempt else Lease(folder) as lease:
             try:
-                written = started.written.result() if started and not attempt else bank.seal(lease.new(), lot)
+                written = started.written.result() if started and not attempt else bank.seal(lease.new(), flush)
                 segment = replace(written, writer=writer)
                 manifest = _published(folder, publish, place, bank.facts, segment, missing_ids)
                 if name := lost(folder, [file.name for file in segment.files]):
@@ -61,7 +61,7 @@ def commit_rows(
                 log.info("a segment is written again: %s", error)
     namespace, name = place
     try:
-        bank.sealed(manifest.namespaces[namespace].banks[name], segment, lot)
+        bank.sealed(manifest.namespaces[namespace].banks[name], segment, flush)
     except (SnapshotDamaged, OSError) as error:
         # the commit is valid; the rows stay pending and are committed once more, and a second copy is harmless
         log.warning("a segment that was just committed cannot be opened, so its rows are committed again: %s", error)

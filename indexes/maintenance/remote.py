@@ -236,9 +236,9 @@ def _newest_remote(remote: Remote, key: bytes | None) -> Manifest | None:
                 f"{remote.path} has manifests but no FORMAT file; push the store there again"
             ) from None
         return newest(folder, listed, key)[0]
-    strangers = sorted(set(remote.names()) - {*SUBFOLDERS, _FORMAT})
-    if strangers:
-        raise LLMCacheError(f"{remote.path} is not a store and not empty (it holds {strangers[0]!r}); take another URL")
+    foreign = sorted(set(remote.names()) - {*SUBFOLDERS, _FORMAT})
+    if foreign:
+        raise LLMCacheError(f"{remote.path} is not a store and not empty (it holds {foreign[0]!r}); take another URL")
     return None
 
 
