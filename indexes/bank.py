@@ -355,7 +355,7 @@ class Bank:
         return [FlushBatch(run, [] if n else list(self._aliases)) for n, run in enumerate(runs or [[]])]
 
     def begin_flush(self) -> FlushBatch:
-        """Return the first batch of `flush_batches`, to be sealed while further rows are put, which use other memory."""
+        """Return the first of `flush_batches`, to be sealed while further rows are put, which use other memory."""
         flush = self.flush_batches()[0]
         if len(flush.batches) == len(self.pieces.pending):
             flush, self._shelf = replace(flush, shelf=self._shelf), self._spare_shelf or Shelf()
