@@ -1,4 +1,4 @@
-"""Banks: what was put is found and read as it was, through sealing, damage and other writers."""
+"""Tests of banks: look-ups and reads return the rows that were put, after sealing, damage and commits of others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Opener = Callable[..., tuple[Store, Bank]]
 
 
 def keys_of(numbers: Sequence[int]) -> Keys:
-    """A key for each number, the same every time."""
+    """Return a deterministic key for each number, uint64 [n, 2]."""
     first = np.asarray(numbers, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return np.stack([first, first ^ np.uint64(0x5555)], axis=1)
 
@@ -40,13 +40,13 @@ def text_keys_of(numbers: Sequence[int]) -> Keys:
 
 
 def values_of(numbers: Sequence[int], version: int = 0) -> NDArray[np.float32]:
-    """float32 [n, WIDTH], the same every time."""
+    """Return deterministic values, float32 [n, WIDTH]."""
     rows = [np.random.default_rng([number, version]).standard_normal(WIDTH) for number in numbers]
     return np.array(rows, np.float32).reshape(-1, WIDTH)
 
 
 def states_of(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
-    """One float32 [tokens, WIDTH] each, of different lengths."""
+    """Return one float32 [tokens, WIDTH] per number, of different lengths."""
     return [
         np.random.default_rng(number).standard_normal((1 + number * 7 % 13, WIDTH)).astype(np.float32)
         for number in numbers
@@ -80,7 +80,7 @@ def by_torch(values: NDArray[np.float32], dtype: torch.dtype) -> NDArray[np.floa
 
 
 def assert_stored_as(dtype: str, found: NDArray[np.float32], values: NDArray[np.float32]) -> None:
-    """found is what `values`, [rows, numbers], become in this dtype; for int8 a row has one scale."""
+    """Check that `found` is `values`, [rows, numbers], stored in this dtype; int8 rows have one scale each."""
     if dtype == "int8":
         step = np.abs(values).max(axis=1, initial=0, keepdims=True) / 127
         assert (np.abs(found - values) <= step * 0.5001 + 1e-12).all()
@@ -95,7 +95,7 @@ def table(reading_values: object) -> NDArray[np.float32]:
 
 
 def assert_holds(bank: Bank, numbers: Sequence[int]) -> None:
-    """Every one of these is found, and reads as what was put."""
+    """Check that all of these are found and read as they were put."""
     rows = bank.find(keys_of(numbers))
     assert (rows >= 0).all()
     reading = bank.read(rows)
@@ -110,7 +110,7 @@ def assert_holds(bank: Bank, numbers: Sequence[int]) -> None:
 
 @pytest.fixture(params=["mmap", "pread"])
 def open_bank(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opener]:
-    """Opens the store of the test, and one bank in it; everything is closed at the end. Mapped or not."""
+    """Function that opens the test's store and a bank in it, mapped or not; all are closed at the end."""
     stores: list[Store] = []
 
     def opened(
@@ -128,7 +128,7 @@ def open_bank(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opener
 
 
 def damage(path: Path, number: int, bank: Bank) -> None:
-    """Flip a byte of the stored activations of this number, in all segments that have it."""
+    """Flip a byte of the stored activations of this entry, in all segments that have it."""
     key = keys_of([number]).tobytes()
     hit = 0
     for facts in bank.facts.segments:
@@ -566,14 +566,14 @@ def test_a_bank_survives_a_segment_that_cannot_be_opened_just_after_its_commit(
 
 
 def cosines(queries: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of features rounded as they are stored; [queries, features]."""
+    """Return cosines of features rounded as they are stored, [queries, features]."""
     left, right = (one.astype(np.float16).astype(np.float64) for one in (queries, features))
     norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)[None]
     return np.asarray(left @ right.T / norms)
 
 
 def assert_nearest_as_numpy(bank: Bank, numbers: Sequence[int], queries: NDArray[np.float32], k: int) -> None:
-    """numbers: what the bank's rows hold, row after row."""
+    """Compare with an exact search in NumPy. numbers: of the bank's rows, in order."""
     rows, similarity = bank.nearest(queries, k)
     assert rows.shape == similarity.shape == (len(queries), k)
     assert rows.dtype == np.int64
@@ -693,7 +693,7 @@ def test_an_index_that_needs_more_rows_than_there_are_is_no_error(open_bank: Ope
 
 
 def clustered(numbers: Sequence[int]) -> NDArray[np.float32]:
-    """Features in eight directions of sixteen, each number with its own bit of noise."""
+    """Return features in eight directions of sixteen, with individual noise."""
     centres = np.random.default_rng(0).standard_normal((8, FEATURES)) * 3
     noise = [np.random.default_rng([9, number]).standard_normal(FEATURES) for number in numbers]
     return np.array([centres[number % 8] + one for number, one in zip(numbers, noise, strict=True)], np.float32)
@@ -786,7 +786,7 @@ def test_the_neighbour_behind_a_damaged_row_is_found_instead(open_bank: Opener) 
 
 
 class Builds:
-    """Counts how often an index is built."""
+    """Counts the builds of an index."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Clocks that are wrong, and more segments than a process may have descriptors."""
+"""Tests with wrong clocks, and with more segments than a process may have descriptors."""
 
 from __future__ import annotations
 

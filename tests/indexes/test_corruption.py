@@ -1,4 +1,4 @@
-"""Files that are damaged, in every kind and way: no wrong answer, no signal, no hang, no large allocation."""
+"""Damaged files of every kind: no wrong answer, no signal, no hang, no large allocation."""
 
 from __future__ import annotations
 

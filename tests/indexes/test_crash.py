@@ -1,4 +1,4 @@
-"""Whatever fails, stops or is killed in an operation: what was acknowledged is there afterwards, bit for bit."""
+"""Faults, power losses and kills in every operation: acknowledged entries are intact afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ by_name = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Thousands of warnings about damage that is meant."""
+    """Silence the warnings about intended damage."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""Small disks, limits, read-only folders, the real ones: no crash, nothing acknowledged lost, a message that helps."""
+"""Full disks, resource limits and read-only folders: no crash, no acknowledged entry lost, helpful messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_child(work: str, path: Path, **settings: object) -> str:
-    """Run one of the functions below in a process of its own; its last line. Failures of any kind end the test."""
+    """Run one of the functions below in a process of its own. Returns its last line; any failure fails the test."""
     arguments = f"pathlib.Path({str(path)!r}), **{settings!r}"
     code = f"import pathlib; from tests.indexes.test_environment import {work}; {work}({arguments})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -49,7 +49,7 @@ def mounted(where: Path, *arguments: str) -> Iterator[Path]:
 
 
 def filled(path: Path, segments: int = 3) -> Ledger:
-    """A store with 20 entries in each of some segments."""
+    """Make a store with several segments of 20 entries."""
     ledger, stores = Ledger(), list[Store]()
     store = open_in(RealDisk(path), stores, create=True)
     for i in range(segments):
@@ -61,7 +61,7 @@ def filled(path: Path, segments: int = 3) -> Ledger:
 
 
 def served(path: Path, ledger: Ledger, universe: range = range(4000)) -> None:
-    """A reader who comes now finds all that was acknowledged, and nothing else."""
+    """Check that a new reader finds exactly the acknowledged entries."""
     stores: list[Store] = []
     check(open_in(RealDisk(path), stores), ledger, universe)
     check_near(stores[0], sorted(ledger.acknowledged)[:5])
@@ -72,7 +72,7 @@ def served(path: Path, ledger: Ledger, universe: range = range(4000)) -> None:
 
 
 def write_until_full(path: Path, limit: int = 0) -> None:
-    """Commit until a write fails; what was acknowledged stays, and the store opens again. limit: RLIMIT_FSIZE."""
+    """Commit until a write fails; acknowledged entries stay, and the store opens again. limit: RLIMIT_FSIZE."""
     ledger, stores = filled(path), list[Store]()
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself; a write then fails with EFBIG
@@ -98,7 +98,7 @@ def write_until_full(path: Path, limit: int = 0) -> None:
 
 
 def read_and_try_to_write(path: Path) -> None:
-    """Everything is served; a commit is refused with the error for it, and counters are left alone."""
+    """Check that all entries are served, a commit is refused with an error, and counters are not written."""
     acknowledged = set(range(60))
     ledger, stores = Ledger(acknowledged, set(acknowledged)), list[Store]()
     served(path, ledger)
@@ -113,7 +113,7 @@ def read_and_try_to_write(path: Path) -> None:
 
 
 def open_with_few_descriptors(path: Path, segments: int, limit: int = 64) -> None:
-    """Open, read, look for neighbours and commit, with no more descriptors than this."""
+    """Open, read, search and commit with at most this many descriptors."""
     numbers = set(range(20 * segments))
     ledger = Ledger(numbers, set(numbers))
     check_near(Store.open(path), [1])  # libraries may keep descriptors of their own
@@ -129,7 +129,7 @@ def open_with_few_descriptors(path: Path, segments: int, limit: int = 64) -> Non
 
 
 def use_without_descriptors(path: Path) -> None:
-    """With none to be had, opening is refused; a store that is open serves what it has, and is fenced by a commit."""
+    """Without descriptors, opening is refused; an open store still serves its entries, and a commit fences it."""
     ledger, stores = Ledger(set(range(60)), set(range(60))), list[Store]()
     store = open_in(RealDisk(path), stores)
     check(store, ledger, range(200))

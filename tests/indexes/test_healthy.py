@@ -1,4 +1,4 @@
-"""A store that nothing has damaged: whatever is done to it, in whatever order, `verify` finds no damage."""
+"""Random operations on an undamaged store: `verify` never reports damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNIVERSE = range(1500)
 
 
 class Healthy:
-    """One store, and the numbers that its writers have put. A step says nothing of what `verify` may find."""
+    """A store, and the numbers that its writers have put. No step may make `verify` report damage."""
 
     def __init__(self, path: Path, chance: random.Random) -> None:
         self.path, self.chance = path, chance
@@ -47,7 +47,7 @@ class Healthy:
         return range(first, self.next)
 
     def write(self) -> None:
-        """One or more segments, in the background or not."""
+        """Write one or more segments, in the background or not."""
 
         def act(store: Store) -> None:
             for _ in range(self.chance.randint(1, 3)):
@@ -67,7 +67,7 @@ class Healthy:
         self.opened(act)
 
     def write_again(self) -> None:
-        """What is there already, by a writer that does not know it."""
+        """Write existing entries by a writer that does not know them."""
 
         def again(store: Store) -> None:
             put(store, range(min(20, self.next)))
@@ -76,7 +76,7 @@ class Healthy:
         self.opened(again)
 
     def look_for_neighbours(self) -> None:
-        """This builds an index, which a commit keeps."""
+        """Search, which builds an index that a commit saves."""
 
         def act(store: Store) -> None:
             bank_of(store).nearest(values_of([1])[:, :FEATURES], 3)
@@ -85,7 +85,7 @@ class Healthy:
         self.opened(act)
 
     def evict_rows(self) -> None:
-        """Some rows of any segments."""
+        """Evict some rows of any segments."""
 
         def act(store: Store) -> None:
             found = eviction.candidates(store.folder, eviction.current(store.folder))
@@ -121,11 +121,11 @@ class Healthy:
         shutil.rmtree(other)
 
     def repair(self) -> None:
-        """With nothing to repair, and nothing that it loses."""
+        """Repair the undamaged store, which loses no entry."""
         assert repair(self.path, grace=self.chance.choice((0, 3600))).lost == 0
 
     def snapshot(self) -> None:
-        """Go on with a snapshot in place of the store."""
+        """Continue with a snapshot in place of the store."""
         copy = self.path.with_name("copy")
         save(self.path, copy, copy=self.chance.random() < 0.5)
         shutil.rmtree(self.path)

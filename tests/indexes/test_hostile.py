@@ -95,7 +95,7 @@ def filled(path: Path) -> None:
 
 
 def look(path: Path, **asked: Any) -> tuple[str, int]:
-    """The error that opening ends in, or "" and how many entries are served. Wrong values are an AssertionError."""
+    """Return the error of opening, or "", and the number of entries served. AssertionError for wrong values."""
     try:
         store = Store.open(path, **asked)
     except LLMCacheError as error:
@@ -124,7 +124,7 @@ def look(path: Path, **asked: Any) -> tuple[str, int]:
 
 
 def forbid(put: Callable[[object, str, object], object]) -> None:
-    """Let everything raise that can run code out of data. Modules must be imported before."""
+    """Make everything raise that can execute code from data. Modules must be imported before."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("something was about to be executed")
@@ -143,7 +143,7 @@ def forbid(put: Callable[[object, str, object], object]) -> None:
 
 
 def child(path: Path, answer: Connection) -> None:
-    """Look at the store as its owner and as a stranger."""
+    """Open the store as its owner and as another user."""
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -179,7 +179,7 @@ def looked_at(path: Path) -> tuple[tuple[str, int], tuple[str, int]]:
 
 
 class Case(NamedTuple):
-    """What is done to a store, and what its owner and a stranger then get: an error, or entries that are served."""
+    """A change to a store, and the result for its owner and for others: an error, or entries served."""
 
     change: Callable[[Path], object]
     owner: str | int
@@ -192,7 +192,7 @@ def manifest_of(path: Path) -> Path:
 
 
 def raw(path: Path, body: bytes) -> None:
-    """Write a manifest with a correct checksum line."""
+    """Write a manifest with a valid checksum line."""
     manifest_of(path).write_bytes(body + b"\nsha256:" + hashlib.sha256(body).hexdigest().encode() + b"\n")
 
 
@@ -205,7 +205,7 @@ def bank_in(manifest: Any) -> Any:
 
 
 def said(change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """A manifest that says something else."""
+    """Write a manifest with changed content."""
 
     def apply(path: Path) -> None:
         manifest = document(path)
@@ -246,7 +246,7 @@ def file_of(path: Path, kind: str) -> Path:
 
 
 def holding(kind: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A file with other bytes, and a manifest that vouches for them."""
+    """Write a file with other bytes, and a manifest with their checksum."""
 
     def apply(path: Path) -> None:
         file = file_of(path, kind)
@@ -259,7 +259,7 @@ def holding(kind: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
 
 
 def records(**columns: Any) -> Callable[[Path], None]:
-    """Rows that say something else."""
+    """Write changed records of rows."""
 
     def change(data: bytes) -> bytes:
         rows = np.frombuffer(data[HEADER.itemsize :], ROW).copy()
@@ -293,7 +293,7 @@ def patched(at: int, data: bytes) -> Callable[[bytes], bytes]:
 
 
 def instead(make: Callable[[Path], object]) -> Callable[[str], Callable[[Path], None]]:
-    """Something that is no plain file, in place of one."""
+    """Put something that is not a plain file in place of one."""
 
     def of_kind(kind: str) -> Callable[[Path], None]:
         def apply(path: Path) -> None:
@@ -319,7 +319,7 @@ def a_socket(file: Path) -> None:
 
 
 def beside(file: Path) -> Path:
-    """The folder that the store is in."""
+    """Return the folder that contains the store."""
     return next(one.parent for one in file.parents if one.name == "store")
 
 
@@ -356,7 +356,7 @@ NUMBERS = {
 
 
 def big_index(data: bytes) -> bytes:
-    """A flat index whose header claims 2^40 vectors."""
+    """Write a flat index whose header claims 2^40 vectors."""
     return patched(4 + 4, (1 << 40).to_bytes(8, "little"))(data)
 
 
@@ -369,7 +369,7 @@ def other_index(recipe: str) -> bytes:
 
 
 def crooked_ids(_: bytes) -> bytes:
-    """An IVF index of 12 vectors, one of which says that it is number 2^40."""
+    """Write an IVF index of 12 vectors, one of which has the id 2^40."""
     index = faiss.index_factory(FEATURES, "IVF1,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(values_of(list(range(64)), FEATURES))
     index.add_with_ids(values_of(EVERY, FEATURES), np.array([*EVERY[:-1], 1 << 40]))
@@ -387,7 +387,7 @@ def many_manifests(path: Path) -> None:
 
 
 def first_halves_alike(path: Path) -> None:
-    """A hundred thousand rows whose keys share their first half with a key that is asked for."""
+    """Write a hundred thousand rows whose keys share their first half with a key that is looked up."""
     count = 100_000
     rows = np.zeros(count, ROW)
     rows["key"][:, 0] = keys_of([3])[0, 0]
@@ -604,7 +604,7 @@ def twice(path: Path) -> None:
 
 
 def many_segments(path: Path) -> None:
-    """As many segments as a manifest holds, none of which is there."""
+    """Write a manifest with as many segments as fit, all of them missing."""
     one = bank_in(document(path))["segments"][0]
     text = json.dumps(one)
     in_bank(segments=[json.loads(text.replace(one["id"], f"{i:032x}")) for i in range(5000)])(path)

@@ -1,4 +1,4 @@
-"""Stores in which something odd has the place of a file or folder: maintenance says so in little memory."""
+"""Entries of a wrong type in place of a store's files or folders: maintenance reports them in little memory."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def a_sparse_file(place: Path) -> None:
 
 
 def nothing(place: Path) -> None:
-    """Missing."""
+    """Remove the file."""
 
 
 ODD: tuple[Odd, ...] = (
@@ -113,7 +113,7 @@ STRANGE = ("\udcff\udc80", "new\nline", "\x1b[31mred", "ß" * 100, "-rf", "a" * 
 
 
 def place_in(path: Path, name: str, chance: random.Random) -> Path:
-    """Where something odd is put: a folder, the newest manifest, a file of one kind, or a name that nobody knows."""
+    """Return where to put the odd entry: a folder, the newest manifest, a file of one kind, or an unknown name."""
     if name == "m":
         return max(path.glob("m-*.json"))
     sub, _, kind = name.partition("/")
@@ -126,7 +126,7 @@ def place_in(path: Path, name: str, chance: random.Random) -> Path:
 
 
 def every_command(path: Path) -> list[str]:
-    """Do everything that there is; what was raised that is no LLMCacheError, by command."""
+    """Run all commands. Returns errors other than LLMCacheError, by command."""
     beside = path.with_name("beside")
     commands: dict[str, Callable[[], object]] = {
         "verify": lambda: json.dumps([(one.file, one.what) for one in verify(path).findings]).encode("utf-8"),
@@ -176,7 +176,7 @@ def _read(path: Path) -> None:
 
 
 def in_little_memory(path: Path, prepare: str) -> None:
-    """Run every command in a process that cannot take much memory, or long."""
+    """Run every command in a process with limited memory and time."""
     code = (
         "import logging, resource, sys; from pathlib import Path; from tests import test_odd_files as odd\n"
         "logging.disable(logging.CRITICAL); path = Path(sys.argv[1]); odd.every_command(path.with_name('warm'))\n"

@@ -1,4 +1,4 @@
-"""The tests are tested: each of these bugs, switched on here and nowhere else, is found by the test named beside it."""
+"""Tests of the tests: each bug that is switched on here is found by the named test."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PUT = next(one for one in OPERATIONS if one.name == "put and commit")
 
 @pytest.fixture(autouse=True)
 def _apart() -> Iterator[None]:
-    """What other tests keep must not have been made with a bug."""
+    """Keep other tests' shared stores separate from those made with a bug."""
     logging.disable(logging.CRITICAL)
     for cached in (operations.key_of, faults._prepared):
         cached.cache_clear()
@@ -92,7 +92,7 @@ def rewrite(memory: MemoryFolder, name: str, change: Callable[[bytearray], objec
 
 
 def _read_after(change: Callable[[bytearray], object]) -> Tally:
-    """Read all after each of the activations' files was changed so."""
+    """Read all entries after this change of each file of activations."""
     tally = Tally()
     memory, ledger = start(PUT)
     for name in memory.names("seg"):
@@ -112,7 +112,7 @@ def flipped_bit() -> Tally:
 
 
 def records_with_each_others_keys() -> Tally:
-    """Two rows' keys are exchanged, and the sha256 over them is put right: as a bug in the writer would do."""
+    """Swap the keys of two rows and correct the sha256 over them, like a bug in the writer."""
 
     def swap(data: bytearray) -> None:
         for at in range(64, 64 + 16):
@@ -135,7 +135,7 @@ def records_with_each_others_keys() -> Tally:
 
 
 def index_that_names_rows_that_are_not_there() -> Tally:
-    """An index is damaged behind its checksum, so that it gives ids beyond its end."""
+    """Damage an index after its checksum is verified, so that it returns ids beyond its end."""
     tally = Tally()
     with tally.trial("searches", "ids beyond the end"), Patch.context() as patch:
         real = VectorIndex._search

@@ -1,4 +1,4 @@
-"""Any order of what may happen to a store, against a model of two sets: what was begun, and what was acknowledged."""
+"""Random sequences of store operations, checked against two sets: entries written, and entries acknowledged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STEPS = {"taken": 0}
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """One store in memory, one process that has it open, and others that come and go."""
+    """A store in memory, a process that has it open, and other processes that open and close it."""
 
     @initialize()
     def make(self) -> None:
@@ -156,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(after=st.integers(0, 60), seed=st.integers(0, 1000), state=st.integers(-1, 9))
     def crash(self, after: int, seed: int, state: int) -> None:
-        """In a commit: kill -9 (state -1), or a power loss."""
+        """Crash in a commit, by kill -9 (state -1) or a power loss."""
         self.ledger.begun |= self.waiting
         self.memory.fault = Fault(len(self.memory.calls) + after)
         try:
@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 100), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
     def flip_a_bit(self, which: int, place: int, bit: int) -> None:
-        """In one segment file, or index: entries are missed or not, but never wrong. Its process starts anew."""
+        """Flip a bit in a segment or index file: entries may be misses, but never wrong. The process starts again."""
         # not sorted: names are random, the order in which they came is not
         names = [f"{sub}/{name}" for sub in ("seg", "idx") for name in self.memory.names(sub)]
         names = [name for name in names if self.memory.size(name)]
@@ -192,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._open()
 
     def _entries_of(self, segment: str) -> set[int]:
-        """Numbers whose keys are in this segment's records."""
+        """Return the numbers whose keys are in this segment's records."""
         if f"{segment}.row" not in self.memory.names("seg"):  # left by a crash before its manifest
             return set()
         records = self.memory.read(f"seg/{segment}.row", 1 << 20)
@@ -202,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(operation=st.sampled_from(MAINTENANCE), hours=st.integers(0, 2))
     def maintain(self, operation: Operation, hours: int) -> None:
-        """Evict, compact, gc; the open store goes on with what it has."""
+        """Evict, compact and collect; the open store keeps what it has open."""
         self.memory.time += 3600 * hours
         operation.run(MemoryDisk(self.memory), self.ledger, [])
 
@@ -217,7 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
     def maintain_until_it_fails(
         self, operation: Operation, after: int, code: int, forever: bool, seed: int, state: int
     ) -> None:
-        """A full disk, one that fails, or (code 0) a kill or a power loss at one of its calls."""
+        """Maintain with a full or failing disk, or (code 0) a kill or a power loss at one of the calls."""
         self.memory.fault = Fault(len(self.memory.calls) + after, code, forever)
         try:
             operation.run(MemoryDisk(self.memory), self.ledger, [])
@@ -233,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 8), copy=st.booleans(), shared=st.integers(0, 2))
     def merge(self, count: int, copy: bool, shared: int) -> None:
-        """Another worker's store, of which some entries are here already, comes in."""
+        """Merge another worker's store, some of whose entries exist already."""
         self.others += 1
         name, numbers = f"other{self.others}", [*sorted(self.ledger.acknowledged)[:shared], *self._fresh(count)]
         other = open_in(MemoryDisk(self.memory), [], create=True, name=name)
@@ -255,7 +255,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def repair(self) -> None:
-        """Takes out what is damaged, and nothing else."""
+        """Repair, which removes exactly the damaged entries."""
         MemoryDisk(self.memory).repair()
         self._open()
         self.flipped = False

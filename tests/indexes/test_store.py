@@ -1,4 +1,4 @@
-"""Stores: what was acknowledged stays, through other writers, full disks, forks and kills."""
+"""Tests of stores: acknowledged entries survive other writers, full disks, forks and kills."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def keys_of(numbers: Sequence[int]) -> Keys:
-    """A key for each number, the same in every process."""
+    """Return a key for each number, the same in every process."""
     first = np.asarray(numbers, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return np.stack([first, first ^ np.uint64(0x5555)], axis=1)
 
 
 def values_of(numbers: Sequence[int]) -> NDArray[np.float32]:
-    """What belongs to these numbers, the same in every process. float32 [n, WIDTH]."""
+    """Return the values of these numbers, the same in every process, float32 [n, WIDTH]."""
     rows = [np.random.default_rng(number).standard_normal(WIDTH) for number in numbers]
     return np.array(rows, np.float32).reshape(-1, WIDTH)
 
@@ -76,7 +76,7 @@ def put(store: Store, numbers: Sequence[int], name: str = "layer") -> None:
 
 
 def held(store: Store, numbers: Sequence[int], name: str = "layer") -> set[int]:
-    """Which of these the store has; each of them must be bit for bit what belongs to it."""
+    """Return which of these the store has, after checking their bytes."""
     bank = bank_of(store, name)
     rows = bank.find(keys_of(numbers))
     found = rows >= 0
@@ -98,7 +98,7 @@ def opened(path: Path, *, create: bool = False) -> Iterator[Store]:
 
 
 def on_disk(path: Path, numbers: Sequence[int], name: str = "layer") -> set[int]:
-    """What a reader who comes now finds."""
+    """Return the entries that a new reader finds."""
     with opened(path) as store:
         return held(store, numbers, name)
 
@@ -511,7 +511,7 @@ def test_a_bank_whose_namespace_is_gone_is_not_committed(path: Path) -> None:
 
 
 class Faults:
-    """Lets the n-th call that changes a file fail, and with `forever` all after it; counts them all with -1."""
+    """Makes the n-th call that changes a file fail, and with `forever` all later ones; counts all calls with -1."""
 
     CALLS = ("create", "write", "sync", "link", "sync_folder")
 
@@ -546,7 +546,7 @@ def filled(path: Path) -> Path:
 
 
 def commit_of_rows_and_index(store: Store) -> None:
-    """Publishes twice: rows 5 to 8 and an index that covers them."""
+    """Publish twice: rows 5 to 8, and an index that covers them."""
     store.commit()
     bank_of(store).nearest(values_of([1])[:, :4], 1)
     store.commit()

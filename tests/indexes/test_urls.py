@@ -87,7 +87,7 @@ def test_log_lines_of_every_form_hide_credentials(secret: str, caplog: pytest.Lo
 
 
 class Failing:
-    """A library of which every call fails, with the URL and the secret in the error."""
+    """A library whose calls all fail, with the URL and the secret in the error."""
 
     def __init__(self, url: str, secret: str) -> None:
         self._said = f"403 at {url}, key {secret}"

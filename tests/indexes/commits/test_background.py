@@ -1,4 +1,4 @@
-"""Commits in the background: what a thread writes counts only whole, and nothing waits in vain for it."""
+"""Tests of background commits: only complete segments take effect, and no call blocks for ever."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def disk() -> MemoryDisk:
 
 
 class Gate:
-    """Holds the thread that writes before its first call, until it is opened."""
+    """Gate that blocks the writer thread before its first call until it is opened."""
 
     def __init__(self, memory: MemoryFolder) -> None:
         self._open, self._mine = threading.Event(), threading.current_thread()
@@ -45,7 +45,7 @@ class Gate:
 
 
 def elsewhere(disk: MemoryDisk, stores: list[Store]) -> set[int]:
-    """What a reader who comes now finds."""
+    """Return the entries that a new reader finds."""
     return found_in(open_in(disk, stores), ALL)
 
 
@@ -157,7 +157,7 @@ def test_a_mark_of_what_waits_is_taken_after_what_is_on_its_way(disk: MemoryDisk
 def test_rows_that_were_given_up_between_others_move_none_of_them(
     disk: MemoryDisk, stores: list[Store], behind: bool
 ) -> None:
-    """A gap between rows that wait: one segment of what is before and after it would number the first ones anew."""
+    """A segment over a gap in the pending rows would renumber the first ones."""
     store = open_in(disk, stores, create=True)
     put(store, range(5))
     mark = store.pending()

@@ -1,4 +1,4 @@
-"""Garbage collection beside everybody else: files of living writers stay, whatever their age and the clock."""
+"""Tests of garbage collection beside writers: files of running writers stay, whatever their age and the clock."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def make(path: Path, numbers: range) -> Path:
 
 
 def old(path: Path, seconds: float = 7200) -> None:
-    """As if the files had been written so long ago."""
+    """Make the files look this old."""
     for one in path.rglob("*"):
         if one.is_file():
             os.utime(one, (one.stat().st_mtime - seconds,) * 2)
 
 
 def stop_before(call: str, number: int) -> None:
-    """Let this process stop itself before the n-th such call."""
+    """Make this process stop itself before the n-th such call."""
     real, count = getattr(Folder, call), iter(range(number, -1, -1))
 
     def stopping(*arguments: Any, **named: Any) -> Any:
@@ -62,7 +62,7 @@ def stop_before(call: str, number: int) -> None:
 
 
 def beside_a_stopped(work: Callable[[], object], call: str, number: int, meanwhile: Callable[[], None]) -> int:
-    """Run `work` in a process that is stopped before a call; do something meanwhile, and let it end; its exit code."""
+    """Run `work` in a process that stops before a call, act meanwhile, continue the process. Returns its exit code."""
 
     def stopped() -> None:
         stop_before(call, number)
@@ -92,7 +92,7 @@ def present(path: Path, numbers: range) -> set[int]:
 
 
 def check_whole(path: Path, wanted: set[int]) -> None:
-    """Everything is served, nothing is damaged, and a snapshot can be made."""
+    """Check that all entries are served, no file is damaged, and a snapshot can be made."""
     assert present(path, range(400)) == wanted
     assert not [one for one in verify(path).findings if one.damage]
     save(path, path.with_name(f"{path.name}-snapshot"))
@@ -267,7 +267,7 @@ def test_a_merge_and_a_snapshot_begin_again_when_a_store_is_compacted_and_collec
     real_carry, maintaining = vars(snapshot)["carry_segment"], list[bool]()
 
     def renewed() -> None:
-        """All segments of both stores are other ones, and the files of the old ones are gone."""
+        """Replace all segments of both stores, and remove the files of the old ones."""
         if not left or maintaining:
             return
         left.pop()

@@ -1,4 +1,4 @@
-"""Reloading: an open store moves to the newest generation when it is asked to, and not before."""
+"""Tests of reload: an open store moves to the newest generation only when told to."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def put(store: Store, numbers: Sequence[int]) -> None:
 
 
 def held(store: Store, numbers: Sequence[int]) -> set[int]:
-    """Which of these the store has, by key, by text and by fingerprint alike; each bit for bit its own."""
+    """Return which of these the store finds by key, by text and by fingerprint, after checking their bytes."""
     bank = bank_of(store)
     rows = bank.find(keys_of(numbers))
     assert rows.tolist() == bank.find_text(keys_of(numbers)[:, ::-1].copy()).tolist()

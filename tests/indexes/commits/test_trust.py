@@ -1,4 +1,4 @@
-"""Trust: who vouches for a store, and what is read from one that nobody vouches for."""
+"""Tests of trust: how the level of a store is determined, and what is read from an untrusted store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signed store is evicted from, compacted, purged, reloaded and copied, and stays what it is."""
+"""Tests of maintenance of a signed store: after every operation it is still signed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def held(store: Store) -> set[int]:
 
 
 def bury(store: Store, numbers: list[int]) -> None:
-    """Evict these entries, and no others."""
+    """Evict exactly these entries."""
     found = eviction.candidates(store.folder, store.manifest)
     keys = np.concatenate([bank_of(store).facts.segments and _keys(store, one[2].id) for one in found.places])
     chosen = np.flatnonzero([one.tobytes() in {key.tobytes() for key in keys_of(numbers)} for one in keys])
@@ -72,7 +72,7 @@ def _keys(store: Store, id: str) -> Keys:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Signed, by two writers: 0 to 9 and 10 to 19, of each 7 evicted."""
+    """A signed store of two writers, with entries 0 to 9 and 10 to 19, 7 evicted of each."""
     for first in (0, 10):
         with closing(Store.open(tmp_path / "store", create=True, trust="own", key=KEY)) as store:
             if not first:

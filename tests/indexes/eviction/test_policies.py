@@ -1,4 +1,4 @@
-"""Eviction policies: their order, compared with slow references, and how many rows are taken."""
+"""Tests of eviction policies: their order against slow references, and the number of rows chosen."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def seen(row: Row) -> int:
 
 
 def reference(rows: list[Row], policy: str) -> list[int]:
-    """The order, by sorting tuples of Python numbers."""
+    """Rank rows by sorting tuples of Python numbers."""
     now = max(map(seen, rows), default=0)
     keys: dict[str, Callable[[Row], Any]] = {
         "lru": lambda row: (seen(row),),

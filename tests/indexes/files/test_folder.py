@@ -1,4 +1,4 @@
-"""The system calls of a store: nothing outside its folder is touched, nothing half-written stays."""
+"""Tests of a store's system calls: they stay inside its folder, and leave no half-written file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder in memory: it does what a real one does, and loses what a real disk may lose."""
+"""Tests of the in-memory folder: it behaves like a real one, and loses what a real disk may lose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUT = next(one for one in OPERATIONS if one.name == "put and commit")
 
 
 def told(act: Callable[[], object]) -> object:
-    """What a call gives, or the class of its error."""
+    """Return the result of a call, or the class of its error."""
     try:
         found = act()
     except (OSError, SnapshotDamaged) as error:

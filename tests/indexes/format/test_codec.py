@@ -1,4 +1,4 @@
-"""Stored numbers: bit for bit where the type can hold them, within half a step where it cannot."""
+"""Tests of encodings: exact where the dtype can represent a value, within half a step elsewhere."""
 
 from __future__ import annotations
 

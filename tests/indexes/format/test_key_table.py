@@ -1,4 +1,4 @@
-"""The key table against a dict."""
+"""Tests of the key table against a dict."""
 
 from __future__ import annotations
 

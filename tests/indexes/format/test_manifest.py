@@ -1,4 +1,4 @@
-"""Manifests: what is damaged or hostile never parses, and what was committed is never lost to another commit."""
+"""Tests of manifests: damaged or hostile ones never parse, and commits are never lost to other commits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ KINDS = ("seg", "row", "key", "var", "fp")
 
 
 def full_manifest() -> Manifest:
-    """One that has every field filled."""
+    """Return a manifest with all fields set."""
     files = tuple(FileFacts(f"seg/{ID}.{kind}", 640, None if kind == "seg" else SHA) for kind in KINDS)
     index = IndexFacts("flat", 128, 10, (ID,), FileFacts(f"idx/{ID}.faiss", 99, SHA))
     bank = BankFacts(
@@ -68,17 +68,17 @@ def full_manifest() -> Manifest:
 
 
 def signed(body: bytes) -> bytes:
-    """With a checksum line that is right, so that only the parser stands in the way."""
+    """Append a valid checksum line, so that only the parser can refuse the content."""
     return body + b"\nsha256:" + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 
 def plain() -> Any:
-    """The JSON of `full_manifest`, by way of another parser."""
+    """Return the JSON of `full_manifest`, parsed by the standard library."""
     return json.loads(to_bytes(full_manifest())[:-73])
 
 
 def changed(path: tuple[str | int, ...], raw: str) -> bytes:
-    """The signed manifest with the value at `path` replaced by this JSON text."""
+    """Return the manifest with the value at `path` replaced by this JSON text, and a valid checksum."""
     document = plain()
     inner = document
     for step in path[:-1]:
@@ -717,7 +717,7 @@ def test_a_change_that_fails_leaves_nothing_behind(folder: Folder) -> None:
 
 
 class Faults:
-    """Lets the n-th call that changes a file fail, and with `forever` all after it."""
+    """Makes the n-th call that changes a file fail, and with `forever` all later ones."""
 
     CALLS = ("create", "write", "sync", "link", "sync_folder")
 

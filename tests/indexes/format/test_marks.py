@@ -1,4 +1,4 @@
-"""Marks of rows, and the nearest rows of one scope: kept whatever is done to a store, found in every kind of index."""
+"""Tests of marks and of search within a scope: every operation keeps marks, and every index kind respects scopes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def keys_of(numbers: NDArray[np.int64]) -> Keys:
 
 
 def marks_for(numbers: NDArray[np.int64], kinds: int) -> Marks:
-    """Marks that tell their number."""
+    """Return marks that contain their number."""
     marks = unmarked(len(numbers), kinds)
     marks["scope"] = np.array(SCOPES, np.uint64)[numbers % 3]
     marks["rules"], marks["pattern"] = 3, numbers % 2
@@ -73,7 +73,7 @@ def put(bank: Bank, numbers: NDArray[np.int64], marks: Marks | None) -> None:
 
 
 def filled(path: Path) -> None:
-    """Three segments: of rows with marks of six kinds, of none, and without marks; in lots, some without."""
+    """Store three segments: with marks of six kinds, with marks of no kind, and without marks, in several batches."""
     store = Store.open(path, create=True)
     bank = bank_of(store)
     for begin, kinds in ((0, 6), (100, 0), (200, None)):
@@ -96,7 +96,7 @@ def expected(number: int, kinds: int) -> Marks:
 
 
 def check(path: Path, least: int) -> set[int]:
-    """Every row that a store has carries its own mark; the numbers of the rows."""
+    """Check that every row of a store has its own mark. Returns the numbers of the rows."""
     assert verify(path).whole
     store = Store.open(path)
     bank = bank_of(store)
@@ -165,7 +165,7 @@ def after_repair(path: Path, other: Path) -> Path:
 
 
 def after_adoption(path: Path, other: Path) -> Path:
-    """Repaired when the newest manifest is damaged, so that its segment is taken in by its files alone."""
+    """Repair with a damaged newest manifest, so that its segment is adopted from its files alone."""
     newest = max(path.glob("m-*.json"))
     newest.chmod(0o600)
     newest.write_bytes(b"damaged")
@@ -212,7 +212,7 @@ KINDS_OF_INDEX = [
 def test_the_nearest_rows_of_a_scope_are_those_that_a_search_one_by_one_finds(
     tmp_path: Path, kind: str, projection: str, dim: int, shares: tuple[float, ...]
 ) -> None:
-    """The reference multiplies fingerprints of all rows of the scope; asked before and after sealing and evicting."""
+    """The reference multiplies the fingerprints of all rows of the scope, before and after sealing and eviction."""
     random = np.random.default_rng(len(kind) + dim)
     n, choice = 1500, NearChoice(kind, projection, dim)
     scopes = random.choice(np.array(SCOPES, np.uint64), n, p=shares)

@@ -1,4 +1,4 @@
-"""Two ways to read activations: mapped and with preadv. The same bits, and different ends when a file shrinks."""
+"""Tests of mapped reads and preadv: equal results, and different outcomes when a file is truncated."""
 
 from __future__ import annotations
 

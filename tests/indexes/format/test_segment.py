@@ -1,4 +1,4 @@
-"""Segments: what was sealed comes back, what is damaged is told apart from what is whole."""
+"""Tests of segments: sealed rows are read back, and damage is detected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
 
 
 def entries(n: int, lengths: Sequence[int] | None = None, *, seed: int = 0, feature_width: int = 4) -> PendingRows:
-    """Rows of random bytes; lengths are bytes, 100 each where not given."""
+    """Return rows of random bytes. lengths: in bytes, 100 each by default."""
     random = np.random.default_rng(seed)
     lengths = [100] * n if lengths is None else lengths
     return PendingRows(
@@ -95,7 +95,7 @@ def file_of(folder: Folder, kind: str) -> Path:
 
 
 def assert_same(segment: Segment, batches: Sequence[PendingRows]) -> None:
-    """Every field of every row is what went in."""
+    """Check all fields of all rows."""
     assert len(segment) == sum(map(len, batches))
     assert all(intact(segment))
     stored = segment.payload(every(segment))
@@ -443,7 +443,7 @@ def test_another_row_count_of_payload_is_not_intact(folder: Folder) -> None:
 
 
 def provoked(segment_facts: SegmentFacts, folder: Folder) -> None:
-    """Opened, and every file used."""
+    """Open the segment and read all its files."""
     segment = Segment.open(folder, segment_facts)
     segment.features()
     segment.tokens(0)
@@ -516,7 +516,7 @@ def test_a_file_of_another_segment_is_damage(folder: Folder) -> None:
 
 
 def resigned(folder: Folder, facts: SegmentFacts, kind: str, content: bytes) -> SegmentFacts:
-    """The facts that fit this content, as somebody would write them who can write manifests."""
+    """Return facts that fit this content, as an attacker who can write manifests would."""
     file_of(folder, kind).write_bytes(content)
     new = replace(facts.file(kind), size=len(content), sha256=hashlib.sha256(content).hexdigest())
     return replace(facts, files=tuple(new if one.name == new.name else one for one in facts.files))
@@ -574,7 +574,7 @@ def test_a_row_that_points_outside_its_file_is_not_intact_even_if_its_sha256_fit
 
 
 class Faults:
-    """Lets the n-th call that changes a file fail; counts them all with -1."""
+    """Makes the n-th call that changes a file fail; counts all calls with -1."""
 
     CALLS = ("create", "write", "sync", "sync_folder")
 

@@ -1,4 +1,4 @@
-"""Memory that is given out again: places do not overlap, and nothing that waits to be sealed is overwritten."""
+"""Tests of the arena for pending rows: allocations do not overlap, and pending rows are not overwritten."""
 
 from __future__ import annotations
 

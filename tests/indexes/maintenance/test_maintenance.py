@@ -1,4 +1,4 @@
-"""Evicting, compacting and collecting: what is freed, what stays, and who may be killed meanwhile."""
+"""Tests of eviction, compaction and garbage collection, with kills in between."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def put(store: Store, numbers: Sequence[int]) -> None:
 
 
 def held(store: Store, numbers: Sequence[int]) -> set[int]:
-    """Which of these the store has; each must be bit for bit what belongs to it, by key and by text."""
+    """Return which of these the store has, after checking their bytes by key and by text."""
     bank = bank_of(store)
     rows = bank.find(keys_of(numbers))
     found = rows >= 0
@@ -117,7 +117,7 @@ def look(path: Path) -> dict[str, tuple[bytes, int]]:
 
 
 class Clock:
-    """Time as the tests set it."""
+    """Clock that tests set."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 1_800_000_000.0
@@ -259,7 +259,7 @@ def test_an_evicted_key_can_be_stored_again_and_the_new_row_serves(path: Path) -
 
 
 def _bury(store: Store, numbers: Sequence[int]) -> None:
-    """Evict exactly these."""
+    """Evict exactly these entries."""
     found = eviction.candidates(store.folder, eviction.current(store.folder))
     every = {int(number): place for place, number in enumerate(found.usage.cost)}
     gone = eviction.drop(store.folder, store.publish, found, np.array([every[number] for number in numbers]))

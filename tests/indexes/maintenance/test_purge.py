@@ -1,4 +1,4 @@
-"""Purging: what goes leaves no byte behind, what stays is as it was."""
+"""Tests of purge: no byte of a purged entry remains, and other entries are unchanged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def source_of(number: int) -> str:
 
 
 def traces_of(number: int) -> dict[str, bytes]:
-    """What would give an entry away, in all forms in which it may be in a file."""
+    """Return byte strings that reveal an entry, in all forms in which files may contain it."""
     values, features = values_of([number])[0], values_of([number], FEATURES)[0]
     projected = features.astype(np.float16).astype(np.float64)
     return {
@@ -74,7 +74,7 @@ def traces_of(number: int) -> dict[str, bytes]:
 
 
 def found_in(path: Path, number: int) -> dict[str, list[str]]:
-    """Files that hold a trace, by trace."""
+    """Return the files that contain a trace, by trace."""
     found: dict[str, list[str]] = {}
     for file in path.rglob("*"):
         data = file.read_bytes() if file.is_file() else b""
@@ -113,7 +113,7 @@ def opened(path: Path, **asked: Any) -> Iterator[Store]:
 
 
 def filled(path: Path, numbers: Sequence[int], key: bytes | None = None, **where: Any) -> str:
-    """Store some entries with an index over them; who did."""
+    """Store some entries with an index over them. Returns the writer."""
     with opened(path, create=True, trust="own", key=key) as store:
         put(store, numbers, **where)
         store.commit()
@@ -124,7 +124,7 @@ def filled(path: Path, numbers: Sequence[int], key: bytes | None = None, **where
 
 
 def held(store: Store, numbers: Sequence[int], **where: Any) -> set[int]:
-    """Which of these are there; each whole, found by its text, its tokens and its neighbours."""
+    """Return which of these exist, after checking that text, tokens and neighbours find them."""
     bank = bank_of(store, **where)
     rows = bank.find(keys_of(numbers))
     assert rows.tolist() == bank.find_text(texts_of(numbers)).tolist()

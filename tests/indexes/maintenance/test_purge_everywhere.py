@@ -1,4 +1,4 @@
-"""A purge of documents, over ways to store them and ways to name them: no byte of them is left in any file."""
+"""Purges over all ways to store and to name documents: no file contains a byte of them afterwards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def numbers(*seed: object, shape: tuple[int, ...] = (WIDTH,)) -> NDArray[np.floa
 
 
 def tokens(number: int) -> NDArray[np.int32]:
-    """Token ids of a document: the first block is shared by those of the same parity, the others are its own."""
+    """Return the token ids of a document. Documents of equal parity share the first block; the others are unique."""
     first = np.arange(4, dtype=np.int32) + 100 + number % 2
     return np.concatenate([first, np.random.default_rng([number, 5]).integers(1000, 1 << 29, 7).astype(np.int32)])
 
@@ -57,7 +57,7 @@ def name(number: int) -> str:
 
 
 def blocks(number: int) -> list[tuple[bytes, bytes, NDArray[np.int32]]]:
-    """Key, key before, and tokens of each block of a document."""
+    """Return key, previous key, and tokens of each block of a document."""
     found, before, ids = [], b"", tokens(number)
     for at in range(0, len(ids), BLOCK):
         own = key("block", before, ids[at : at + BLOCK].tobytes())
@@ -67,7 +67,7 @@ def blocks(number: int) -> list[tuple[bytes, bytes, NDArray[np.int32]]]:
 
 
 def traces(number: int, dtype: str) -> dict[str, bytes]:
-    """What would give a document away, in the forms in which it may be in a file. The first block is not its own."""
+    """Return byte strings that reveal a document, in all forms that files may contain, except its shared block."""
     found = {"id": name(number).encode(), "tokens": tokens(number)[4:].tobytes(), "last block": blocks(number)[-1][0]}
     for role in ROLES:
         found[f"key {role}"], found[f"text {role}"] = key("row", role, number), key("text", role, number)
@@ -110,7 +110,7 @@ def fitted_key() -> bytes:
 
 
 def fill(store: Store, some: Sequence[int], dtype: str, roles: Sequence[str]) -> None:
-    """Put documents as caches put them: outputs and heads with ids and texts, states with token ids alone."""
+    """Put documents as caches do: outputs and heads with ids and texts, states with token ids only."""
     distilled = f"distilled-{fitted_key().hex()[:16]}"
     for role in roles:
         place = bank(store, distilled if role == "distilled-" else role, dtype)
@@ -143,7 +143,7 @@ def fill(store: Store, some: Sequence[int], dtype: str, roles: Sequence[str]) ->
 
 
 def calibrate(store: Store, some: Sequence[int]) -> None:
-    """Landmarks among the fitted numbers, as a calibration keeps them, and the setting that names them."""
+    """Store landmarks in fitted arrays, as a calibration does, and the setting that names them."""
     landmarks = np.concatenate([numbers("features", one, shape=(FEATURES,)).astype(np.float16) for one in some])
     old = bank(store, "fitted", "float32")
     for own, extra in ((key("an older calibration"), 1.0), (fitted_key(), 0.0)):
@@ -160,7 +160,7 @@ def calibrate(store: Store, some: Sequence[int]) -> None:
 
 
 def unfinished_run(store: Store, folder: Path, number: int) -> Path:
-    """A stopped run with results of a document, as the store is told of it, and what a killed writer left."""
+    """Make an interrupted run with results of a document, registered with the store, and a killed writer's files."""
     run = folder / "out.unfinished"
     run.mkdir(mode=0o700)
     (run / "journal.json").write_text(json.dumps({"facts": {}}))
@@ -206,7 +206,7 @@ def named(how: str) -> Doomed:
 
 
 def check_others(path: Path, dtype: str, roles: Sequence[str]) -> None:
-    """All other documents are served with the numbers that were put, by key, by text and as neighbours."""
+    """Check that all other documents are found by key, by text and as neighbours, with unchanged values."""
     store = Store.open(path)
     others = [number for number in EVERY if number != SECRET]
     for role in roles:

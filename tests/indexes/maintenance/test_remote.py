@@ -1,4 +1,4 @@
-"""Stores pushed to and pulled from URLs: files, memory and a real HTTP server; broken off, cut short and altered."""
+"""Tests of push and pull with files, memory and an HTTP server: interrupted, truncated and altered transfers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = b"k" * 32
 
 
 def put(path: Path, first: int, rows: int, key: bytes | None = None) -> None:
-    """Add a segment of rows whose keys and values tell their numbers."""
+    """Add a segment of rows whose keys and values contain their numbers."""
     with closing(Store.open(path, create=True, key=key)) as store:
         if store.namespace("default") is None:
             store.declare("default", {"model": "m"}, {})
@@ -49,7 +49,7 @@ def put(path: Path, first: int, rows: int, key: bytes | None = None) -> None:
 
 
 def values(path: Path, rows: int, key: bytes | None = None) -> list[float]:
-    """The first number of every row, read by key."""
+    """Return the first number of each row, read by key."""
     with closing(Store.open(path, key=key)) as store:
         space = store.manifest.namespaces["default"]
         bank = store.bank("default", "output", lambda: space.banks["output"], NearChoice())
@@ -77,7 +77,7 @@ def memory() -> Iterator[str]:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A folder, and the URL where a server of the standard library shows it."""
+    """A folder, and a URL where the standard library's HTTP server serves it."""
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -172,7 +172,7 @@ def test_a_signed_store_stays_signed_and_asks_for_its_key(tmp_path: Path, memory
 
 
 class Cut(Exception):
-    """The network went away."""
+    """Interruption of the network."""
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 10, 11])

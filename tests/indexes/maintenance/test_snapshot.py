@@ -1,4 +1,4 @@
-"""Snapshots, merges, checks and repairs: what was whole stays, bit for bit, and what is not is named."""
+"""Tests of snapshots, merges, verification and repair: intact data stays, and damage is reported."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def put(bank: Bank, numbers: Sequence[int]) -> None:
 
 
 def made(path: Path, *parts: Sequence[int], model: str = "m", index: bool = False) -> Path:
-    """A store with one segment per part."""
+    """Make a store with one segment per part."""
     with closing(Store.open(path, create=True)) as store:
         for numbers in parts:
             put(bank_of(store, model=model), numbers)
@@ -92,7 +92,7 @@ def made(path: Path, *parts: Sequence[int], model: str = "m", index: bool = Fals
 
 
 def contents(path: Path, numbers: Sequence[int] = EVERYTHING) -> dict[int, bytes]:
-    """What a reader finds of these, by key: values, token ids, source, and whether text and fingerprint lead there."""
+    """Return what a reader finds for each key: values, tokens, source, and whether text and fingerprint find it."""
     with closing(Store.open(path)) as store:
         bank = bank_of(store)
         rows = bank.find(keys_of(numbers))
@@ -119,7 +119,7 @@ def near(bank: Bank, row: int) -> str:
 
 
 def expected(numbers: Sequence[int]) -> dict[int, bytes]:
-    """The same, from what was put."""
+    """Return the same as `contents`, from the values that were put."""
     values = values_of(numbers)
     return {
         number: values[i].tobytes() + repr(([number], f"document {number}", True, True)).encode()
@@ -128,7 +128,7 @@ def expected(numbers: Sequence[int]) -> dict[int, bytes]:
 
 
 def everything_in(path: Path) -> dict[str, bytes | None]:
-    """Files and folders, but for the records of use that every reader leaves behind."""
+    """List files and folders, without the usage records that every reader writes."""
     found = [one for one in sorted(path.rglob("*")) if one.suffix != ".use"]
     return {str(one.relative_to(path)): one.read_bytes() if one.is_file() else None for one in found}
 
@@ -143,7 +143,7 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def files_of(path: Path, kind: str) -> list[Path]:
-    """Files of the newest generation with this ending, in the order of the manifest."""
+    """List the files of the newest generation with this extension, in the manifest's order."""
     with closing(Store.open(path)) as store:
         facts = store.manifest.namespaces["default"].banks["layer"]
         if kind in ("faiss", "proj"):
@@ -157,13 +157,13 @@ def files_of(path: Path, kind: str) -> list[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Three segments and an index."""
+    """A store with three segments and an index."""
     return made(tmp_path / "store", range(30), range(30, 45), range(45, 60), index=True)
 
 
 @pytest.fixture(scope="session")
 def other_disk() -> Iterator[Path]:
-    """A folder on another file system than the tests' own."""
+    """A folder on another file system."""
     where = Path("/dev/shm")
     if not os.access(where, os.W_OK) or where.stat().st_dev == Path("/tmp").stat().st_dev:
         pytest.skip("there is no second file system to write to")
@@ -328,7 +328,7 @@ def test_a_store_that_is_none_is_said(tmp_path: Path) -> None:
 
 
 def workers(tmp_path: Path) -> list[Path]:
-    """Three stores that overlap within and across segments, and one that holds the same row twice."""
+    """Three stores that overlap within and across segments, and one with a duplicate row."""
     return [
         made(tmp_path / "w1", range(20), range(20, 40), index=True),
         made(tmp_path / "w2", range(10, 20), range(35, 60)),
@@ -477,7 +477,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def damage_row(path: Path, number: int) -> None:
-    """Flip a byte of the stored activations of this number."""
+    """Flip a byte of the stored activations of this entry."""
     for row_file, seg in zip(files_of(path, "row"), files_of(path, "seg"), strict=True):
         records = np.frombuffer(row_file.read_bytes()[64:], ROW)
         for record in records[(records["key"] == keys_of([number])).all(axis=1)]:
@@ -485,7 +485,7 @@ def damage_row(path: Path, number: int) -> None:
 
 
 def without(numbers: Sequence[int], *, text: bool = True, tokens: bool = True, near: bool = True) -> dict[int, bytes]:
-    """`expected`, where names, tokens or fingerprints were lost."""
+    """Return `expected` with lost texts, tokens or fingerprints."""
     values = values_of(numbers)
     return {
         number: values[i].tobytes()
@@ -687,7 +687,7 @@ CALLS = (
 
 
 class Faults:
-    """Lets the n-th call of a Folder fail, or all from then on; counts them with -1."""
+    """Makes the n-th call of a Folder fail, or all from then on; counts calls with -1."""
 
     def __init__(self, patch: pytest.MonkeyPatch, code: int, at: int, forever: bool) -> None:
         self.code, self.at, self.forever, self.count = code, at, forever, 0

@@ -1,4 +1,4 @@
-"""Projections: values against numpy, and bytes that are damaged."""
+"""Tests of projections against NumPy, and with damaged bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 
 
 def some_features(n: int = 600, width: int = 24, seed: int = 0) -> NDArray[np.float32]:
-    """Correlated, of unequal spread, away from zero."""
+    """Return correlated features of unequal spread and nonzero mean."""
     random = np.random.default_rng(seed)
     spread = np.geomspace(3, 0.05, width)
     turn = np.linalg.qr(random.standard_normal((width, width)))[0]

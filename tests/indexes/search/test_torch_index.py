@@ -1,4 +1,4 @@
-"""The exact search in torch beside FAISS' flat index, with rows that were evicted, and without any FAISS."""
+"""Tests of the exact search in torch against FAISS' flat index, with deleted rows, and without FAISS."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many blocks of rows and of queries, none of them full."""
+    """Use many small blocks of rows and queries, none of them full."""
     monkeypatch.setattr(subject, "_SCORES", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(subject, "_QUERIES", 30)
 

@@ -1,4 +1,4 @@
-"""Every kind of index against exact answers from numpy, and against bytes that are damaged."""
+"""Tests of all index kinds against exact answers from NumPy, and with damaged bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def clustered(n: int, width: int, clusters: int, seed: int, noise: float = 0.5) -> NDArray[np.float32]:
-    """Unit vectors around random centres, which do not depend on the seed."""
+    """Return unit vectors around random centres, which do not depend on the seed."""
     centres = unit(np.random.default_rng(99).standard_normal((clusters, width)))
     random = np.random.default_rng(seed)
     spread = random.standard_normal((n, width)) * (noise / width**0.5)
@@ -43,7 +43,7 @@ def clustered(n: int, width: int, clusters: int, seed: int, noise: float = 0.5) 
 
 
 def near(vectors: NDArray[np.float32], n: int, seed: int = 7) -> NDArray[np.float32]:
-    """Noisy copies of some of these vectors."""
+    """Return noisy copies of some of these vectors."""
     random = np.random.default_rng(seed)
     chosen = vectors[random.choice(len(vectors), n, replace=False)]
     return unit(chosen + random.standard_normal(chosen.shape) * (0.2 / chosen.shape[1] ** 0.5))
@@ -59,7 +59,7 @@ def for_kind(kind: str, vectors: NDArray[np.float32]) -> NDArray[Any]:
 
 
 def every_similarity(queries: NDArray[Any], stored: NDArray[Any]) -> NDArray[np.float64]:
-    """What an exact index would say of each pair: [queries, stored]."""
+    """Return the exact similarity of each pair, [queries, stored]."""
     if queries.dtype == np.uint8:
         differing = np.unpackbits(queries[:, None] ^ stored[None], axis=2).sum(axis=2)
         return np.asarray(np.cos(np.pi * differing / (8 * stored.shape[1])), np.float64)
@@ -67,7 +67,7 @@ def every_similarity(queries: NDArray[Any], stored: NDArray[Any]) -> NDArray[np.
 
 
 def cagra_on_cpu(vectors: NDArray[np.float32]) -> VectorIndex:
-    """What a cagra index is once its bytes are read on a machine without a GPU."""
+    """Return a cagra index as it is after deserialisation on a machine without a GPU."""
     index = faiss.IndexHNSWCagra(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
     index.add(vectors)
     index.base_level_only = True
@@ -81,7 +81,7 @@ def stored() -> NDArray[np.float32]:
 
 @cache
 def built(kind: str) -> VectorIndex:
-    """Shared, so not to be added to."""
+    """Return a shared index, which tests must not add to."""
     return cagra_on_cpu(stored()) if kind == "cagra" else VectorIndex.build(for_kind(kind, stored()), kind=kind)
 
 
@@ -90,7 +90,7 @@ def reopened(index: VectorIndex) -> VectorIndex:
 
 
 def assert_same(one: Answer, other: Answer, *, rounding: float = 0.0) -> None:
-    """The same rows in the same order. rounding: by which similarities may differ."""
+    """Check for the same rows in the same order. rounding: largest difference of similarities."""
     np.testing.assert_array_equal(one[0], other[0])
     np.testing.assert_allclose(one[1], other[1], rtol=0, atol=rounding)
 
@@ -101,13 +101,13 @@ def rounding_of(kind: str) -> float:
 
 
 def slack(kind: str) -> float:
-    """How far a reported similarity may be from the exact one."""
+    """Return the largest error of a reported similarity."""
     return {"ivf-sq8": 6e-3, "ivf-fp16": 2e-4, "ivf-pq": 2e-4, "torch-fp16": 2e-4}.get(kind, 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 class IndexContract:
-    """What every kind of index has to keep."""
+    """Tests that every kind of index must pass."""
 
     def test_reported_similarities_are_those_of_numpy(self, kind: str) -> None:
         queries = for_kind(kind, near(stored(), 200))
@@ -384,7 +384,7 @@ def test_faiss_keeps_its_settings() -> None:
 
 
 def with_ids(change: Callable[[NDArray[np.int64]], None]) -> bytes:
-    """The bytes of an ivf-flat index, the ids of one of its lists changed."""
+    """Return the bytes of an ivf-flat index with changed ids in one list."""
     index = built("ivf-flat")
     data = bytearray(index.to_bytes())
     lists = index._index.invlists
@@ -435,7 +435,7 @@ def test_an_index_that_answers_nonsense_is_not_believed() -> None:
 
 
 def outcome(data: bytes, kind: str) -> str:
-    """What comes of damaged bytes, in a child process with little memory and time."""
+    """Load damaged bytes in a child process with little memory and time, and return the outcome."""
     child = os.fork()
     if child == 0:
         verdict = 4
