@@ -68,11 +68,11 @@ class FaissMissing(LLMCacheError, ImportError):
 
 
 class ModelMismatch(LLMCacheError):
-    """The store was made by another model."""
+    """Store, namespace or bank that belongs to another model or has other settings."""
 
 
 class SnapshotNotFound(LLMCacheError):
-    """There is no store at this path."""
+    """Missing store: there is none at the given path or URL."""
 
 
 class SnapshotDamaged(LLMCacheError):
@@ -80,7 +80,7 @@ class SnapshotDamaged(LLMCacheError):
 
 
 class FormatTooNew(SnapshotDamaged):
-    """The store was written by a newer LLMCache."""
+    """Store that was written by a newer LLMCache."""
 
 
 class UntrustedSnapshot(LLMCacheError):

@@ -71,6 +71,7 @@ def check_age(folder: Folder, manifest: Manifest, least: int) -> None:
 
 
 def not_opened(where: Path, error: OSError) -> LLMCacheError:
+    """Return the error for a store that the disk does not let us open."""
     return LLMCacheError(f"the store {where} cannot be opened: {error.strerror}; check the path and its rights")
 
 

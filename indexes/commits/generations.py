@@ -17,6 +17,7 @@ _MOST_DAMAGED = 256  # manifests to try before giving up
 
 
 def generation_name(generation: int) -> str:
+    """Return the file name of a generation's manifest."""
     return f"m-{generation:012d}.json"
 
 

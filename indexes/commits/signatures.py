@@ -28,6 +28,7 @@ _NAME = re.compile(r"m-(\d{12})(-[0-9a-f]{32})?\.sig")
 
 
 def signature_name(generation: int) -> str:
+    """Return the final file name of a generation's signature."""
     return f"m-{generation:012d}.sig"
 
 

@@ -40,7 +40,7 @@ class Chains:
     """Blocks of a bank as trees."""
 
     def __init__(self, segments: Iterable[Segment]) -> None:
-        """SnapshotDamaged when the token ids or sources of a segment cannot be read."""
+        """segments: of a bank of prefixes. SnapshotDamaged when their token ids or sources cannot be read."""
         self._blocks: dict[bytes, _Block] = {}
         for segment in segments:
             rows = np.arange(len(segment))

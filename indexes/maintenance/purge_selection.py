@@ -71,6 +71,7 @@ class Doomed:
 
     @property
     def names_documents(self) -> bool:
+        """Return whether single documents are to be purged, rather than a namespace or the segments of a writer."""
         return self.keys is not None or bool(self.ids or self.sources or len(self.tokens))
 
     @property
@@ -131,7 +132,7 @@ class Documents:
 
     @property
     def all_found(self) -> bool:
-        """True if an entry was found for every document that was named."""
+        """Return whether an entry was found for every named document."""
         return (
             len(self._groups_found) == len(set(self._group.values()))
             and len(self._named_found) == len({*self._ids, *self._prefixes})
@@ -157,7 +158,7 @@ class KeySet:
             self._firsts = np.unique(np.frombuffer(b"".join(self._known), np.uint64).reshape(-1, 2)[:, 0])
 
     def among(self, keys: Keys) -> Mask:
-        """Membership of keys in the set: uint64 [n, 2] to bool [n]."""
+        """Return which keys, uint64 [n, 2], are in the set, bool [n]."""
         known = np.isin(keys[:, 0], self._firsts)
         places = np.flatnonzero(known)
         known[places] = [keys[i].tobytes() in self._known for i in places.tolist()]
@@ -165,7 +166,7 @@ class KeySet:
 
 
 def among(keys: Keys, wanted: Keys) -> Mask:
-    """Membership of keys in another set of keys. Both uint64 [n, 2]; returns bool [n]."""
+    """Return which keys are in another set of keys, bool [n]. Both are uint64 [n, 2]."""
     return KeySet(wanted).among(keys)
 
 
@@ -185,6 +186,7 @@ class Part:
 
     @property
     def goes(self) -> bool:
+        """Return whether anything of the segment is removed."""
         return self.whole or self.segment is None or bool(self.rows.any() or self.aliases.any())
 
 
@@ -197,6 +199,7 @@ class Selection:
 
     @property
     def going(self) -> list[Part]:
+        """Return the parts of which anything is removed."""
         return [part for parts in self.parts.values() for part in parts if part.goes]
 
     def __bool__(self) -> bool:

@@ -74,7 +74,7 @@ class ScopedSearch:
     """Nearest-neighbour search among the live rows of one bank, of one scope or of all."""
 
     def __init__(self, near: BankIndex, pieces: SegmentList, choice: NearChoice) -> None:
-        """near, pieces, choice: the bank's own."""
+        """near, pieces, choice: index, segment list and settings of the bank."""
         self._near, self._pieces, self._device = near, pieces, choice.device
         self._known = _Scopes()
         self._own: dict[int, _ScopeIndex] = {}

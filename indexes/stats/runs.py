@@ -35,6 +35,7 @@ BINS = _BINS
 
 
 def journal_name(writer: str) -> str:
+    """Return the name of a writer's journal."""
     return f"stat/{writer}.runs"
 
 

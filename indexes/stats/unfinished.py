@@ -118,7 +118,7 @@ def is_there(run: Run) -> bool:
 
 
 def _partials(run: Run) -> list[Path]:
-    """Files that a killed writer of the run's results may have left."""
+    """List the files that a killed writer of the run's results may have left."""
     stem = run.folder.name.removesuffix(ENDING)
     names = [f"{stem}{ending}{more}.partial" for ending in RESULTS for more in ("", ".jsonl")]
     return [run.folder.with_name(name) for name in names]

@@ -131,6 +131,7 @@ def use_records(uses: UsageCounter, segments: SegmentList) -> NDArray[np.void]:
 
 
 def use_name(writer: str) -> str:
+    """Return the name of a writer's file of usage records."""
     return f"stat/{writer}.use"
 
 
