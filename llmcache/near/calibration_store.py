@@ -25,7 +25,8 @@ from llmcache.near.calibration.calibrate import (
 )
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import NearMatcher, answering_keys, entries_of
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.bank_entries import answering_keys, entries_of
 from llmcache.near.neighbors.index import Entries
 from llmcache.near.neighbors.prediction_bank import Distilled
 from llmcache.near.neighbors.predictor import LEAST

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.indexes.search.bank_index import half
-from llmcache.model.tokens import in_vocabulary
 from llmcache.near.calibration.calibrate import Calibration, FittedModels, judge_of
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.recalibration import Refitting, grown
@@ -28,25 +26,24 @@ from llmcache.near.guard import rules as guard
 from llmcache.near.marks import FieldDigests
 from llmcache.near.monitoring.audits import Audits
 from llmcache.near.monitoring.distribution_shift import DistributionShift
+from llmcache.near.neighbors.bank_entries import answering_keys, entries_of
 from llmcache.near.neighbors.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex
 from llmcache.near.neighbors.index_torch import DeviceMemory
+from llmcache.near.neighbors.near_matches import (
+    ALONE,
+    GUARDED,
+    LOW,
+    QUARANTINED,
+    TAKEN,
+    NearMatches,
+    no_neighbours,
+)
 from llmcache.near.neighbors.prediction_bank import Distilled
 
 log = logging.getLogger("llmcache")
 
-MOST = 200_000
-"""Entries that are held in memory for near reuse; of more, so many are drawn evenly."""
-TAKEN, LOW, GUARDED, ALONE, QUARANTINED = 0, 1, 2, 3, 4
-GATES = (
-    "taken",
-    "the score is below the threshold",
-    "the guard",
-    "there is no neighbour",
-    "the entry is in quarantine: its last audit found too large a drift",
-)
-"""What decided on a near match, by number."""
 _CONSENSUS = EVIDENCE.index("consensus")
 
 UNREAD = "fields that are not stored with the entry under the rules in use"
@@ -54,78 +51,6 @@ UNREAD = "fields that are not stored with the entry under the rules in use"
 _BEFORE_SCOPES = "it was calibrated before entries said for which role and prompt they are; calibrate again"
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 """Token ids of documents back to texts."""
-
-
-@dataclass(frozen=True, slots=True)
-class NearMatches:
-    """What near reuse has for some documents. results: float32 [n, out], corrected, an array, or a tensor where that is
-    looked up on a device. rows: int64 [n], of the source: the best match, or the first of the others that has the
-    fields which that one lacks.
-
-    similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
-    one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
-    kinds: per document the kind of field that the guard found to differ, or None. closest: float32 [n], similarity of
-    the best match.
-    """
-
-    results: NDArray[np.float32] | torch.Tensor = field(repr=False)
-    rows: NDArray[np.int64]
-    similarity: NDArray[np.float32]
-    consensus: NDArray[np.float32]
-    score: NDArray[np.float64]
-    gate: NDArray[np.int8]
-    kinds: list[str | None] = field(repr=False)
-    closest: NDArray[np.float32] = field(repr=False)
-
-    def given(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32] | torch.Tensor:
-        """The results of some of the documents, where they are."""
-        if isinstance(self.results, np.ndarray):
-            return np.asarray(self.results[chosen], np.float32)
-        return self.results[torch.from_numpy(np.flatnonzero(chosen)).to(self.results.device)]
-
-    def on_host(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The same as an array."""
-        given = self.given(chosen)
-        return given if isinstance(given, np.ndarray) else given.cpu().numpy()
-
-
-def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """First halves of the keys of some rows, uint64 [n], sorted: `FittedModels.answering` of a calibration on them."""
-    return np.sort(bank.keys(rows)[:, 0])
-
-
-def _no_neighbours(n: int, width: int) -> NearMatches:
-    """Empty near matches for n documents, used when no entry can answer."""
-    apart = np.full(n, -np.inf, np.float32)
-    return NearMatches(
-        np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
-        np.full(n, ALONE, np.int8), [None] * n, apart,
-    )  # fmt: skip
-
-
-def entries_of(
-    bank: Bank,
-    scope: int,
-    most: int = MOST,
-    among: NDArray[np.int64] | None = None,
-    answering: NDArray[np.uint64] | None = None,
-) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of one scope of a bank and their contents, at most so many, spread evenly. It counts as no use of them.
-
-    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
-    """
-    rows = bank.in_scope(scope)
-    if among is not None:
-        rows = rows[np.isin(rows, among)]
-    if answering is not None:
-        rows = rows[np.isin(bank.keys(rows)[:, 0], answering)]
-    rows = rows[:: max(1, -(-len(rows) // most))]
-    features = bank.near.features(rows)
-    reading = bank.read(rows, count=False)
-    tokens = bank.tokens_of(rows)
-    good = reading.intact & features.any(axis=1) & in_vocabulary(tokens, np.iinfo(np.int32).max)
-    kept = np.flatnonzero(good)
-    return rows[kept], Entries(features[kept], np.asarray(reading.values)[kept], [tokens[i] for i in kept.tolist()])
 
 
 class NearMatcher:
@@ -283,7 +208,7 @@ class NearMatcher:
         """
         memory = self.refresh()
         if memory is None or not len(tokens):
-            return _no_neighbours(len(tokens), self._bank.facts.width)
+            return no_neighbours(len(tokens), self._bank.facts.width)
         found = memory.match(features, tokens, self._judge.scores)
         closest = found.similarities[:, 0]
         score = safety(found.evidence)

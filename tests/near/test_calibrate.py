@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from llmcache.near.calibration.calibrate import _again, calibrated
-from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import HostNeighborIndex
+from llmcache.near.neighbors.linear_head import LinearHead
 from tests.near.test_correction import entries
 
 

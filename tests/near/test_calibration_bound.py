@@ -23,7 +23,8 @@ from llmcache.near.calibration.calibrate import Calibration, FittedModels
 from llmcache.near.calibration.recalibration import GROWN, grown
 from llmcache.near.calibration_store import CalibrationStore
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import TAKEN, NearMatcher
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.neighbors.predictor import KERNEL, fit
 from llmcache.near.repeats import NearAnswers
 from tests.calibration_trials import SCOPE, Documents, Trial, answered, law, put, trials

@@ -19,7 +19,6 @@ from llmcache.encoding.executor import EncodeCall
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features, features_on
-from llmcache.near.matcher import TAKEN
 from llmcache.near.neighbors import index_torch as ondevice
 from llmcache.near.neighbors.correction import (
     DECIDED,
@@ -27,9 +26,10 @@ from llmcache.near.neighbors.correction import (
     Voting,
     units,
 )
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
+from llmcache.near.neighbors.linear_head import LinearHead
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.neighbors.predictor import fit
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from llmcache.near.guard.fields import KINDS
 from llmcache.near.monitoring.distribution_shift import LEAST as WATCHED
 from llmcache.near.monitoring.distribution_shift import DistributionShift
 from llmcache.near.neighbors.correction import Voting, decided, eligible_sources
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Scores
+from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import LEAST, Predictor
 
 OWN = "own"

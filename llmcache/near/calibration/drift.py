@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Scores
+from llmcache.near.neighbors.linear_head import LinearHead
 
 Floats = NDArray[np.floating]
 Drift = Callable[[Floats, Floats], NDArray[np.float64]]

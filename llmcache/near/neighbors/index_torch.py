@@ -29,8 +29,8 @@ from llmcache.near.neighbors.correction import (
     likeness,
     unit_norm,
 )
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, Matches, Scores, Tokens
+from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import Predictor
 
 _DEVICES = ("cuda",)  # on which near reuse looks up; on the host numpy and FAISS are as quick
