@@ -6,15 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.rows import Rows
 from llmcache.model.tokens import in_vocabulary
 from llmcache.near.neighbors.index import Entries
 
 MOST = 200_000
-"""Entries that are held in memory for near reuse; of more, so many are drawn evenly."""
+"""Most entries in memory for near reuse. Larger banks are sampled at even steps."""
 
 
-def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """First halves of the keys of some rows, uint64 [n], sorted: `FittedModels.answering` of a calibration on them."""
+def answering_keys(bank: Bank, rows: Rows) -> NDArray[np.uint64]:
+    """Return the first halves of the keys of rows, uint64 [n], sorted.
+
+    They are stored as `FittedModels.answering` when a calibration searches these rows.
+    """
     return np.sort(bank.keys(rows)[:, 0])
 
 
@@ -22,12 +26,15 @@ def entries_of(
     bank: Bank,
     scope: int,
     most: int = MOST,
-    among: NDArray[np.int64] | None = None,
+    among: Rows | None = None,
     answering: NDArray[np.uint64] | None = None,
-) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of one scope of a bank and their contents, at most so many, spread evenly. It counts as no use of them.
+) -> tuple[Rows, Entries]:
+    """Read the live rows of one scope of a bank, without updating their recency.
 
-    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
+    most: most rows to read; more are sampled at even steps.
+    among: restricts the result to these rows.
+    answering: restricts the result to rows with these first halves of keys (`answering_keys`).
+    Returns the rows, int64 [n], and their entries. Damaged rows and rows without features are left out.
     """
     rows = bank.in_scope(scope)
     if among is not None:
@@ -38,6 +45,8 @@ def entries_of(
     features = bank.near.features(rows)
     reading = bank.read(rows, count=False)
     tokens = bank.tokens_of(rows)
-    good = reading.intact & features.any(axis=1) & in_vocabulary(tokens, np.iinfo(np.int32).max)
-    kept = np.flatnonzero(good)
-    return rows[kept], Entries(features[kept], np.asarray(reading.values)[kept], [tokens[i] for i in kept.tolist()])
+    usable = reading.intact & features.any(axis=1) & in_vocabulary(tokens, np.iinfo(np.int32).max)
+    places = np.flatnonzero(usable)
+    return rows[places], Entries(
+        features[places], np.asarray(reading.values)[places], [tokens[i] for i in places.tolist()]
+    )

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats, Floats32
 from llmcache.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearHead:
-    """Where a head changes its mind, as a linear map: scores = outputs @ weights.T + offset.
+    """A head as a linear map: scores = outputs @ weights.T + offset.
 
-    weights: float32 [classes, out]. offset: float32 [classes]. A head itself cannot be stored without pickle; this can,
-    and how clearly it decides is the best evidence against a flip.
+    A head of any kind cannot be stored without pickle; this approximation can. The margin between its two best classes
+    is the best evidence against a label flip.
+
+    weights: float32 [classes, out]. offset: float32 [classes].
+    ConfigError when the shapes do not fit.
     """
 
-    weights: NDArray[np.float32] = field(repr=False)
-    offset: NDArray[np.float32] = field(repr=False)
+    weights: Floats32 = field(repr=False)
+    offset: Floats32 = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.weights.ndim != 2 or self.offset.shape != self.weights.shape[:1]:
@@ -30,13 +34,13 @@ class LinearHead:
                 f"{self.offset.shape}"
             )
 
-    def __call__(self, outputs: NDArray[np.floating]) -> NDArray[np.float32]:
-        """float32 [n, classes]."""
+    def __call__(self, outputs: Floats) -> Floats32:
+        """Return the scores of outputs [n, out], float32 [n, classes]."""
         return np.asarray(outputs @ self.weights.T + self.offset, np.float32)
 
     @classmethod
     def of(cls, head: Any) -> LinearHead | None:
-        """Of a linear scikit-learn classifier, by its own coefficients; None of anything else."""
+        """Copy the coefficients of a linear scikit-learn classifier. Returns None for any other head."""
         coefficients, intercept = getattr(head, "coef_", None), getattr(head, "intercept_", None)
         if not isinstance(coefficients, np.ndarray) or coefficients.ndim != 2 or not hasattr(head, "classes_"):
             return None
@@ -46,8 +50,11 @@ class LinearHead:
         return cls(coefficients.astype(np.float32), np.asarray(offset, np.float32))
 
     @classmethod
-    def fit(cls, outputs: NDArray[np.floating], labels: NDArray[np.generic]) -> LinearHead | None:
-        """Of any head, by the labels it gave to some outputs; None when it gave only one label."""
+    def fit(cls, outputs: Floats, labels: NDArray[np.generic]) -> LinearHead | None:
+        """Fit a logistic regression to the labels that a head gave to outputs. Returns None for a single label.
+
+        outputs: [n, out]. labels: [n].
+        """
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 

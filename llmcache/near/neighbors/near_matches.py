@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
+from llmcache.indexes.format.rows import Rows
+
 TAKEN, LOW, GUARDED, ALONE, QUARANTINED = 0, 1, 2, 3, 4
 GATES = (
     "taken",
@@ -16,46 +19,49 @@ GATES = (
     "there is no neighbour",
     "the entry is in quarantine: its last audit found too large a drift",
 )
-"""What decided on a near match, by number."""
+"""Texts of the gate numbers: the reason for the decision on a near match."""
 
 
 @dataclass(frozen=True, slots=True)
 class NearMatches:
-    """What near reuse has for some documents. results: float32 [n, out], corrected, an array, or a tensor where that is
-    looked up on a device. rows: int64 [n], of the source: the best match, or the first of the others that has the
-    fields which that one lacks.
+    """Near matches of n documents.
 
-    similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
-    one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
-    kinds: per document the kind of field that the guard found to differ, or None. closest: float32 [n], similarity of
-    the best match.
+    results: corrected outputs, float32 [n, out]; a tensor when the entries are on a device.
+    rows: row of the source entry, int64 [n]: the best match, or the first further neighbour with the same fields
+        where those of the best match differ.
+    similarity: of the source, float32 [n].
+    consensus: mean cosine of the runner-up outputs to the nearest output, float32 [n].
+    score: of the gate, float64 [n].
+    gate: number of the deciding gate, int8 [n], an index into `GATES`.
+    kinds: kind of field in which the guard found a difference, or None, for each document.
+    closest: similarity of the best match, float32 [n].
     """
 
-    results: NDArray[np.float32] | torch.Tensor = field(repr=False)
-    rows: NDArray[np.int64]
-    similarity: NDArray[np.float32]
-    consensus: NDArray[np.float32]
+    results: Floats32 | torch.Tensor = field(repr=False)
+    rows: Rows
+    similarity: Floats32
+    consensus: Floats32
     score: NDArray[np.float64]
     gate: NDArray[np.int8]
     kinds: list[str | None] = field(repr=False)
-    closest: NDArray[np.float32] = field(repr=False)
+    closest: Floats32 = field(repr=False)
 
-    def given(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32] | torch.Tensor:
-        """The results of some of the documents, where they are."""
+    def given(self, chosen: NDArray[np.bool_]) -> Floats32 | torch.Tensor:
+        """Return the results of the chosen documents, on the device where they are. chosen: bool [n]."""
         if isinstance(self.results, np.ndarray):
             return np.asarray(self.results[chosen], np.float32)
         return self.results[torch.from_numpy(np.flatnonzero(chosen)).to(self.results.device)]
 
-    def on_host(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The same as an array."""
-        given = self.given(chosen)
-        return given if isinstance(given, np.ndarray) else given.cpu().numpy()
+    def on_host(self, chosen: NDArray[np.bool_]) -> Floats32:
+        """Return the results of the chosen documents as an array. chosen: bool [n]."""
+        results = self.given(chosen)
+        return results if isinstance(results, np.ndarray) else results.cpu().numpy()
 
 
 def no_neighbours(n: int, width: int) -> NearMatches:
-    """Empty near matches for n documents, used when no entry can answer."""
-    apart = np.full(n, -np.inf, np.float32)
+    """Return empty near matches for n documents, used when no entry can answer. width: of the outputs."""
+    similarity = np.full(n, -np.inf, np.float32)
     return NearMatches(
-        np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
-        np.full(n, ALONE, np.int8), [None] * n, apart,
+        np.zeros((n, width), np.float32), np.full(n, -1), similarity, np.zeros(n, np.float32), np.full(n, -np.inf),
+        np.full(n, ALONE, np.int8), [None] * n, similarity,
     )  # fmt: skip
