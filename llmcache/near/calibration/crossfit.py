@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.errors import ConfigError
+from llmcache.indexes.format.rows import Rows
 from llmcache.near.calibration.drift import DriftMeasure
 from llmcache.near.neighbors.correction import (
     Voting,
     choose_voting,
 )
 from llmcache.near.neighbors.gate import safety
-from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors, Rows
+from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors
 from llmcache.near.neighbors.predictor import LEAST, Predictor
 
 if TYPE_CHECKING:
