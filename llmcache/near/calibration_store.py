@@ -17,13 +17,9 @@ from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.store import Store
 from llmcache.near import fitted_models as fitting
-from llmcache.near.calibration.calibrate import (
-    Calibration,
-    FittedModels,
-    Truth,
-    calibrated,
-)
+from llmcache.near.calibration.calibrate import Calibration, FittedModels, calibrated
 from llmcache.near.calibration.drift import Drift
+from llmcache.near.calibration.head_fitting import Truth
 from llmcache.near.marks import FieldDigests
 from llmcache.near.matcher import NearMatcher
 from llmcache.near.neighbors.bank_entries import answering_keys, entries_of
