@@ -80,7 +80,7 @@ class FieldDigests:
         return np.asarray((marks["rules"] != RULES_VERSION) | (kinds_of(marks) != len(KINDS)), np.bool_)
 
     def of(self, marks: Marks) -> NDArray[np.uint64]:
-        """Return the field digests of entries, uint64 [n, kinds], comparable with those of texts and of other entries."""
+        """Return the field digests of entries, uint64 [n, kinds], comparable with those of texts and other entries."""
         unread = self.unread(marks)
         digests = np.zeros((len(marks), len(KINDS)), np.uint64)
         if not unread.all():

@@ -19,7 +19,7 @@ class NearReport:
 
     state: "on", "off", or "aside" (it costs more than it saves). why: reason for the state, or a remark; "" for none.
     drift: kind of drift, see `Calibration`.
-    budget: highest mean drift over all results. budget_of_hits: the same for near hits, at the calibrated share of hits.
+    budget: highest mean drift over all results. budget_of_hits: the same for near hits, at the calibrated hit share.
     bound, bound_of_hits: calibrated upper bounds of the drift over all results, and over near hits.
     asked: number of documents looked up over all openings of the store. hits: near hits among them.
     audits: number of audited hits. audited_drift: their mean drift.
