@@ -1,4 +1,4 @@
-"""From a budget to a threshold, on synthetic entries."""
+"""Calibration from a budget to a threshold, on synthetic entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.near.test_correction import entries
 
 
 class Loud:
-    """A linear head that decides as it always does, at another volume. It is fitted again per fold."""
+    """A linear head with scaled logits and unchanged decisions; calibration fits it again in every fold."""
 
     def __init__(self, volume: float) -> None:
         weights = np.random.default_rng(5).standard_normal((3, entries(8).outputs.shape[1]))

@@ -1,4 +1,4 @@
-"""Corrected reuse against loops over documents, and the evidence, gates and cross-fitting around it."""
+"""Corrected reuse against loops over documents; evidence, gates and cross-fitting."""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ def cross_fit(
 
 def ask(memory: HostNeighborIndex, sample: Entries, judge: DriftMeasure) -> CrossFitResult:
     """Look up sample documents that are not in the cache (`unseen`) in the live index; nothing is fitted."""
-    found = memory.look_up(sample, judge.scores)
-    drift = judge.drift(sample.outputs, found.results)
-    return CrossFitResult(drift, safety(found.evidence), found, np.zeros(len(sample), np.int8))
+    neighbors = memory.look_up(sample, judge.scores)
+    drift = judge.drift(sample.outputs, neighbors.results)
+    return CrossFitResult(drift, safety(neighbors.evidence), neighbors, np.zeros(len(sample), np.int8))
 
 
 def unseen(sample: Keys, known: Keys) -> Rows:

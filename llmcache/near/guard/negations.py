@@ -134,8 +134,8 @@ def _alphabetic(text: str, words: Sequence[str]) -> int:
     if "n't" in text or "n'" in text or not _OF_HARMLESS.isdisjoint(words):
         text, changed = _LATIN_HARMLESS.subn(" ", text)
     if _MAY_KNOW.search(text):
-        text, known = _KNOWING.subn(_polarity, text)
-        changed += known
+        text, replaced = _KNOWING.subn(_polarity, text)
+        changed += replaced
     count = particles = echoes = 0
     if changed:
         words = _WORD.findall(text)
