@@ -39,8 +39,9 @@ from llmcache.near.calibration.drift import cosine_drift, label_drift
 from llmcache.near.calibration.risk_control import least_samples
 from llmcache.near.calibration_store import CalibrationStore
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import TAKEN, NearMatcher
-from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.linear_head import LinearHead
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.repeats import NearAnswers
 
 CONFIDENCE = 0.95

@@ -34,8 +34,9 @@ from llmcache.near.neighbors.correction import (
     Voting,
     units,
 )
-from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors
+from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import (
     Predictor,
     components,

@@ -42,7 +42,7 @@ BEGINNING, BLOCK = 512, 16
 QUERY = 12
 """Tokens of a query."""
 HELD = 200_000
-"""Entries that near reuse holds in memory at most (`llmcache.near.matcher.MOST`)."""
+"""Entries that near reuse holds in memory at most (`llmcache.near.neighbors.bank_entries.MOST`)."""
 _COPIED = 256 << 20
 _SIDE = 2048
 _ROWS = 2048  # of a layer, 472 MB

@@ -40,8 +40,9 @@ from llmcache.model.keys import (
 )
 from llmcache.model.tokens import TokenRows
 from llmcache.near.marks import FieldDigests, scope_of
-from llmcache.near.matcher import TAKEN, NearMatcher, NearMatches
+from llmcache.near.matcher import NearMatcher
 from llmcache.near.neighbors.index_torch import place_of
+from llmcache.near.neighbors.near_matches import TAKEN, NearMatches
 from llmcache.near.repeats import NearAnswers
 
 Places: TypeAlias = NDArray[np.int64]  # places of documents in a call, or indices into such

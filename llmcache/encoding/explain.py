@@ -14,16 +14,8 @@ from llmcache.encoding.executor import EncodeCall, Executor
 from llmcache.indexes.bank import Bank
 from llmcache.model.features import features
 from llmcache.model.tokens import TokenRows
-from llmcache.near.matcher import (
-    ALONE,
-    GATES,
-    GUARDED,
-    LOW,
-    QUARANTINED,
-    TAKEN,
-    Decode,
-    NearMatcher,
-)
+from llmcache.near.matcher import Decode, NearMatcher
+from llmcache.near.neighbors.near_matches import ALONE, GATES, GUARDED, LOW, QUARANTINED, TAKEN
 
 SHOWN = 5
 """Neighbours that are named."""

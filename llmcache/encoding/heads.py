@@ -44,7 +44,7 @@ from llmcache.model.tokens import (
     tokenise,
     tokenise_plainly,
 )
-from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.linear_head import LinearHead
 
 log = logging.getLogger("llmcache")
 

@@ -1,4 +1,4 @@
-"""Calibrated near reuse of a cache: learnt from its entries, saved with its store, and made again from there."""
+"""Calibrate near reuse on the entries of a cache, save the calibration in its store, and load it from there."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import UNKNOWN
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.store import Store
 from llmcache.near import fitted_models as fitting
-from llmcache.near.calibration.calibrate import (
-    Calibration,
-    FittedModels,
-    Truth,
-    calibrated,
-)
+from llmcache.near.calibration.calibrate import Calibration, FittedModels, calibrated
 from llmcache.near.calibration.drift import Drift
+from llmcache.near.calibration.head_fitting import Truth
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import NearMatcher, answering_keys, entries_of
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.bank_entries import answering_keys, entries_of
 from llmcache.near.neighbors.index import Entries
 from llmcache.near.neighbors.prediction_bank import Distilled
 from llmcache.near.neighbors.predictor import LEAST
@@ -33,12 +30,14 @@ from llmcache.near.status import SETTING, calibrations_of, unreadable
 
 log = logging.getLogger("llmcache")
 
-
-_VERSION = 16  # digits of a key that name a version
+_VERSION = 16  # hexadecimal digits of the key of the fitted models that name the version of a predictor
 
 
 class CalibrationStore:
-    """What is calibrated for a bank. The choice is among the settings of its namespace, what was fitted in a bank."""
+    """The stored calibration of one bank.
+
+    The threshold and measurements are in the settings of the namespace, the fitted models in a bank of their own.
+    """
 
     def __init__(
         self,
@@ -50,15 +49,17 @@ class CalibrationStore:
         fields: FieldDigests,
         drift: Drift | None = None,
     ) -> None:
-        """name, bank: of the outputs. fields: digests of texts and entries, for the guard. drift: the user's own
-        function.
+        """Refer to the calibration of a bank without reading it.
+
+        name, bank: of the outputs. fields: computes field digests of texts and entries, for the guard.
+        drift: the user's drift function; None without one.
         """
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
         self._fields, self._drift = fields, drift
         self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
 
     def saved(self) -> NearMatcher | None:
-        """Near reuse as it was calibrated; None where it was not, or what was fitted is gone."""
+        """Load near reuse with the saved calibration. Returns None without one, and logs why if it is unreadable."""
         raw = self._saved().get(self._setting, {})
         if not raw:
             return None
@@ -66,11 +67,12 @@ class CalibrationStore:
         try:
             if field := unreadable(raw):
                 raise ConfigError(f"{field!r} of its calibration cannot be read; calibrate again")
-            place, kept = raw.pop("fitted"), raw.pop("kept", None)
-            found, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
+            place, audits = raw.pop("fitted"), raw.pop("kept", None)
+            calibration, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
             self._check(fitted)
-            distilled = self._distilled(place)
-            return NearMatcher(self._bank, found, fitted, self._fields, self._config, kept, self._drift, distilled)
+            return NearMatcher(
+                self._bank, calibration, fitted, self._fields, self._config, audits, self._drift, self._distilled(place)
+            )  # fmt: skip
         except ConfigError as error:
             log.warning("near reuse is off: %s", error)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -78,90 +80,97 @@ class CalibrationStore:
         return None
 
     def _check(self, fitted: FittedModels) -> None:
-        """ConfigError when the predictor does not take this bank's features, or gives other outputs than its rows."""
+        """Check the fitted models. ConfigError when they do not fit the features or outputs of this bank."""
         facts = self._bank.facts
-        given = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
-        if given.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(given)):
-            raise ConfigError(f"what was fitted gives {given.shape[-1]} numbers, outputs have {facts.width}")
+        predicted = fitted.predictor(np.zeros((1, facts.feature_width), np.float32))
+        if predicted.shape != (1, facts.width) or not len(fitted.predictor.fingerprints(predicted)):
+            raise ConfigError(
+                f"its predictor gives {predicted.shape[-1]} numbers, but outputs have {facts.width}; calibrate again"
+            )
         if fitted.boundary is not None and fitted.boundary.weights.shape[1] != facts.width:
             raise ConfigError(
-                f"the head of its calibration takes {fitted.boundary.weights.shape[1]} numbers, outputs have "
+                f"the head of its calibration takes {fitted.boundary.weights.shape[1]} numbers, but outputs have "
                 f"{facts.width}; calibrate again"
             )
 
     @property
     def pattern(self) -> str:
-        """The regular expression for the user's own fields that a calibration was saved with; "" for none."""
+        """Regular expression for the user's own fields, saved with the calibration; "" for none."""
         pattern = self._saved().get(self._setting, {}).get("guard_pattern", "")
         return pattern if isinstance(pattern, str) else ""
 
     def calibrate(
         self,
-        known: NDArray[np.int64] | None,
+        known: Rows | None,
         scope: int,
         *,
         commit: Callable[[], object],
-        truth: tuple[NDArray[np.int64], Truth] | None = None,
+        truth: tuple[Rows, Truth] | None = None,
         **settings: Any,
     ) -> Calibration:
-        """Choose a threshold and save it, see `LLMCache.calibrate`.
+        """Choose a threshold and save it; see `LLMCache.calibrate`.
 
-        known: rows of the bank that answer, now and afterwards; the others are the sample. None: all of them are both.
-        scope: only entries of this one take part, and answer afterwards. truth: rows of the sample and the right
-        answers to them; where all of the sample is known, these rows alone answer. settings: of
-        `calibrating.calibrated`.
+        known: rows of the bank that answer; all other rows are the sample. None: all rows are both (cross-fitting).
+        scope: only entries of this scope take part, and answer later.
+        commit: commits the store.
+        truth: rows of the sample and their correct labels. When the whole sample is already in the cache, only these
+            rows answer.
+        settings: of `calibrate.calibrated`.
+        ConfigError when there are too few entries in this scope, or settings cannot work.
         """
         live = self._bank.in_scope(scope)
         if len(live) < 2 * LEAST and len(self._bank) >= 2 * LEAST:
             if unknown := len(self._bank.in_scope(UNKNOWN)):
                 raise ConfigError(
-                    f"{unknown} of the {len(self._bank)} entries do not say for which role and prompt they are, as "
-                    "older versions stored them, and answer no near match; store the documents in a fresh namespace"
+                    f"{unknown} of the {len(self._bank)} entries were stored without role and prompt, by older "
+                    "versions, and answer no near match; store the documents in a new namespace"
                 )
             raise ConfigError(
-                f"{len(live)} of the {len(self._bank)} entries are for this role and prompt, which are too few; give "
-                f"the role= and prompt= that the others are for, or warm the store with at least {2 * LEAST} documents"
+                f"{len(live)} of the {len(self._bank)} entries have this role and prompt, which are too few; give the "
+                f"role= and prompt= of the others, or warm the store with at least {2 * LEAST} documents"
             )
-        answers: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
-        asked = np.setdiff1d(live, live if known is None else known)
-        if known is not None and not len(asked):
-            if not answers:
-                raise ConfigError("every document of the sample is in the cache; give documents that it does not know")
+        labels: dict[int, Any] = {} if truth is None else dict(zip(truth[0].tolist(), truth[1].tolist(), strict=True))
+        sample_rows = np.setdiff1d(live, live if known is None else known)
+        if known is not None and not len(sample_rows):
+            if not labels:
+                raise ConfigError("every document of the sample is in the cache; give documents that are not")
             known = None
         rows, entries = entries_of(
-            self._bank, scope, among=np.array(list(answers)) if answers and known is None else known
+            self._bank, scope, among=np.array(list(labels)) if labels and known is None else known
         )
         sample: Entries | None = None
         if known is not None:
-            asked, sample = entries_of(self._bank, scope, among=asked)
-        read, sample_read = (self._fields.of(self._bank.marks(some)) for some in (rows, asked))
-        right = np.array([answers[row] for row in (rows if sample is None else asked).tolist()]) if answers else None
-        found, fitted = calibrated(entries, read, sample, sample_read, truth=right, **settings)
-        found = replace(found, size=len(live), scope=f"{scope:016x}")
+            sample_rows, sample = entries_of(self._bank, scope, among=sample_rows)
+        read, sample_read = (self._fields.of(self._bank.marks(each)) for each in (rows, sample_rows))
+        labelled_rows = rows if sample is None else sample_rows
+        correct = np.array([labels[row] for row in labelled_rows.tolist()]) if labels else None
+        calibration, fitted = calibrated(entries, read, sample, sample_read, truth=correct, **settings)
+        calibration = replace(calibration, size=len(live), scope=f"{scope:016x}")
         fitted = replace(fitted, answering=answering_keys(self._bank, rows))
-        place = self.save(found, fitted, None, commit)
-        if found.threshold is not None:  # stored now, so that no opening has to predict for all entries
+        place = self.save(calibration, fitted, None, commit)
+        if calibration.threshold is not None:  # store predictions now, so that no opening has to compute them
             self._distilled(place).predictions(self._bank, rows, half(entries.features), fitted.predictor)
             commit()
-        return found
+        return calibration
 
     def save(
         self, found: Calibration, fitted: FittedModels, kept: Mapping[str, Any] | None, commit: Callable[[], object]
     ) -> Mapping[str, Any]:
-        """Write a calibration with the settings of the namespace; returns where its numbers are.
+        """Write a calibration to the settings of the namespace, and its models to their bank.
 
-        kept: what audits have found since.
+        found: the calibration. kept: audit results since the calibration. commit: commits the store.
+        Returns the reference to the models, see `fitted_models.put`.
         """
         place = fitting.put(self._fitted(), fitted)
         commit()
         self._declare({**found.to_json(), "fitted": place, **({"kept": kept} if kept else {})})
-        self._distilled(place).drop_others([one["fitted"]["key"][:_VERSION] for one in self._saved().values()])
+        self._distilled(place).drop_others([saved["fitted"]["key"][:_VERSION] for saved in self._saved().values()])
         return place
 
     def keep(self, reuse: NearMatcher, commit: Callable[[], object]) -> None:
-        """Save what has changed in near reuse while it ran: what audits have found, or a newer calibration.
+        """Save changes of running near reuse: audit results, or a newer calibration.
 
-        What somebody else has calibrated meanwhile stands.
+        A calibration that another process has saved meanwhile is not overwritten.
         """
         if not reuse.changed or not self._store.writable:
             return
@@ -184,7 +193,7 @@ class CalibrationStore:
         self._store.declare(self._namespace, space.identity, {**space.config, self._setting: calibration})
 
     def _distilled(self, place: Mapping[str, Any]) -> Distilled:
-        # under a budget entries are worth more than what can be predicted from them
+        # under a byte budget the space is better used for entries, since predictions can be computed again
         return Distilled(self._store, self._namespace, place["key"][:_VERSION], self._config.max_bytes is None)
 
     def _fitted(self) -> Bank:

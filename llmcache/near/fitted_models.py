@@ -1,4 +1,4 @@
-"""Fitted numbers in a store: a row of a bank of their own, checksummed and copied like every other one."""
+"""Store the fitted models of a calibration as a row of their own bank, checksummed and copied like every other row."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ FACTS = BankFacts("float32", 1, 2, 0)
 
 
 def put(bank: Bank, fitted: FittedModels) -> dict[str, Any]:
-    """Keep the arrays in the bank, until it is committed; what is needed to find them again, as JSON."""
-    # sorted, as the manifest sorts them
-    arrays = {name: _single(np.asarray(one, np.float64)) for name, one in sorted(fitted.to_arrays().items())}
-    flat = np.concatenate([one.ravel() for one in arrays.values()])
-    name = key(b"", "fitted", flat.tobytes())
-    kept = bank.put(
-        np.frombuffer(name, np.uint64).reshape(1, 2),
+    """Put the fitted models into a bank; the next commit makes them durable.
+
+    Returns their reference for `get`, as JSON values. ConfigError when a number is not finite.
+    """
+    # sorted by name, since the manifest sorts the shapes
+    arrays = {name: _single(np.asarray(array, np.float64)) for name, array in sorted(fitted.to_arrays().items())}
+    flat = np.concatenate([array.ravel() for array in arrays.values()])
+    row_key = key(b"", "fitted", flat.tobytes())
+    accepted = bank.put(
+        np.frombuffer(row_key, np.uint64).reshape(1, 2),
         [flat[:, None]],
         tokens=[np.zeros(0, np.int32)],
         sources=["calibration"],
         features=np.zeros((1, 0), np.float32),
         cost=np.zeros(1, np.float32),
     )
-    if not kept.all():
-        raise ConfigError("what was fitted holds numbers that are not finite; calibrate on other documents")
-    return {"key": name.hex(), "shapes": {name: list(one.shape) for name, one in arrays.items()}}
+    if not accepted.all():
+        raise ConfigError("the fitted models have numbers that are not finite; calibrate on other documents")
+    return {"key": row_key.hex(), "shapes": {name: list(array.shape) for name, array in arrays.items()}}
 
 
 def get(bank: Bank, place: Mapping[str, Any]) -> FittedModels:
-    """What `put` kept there. ConfigError when it is gone or damaged."""
+    """Read the fitted models. place: the result of `put`. ConfigError when they are missing or damaged."""
     rows = bank.find(np.frombuffer(bytes.fromhex(place["key"]), np.uint64).reshape(1, 2))
     reading = bank.read(rows[rows >= 0])
     if not len(reading.intact) or not reading.intact.all():
-        raise ConfigError("what the calibration fitted is gone from the store, or damaged; calibrate again")
+        raise ConfigError("the fitted models of the calibration are missing from the store or damaged; calibrate again")
     flat: NDArray[np.float32] = np.asarray(reading.values[0]).ravel()
     arrays: dict[str, NDArray[np.generic]] = {}
     at = 0
     if sum(int(np.prod(shape)) for shape in place["shapes"].values()) != len(flat):
-        raise ConfigError("the shapes of what the calibration fitted do not fit its numbers; calibrate again")
+        raise ConfigError("the saved shapes of the fitted models do not fit their numbers; calibrate again")
     for name, shape in sorted(place["shapes"].items()):
         count = int(np.prod(shape))
         arrays[name] = flat[at : at + count].reshape(shape)
@@ -56,6 +59,6 @@ def get(bank: Bank, place: Mapping[str, Any]) -> FittedModels:
 
 
 def _single(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
-    """As float32, in which what is above 0 stays above 0: a scale of nothing could not be divided by."""
+    """Convert to float32; positive numbers stay positive, since scales are used as divisors."""
     tiny = np.finfo(np.float32).tiny
     return np.where((numbers > 0) & (numbers < tiny), tiny, numbers).astype(np.float32)

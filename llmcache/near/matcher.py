@@ -1,16 +1,16 @@
-"""Near reuse of one bank, as it was calibrated: neighbours' outputs, corrected, where a gate lets them through."""
+"""Calibrated near reuse of one bank: answer documents with the corrected outputs of their neighbours."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
 from llmcache.banks.break_even import LEAST, BreakEven
 from llmcache.banks.device_cache import dtype_of
 from llmcache.banks.pace import Pace
@@ -18,8 +18,8 @@ from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import UNKNOWN
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import half
-from llmcache.model.tokens import in_vocabulary
 from llmcache.near.calibration.calibrate import Calibration, FittedModels, judge_of
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.recalibration import Refitting, grown
@@ -28,111 +28,41 @@ from llmcache.near.guard import rules as guard
 from llmcache.near.marks import FieldDigests
 from llmcache.near.monitoring.audits import Audits
 from llmcache.near.monitoring.distribution_shift import DistributionShift
+from llmcache.near.neighbors.bank_entries import answering_keys, entries_of
 from llmcache.near.neighbors.correction import EVIDENCE, NEIGHBOURS, eligible_sources
 from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex
 from llmcache.near.neighbors.index_torch import DeviceMemory
+from llmcache.near.neighbors.near_matches import (
+    ALONE,
+    GUARDED,
+    LOW,
+    QUARANTINED,
+    TAKEN,
+    NearMatches,
+    no_neighbours,
+)
 from llmcache.near.neighbors.prediction_bank import Distilled
 
 log = logging.getLogger("llmcache")
 
-MOST = 200_000
-"""Entries that are held in memory for near reuse; of more, so many are drawn evenly."""
-TAKEN, LOW, GUARDED, ALONE, QUARANTINED = 0, 1, 2, 3, 4
-GATES = (
-    "taken",
-    "the score is below the threshold",
-    "the guard",
-    "there is no neighbour",
-    "the entry is in quarantine: its last audit found too large a drift",
-)
-"""What decided on a near match, by number."""
 _CONSENSUS = EVIDENCE.index("consensus")
 
 UNREAD = "fields that are not stored with the entry under the rules in use"
-"""What the guard says of an entry that was stored without digests of its fields, or with those of other rules."""
-_BEFORE_SCOPES = "it was calibrated before entries said for which role and prompt they are; calibrate again"
+"""Guard result for an entry that was stored without field digests, or with digests of other guard rules."""
+_BEFORE_SCOPES = "it was calibrated before entries stored their role and prompt; calibrate again"
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
-"""Token ids of documents back to texts."""
-
-
-@dataclass(frozen=True, slots=True)
-class NearMatches:
-    """What near reuse has for some documents. results: float32 [n, out], corrected, an array, or a tensor where that is
-    looked up on a device. rows: int64 [n], of the source: the best match, or the first of the others that has the
-    fields which that one lacks.
-
-    similarity, consensus, score: float [n]; consensus is the mean cosine of the runners-up's outputs to the nearest
-    one, the score is that of the gate. gate: int8 [n], a place in `GATES`.
-    kinds: per document the kind of field that the guard found to differ, or None. closest: float32 [n], similarity of
-    the best match.
-    """
-
-    results: NDArray[np.float32] | torch.Tensor = field(repr=False)
-    rows: NDArray[np.int64]
-    similarity: NDArray[np.float32]
-    consensus: NDArray[np.float32]
-    score: NDArray[np.float64]
-    gate: NDArray[np.int8]
-    kinds: list[str | None] = field(repr=False)
-    closest: NDArray[np.float32] = field(repr=False)
-
-    def given(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32] | torch.Tensor:
-        """The results of some of the documents, where they are."""
-        if isinstance(self.results, np.ndarray):
-            return np.asarray(self.results[chosen], np.float32)
-        return self.results[torch.from_numpy(np.flatnonzero(chosen)).to(self.results.device)]
-
-    def on_host(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The same as an array."""
-        given = self.given(chosen)
-        return given if isinstance(given, np.ndarray) else given.cpu().numpy()
-
-
-def answering_keys(bank: Bank, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """First halves of the keys of some rows, uint64 [n], sorted: `FittedModels.answering` of a calibration on them."""
-    return np.sort(bank.keys(rows)[:, 0])
-
-
-def _no_neighbours(n: int, width: int) -> NearMatches:
-    """Empty near matches for n documents, used when no entry can answer."""
-    apart = np.full(n, -np.inf, np.float32)
-    return NearMatches(
-        np.zeros((n, width), np.float32), np.full(n, -1), apart, np.zeros(n, np.float32), np.full(n, -np.inf),
-        np.full(n, ALONE, np.int8), [None] * n, apart,
-    )  # fmt: skip
-
-
-def entries_of(
-    bank: Bank,
-    scope: int,
-    most: int = MOST,
-    among: NDArray[np.int64] | None = None,
-    answering: NDArray[np.uint64] | None = None,
-) -> tuple[NDArray[np.int64], Entries]:
-    """Live rows of one scope of a bank and their contents, at most so many, spread evenly. It counts as no use of them.
-
-    among: only these rows. answering: only rows with these first halves of keys, see `answering_keys`.
-    """
-    rows = bank.in_scope(scope)
-    if among is not None:
-        rows = rows[np.isin(rows, among)]
-    if answering is not None:
-        rows = rows[np.isin(bank.keys(rows)[:, 0], answering)]
-    rows = rows[:: max(1, -(-len(rows) // most))]
-    features = bank.near.features(rows)
-    reading = bank.read(rows, count=False)
-    tokens = bank.tokens_of(rows)
-    good = reading.intact & features.any(axis=1) & in_vocabulary(tokens, np.iinfo(np.int32).max)
-    kept = np.flatnonzero(good)
-    return rows[kept], Entries(features[kept], np.asarray(reading.values)[kept], [tokens[i] for i in kept.tolist()])
+"""Type of a function that turns token ids of documents back into texts."""
 
 
 class NearMatcher:
-    """Answers documents from their neighbours, within the budget that was calibrated; audits see to it.
+    """Near reuse of one bank under its calibration.
 
-    It is off when calibration found no safe threshold, or when audits are certain that the budget is exceeded at every
-    stricter one; and it stands aside while it costs more than it saves.
+    Documents are answered from their nearest entries, within the calibrated drift budget. Audits recompute a share of
+    the hits and tighten the threshold when the budget is exceeded.
+
+    Near reuse is off when calibration found no safe threshold, or when audits showed that the budget is exceeded at
+    every stricter threshold too. It stands aside (looks up only a few documents) while it costs more than it saves.
     """
 
     def __init__(
@@ -146,22 +76,26 @@ class NearMatcher:
         drift: Drift | None = None,
         distilled: Distilled | None = None,
     ) -> None:
-        """fields: digests of texts and entries, for the guard. kept: a `state` to go on from. drift: the user's own
-        function, for a calibration that was made by one. distilled: predictions of the entries, where they are kept.
+        """Prepare near reuse; entries are read at the first look-up.
+
+        fields: computes field digests of texts and entries, for the guard.
+        kept: a saved `state` to resume from.
+        drift: the user's drift function, required when the calibration was made with one.
+        distilled: stored predictions for the entries; None to predict them on each opening.
         """
         self._bank, self._digests, self._config, self._own = bank, fields, config, drift
         self.distilled = distilled
         self.balance, self.pace = BreakEven(), Pace()
-        self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits from before the pace was known
+        self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits until the pace of the model is known
         self.changed = False
-        """Whether there is something to save: audits, or another calibration."""
+        """True when there is something to save: audit results or a new calibration."""
         self._refitting: Refitting | None = None
         self._random = np.random.default_rng()
         self._audit_seconds = self._saved_seconds = 0.0
         self._place: torch.device | None = None
         self._begin(calibration, fitted)
         self.foreign = 0
-        """Documents of other scopes than the calibrated one that came by in this opening; they were not looked up."""
+        """Number of documents of other scopes in this opening. They were not looked up."""
         if kept and self.scope != UNKNOWN:
             self.audits.restore(kept["audits"])
             self.stopped = str(kept["stopped"])
@@ -182,42 +116,42 @@ class NearMatcher:
             guard.FieldGuard(calibration.guard_kinds, calibration.guard_pattern) if calibration.guard else None
         )
         self.shifted = ""
-        """What is other about the documents asked than about those that it was calibrated on; "" for nothing."""
+        """Description of a shift of the traffic away from the calibration sample; "" while there is none."""
         self.stopped = calibration.reason if calibration.threshold is None else ""
         if self.scope == UNKNOWN:
             self.stopped = _BEFORE_SCOPES
 
     @property
     def scope(self) -> int:
-        """The scope that is calibrated: whose entries answer, and whose documents are looked up."""
+        """The calibrated scope. Only its entries answer, and only its documents are looked up."""
         return int(self.calibration.scope or "0", 16)
 
     @property
     def off(self) -> str:
-        """Why nothing is reused; "" while something is."""
+        """The reason why near reuse is off; "" while it is on."""
         return self.stopped or self._too_few
 
     @property
     def stands_aside(self) -> str:
-        """Why hardly any document is looked up at the moment; "" when all are."""
+        """The reason why only a few documents are looked up at the moment; "" when all are."""
         if self.balance.pays:
             return ""
         return (
-            f"near reuse costs more than it saves: {self.balance.spent:.3g} seconds for {self.balance.saved:.3g} of "
-            "the latest documents; a few are still looked up, and it goes on when it pays"
+            f"near reuse costs more than it saves: it took {self.balance.spent:.3g} seconds and saved "
+            f"{self.balance.saved:.3g} on the latest documents; a few are still looked up, and it resumes when it pays"
         )
 
     def state(self) -> dict[str, Any]:
-        """What audits found, for JSON."""
+        """Return the audit results as JSON values, for the `kept` argument."""
         return {"audits": self.audits.state(), "stopped": self.stopped}
 
     def forget(self) -> None:
-        """Rows have other numbers now: the entries are taken from the bank again."""
+        """Drop the loaded entries, because row numbers have changed. The next look-up reads them from the bank."""
         self._memory, self._too_few = None, ""
 
     @property
     def place(self) -> torch.device | None:
-        """The device whose memory holds the entries, and where they are looked up; None for the host."""
+        """The device that holds the entries and searches them; None for the host."""
         return self._place
 
     @place.setter
@@ -226,77 +160,82 @@ class NearMatcher:
             self._place, self._memory = place, None
 
     def refresh(self) -> NeighborIndex | None:
-        """The entries to find neighbours among: those that the calibration looked its documents up among.
+        """Load the entries to search, if they are not loaded yet: those that the calibration searched.
 
-        None where fewer are left than a result is made of, because they were evicted, purged or damaged: what was
-        calibrated says nothing of results that are made of fewer, so near reuse is off then, and `off` says why.
+        Later entries do not answer, since neither the measured hits nor the bound would hold: they may be of a kind
+        that the predictor has never seen. The documents of a calibration sample were looked up without each other, so
+        they do not answer either. All of them take part from the next calibration on, which runs when the bank has
+        doubled.
 
-        With others neither the measured hits nor the bound would hold: later ones may be of another kind, which the
-        predictor has never seen, and a sample that was given was looked up without itself. They take part from the
-        next calibration on, which is made when the bank has doubled.
+        Returns None, and sets the reason in `off`, when fewer than `NEIGHBOURS` entries are left (evicted, purged or
+        damaged): the calibration does not cover results made of fewer neighbours.
         """
         if self._memory is None and not self._too_few:
             self._rows, entries = entries_of(self._bank, self.scope, answering=self.fitted.answering)
             if len(self._rows) < NEIGHBOURS:
                 self._too_few = (
-                    f"{len(self._rows)} entries are left of those that it was calibrated on, and a near match is made "
-                    f"of {NEIGHBOURS}; calibrate again"
+                    f"{len(self._rows)} entries are left of those calibrated, and a near match needs {NEIGHBOURS}; "
+                    "calibrate again"
                 )
                 log.warning("near reuse is off: %s", self._too_few)
                 return None
-            predictor, known = self.fitted.predictor, None
+            predictor, predictions = self.fitted.predictor, None
             if self.distilled is not None:
-                known = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
-            self._memory = self._remembered(entries, known)
+                predictions = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
+            self._memory = self._build_index(entries, predictions)
             self._divergent = self._bank.divergent(WORST)
         return self._memory
 
-    def _remembered(self, entries: Entries, known: NDArray[np.float32] | None) -> NeighborIndex:
+    def _build_index(self, entries: Entries, predictions: Floats32 | None) -> NeighborIndex:
         predictor, voting = self.fitted.predictor, self.calibration.voting
         if self._place is not None:
             dtype = dtype_of(self._bank.facts)
             try:
-                return DeviceMemory(entries, predictor, voting, self._place, predictions=known, dtype=dtype)
-            except (ConfigError, RuntimeError) as error:  # out of memory is one, and a cache is never in the way
+                return DeviceMemory(entries, predictor, voting, self._place, predictions=predictions, dtype=dtype)
+            except (ConfigError, RuntimeError) as error:  # e.g. out of memory: a cache must not stop the call
                 log.warning(
-                    "near reuse cannot hold %s entries in memory of %s: %s. Going on with them on the host",
+                    "near reuse cannot hold %s entries in the memory of %s: %s; continuing on the host",
                     f"{len(entries):,}", self._place, str(error).splitlines()[0],
                 )  # fmt: skip
-        return HostNeighborIndex(entries, predictor, voting, predictions=known)
+        return HostNeighborIndex(entries, predictor, voting, predictions=predictions)
 
     def select_for_lookup(self, n: int) -> NDArray[np.int64]:
-        """Which of n documents to look up, int64, in order: all, a few while it does not pay, none while it is off."""
+        """Choose the documents to look up, out of n.
+
+        Returns their positions, int64, ascending: all, a few while near reuse does not pay, none while it is off.
+        """
         self._refit()
         if not self.stopped and n:
-            self.refresh()  # says whether there are entries at all
+            self.refresh()  # turns near reuse off when too few entries are left
         return np.zeros(0, np.int64) if self.off else self.balance.select_for_lookup(n)
 
     def look_up(
         self,
-        features: NDArray[np.float32] | torch.Tensor,
+        features: Floats32 | torch.Tensor,
         tokens: Sequence[NDArray[np.int32]],
         texts: Sequence[str],
     ) -> NearMatches:
-        """Near matches of some documents of the calibrated scope, and what decided on each.
+        """Find near matches for documents of the calibrated scope, and apply every gate.
 
-        features: raw, [n, width], as the bank's. texts: the original ones, without their prompt, for the guard.
+        features: unrounded, [n, width], of the bank's feature kind. tokens: ids of each document.
+        texts: the original texts, without their prompt, for the guard.
         """
-        memory = self.refresh()
-        if memory is None or not len(tokens):
-            return _no_neighbours(len(tokens), self._bank.facts.width)
-        found = memory.match(features, tokens, self._judge.scores)
-        closest = found.similarities[:, 0]
-        score = safety(found.evidence)
+        index = self.refresh()
+        if index is None or not len(tokens):
+            return no_neighbours(len(tokens), self._bank.facts.width)
+        matches = index.match(features, tokens, self._judge.scores)
+        closest = matches.similarities[:, 0]
+        score = safety(matches.evidence)
         gate = np.where(np.isfinite(score), np.where(score >= self.audits.threshold, TAKEN, LOW), ALONE).astype(np.int8)
-        rows, similarity = self._rows[found.neighbours[:, 0]], closest.copy()
+        rows, similarity = self._rows[matches.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
         if self._guard is not None and len(passed):
-            neighbours, similarities = self._rows[found.neighbours[passed]], found.similarities[passed]
-            mine = self._digests([texts[i] for i in passed.tolist()])
-            place, differing = self._sharing(mine, neighbours, similarities, self._guard)
+            neighbours, similarities = self._rows[matches.neighbours[passed]], matches.similarities[passed]
+            query_digests = self._digests([texts[i] for i in passed.tolist()])
+            source, differing = self._same_fields(query_digests, neighbours, similarities, self._guard)
             each = np.arange(len(passed))
-            rows[passed], similarity[passed] = neighbours[each, place], similarities[each, place]
+            rows[passed], similarity[passed] = neighbours[each, source], similarities[each, source]
             for i, kind in zip(passed.tolist(), differing.tolist(), strict=True):
                 if kind >= 0:
                     gate[i], kinds[i] = GUARDED, guard.KINDS[kind]
@@ -305,66 +244,65 @@ class NearMatcher:
             for i in passed[refused[unread]].tolist():
                 kinds[i] = UNREAD
         gate[(gate == TAKEN) & np.isin(rows, self._divergent)] = QUARANTINED
-        consensus = found.evidence[:, _CONSENSUS]
-        return NearMatches(found.results, rows, similarity, consensus, score, gate, kinds, closest)
+        consensus = matches.evidence[:, _CONSENSUS]
+        return NearMatches(matches.results, rows, similarity, consensus, score, gate, kinds, closest)
 
-    def _sharing(
-        self,
-        mine: NDArray[np.uint64],
-        neighbours: NDArray[np.int64],
-        similarities: NDArray[np.float32],
-        rules: guard.FieldGuard,
+    def _same_fields(
+        self, query_digests: NDArray[np.uint64], neighbours: Rows, similarities: Floats32, rules: guard.FieldGuard
     ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-        """See `guard.Rules.sharing`; the other neighbours' fields are read only where those of the nearest differ."""
-        first = self._fields_of(neighbours[:, 0])
-        place, kind = np.zeros(len(mine), np.int64), rules.unequal(mine, first)
+        """Like `guard.FieldGuard.sharing`, but read further neighbours only where the nearest one differs."""
+        nearest_digests = self._fields_of(neighbours[:, 0])
+        source, kind = np.zeros(len(query_digests), np.int64), rules.unequal(query_digests, nearest_digests)
         open_ = np.flatnonzero(kind >= 0)
         if len(open_):
             eligible = eligible_sources(similarities[open_], self.calibration.voting.temperature)
-            some = neighbours[open_]
-            theirs = np.broadcast_to(first[open_][:, None], (*some.shape, first.shape[1])).copy()
-            theirs[eligible] = self._fields_of(some[eligible])
-            place[open_], kind[open_] = rules.sharing(mine[open_], theirs, eligible)
-        return place, kind
+            candidates = neighbours[open_]
+            shape = (*candidates.shape, nearest_digests.shape[1])
+            digests = np.broadcast_to(nearest_digests[open_][:, None], shape).copy()
+            digests[eligible] = self._fields_of(candidates[eligible])
+            source[open_], kind[open_] = rules.sharing(query_digests[open_], digests, eligible)
+        return source, kind
 
-    def _fields_of(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Digests of the fields of some entries, uint64 [n, kinds]."""
+    def _fields_of(self, rows: Rows) -> NDArray[np.uint64]:
+        """Return the field digests of entries, uint64 [n, kinds]."""
         return self._digests.of(self._bank.marks(rows))
 
-    def neighbours(
-        self, features: NDArray[np.float32], tokens: Sequence[NDArray[np.int32]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first; k is 0 without entries."""
-        memory = self.refresh()
-        if memory is None:
+    def neighbours(self, features: Floats32, tokens: Sequence[NDArray[np.int32]]) -> tuple[Rows, Floats32]:
+        """Return the nearest entries of each document and their similarities, nearest first.
+
+        The result is rows, int64 [n, k], and similarities, float32 [n, k]; k is 0 while there are too few entries.
+        """
+        index = self.refresh()
+        if index is None:
             return np.zeros((len(tokens), 0), np.int64), np.zeros((len(tokens), 0), np.float32)
-        places, similarity = memory.nearest(features, tokens)
+        places, similarity = index.nearest(features, tokens)
         return self._rows[places], similarity
 
-    def watch(self, similarity: NDArray[np.float32]) -> None:
-        """Take note of how near live documents are to the entries: whether they are like the calibration sample."""
+    def watch(self, similarity: Floats32) -> None:
+        """Record similarities of live documents to their nearest entries, and raise auditing if the traffic shifts."""
         if self._traffic is None or self.shifted:
             return
         self._traffic.observe(similarity)
         if self._traffic.raised:
             self.shifted, self.audits.shifted = self._traffic.reason(), True
-            log.warning("the traffic has changed since it was calibrated: %s; more hits are audited", self.shifted)
+            log.warning("the traffic has changed since calibration: %s; more hits are audited", self.shifted)
 
     def chosen_for_audit(self, near: NearMatches) -> NDArray[np.bool_]:
-        """Which hits are to be recomputed: drawn by chance, more than usual while something speaks against them and
-        there is time for it, and all that are in quarantine; bool [n].
+        """Draw the hits to recompute; bool [n].
+
+        Hits are drawn at random, with the raised share while there is evidence of drift and audits have time left.
+        Matches in quarantine are always recomputed.
         """
-        more = self._audit_seconds <= self._config.audit_time * self._saved_seconds
-        drawn = self._random.random(len(near.gate)) < (self.audits.share_now if more else self.audits.share)
+        has_time = self._audit_seconds <= self._config.audit_time * self._saved_seconds
+        drawn = self._random.random(len(near.gate)) < (self.audits.share_now if has_time else self.audits.share)
         return np.asarray((drawn & (near.gate == TAKEN)) | (near.gate == QUARANTINED), np.bool_)
 
-    def audit(
-        self, asked: int, near: NearMatches, again: NDArray[np.bool_], computed: NDArray[np.float32]
-    ) -> NDArray[Any]:
-        """Take note of documents asked, of what was found for them, and of those that were computed after all.
+    def audit(self, asked: int, near: NearMatches, again: NDArray[np.bool_], computed: Floats32) -> NDArray[Any]:
+        """Record audit results, and tighten the threshold when the budget is certainly exceeded.
 
-        again: bool, which of `near` were computed; computed: their outputs. Returns their drift, float64. From when it
-        is certain that the budget is exceeded the next stricter threshold is used, or none.
+        asked: number of documents looked up. near: their matches. again: bool [n], the matches that were recomputed.
+        computed: outputs of those, [audited, out].
+        Returns their drift, float64 [audited]. After the strictest threshold near reuse is off.
         """
         drift = np.zeros(0)
         if len(computed):
@@ -372,13 +310,13 @@ class NearMatcher:
             rows = near.rows[again]
             self._bank.audit(rows, drift.astype(np.float32))
             self._divergent = np.union1d(np.setdiff1d(self._divergent, rows), rows[drift > WORST])
-        drawn = near.gate[again] == TAKEN  # those in quarantine were not drawn: they say nothing about the others
-        found = self.audits.observe(
+        drawn = near.gate[again] == TAKEN  # matches in quarantine are no random sample of the hits
+        reason = self.audits.observe(
             asked, near.score[near.gate == TAKEN], near.score[again][drawn], np.asarray(drift)[drawn]
         )
         self.changed |= bool(len(drift))
-        if found and not self.stopped:
-            self._tighten(found)
+        if reason and not self.stopped:
+            self._tighten(reason)
         return drift
 
     def _tighten(self, reason: str) -> None:
@@ -389,11 +327,12 @@ class NearMatcher:
         log.warning("near reuse is off: %s", self.stopped)
 
     def paid(self, looked_up: int, given: int, spent: float, audited: int) -> tuple[float, float]:
-        """Take note of what some documents have cost and saved, in seconds of the model on this machine.
+        """Record cost and savings of near reuse, in seconds of the model on this machine.
 
-        given, audited: tokens of the documents that were answered, and of those that are computed to audit them. spent:
-        seconds of the look-up. Returns the seconds saved and those of audits; 0 until the pace of the model is known,
-        then also those from before.
+        looked_up: number of documents. given: tokens of the documents answered. audited: tokens of the documents
+        recomputed for audits. spent: seconds of the look-up.
+        Returns seconds saved and seconds of audits. Both are 0 until the pace of the model is known; then they include
+        the earlier documents.
         """
         self._unpriced += given, audited
         if self.balance.documents + looked_up >= LEAST:
@@ -406,23 +345,25 @@ class NearMatcher:
             log.warning("%s", self.stands_aside or "near reuse pays again: all documents are looked up")
         return saved, audits
 
-    # -- learning again -------------------------------------------------------------------------------------
+    # -- recalibration --------------------------------------------------------------------------------------
 
     def _refit(self) -> None:
-        """Once the cache has doubled, calibrate again in the background, and go on with that when it is there."""
+        """Recalibrate in a background thread once the cache has doubled, and switch to the result when it is ready."""
         if self._refitting is None:
             if self._config.recalibrate and grown(self.calibration, len(self._bank)):
-                mine = self._bank.in_scope(self.scope)
-                if grown(self.calibration, len(mine)):
+                in_scope = self._bank.in_scope(self.scope)
+                if grown(self.calibration, len(in_scope)):
                     rows, entries = entries_of(self._bank, self.scope)
-                    read, answering = self._fields_of(rows), answering_keys(self._bank, rows)
-                    self._refitting = Refitting(entries, read, self.calibration, self.fitted, len(mine), answering)
+                    digests, answering = self._fields_of(rows), answering_keys(self._bank, rows)
+                    self._refitting = Refitting(
+                        entries, digests, self.calibration, self.fitted, len(in_scope), answering
+                    )
             return
-        if (found := self._refitting.result()) is None:
+        if (result := self._refitting.result()) is None:
             return
         self._refitting = None
-        calibration, fitted = found
+        calibration, fitted = result
         log.info("near reuse was calibrated again on %d entries: %s", calibration.entries, calibration.reason)
-        self.distilled = None  # of the predictor before
+        self.distilled = None  # stored predictions are of the previous predictor
         self._begin(calibration, fitted)
         self.changed = True

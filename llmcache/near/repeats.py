@@ -1,9 +1,8 @@
 """Count near answers per document, so that a wrong one is not repeated in one opening.
 
-Near answers are not stored. The bound of a calibration is over distinct documents, so a document that a thousand
-requests ask for could be a thousand wrong answers. When each document is answered near at most once, and computed and
-stored when it is asked again, there are at most as many wrong answers among the requests as among the distinct
-documents, and the bound holds for requests too.
+Near answers are not stored. The bound of a calibration covers distinct documents, so a document in a thousand requests
+could give a thousand wrong answers. If each document is answered near at most once, and computed and stored when it is
+asked again, the requests have at most as many wrong answers as the distinct documents, and the bound covers requests.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from llmcache.indexes.format.rows import Keys
 
 
 class NearAnswers:
-    """Counts of near answers, by key of the document. most: answers to one document; None for any number.
+    """Counts of near answers by document key, 24 bytes each.
 
-    It holds 24 bytes for each document that was answered.
+    most: highest number of near answers to one document; None for no limit.
     """
 
     def __init__(self, most: int | None) -> None:
@@ -26,16 +25,19 @@ class NearAnswers:
         self._counts = KeyTable()
 
     def allowed(self, keys: Keys, copies: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Mask of documents that may be answered near, bool [n]. keys: uint64 [n, 2]. copies: requests for each."""
+        """Return a mask of the documents that may be answered near, bool [n].
+
+        keys: of the documents, uint64 [n, 2]. copies: number of requests for each, int64 [n].
+        """
         if self._most is None:
             return np.ones(len(keys), np.bool_)
-        return np.asarray(self._before(keys) + copies <= self._most)
+        return np.asarray(self._earlier(keys) + copies <= self._most)
 
     def add(self, keys: Keys, copies: NDArray[np.int64]) -> None:
-        """Take note of documents that were answered near."""
+        """Count documents that were answered near. Arguments as for `allowed`."""
         if self._most is not None and len(keys):
-            self._counts.add(keys, self._before(keys) + copies)
+            self._counts.add(keys, self._earlier(keys) + copies)
             self._counts.settle()
 
-    def _before(self, keys: Keys) -> NDArray[np.int64]:
+    def _earlier(self, keys: Keys) -> NDArray[np.int64]:
         return np.maximum(self._counts.find(keys), 0)

@@ -1,4 +1,4 @@
-"""What calibrated near reuse promised and what came of it, for `stats`. Needs neither torch nor FAISS."""
+"""Report calibrated bounds of near reuse and its measured results, for `stats`. Needs neither torch nor FAISS."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from llmcache.indexes.store import Store
 
 SETTING = "calibration"
 """Name of the setting with the calibration of the output bank; other banks append "-" and their name."""
-_ENOUGH = 200
-"""Documents looked up, from which on it is worth saying that none was found."""
+_ENOUGH = 200  # least number of documents looked up for a remark that there were no hits
 
 
 @dataclass(frozen=True, slots=True)
 class NearReport:
-    """One bank's near reuse. Shares are in [0, 1], times in seconds.
+    """Near reuse of one bank. Shares are in [0, 1], times in seconds.
 
-    state: "on", "off", or "aside" (it costs more than it saves). why: what is to be said about that, "" for nothing.
-    drift: what is measured. budget: of all results; budget_of_hits: what that leaves to the near hits at the share of
-    hits calibrated. bound, bound_of_hits: what calibration made certain. asked: documents looked up by openings of this
-    store; hits. audits, audited_drift: how many, and their mean. saved, look_up, audit: seconds; net: what is left.
+    state: "on", "off", or "aside" (it costs more than it saves). why: reason for the state, or a remark; "" for none.
+    drift: kind of drift, see `Calibration`.
+    budget: highest mean drift over all results. budget_of_hits: the same for near hits, at the calibrated hit share.
+    bound, bound_of_hits: calibrated upper bounds of the drift over all results, and over near hits.
+    asked: number of documents looked up over all openings of the store. hits: near hits among them.
+    audits: number of audited hits. audited_drift: their mean drift.
+    saved: time that hits saved. look_up, audit: time spent. net: saved minus spent.
     """
 
     namespace: str
@@ -43,10 +45,11 @@ class NearReport:
 
     @property
     def net(self) -> float:
-        """Seconds saved, less look-ups and audits."""
+        """Seconds saved minus seconds of look-ups and audits."""
         return self.saved - self.look_up - self.audit
 
     def as_dict(self) -> dict[str, Any]:
+        """Return all fields and `net` as JSON values."""
         return {**asdict(self), "net": self.net}
 
 
@@ -56,25 +59,27 @@ def near_reports(
     opened: str = "",
     states: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[NearReport]:
-    """Of every bank that is calibrated. opened: the namespace in use, states: "on", "off" or "aside" there, by bank.
+    """Return a report for every calibrated bank of a store.
 
-    The counters are those of the whole store: where several banks are calibrated, of all of them.
+    lifetime: counters of the whole store. They are not split by bank when several banks are calibrated.
+    opened: the namespace in use. states: (state, why) of its banks, by name.
     """
-    found = []
+    reports = []
     for namespace, space in sorted(store.manifest.namespaces.items()):
         for name, raw in sorted(calibrations_of(space.config).items()):
             bank = name.removeprefix(SETTING).lstrip("-") or "output"
-            now = (states or {}).get(bank) if namespace == opened else None
-            found.append(_report(namespace, bank, raw, lifetime, now))
-    return found
+            state = (states or {}).get(bank) if namespace == opened else None
+            reports.append(_report(namespace, bank, raw, lifetime, state))
+    return reports
 
 
 def calibrations_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a namespace with these settings has calibrated, by the name of the setting: plain numbers, which are a
-    `Calibration`, "fitted", and perhaps "kept".
+    """Return the calibrations in the settings of a namespace, by the name of the setting.
+
+    Each is the JSON form of a `Calibration`, with the key "fitted" and, after audits, "kept".
     """
-    found = {name: raw for name, raw in config.items() if name.startswith(SETTING)}
-    return {name: dict(raw) for name, raw in found.items() if isinstance(raw, Mapping) and raw}
+    calibrations = {name: raw for name, raw in config.items() if name.startswith(SETTING)}
+    return {name: dict(raw) for name, raw in calibrations.items() if isinstance(raw, Mapping) and raw}
 
 
 _NUMBERS = (
@@ -86,9 +91,9 @@ _TEXTS = ("drift", "reason", "guard_pattern")
 
 
 def unreadable(raw: Mapping[str, Any]) -> str:
-    """The first field of a saved calibration that is of another type than it should be; "" where there is none.
+    """Return the first field of a saved calibration with a wrong type, "" if there is none.
 
-    Fields that are missing, or that nobody knows, are for whoever reads the calibration.
+    Missing and unknown fields are not checked here; `Calibration.from_json` does that.
     """
     for name in (*_NUMBERS, *_NUMBERS_OR_NONE):
         value = raw.get(name, 0)
@@ -98,7 +103,7 @@ def unreadable(raw: Mapping[str, Any]) -> str:
         if not isinstance(raw.get(name, ""), str):
             return name
     kinds, curve = raw.get("guard_kinds", ()), raw.get("curve", ())
-    if not isinstance(kinds, list | tuple) or not all(isinstance(one, str) for one in kinds):
+    if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
         return "guard_kinds"
     if not isinstance(curve, list | tuple) or not all(
         isinstance(point, list | tuple) and len(point) == 4 and all(map(_is_number, point)) for point in curve
@@ -112,13 +117,13 @@ def _is_number(value: object) -> bool:
 
 
 def _report(
-    namespace: str, bank: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], now: tuple[str, str] | None
+    namespace: str, bank: str, raw: Mapping[str, Any], lifetime: Mapping[str, float], current: tuple[str, str] | None
 ) -> NearReport:
     asked, hits, audits = (int(lifetime.get(name, 0)) for name in ("near_asked", "near", "audits"))
     seconds = [float(lifetime.get(name, 0)) for name in ("near_saved_seconds", "near_seconds", "audit_seconds")]
     if field := unreadable(raw):
-        raw, now = {}, ("off", f"{field!r} of its calibration cannot be read; calibrate again")
-    state, why = now or _state(raw)
+        raw, current = {}, ("off", f"{field!r} of its calibration cannot be read; calibrate again")
+    state, why = current or _saved_state(raw)
     if state == "on" and asked >= _ENOUGH and not hits + audits:
         why = f"enabled and no hits: none of {asked:,} documents had a neighbour that could be trusted"
     elif state == "on" and asked >= _ENOUGH and seconds[0] < seconds[1] + seconds[2]:
@@ -132,9 +137,10 @@ def _report(
     )  # fmt: skip
 
 
-def _state(raw: Mapping[str, Any]) -> tuple[str, str]:
-    kept = raw.get("kept")
-    stopped = str(kept.get("stopped", "")) if isinstance(kept, Mapping) else ""
+def _saved_state(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """Return state and reason as saved with the calibration."""
+    audits = raw.get("kept")
+    stopped = str(audits.get("stopped", "")) if isinstance(audits, Mapping) else ""
     if raw.get("threshold") is None:
         return "off", str(raw.get("reason", ""))
     return ("off", stopped) if stopped else ("on", "")

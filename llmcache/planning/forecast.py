@@ -23,7 +23,9 @@ from llmcache.model.features import features
 from llmcache.model.keys import token_keys
 from llmcache.model.private_tokenizer import PrivateCopy
 from llmcache.model.tokens import TokenRows
-from llmcache.near.matcher import MOST, TAKEN, NearMatcher
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.bank_entries import MOST
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.planning.advice import (
     RunContext,
     RunForecast,

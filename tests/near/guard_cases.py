@@ -19,7 +19,7 @@ from llmcache.near.guard.rules import differs
 
 
 class Pair(NamedTuple):
-    """Two texts. kind: what was edited; language; refuse: whether the edit changed what the text says."""
+    """Two texts that differ by one edit. kind: kind of the edit. refuse: True if the edit changed the meaning."""
 
     kind: str
     language: str
@@ -29,14 +29,14 @@ class Pair(NamedTuple):
 
 
 def written_pairs() -> list[Pair]:
-    """The pairs written by hand."""
+    """Read the hand-written pairs."""
     lines = (Path(__file__).parent / "guard_pairs.jsonl").read_text(encoding="utf-8").split("\n")
     rows = (json.loads(line) for line in lines if line)
     return [Pair(kind, language, expected == "refuse", one, other) for kind, language, expected, one, other in rows]
 
 
 def mistakes(pairs: Iterable[Pair]) -> tuple[dict[str, list[int]], list[Pair]]:
-    """Per kind: changed pairs, those accepted, mere spellings, those refused; and the pairs that were judged wrongly."""
+    """Count, per kind, changed pairs, accepted ones, mere spellings, refused ones; and list the errors of the guard."""
     counts: dict[str, list[int]] = {}
     wrong = []
     for pair in pairs:
@@ -50,7 +50,7 @@ def mistakes(pairs: Iterable[Pair]) -> tuple[dict[str, list[int]], list[Pair]]:
 
 
 def table(counts: dict[str, list[int]]) -> str:
-    """The counts of `mistakes` as lines of text."""
+    """Format the counts of `mistakes` as lines of text."""
     total = [sum(row[place] for row in counts.values()) for place in range(4)]
     rows = [*sorted(counts.items()), ("all", total)]
     return "\n".join(
@@ -487,7 +487,7 @@ def _negations(random: Random, count: int) -> Iterator[Pair]:
 
 
 def drawn_pairs(seed: int, count: int) -> list[Pair]:
-    """Drawn pairs of all kinds and languages. count: rounds per kind."""
+    """Draw pairs of all kinds and languages. count: rounds per kind."""
     random = Random(seed)
     kinds = (_numbers, _amounts, _dates, _times, _signs, _currencies, _identifiers, _quotations, _negations)
     return [pair for kind in kinds for pair in kind(random, count)]

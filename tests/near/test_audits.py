@@ -1,4 +1,4 @@
-"""Audits of near hits, and whether near reuse pays: on streams whose law is known."""
+"""Audits of near hits and the break-even of near reuse, on streams with a known distribution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def audits(share: float = 0.2) -> Audits:
 
 
 def stream(seed: int, documents: int, odds: tuple[float, float, float], share: float = 0.2) -> Iterator[Batch]:
-    """Batches of 100 documents, half of them hits with scores in [0, 3); odds: of drift in each third of the scores."""
+    """Yield batches of 100 documents, half of them hits with scores in [0, 3). odds: of drift, per third of scores."""
     random = np.random.default_rng(seed)
     for _ in range(documents // 100):
         scores = random.random(50) * 3
@@ -46,7 +46,7 @@ def level_after(
 
 
 def test_hits_that_keep_to_the_budget_are_hardly_ever_tightened() -> None:
-    exact = BUDGET / 0.5  # this share of the hits is the whole budget of all results
+    exact = BUDGET / 0.5  # half of all results are hits, so this share of the hits is the whole budget
     tightened = sum(level_after(audits(), stream(seed, 6000, (exact,) * 3)) > 0 for seed in range(200))
     assert tightened <= 10, "one in twenty"
 

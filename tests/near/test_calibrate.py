@@ -1,4 +1,4 @@
-"""From a budget to a threshold, on synthetic entries."""
+"""Calibration from a budget to a threshold, on synthetic entries."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.near.calibration.calibrate import _again, calibrated
-from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.calibration.calibrate import calibrated
+from llmcache.near.calibration.head_fitting import refit_linear
+from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import HostNeighborIndex
+from llmcache.near.neighbors.linear_head import LinearHead
 from tests.near.test_correction import entries
 
 
 class Loud:
-    """A linear head that decides as it always does, at another volume. It is fitted again per fold."""
+    """A linear head with scaled logits and unchanged decisions; calibration fits it again in every fold."""
 
     def __init__(self, volume: float) -> None:
         weights = np.random.default_rng(5).standard_normal((3, entries(8).outputs.shape[1]))
@@ -42,10 +44,10 @@ def test_a_classifier_is_fitted_again_with_its_own_settings() -> None:
     outputs = random.standard_normal((300, 8)).astype(np.float32)
     answers = (outputs[:, 0] + 0.5 * random.standard_normal(300) > 0).astype(int)
     head = LogisticRegression(C=1e-3).fit(outputs[:100], answers[:100])
-    again = _again(head, outputs, answers)
+    again = refit_linear(head, outputs, answers)
     expected = LogisticRegression(C=1e-3).fit(outputs, answers)
     assert again is not None
     np.testing.assert_allclose(again.weights[1], expected.coef_[0], rtol=1e-4)
-    plain = _again(None, outputs, answers)
+    plain = refit_linear(None, outputs, answers)
     assert plain is not None
     assert np.abs(plain.weights).max() > 5 * np.abs(again.weights).max(), "that of nobody has a weak penalty"

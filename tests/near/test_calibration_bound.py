@@ -1,4 +1,4 @@
-"""The bound of near reuse, on documents of a known law: what answers after a calibration is what was measured."""
+"""The bound of near reuse, on documents of a known distribution: live look-ups work exactly as calibrated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from llmcache.near.calibration.calibrate import Calibration, FittedModels
 from llmcache.near.calibration.recalibration import GROWN, grown
 from llmcache.near.calibration_store import CalibrationStore
 from llmcache.near.marks import FieldDigests
-from llmcache.near.matcher import TAKEN, NearMatcher
+from llmcache.near.matcher import NearMatcher
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.neighbors.predictor import KERNEL, fit
 from llmcache.near.repeats import NearAnswers
 from tests.calibration_trials import SCOPE, Documents, Trial, answered, law, put, trials
@@ -37,7 +38,7 @@ LAWS = {"few drift": law(0.03, 24.0, classes=2), "some": law(0.1)}
 
 
 def exceeding_at_most(count: int) -> int:
-    """Calibrations of so many that exceed their budget where one of twenty does, but for a chance of 1 - CERTAIN."""
+    """Return the most calibrations that exceed their budget, at a rate of one in twenty and confidence CERTAIN."""
     return int(binom.ppf(CERTAIN, count, 0.05))
 
 
@@ -82,7 +83,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 class Cache:
-    """A bank with documents, and its near reuse."""
+    """A bank with documents and its near reuse."""
 
     def __init__(self, store: Store, entries: int, seed: int, config: CacheConfig | None = None) -> None:
         self.config = config or CacheConfig(audit_share=0.0)
@@ -113,7 +114,7 @@ def test_a_sample_answers_nobody_that_it_was_measured_without(store: Store, entr
     put(cache.bank, cache.draw(sample))
     found = cache.calibrate(known)
     assert (found.entries, found.samples, found.size) == (entries, sample, entries + sample)
-    put(cache.bank, cache.draw(50))  # within the same second, and after it
+    put(cache.bank, cache.draw(50))  # in the same second, and later
     asked = cache.draw(400)
     near = cache.saved().look_up(asked.features.astype(np.float32), asked.tokens, [""] * len(asked.tokens))
     assert (near.gate == TAKEN).any()

@@ -1,4 +1,4 @@
-"""Bounds from audits hold at every time at once, are not much wider than those for one time, and notice a change."""
+"""Bounds from audits hold at all times, are not much wider than fixed-time bounds, and detect a change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_bound_is_wrong_at_any_time_in_at_most_the_promised_share_of_streams(s
             sequence.observe(block)
             missed = missed or sequence.exceeds(share) or sequence.within(share - 1e-12)
         wrong += missed
-    assert wrong <= 30  # 0.1 of them on average at most; in fact far fewer
+    assert wrong <= 30  # at most 0.1 of them on average; in fact far fewer
 
 
 def test_bounds_hold_for_the_running_mean_when_the_drift_changes() -> None:

@@ -1,4 +1,4 @@
-"""Corrected reuse against loops over documents, and the evidence, gates and cross-fitting around it."""
+"""Corrected reuse against loops over documents; evidence, gates and cross-fitting."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from llmcache.near.neighbors.correction import (
     units,
     weights,
 )
-from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex
+from llmcache.near.neighbors.linear_head import LinearHead
 from tests.near.test_predictor import documents
 
 Floats = NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""Documents that are not like the calibration sample are noticed; documents that are like it are left alone."""
+"""Documents unlike the calibration sample raise an alarm; documents like the sample do not."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def nearest(queries: Floats, entries: Floats) -> Floats:
 
 @pytest.fixture(scope="module")
 def vectors(model: SentenceTransformer) -> dict[str, Floats]:
-    """Features of 4,000 queries of BANKING77 and as many of SNIPS, in random order."""
+    """Return features of 4,000 queries of BANKING77 and of 4,000 of SNIPS, in random order."""
     from llmcache.model.batching import token_embedding
     from llmcache.model.features import features
     from llmcache.model.tokens import tokenise

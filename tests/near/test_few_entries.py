@@ -1,4 +1,4 @@
-"""Near reuse when fewer entries are left than a result is made of: it answers nothing, says so, and no call fails."""
+"""Near reuse with fewer entries than a result needs: it is off, reports why, and no call fails."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def purge_all_but(path: Path, left: int) -> None:
 
 
 def remove_rows(path: Path, left: int) -> None:
-    """Damage: the records of every segment of the outputs are gone. left: is 0."""
+    """Delete the records of every segment of the outputs. left: is 0."""
     store = Store.open(path)
     for segment in store.manifest.namespaces["default"].banks["output"].segments:
         (path / segment.file("row").name).unlink()
@@ -77,7 +77,7 @@ def test_a_calibrated_store_that_lost_its_entries_computes_and_says_that_near_re
     near = [one.tier == "near" for one in results]
     for one, is_near, wanted in zip(results, near, true, strict=True):
         assert is_near or np.abs(one.output - wanted).max() < 2e-5
-    if lose is purge_all_but:  # what was fitted to a purged document goes with it
+    if lose is purge_all_but:  # a purge also removes the models fitted to the documents
         assert calibration is None
         assert not any(near)
     elif left < NEIGHBOURS:

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - texts in many scripts
-"""The field guard: which texts may never be taken for one another, in several languages and spellings."""
+"""The field guard: texts that must not share a result, in several languages and spellings."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_two_numbers_differ_exactly_when_they_are_not_equal(one: int, other: int
     st.sampled_from(["a", "a-", "a.", "1", "1.", "1,", "/a", "a@", '"', "`", "_", "--a", "不", " no", "may 1 ", "a1-"])
 )
 def test_no_text_takes_more_time_than_its_length_asks_for(unit: str) -> None:
-    fields(unit * 20_000)  # minutes, if a pattern went back over it again and again
+    fields(unit * 20_000)  # would take minutes if a pattern backtracked
 
 
 def test_a_measurement_without_data_says_what_it_looks_for(tmp_path: Path) -> None:

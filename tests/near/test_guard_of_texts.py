@@ -1,4 +1,4 @@
-"""The guard of a calibrated cache reads the original texts: what tokens do not show still tells two texts apart."""
+"""The guard of a calibrated cache reads the original texts: it separates texts with the same tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def calibrated(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that knows one text of every pair, calibrated so that only the guard refuses anything."""
+    """Create a store with one text of every pair, calibrated so that only the guard refuses matches."""
     path = tmp_path_factory.mktemp("calibrated") / "store"
     with LLMCache.open(path, with_prompts(folder), config=CONFIG) as cache:
         cache.encode(KNOWN)
@@ -77,7 +77,7 @@ def test_texts_that_differ_in_what_a_tokenizer_may_lose_never_answer_each_other(
     assert set(before.values()) == {"exact"}
     allowed = FieldDigests()(asked)
     for mine, one in zip(allowed, cache.run(asked), strict=True):
-        if one.tier == "near":  # of an entry with the very same fields, then
+        if one.tier == "near":  # then the source has the same fields
             source = cache._execution.bank.marks(np.array([_row(cache, str(one.source))]))
             np.testing.assert_array_equal(source["fields"][0], mine)
             assert one.source not in {_key(cache, other) for other in known}

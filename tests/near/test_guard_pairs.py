@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001, E501 - texts in several scripts
-"""The field guard on pairs of texts by kind of field and language, and on texts made to be slow to read."""
+"""The field guard on pairs of texts by kind of field and language, and on texts that could be slow to read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.near.guard_cases import Pair, drawn_pairs, mistakes, table, written_p
 KINDS = ["number", "date", "time", "sign", "amount", "currency", "identifier", "quotation", "address", "negation"]
 LANGUAGES = ["de", "en", "es", "fr", "hi", "ko", "zh"]
 ROUNDS = int(os.environ.get("LLMCACHE_GUARD_ROUNDS", "12"))
-ACCEPTED, REFUSED = 0.03, 0.05  # shares that may be judged wrongly
+ACCEPTED, REFUSED = 0.03, 0.05  # highest shares of errors
 
 
 def _checked(pairs: list[Pair]) -> None:
@@ -103,7 +103,7 @@ def test_any_mixture_of_words_of_these_languages_is_read(parts: list[str], joint
     ],
 )  # fmt: skip
 def test_a_long_run_of_anything_is_read_in_time_that_grows_with_its_length(unit: str) -> None:
-    """Four times the length may take ten times as long: a search that goes back over the text takes sixteen."""
+    """Four times the length may take ten times as long; a quadratic search takes sixteen times as long."""
 
     def seconds(size: int) -> float:
         text = unit * (size // len(unit.encode()))

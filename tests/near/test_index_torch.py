@@ -1,4 +1,4 @@
-"""What is computed on a device beside the same on the host."""
+"""Near look-ups on a device, compared with the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llmcache.encoding.executor import EncodeCall
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features, features_on
-from llmcache.near.matcher import TAKEN
 from llmcache.near.neighbors import index_torch as ondevice
 from llmcache.near.neighbors.correction import (
     DECIDED,
@@ -27,9 +26,10 @@ from llmcache.near.neighbors.correction import (
     Voting,
     units,
 )
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
+from llmcache.near.neighbors.linear_head import LinearHead
+from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.neighbors.predictor import fit
 
 if TYPE_CHECKING:
@@ -97,13 +97,13 @@ KNOWN, ASKED = 900, 300
 
 @pytest.fixture(scope="module")
 def asks(queries: list[str]) -> list[str]:
-    """The queries in another order: theirs is by intent."""
+    """Return the queries shuffled, since they are sorted by intent."""
     return [queries[i] for i in np.random.default_rng(0).permutation(len(queries))]
 
 
 @pytest.fixture(scope="module")
 def embedded(model: SentenceTransformer, asks: list[str]) -> Entries:
-    """Known and asked queries with what all-MiniLM-L6-v2 gives for them; features as they are drawn, not rounded."""
+    """Return stored and asked queries with their all-MiniLM-L6-v2 outputs; features are not rounded."""
     texts = asks[: KNOWN + ASKED]
     tokenizer: Any = model.tokenizer
     tokens = [np.array(ids, np.int32) for ids in tokenizer(texts)["input_ids"]]
@@ -124,13 +124,13 @@ def test_matches_among_real_queries_are_those_of_the_host(embedded: Entries, dev
         asked.features, asked.tokens, scores
     )
     raw = torch.from_numpy(asked.features).to(device)
-    # predicted on the device, a number between two of float16 may be rounded to the other one
+    # a number predicted on the device may round to the neighbouring float16
     for given, predictions, apart in ((raw, kept, 2e-5), (asked.features, kept, 2e-5), (raw, None, 2e-4)):
         there = DeviceMemory(known, predictor, voting, device, predictions=predictions)
         found = there.match(given, asked.tokens, scores)
         assert isinstance(found.results, torch.Tensor)
         assert found.results.device.type == device
-        # the eighth neighbour by the fingerprints may be another one where two are equally near
+        # the eighth neighbour by fingerprint may differ when two are equally near
         assert (found.neighbours == expected.neighbours).mean() > 0.99
         same = (found.neighbours == expected.neighbours).all(axis=1)
         assert same.mean() > 0.97
@@ -138,7 +138,7 @@ def test_matches_among_real_queries_are_those_of_the_host(embedded: Entries, dev
         np.testing.assert_allclose(found.results.cpu().numpy()[same], expected.results[same], atol=apart)
         columns = len(EVIDENCE) + (0 if scores is None else len(DECIDED))
         assert found.evidence.shape == (ASKED, columns)
-        # logarithms of small amounts carry their rounding
+        # logarithms of small numbers amplify rounding
         np.testing.assert_allclose(found.evidence[same], expected.evidence[same], atol=5e-3, rtol=1e-3)
     rows, similarity = there.nearest(raw, asked.tokens)
     np.testing.assert_array_equal(rows, found.neighbours)
@@ -159,7 +159,7 @@ def test_entries_of_two_bytes_are_held_so_and_predictions_that_are_known_are_tak
     wrong = half(np.roll(predictor(known.features), 1, axis=0)).astype(np.float32)
     host = HostNeighborIndex(known, predictor, Voting(), kind="flat", predictions=wrong)
     for one in (known.features, outputs):
-        one.flags.writeable = False  # as arrays that lie in a file
+        one.flags.writeable = False  # like arrays mapped from a file
     there = DeviceMemory(known, predictor, Voting(), device, predictions=wrong, dtype=torch.float16)
     assert there._outputs.dtype == torch.float16
     asked = embedded.take(np.arange(300, 360))
@@ -185,7 +185,7 @@ def test_what_the_caller_computes_in_changes_nothing(embedded: Entries, device: 
 
 @pytest.fixture(scope="module")
 def calibrated(model: SentenceTransformer, asks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that knows the first queries and is calibrated."""
+    """Create a calibrated store with the first queries."""
     path = tmp_path_factory.mktemp("calibrated") / "store"
     with LLMCache.open(path, model) as cache:
         cache.encode(asks[:KNOWN])
@@ -196,7 +196,7 @@ def calibrated(model: SentenceTransformer, asks: list[str], tmp_path_factory: py
 def opened_there(
     monkeypatch: pytest.MonkeyPatch, path: Path, model: SentenceTransformer, device: str, **settings: Any
 ) -> LLMCache:
-    """The store, near reuse being looked up on the device; the CPU is taken for one."""
+    """Open the store with near look-ups on the device. The CPU counts as a device."""
     monkeypatch.setattr(ondevice, "_DEVICES", ("cpu", "cuda"))
     config: Any = CacheConfig(device="cuda" if device == "cuda" else "cpu", recalibrate=False, **settings)
     return LLMCache.open(path, model.to(device), config=config)
@@ -223,7 +223,7 @@ def test_a_calibrated_cache_decides_on_the_device_as_on_the_host(
         assert isinstance(reuse.refresh(), DeviceMemory)
         assert cache.explain(asked[0]).as_dict()["neighbours"]
     assert 0.1 < (expected.gate == TAKEN).mean() < 1
-    # a score at the very threshold may fall to either side of it
+    # a score equal to the threshold may fall to either side
     near_threshold = np.abs(expected.score - reuse.audits.threshold) < 0.02
     assert near_threshold.mean() < 0.05
     np.testing.assert_array_equal(found.gate[~near_threshold], expected.gate[~near_threshold])
@@ -273,7 +273,7 @@ def test_near_and_exact_hits_and_misses_of_a_batch_stay_on_the_device(
         again = cache.encode(mixed[:60], convert_to_tensor=True)
         assert (again.device.type, again.dtype) == (device, torch.float32)
         np.testing.assert_allclose(again.cpu().numpy()[same[:60]], theirs[:60][same[:60]], atol=2e-4)
-        arrays = cache.encode(mixed[:60])  # a call that wants none of it there
+        arrays = cache.encode(mixed[:60])  # a call that wants arrays on the host
         np.testing.assert_allclose(arrays, again.cpu().numpy(), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Near reuse within a budget, with the real model: what is calibrated, saved, given, audited and explained."""
+"""Near reuse within a budget, with the real model: calibrate, save, answer, audit and explain."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KNOWN, ASKED = 700, 200
 
 @pytest.fixture(scope="module")
 def asks(queries: list[str]) -> list[str]:
-    """The queries in another order: theirs is by intent, and what comes later would be another traffic."""
+    """Return the queries shuffled: they are sorted by intent, so later ones would be other traffic."""
     return [queries[i] for i in np.random.default_rng(0).permutation(len(queries))]
 
 
 @pytest.fixture(scope="module")
 def warm(model: SentenceTransformer, asks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that knows the first queries."""
+    """Create a store with the first queries."""
     path = tmp_path_factory.mktemp("warm") / "store"
     with LLMCache.open(path, model) as cache:
         cache.encode(asks[:KNOWN])
@@ -53,7 +53,7 @@ def test_within_a_budget_neighbours_answer_and_the_promise_is_kept_on_other_docu
         assert found.expected < found.bound <= 0.05
         assert 0 < found.hits < 1
         assert found.samples == KNOWN
-    with LLMCache.open(known, model) as cache:  # in another opening, from what was saved
+    with LLMCache.open(known, model) as cache:  # in another opening, with the saved calibration
         assert cache.calibration == found
         results = list(cache.run(asked))
     near = np.array([one.tier == "near" for one in results])
@@ -138,7 +138,7 @@ def test_audits_recompute_a_share_and_switch_off_what_exceeds_the_budget(
         assert cache.stats().counters.audits == sum(one.audited for one in results) > 0
         assert cache.near_is_off == ""
         reuse: Any = cache._execution.reuse
-        reuse.audits.thresholds[:], reuse._guard = -1e9, None  # nothing is refused any more
+        reuse.audits.thresholds[:], reuse._guard = -1e9, None  # accept everything
         reuse._judge = replace(reuse._judge, drift=lambda one, other: (1 - (one * other).sum(1) > 0.05).astype(float))
         with caplog.at_level(logging.WARNING, "llmcache"):
             list(cache.run(asked[80:]))
@@ -215,7 +215,7 @@ def test_a_budget_of_nothing_and_too_few_documents_leave_near_reuse_off_and_say_
         assert few.needed == 2995 - KNOWN
         assert "more are needed" in cache.near_is_off
         assert {one.tier for one in cache.run(["something quite new", "and another"])} == {"miss"}
-        assert cache.stats().counters.near_asked == 0  # nothing is paid for what cannot be given
+        assert cache.stats().counters.near_asked == 0  # no look-ups while near reuse is off
     with LLMCache.open(tmp_path / "empty", model) as cache, pytest.raises(ConfigError, match="too few"):
         cache.calibrate(budget=0.01, drift="cosine")
 
@@ -249,7 +249,7 @@ def test_an_entry_that_led_astray_is_in_quarantine_until_a_recomputation_agrees(
         reuse: Any = cache._execution.reuse
         row = int(reuse.look_up(*_of(cache, text)).rows[0])
         reuse._bank.audit(np.array([row]), np.array([1.0], np.float32))
-    with LLMCache.open(known, model, config=quiet) as cache:  # another opening reads what was audited
+    with LLMCache.open(known, model, config=quiet) as cache:  # another opening reads the audit results
         told = cache.explain(text)
         assert told.tier == "miss"
         assert "quarantine" in told.why
@@ -445,7 +445,7 @@ def test_the_logits_of_a_head_are_reused_within_a_budget_of_their_own(
 
 
 def classifier(model: SentenceTransformer) -> Any:
-    """A BERT classifier on the trunk of the model, with a head of its own."""
+    """Create a BERT classifier on the trunk of the model, with its own head."""
     import torch
     from transformers import BertForSequenceClassification
 

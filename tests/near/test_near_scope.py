@@ -1,4 +1,4 @@
-"""Near matches come from entries with the same role, prompt and Router module only, whatever became of the store."""
+"""Near matches only come from entries with the same role, prompt and Router module, in every state of the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmcache.indexes.store import Store
 from llmcache.near.neighbors.predictor import LEAST
 from tests.small_sentences import sentences, tiny_folder, with_prompts, with_router
 
-Way = Mapping[str, Any]  # keywords of `run` that say how a text is asked for
+Way = Mapping[str, Any]  # keywords of `run` for the role and prompt of a text
 
 PROMPTED: dict[str, Way] = {
     "plain": {},
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stored(path: Path, model: SentenceTransformer, config: CacheConfig, ways: Mapping[str, Way]) -> None:
-    """Store some texts once for each way, with ids that name it, and a commit between."""
+    """Store texts once for each way, with ids that name the way, and a commit after each."""
     texts = TEXTS if config is RULES["calibrated"] else TEXTS[:40]
     with LLMCache.open(path, model, config=config) as cache:
         for name, way in ways.items():
@@ -77,7 +77,7 @@ def merged(made: list[Path], target: Path) -> Path:
 
 
 def compacted(path: Path) -> Path:
-    """The same store after a third of it was evicted and what was left written anew."""
+    """Evict a third of the store and rewrite the rest."""
     store = Store.open(path)
     try:
         evict(store, int(0.7 * sum(one.stat().st_size for one in path.rglob("*") if one.is_file())), policy="lru")
@@ -103,7 +103,7 @@ def copied(path: Path, target: Path) -> Path:
 
 
 def enough(path: Path, name: str) -> bool:
-    """Whether the store still has as many entries of a way as a calibration needs."""
+    """Return True if the store still has enough entries of a way for a calibration."""
     store = Store.open(path)
     try:
         bank = store.bank("default", "output", NotImplemented, CacheConfig().near)
@@ -113,7 +113,7 @@ def enough(path: Path, name: str) -> bool:
 
 
 def afterwards(fate: str, path: Path, tmp_path: Path) -> Path:
-    """The store that is asked, after this has become of it."""
+    """Return the store to ask, after this change."""
     if fate == "evicted":
         return evicted(path)
     if fate == "compacted":
@@ -122,12 +122,12 @@ def afterwards(fate: str, path: Path, tmp_path: Path) -> Path:
 
 
 def documents(name: str, texts: list[str]) -> list[dict[str, str]]:
-    """The texts with ids that name how they are asked for."""
+    """Return the texts with ids that name the way in which they are asked."""
     return [{"id": f"{name}/{text}", "text": text} for text in texts]
 
 
 def sources(cache: LLMCache, texts: list[str], way: Way) -> list[set[str]]:
-    """Of each text the names of the ways whose entries a near look-up finds for it."""
+    """Return, for each text, the names of the ways whose entries a near look-up finds."""
     found = []
     for text in texts:
         explanation = cache.explain(text, **way)
@@ -176,7 +176,7 @@ def test_a_text_is_never_answered_from_entries_with_another_role_or_prompt_and_i
             if one.tier == "near":
                 answered += 1
                 assert rule == "layer" or str(one.source).startswith(name + "/")
-                if rule != "calibrated":  # what it got is what the model gives for a text of the same way
+                if rule != "calibrated":  # the result equals the output of a text of the same way
                     assert np.abs(known[name] - one.output).max(axis=1).min() < 1e-5
             else:  # the same token ids under another role may have the same layer states
                 assert one.tier in ("miss", "exact")
@@ -186,7 +186,7 @@ def test_a_text_is_never_answered_from_entries_with_another_role_or_prompt_and_i
 
 
 def _model_of(model: SentenceTransformer, texts: list[str], way: Way) -> NDArray[np.float32]:
-    """The uncached model's vectors."""
+    """Return the vectors of the uncached model."""
     others = {name: value for name, value in way.items() if name != "role"}
     encode: Any = getattr(model, f"encode_{way['role']}") if "role" in way else model.encode
     return np.asarray(encode(texts, **others))
@@ -209,7 +209,7 @@ def test_entries_of_one_way_alone_answer_no_text_that_is_asked_in_another(
             expected = _model_of(model, ASKED[:3], ways[other])
             np.testing.assert_allclose(np.array([one.output for one in given]), expected, atol=1e-5)
             (own,) = cache.run([TEXTS[4] + "."], **ways[name])
-            # of a Router the layers of one trunk have banks
+            # the layers of a Router have banks for one trunk only
             assert own.tier == "near" or (kind, rule, name[:8]) == ("router", "layer", "document")
         shutil.rmtree(path)
 
@@ -218,7 +218,7 @@ def test_entries_of_one_way_alone_answer_no_text_that_is_asked_in_another(
 def test_the_nearest_entry_of_a_way_is_found_among_many_nearer_ones_of_others(
     folder: str, tmp_path: Path, seed: int
 ) -> None:
-    """The other entries are the asked texts themselves; the reference compares mean token embeddings one by one."""
+    """The other entries are the asked texts themselves. The reference compares mean token embeddings one by one."""
     random = np.random.default_rng(seed)
     model = with_prompts(folder)
     few = [TEXTS[i] for i in random.permutation(KNOWN)[: random.integers(3, 60)]]

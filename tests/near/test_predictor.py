@@ -1,4 +1,4 @@
-"""Outputs predicted from features, against scikit-learn's exact solutions."""
+"""Prediction of outputs from features, against scikit-learn's exact solutions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 def documents(n: int, seed: int = 0, width: int = 12, out: int = 5) -> tuple[Floats, Floats]:
-    """Features, and unit outputs that are a smooth, curved function of them."""
+    """Return features, and unit outputs that are a smooth nonlinear function of the features."""
     law = np.random.default_rng(7)
     one, two = law.standard_normal((width, 16)), law.standard_normal((16, out))
     features = np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)

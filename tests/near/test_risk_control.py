@@ -1,4 +1,4 @@
-"""Choosing a threshold: bounds against their definitions, and a thousand calibrations whose law is known."""
+"""Choice of a threshold: bounds against their definitions, and a thousand calibrations on a known distribution."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_both_bounds_hold_in_repeated_samples() -> None:
 
 
 def sample(random: np.random.Generator, n: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Scores uniform in [0, 1], and flips with probability (1 - score) / 5."""
+    """Draw scores uniform in [0, 1], and flips with probability (1 - score) / 5."""
     score = random.uniform(size=n)
     return score, random.uniform(size=n) < (1 - score) / 5
 
@@ -69,7 +69,7 @@ def test_the_budget_is_exceeded_in_at_most_one_calibration_in_twenty(of: str) ->
         tried = None if of == "all" else np.linspace(0, 1, 101)
         threshold = choose(flips, score, budget, 0.95, of=of, candidates=tried).threshold
         reach = 0.0 if threshold is None else 1 - threshold
-        true = reach**2 / 10 if of == "all" else reach / 10  # of all results: the integral of (1 - score) / 5
+        true = reach**2 / 10 if of == "all" else reach / 10  # for all results, the integral of (1 - score) / 5
         exceeded += true > budget
         hits.append(reach)
     assert exceeded <= 50
@@ -107,7 +107,8 @@ def test_the_choice_says_what_the_curve_says_and_is_the_loosest_that_passes() ->
 
 def test_the_sequence_stops_at_the_first_failure() -> None:
     score = np.repeat([0.9, 0.6, 0.3], [400, 100, 1000])
-    drift = np.repeat([0.0, 1.0, 0.0], [400, 100, 1000])  # the last thousand would make the share of hits small again
+    # the last thousand would bring the drift of the hits down again
+    drift = np.repeat([0.0, 1.0, 0.0], [400, 100, 1000])
     found = choose(drift, score, 0.1, of="hits", candidates=np.array([0.9, 0.6, 0.3]))
     assert found.curve.bound_of_hits[2] <= 0.1
     assert found.threshold == 0.9

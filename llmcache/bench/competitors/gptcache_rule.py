@@ -22,8 +22,9 @@ from llmcache.near.calibration.drift import DriftMeasure, beyond, label_drift
 from llmcache.near.calibration.risk_control import choose
 from llmcache.near.guard.rules import FieldGuard
 from llmcache.near.neighbors.correction import eligible_sources
-from llmcache.near.neighbors.gate import LinearHead, safety
+from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex
+from llmcache.near.neighbors.linear_head import LinearHead
 
 FIXED = 0.8
 """GPTCache's default threshold of similarity."""

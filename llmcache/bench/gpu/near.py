@@ -21,9 +21,9 @@ from llmcache.model.batching import Sentences, token_embedding
 from llmcache.model.features import features, features_on
 from llmcache.model.tokens import TokenRows
 from llmcache.near.neighbors.correction import Voting, units
-from llmcache.near.neighbors.gate import LinearHead
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory
+from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import (
     LANDMARKS,
     Predictor,

@@ -20,7 +20,7 @@ from llmcache.bench.paper.texts import Workload, spread
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.linear_head import LinearHead
 
 TAUS = (0.82, 0.85, 0.88)
 BUDGET = 0.005

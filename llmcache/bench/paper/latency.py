@@ -22,7 +22,7 @@ from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
 from llmcache.model.tokens import tokenise
 from llmcache.near.calibration.drift import cosine_drift
-from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.linear_head import LinearHead
 
 BATCH = 16
 """Documents of a round, which are asked in one call."""

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from llmcache.bench.near import fitted_head
 from llmcache.demo import demo_model
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.gate import LinearHead
+from llmcache.near.neighbors.linear_head import LinearHead
 
 REAL = "MiniLM"
 LENGTH = 192

@@ -1,4 +1,4 @@
-"""The curve of a calibration as an image, with matplotlib (the extra "plot")."""
+"""Plot the curve of a calibration with matplotlib (the extra "plot")."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from llmcache.near.calibration.calibrate import Calibration
 
 
 def curve(calibration: Calibration, path: Path) -> None:
-    """Drift and its bound against the share of hits, with the budget and the choice. ConfigError without matplotlib."""
+    """Plot drift and its bound against the share of hits, with the budget and the chosen threshold, to an image file.
+
+    ConfigError when matplotlib is missing or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("--plot needs matplotlib; install llmcache[plot], or leave it away") from None
+        raise ConfigError("--plot needs matplotlib; install llmcache[plot], or omit --plot") from None
     hits = [point[1] for point in calibration.curve]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="share of documents reused", ylabel="mean drift of all results")
@@ -26,4 +29,4 @@ def curve(calibration: Calibration, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be drawn: {error}") from None
+        raise ConfigError(f"{path} cannot be written: {error}; give another path or image format") from None

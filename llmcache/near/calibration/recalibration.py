@@ -1,4 +1,4 @@
-"""Calibrating again in the background, when a cache has grown far beyond what it was calibrated on."""
+"""Recalibrate in the background when a cache has grown far beyond the entries of its calibration."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from llmcache.near.neighbors.index import Entries
 log = logging.getLogger("llmcache")
 
 GROWN = 2
-"""Times the entries of a calibration, from which on it is made again."""
-_AGAIN = ("label", "cosine", "beyond", "kl")  # kinds of drift that need nothing but what is stored
+"""Growth of the bank, as a factor, from which it is calibrated again."""
+_AGAIN = ("label", "cosine", "beyond", "kl")  # kinds of drift that need stored data only
 
 
 def grown(calibration: Calibration, entries: int) -> bool:
-    """Return whether a calibration is to be made again for so many entries. Right answers and functions are not stored.
+    """Return True if a bank with this number of entries should be calibrated again.
 
-    The sample that a calibration was given is stored with the entries, so the bank counts as it was with the sample.
+    A calibration by correct labels or by a user's function is not repeated, since these are not stored. Growth counts
+    from the size of the bank including the calibration sample, which is stored with the entries.
     """
     before = max(1, calibration.size, calibration.entries)
     return calibration.budget > 0 and calibration.drift in _AGAIN and entries >= GROWN * before
 
 
 class Refitting:
-    """A thread that calibrates again with the settings of an earlier calibration, on the cache's own entries.
+    """A background thread that calibrates on the cache's own entries, with the settings of an earlier calibration.
 
-    A head is fitted again in every fold to what it decides, since it may have been trained on entries.
+    A head is fitted again in every fold to its own decisions, since it may have been trained on the entries.
     """
 
     def __init__(
@@ -49,26 +50,28 @@ class Refitting:
         size: int,
         answering: NDArray[np.uint64],
     ) -> None:
-        """entries: those that answer afterwards. read: digests of the fields of the entries, for the guard.
+        """Start the thread.
 
-        size: of the bank. answering: see `FittedModels.answering`.
+        entries: those that answer later. read: digests of their fields, for the guard.
+        before, fitted: the earlier calibration. size: number of entries in the bank.
+        answering: see `FittedModels.answering`.
         """
-        self._found: tuple[Calibration, FittedModels] | None = None
+        self._result: tuple[Calibration, FittedModels] | None = None
         self._size, self._answering = size, answering
         self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
         self._thread.start()
 
     def result(self) -> tuple[Calibration, FittedModels] | None:
-        """What it has come to; None while it works, or when it failed, which was logged."""
-        return None if self._thread.is_alive() else self._found
+        """Return the new calibration; None while the thread runs, or when it failed (which it logs)."""
+        return None if self._thread.is_alive() else self._result
 
     def wait(self) -> None:
-        """Until it is done."""
+        """Wait for the thread to end."""
         self._thread.join()
 
     def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: FittedModels) -> None:
         try:
-            found, numbers = calibrated(
+            calibration, models = calibrated(
                 entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,
                 limit=before.limit, confidence=before.confidence, guarded=before.guard, kinds=before.guard_kinds,
                 pattern=before.guard_pattern, seed=self._size, refit_head=True,
@@ -76,4 +79,7 @@ class Refitting:
         except LLMCacheError as error:
             log.warning("near reuse keeps its calibration on %d entries: %s", before.entries, error)
             return
-        self._found = replace(found, size=self._size, scope=before.scope), replace(numbers, answering=self._answering)
+        self._result = (
+            replace(calibration, size=self._size, scope=before.scope),
+            replace(models, answering=self._answering),
+        )

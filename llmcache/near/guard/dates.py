@@ -1,6 +1,6 @@
-"""Dates, weekdays and times of day in one form: "3 May 2024" is 2024-5-3, "half past three" is 3:30, "Mondays" is mon.
+"""Normalise dates, weekdays and times: "3 May 2024" is 2024-5-3, "half past three" is 3:30, "Mondays" is mon.
 
-Text is expected in the plain form of `llmcache.near.guard.plain_text`, with its numbers in digits.
+The functions expect text from `llmcache.near.guard.plain_text`, with number words in digits.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _TIME = re.compile(
 
 @lru_cache(256)
 def _named(names: frozenset[str]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """Day and month, month and day, month and year, preposition and month; with these months only: an alternation of
-    all is slow.
+    """Return patterns for day and month, month and day, month and year, preposition and month.
+
+    They match the given months only, since an alternation of all months is slow.
     """
     month = "(" + "|".join(sorted(map(re.escape, names), key=len, reverse=True)) + ")"
     return (
@@ -56,13 +57,13 @@ def _named(names: frozenset[str]) -> tuple[re.Pattern[str], re.Pattern[str], re.
 
 
 def months(text: str, names: frozenset[str], into: list[str]) -> str:
-    """The text without its dates that name a month, which go to `into`. names: the months in it, of `MONTHS`."""
+    """Move dates that name a month from a text to `into`. names: its month names, of `MONTHS`. Returns the rest."""
     day_month, month_day, month_year, in_month = _named(names)
-    text = day_month.sub(lambda found: _noted(into, found[3], MONTHS[found[2]], found[1]), text)
-    text = month_day.sub(lambda found: _noted(into, found[3], MONTHS[found[1]], found[2]), text)
-    text = month_year.sub(lambda found: _noted(into, found[2], MONTHS[found[1]], None), text)
+    text = day_month.sub(lambda match: _append_date(into, match[3], MONTHS[match[2]], match[1]), text)
+    text = month_day.sub(lambda match: _append_date(into, match[3], MONTHS[match[1]], match[2]), text)
+    text = month_year.sub(lambda match: _append_date(into, match[2], MONTHS[match[1]], None), text)
     if not names <= SURE_MONTHS:
-        text = in_month.sub(lambda found: _noted(into, None, MONTHS[found[1] or found[2]], None), text)
+        text = in_month.sub(lambda match: _append_date(into, None, MONTHS[match[1] or match[2]], None), text)
     into += [f"-{MONTHS[word]}-" for word in _WORD.findall(text) if word in SURE_MONTHS]
     return text
 
@@ -78,48 +79,53 @@ _GERMAN_DAY = re.compile(r"\b(mo|di|mi|do|fr|sa|so)\b\.?(?=\.? (?:- |und |bis )?
 
 
 def weekdays(text: str, words: frozenset[str]) -> list[str]:
-    """The weekdays of a text in its order. words: those of it that are or may be weekdays."""
+    """Return the weekdays of a text, in order. words: its words that are or may be weekdays."""
     days = []
     if not words.isdisjoint(WEEKDAYS):
-        days = [(found.start(), WEEKDAYS[found[0]]) for found in _WORD.finditer(text) if found[0] in WEEKDAYS]
+        days = [(match.start(), WEEKDAYS[match[0]]) for match in _WORD.finditer(text) if match[0] in WEEKDAYS]
     if not words.isdisjoint(DOUBTFUL_WEEKDAYS):
-        for found in _SHORT_DAY.finditer(text):
-            group = next(place for place in (1, 2, 3) if found[place])
-            days.append((found.start(group), DOUBTFUL_WEEKDAYS[found[group]]))
+        for match in _SHORT_DAY.finditer(text):
+            group = next(place for place in (1, 2, 3) if match[place])
+            days.append((match.start(group), DOUBTFUL_WEEKDAYS[match[group]]))
     if not words.isdisjoint(("und", "bis")) and not words.isdisjoint(GERMAN_WEEKDAYS):
-        for found in _GERMAN_DAY.finditer(text):
-            group = 1 if found[1] else 2
-            days.append((found.start(group), GERMAN_WEEKDAYS[found[group]]))
+        for match in _GERMAN_DAY.finditer(text):
+            group = 1 if match[1] else 2
+            days.append((match.start(group), GERMAN_WEEKDAYS[match[group]]))
     return [day for _, day in sorted(set(days))]
 
 
 def dates(text: str, into: list[str]) -> str:
-    """The text without its dates in digits, which go to `into` as year-month-day."""
+    """Move dates in digits from a text to `into`, as year-month-day. Returns the rest of the text."""
     if _MAY_DATE.search(text):
-        text = _ISO.sub(lambda found: _noted(into, found[1], found[3], found[4]), text)
-        text = _DMY.sub(lambda found: _ordered(into, found), text)
-        text = _DM.sub(lambda found: _day_and_month(into, found), text)
+        text = _ISO.sub(lambda match: _append_date(into, match[1], match[3], match[4]), text)
+        text = _DMY.sub(lambda match: _full_date(into, match), text)
+        text = _DM.sub(lambda match: _day_and_month(into, match), text)
     if not text.isascii():
-        text = _HAN.sub(lambda found: _noted(into, found[1], found[2], found[3]), text)
+        text = _HAN.sub(lambda match: _append_date(into, match[1], match[2], match[3]), text)
     return text
 
 
-def _day_and_month(into: list[str], found: re.Match[str]) -> str:
-    day, month = int(found[1]), int(found[2])
-    return _noted(into, None, found[2], found[1]) if 0 < day < 32 and 0 < month < 13 else found[0]
+def _day_and_month(into: list[str], match: re.Match[str]) -> str:
+    day, month = int(match[1]), int(match[2])
+    return _append_date(into, None, match[2], match[1]) if 0 < day < 32 and 0 < month < 13 else match[0]
 
 
-def _ordered(into: list[str], found: re.Match[str]) -> str:
-    """Day first with dots; with slashes only where one number cannot be a month, otherwise the date as written."""
-    first, joint, second, year = found.groups()
-    if joint == "." or int(first) > 12:
-        return _noted(into, year, second, first)
+def _full_date(into: list[str], match: re.Match[str]) -> str:
+    """Append a date of three numbers.
+
+    With dots the day is first. With slashes, day and month are told apart only if one of them cannot be a month;
+    otherwise the date is compared as written.
+    """
+    first, separator, second, year = match.groups()
+    if separator == "." or int(first) > 12:
+        return _append_date(into, year, second, first)
     if int(second) > 12:
-        return _noted(into, year, first, second)
-    return _noted(into, year, f"{int(first)}/{int(second)}", None)
+        return _append_date(into, year, first, second)
+    return _append_date(into, year, f"{int(first)}/{int(second)}", None)
 
 
-def _noted(into: list[str], year: str | None, month: str, day: str | None) -> str:
+def _append_date(into: list[str], year: str | None, month: str, day: str | None) -> str:
+    """Append year-month-day to `into`. Returns the replacement in the text, a space."""
     month = str(int(month)) if month.isdecimal() else month
     into.append(f"{year or ''}-{month}-{int(day) if day else ''}")
     return " "
@@ -152,14 +158,14 @@ _NOON = re.compile(r"\b(?:12 )?(noon|midday|midnight)\b")
 
 
 def clock_phrases(text: str, words: Collection[str]) -> str:
-    """The text with spoken times in figures: half past 3, quarter to 6, halb 4, 9 o'clock, 8 in the evening, noon.
+    """Rewrite spoken times in digits: half past 3, quarter to 6, halb 4, 9 o'clock, 8 in the evening, noon.
 
-    words: those of the text.
+    words: the words of the text.
     """
     if "half" in text or "quarter" in text or "viertel" in text or "minutes" in text:
         text = _PAST.sub(_past, text)
     if "halb" in text:
-        text = _HALB.sub(lambda found: f"{(1 if found[1] == 'eins' else int(found[1])) - 1 or 12}:30", text)
+        text = _HALB.sub(lambda match: f"{(1 if match[1] == 'eins' else int(match[1])) - 1 or 12}:30", text)
     if not _HALVES.isdisjoint(words):
         text = _AND_HALF.sub(_and_half, text)
     if ".5 d" in text:
@@ -167,57 +173,57 @@ def clock_phrases(text: str, words: Collection[str]) -> str:
     if "clock" in text:
         text = _CLOCK.sub(r"\1:00", text)
     if " uhr " in text:
-        text = _UHR.sub(lambda found: f"{found[1]}:{int(found[2]):02}", text)
+        text = _UHR.sub(lambda match: f"{match[1]}:{int(match[2]):02}", text)
     if "noon" in text or "midday" in text or "midnight" in text:
-        text = _NOON.sub(lambda found: "0:00" if found[1] == "midnight" else "12:00", text)
+        text = _NOON.sub(lambda match: "0:00" if match[1] == "midnight" else "12:00", text)
     if not _PART_WORDS.isdisjoint(words):
         text = _PART_OF_DAY.sub(_part_of_day, text)
     return text
 
 
-def _past(found: re.Match[str]) -> str:
-    what, where, hour = found[1], found[2], int(found[3])
-    minutes = {"half": 30, "quarter": 15, "viertel": 15}.get(what) or int(what.split()[0])
+def _past(match: re.Match[str]) -> str:
+    amount, preposition, hour = match[1], match[2], int(match[3])
+    minutes = {"half": 30, "quarter": 15, "viertel": 15}.get(amount) or int(amount.split()[0])
     if hour > 24:
-        return found[0]
-    if where in ("to", "before", "till", "vor"):
+        return match[0]
+    if preposition in ("to", "before", "till", "vor"):
         hour, minutes = (hour - 1 or 12), 60 - minutes
     return f"{hour}:{minutes % 60:02}"
 
 
-def _and_half(found: re.Match[str]) -> str:
-    if found[5]:
-        return f"{int(found[5]) - 1 or 12}:45"
-    if found[3] or found[4]:
-        return f"{found[3] or found[4]}:30"
-    return f"{found[1]}:{15 if found[2] in ('cuarto', 'quart') else 30}"
+def _and_half(match: re.Match[str]) -> str:
+    if match[5]:
+        return f"{int(match[5]) - 1 or 12}:45"
+    if match[3] or match[4]:
+        return f"{match[3] or match[4]}:30"
+    return f"{match[1]}:{15 if match[2] in ('cuarto', 'quart') else 30}"
 
 
-def _part_of_day(found: re.Match[str]) -> str:
-    hour = int(found[1])
+def _part_of_day(match: re.Match[str]) -> str:
+    hour = int(match[1])
     if not 1 <= hour <= 24:
-        return found[0]
+        return match[0]
     late = (
-        bool(found[3])
-        and not (found[3] in ("night", "noche") and hour < 5)
-        and not (hour == 12 and "night" in found[3])
+        bool(match[3])
+        and not (match[3] in ("night", "noche") and hour < 5)
+        and not (hour == 12 and "night" in match[3])
     )
     if hour < 12 and late:
         hour += 12
     elif hour == 12 and not late:
         hour = 0
-    return f"{hour}:{found[2] or '00'} "
+    return f"{hour}:{match[2] or '00'} "
 
 
 def times(text: str, into: list[str]) -> str:
-    """The text without its times of day, which go to `into` in 24 hours, with the time zone where one is named."""
+    """Move times of day from a text to `into`, in 24 hours, with the time zone if it is named. Returns the rest."""
 
-    def note(found: re.Match[str]) -> str:
-        hour, minute, second = int(found[1] or found[6]), int(found[2] or found[7] or found[9] or 0), found[3] or ""
-        half = (found[4] or found[8] or "").replace(".", "").replace(" ", "")
+    def note(match: re.Match[str]) -> str:
+        hour, minute, second = int(match[1] or match[6]), int(match[2] or match[7] or match[9] or 0), match[3] or ""
+        half = (match[4] or match[8] or "").replace(".", "").replace(" ", "")
         if half in ("am", "pm") and 1 <= hour <= 12:
             hour = hour % 12 + 12 * (half == "pm")
-        zone = found[5] or found[10] or ""
+        zone = match[5] or match[10] or ""
         into.append(f"{hour % 24}:{minute:02}{second.strip('0') and ':' + second}{zone}")
         return " "
 

@@ -1,6 +1,6 @@
-"""Numbers in digits, in one spelling: separators, fractions, glued multipliers and signs.
+"""Normalise numbers in digits: separators, fractions, attached multipliers and signs.
 
-Text is expected in the plain form of `llmcache.near.guard.plain_text`.
+The functions expect text from `llmcache.near.guard.plain_text`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from decimal import Decimal
 
 
 def written(value: Decimal) -> str:
-    """A number as it is compared: no trailing zeros, three decimals at most."""
-    if value.adjusted() > 20:  # more digits than are computed with
+    """Format a number in its canonical form: no trailing zeros, at most three decimals."""
+    if value.adjusted() > 20:  # exceeds the precision of the arithmetic
         return f"{value.normalize():e}"
     if value % 1 == 0:
         return str(int(value))
@@ -25,12 +25,12 @@ _GROUPED = re.compile(
 
 
 def is_grouped(digits: str) -> bool:
-    """Return whether the points or commas of a number part its thousands."""
+    """Return True if the points or commas of a number separate its thousands."""
     return _GROUPED.fullmatch(digits) is not None
 
 
 def plain_number(digits: str) -> str:
-    """One spelling for a number: 1,234.50 and 1.234,50 and 1234.5 are the same, and so are 05 and 5."""
+    """Normalise the digits of a number: 1,234.50 and 1.234,50 become 1234.5, and 05 becomes 5."""
     if _GROUPED.fullmatch(digits):
         point = "," if digits.find(".") >= 0 and digits.find(".") < digits.find(",") else "."
         if digits.count(".") == 1 and "," not in digits:
@@ -39,13 +39,13 @@ def plain_number(digits: str) -> str:
         if digits.count(".") > 1:
             digits = digits.replace(".", "")
     elif digits.rfind(",") > digits.rfind("."):
-        whole, _, part = digits.rpartition(",")
-        digits = f"{whole.replace('.', '').replace(',', '')}.{part}"
+        whole, _, decimals = digits.rpartition(",")
+        digits = f"{whole.replace('.', '').replace(',', '')}.{decimals}"
     elif "," in digits:
         digits = digits.replace(",", "")
-    whole, _, part = digits.partition(".")
-    part = part.replace(".", "").rstrip("0")
-    return (whole.lstrip("0") or "0") + (f".{part}" if part else "")
+    whole, _, decimals = digits.partition(".")
+    decimals = decimals.replace(".", "").rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
 
 
 _GLUED_MULTIPLIER = re.compile(
@@ -57,12 +57,12 @@ _FRACTIONS = re.compile(r"(?<![\w./,])(?:([0-9]{1,4})[ -])?([1-9])/([2-9])(?![\w
 
 
 def glued_multipliers(text: str) -> str:
-    """20k, $3bn and $3m in digits; 5m without a currency stays, it may be metres."""
+    """Write 20k, $3bn and $3m in digits. 5m without a currency stays, since it may be metres."""
 
-    def multiply(found: re.Match[str]) -> str:
-        currency, digits, letter, counted = found.groups()
+    def multiply(match: re.Match[str]) -> str:
+        currency, digits, letter, counted = match.groups()
         if letter == "m" and not currency.strip() and not counted:
-            return found[0]
+            return match[0]
         factor = {"k": 10**3, "bn": 10**9}.get(letter, 10**6)
         return f"{currency}{written(Decimal(plain_number(digits)) * factor)}{counted or ''}"
 
@@ -70,13 +70,13 @@ def glued_multipliers(text: str) -> str:
 
 
 def fractions(text: str) -> str:
-    """1/2 and 2 1/2 as decimals: 0.5 and 2.5."""
+    """Write fractions as decimals: 1/2 is 0.5, and 2 1/2 is 2.5."""
 
-    def divide(found: re.Match[str]) -> str:
-        whole, above, below = found.groups()
-        if int(above) >= int(below):
-            return found[0]
-        return written(Decimal(whole or 0) + Decimal(above) / Decimal(below))
+    def divide(match: re.Match[str]) -> str:
+        whole, numerator, denominator = match.groups()
+        if int(numerator) >= int(denominator):
+            return match[0]
+        return written(Decimal(whole or 0) + Decimal(numerator) / Decimal(denominator))
 
     return _FRACTIONS.sub(divide, text)
 
@@ -89,5 +89,5 @@ _BELOW_ZERO = re.compile(
 
 
 def signs(text: str) -> str:
-    """ "minus 5" and "5 degrees below zero" with a minus sign."""
+    """Write "minus 5" and "5 degrees below zero" with a minus sign."""
     return _BELOW_ZERO.sub(r"-\1\2", _MINUS.sub("-", text))

@@ -1,10 +1,10 @@
-"""What two texts must have in common to be taken for the same: numbers, dates, identifiers, quotations, negations.
+"""Read the fields of a text that the guard compares: numbers, dates, identifiers, quotations, negations.
 
-The rules hold across languages: digits of every script, Unicode's compatibility forms, word lists for a dozen
-languages. They do not look at case or at the width of white space. A text is brought into one spelling
-(`llmcache.near.guard.plain_text`), its numbers in words are rewritten in digits (`llmcache.near.guard.number_words`,
-`llmcache.near.guard.scripts`), and the result is read as dates, identifiers and amounts. Time grows with the length
-of the text, whatever stands in it: repetitions inside the patterns are bounded or anchored.
+The rules cover digits of every script, Unicode's compatibility forms, and word lists for a dozen languages. Case and
+the width of white space are ignored. A text is first normalised (`llmcache.near.guard.plain_text`). Its number words
+are rewritten in digits (`llmcache.near.guard.number_words`, `llmcache.near.guard.scripts`). The result is read as
+dates, identifiers and amounts. Run time grows with the length of a text only, not with its content, since repetitions
+inside the patterns are bounded or anchored.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from llmcache.near.guard.scripts import hindi_times, rewritten
 
 
 class Fields(NamedTuple):
-    """What must be the same in two texts, each kind in a canonical form and in the order of the text.
+    """Fields of a text by kind, each in a canonical form and in the order of the text.
 
-    number: values with their units, and currencies named without a value. date: dates, times, months and weekdays.
-    identifier: codes, versions, addresses, paths. quoted: what stands in quotation marks. negation: the number of
-    negations where there are some, else empty. pattern: what the user's own pattern matched.
+    number: values with their units, and currencies without a value. date: dates, times, months and weekdays.
+    identifier: codes, versions, addresses, paths. quoted: texts in quotation marks.
+    negation: the number of negations; empty for none. pattern: matches of the user's own pattern.
     """
 
     number: tuple[str, ...] = ()
@@ -63,9 +63,9 @@ class Fields(NamedTuple):
 KINDS = Fields._fields
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-_MARKED_WORD = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+(?:'[^\W\d_]+)*")  # with the vowel signs of Hindi
+_MARKED_WORD = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+(?:'[^\W\d_]+)*")  # includes Hindi vowel signs
 _HAS_DIGIT = re.compile(r"[0-9]")
-_JOINED = re.compile(r"tausend|duizend|mil(?:a|le)")  # inside German, Dutch and Italian numbers that are one word
+_JOINED = re.compile(r"tausend|duizend|mil(?:a|le)")  # in one-word numbers of German, Dutch and Italian
 _OTHER_SCRIPT = re.compile(r"[\u0900-\u097f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 _CLOCK = re.compile(r"noon|midday|midnight")
 
@@ -73,12 +73,12 @@ _CLOCK = re.compile(r"noon|midday|midnight")
 NO_FIELDS = Fields()
 _GERMAN_DAYS = frozenset(GERMAN_WEEKDAYS) | {"und", "bis"}
 _MARKED = re.compile(r"""[0-9"`@_/\\#]|--[a-z]|n'|nicht|\.[a-z]|(?<![a-z'])'[a-z]""")
-_LONE = frozenset("bcfghjkpqrvwxzdelmnostuy")  # letters that may be a code of their own: vitamin c
+_LONE = frozenset("bcfghjkpqrvwxzdelmnostuy")  # single letters that may be a code: vitamin c
 
 
 @cache
 def _triggers() -> frozenset[str]:
-    """Words without which a text in ASCII has no field, if it has no mark either."""
+    """Return the words of which an ASCII text without a match of `_MARKED` must have one to have a field."""
     return _known().union(
         NEGATION_TRIGGERS, CURRENCIES, _LONE, ("noon", "midday", "midnight", "mo", "di", "mi", "sa", "und")
     )
@@ -86,11 +86,15 @@ def _triggers() -> frozenset[str]:
 
 @cache
 def _known() -> frozenset[str]:
+    """Return all words for numbers, weekdays and months."""
     return number_words().union(WEEKDAYS, MONTHS, DOUBTFUL_WEEKDAYS)
 
 
 def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
-    """The fields of one text. pattern: the user's own; its matches (or groups, when it has some) are a field too."""
+    """Read the fields of a text.
+
+    pattern: matches the user's own fields. Its groups are the values, or the whole matches if it has no group.
+    """
     matched = _matches(pattern, text) if pattern else []
     text = plain_text(text)
     words = _WORD.findall(text)
@@ -106,7 +110,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     quoted = quotations(text)
     identifiers: list[str] = []
     numbers: list[str] = []
-    when: list[str] = []
+    date_values: list[str] = []
     text = linkless(text, identifiers)
     if not text.isascii() and _OTHER_SCRIPT.search(text):
         text = rewritten(text)
@@ -118,7 +122,7 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     if joined or not number_words().isdisjoint(known):
         text = in_digits(text, known | joined)
     if known or not _GERMAN_DAYS.isdisjoint(words):
-        when += weekdays(text, known | _GERMAN_DAYS.intersection(words))
+        date_values += weekdays(text, known | _GERMAN_DAYS.intersection(words))
     if _HAS_DIGIT.search(text):
         text = numbered(text, identifiers)
         text = signs(fractions(glued_multipliers(text)))
@@ -126,13 +130,13 @@ def fields(text: str, pattern: re.Pattern[str] | None = None) -> Fields:
     elif _CLOCK.search(text):
         text = clock_phrases(text, words)
     if not known.isdisjoint(MONTHS.keys()):
-        text = months(text, known.intersection(MONTHS), when)
+        text = months(text, known.intersection(MONTHS), date_values)
     if _HAS_DIGIT.search(text):
-        text = times(dates(text, when), when)
+        text = times(dates(text, date_values), date_values)
         amounts(text, numbers, identifiers)
     currencies(text, words, numbers)
     negation = (str(negated),) if negated else ()
-    return Fields(*(tuple(kind) for kind in (numbers, when, identifiers, quoted, negation, matched)))
+    return Fields(*(tuple(kind) for kind in (numbers, date_values, identifiers, quoted, negation, matched)))
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> list[str]:

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 - the quotation marks of several scripts
-"""Identifiers of a text: addresses, paths, versions, telephone and account numbers, codes; and its quotations.
+"""Read identifiers (addresses, paths, versions, telephone and account numbers, codes) and quotations of a text.
 
-Text is expected in the plain form of `llmcache.near.guard.plain_text`. Repetitions inside the patterns are bounded or
-anchored, so that time grows with the length of the text, whatever stands in it.
+The functions expect text from `llmcache.near.guard.plain_text`. Repetitions inside the patterns are bounded or
+anchored, so run time grows with the length of a text only, not with its content.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmcache.near.guard.lexicon import (
 
 _FILES = "py|js|ts|java|cpp|txt|pdf|csv|jsonl?|xml|ya?ml|html?|docx?|xlsx?|pptx?|png|jpe?g|zip|exe"
 _HOSTS = "com|org|net|edu|gov|io|info|dev|app|de|fr|es|it|uk|nl|eu|ch|at|jp|kr|cn|br|ru|pl|in|ca|au"
-# lengths are bounded where a search could otherwise go over a long run of letters again and again
+# lengths are bounded where a search could otherwise scan a long run of letters repeatedly
 _END = r"\s<>\"'”»)\]\u3000-\u303f\u3400-\u9fff\uac00-\ud7a3"
 _LINK = re.compile(
     rf"""(?:https?|ftp|s3|file)://[^{_END}]+|www\.[^{_END}]+"""
@@ -31,19 +31,19 @@ _LINK = re.compile(
 )
 _MAY_LINK = re.compile(rf"[@\\_]|#[a-z]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\.")
 _SCHEME = re.compile(r"^(?:https?://)?(?:www\.)?")
-# letters only and no vowel in one of the parts: lcs-csj, php
+# letters only, with no vowel in one of the parts: lcs-csj, php
 _NO_VOWEL = "[b-df-hj-np-tv-xz]"
 _SPELLED = re.compile(rf"(?<![\w./@'-])(?:[^\W\d_]+-)*{_NO_VOWEL}{{3,}}(?:-[^\W\d_]+)*(?![\w@']|[-./]\w)")
 _MAY_SPELL = re.compile(rf"\b{_NO_VOWEL}{{3,}}\b")
-# a consonant alone: vitamin C, C++. Two of them (TV, CV) refused as many right pairs as wrong ones
+# a single consonant: vitamin C, C++. Pairs of consonants (TV, CV) refused as many right pairs as wrong ones
 _LONE = re.compile(r"(?<![\w'./&-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
-# any letter is a name beside these words: size M, plan B, class D
+# any single letter is a code after these words: size M, plan B, class D
 _NAMED_LETTER = re.compile(
     r"\b(?:size|plan|class|type|group|grade|team|option|section|terminal|gate|level|appendix|block|wing"
     r"|zone|drive|platform|row"
     r"|größe|gruppe|typ|klasse|talla|taille|grupo|groupe|tipo) ([adeilmnostuy])\b(?![' ]\w|'|-)"
 )
-_CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": spellings of words
+_CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": letters that stand for words
     r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we"
     r"|they|there) )r\b"
     r"|\bc (?=u\b|ya\b|you\b)|\b(?:to|will|ll|ill|b|can|2|must|should|wanna|gonna|might) b\b|\bb (?=there"
@@ -70,7 +70,7 @@ _SPACES = re.compile(r"[^a-z0-9]+")
 
 
 def linkless(text: str, identifiers: list[str]) -> str:
-    """The text without its addresses, paths and names with underscores, which are added to `identifiers`."""
+    """Move addresses, paths and names with underscores from a text to `identifiers`. Returns the rest."""
     if not _MAY_LINK.search(text):
         return text
 
@@ -79,12 +79,15 @@ def linkless(text: str, identifiers: list[str]) -> str:
         identifiers.append(_SCHEME.sub("", address) or address)
         return " "
 
-    # piece by piece: the long pattern is tried only where its short form finds something
-    return " ".join(_LINK.sub(take, part) if _MAY_LINK.search(part) else part for part in text.split(" "))
+    # word by word: the long pattern is only tried where the short one matches
+    return " ".join(_LINK.sub(take, word) if _MAY_LINK.search(word) else word for word in text.split(" "))
 
 
 def numbered(text: str, identifiers: list[str]) -> str:
-    """The text without its telephone and account numbers and versions; "lh 454" becomes "lh454"."""
+    """Move telephone numbers, account numbers and versions from a text to `identifiers`. Returns the rest.
+
+    Codes in two parts are joined: "lh 454" becomes "lh454".
+    """
 
     def take(match: re.Match[str]) -> str:
         identifiers.append(_SPACES.sub("", match[0]))
@@ -108,12 +111,12 @@ def numbered(text: str, identifiers: list[str]) -> str:
 
 
 def may_spell(text: str) -> bool:
-    """Return whether the text has a word without a vowel."""
+    """Return True if a text has a word without a vowel."""
     return _MAY_SPELL.search(text) is not None
 
 
 def spelled_codes(text: str) -> list[str]:
-    """Codes without a digit: words without a vowel (php, lcs-csj) and consonants alone (vitamin C, C++)."""
+    """Return codes without a digit: words without a vowel (php, lcs-csj) and single consonants (vitamin C, C++)."""
     codes = []
     if _MAY_SPELL.search(text):
         codes = [code.replace("-", "") for code in _SPELLED.findall(text) if code not in NO_CODES]
@@ -135,9 +138,10 @@ _MAY_QUOTE = re.compile(r"""["“„”«»「『`《〈‹›‘‚]|(?<![\w'])
 
 
 def quotations(text: str) -> list[str]:
-    """Quoted passages (all quotation styles), without punctuation, of at most 80 characters.
+    """Return quoted passages of at most 80 characters, in any quotation style, without punctuation.
 
-    Longer ones are sentences, which a paraphrase seldom leaves as they are; their numbers and negations are read.
+    Longer quotations are sentences, which a paraphrase rarely repeats verbatim; only their numbers and negations are
+    compared.
     """
     if not _MAY_QUOTE.search(text):
         return []

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - the words of many scripts
-"""Words the field guard knows: units, currencies, months and weekdays of the larger languages, lower case.
+"""Word lists of the field guard: units, currencies, months and weekdays of the larger languages, in lower case.
 
 Sources: CLDR's names of units, currencies, months and weekdays, and the abbreviations in common use.
 """
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text that is separated by white space, in lower case."""
+    """Return the words of a text separated by white space, in lower case."""
     return frozenset(text.casefold().split())
 
 
 def _table(rows: dict[str, str]) -> dict[str, str]:
+    """Map each word to its key."""
     return {word: meaning for meaning, words in rows.items() for word in sorted(word_set(words))}
 
 
 # -- units ----------------------------------------------------------------------------------------------------
 
-# what may stand in front of a number; the value is what the unit is compared by
+# allowed before a number; the value is the canonical form that is compared
 CURRENCIES = _table(
     {
         "$": "$ us$ usd dollar dollars dólares dólar bucks buck dollari",
@@ -47,7 +48,7 @@ CURRENCIES = _table(
         "pence": "pence p",
     }
 )
-# after a number, also with a space between
+# allowed after a number, with or without a space
 UNITS = CURRENCIES | _table(
     {
         "%": "% percent percentage pct prozent procent percento porcento 퍼센트 процентов процента процент",
@@ -94,7 +95,7 @@ UNITS = CURRENCIES | _table(
         "ms": "ms",
     }
 )
-# only when written onto the number: with a space between they are other words, or too short to be sure
+# allowed only directly after a number: after a space they are other words or ambiguous
 GLUED = UNITS | _table(
     {
         "g": "g",
@@ -113,7 +114,7 @@ GLUED = UNITS | _table(
 )
 ORDINALS = word_set("st nd rd th er ère ere re e eme ème de o a º ª ste ого й я")
 
-# words without a vowel that are no codes
+# words without a vowel that are not codes
 NO_CODES = frozenset(GLUED) | word_set("pls plz thx tnx tks btw hmm msg ppl mrs shh psst nth ltd str vgl bzw")
 
 # -- dates ----------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ MONTHS = _table(
         "12": "december dec dezember dez décembre diciembre dic dezembro dicembre grudnia декабря aralık",
     }
 )
-# these mean a month also without a day or a year beside them
+# words that mean a month even without a day or a year
 SURE_MONTHS = frozenset(
     word
     for word in MONTHS
@@ -153,7 +154,7 @@ WEEKDAYS = _table(
         "sun": "sunday sundays sonntag sonntags dimanche dimanches domingo domingos domenica zondag воскресенье 日曜日",
     }
 )
-# abbreviations that are other words too: weekdays only where a preposition or another day stands beside them
+# ambiguous abbreviations: weekdays only next to a preposition or another weekday
 DOUBTFUL_WEEKDAYS = _table(
     {
         "mon": "mon",
@@ -166,7 +167,7 @@ DOUBTFUL_WEEKDAYS = _table(
     }
 )
 GERMAN_WEEKDAYS = {"mo": "mon", "di": "tue", "mi": "wed", "do": "thu", "fr": "fri", "sa": "sat", "so": "sun"}
-# words of two letters that stand before a number without being a part of its name
+# short words that are not part of a code when they precede a number
 SHORT_WORDS = word_set(
     """
     am an as at be by do go he hi if in is it me my no of oh ok on or so to up us vs we ab da du er es im ja um zu

@@ -1,9 +1,10 @@
 # ruff: noqa: RUF001 - the words of many scripts
-"""The number of negations in a text: words (not, kein), contractions (can't), prefixes and endings (unable, 않다).
+"""Count the negations in a text: words (not, kein), contractions (can't), prefixes and endings (unable, 않다).
 
-Fixed words that hold a negation and negate nothing (不过, 안녕, no doubt, not only) do not count, nor do tag questions
-("isn't it?") or the Chinese question 是不是. A negation that a language says twice ("ne ... pas", "no ... nada") counts
-once. Text is expected in the plain form of `llmcache.near.guard.plain_text`. Word lists follow common grammars.
+Fixed expressions that contain a negation but negate nothing (不过, 안녕, no doubt, not only) do not count, nor do tag
+questions ("isn't it?") and the Chinese question 是不是. A negation that a language expresses with two words
+("ne ... pas", "no ... nada") counts once. The functions expect text from `llmcache.near.guard.plain_text`. The word
+lists follow common grammars.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NEGATIONS = word_set(
     לא אין בלי אל אינו אינה
     không chẳng chưa đừng tidak bukan jangan tanpa belum"""
 )
-# languages where one negation is said twice: "ne ... pas", "no ... nada", "не ... никогда" count once
+# two words for one negation: "ne ... pas", "no ... nada", "не ... никогда" count once
 PARTICLES = word_set("no non não nao ne не нет nie нельзя ні не nu nein")
 ECHOES = word_set(
     """pas jamais rien aucun aucune guère
@@ -42,7 +43,7 @@ ECHOES = word_set(
 )
 _HINDI = word_set("नहीं नही मत न ना बिना बगैर")
 _ALL = NEGATIONS | PARTICLES | ECHOES
-# parts of words, in scripts without spaces or with endings
+# parts of words, for scripts without spaces or with endings
 _HAN_PARTS = re.compile(
     r"不|没|沒|未|勿|莫|并非|並非|绝非|無|无|(?<=[请請你您们們就先都也可千万])别|(?:^|(?<=[，。！？,.!? ]))别|否"
     r"|(?<![除是莫并並绝])非(?![常洲得凡])"
@@ -68,7 +69,7 @@ _KOREAN_HARMLESS = re.compile(
     r"아니면|뿐(?:만)? ?아니라|틀림없|끊임없|못지않|어이없|상관없|잘못|머지않|만만치 않"
     r"|못(?=박|자국)|(?<![가-힣])안 (?=에서|에는|에|으로|쪽)|없이는 안"
 )
-_NUMERO = re.compile(r"\bno\.? ?(?=[0-9#])")  # "no. 5" counts, it does not negate
+_NUMERO = re.compile(r"\bno\.? ?(?=[0-9#])")  # "no. 5" is a number
 _LATIN_HARMLESS = re.compile(
     r"(?:^|, ?|[.!;] )no (?:problem|worries|doubt|wonder|biggie|prob|probs)\b(?=[,.!;]|$)|no (?:matter|obstante)\b"
     r"|without (?:a )?doubt\b|sans doute\b|sin (?:duda|embargo)\b|ohne zweifel\b|or not\b|if not,"
@@ -80,9 +81,9 @@ _LATIN_HARMLESS = re.compile(
     r"|she|it|we|they|there) ?(?=\?)"
     r"|, ?(?:¿no|no|nicht|nein|non|oder nicht|não) ?\?|^non ?\?$"
 )
-# words of which each of these phrases has one
+# each phrase of _LATIN_HARMLESS has one of these words
 _OF_HARMLESS = word_set("no not sans sin ohne pas warum nicht non não nothing last nein without")
-# "I don't know how to pay" asks what "how do I pay" asks, so that it is "I know how to pay" that differs from both
+# "I don't know how to pay" means the same as "how do I pay"; "I know how to pay" differs from both
 _KNOWING = re.compile(
     r"\b(?:i|we)(?:'m| am|'re| are)? (?:really |honestly |also |still |just )?"
     r"(?P<doubt>(?:don't|dont|do not|didn't|did not) (?:really |quite )?(?:know|understand|remember)"
@@ -99,11 +100,13 @@ _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _DEVANAGARI = re.compile(r"[\u0900-\u0963\u0971-\u097f]+")
 
 
-TRIGGERS = _ALL | word_set("know sure understand remember figure idea clue tell")  # words without which none is counted
+TRIGGERS = _ALL | word_set(
+    "know sure understand remember figure idea clue tell"
+)  # no negation is counted without one of these words
 
 
 def negations(text: str, words: Sequence[str]) -> int:
-    """The number of negations in a plain text. words: its words in order, with their apostrophes."""
+    """Count the negations in a plain text. words: its words in order, with their apostrophes."""
     negated = not _ALL.isdisjoint(words) or "n'" in text or "nicht" in text
     count = _alphabetic(text, words) if negated or (_MAY_KNOW.search(text) and _KNOWING.search(text)) else 0
     if not text.isascii():
@@ -121,16 +124,18 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 def _polarity(phrase: re.Match[str]) -> str:
+    """Return the replacement of a `_KNOWING` phrase: doubt is neutral, certainty counts as a negation."""
     return " " if phrase["doubt"] else " not " if phrase["certain"] else phrase[0]
 
 
 def _alphabetic(text: str, words: Sequence[str]) -> int:
+    """Count the negations in languages with an alphabet and spaces."""
     changed = 0
     if "n't" in text or "n'" in text or not _OF_HARMLESS.isdisjoint(words):
         text, changed = _LATIN_HARMLESS.subn(" ", text)
     if _MAY_KNOW.search(text):
-        text, known = _KNOWING.subn(_polarity, text)
-        changed += known
+        text, replaced = _KNOWING.subn(_polarity, text)
+        changed += replaced
     count = particles = echoes = 0
     if changed:
         words = _WORD.findall(text)

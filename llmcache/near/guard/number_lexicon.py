@@ -1,4 +1,4 @@
-"""Words for numbers: cardinals, ordinals, multipliers and parts, with the compounds of German, Dutch and Italian.
+"""Number words: cardinals, ordinals, multipliers and fractions, with the compounds of German, Dutch and Italian.
 
 The word lists follow the usual grammars of these languages and CLDR's spell-out rules.
 """
@@ -150,7 +150,7 @@ _PARTS = {
 }
 _ROMAN = {2: "ii", 3: "iii", 4: "iv", 7: "vii", 8: "viii", 12: "xii", 13: "xiii", 14: "xiv", 16: "xvi", 17: "xvii",
           18: "xviii"}  # fmt: skip
-# words of one language that are ordinary words of another: read as numbers only in texts of their own
+# number words that are ordinary words in another language: read as numbers only in texts of these languages
 ONLY_IN = {
     "once": "es", "dos": "es", "mil": "es pt", "due": "it", "tre": "it", "sei": "it", "sette": "it", "otto": "it",
     "acht": "de nl", "elf": "de nl", "sept": "fr", "dix": "fr", "cent": "fr", "cents": "fr", "mille": "fr it",
@@ -178,14 +178,14 @@ LANGUAGE_WORDS = {
 
 
 def _spelling(word: str) -> str:
-    """The word as `plain_text` spells it: lower case, without the dots and moons that Hindi may leave out."""
+    """Return a word as `plain_text` spells it: lower case, without the optional dots and moons of Hindi."""
     plain = unicodedata.normalize("NFKC", word.casefold())
     return plain.replace("\u093c", "").replace("\u0901", "\u0902")
 
 
 @cache
 def cardinals() -> dict[str, Decimal]:
-    """Words for whole numbers below 1000 and the multipliers' own words are in `_multipliers`."""
+    """Return the values of number words: whole numbers below 1000, and fractions. See `multipliers` for larger ones."""
     words: dict[str, Decimal] = {}
 
     def put(word: str, value: int | str) -> None:
@@ -210,7 +210,7 @@ def cardinals() -> dict[str, Decimal]:
 
 
 def _compounds() -> Iterator[tuple[int | str, str]]:
-    """German, Dutch and Italian numbers that are one word: einundzwanzig, driehonderdvijf, ventuno."""
+    """Yield value and word of German, Dutch and Italian compounds: einundzwanzig, driehonderdvijf, ventuno."""
     german = ["ein" if word == "eins" else word for word in _GERMAN.split()]
     dutch = ["een" if place == 1 else word for place, word in enumerate(_DUTCH.split())]
     italian = ["un" if place == 1 else word for place, word in enumerate(_ITALIAN.split())]
@@ -225,8 +225,8 @@ def _compounds() -> Iterator[tuple[int | str, str]]:
             below[language][ten] = words[language]
         for unit in range(1, 10):
             below["de"][ten + unit] = f"{german[unit]}und{words['de']}"
-            joint = "ën" if dutch[unit].endswith("e") else "en"
-            below["nl"][ten + unit] = f"{dutch[unit]}{joint}{words['nl']}"
+            linking = "ën" if dutch[unit].endswith("e") else "en"
+            below["nl"][ten + unit] = f"{dutch[unit]}{linking}{words['nl']}"
             stem = words["it"][:-1] if unit in (1, 8) else words["it"]
             below["it"][ten + unit] = stem + {1: "uno", 3: "tré"}.get(unit, italian[unit])
     for language, hundred, units in (("de", "hundert", german), ("nl", "honderd", dutch), ("it", "cento", italian)):
@@ -252,6 +252,7 @@ def _compounds() -> Iterator[tuple[int | str, str]]:
 
 @cache
 def ordinals() -> dict[str, Decimal]:
+    """Return the values of ordinal words."""
     words = {_spelling(word): Decimal(value) for value, line in _ORDINALS.items() for word in line.split()}
     german = dict(enumerate(_GERMAN.split()))
     german |= dict(zip(_TENS, _TEN_WORDS["de"].split(), strict=True))
@@ -270,28 +271,30 @@ def ordinals() -> dict[str, Decimal]:
 
 @cache
 def multipliers() -> dict[str, int]:
+    """Return the factors of words such as thousand, million, dozen."""
     return {_spelling(word): value for value, line in _MULTIPLIERS.items() for word in line.split()}
 
 
 @cache
 def number_words() -> frozenset[str]:
-    """All words that may be, or begin, a number."""
+    """Return all words that may be a number, or the first word of one."""
     signs = ("minus", "negative", "moins", "menos", "meno", "माइनस")
     return frozenset((*cardinals(), *ordinals(), *multipliers(), "one", _spelling("साढ़े"), *signs))
 
 
 def may_be_number(word: str) -> bool:
-    """Return whether a long word is a German, Dutch or Italian number in one piece, such as zweitausendfünf."""
+    """Return True if a long word is a German, Dutch or Italian number in one word, such as zweitausendfünf."""
     return joined_number(word) is not None
 
 
 def joined_number(word: str) -> Decimal | None:
-    for joint in ("tausend", "duizend", "mila", "mille"):
-        head, found, tail = word.partition(joint)
-        if found and (head or tail):
+    """Return the value of a one-word number with a thousand in it, or None for any other word."""
+    for thousand in ("tausend", "duizend", "mila", "mille"):
+        head, separator, tail = word.partition(thousand)
+        if separator and (head or tail):
             below = cardinals()
-            one = head in ("", "ein", "een")
+            is_one = head in ("", "ein", "een")
             tail = tail.removeprefix("und")
-            if (one or head in below) and (not tail or tail in below or tail == "eins"):
-                return (1 if one else below[head]) * Decimal(1000) + (below.get(tail, Decimal(1)) if tail else 0)
+            if (is_one or head in below) and (not tail or tail in below or tail == "eins"):
+                return (1 if is_one else below[head]) * Decimal(1000) + (below.get(tail, Decimal(1)) if tail else 0)
     return None

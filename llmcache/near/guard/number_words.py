@@ -1,7 +1,7 @@
-"""Numbers written in words, rewritten in digits: "twenty-one cards" is "21 cards", "3 thousand" is "3000".
+"""Rewrite number words in digits: "twenty-one cards" becomes "21 cards", "3 thousand" becomes "3000".
 
-English, German, Spanish, French, Italian, Portuguese, Dutch and Hindi, with ordinals, fractions and multipliers, and
-the common words of Russian (`llmcache.near.guard.number_lexicon`). Text is expected in the plain form of
+Covers English, German, Spanish, French, Italian, Portuguese, Dutch and Hindi, with ordinals, fractions and multipliers,
+and the common words of Russian (`llmcache.near.guard.number_lexicon`). The functions expect text from
 `llmcache.near.guard.plain_text`.
 """
 
@@ -24,9 +24,9 @@ from llmcache.near.guard.number_lexicon import (
 )
 
 _AND = word_set("and und y et e en и")
-_LINKED_ONE = word_set("one un uno una une um uma ein eine een एक один")  # numbers inside a longer one only
+_LINKED_ONE = word_set("one un uno una une um uma ein eine een एक один")  # numbers only inside a longer number
 _PLURAL = word_set("dozens millions billions trillions lakhs crores docenas douzaines millones milliards cents")
-# what follows "one" where it is no number: "one of them", "the one with a chip"
+# words after a "one" that is no number: "one of them", "the one with a chip"
 _NOT_AFTER_ONE = word_set("""
     of another that which who whom whose is was are were for to in on at with and or but can could should would must
     may might has had have does did do will from as by so than then if i you he she we they it not ever the a an this
@@ -54,17 +54,17 @@ _TOKEN = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+|[0-9]+(?:[.,][0
 _QUATRE_VINGT = re.compile(r"\bquatre[- ]vingts?\b")
 _AND_A_HALF = re.compile(r"\b([0-9]{1,9}|one)(?: and a half| et demie?)\b")
 _DIX = re.compile(r"\bdix-(sept|huit|neuf)\b")
-_HALF_A = re.compile(r"\b(half|quarter) (?:of )?an? ")  # half a million, half an hour: the article says nothing
+_HALF_A = re.compile(r"\b(half|quarter) (?:of )?an? ")  # half a million, half an hour: drop the article
 
 
 def in_digits(text: str, known: Collection[str]) -> str:
-    """The text with its numbers in words written in digits.
+    """Rewrite the number words of a text in digits.
 
-    text: plain. known: the words of the text that are in `number_words` or pass `may_be_number`.
+    text: plain. known: words of the text that are in `number_words` or have a `joined_number`.
     """
     language = _language(text) if not ONLY_IN.keys().isdisjoint(known) else ""
     text = _QUATRE_VINGT.sub("quatrevingt", text) if "quatre" in text else text
-    text = _AND_A_HALF.sub(lambda found: f"{found[1] if found[1] != 'one' else 1}.5", text)
+    text = _AND_A_HALF.sub(lambda match: f"{match[1] if match[1] != 'one' else 1}.5", text)
     text = _DIX.sub(r"dix\1", _HALF_A.sub(r"\1 ", text))
     tokens = list(_TOKEN.finditer(text))
     parts: list[str] = []
@@ -92,11 +92,12 @@ def in_digits(text: str, known: Collection[str]) -> str:
 
 
 def _language(text: str) -> str:
+    """Return the codes of the most likely languages of a text, separated by spaces; "" if unknown."""
     words = set(re.findall(r"[^\W\d_]+", text))
     counts = {name: len(words & listed) for name, listed in _vocabulary().items()}
     for name in counts:
-        shared = sum(name in ONLY_IN[word].split() for word in words & ONLY_IN.keys())
-        counts[name] += shared if shared > 1 else 0  # "mille neuf cents" has no other French word
+        numbers = sum(name in ONLY_IN[word].split() for word in words & ONLY_IN.keys())
+        counts[name] += numbers if numbers > 1 else 0  # "mille neuf cents" has no other French word
     best = max(counts.values())
     return " ".join(name for name, count in counts.items() if count == best) if best else ""
 
@@ -106,13 +107,17 @@ def _vocabulary() -> dict[str, frozenset[str]]:
     return {name: frozenset(line.split()) for name, line in LANGUAGE_WORDS.items()}
 
 
-def _is_read(word: str, language: str) -> bool:
-    only = ONLY_IN.get(word)
-    return only is None or any(name in language for name in only.split())
+def _is_number_word(word: str, language: str) -> bool:
+    """Return True if a word is a number in these languages."""
+    languages = ONLY_IN.get(word)
+    return languages is None or any(name in language for name in languages.split())
 
 
 def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: str) -> tuple[str, int] | None:
-    """The number that begins at a token, in digits, and the place after its last token; None where none begins."""
+    """Read the number that starts at a token.
+
+    Returns its digits and the index after its last token, or None if no number starts there.
+    """
     values, ranks, factors = cardinals(), ordinals(), multipliers()
     first = tokens[place][0]
     if place and not first[0].isdecimal() and text[tokens[place].start() - 1].isalnum():
@@ -126,12 +131,12 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
     biggest = 0
     while end < len(tokens):
         word = tokens[end][0]
-        began = current is not None or biggest > 0
+        started = current is not None or biggest > 0
         gap = text[tokens[end - 1].end() : tokens[end].start()] if end > place else " "
         if not half and gap not in (" ", "-") and not (gap == "" and tokens[end - 1][0][0].isdecimal()):
             break
         ahead = end
-        if began and word in _AND and end + 1 < len(tokens):
+        if started and word in _AND and end + 1 < len(tokens):
             after = tokens[end + 1][0]
             if after in ("a", "demi", "demie", "media", "meia", "mezza", "mezzo") and (
                 after != "a" or (end + 2 < len(tokens) and tokens[end + 2][0] == "half")
@@ -140,10 +145,10 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
                 return written(total + (current or 0) + Decimal("0.5")), last
             ahead, word = end + 1, after
         if word[0].isdecimal():
-            if began or ahead != end or end + 1 >= len(tokens) or len(word) > 15:
+            if started or ahead != end or end + 1 >= len(tokens) or len(word) > 15:
                 break
             after = tokens[end + 1][0]
-            if after not in factors or (after in ("cent", "cents") and not _is_read(after, language)):
+            if after not in factors or (after in ("cent", "cents") and not _is_number_word(after, language)):
                 break
             if text[tokens[end].end() : tokens[end + 1].start()] not in (" ", "-", ""):
                 break
@@ -160,9 +165,11 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
             continue
         if word in ("cent", "cents") and "fr" not in language:
             break
-        if word in factors and (began or ahead == end) and (began or _is_read(word, language)):
+        if word in factors and (started or ahead == end) and (started or _is_number_word(word, language)):
             multiplier = factors[word]
-            if not began and (word in _PLURAL or (word in ("mil", "mille", "md") and not _is_read(word, language))):
+            if not started and (
+                word in _PLURAL or (word in ("mil", "mille", "md") and not _is_number_word(word, language))
+            ):
                 break
             if multiplier == 100 and current is not None and current < 100 and current % 1 == 0:
                 current = current * 100
@@ -181,27 +188,27 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
             end = ahead + 1
             continue
         value = values.get(word)
-        if value is None and word in _LINKED_ONE and began:
+        if value is None and word in _LINKED_ONE and started:
             value = Decimal(1)
         if value is None:
             value = joined_number(word) if len(word) > 7 else None
-        if value is not None and not began and not _is_read(word, language):
+        if value is not None and not started and not _is_number_word(word, language):
             value = None
-        if value is None and word == "one" and not began and _counts(tokens, end, text):
+        if value is None and word == "one" and not started and _one_is_number(tokens, end, text):
             value = Decimal(1)
-        if value is not None and not began and word in _PARTIAL:
-            value = _part(text, tokens, end, value)
-        if value is not None and (not began or _adds(total, current, value, word)):
+        if value is not None and not started and word in _PARTIAL:
+            value = _fraction(text, tokens, end, value)
+        if value is not None and (not started or _continues(total, current, value, word)):
             if current in (18, 19, 20) and value >= 10:
                 current = current * 100  # nineteen ninety-five
             current = (current or Decimal(0)) + value
             end = ahead + 1
             if half:
-                return _written_half(text, tokens, end, current)
+                return _plus_half(text, tokens, end, current)
             continue
         ordinal = ranks.get(word)
-        if ordinal is not None and (began or (_is_read(word, language) and _ranks(tokens, end, text))):
-            if not began or _adds(total, current, ordinal, word):
+        if ordinal is not None and (started or (_is_number_word(word, language) and _is_ordinal(tokens, end, text))):
+            if not started or _continues(total, current, ordinal, word):
                 return written(total + (current or Decimal(0)) + ordinal), ahead + 1
             if current is not None and ordinal == 3 and word == "third":
                 return written((total + current) / 3), ahead + 1
@@ -214,7 +221,7 @@ def _number(text: str, tokens: Sequence[re.Match[str]], place: int, language: st
 
 
 def _decimals(text: str, tokens: Sequence[re.Match[str]], place: int) -> tuple[str, int]:
-    """The digits in words after a decimal point, as in "three point one four", and the place after the last."""
+    """Read number words after a decimal point ("three point one four"). Returns digits and the index after the last."""
     digits = ""
     while place < len(tokens) and len(digits) < 9:
         value = cardinals().get(tokens[place][0], Decimal(1) if tokens[place][0] in _LINKED_ONE else None)
@@ -225,16 +232,16 @@ def _decimals(text: str, tokens: Sequence[re.Match[str]], place: int) -> tuple[s
     return digits, place
 
 
-def _written_half(text: str, tokens: Sequence[re.Match[str]], end: int, value: Decimal) -> tuple[str, int]:
-    """Hindi साढ़े adds a half to the number after it, before the multiplier: साढ़े तीन लाख is 350,000."""
+def _plus_half(text: str, tokens: Sequence[re.Match[str]], end: int, value: Decimal) -> tuple[str, int]:
+    """Add a half for Hindi साढ़े, before the multiplier: साढ़े तीन लाख is 350,000. Returns digits and the index after."""
     value += Decimal("0.5")
     if end < len(tokens) and (multiplier := multipliers().get(tokens[end][0])):
         return written(value * multiplier), end + 1
     return written(value), end
 
 
-def _adds(total: Decimal, current: Decimal | None, value: Decimal, word: str) -> bool:
-    """True if a value continues a number: twenty + one, hundred + five, thousand + two hundred; not one + two."""
+def _continues(total: Decimal, current: Decimal | None, value: Decimal, word: str) -> bool:
+    """Return True if a value continues a number: twenty + one, hundred + five, thousand + 200; not one + two."""
     if value % 1:
         return False
     if current is None:
@@ -251,8 +258,8 @@ def _adds(total: Decimal, current: Decimal | None, value: Decimal, word: str) ->
     return tens >= 20 and tens % 10 == 0 and 0 < value < 10
 
 
-def _counts(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
-    """Return whether "one" is a number: one card, not "the one", "one of them" or "another one"."""
+def _one_is_number(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
+    """Return True if "one" is a number: "one card"; not "the one", "one of them" or "another one"."""
     before = tokens[place - 1][0] if place else ""
     if before in _NOT_BEFORE_ONE or text[tokens[place].end() : tokens[place].end() + 1] not in (" ", "-"):
         return False
@@ -260,8 +267,8 @@ def _counts(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
     return bool(after) and after not in _NOT_AFTER_ONE
 
 
-def _ranks(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
-    """Return whether an ordinal word ranks: not "first of all", "at first", "a second please" or "10 seconds"."""
+def _is_ordinal(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
+    """Return True if an ordinal word is a rank: not "first of all", "at first", "a second please" or "10 seconds"."""
     word = tokens[place][0]
     before = tokens[place - 1][0] if place else ""
     after = tokens[place + 1][0] if place + 1 < len(tokens) else ""
@@ -277,8 +284,8 @@ def _ranks(tokens: Sequence[re.Match[str]], place: int, text: str) -> bool:
     return True
 
 
-def _part(text: str, tokens: Sequence[re.Match[str]], place: int, value: Decimal) -> Decimal | None:
-    """The value of half, quarter or दो where it is a number; None for half past three, halb vier, मुझे दो."""
+def _fraction(text: str, tokens: Sequence[re.Match[str]], place: int, value: Decimal) -> Decimal | None:
+    """Return the value of half, quarter or दो if it is a number; None in half past three, halb vier, मुझे दो."""
     after = tokens[place + 1][0] if place + 1 < len(tokens) else ""
     word = tokens[place][0]
     if word == "दो":

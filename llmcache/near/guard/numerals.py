@@ -1,7 +1,6 @@
-"""Amounts and codes with digits: a number with its sign and unit, or an identifier of letters and digits.
+"""Read tokens with digits: amounts (a number with sign and unit) and codes (letters and digits).
 
-All functions expect plain text (`llmcache.near.guard.plain_text`) whose numbers are in digits and whose dates are
-taken out.
+The functions expect text from `llmcache.near.guard.plain_text` with number words in digits and without dates.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from llmcache.near.guard.lexicon import (
     word_set,
 )
 
-_LETTER = "a-z\u00aa\u00b5\u00ba\u00df-\u024f\u0370-\u052f"  # scripts in which a code may mix letters and digits
+_LETTER = "a-z\u00aa\u00b5\u00ba\u00df-\u024f\u0370-\u052f"  # scripts whose codes may mix letters and digits
 _ALNUM = f"[{_LETTER}0-9]"
-# a run of letters and digits that has a digit, with the joints that codes and numbers have inside
+# letters and digits with at least one digit, and the separators inside codes and numbers
 _TOKEN = re.compile(
     rf"(?<!{_ALNUM})(?=[{_LETTER}\-_/.]{{0,40}}[0-9]){_ALNUM}+"
     rf"(?:(?:[-_/]+|(?<=[0-9])[.,:](?={_ALNUM})|\.(?=[0-9])){_ALNUM}+)*"
@@ -46,18 +45,19 @@ _DEGREES = re.compile(r"(?:degrees?|grad|grados|degrés|gradi|°) ?([cf])(?:elsi
 _CHAT = word_set(
     "2day 2nite 2night 2moro 2morrow 2mrw 2mro b4 gr8 l8 l8r m8 w8 h8 str8 4eva 4ever 4u 2u 2b 2go 2c 2gether any1 "
     "every1 some1 no1 2getha 4get 4got 4give"
-)  # spellings of words in text messages, no codes
+)  # words in text-message spelling, not codes
 
 
 def amounts(text: str, numbers: list[str], identifiers: list[str]) -> None:
-    """Adds the tokens with a digit to the numbers, with their units, or to the identifiers."""
+    """Append each token with a digit to `numbers`, with its unit, or to `identifiers`."""
     if " " in text:
-        text = _SPACED_GROUPS.sub(lambda found: found[1] + found[2].replace(" ", ""), text)
+        text = _SPACED_GROUPS.sub(lambda match: match[1] + match[2].replace(" ", ""), text)
     for match in _TOKEN.finditer(text):
         _read(match[0], text, match.start(), match.end(), numbers, identifiers)
 
 
 def _read(token: str, text: str, start: int, end: int, numbers: list[str], identifiers: list[str]) -> None:
+    """Append one token, text[start:end], to `numbers` or `identifiers`."""
     if token in _CHAT:
         return
     if token[0] == "v" and token[1:2].isdecimal():  # version 2.1 is v2.1
@@ -93,14 +93,14 @@ def _read(token: str, text: str, start: int, end: int, numbers: list[str], ident
 
 
 def _coded(digits: str) -> bool:
-    """Whether digits are a code: leading zeros, or a version with several dots."""
+    """Return True if digits are a code: they have leading zeros, or several dots like a version."""
     return (digits[0] == "0" and len(digits) > 2 and digits.isdecimal()) or (
         digits.count(".") > 1 and not is_grouped(digits)
     )
 
 
 def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> str:
-    """A number with its sign, and with the unit before or after it."""
+    """Return a number with its sign, and with the unit before or after the number."""
     before = _BEFORE.search(text, max(0, start - 6), start)
     currency = CURRENCIES.get(before[2] or before[3] or "", "") if before else ""
     sign = ""
@@ -113,12 +113,12 @@ def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> s
         if after[1] == "per" and _PER_CENT.match(text, end):
             unit = "%"
     money = currency or (unit if unit in _CURRENCY_CODES else "")
-    if money and _MONEY_GROUP.fullmatch(body):  # no price has three decimals: 1.234 € is 1234 €
+    if money and _MONEY_GROUP.fullmatch(body):  # prices have no three decimals: 1.234 € is 1234 €
         body = body.replace(".", "")
     return f"{sign}{plain_number(body)}{currency or ''}{unit if unit and unit != currency else ''}"
 
 
-# "one card", "1 card" and "my first card" say no more than "a card": a lone 1 before a noun is no field
+# "one card", "1 card" and "my first card" mean "a card", so a lone 1 before a noun is no field
 _NOUN = re.compile(
     r" (?!(?:of|to|and|or|in|on|at|for|from|out|with|is|was|the|a|an|by|as|per|than|minus|plus|x|von|de"
     r"|sur|di)\b)[^\W\d_]{3}"
@@ -126,7 +126,7 @@ _NOUN = re.compile(
 
 
 _CURRENCY_CODES = frozenset(CURRENCIES.values())
-# currencies that are read without a number beside them
+# currencies that are a field without a number
 _CURRENCY_NAMES = frozenset(
     word
     for word in CURRENCIES
@@ -159,15 +159,15 @@ _LONE_CURRENCY = re.compile(
 
 
 def named_units(text: str) -> str:
-    """The text with codes in place of units of several words: US dollars, degrees Celsius."""
+    """Replace units of several words (US dollars, degrees Celsius) by codes. Returns the text."""
     if "dollar" in text:
-        text = _DOLLARS.sub(lambda found: _DOLLAR_CODES[found[1][:3]], text)
+        text = _DOLLARS.sub(lambda match: _DOLLAR_CODES[match[1][:3]], text)
     if "°" in text or "deg" in text or "gra" in text:
         text = _DEGREES.sub(r"°\1", text)
     return text
 
 
 def currencies(text: str, words: Collection[str], numbers: list[str]) -> None:
-    """Adds the currencies that are named without an amount to the numbers: "pay in euros". words: those of the text."""
+    """Append currencies without an amount ("pay in euros") to `numbers`. words: the words of the text."""
     if not _CURRENCY_NAMES.isdisjoint(words):
         numbers += [CURRENCIES[word] for word in _LONE_CURRENCY.findall(text) if word in _CURRENCY_NAMES]

@@ -1,11 +1,11 @@
-"""Text in one spelling: lower case, single spaces, ASCII digits, one kind of apostrophe, dash and minus sign."""
+"""Normalise text: lower case, single spaces, ASCII digits, one kind of apostrophe, dash and minus sign."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# before compatibility forms are undone, which would make 102 of 10² and 51/2 of 5½
+# applied before NFKC, which would turn 10² into 102 and 5½ into 51/2
 _RAISED = re.compile(r"[⁰¹²³⁴-⁹]|(?=[¼-¾⅐-⅞↉])")
 _RANK = re.compile(r"(?<=[0-9])[ªº](?! ?[CF]\b)")  # 2ª, 1º
 _INCH = re.compile(r'(?<=[0-9])"')
@@ -22,7 +22,7 @@ _BULLET = re.compile(r"(?:^|(?<=\s))[-*•] (?=\S)")
 
 
 def plain_text(text: str) -> str:
-    """The text in lower case, with single spaces, ASCII digits and marks, and compatibility forms undone."""
+    """Return a text in lower case, with single spaces, ASCII digits and marks, and without compatibility forms."""
     if not text.isascii():
         text = _RAISED.sub(
             lambda mark: f"^{unicodedata.digit(mark[0])}" if mark[0] else " ", _GROUP.sub("", _RANK.sub("", text))
@@ -31,9 +31,9 @@ def plain_text(text: str) -> str:
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
         text = _MARK.sub(lambda mark: _MARKS[ord(mark[0])], text)
-        text = text.replace("\u0901", "\u0902")  # पाँच is पांच
+        text = text.replace("\u0901", "\u0902")  # पाँच becomes पांच
     elif "'" in text or "`" in text:
         text = _APOSTROPHE.sub("'", _GROUP.sub("", text))
-    if '"' in text and text.count('"') % 2:  # a mark without a partner: 15"
+    if '"' in text and text.count('"') % 2:  # an unpaired mark: 15"
         text = _INCH.sub(" inch ", text)
     return " ".join(text.lower().split())

@@ -1,11 +1,11 @@
-"""The field guard: two texts whose numbers, dates, identifiers, quotations or negations differ are not the same.
+"""The field guard: refuse a near hit when the numbers, dates, identifiers, quotations or negations of two texts differ.
 
-Near neighbours can be one figure apart: another model number, another date, a "not". To a fingerprint that is little,
-to the reader it is everything. The guard reads the fields of each text once (`llmcache.near.guard.fields`); a near
-hit is refused when those of the two texts differ. A calibrated hit is made of several neighbours: its source is the
-first that has the same fields, among those that count at least half as much as the nearest. Fields are compared in a
-canonical form and in their order ("from 3 to 5" is not "from 5 to 3"), so texts with the same fields form classes,
-and a digest per kind, stored beside an entry, is all a look-up needs.
+Near neighbours can differ by one model number, one date, or a "not". Their fingerprints are then almost equal, but the
+texts mean different things. The guard reads the fields of each text once (`llmcache.near.guard.fields`) and refuses a
+near hit when the fields differ. A calibrated hit blends several neighbours. Its source is the first one with the same
+fields, among those with at least half the weight of the nearest. Fields are compared in a canonical form and in order
+("from 3 to 5" is not "from 5 to 3"). Texts with the same fields therefore form classes, and a look-up only needs one
+digest per kind, stored with the entry.
 """
 
 from __future__ import annotations
@@ -27,40 +27,45 @@ from llmcache.near.guard.fields import (
 
 __all__ = ["KINDS", "RULES_VERSION", "FieldGuard", "Fields", "differs", "digests", "fields", "refused", "unlike"]
 
-RULES_VERSION: int = 2  # part of every digest: digests made by other rules never match these
+RULES_VERSION: int = 2
+"""Version of the rules. It is part of every digest, so digests of other rules never match."""
 
 
 class FieldGuard:
-    """Which fields two texts have to share. kinds: those that count, of `KINDS`. pattern: a regular expression for the
-    user's own fields, "" for none.
+    """Rule for the fields that two texts have to share.
 
-    ConfigError: another kind, or a pattern that is none.
+    kinds: kinds of fields that are compared, of `KINDS`. pattern: regular expression for the user's own fields, "" for
+    none. ConfigError when a kind is unknown or the pattern is invalid.
     """
 
     def __init__(self, kinds: Collection[str] = KINDS, pattern: str = "") -> None:
         if unknown := sorted(set(kinds) - set(KINDS)):
-            raise ConfigError(f"the guard knows {', '.join(KINDS)}, got {', '.join(unknown)}")
+            raise ConfigError(f"the kinds of the guard are {', '.join(KINDS)}, got {', '.join(unknown)}")
         try:
             self._pattern = re.compile(pattern) if pattern else None
         except re.error as error:
-            raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+            raise ConfigError(f"{pattern!r} is not a regular expression: {error}; correct the pattern") from None
         self._kinds = tuple(kinds)
 
     def digests(self, texts: Sequence[str]) -> NDArray[np.uint64]:
-        """The fields of each text, uint64 [n, kinds], for `unequal`."""
+        """Return the field digests of texts, uint64 [n, kinds], for `unequal`."""
         return digests(texts, self._pattern)
 
     def unequal(self, ones: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int8]:
-        """Per pair of digests the place in `KINDS` of the first kind that differs, -1 where none does; int8 [n]."""
+        """Compare pairs of digests [n, kinds].
+
+        Returns the index in `KINDS` of the first kind that differs, or -1, int8 [n].
+        """
         return refused(ones, others, self._kinds)
 
     def sharing(
         self, mine: NDArray[np.uint64], theirs: NDArray[np.uint64], eligible: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-        """For each document the first eligible neighbour with the same fields: its place, int64 [n], 0 where there is
-        none; and int8 [n], -1 where there is one, else the kind in which it differs from the first neighbour.
+        """Find, for each document, the first eligible neighbour with the same fields.
 
-        mine: digests [n, kinds]; theirs: [n, k, kinds]; eligible: [n, k].
+        mine: digests of the documents, [n, kinds]. theirs: of their neighbours, [n, k, kinds]. eligible: bool [n, k].
+        Returns the position of that neighbour, int64 [n], 0 if there is none; and -1 if there is one, else the kind in
+        which the first neighbour differs, int8 [n].
         """
         n, k, _ = theirs.shape
         unequal = self.unequal(np.repeat(mine, k, axis=0), theirs.reshape(n * k, -1)).reshape(n, k)
@@ -69,47 +74,49 @@ class FieldGuard:
 
 
 def differs(one: str, other: str, pattern: re.Pattern[str] | None = None, kinds: Collection[str] = KINDS) -> str | None:
-    """The first kind of field in which two texts differ; None when they differ in none.
+    """Return the first kind of field in which two texts differ, or None.
 
-    pattern: the user's own fields. kinds: those that count, of `KINDS`.
+    pattern: matches the user's own fields. kinds: kinds that are compared, of `KINDS`.
     """
     return unlike(fields(one, pattern), fields(other, pattern), kinds)
 
 
 def unlike(one: Fields, other: Fields, kinds: Collection[str] = KINDS) -> str | None:
-    """The first kind in which these fields differ; None when they are the same."""
+    """Return the first kind in which two sets of fields differ, or None. kinds: kinds that are compared."""
     if one == other:
         return None
     return next((kind for kind, a, b in zip(KINDS, one, other, strict=True) if a != b and kind in kinds), None)
 
 
 def digests(texts: Sequence[str], pattern: re.Pattern[str] | None = None) -> NDArray[np.uint64]:
-    """The fields of each text as numbers to store and compare: uint64 [n, kinds], one column per kind of `KINDS`.
+    """Return the field digests of texts, uint64 [n, kinds], one column per kind of `KINDS`.
 
-    Two texts have the same row exactly when `differs` finds nothing (but for one chance in 2^64 per kind).
+    Two rows are equal exactly when `differs` returns None, up to a collision with probability 2^-64 per kind.
     """
     empty = _empty(pattern)
     rows = np.tile(empty, (len(texts), 1))
     for row, text in enumerate(texts):
-        read = fields(text, pattern)
-        if read is NO_FIELDS:
+        text_fields = fields(text, pattern)
+        if text_fields is NO_FIELDS:
             continue
-        for column, values in enumerate(read):
+        for column, values in enumerate(text_fields):
             if values:
                 rows[row, column] = _digest(int(empty[column]), values)
     return rows
 
 
 def refused(ones: NDArray[np.uint64], others: NDArray[np.uint64], kinds: Collection[str] = KINDS) -> NDArray[np.int8]:
-    """Pairs of rows of `digests`: the place in `KINDS` of the first kind that differs, -1 where none does.
+    """Compare pairs of rows of `digests`.
 
-    ones, others: uint64 [n, kinds]. kinds: those that count. Returns int8 [n].
+    ones, others: uint64 [n, kinds]. kinds: kinds that are compared.
+    Returns the index in `KINDS` of the first kind that differs, or -1, int8 [n].
     """
     unequal = (ones != others) & np.array([kind in kinds for kind in KINDS])
     return np.where(unequal.any(axis=1), unequal.argmax(axis=1), -1).astype(np.int8)
 
 
 def _empty(pattern: re.Pattern[str] | None) -> NDArray[np.uint64]:
+    """Return the digests of a text without fields, [kinds]; they depend on the rules and the pattern."""
     rules = (str(RULES_VERSION), pattern.pattern if pattern else "", str(pattern.flags) if pattern else "")
     return np.array([_digest(place, rules) for place in range(len(KINDS))], np.uint64)
 

@@ -1,11 +1,10 @@
 # ruff: noqa: RUF001 - the words of several scripts
-"""Numbers, dates and times of Chinese, Japanese, Korean and Hindi texts, rewritten as the other rules read them.
+"""Rewrite numbers, dates and times of Chinese, Japanese, Korean and Hindi texts in the form that the other rules read.
 
 三张卡 becomes 3张卡, 下午三点半 becomes 15:30, 星期一 becomes monday, 零下5度 becomes -5 °,
 오후 세 시 becomes 15:00, 5만 원 becomes 50000 krw, शाम 8 बजे becomes 20:00.
-These scripts put no spaces around a number, so a numeral is read where a counter, a unit or another numeral stands
-beside it: 一起 (together) and 十分 (very) hold none. Text is expected in the
-plain form of `llmcache.near.guard.plain_text`.
+These scripts have no spaces around numbers, so a numeral is only read next to a counter, a unit or another numeral:
+一起 (together) and 十分 (very) are no numbers. The functions expect text from `llmcache.near.guard.plain_text`.
 Sources: the counters of common grammars and CLDR's date fields.
 """
 
@@ -23,7 +22,7 @@ _DEVANAGARI = re.compile(r"[\u0900-\u097f]")
 
 
 def rewritten(text: str) -> str:
-    """The text with what these scripts say in words in the digits and words that the other rules read."""
+    """Rewrite numbers, dates and times of these scripts in the digits and words that the other rules read."""
     if _HAN.search(text):
         text = _han(text)
     if _HANGUL.search(text):
@@ -117,41 +116,41 @@ def _share(share: re.Match[str]) -> str:
 
 
 def _digits(numerals: str) -> str:
-    return "".join(str(_HAN_DIGITS[one]) for one in numerals)
+    return "".join(str(_HAN_DIGITS[numeral]) for numeral in numerals)
 
 
-def _han_number(found: re.Match[str]) -> str:
-    digits, han, part = found["digits"], found["han"], found["part"]
-    text = found.string
-    before = text[found.start() - 1] if found.start() else ""
-    after = text[found.end() : found.end() + 1]
+def _han_number(match: re.Match[str]) -> str:
+    digits, han, part = match["digits"], match["han"], match["part"]
+    text = match.string
+    before = text[match.start() - 1] if match.start() else ""
+    after = text[match.end() : match.end() + 1]
     if part and not digits and after not in _COUNTERS + "%倍":  # 三点五: half past or a decimal, by what follows
-        return f"{written(_han_value(han))}点{written(_han_value(part))}" if len(han) < 3 else found[0]
+        return f"{written(_han_value(han))}点{written(_han_value(part))}" if len(han) < 3 else match[0]
     if digits:
         if han[0] not in _HAN_TENS and han[0] not in _HAN_GROUPS:
-            return found[0]
-        return written(_han_value(han, Decimal(plain_number(digits)))) if after not in ("克", "米") else found[0]
+            return match[0]
+        return written(_han_value(han, Decimal(plain_number(digits)))) if after not in ("克", "米") else match[0]
     if han in _NO_NUMERAL:
-        return found[0]
+        return match[0]
     if len(han) == 1 and not part:
         beside = _LONE_COUNTERS if han == "一" else _COUNTERS
         clock = after in ("点", "點", "时", "時") and han != "一"
         if han == "一" and after in ("点", "點"):
-            clock = before in tuple("午上晚晨") or text[found.end() : found.end() + 2] in ("点半", "点钟", "点整")
+            clock = before in tuple("午上晚晨") or text[match.end() : match.end() + 2] in ("点半", "点钟", "点整")
         numbered = bool(before) and before in "第初负負"
         if han in "百千" and after in "克米分度":
-            return found[0]
-        minutes = after == "分" and text[found.end() : found.end() + 2] in ("分钟", "分鐘")
+            return match[0]
+        minutes = after == "分" and text[match.end() : match.end() + 2] in ("分钟", "分鐘")
         minutes = minutes or (after == "分" and before in ("点", "時", "时"))
         if not (numbered or clock or minutes or (after and after in beside)):
-            return found[0]
+            return match[0]
     placed = any(sign in _HAN_TENS or sign in _HAN_GROUPS for sign in han)
     value = written(_han_value(han)) if placed else _digits(han)
     return f"{value}.{_digits(part)}" if part else value
 
 
 def _han_value(han: str, number: Decimal | None = None) -> Decimal:
-    """The value of a numeral. number: digits in front of it, as in 3千5百."""
+    """Return the value of a numeral. number: digits before the numeral, as in 3千5百."""
     total, section = Decimal(0), Decimal(0)
     for sign in han:
         if sign in _HAN_DIGITS:
@@ -173,8 +172,8 @@ def _in_24_hours(half: str | None, hour: int) -> int:
     return 0 if half in ("凌晨", "午前", "上午") and hour == 12 else hour
 
 
-def _han_time(found: re.Match[str]) -> str:
-    half, hour, thirty, quarter, minute = found.groups()
+def _han_time(match: re.Match[str]) -> str:
+    half, hour, thirty, quarter, minute = match.groups()
     minutes = 30 if thirty else {"一刻": 15, "三刻": 45}.get(quarter or "", int(minute or 0))
     return f" {_in_24_hours(half, int(hour))}:{minutes:02} "
 
@@ -237,10 +236,10 @@ _KOREAN_UNITS = (
 def _korean(text: str) -> str:
     text = _KOREAN_WEEKDAY.sub(lambda day: f" {_KOREAN_DAYS[day[1]]} ", text)
     text = _KOREAN_NATIVE.sub(
-        lambda found: str(_NATIVE_TENS.get(found[1], 0) + _NATIVE.get(found[2], 0)) if found[0] else "", text
+        lambda match: str(_NATIVE_TENS.get(match[1], 0) + _NATIVE.get(match[2], 0)) if match[0] else "", text
     )
     text = _KOREAN_SINO.sub(_sino_number, text)
-    text = _KOREAN_MIXED.sub(lambda found: written(_sino_value(found[2], Decimal(plain_number(found[1])))), text)
+    text = _KOREAN_MIXED.sub(lambda match: written(_sino_value(match[2], Decimal(plain_number(match[1])))), text)
     text = _KOREAN_CLOCK.sub(_korean_time, text)
     text = _KOREAN_HALF.sub(lambda time: f" {_korean_hour(time[1], int(time[2]))}:{time[3]} ", text)
     for pattern, name in _KOREAN_UNITS:
@@ -248,16 +247,16 @@ def _korean(text: str) -> str:
     return text
 
 
-def _sino_number(found: re.Match[str]) -> str:
-    digits, sino = found[1], found[2]
+def _sino_number(match: re.Match[str]) -> str:
+    digits, sino = match[1], match[2]
     if digits:
         if sino[0] in _SINO:
-            return found[0]
+            return match[0]
         return written(_sino_value(sino, Decimal(plain_number(digits))))
-    if len(sino) == 1 and _SINO_ONE.match(found.string, found.start()):
-        return found[0]
-    if all(one in _SINO for one in sino) and len(sino) > 1:
-        return "".join(str(_SINO[one]) for one in sino)
+    if len(sino) == 1 and _SINO_ONE.match(match.string, match.start()):
+        return match[0]
+    if all(sign in _SINO for sign in sino) and len(sino) > 1:
+        return "".join(str(_SINO[sign]) for sign in sino)
     return written(_sino_value(sino))
 
 
@@ -283,8 +282,8 @@ def _korean_hour(half: str | None, hour: int) -> int:
     return 0 if half in ("오전", "새벽", "밤") and hour == 12 else hour
 
 
-def _korean_time(found: re.Match[str]) -> str:
-    return f" {_korean_hour(found[1], int(found[2]))}:{30 if found[4] else int(found[3] or 0):02} "
+def _korean_time(match: re.Match[str]) -> str:
+    return f" {_korean_hour(match[1], int(match[2]))}:{30 if match[4] else int(match[3] or 0):02} "
 
 
 # -- Hindi -----------------------------------------------------------------------------------------------------
@@ -315,16 +314,16 @@ def _hindi(text: str) -> str:
 
 
 def hindi_times(text: str) -> str:
-    """The text with its times, whose numbers are in digits already, in 24 hours."""
+    """Rewrite Hindi times in 24 hours. The numbers of the text are already in digits."""
     return _HINDI_CLOCK.sub(_hindi_time, text) if "बजे" in text else text
 
 
-def _hindi_time(found: re.Match[str]) -> str:
-    hour, half = int(found[2]), found[1] or found[5]
+def _hindi_time(match: re.Match[str]) -> str:
+    hour, half = int(match[2]), match[1] or match[5]
     if (half in ("दोपहर", "शाम") and hour < 12 and not (half == "दोपहर" and hour > 10)) or (
         half == "रात" and 6 <= hour < 12
     ):
         hour += 12
     elif half == "रात" and hour == 12:
         hour = 0
-    return f" {hour}:{30 if found[4] else int(found[3] or 0):02} "
+    return f" {hour}:{30 if match[4] else int(match[3] or 0):02} "

@@ -1,7 +1,7 @@
-"""Corrected reuse: the neighbours' outputs, moved by what differs between the documents; and what speaks for a hit.
+"""Corrected reuse: blend the outputs of neighbours, correct for the difference between documents, compute evidence.
 
-The result is `vote + strength (predicted - vote of the predictions)`: regression with interpolated residuals. Plain
-reuse of the nearest output is what is left at k = 1 and strength 0. All of it are functions over arrays of one batch.
+The result is `vote + strength (predicted - vote of the predictions)`, which is regression with interpolated residuals.
+With k = 1 and strength 0 it is plain reuse of the nearest output. All functions work on the arrays of one batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats, Floats32
 from llmcache.errors import ConfigError
 
 NEIGHBOURS = 8
@@ -33,20 +34,22 @@ EVIDENCE = (
 )
 """Columns of `evidence`."""
 DECIDED = ("gap", "log_gap", "gap_per_error")
-"""Columns after them where a head's scores are known."""
+"""Further columns of `evidence`, present when the scores of a head are known."""
 
 _TINY = 1e-6
 _ID_BITS = 32  # of a token id
 _TEMPERATURES = (0.02, 0.05, 0.1)
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-Floats = NDArray[np.float32]
 Tokens = Sequence[NDArray[np.integer]]
 
 
 @dataclass(frozen=True, slots=True)
 class Voting:
-    """How neighbours are weighed: softmax(similarity / temperature), and which share of the difference is applied."""
+    """Weights of the neighbours, softmax(similarity / temperature), and strength of the correction in [0, 1].
+
+    ConfigError when a value is out of range.
+    """
 
     temperature: float = TEMPERATURE
     strength: float = STRENGTH
@@ -58,18 +61,21 @@ class Voting:
             )
 
 
-Mixed: TypeAlias = tuple[Floats, Floats]
-"""Weighted means, see `mixtures`; float32 [n, out] each."""
+Mixed: TypeAlias = tuple[Floats32, Floats32]
+"""Weighted means of outputs and of predictions, float32 [n, out] each; from `mixtures`."""
 
 
-def units(vectors: NDArray[np.floating]) -> Floats:
-    """Unit L2 norm along the last axis, float32, a copy; zeros stay zeros. Of predictions: the fingerprints."""
+def units(vectors: Floats) -> Floats32:
+    """Return a float32 copy with unit L2 norm along the last axis. Zero vectors stay zero."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-30), np.float32)
 
 
-def weights(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) -> Floats:
-    """softmax(similarity / temperature), float32 [n, k]; -inf (no neighbour) weighs 0, a row without any is zeros."""
+def weights(similarity: Floats, temperature: float = TEMPERATURE) -> Floats32:
+    """Return softmax(similarity / temperature), float32 [n, k].
+
+    similarity: [n, k]; -inf (no neighbour) has weight 0. A row without neighbours is all zeros.
+    """
     best = similarity.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         raw = np.exp((similarity - best) / temperature)
@@ -77,130 +83,138 @@ def weights(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) 
     return np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-30), np.float32)
 
 
-def eligible_sources(similarity: NDArray[np.floating], temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
-    """Which neighbours a result may be said to come from: those that count at least half as much as the nearest,
-    bool [n, k]. similarity: as of `weights`.
+def eligible_sources(similarity: Floats, temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
+    """Mark the neighbours that may be named as the source of a result, bool [n, k].
+
+    These are the neighbours with at least half the weight of the nearest one. similarity: as for `weights`.
     """
-    part = weights(similarity, temperature)
-    return (part >= 0.5 * part[:, :1]) & (part > 0)
+    weight = weights(similarity, temperature)
+    return (weight >= 0.5 * weight[:, :1]) & (weight > 0)
 
 
-def mixtures(outputs: Floats, predictions: Floats, similarity: NDArray[np.floating], temperature: float) -> Mixed:
-    """Means of the neighbours' outputs and of their predictions by what each counts; arguments as for `corrected`."""
-    part = weights(similarity, temperature)
-    return _mixed(part, outputs), _mixed(part, predictions)
+def mixtures(outputs: Floats32, predictions: Floats32, similarity: Floats, temperature: float) -> Mixed:
+    """Return the weighted means of the neighbours' outputs and of their predictions. Arguments as for `corrected`."""
+    weight = weights(similarity, temperature)
+    return _mixed(weight, outputs), _mixed(weight, predictions)
 
 
 def corrected(
-    predicted: Floats,
-    outputs: Floats,
-    predictions: Floats,
-    similarity: NDArray[np.floating],
+    predicted: Floats32,
+    outputs: Floats32,
+    predictions: Floats32,
+    similarity: Floats,
     temperature: float = TEMPERATURE,
     strength: float = STRENGTH,
     *,
     unit: bool = True,
     mixed: Mixed | None = None,
-) -> Floats:
-    """Results for a batch, float32 [n, out].
+) -> Floats32:
+    """Compute the results of a batch.
 
-    predicted: [n, out], of the documents asked. outputs, predictions: [n, k, out], stored and predicted, of their
-    neighbours. similarity: [n, k], between the fingerprints, -inf where there is no neighbour. unit: the stored outputs
-    are of unit norm (`unit_norm`), so that the results have to be. mixed: `mixtures` of the same, where they are known.
+    predicted: predicted outputs of the documents, [n, out].
+    outputs, predictions: stored and predicted outputs of their neighbours, [n, k, out].
+    similarity: between the fingerprints, [n, k]; -inf where there is no neighbour.
+    unit: normalise the results, because the stored outputs have unit norm (`unit_norm`).
+    mixed: `mixtures` of the same arguments, if already computed.
+    Returns float32 [n, out]. ConfigError as for `Voting`.
     """
     voting = Voting(temperature, strength)
-    ours, theirs = mixed or mixtures(outputs, predictions, similarity, voting.temperature)
-    found = ours + voting.strength * (predicted - theirs)
-    return units(found) if unit else np.asarray(found, np.float32)
+    vote, vote_of_predictions = mixed or mixtures(outputs, predictions, similarity, voting.temperature)
+    results = vote + voting.strength * (predicted - vote_of_predictions)
+    return units(results) if unit else np.asarray(results, np.float32)
 
 
-def unit_norm(outputs: NDArray[np.floating]) -> bool:
-    """Whether stored outputs are unit vectors, but for the rounding of float16."""
+def unit_norm(outputs: Floats) -> bool:
+    """Return True if outputs [n, out] are unit vectors up to float16 rounding; False for no outputs."""
     return bool(len(outputs)) and bool(np.all(np.abs(np.linalg.norm(outputs, axis=-1) - 1) < 5e-3))
 
 
 def evidence(
-    predicted: Floats,
-    outputs: Floats,
-    predictions: Floats,
-    similarity: NDArray[np.floating],
+    predicted: Floats32,
+    outputs: Floats32,
+    predictions: Floats32,
+    similarity: Floats,
     tokens: tuple[Tokens, Tokens],
-    scores: NDArray[np.floating] | None = None,
+    scores: Floats | None = None,
     temperature: float = TEMPERATURE,
     mixed: Mixed | None = None,
-) -> Floats:
-    """What is known of each hit before anything is computed, float32 [n, columns], named by `EVIDENCE`, then `DECIDED`.
+) -> Floats32:
+    """Describe each hit by what is known without running the model.
 
-    Arguments as for `corrected`; a row that lacks a neighbour is not finite, which no gate trusts. tokens: ids of each
-    document and of its best match. scores: logits that the head gives for the corrected results, [n, classes].
-    Logarithms where an amount has no natural scale.
+    Arguments as for `corrected`. tokens: ids of each document, and of its best match.
+    scores: logits of the head for the corrected results, [n, classes].
+    Returns float32 [n, columns], columns as in `EVIDENCE`, then `DECIDED` if scores are given. Quantities without a
+    natural scale are logarithms. A row with a missing neighbour is not finite, so that no gate accepts it.
     """
-    part = weights(similarity, temperature)
+    weight = weights(similarity, temperature)
     squares = _squares(outputs)
     norms = np.maximum(np.sqrt(squares), 1e-30)
-    agree = np.ones((len(outputs), 1), np.float32)
+    agreement = np.ones((len(outputs), 1), np.float32)
     if outputs.shape[1] > 1:
-        agree = np.einsum("nki,ni->nk", outputs[:, 1:4], outputs[:, 0]) / (norms[:, 1:4] * norms[:, :1])
-    # the residuals' norms by products, and their mixture by two: an array of all residuals takes longer to make
-    between = np.einsum("nki,nki->nk", outputs, predictions)
-    own = (part * np.maximum(squares + _squares(predictions) - 2 * between, 0)).sum(axis=1)
-    ours, theirs = mixed or mixtures(outputs, predictions, similarity, temperature)
-    joint, moved = _squares(ours - theirs), _squares(predicted - theirs)
+        agreement = np.einsum("nki,ni->nk", outputs[:, 1:4], outputs[:, 0]) / (norms[:, 1:4] * norms[:, :1])
+    # norms of the residuals from inner products: an array [n, k, out] of all residuals would take longer
+    products = np.einsum("nki,nki->nk", outputs, predictions)
+    residual = (weight * np.maximum(squares + _squares(predictions) - 2 * products, 0)).sum(axis=1)
+    vote, vote_of_predictions = mixed or mixtures(outputs, predictions, similarity, temperature)
+    mean_residual, shift = _squares(vote - vote_of_predictions), _squares(predicted - vote_of_predictions)
     columns = [
         np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
         np.log(np.maximum(1 - similarity.mean(axis=1), 0) + _TINY),
-        agree.mean(axis=1),
-        agree.min(axis=1),
-        np.sqrt(_squares(_mixed(np.asarray(part / norms, np.float32), outputs))),
-        np.log(moved + _TINY),
-        np.log(own + _TINY),
-        joint / (own + _TINY),
+        agreement.mean(axis=1),
+        agreement.min(axis=1),
+        np.sqrt(_squares(_mixed(np.asarray(weight / norms, np.float32), outputs))),
+        np.log(shift + _TINY),
+        np.log(residual + _TINY),
+        mean_residual / (residual + _TINY),
         *likeness(*tokens),
     ]
     if scores is not None:
         gap = decided(scores)
-        columns += [gap, np.log(gap + 0.05), gap / np.sqrt(own + _TINY)]
+        columns += [gap, np.log(gap + 0.05), gap / np.sqrt(residual + _TINY)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _mixed(part: Floats, vectors: Floats) -> Floats:
-    """Weighted sums, [n, out], of vectors [n, k, out] by weights [n, k]."""
-    return np.asarray(np.matmul(part[:, None], vectors)[:, 0], np.float32)
+def _mixed(weight: Floats32, vectors: Floats32) -> Floats32:
+    """Return weighted sums [n, out] of vectors [n, k, out] with weights [n, k]."""
+    return np.asarray(np.matmul(weight[:, None], vectors)[:, 0], np.float32)
 
 
-def _squares(vectors: Floats) -> Floats:
-    """Squared norms along the last axis, without a temporary array as large as the vectors."""
+def _squares(vectors: Floats32) -> Floats32:
+    """Return squared norms along the last axis, without a temporary array as large as the vectors."""
     return np.asarray(np.einsum("...i,...i->...", vectors, vectors), np.float32)
 
 
-def likeness(one: Tokens, other: Tokens) -> tuple[Floats, Floats]:
-    """What tokens alone say of pairs of documents, the columns "length" and "overlap": float32 [n] each."""
-    mine, theirs = (np.array([len(ids) for ids in side], np.float64) for side in (one, other))
-    ratio = np.log((np.minimum(mine, theirs) + 1) / (np.maximum(mine, theirs) + 1))
+def likeness(one: Tokens, other: Tokens) -> tuple[Floats32, Floats32]:
+    """Compare the token ids of pairs of documents: the columns "length" and "overlap", float32 [n] each."""
+    left, right = (np.array([len(ids) for ids in side], np.float64) for side in (one, other))
+    ratio = np.log((np.minimum(left, right) + 1) / (np.maximum(left, right) + 1))
     return np.asarray(ratio, np.float32), jaccard(one, other)
 
 
-def jaccard(one: Tokens, other: Tokens) -> Floats:
-    """Share of distinct tokens that two documents have in common, float32 [n]."""
+def jaccard(one: Tokens, other: Tokens) -> Floats32:
+    """Return the Jaccard index of the token sets of pairs of documents, float32 [n]."""
     if not len(one):
         return np.zeros(0, np.float32)
-    # all tokens of both sides by document, token and side: numpy sorts faster than it finds what is unique
-    every = np.sort(np.concatenate([_numbered(one, 0), _numbered(other, 1)]))
-    every = every[np.flatnonzero(np.diff(every, prepend=-1))]
-    both = np.bincount(every[:-1][np.diff(every >> 1) == 0] >> 1 + _ID_BITS, minlength=len(one))
-    total = np.bincount(every >> 1 + _ID_BITS, minlength=len(one))
-    return np.asarray(both / np.maximum(total - both, 1), np.float32)
+    # one sort over all pairs, by document, token and side: faster than np.unique
+    codes = np.sort(np.concatenate([_coded(one, 0), _coded(other, 1)]))
+    codes = codes[np.flatnonzero(np.diff(codes, prepend=-1))]
+    shared = np.bincount(codes[:-1][np.diff(codes >> 1) == 0] >> 1 + _ID_BITS, minlength=len(one))
+    total = np.bincount(codes >> 1 + _ID_BITS, minlength=len(one))
+    return np.asarray(shared / np.maximum(total - shared, 1), np.float32)
 
 
-def _numbered(tokens: Tokens, side: int) -> NDArray[np.int64]:
-    """Every token, with the number of its document above its bits and the side below them."""
+def _coded(tokens: Tokens, side: int) -> NDArray[np.int64]:
+    """Pack document number, token id and side (0 or 1) of every token into one integer, in this order of bits."""
     documents = np.repeat(np.arange(len(tokens)), [len(ids) for ids in tokens])
     return np.asarray((documents << _ID_BITS | np.concatenate(tokens)) << 1 | side, np.int64)
 
 
-def decided(scores: NDArray[np.floating]) -> Floats:
-    """How clearly a head decides: best score less the second best, float32 [n]. scores: logits [n, classes], or [n]."""
+def decided(scores: Floats) -> Floats32:
+    """Return the margin of a head's decision: best score minus second best, float32 [n].
+
+    scores: logits [n, classes], or [n] for a binary head.
+    """
     if scores.ndim == 1:
         return np.asarray(np.abs(scores), np.float32)
     if scores.shape[1] < 2:
@@ -210,19 +224,22 @@ def decided(scores: NDArray[np.floating]) -> Floats:
 
 
 def choose_voting(
-    predicted: Floats,
-    outputs: Floats,
-    predictions: Floats,
-    similarity: NDArray[np.floating],
-    wanted: Floats,
+    predicted: Floats32,
+    outputs: Floats32,
+    predictions: Floats32,
+    similarity: Floats,
+    wanted: Floats32,
 ) -> Voting:
-    """The setting whose results are nearest to the true outputs `wanted`, [n, out], of held-out entries."""
+    """Choose temperature and strength by the squared error of the results on held-out entries.
+
+    Arguments as for `corrected`. wanted: the true outputs, [n, out].
+    """
     unit = unit_norm(wanted)
     best, chosen = np.inf, Voting()
     for temperature in _TEMPERATURES:
         for strength in _STRENGTHS:
-            found = corrected(predicted, outputs, predictions, similarity, temperature, strength, unit=unit)
-            error = float(np.square(found - wanted).mean())
+            results = corrected(predicted, outputs, predictions, similarity, temperature, strength, unit=unit)
+            error = float(np.square(results - wanted).mean())
             if error < best:
                 best, chosen = error, Voting(temperature, strength)
     return chosen

@@ -1,4 +1,4 @@
-"""Entries of a bank looked up on the host: predicted outputs, neighbours, corrected results and their evidence."""
+"""Near look-ups on the host: predict outputs, search neighbours, correct the results, compute their evidence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats, Floats32
 from llmcache.errors import ConfigError
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.search.vector_index import VectorIndex, kind_at_hand
 from llmcache.near.neighbors.correction import (
@@ -27,87 +29,92 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Floats = NDArray[np.float32]
-Rows = NDArray[np.int64]
 Tokens = Sequence[NDArray[np.int32]]
-Scores = Callable[[NDArray[np.floating]], NDArray[np.floating]]
-_BLOCK = 512  # documents that are looked up together
+Scores = Callable[[Floats], Floats]
+_BLOCK = 512  # documents per block: the outputs of their neighbours fit in the processor's cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
-    """Some documents and what the model gave. features: raw, [n, width]; outputs: float32 [n, out]; tokens: of each."""
+    """Documents with their model outputs.
 
-    features: NDArray[np.floating] = field(repr=False)
-    outputs: Floats = field(repr=False)
+    features: unrounded or as stored, [n, width]. outputs: float32 [n, out]. tokens: ids of each document.
+    """
+
+    features: Floats = field(repr=False)
+    outputs: Floats32 = field(repr=False)
     tokens: Tokens = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.outputs)
 
     def take(self, rows: Rows) -> Entries:
+        """Return the entries at these positions, int64 [m]."""
         return Entries(self.features[rows], self.outputs[rows], [self.tokens[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbors:
-    """What a look-up gives for a batch.
+    """Results of a look-up on the host, for a batch of n documents.
 
-    results: corrected outputs, float32 [n, out]; neighbours: int64 [n, k], rows of the entries that they are made of,
-    the nearest first; similarities: float32 [n, k], to these; evidence: float32 [n, columns].
+    results: corrected outputs, float32 [n, out].
+    neighbours: positions of the entries used, int64 [n, k], nearest first.
+    similarities: to these entries, float32 [n, k].
+    evidence: float32 [n, columns], see `correction.evidence`.
     """
 
-    results: Floats = field(repr=False)
+    results: Floats32 = field(repr=False)
     neighbours: Rows = field(repr=False)
-    similarities: Floats = field(repr=False)
-    evidence: Floats = field(repr=False)
+    similarities: Floats32 = field(repr=False)
+    evidence: Floats32 = field(repr=False)
 
     @property
     def nearest(self) -> Rows:
-        """Row of the best match, int64 [n]."""
+        """Position of the best match, int64 [n]."""
         return self.neighbours[:, 0]
 
     @property
-    def similarity(self) -> Floats:
-        """To the best match, float32 [n]."""
+    def similarity(self) -> Floats32:
+        """Similarity to the best match, float32 [n]."""
         return self.similarities[:, 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matches:
-    """What `Neighbors` has, of a batch that was matched: all but the results is on the host.
+    """Results of `NeighborIndex.match`: the fields of `Neighbors`, all on the host except `results`.
 
-    results: float32 [n, out], an array, or a tensor on the device of the entries.
+    results: corrected outputs, float32 [n, out]: an array, or a tensor on the device of the entries.
     """
 
-    results: Floats | Tensor = field(repr=False)
+    results: Floats32 | Tensor = field(repr=False)
     neighbours: Rows = field(repr=False)
-    similarities: Floats = field(repr=False)
-    evidence: Floats = field(repr=False)
+    similarities: Floats32 = field(repr=False)
+    evidence: Floats32 = field(repr=False)
 
 
 class NeighborIndex(Protocol):
-    """Entries that documents are looked up among: `HostNeighborIndex` on the host, `ondevice.DeviceMemory` on a device.
+    """Interface to search entries: `HostNeighborIndex` on the host, `index_torch.DeviceMemory` on a device.
 
-    features: raw, [n, width], not rounded, an array or a tensor on any device; tokens: ids of each document.
+    Arguments of the methods. features: unrounded, [n, width], an array or a tensor on any device. tokens: ids of each
+    document.
     """
 
-    def match(self, features: Floats | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
-        """What reuse has for these documents. scores: of the head that the results are for."""
+    def match(self, features: Floats32 | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
+        """Look up documents. scores: the head's scores, from outputs [n, out]; None without a head."""
         ...
 
-    def nearest(self, features: Floats | Tensor, tokens: Tokens) -> tuple[Rows, Floats]:
-        """Rows int64 [n, k] of the nearest entries and their similarities, nearest first."""
+    def nearest(self, features: Floats32 | Tensor, tokens: Tokens) -> tuple[Rows, Floats32]:
+        """Return the nearest entries, int64 [n, k], and their similarities, float32 [n, k], nearest first."""
         ...
 
 
-def rounded(predictions: Floats) -> Floats:
-    """As they are kept: to float16, and float32 again."""
+def rounded(predictions: Floats32) -> Floats32:
+    """Round predictions to float16, in which they are stored, and return them as float32."""
     return half(predictions).astype(np.float32)
 
 
 class HostNeighborIndex:
-    """Entries, a predictor fitted to them, and an index over their fingerprints."""
+    """Entries in host memory, with a predictor fitted to them and a vector index of their fingerprints."""
 
     def __init__(
         self,
@@ -115,90 +122,95 @@ class HostNeighborIndex:
         predictor: Predictor,
         voting: Voting,
         kind: str | None = None,
-        predictions: Floats | None = None,
+        predictions: Floats32 | None = None,
     ) -> None:
-        """kind: of the index, None goes by the number of entries. predictions: of these, `rounded`, where known.
+        """Build the index.
 
-        ConfigError: there are no entries.
+        kind: of the vector index; None chooses by the number of entries.
+        predictions: of the entries, `rounded`; None to compute them.
+        ConfigError when there are no entries.
         """
         if not len(entries):
-            raise ConfigError("there are no entries to look among; fill the cache first")
+            raise ConfigError("there are no entries to search; fill the cache first")
         self.entries, self.predictor, self.voting = entries, predictor, voting
         self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
-        # not unit vectors beside them: those would be as many bytes again to hold, and to read for each document
-        self._lengths = np.maximum(np.linalg.norm(self._predictions, axis=1), 1e-30)
-        chosen = kind or kind_at_hand(len(entries))
-        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=chosen)
+        # norms instead of a second array of unit vectors, which would double memory and reads per document
+        self._norms = np.maximum(np.linalg.norm(self._predictions, axis=1), 1e-30)
+        index_kind = kind or kind_at_hand(len(entries))
+        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=index_kind)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
     def fit(
         cls, entries: Entries, seed: int = 0, voting: Voting | None = None, like: Predictor | None = None
     ) -> HostNeighborIndex:
-        """A memory of entries with a predictor fitted to them.
+        """Fit a predictor to entries, and return their index.
 
-        voting: None uses the defaults. like: see `predictor.fit`.
+        voting: None for the defaults. like: see `predictor.fit`.
         """
         predictor = fit(entries.features, entries.outputs, seed=seed, like=like)
         return cls(entries, predictor, voting or Voting())
 
-    def neighbours(self, asked: Entries) -> tuple[Floats, Floats, Floats, Floats, Rows]:
-        """predicted, outputs, predictions, similarity, as `corrected` takes them, and rows int64 [n, k]."""
+    def neighbours(self, asked: Entries) -> tuple[Floats32, Floats32, Floats32, Floats32, Rows]:
+        """Return predicted, outputs, predictions, similarity as `corrected` takes them, and positions int64 [n, k]."""
         predicted, rows = self._nearest(asked)
         return predicted, *self._ordered(predicted, rows)
 
     def look_up(self, asked: Entries, scores: Scores | None = None) -> Neighbors:
-        """asked: its outputs are not looked at. scores: of the head that the results are for."""
+        """Look up documents whose features are rounded as stored ones are.
+
+        asked: the documents; their outputs are not read. scores: the head's scores, from outputs [n, out].
+        """
         predicted, rows = self._nearest(asked)
         starts = range(0, max(1, len(asked)), _BLOCK)
-        parts = [slice(start, start + _BLOCK) for start in starts]
-        found = [self._judged(predicted[part], rows[part], asked.tokens[part], scores) for part in parts]
-        return Neighbors(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        blocks = [slice(start, start + _BLOCK) for start in starts]
+        results = [self._corrected(predicted[block], rows[block], asked.tokens[block], scores) for block in blocks]
+        return Neighbors(*(np.concatenate(column) for column in zip(*results, strict=True)))
 
-    def match(self, features: Floats | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
+    def match(self, features: Floats32 | Tensor, tokens: Tokens, scores: Scores | None = None) -> Matches:
         """See `NeighborIndex`."""
-        found = self.look_up(_asked(features, tokens), scores)
-        return Matches(found.results, found.neighbours, found.similarities, found.evidence)
+        neighbors = self.look_up(_as_entries(features, tokens), scores)
+        return Matches(neighbors.results, neighbors.neighbours, neighbors.similarities, neighbors.evidence)
 
-    def nearest(self, features: Floats | Tensor, tokens: Tokens) -> tuple[Rows, Floats]:
+    def nearest(self, features: Floats32 | Tensor, tokens: Tokens) -> tuple[Rows, Floats32]:
         """See `NeighborIndex`."""
-        *_, similarity, rows = self.neighbours(_asked(features, tokens))
+        *_, similarity, rows = self.neighbours(_as_entries(features, tokens))
         return rows, similarity
 
-    def _nearest(self, asked: Entries) -> tuple[Floats, Rows]:
-        """Predictions, and rows int64 [n, k] of the nearest entries: all at once, which the index does four times as
-        fast as in small batches.
+    def _nearest(self, asked: Entries) -> tuple[Floats32, Rows]:
+        """Return predictions, and positions of the nearest entries by fingerprint, int64 [n, k].
+
+        All documents are searched in one call, which is four times as fast as in small batches.
         """
         predicted = self.predictor(asked.features)
-        most = min(NEIGHBOURS, len(self.entries))
-        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), most, beside=True)
+        k = min(NEIGHBOURS, len(self.entries))
+        rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), k, beside=True)
         return predicted, rows
 
-    def _ordered(self, predicted: Floats, rows: Rows) -> tuple[Floats, Floats, Floats, Rows]:
-        """outputs, predictions, similarity and rows of the neighbours, the nearest by whole predictions first."""
+    def _ordered(self, predicted: Floats32, rows: Rows) -> tuple[Floats32, Floats32, Floats32, Rows]:
+        """Return outputs, predictions, similarity and rows of the neighbours, sorted by cosine of full predictions."""
         predictions = self._predictions[rows]
-        similarity = np.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self._lengths[rows]
+        similarity = np.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self._norms[rows]
         order = np.argsort(-similarity, axis=1, kind="stable")
-        rows, similarity = (np.take_along_axis(one, order, axis=1) for one in (rows, similarity))
+        rows, similarity = (np.take_along_axis(array, order, axis=1) for array in (rows, similarity))
         predictions = predictions[np.arange(len(order))[:, None], order]
         return self.entries.outputs[rows], predictions, similarity, rows
 
-    def _judged(
-        self, predicted: Floats, rows: Rows, tokens: Tokens, scores: Scores | None
-    ) -> tuple[Floats, Rows, Floats, Floats]:
-        """What `Neighbors` has of a block of documents, whose neighbours' outputs stay in the processor's cache."""
+    def _corrected(
+        self, predicted: Floats32, rows: Rows, tokens: Tokens, scores: Scores | None
+    ) -> tuple[Floats32, Rows, Floats32, Floats32]:
+        """Return the fields of `Neighbors` for one block of documents."""
         outputs, predictions, similarity, rows = self._ordered(predicted, rows)
         temperature, strength = self.voting.temperature, self.voting.strength
         near = predicted, outputs, predictions, similarity
         mixed = mixtures(outputs, predictions, similarity, temperature)
         results = corrected(*near, temperature, strength, unit=self._unit, mixed=mixed)
-        both = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
-        given = None if scores is None else scores(results)
-        seen = evidence(*near, both, given, temperature, mixed)
-        return results, rows, similarity, seen
+        token_pairs = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
+        logits = None if scores is None else scores(results)
+        return results, rows, similarity, evidence(*near, token_pairs, logits, temperature, mixed)
 
 
-def _asked(features: Floats | Tensor, tokens: Tokens) -> Entries:
-    """Documents that nothing was computed for yet, their features rounded as those of entries are."""
+def _as_entries(features: Floats32 | Tensor, tokens: Tokens) -> Entries:
+    """Return documents as `Entries` without outputs, with features rounded to float16 as stored ones are."""
     raw = features if isinstance(features, np.ndarray) else features.float().cpu().numpy()
     return Entries(half(raw), np.zeros((len(raw), 0), np.float32), tokens)

@@ -1,7 +1,7 @@
-"""Predicted outputs of a cache's entries, kept in its store: derived numbers, so that an opening need not predict anew.
+"""Predicted outputs of entries, stored in banks of the cache, so that opening a store need not compute them again.
 
-Every predictor has a bank of its own, `distilled-<version>`, whose rows have the keys and sources of the entries, so
-that what is purged or merged there is purged or merged here. What is missing is predicted when it is first needed.
+Every predictor has its own bank, `distilled-<version>`. Its rows have the keys and sources of the entries, so purges
+and merges apply to both. Missing predictions are computed when they are first needed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 from llmcache.near.neighbors.index import rounded
@@ -22,42 +24,44 @@ PREFIX = "distilled-"
 
 
 class Distilled:
-    """The predictions of one predictor for one bank of entries. version: of the predictor, a word."""
+    """Stored predictions of one predictor. version: identifies the predictor in the name of the bank."""
 
     def __init__(self, store: Store, namespace: str, version: str, kept: bool) -> None:
-        """kept: whether what is predicted is written into the store."""
+        """Refer to the bank without opening it. kept: write new predictions to the store."""
         self._store, self._namespace, self._kept = store, namespace, kept
         self._name = f"{PREFIX}{version}"
 
-    def predictions(
-        self, bank: Bank, rows: NDArray[np.int64], features: NDArray[np.float16], predictor: Predictor
-    ) -> NDArray[np.float32]:
-        """Of these rows of a bank, whose raw features are [n, width]; float32 [n, out], rounded to float16."""
+    def predictions(self, bank: Bank, rows: Rows, features: NDArray[np.float16], predictor: Predictor) -> Floats32:
+        """Return predictions for rows of a bank of entries; read the stored ones, compute and store the others.
+
+        rows: int64 [n], of `bank`. features: of these rows, [n, width].
+        Returns float32 [n, out], rounded to float16.
+        """
         width = len(predictor.offset)
-        mine = self._bank(width)
-        found, keys = np.zeros((len(rows), width), np.float32), bank.keys(rows)
-        there = mine.find(keys) if mine.facts.width == width else np.full(len(rows), -1)
-        known = np.flatnonzero(there >= 0)
-        reading = mine.read(there[known], count=False)
-        found[known] = np.asarray(reading.values)
+        stored = self._bank(width)
+        predictions, keys = np.zeros((len(rows), width), np.float32), bank.keys(rows)
+        places = stored.find(keys) if stored.facts.width == width else np.full(len(rows), -1)
+        known = np.flatnonzero(places >= 0)
+        reading = stored.read(places[known], count=False)
+        predictions[known] = np.asarray(reading.values)
         missing = np.setdiff1d(np.arange(len(rows)), known[reading.intact])
         if not len(missing):
-            return found
-        found[missing] = rounded(predictor(features[missing]))
-        if self._kept and self._store.writable and mine.facts.width == width:
-            mine.put(
-                keys[missing], found[missing], tokens=[np.zeros(0, np.int32)] * len(missing),
+            return predictions
+        predictions[missing] = rounded(predictor(features[missing]))
+        if self._kept and self._store.writable and stored.facts.width == width:
+            stored.put(
+                keys[missing], predictions[missing], tokens=[np.zeros(0, np.int32)] * len(missing),
                 sources=bank.sources(rows[missing]),
                 features=np.zeros((len(missing), 0), np.float32), cost=np.zeros(len(missing), np.float32),
             )  # fmt: skip
-        return found
+        return predictions
 
     def drop_others(self, versions: Collection[str]) -> None:
-        """Remove what predictors of none of these versions have predicted; a commit of its own."""
+        """Delete the prediction banks of all predictors except this one and those of `versions`, in a commit each."""
         space = self._store.namespace(self._namespace)
-        kept = {self._name, *(f"{PREFIX}{version}" for version in versions)}
+        current = {self._name, *(f"{PREFIX}{version}" for version in versions)}
         for name in sorted(space.banks if space else ()):
-            if name.startswith(PREFIX) and name not in kept:
+            if name.startswith(PREFIX) and name not in current:
                 self._store.drop(self._namespace, name)
 
     def _bank(self, width: int) -> Bank:
