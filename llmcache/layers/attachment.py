@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,29 +11,27 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
-from llmcache.banks.lookup import first_occurrences
 from llmcache.decoders.padded_batch import holds_tokens, wants_keys
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.marks import UNKNOWN
-from llmcache.layers.audits import audit_states
-from llmcache.layers.layer_banks import LayerBanks, LayerMatches
-from llmcache.layers.merged_outputs import merged
+from llmcache.layers.forward_calls import ForwardSignature
+from llmcache.layers.layer_banks import LayerBanks
+from llmcache.layers.layer_reuse import LayerReuse
 from llmcache.layers.partial_forward import (
     LayerStack,
     NoSuchLayer,
-    PartialForward,
     TrunkSpec,
     examine,
     gives_keys,
 )
+from llmcache.layers.prefix_caches import PrefixCaches
 from llmcache.layers.trial import LayerTrial, MemoryBanks
 from llmcache.model.architecture import Trunk
 from llmcache.model.compiled import not_compiled, refuse_compiled
@@ -44,10 +40,6 @@ from llmcache.model.description.watch import ModelWatch
 from llmcache.model.forward_patch import StandIn, install, remove
 from llmcache.model.inputs import (
     Call,
-    InputRows,
-    asked_by,
-    input_rows,
-    main_input,
     refusal,
 )
 from llmcache.model.locks import CallLock, LockCycle
@@ -96,11 +88,9 @@ class Attachment:
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
-        self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
+        self._states_only, self._exact_audits = states_only, exact_audits
         self._blocks = LayerStack(trunk.blocks)
-        self._signature = inspect.signature(trunk.module.forward)
-        self._main = main_input(trunk.module, self._signature)
-        self._takes_cache = "use_cache" in self._signature.parameters
+        self._parameters = ForwardSignature(trunk.module)
         self._said: set[str] = set()
         self._depth = 0
         self.losses = LossArguments(trunk.module)
@@ -108,7 +98,7 @@ class Attachment:
         self._stand_in: StandIn | None = None
         self._anatomies: dict[tuple[object, ...], tuple[TrunkSpec, LayerBanks] | str] = {}
         self._decodes: bool | None = None
-        self._prefixes: dict[str, PrefixCache | str] = {}
+        self._prefixes = PrefixCaches(prefixes)
         self._watch = watch
         self.entered = np.zeros(0, np.int64)
         """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
@@ -203,14 +193,14 @@ class Attachment:
             return
         self._anatomies.clear()
         reason = self._anatomy()
-        if isinstance(reason, str) and not (self._by_beginnings and not isinstance(self._beginnings(), str)):
+        if isinstance(reason, str) and not (self._uses_prefixes_only and not isinstance(self._prefix_cache(), str)):
             raise ConfigError(reason)
 
     # -- a pass ---------------------------------------------------------------------------------------------
 
     def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replacement of the trunk's forward: answer a call from the banks if possible, one thread at a time."""
-        call = self._bound(args, kwargs)
+        call = self._parameters.bind(args, kwargs)
         if holds_tokens(call.get("past_key_values")):  # a decoder's next token
             return own(*args, **kwargs)
         reason = self._unusable()
@@ -262,21 +252,6 @@ class Attachment:
 
         return self._exact_audits.answered(answer, uncached)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        bound = self._signature.bind(*args, **kwargs)
-        call: Call = {}
-        for name, value in bound.arguments.items():
-            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                call |= value
-            else:
-                call[name] = value
-        return {name: value for name, value in call.items() if value is not None or not self._is_unset_by_none(name)}
-
-    def _is_unset_by_none(self, name: str) -> bool:
-        """Return whether an argument of None is the same as leaving it out."""
-        parameter = self._signature.parameters.get(name)
-        return parameter is None or parameter.default in (None, inspect.Parameter.empty)
-
     def _in_training(self) -> str:
         """Reason why the model is not deterministic (training mode of a module); "" if it is."""
         if self.trunk.module.training:
@@ -290,18 +265,14 @@ class Attachment:
 
     def _refusal(self, call: Call) -> str | None:
         """The reason why the layers are not cached in this call; None when they are."""
-        reason = refusal(self._asked() | call, self._main)
+        reason = refusal(self._parameters.configured_outputs() | call, self._parameters.main)
         if reason is not None:
             return reason
         found = self._anatomy(call.get("return_dict"))
         if isinstance(found, str):
             return found
-        value = call[self._main]
+        value = call[self._parameters.main]
         return None if value.is_floating_point() else found[0].reach.refusal(value.shape[1])
-
-    def _asked(self) -> Call:
-        """What the model's configuration asks for in every call."""
-        return asked_by(getattr(self.trunk.module, "config", None))
 
     # -- a decoder's beginnings -----------------------------------------------------------------------------
 
@@ -309,47 +280,34 @@ class Attachment:
         """Whether this is a call for the beginnings: of a decoder that is to give keys and values, or may."""
         if call.get("past_key_values") is not None:
             return True
-        if not (self._takes_cache and self.decodes):
+        if not (self._parameters.takes_cache and self.decodes):
             return False
         return not self._states_only or wants_keys(call, self.trunk.module)
 
     @property
-    def _by_beginnings(self) -> bool:
+    def _uses_prefixes_only(self) -> bool:
         """True if all calls use the prefix cache and none use layer banks."""
-        return self._takes_cache and self.decodes and not self._states_only
+        return self._parameters.takes_cache and self.decodes and not self._states_only
 
     def _prefix_refusal(self, call: Call) -> str | None:
-        prefixes = self._beginnings()
-        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._asked() | call)
+        prefixes = self._prefix_cache()
+        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._parameters.configured_outputs() | call)
 
-    def _beginnings(self) -> PrefixCache | str:
-        """What restores beginnings, or why nothing does."""
-        mode = self._mode()
-        if mode not in self._prefixes:
-            assert self._stand_in is not None
-            remove(self._stand_in)  # what is made looks at the model's own forward
-            try:
-                made = self._open_prefixes(mode)
-                self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
-            except ConfigError as error:
-                self._prefixes[mode] = str(error)
-            except Exception as error:
-                self._prefixes[mode] = f"to try its beginnings out failed: {explained(error)}"
-            finally:
-                install(self._stand_in)
-        return self._prefixes[mode]
+    def _prefix_cache(self) -> PrefixCache | str:
+        assert self._stand_in is not None
+        return self._prefixes.get(self._mode(), self._stand_in)
 
     def _decode(self, call: Call) -> Any:
-        prefixes = self._beginnings()
+        prefixes = self._prefix_cache()
         assert not isinstance(prefixes, str)
-        rows = len(call[self._main])
+        rows = len(call[self._parameters.main])
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
         return prefixes.forward(self._forward, call)
 
     # -- layers ---------------------------------------------------------------------------------------------
 
     def _bypass(self, reason: str, call: Call) -> None:
-        value = call.get(self._main)
+        value = call.get(self._parameters.main)
         rows = len(value) if isinstance(value, Tensor) and value.ndim else 1
         self._counters.bypassed += rows
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
@@ -393,119 +351,40 @@ class Attachment:
         device = self._watch.device
 
         def first_trial() -> tuple[Call, TrunkSpec]:
-            call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
-            if self._takes_cache:
+            call = first_call(module, self._parameters.main, self._forward, self._parameters.takes, device, return_dict)
+            if self._parameters.takes_cache:
                 self._decodes = gives_keys(self._forward, call)
-            return call, examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+            return call, examine(self._blocks, self._forward, call, self._parameters.takes_cache, self._choose)
 
         call, anatomy = without_trace(module, device, first_trial)
-        if self._by_beginnings:
+        if self._uses_prefixes_only:
             return anatomy
         trial = LayerTrial(
             lambda one: self._forward(**one),
             lambda one, banks, up_to: self._rehearsed(one, anatomy, banks, up_to),
-            call | ({"use_cache": False} if self._takes_cache else {}),
-            self._main,
+            call | ({"use_cache": False} if self._parameters.takes_cache else {}),
+            self._parameters.main,
             self._choose(anatomy.layers),
             anatomy.fields,
-            self._takes,
+            self._parameters.takes,
         )
         return replace(anatomy, reach=trial.reach(module, vocabulary_of(module)))
 
     def _rehearsed(self, call: Call, anatomy: TrunkSpec, banks: MemoryBanks, up_to: int | None) -> Any:
         """The answer to a call from banks in memory, which leaves counters and what is said of the last pass alone."""
-        reason = refusal(call, self._main)
+        reason = refusal(call, self._parameters.main)
         if reason is not None:
             raise ConfigError(reason)
-        rehearsal = object.__new__(type(self))
-        rehearsal.__dict__.update(self.__dict__)
-        rehearsal._counters, rehearsal.up_to = Counters(), up_to
-        return rehearsal._answer_from(call, anatomy, banks)
-
-    def _takes(self, name: str) -> bool:
-        parameters = self._signature.parameters
-        return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        return self._reuse(Counters(), up_to).answer(call, anatomy, banks)
 
     def _answer(self, call: Call) -> Any:
-        found = self._anatomy(call.get("return_dict"))
-        assert not isinstance(found, str), "such a call is refused"
-        return self._answer_from(call, *found)
-
-    def _answer_from(self, call: Call, anatomy: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
-        """The output for all rows of a call. banks: of a store, or in memory for a trial."""
-        rows = input_rows(call, self._main)
-        mode = self._mode()
-        distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
-        if not len(distinct):
-            self.entered, self.entries = np.zeros(0, np.int64), []
-            return self._forward(**call)
-        found = banks.find(rows, distinct, mode, self.up_to)
-        if isinstance(banks, LayerBanks):
-            audit_states(found, rows, distinct, banks, mode, self._states)
-        parts: list[tuple[NDArray[np.int64], Any]] = []
-        for enter in np.unique(found.enter).tolist():
-            group = np.flatnonzero(found.enter == enter)
-            parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
-        place = np.searchsorted(distinct, first)
-        self.entered, self.entries = found.enter[place], [found.entries[i] for i in place.tolist()]
-        return merged(parts, first, rows, anatomy)
-
-    def _run(
-        self,
-        rows: InputRows,
-        distinct: NDArray[np.int64],
-        found: LayerMatches,
-        group: NDArray[np.int64],
-        anatomy: TrunkSpec,
-        banks: LayerBanks | MemoryBanks,
-    ) -> Any:
-        """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
-        enter, chosen = int(found.enter[group[0]]), distinct[group]
-        whole = len(group) == len(rows) and enter == 0  # nothing to gain from another shape
-        width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        one = PartialForward(enter=enter)
-        if self.up_to is None:
-            one.keep = frozenset(layer for layer in banks.kept if layer >= enter)
-        if enter:
-            one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
-        began = time.perf_counter()
-        output = self._blocks.run(one, self._forward, rows.some(chosen, width))
-        # sound of another length may change the width of what a layer gives; a bank holds one width
-        fitting = {layer: state for layer, state in one.kept.items() if state.shape[-1] == anatomy.width}
-        kept = {layer: state.detach().float().cpu().numpy() for layer, state in fitting.items()}
-        seconds = time.perf_counter() - began
-        self._counters.model_seconds += seconds
-        self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
+        spec_and_banks = self._anatomy(call.get("return_dict"))
+        assert not isinstance(spec_and_banks, str), "such a call is refused"
+        reuse = self._reuse(self._counters, self.up_to)
+        output = reuse.answer(call, *spec_and_banks)
+        self.entered, self.entries = reuse.entered, reuse.entries
         return output
 
-    @torch.no_grad()
-    def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
-        """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
-        width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        states = PartialForward(keep=layers)
-        self._blocks.run(states, self._forward, rows.some(chosen, width))
-        return states.kept
-
-    def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: TrunkSpec) -> Tensor:
-        known = [state for state in states if state is not None]
-        table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
-        for place, state in zip(table, known, strict=True):
-            place[: len(state)] = state
-        return torch.from_numpy(table).to(self._watch.device, anatomy.dtype)
-
-    def _keep(
-        self,
-        rows: InputRows,
-        chosen: NDArray[np.int64],
-        kept: dict[int, NDArray[np.float32]],
-        seconds: float,
-        enter: int,
-        banks: LayerBanks | MemoryBanks,
-    ) -> None:
-        """seconds: of one layer, for all rows together."""
-        ends = np.ones(len(chosen), np.int64) if rows.tokens is None else rows.ends[chosen]
-        full = np.flatnonzero(ends)  # a row without tokens has no state worth keeping
-        for layer, table in kept.items():
-            states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
-            cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
-            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)
+    def _reuse(self, counters: Counters, up_to: int | None) -> LayerReuse:
+        main = self._parameters.main
+        return LayerReuse(self._blocks, self._forward, main, self._watch, counters, up_to=up_to, asked=self.asked)

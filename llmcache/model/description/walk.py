@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 import warnings
 from array import array
 from collections import deque
@@ -36,6 +35,7 @@ from llmcache.model.description.code import (
     names_used,
     names_written_into,
 )
+from llmcache.model.description.configurations import VOLATILE_ADAPTER_SETTINGS, is_configuration, settings_of
 from llmcache.model.description.tokenizer_rules import (
     attributes_text,
     is_tokenizer,
@@ -51,15 +51,6 @@ _LONG = 400
 _DEEPEST = 16
 _OF_PROCESSORS = ("tokenizer", "image_processor", "feature_extractor", "video_processor")
 _MISSING = object()
-_NAMES = re.compile(  # of an adapter's settings: where it came from, and what only training asks for
-    r"base_model_name_or_path|revision|inference_mode|auto_mapping|peft_version|task_type|.*dropout|init_.*|"
-    r"runtime_config|loftq_config|eva_config|corda_config|lora_ga_config|layer_replication|megatron_.*"
-)
-_VOLATILE_SETTINGS = re.compile(
-    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|"
-    r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|output_router_logits|use_cache|"
-    r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*|use_return_dict"
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,7 +185,7 @@ class Walk:
             self.watch(path, vars(value)) if hasattr(value, "__dict__") else None
             held = [(one.name, getattr(value, one.name, None)) for one in fields(value)]
             if is_library_module(type(value).__module__):
-                held = [(key, item) for key, item in held if not _NAMES.fullmatch(key)]
+                held = [(key, item) for key, item in held if not VOLATILE_ADAPTER_SETTINGS.fullmatch(key)]
         elif is_library_module(type(value).__module__):
             parts = [one for one in _OF_PROCESSORS if one in getattr(value, "__dict__", {})]
             return name + "".join(f" {one}={self.text_of(vars(value)[one], f'{path}.{one}')}" for one in parts)
@@ -351,22 +342,6 @@ class Walk:
                         yield f"{name} {self.text_of(one, f'{path}.{name}')}"
             elif not library or _is_foreign(value):
                 yield f"{name} {self.text_of(value, f'{path}.{name}')}"
-
-
-def is_configuration(value: Any) -> bool:
-    """Return whether a value is a configuration of transformers, or of the same make."""
-    return hasattr(value, "to_diff_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
-
-
-def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> Any:
-    """A configuration as a dict, without the names that match; configurations inside it likewise."""
-    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
-    config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
-    if isinstance(config, (list, tuple)):
-        return [settings_of(item, without) for item in config]
-    if not isinstance(config, dict):
-        return config
-    return {str(k): settings_of(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
 
 
 def _is_own(function: Any) -> bool:
