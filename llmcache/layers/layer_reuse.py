@@ -27,7 +27,7 @@ from llmcache.model.inputs import Call, InputRows, input_rows
 class LayerReuse:
     """One forward call that is answered from layer banks: look up, compute the missing layers, store, merge.
 
-    entered, entries: of the rows of the call, see `Attachment`.
+    entered, entries: of the rows of the call, see `Attachment`; `entered` is None until all rows are computed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LayerReuse:
         """
         self._blocks, self._forward, self._main, self._watch, self._counters = blocks, forward, main, watch, counters
         self._up_to, self._asked = up_to, asked
-        self.entered = np.zeros(0, np.int64)
+        self.entered: Rows | None = None
         self.entries: list[str] = []
 
     def answer(self, call: Call, anatomy: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
@@ -57,6 +57,7 @@ class LayerReuse:
         mode = self._mode()
         distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
         if not len(distinct):
+            self.entered = np.zeros(0, np.int64)
             return self._forward(**call)
         matches = banks.find(rows, distinct, mode, self._up_to)
         if isinstance(banks, LayerBanks):
