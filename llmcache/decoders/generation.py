@@ -283,9 +283,8 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
             hook.remove()
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
-    return logits[
-        rows.to(logits.device), columns.to(logits.device)
-    ]  # a model whose head does not read the output of get_decoder()
+    # here the head does not read the output of get_decoder()
+    return logits[rows.to(logits.device), columns.to(logits.device)]
 
 
 def _call(model: Any, rows: Sequence[Sequence[int]], padding: int) -> dict[str, Any]:

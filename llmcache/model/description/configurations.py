@@ -15,17 +15,20 @@ _VOLATILE_SETTINGS = re.compile(
     r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|output_router_logits|use_cache|"
     r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*|use_return_dict"
 )
-"""Settings of a model that say where it came from, that only training uses, or that cached calls decide themselves."""
+"""Settings of a model that say where it came from, that only training uses, or that each call decides itself."""
 
 
 def is_configuration(value: Any) -> bool:
-    """Return whether a value is a configuration of transformers, or of the same make."""
+    """Return whether a value is a configuration of transformers, or has the same interface."""
     return hasattr(value, "to_diff_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
 
 
 def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> Any:
-    """A configuration as a dict, without the names that match; configurations inside it likewise."""
-    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
+    """Return a configuration as a dict, without the settings whose names match `without`.
+
+    Nested configurations and lists of configurations become dicts likewise.
+    """
+    # only settings that differ from the defaults: a library upgrade that adds a default must not invalidate every store
     config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
     if isinstance(config, (list, tuple)):
         return [settings_of(item, without) for item in config]
