@@ -90,11 +90,11 @@ class BlockStore:
 
     def _chain(self, rows: Sequence[TokenSequence], tokens: dict[int, bytes], *, memory_only: bool = False) -> None:
         """Set missing, chain and known of each row, by its full KV blocks. memory_only: use blocks in memory only."""
-        found = self._find([key for row in rows for key in row.keys])
-        usable_blocks = [True] * len(found)
+        found_numbers = self._find([key for row in rows for key in row.keys])
+        usable_blocks = [True] * len(found_numbers)
         if memory_only and self.levels:
-            usable_blocks = self.levels.holds(np.array(found, np.int64)).tolist()
-        blocks = iter(zip(found, usable_blocks, strict=True))
+            usable_blocks = self.levels.holds(np.array(found_numbers, np.int64)).tolist()
+        blocks = iter(zip(found_numbers, usable_blocks, strict=True))
         for row in rows:
             numbers = [next(blocks) for _ in row.keys]
             row.missing = [place for place, (number, _) in enumerate(numbers) if number < 0]
@@ -128,11 +128,11 @@ class BlockStore:
         """Look up a shorter entry, of any length, after the last known full block of each row: hashing is cheap."""
         stops = [range(row.known + 1, min(row.known + self.block, len(row) + 1)) for row in rows]
         keys = [self._end_key(row, stop) for row, row_stops in zip(rows, stops, strict=True) for stop in row_stops]
-        found = iter(self._find(keys))
+        end_numbers = iter(self._find(keys))
         for row, row_stops in zip(rows, stops, strict=True):
             at, longest = row.known, -1
             for stop in row_stops:
-                number = next(found)
+                number = next(end_numbers)
                 if number >= 0 and self._same(number, row, at, stop - at, tokens):
                     row.known, longest = stop, number
             row.chain += (longest,) if longest >= 0 else ()

@@ -62,7 +62,7 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> PaddedBatch | str:
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             return "its mask is not one number per token"
         if not is_plain_mask(mask):
-            return "its mask weighs tokens"
+            return "its mask has values other than 0 and 1"
         visible = mask.bool().cpu().numpy()
     lengths, firsts = visible.sum(1), visible.argmax(1)
     if not lengths.all():
@@ -106,17 +106,17 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
         if not fits or getattr(past, "offloading", False):
             return f"its cache is a {type(past).__name__} that cannot be filled"
         if past.get_seq_length():
-            return "it goes on from keys and values that it brings"
+            return "it goes on from the keys and values in its past_key_values"
         if not wants_keys(call, trunk):
-            return "it brings a cache, and use_cache=False"
+            return "it has past_key_values, but use_cache=False"
     if trunk.training:
         return "the model is in training mode"
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in trunk.parameters()):
-        return "gradients are wanted; run it under torch.no_grad() or torch.inference_mode()"
+        return "gradients are enabled; run it under torch.no_grad() or torch.inference_mode()"
     if call.get("return_dict") is False or not getattr(trunk.config, "return_dict", True):
-        return "it wants a tuple"
+        return "it requests a tuple (return_dict=False)"
     if any(getattr(trunk.config, f"output_{name}", False) for name in ("attentions", "hidden_states")):
-        return "its configuration asks for attentions or hidden states"
+        return "its configuration requests attentions or hidden states"
     if trunk.config._attn_implementation not in _ATTENTION:
         return f"its attention is {trunk.config._attn_implementation}"
     if trunk.dtype != dtype:

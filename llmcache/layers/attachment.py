@@ -221,7 +221,7 @@ class Attachment:
     def _unusable(self) -> str | None:
         """Return the reason why this attachment cannot be used; None if it can."""
         if self._pid != os.getpid():
-            return "it was attached before a fork, and what the child computes is not stored; attach it in the child"
+            return "it was attached before a fork, so results of the child are not stored; attach it in the child"
         return None if self._is_open() else "its cache is closed"
 
     def _answer_call(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:

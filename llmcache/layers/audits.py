@@ -20,24 +20,24 @@ States = Callable[[InputRows, Rows, frozenset[int]], dict[int, Tensor]]
 
 
 def audit_states(
-    found: LayerMatches, rows: InputRows, chosen: Rows, banks: LayerBanks, mode: str, states: States
+    matches: LayerMatches, rows: InputRows, chosen: Rows, banks: LayerBanks, mode: str, states: States
 ) -> None:
-    """Audit a few of the states that were found for a call, before they are used.
+    """Audit a few of the states that were matches for a call, before they are used.
 
     Where rows will be computed and stored, a few entries of the deepest bank are audited first.
-    found: matches of the rows that were looked up. chosen: int64 [n], these rows' numbers in the call.
+    matches: matches of the rows that were looked up. chosen: int64 [n], these rows' numbers in the call.
     mode: see `LayerBanks.keys`. states: computes states of rows.
     ModelMismatch when a stored state differs from the state that the trunk computes.
     """
-    for layer in np.unique(found.enter[found.enter > 0] - 1).tolist():
-        hits = np.flatnonzero(found.enter == layer + 1)
+    for layer in np.unique(matches.enter[matches.enter > 0] - 1).tolist():
+        hits = np.flatnonzero(matches.enter == layer + 1)
         evidence = banks.evidence[layer]
-        audited = hits[evidence.chosen(found.rows[hits], lambda hits=hits: rows.ends[chosen[hits]])]  # type: ignore[misc]
+        audited = hits[evidence.chosen(matches.rows[hits], lambda hits=hits: rows.ends[chosen[hits]])]  # type: ignore[misc]
         if not len(audited):
             continue
         with evidence.recompute():
-            _audit(found, rows, chosen, audited, layer, banks, states)
-    if (found.enter <= banks.layers[-1]).any():
+            _audit(matches, rows, chosen, audited, layer, banks, states)
+    if (matches.enter <= banks.layers[-1]).any():
         _audit_sample(rows, banks, mode, states)
 
 
@@ -67,8 +67,8 @@ def _audit_sample(like: InputRows, banks: LayerBanks, mode: str, states: States)
             return
         values = [reading.values[place] for place in intact.tolist()]
         n = len(intact)
-        found = LayerMatches(np.full(n, layer + 1), values, np.zeros(n), [""] * n, sampled[chosen[intact]])
-        _audit(found, rows, chosen[intact], np.arange(n), layer, banks, states)
+        matches = LayerMatches(np.full(n, layer + 1), values, np.zeros(n), [""] * n, sampled[chosen[intact]])
+        _audit(matches, rows, chosen[intact], np.arange(n), layer, banks, states)
 
 
 def _rows_of(ids: Sequence[NDArray[np.int32]], like: InputRows) -> InputRows:
@@ -87,11 +87,11 @@ def _rows_of(ids: Sequence[NDArray[np.int32]], like: InputRows) -> InputRows:
 
 
 def _audit(
-    found: LayerMatches, rows: InputRows, chosen: Rows, audited: Rows, layer: int, banks: LayerBanks, states: States
+    matches: LayerMatches, rows: InputRows, chosen: Rows, audited: Rows, layer: int, banks: LayerBanks, states: States
 ) -> None:
     """Compute the audited rows of a call from the start, in several batches, and compare them with the stored states.
 
-    audited: positions in `chosen` and in `found`. layer: whose states are compared.
+    audited: positions in `chosen` and in `matches`. layer: whose states are compared.
     """
     places = chosen[audited]
     others = np.setdiff1d(chosen, places)
@@ -107,12 +107,12 @@ def _audit(
             computed += [table[i][visible[place]] for i, place in enumerate(part)]
         return computed
 
-    stored = [np.asarray(found.states[place])[visible[i]] for i, place in enumerate(audited.tolist())]
+    stored = [np.asarray(matches.states[place])[visible[i]] for i, place in enumerate(audited.tolist())]
     device = rows.call[rows.main].device
     epsilon = machine_epsilon(banks.trunk, device)
     recomputed = shapes(len(audited), len(companions), run)
     banks.evidence[layer].conclude(
-        found.rows[audited], compared(stored, recomputed, epsilon, banks.banks[layer].facts.dtype)
+        matches.rows[audited], compared(stored, recomputed, epsilon, banks.banks[layer].facts.dtype)
     )
 
 

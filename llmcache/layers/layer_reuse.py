@@ -51,7 +51,7 @@ class LayerReuse:
         self.entered: Rows | None = None
         self.entries: list[str] = []
 
-    def answer(self, call: Call, anatomy: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
+    def answer(self, call: Call, spec: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
         """Return the output for all rows of a call. banks: of a store, or in memory for a trial."""
         rows = input_rows(call, self._main)
         mode = self._mode()
@@ -65,10 +65,10 @@ class LayerReuse:
         outputs: list[tuple[Rows, Any]] = []
         for enter in np.unique(matches.enter).tolist():
             group = np.flatnonzero(matches.enter == enter)
-            outputs.append((distinct[group], self._run(rows, distinct, matches, group, anatomy, banks)))
+            outputs.append((distinct[group], self._run(rows, distinct, matches, group, spec, banks)))
         place = np.searchsorted(distinct, first)
         self.entered, self.entries = matches.enter[place], [matches.entries[i] for i in place.tolist()]
-        return merged(outputs, first, rows, anatomy)
+        return merged(outputs, first, rows, spec)
 
     def _mode(self) -> str:
         return running_mode(self._watch.device.type)
@@ -79,7 +79,7 @@ class LayerReuse:
         distinct: Rows,
         matches: LayerMatches,
         group: Rows,
-        anatomy: TrunkSpec,
+        spec: TrunkSpec,
         banks: LayerBanks | MemoryBanks,
     ) -> Any:
         """Compute the rows of a group, all of which enter at one layer, and store the states of layers with banks."""
@@ -90,15 +90,15 @@ class LayerReuse:
         if self._up_to is None:
             partial.keep = frozenset(layer for layer in banks.kept if layer >= enter)
         if enter:
-            partial.state = self._padded([matches.states[i] for i in group.tolist()], width, anatomy)
+            partial.state = self._padded([matches.states[i] for i in group.tolist()], width, spec)
         began = time.perf_counter()
         output = self._blocks.run(partial, self._forward, rows.some(chosen, width))
         # sound of another length may change the width of a layer's states; a bank has one width
-        fitting = {layer: state for layer, state in partial.kept.items() if state.shape[-1] == anatomy.width}
+        fitting = {layer: state for layer, state in partial.kept.items() if state.shape[-1] == spec.width}
         states = {layer: state.detach().float().cpu().numpy() for layer, state in fitting.items()}
         seconds = time.perf_counter() - began
         self._counters.model_seconds += seconds
-        self._keep(rows, chosen, states, seconds / max(1, anatomy.layers - enter), enter, banks)
+        self._keep(rows, chosen, states, seconds / max(1, spec.layers - enter), enter, banks)
         return output
 
     @torch.no_grad()
@@ -109,13 +109,13 @@ class LayerReuse:
         self._blocks.run(states, self._forward, rows.some(chosen, width))
         return states.kept
 
-    def _padded(self, states: Sequence[Floats32 | None], width: int | None, anatomy: TrunkSpec) -> Tensor:
+    def _padded(self, states: Sequence[Floats32 | None], width: int | None, spec: TrunkSpec) -> Tensor:
         """Return the states as one tensor [rows, tokens, width] on the model's device, zeros after each row."""
         known = [state for state in states if state is not None]
-        table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
+        table = np.zeros((len(known), len(known[0]) if width is None else width, spec.width), np.float32)
         for place, state in zip(table, known, strict=True):
             place[: len(state)] = state
-        return torch.from_numpy(table).to(self._watch.device, anatomy.dtype)
+        return torch.from_numpy(table).to(self._watch.device, spec.dtype)
 
     def _keep(
         self,

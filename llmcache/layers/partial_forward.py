@@ -165,7 +165,7 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
         shape = "nested" if getattr(state, "is_nested", False) else list(getattr(state, "shape", ()))
         raise ConfigError(
             f"a layer gives {type(state).__name__} {shape} for {rows} rows, not [rows, tokens, width]; its states "
-            "cannot be kept"
+            "cannot be stored"
         )
     into = next(
         (place for place in places if getattr(_at(place, args, kwargs), "shape", None) == state.shape),
@@ -237,7 +237,9 @@ def examine(
     whole = blocks.run(full, forward, call)
     assert full.trace is not None
     if not full.trace:
-        raise ConfigError("its forward does not run the layers that were found; name the list of those it runs: stack=")
+        raise ConfigError(
+            "its forward does not run the layers that were found; name the list of layers that it runs: stack="
+        )
     blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
     fields = _fields(whole, _cut_short(blocks, forward, call, whole), rows)
     states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
@@ -246,19 +248,19 @@ def examine(
         if not main.is_floating_point() and state.shape[1] != main.shape[1]:
             raise ConfigError(
                 f"its layer {layer} gives states of {state.shape[1]} positions for {main.shape[1]} tokens: it pads, "
-                "adds or leaves out tokens, so states cannot be told apart by tokens"
+                "adds or leaves out tokens, so states cannot be assigned to tokens"
             )
     for layer, state in states.items():
         again = blocks.run(PartialForward(enter=layer + 1, state=state), forward, call)
         if not same(again, whole):
             raise ConfigError(
-                f"what the model gives depends on more than the state of its layer {layer} (of {len(blocks.forms)}): "
-                "entering after it gives something else, so its layers cannot be reused"
+                f"its output depends on more than the state of its layer {layer} (of {len(blocks.forms)}): entering "
+                "after this layer changes the output, so its layers cannot be reused"
             )
     kinds = {(state.shape[-1], state.dtype) for state in states.values()}
     if len(kinds) != 1:
         seen = ", ".join(sorted(f"{width} {dtype}" for width, dtype in kinds)) or "none was chosen"
-        raise ConfigError(f"the layers to keep give states of different kinds ({seen}); choose layers of one kind")
+        raise ConfigError(f"the layers with banks give states of different kinds ({seen}); choose layers of one kind")
     [(width, dtype)] = kinds
     return TrunkSpec(len(blocks.forms), width, dtype, decodes, fields)
 
@@ -307,8 +309,8 @@ def _cut_short(blocks: LayerStack, forward: Callable[..., Any], call: dict[str, 
             far = float((part - other).abs().nan_to_num().max())
             if far > torch.finfo(part.dtype).eps ** 0.5 * max(1.0, float(part.abs().nan_to_num().max())):
                 raise ConfigError(
-                    f"what the model gives as {place!r} depends on tokens that its attention_mask hides (by "
-                    f"{far:.2g}), so rows of different lengths cannot be taken apart and its layers cannot be reused"
+                    f"its output {place!r} depends on tokens that its attention_mask hides (by {far:.2g}), so rows "
+                    "of different lengths cannot be separated and its layers cannot be reused"
                 )
     return short
 
@@ -321,10 +323,10 @@ def _fields(output: Any, short: Any, rows: int) -> dict[Place, str]:
         if part is None:
             continue
         if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
-            raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be put together from rows")
+            raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be merged from rows")
         other = shorter[place].shape
         if part.shape != other and (part.shape[:1], part.shape[2:]) != (other[:1], other[2:]):
-            raise ConfigError(f"it returns {place!r} of {list(part.shape)}, which cannot be put together from rows")
+            raise ConfigError(f"it returns {place!r} of {list(part.shape)}, which cannot be merged from rows")
         fields[place] = "rows" if part.shape == other else "tokens"
     return fields
 

@@ -27,7 +27,7 @@ class PrefixCaches:
             remove(stand_in)  # the trials of a new prefix cache call the model's own forward
             try:
                 prefixes = self._open(mode)
-                self._by_mode[mode] = "prefix_block=0 turns keys and values off" if prefixes is None else prefixes
+                self._by_mode[mode] = "the prefix cache is off (prefix_block=0)" if prefixes is None else prefixes
             except ConfigError as error:
                 self._by_mode[mode] = str(error)
             except Exception as error:

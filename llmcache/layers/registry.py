@@ -158,8 +158,8 @@ class Layers:
         own = str(wide).removeprefix("torch.")
         if wide == torch.float64 and config.dtype == "auto":
             raise ConfigError(
-                "its states are float64, and banks hold float32 at most: run the model in float32, or say with "
-                'CacheConfig(dtype="float32") that stored states may be rounded'
+                "its states are float64, and banks store float32 at most: run the model in float32, or allow rounding "
+                'with CacheConfig(dtype="float32")'
             )
         facts = BankFacts(own if config.dtype == "auto" else config.dtype, spec.width, 2, width)
 
@@ -209,8 +209,8 @@ class _TrunkIdentity:
         identity, changes = self._watch.identity(), self._watch.changes()
         if identity.digest != self._identity.digest:
             log.warning(
-                "the attached model has changed: only what it gave in this form is reused (%s)",
-                changes or "it is as it was at first",
+                "the attached model has changed: only results of the model as it is now are reused (%s)",
+                changes or "it is as it was first",
             )
         self._identity = identity
 

@@ -208,4 +208,6 @@ class LayerTrial:
             if mask is not None and self._fields.get(place) == "tokens":
                 part, other = part[mask.bool()], other[mask.bool()]
             if difference := unlike(other, part, self._rounding, banks.rounding(self._rounding)):
-                raise ConfigError(f"{where} its {place!r} would be {difference}: the rest of its batch decides it too")
+                raise ConfigError(
+                    f"{where} its {place!r} would be {difference}: it depends on the other rows of a batch"
+                )

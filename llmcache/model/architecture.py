@@ -23,7 +23,7 @@ def trunk_of(model: Module) -> tuple[Module, str]:
     for name, module in model.named_modules():
         if inner is None or module is inner:
             return module, f"{name}." if name else ""
-    raise ConfigError(f"the weights are held by {type(inner).__name__}, not by torch; load with backend='torch'")
+    raise ConfigError(f"the weights belong to {type(inner).__name__}, not to torch; load with backend='torch'")
 
 
 def pooler_is_idle(model: Module, trunk: Module) -> bool:

@@ -15,7 +15,7 @@ def refuse_compiled(module: Module) -> None:
     """Raise ConfigError for a module that is compiled or has compiled parts."""
     if hasattr(module, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) for part in module.modules()):
         raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "the model is compiled, and compiled code would bypass the cache; attach the model as it was before "
             "torch.compile (model._orig_mod), and run it uncompiled"
         )
 

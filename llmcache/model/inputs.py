@@ -104,28 +104,28 @@ def refusal(call: Mapping[str, Any], main: str) -> str | None:
         return "inputs_embeds are given instead of token ids" if "inputs_embeds" in call else f"it has no {main}"
     for name in MUST_BE_OFF:
         if call.get(name):
-            return f"{name} asks for every layer"
+            return f"{name} requests the outputs of all layers"
     if value.ndim < 2:
         return f"its {main} are not [rows, tokens]"
     if value.dtype == torch.bool or value.is_complex() or value.layout != torch.strided:
         return f"its {main} are {value.dtype}"
     if not _is_ids(value) and not value.numel():
-        return f"its {main} hold no numbers"
+        return f"its {main} are empty"
     mask = call.get("attention_mask")
     if mask is not None:
         if not (isinstance(mask, torch.Tensor) and mask.shape == value.shape[:2]):
             return "its attention_mask is not [rows, tokens]"
         if not mask.bool().any(dim=1).all():
-            return "a row has no token that the mask shows"
+            return "a row has no visible token"
         if not is_plain_mask(mask):
-            return "its attention_mask weighs tokens"
+            return "its attention_mask has values other than 0 and 1"
     if _is_ids(value) and value.numel() and (value.shape[1] == 0 or value.max() > _LARGEST or value.min() < 0):
-        return "its token ids are in no vocabulary"
+        return "its token ids are missing, negative or above 32 bits"
     for name in ("token_type_ids", "position_ids"):
         if name in call and not _is_table(call[name], value):
             return f"its {name} are not [rows, tokens]"
     if call.get("use_cache") not in (None, False):
-        return "it asks for keys and values"
+        return "it requests keys and values"
     known = {*SIDE, *_IGNORED, "use_cache", main}
     others = sorted(name for name in call if name not in known and not asks_for_nothing(name, call[name]))
     return f"it has the input {others[0]!r}" if others else None

@@ -74,7 +74,7 @@ class LossArguments:
         """Return the reason why the model has to compute a call with this mask itself; None if it need not."""
         if self.given is None or not isinstance(mask, Tensor) or bool(mask.bool().all()):
             return None
-        return f"{self.given} ask for a loss, which may count positions that the mask hides"
+        return f"{self.given} request a loss, which may count positions that the mask hides"
 
     def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward, with its loss argument recorded for this thread."""

@@ -88,7 +88,7 @@ def preserved(module: Module, device: torch.device) -> Iterator[None]:
         if not written:
             _put_back(attributes, registries)
     if written:
-        raise WritesToWeights("its forward writes to its own weights, so what it gives is not decided by its inputs")
+        raise WritesToWeights("its forward writes to its own weights, so its inputs alone do not decide its results")
 
 
 def _put_back(

@@ -49,7 +49,7 @@ class TokenRows:
         }
         if odd := sorted(set(self.fields) - set(plain)):
             raise ConfigError(
-                f"the model takes {odd[0]!r} beside token ids: the state of a neighbour cannot be taken over"
+                f"the model has the input {odd[0]!r} beside token ids, so states of near texts cannot be reused"
             )
         return TokenRows({name: [plain[name](row) for row in ids] for name in self.fields}, self.shared)
 

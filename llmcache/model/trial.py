@@ -172,9 +172,7 @@ def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: 
             break
         expected = effort * seconds * mark.tokens / longest
         if time.thread_time() - began + expected > budget:
-            return reach.within(
-                mark.number - 1, f"to try out longer ones than its {mark.name} would take about {expected:.0f} s"
-            )
+            return reach.within(mark.number - 1, f"trials beyond its {mark.name} would take about {expected:.0f} s")
         try:
             seconds, longest = attempt(mark.tokens, lambda: False), mark.tokens
         except TooLong:
