@@ -41,8 +41,9 @@ class LayerReuse:
         up_to: int | None,
         asked: tuple[str | None, str | None] | None,
     ) -> None:
-        """forward: the trunk's own, with stand-ins in place of its blocks. main: name of the main input.
+        """Prepare one call.
 
+        forward: the trunk's own, with stand-ins in place of its blocks. main: name of the main input.
         up_to: deepest layer whose states are reused; nothing is stored then. None: any layer, and states are stored.
         asked: role and prompt of the texts; None when token ids were given.
         """
