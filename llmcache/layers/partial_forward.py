@@ -25,7 +25,7 @@ Place: TypeAlias = int | str
 
 
 class NoSuchLayer(ConfigError):
-    """The settings name a layer that the model does not have."""
+    """Error: the settings name a layer that the model does not have."""
 
 
 @dataclass(slots=True)

@@ -187,7 +187,7 @@ def test_a_copy_made_while_choices_are_scored_gives_all_its_logits(way: str, sto
     take = COPIES[way]
 
     class Copying(nn.Module):
-        """Return the head, after a copy of the decoder."""
+        """The head, which copies the decoder when it is called."""
 
         def __init__(self, head: nn.Module) -> None:
             super().__init__()
