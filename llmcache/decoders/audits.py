@@ -1,4 +1,4 @@
-"""Audits of stored beginnings of prompts: tokens are computed from the first on, and compared with what is stored."""
+"""Audits of stored prompt prefixes: compute tokens from the first one on and compare them with the stored records."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from llmcache.arrays import Floats32
 from llmcache.banks.agreement import (
     Recomputations,
     compared,
@@ -20,18 +20,14 @@ from llmcache.decoders.block_store import BlockStore, Records
 from llmcache.decoders.kv_buffer import KVLayout
 from llmcache.decoders.schedule import TokenSequence
 
-Rows = NDArray[np.int64]
-
 
 class Recomputed(Protocol):
-    """Computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
+    """Function that computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
 
-    def __call__(
-        self, rows: Sequence[TokenSequence], tokens: Sequence[int], *, split: bool
-    ) -> list[NDArray[np.float32]]: ...
+    def __call__(self, rows: Sequence[TokenSequence], tokens: Sequence[int], *, split: bool) -> list[Floats32]: ...
 
 
-def audit_beginnings(
+def audit_prefixes(
     rows: Sequence[TokenSequence],
     records: Records,
     evidence: Evidence,
@@ -39,10 +35,11 @@ def audit_beginnings(
     shape: KVLayout,
     recomputed: Recomputed,
 ) -> None:
-    """Audit a few of the beginnings that were found for a call, before anything is computed from them.
+    """Audit a few of the prefixes that were found for a call, before they are used.
 
-    rows: of the call, looked up. records: what was read of the bank, by its row numbers.
-    ModelMismatch when stored keys, values or final states are not what the trunk gives.
+    rows: of the call, after the look-up. records: KV blocks that were read, by row number of the bank.
+    shape: of the trunk's keys and values. recomputed: computes records.
+    ModelMismatch when stored keys, values or final states differ from those that the trunk computes.
     """
     hits = [row for row in rows if row.known]
     if not hits:
@@ -55,21 +52,21 @@ def audit_beginnings(
 
 
 def audit_sample(
-    beginnings: BlockStore, evidence: Evidence, trunk: nn.Module, shape: KVLayout, recomputed: Recomputed
+    store: BlockStore, evidence: Evidence, trunk: nn.Module, shape: KVLayout, recomputed: Recomputed
 ) -> None:
-    """Audit a few first blocks of the bank, before others are stored beside them.
+    """Audit a few first KV blocks of the bank, before new ones are stored.
 
-    A changed model then does not add to what an unchanged one has stored.
+    So a changed model does not add its KV blocks to those of the unchanged model.
     """
     sampled = evidence.sample(b"first blocks")
     rows = []
-    for number, ids in zip(sampled.tolist(), beginnings.bank.tokens_of(sampled), strict=True):
+    for number, ids in zip(sampled.tolist(), store.bank.tokens_of(sampled), strict=True):
         row = TokenSequence(ids, 0, 0, chain=(number,), known=len(ids))
-        if len(ids) == beginnings.block and beginnings.first_key(row).hex() == beginnings.bank.key(number):
+        if len(ids) == store.block and store.first_key(row).hex() == store.bank.key(number):
             rows.append(row)
     places = evidence.spread(np.ones(len(rows), np.bool_), lambda: np.arange(len(rows)))
     rows = [rows[place] for place in places.tolist()]
-    reading = beginnings.bank.read(np.array([row.chain[0] for row in rows], np.int64), count=False)
+    reading = store.bank.read(np.array([row.chain[0] for row in rows], np.int64), count=False)
     records: Records = {
         row.chain[0]: values for row, values, intact in zip(rows, reading.values, reading.intact, strict=True) if intact
     }
@@ -85,10 +82,11 @@ def _audit(
     shape: KVLayout,
     recomputed: Recomputed,
 ) -> None:
+    """Compute the known tokens of these rows in several ways and compare them with the stored records."""
     known = [row.known for row in audited]
 
     def runs() -> Recomputations:
-        """The rows in one batch, each by itself, in two steps, and with padding, and by other kernels."""
+        """Yield records of the rows computed in one batch, each alone, in two steps, padded, and by other kernels."""
         yield recomputed(audited, known, split=False)
         if len(audited) > 1:
             yield [recomputed([row], [row.known], split=False)[0] for row in audited]
@@ -106,8 +104,8 @@ def _audit(
         evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
 
 
-def _stored(row: TokenSequence, records: Records) -> NDArray[np.float32]:
-    """Stored records of the known tokens of a row, float32 [known, record]."""
-    parts = [records[number] for number in row.chain]
-    arrays = [part if isinstance(part, np.ndarray) else part.float().cpu().numpy() for part in parts]
+def _stored(row: TokenSequence, records: Records) -> Floats32:
+    """Return the stored records of the known tokens of a row, float32 [known, record]."""
+    blocks = [records[number] for number in row.chain]
+    arrays = [block if isinstance(block, np.ndarray) else block.float().cpu().numpy() for block in blocks]
     return np.concatenate(arrays)[: row.known]

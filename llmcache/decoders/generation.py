@@ -1,7 +1,7 @@
-"""What a causal model writes after a text, and how likely it finds one: generation, multiple choice, perplexity.
+"""Generation, multiple choice and perplexity with a causal model, by plain transformers calls.
 
-Plain transformers calls. `attached` is entered around each, and is where a cache comes in: without one they are the
-uncached results.
+A cache takes part through the context manager `attached`, which is entered around the calls of the model. Without it
+the results are the model's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What was written. ids: int64 [new tokens] for each prompt (and each returned sequence), as `generate` gives."""
+    """Generated texts.
+
+    ids: int64 [new tokens] for each prompt (and each returned sequence), as `model.generate` returns them.
+    """
 
     texts: list[str]
     ids: list[NDArray[np.int64]]
@@ -36,9 +39,10 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-likelihoods in nats of choices given their prompts. Where a prompt has fewer choices than others: -inf, 0.
+    """Log-likelihoods of choices given their prompts, in nats.
 
-    total: float64 [prompts, choices]. tokens: int64, of each choice.
+    total: float64 [prompts, choices]. tokens: int64 [prompts, choices], tokens of each choice. Where a prompt has fewer
+    choices than others, total is -inf and tokens 0.
     """
 
     total: NDArray[np.float64]
@@ -46,6 +50,7 @@ class Scores:
 
     @property
     def per_token(self) -> NDArray[np.float64]:
+        """Mean log-likelihood per token of each choice, float64 [prompts, choices]."""
         return self.total / np.maximum(self.tokens, 1)
 
 
@@ -61,12 +66,12 @@ def generate(
     batch_size: int = 32,
     **generate_kwargs: Any,
 ) -> Generated:
-    """What `model.generate` writes after each prompt, in batches in the order given, padded on the left.
+    """Run `model.generate` on prompts, in batches in the given order, padded on the left.
 
-    Of an encoder-decoder what it makes of each text, padded on the right, since its encoder counts from the left.
-    Where padding changes what a model writes (recurrent ones), only prompts of equal length share a batch.
-    generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt. A prompt
-    that is too long for the model ends in the model's own error.
+    Prompts of an encoder-decoder are padded on the right, since its encoder counts positions from the left. Where
+    padding changes the generated tokens (recurrent models), only prompts of equal length share a batch.
+    generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt.
+    Returns texts without special tokens, and ids. A prompt that is too long for the model raises the model's own error.
     """
     _check_batch_size(batch_size)
     check_texts(prompts, "prompts")
@@ -75,26 +80,26 @@ def generate(
     if not rows:
         return Generated([], [])
     padding, lengths = _padding(model, tokenizer), list(map(len, rows))
-    batching = batching_of(model, "generate", lambda some: _first_steps(model, some, padding, left=not whole))
+    batching = batching_of(model, "generate", lambda batch: _first_steps(model, batch, padding, left=not whole))
     more = generate_kwargs.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
     answers: dict[int, list[NDArray[np.int64]]] = {}
     with torch.inference_mode(), attached():
         for chosen in batching.batches(range(len(rows)), lengths, batch_size, int(more)):
             ids, mask = padded([rows[i] for i in chosen], padding, model.device, left=not whole)
-            given = {"pad_token_id": padding, **generate_kwargs}
-            found = model.generate(input_ids=ids, attention_mask=mask, **given)
-            found = found if isinstance(found, Tensor) else found.sequences
-            written = list(found[:, 0 if whole else ids.shape[1] :].cpu().numpy())
-            each = len(written) // len(chosen)
-            answers |= {row: written[each * i : each * (i + 1)] for i, row in enumerate(chosen)}
-    every = [ids for row in range(len(rows)) for ids in answers[row]]
-    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in every], every)
+            arguments = {"pad_token_id": padding, **generate_kwargs}
+            output = model.generate(input_ids=ids, attention_mask=mask, **arguments)
+            output = output if isinstance(output, Tensor) else output.sequences
+            written = list(output[:, 0 if whole else ids.shape[1] :].cpu().numpy())
+            per_prompt = len(written) // len(chosen)
+            answers |= {row: written[per_prompt * i : per_prompt * (i + 1)] for i, row in enumerate(chosen)}
+    sequences = [ids for row in range(len(rows)) for ids in answers[row]]
+    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences], sequences)
 
 
 def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool) -> list[Tensor]:
-    """Logits of the first two tokens that are generated after each row in one batch; [2, vocabulary] each."""
+    """Return logits of the first two generated tokens of each row, run in one batch; [2, vocabulary] each."""
     ids, mask = padded(rows, padding, model.device, left=left)
-    found = model.generate(
+    output = model.generate(
         input_ids=ids,
         attention_mask=mask,
         pad_token_id=padding,
@@ -105,7 +110,7 @@ def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool)
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return list(torch.stack(found.logits, 1))
+    return list(torch.stack(output.logits, 1))
 
 
 # -- likelihoods --------------------------------------------------------------------------------------------
@@ -120,33 +125,36 @@ def score(
     attached: Attached = nullcontext,
     batch_size: int = 32,
 ) -> Scores:
-    """Log-likelihood of each choice as what follows its prompt.
+    """Compute the log-likelihood of each choice as the continuation of its prompt.
 
-    choices: the same for all prompts, or a list for each prompt. A choice brings its own leading space.
-    As evaluation harnesses do it: prompt and choice are tokenised as one text, and white space at the end of the prompt
+    choices: the same for all prompts, or a list for each prompt. A choice has its own leading space.
+    As in evaluation harnesses, prompt and choice are tokenised as one text. White space at the end of the prompt
     (blanks, tabs, line ends, no-break spaces) counts for the choice. The choice begins at the first token that the
-    prompt alone does not have, so where both share a token that token counts for the choice. A prompt without tokens
-    of its own becomes the tokenizer's first (or last) special token.
+    prompt alone does not have, so a token that spans both counts for the choice. A prompt without tokens is replaced
+    by the tokenizer's first (or last) special token.
+    ConfigError when there is not one list for each prompt, or a choice has no tokens.
     """
     _check_batch_size(batch_size)
     check_texts(prompts, "prompts")
     check_many(choices, "choices")
-    each = _of_each(choices, len(prompts))
-    if len(each) != len(prompts):
-        raise ConfigError(f"there are {len(prompts)} prompts and {len(each)} lists of choices; give one list for each")
+    by_prompt = _of_each(choices, len(prompts))
+    if len(by_prompt) != len(prompts):
+        raise ConfigError(
+            f"there are {len(prompts)} prompts and {len(by_prompt)} lists of choices; give one list for each"
+        )
     rows, places = [], []
-    for i, (prompt, some) in enumerate(zip(prompts, each, strict=True)):
+    for i, (prompt, of_prompt) in enumerate(zip(prompts, by_prompt, strict=True)):
         stem = _ids(tokenizer, prompt.rstrip())
-        for j, choice in enumerate(some):
+        for j, choice in enumerate(of_prompt):
             whole = _ids(tokenizer, prompt + choice)
-            shared = _common_beginning(stem, whole)
+            shared = _common_prefix(stem, whole)
             if len(whole) == shared:
                 raise ConfigError(f"choice {j} of prompt {i} has no tokens of its own: {choice!r}")
             if not shared:
                 whole, shared = [_first(tokenizer), *whole], 1
             rows.append((whole, len(whole) - shared))
             places.append((i, j))
-    total = np.full((len(prompts), max(map(len, each), default=0)), -np.inf)
+    total = np.full((len(prompts), max(map(len, by_prompt), default=0)), -np.inf)
     tokens = np.zeros(total.shape, np.int64)
     for start, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
         i, j = places[start]
@@ -164,20 +172,21 @@ def perplexity(
     attached: Attached = nullcontext,
     batch_size: int = 8,
 ) -> float:
-    """exp of the mean negative log-likelihood per token, over texts cut into windows.
+    """Return the perplexity of texts: exp of the mean negative log-likelihood per token, over windows of the texts.
 
-    window: tokens of a window. stride: tokens from one window to the next; a token that two windows have counts in
-    the first, where it has less before it only if it is among the first window. None: windows that do not overlap.
-    The first token of a text has nothing before it and does not count.
+    window: tokens of a window, at least 2. stride: tokens from one window to the next; None: windows do not overlap.
+    A token in two windows counts in the first of them. So a token after the first window has at least window - stride
+    tokens before it. The first token of a text has no context and does not count.
+    ConfigError when no token counts, or window or stride is out of range.
     """
     _check_batch_size(batch_size)
     step = window if stride is None else stride
     if not 1 <= step <= window or window < 2:
         raise ConfigError(f"window is at least 2 tokens and stride from 1 to window, got {window} and {step}")
     rows = []
-    many = [texts] if isinstance(texts, str) else texts
-    check_texts(many, "texts")
-    for text in many:
+    texts = [texts] if isinstance(texts, str) else texts
+    check_texts(texts, "texts")
+    for text in texts:
         ids, done = _ids(tokenizer, text), 1
         for start in range(0, len(ids), step):
             stop = min(start + window, len(ids))
@@ -199,33 +208,33 @@ def perplexity(
 def _likelihoods(
     model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int, attached: Attached
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Log-likelihoods of the last tokens of each row, with the row's place; rows that are alike are computed together.
+    """Yield for each row its number and the log-likelihoods of its last tokens.
 
-    rows: ids, and how many of them count.
-    Padded on the right, where a causal model cannot see it and counts positions as for the row alone.
+    rows: ids, and the number of last tokens that count. Rows with common prefixes share batches. They are padded on
+    the right: a causal model does not attend to this padding, and counts positions as for the row alone.
     """
     if not rows:
         return
     padding = _padding(model, tokenizer)
 
-    def probed(some: list[list[int]]) -> list[Tensor]:
-        """Logits of each row in one batch, by way of the places alone where there are several rows."""
-        if len(some) == 1:
-            return [_logits(model, _call(model, some, padding))[0]]
-        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(some)])
-        columns = torch.cat([torch.arange(len(row)) for row in some])
-        found = _logits_at(model, _call(model, some, padding), of, columns)
-        return list(torch.split(found, [len(row) for row in some]))
+    def probed(batch: list[list[int]]) -> list[Tensor]:
+        """Return the logits of each row, run in one batch; of several rows with `_logits_at`, as below."""
+        if len(batch) == 1:
+            return [_logits(model, _call(model, batch, padding))[0]]
+        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(batch)])
+        columns = torch.cat([torch.arange(len(row)) for row in batch])
+        logits = _logits_at(model, _call(model, batch, padding), of, columns)
+        return list(torch.split(logits, [len(row) for row in batch]))
 
     batching = batching_of(model, "logits", probed)
-    # nothing asks what follows the last id, which therefore is left out where nothing depends on it
-    given = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
-    lengths = list(map(len, given))
-    # rows that begin alike next to each other: a batch shares what its rows have in common
-    batches = list(batching.batches(_by_length_and_beginning(rows), lengths, batch_size))
+    # the prediction after the last id is not needed, so a causal model is not given this id
+    inputs = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
+    lengths = list(map(len, inputs))
+    # rows with common prefixes next to each other: the prefix cache computes a prefix once per batch
+    batches = list(batching.batches(_by_length_and_prefix(rows), lengths, batch_size))
     with torch.inference_mode(), attached():
         for chosen in batches:
-            call = _call(model, [given[i] for i in chosen], padding)
+            call = _call(model, [inputs[i] for i in chosen], padding)
             counted = [rows[i][1] for i in chosen]
             ends = [len(rows[i][0]) - 1 for i in chosen]
             of = np.repeat(np.arange(len(chosen)), counted)
@@ -239,12 +248,13 @@ def _likelihoods(
 
 
 def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """Logits [n, vocabulary] at these places of a call. The head, a third of a small model, is computed for no others.
+    """Return the logits at these rows and columns of a call, [n, vocabulary].
 
-    `logits_to_keep` could only say the same columns for all rows.
+    The head, a third of a small model, is computed for these places only. `logits_to_keep` would need the same columns
+    for all rows.
     """
 
-    inside = 0  # calls of the decoder at work: the first one may try out, inside itself, what the model can do
+    inside = 0  # nested calls of the decoder: its first call may run trial forwards of the decoder
 
     def enter(_: Any, __: Any) -> None:
         nonlocal inside
@@ -261,7 +271,7 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if not isinstance(decoder, torch.nn.Module):
         return _logits(model, call)[rows.to(model.device), columns.to(model.device)]
-    # other threads may run the model meanwhile, and a copy of it may be made: neither is to have its states picked
+    # OwnHook: the hooks must not act in other threads that run the model, nor in copies of it
     hooks = (
         decoder.register_forward_pre_hook(OwnHook(decoder, enter)),
         decoder.register_forward_hook(OwnHook(decoder, pick)),
@@ -273,17 +283,18 @@ def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) 
             hook.remove()
     if logits.shape[:2] == (1, len(rows)):
         return logits[0]
-    return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that knows no decoder of its own
+    # here the head does not read the output of get_decoder()
+    return logits[rows.to(logits.device), columns.to(logits.device)]
 
 
 def _call(model: Any, rows: Sequence[Sequence[int]], padding: int) -> dict[str, Any]:
-    """Arguments for rows that are padded on the right, with a mask where there is padding."""
+    """Return the arguments for rows padded on the right, with a mask where there is padding."""
     ids, mask = padded(rows, padding, model.device, left=False)
     parameters = signature(model.forward).parameters
     call: dict[str, Any] = {"input_ids": ids}
     if not mask.all():
         call["attention_mask"] = mask
-    if "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+    if "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         call["use_cache"] = False
     return call
 
@@ -293,13 +304,16 @@ def _logits(model: Any, call: dict[str, Any]) -> Tensor:
     return logits
 
 
-def _common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix of two rows of token ids."""
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix of two rows of token ids."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]:
-    """Longest first, in families: a row's first tokens decide its family, the longest of a family its place."""
+def _by_length_and_prefix(rows: Sequence[tuple[list[int], int]]) -> list[int]:
+    """Return the order of the rows: grouped by the tokens before those that count, groups with long rows first.
+
+    rows: ids, and the number of last tokens that count.
+    """
     longest: dict[tuple[int, ...], int] = {}
     stems = [tuple(ids[: max(1, len(ids) - n)]) for ids, n in rows]
     for stem, (ids, _) in zip(stems, rows, strict=True):
@@ -311,18 +325,18 @@ def _by_length_and_beginning(rows: Sequence[tuple[list[int], int]]) -> list[int]
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int, device: Any, *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Ids and mask, int64 [rows, columns], padded on the left, or on the right."""
+    """Return ids and mask, int64 [rows, columns], padded on the left or on the right."""
     columns = max(map(len, rows))
     ids = np.full((len(rows), columns), padding, np.int64)
     mask = np.zeros((len(rows), columns), np.int64)
     for i, row in enumerate(rows):
-        here = slice(columns - len(row), columns) if left else slice(len(row))
-        ids[i, here], mask[i, here] = row, 1
+        span = slice(columns - len(row), columns) if left else slice(len(row))
+        ids[i, span], mask[i, span] = row, 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with the special tokens before the text, without those behind it."""
+    """Return token ids with the special tokens before the text, without those after the text."""
     ids = list(tokenizer(text)["input_ids"])
     last = tokenizer.eos_token_id
     if len(ids) > 1 and last is not None and ids[-1] == last and not text.endswith(tokenizer.eos_token):
@@ -331,30 +345,32 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _first(tokenizer: Any) -> int:
-    for one in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if one is not None:
-            return int(one)
+    """Return the token id that stands for an empty prompt."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
     raise ConfigError("a prompt has no tokens and the tokenizer no special token to begin with; give a longer prompt")
 
 
 def _padding(model: Any, tokenizer: Any) -> int:
-    """An id to pad with; masked, so that any will do."""
+    """Return a token id for padding. Padding is masked, so any id will do."""
     ends = model.generation_config.eos_token_id
-    for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, ends[0] if isinstance(ends, list) else ends):
-        if one is not None:
-            return int(one)
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, ends[0] if isinstance(ends, list) else ends):
+        if token is not None:
+            return int(token)
     return 0
 
 
 def _of_each(choices: Sequence[Any], prompts: int) -> list[list[str]]:
+    """Return one list of choices for each prompt."""
     if not isinstance(choices, Sequence):
         raise ConfigError(f"choices are a list of texts, or a list for each prompt, got a {type(choices).__name__}")
-    if any(isinstance(one, str) for one in choices):
+    if any(isinstance(choice, str) for choice in choices):
         check_texts(choices, "choices")
         return [list(choices)] * prompts
-    for some in choices:
-        check_texts(some, "choices of a prompt")
-    return [list(some) for some in choices]
+    for of_prompt in choices:
+        check_texts(of_prompt, "choices of a prompt")
+    return [list(of_prompt) for of_prompt in choices]
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys, values and final states of rows of tokens: their shape in a model, in memory, and in a stored block."""
+"""Keys, values and final states of rows of tokens: layout in a model, buffers in memory, records in KV blocks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
+from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.model.restoring import without_trace
@@ -28,10 +27,12 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What a trunk keeps of a token. planes: (heads, head dim) of keys and of values, layer after layer, [2 layers].
+    """Layout of what is stored for a token of a trunk.
 
-    width: of the final state. takes_positions: whether the forward has position_ids. positions_skip_padding: whether
-    the model, left to itself, counts positions over tokens and not over columns. output: class of what it returns.
+    planes: (heads, head dim) of keys and of values, layer after layer, [2 layers]. width, dtype: of the final state.
+    takes_positions: True if the forward has a parameter position_ids.
+    positions_skip_padding: True if the model, without position_ids, counts positions over tokens, not over columns.
+    output: class of the trunk's output.
     """
 
     planes: tuple[tuple[int, int], ...]
@@ -43,7 +44,7 @@ class KVLayout:
 
     @cached_property
     def kinds(self) -> dict[tuple[int, int], list[int]]:
-        """Planes that share heads and head dim: one tensor holds them all. Nearly every model has one kind."""
+        """Numbers of the planes by (heads, head dim): one tensor has all planes of a kind. Most models have one."""
         kinds: dict[tuple[int, int], list[int]] = {}
         for plane, size in enumerate(self.planes):
             kinds.setdefault(size, []).append(plane)
@@ -51,22 +52,22 @@ class KVLayout:
 
     @cached_property
     def record(self) -> int:
-        """Numbers stored for one token: keys and values of all layers, kind after kind, then the final state."""
+        """Count of numbers that are stored for one token: keys and values, kind after kind, then the final state."""
         return sum(heads * dim for heads, dim in self.planes) + self.width
 
     @property
     def facts(self) -> BankFacts:
-        """Of a bank for these blocks."""
+        """Facts of a bank for KV blocks of this layout. KeyError for a dtype that cannot be stored."""
         return BankFacts(_DTYPES[self.dtype], self.record, 2, 0)
 
 
 @dataclass(eq=False)
 class KVBuffer:
-    """Keys, values and final states of n rows, each somewhere in `columns` columns.
+    """Keys, values and final states of n rows, each in adjacent columns of a table with `columns` columns.
 
-    planes: one tensor per kind, [planes, n, heads, columns, head dim], or none where only the states are wanted.
-    states: [n, columns, width]. firsts: column of the first token of each row. In the columns beside a row there is
-    nothing of meaning, and no NaN.
+    planes: one tensor per kind, [planes, n, heads, columns, head dim]; empty where only the states are wanted.
+    states: [n, columns, width]. lengths: tokens of each row. firsts: column of each row's first token.
+    Columns outside a row have undefined values, but no NaN.
     """
 
     shape: KVLayout
@@ -86,9 +87,9 @@ class KVBuffer:
         *,
         planes: bool = True,
     ) -> KVBuffer:
-        """Room for rows; zeros beside them, whatever lay in memory inside."""
+        """Return a buffer for rows: zeros outside of them, uninitialised inside. planes: False for states only."""
         n, kinds = len(lengths), shape.kinds.items() if planes else ()
-        held = cls(
+        buffer = cls(
             shape,
             [
                 torch.empty((len(places), n, heads, columns, dim), dtype=shape.dtype, device=device)
@@ -100,71 +101,71 @@ class KVBuffer:
         )
         for i, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
             for beside in (slice(0, first), slice(first + length, columns)):
-                if beside.start < beside.stop:  # a masked key weighs nothing, but nothing times NaN is NaN
-                    for one in held.planes:
-                        one[:, i, :, beside] = 0
-                    held.states[i, beside] = 0
-        return held
+                if beside.start < beside.stop:  # a masked key has weight 0, but 0 times NaN is NaN
+                    for plane in buffer.planes:
+                        plane[:, i, :, beside] = 0
+                    buffer.states[i, beside] = 0
+        return buffer
 
     @property
     def columns(self) -> int:
         return self.states.shape[1]
 
     def plane(self, number: int) -> Tensor:
-        """Keys (even) or values (odd) of layer number // 2; a view, [n, heads, columns, head dim]."""
-        for one, places in zip(self.planes, self.shape.kinds.values(), strict=True):
+        """Return keys (even) or values (odd) of layer number // 2, as a view [n, heads, columns, head dim]."""
+        for tensor, places in zip(self.planes, self.shape.kinds.values(), strict=True):
             if number in places:
-                return one[places.index(number)]
+                return tensor[places.index(number)]
         raise IndexError(number)
 
     def take(self, i: int, source: KVBuffer, j: int, tokens: int) -> None:
-        """Copy the first tokens of row j of `source`, which may be this one, to row i."""
+        """Copy the first tokens of row j of `source` to row i. `source` may be this buffer."""
         to, of = self.firsts[i], source.firsts[j]
-        for one, other in zip(self.planes, source.planes, strict=False):
-            one[:, i, :, to : to + tokens] = other[:, j, :, of : of + tokens]
+        for tensor, other in zip(self.planes, source.planes, strict=False):
+            tensor[:, i, :, to : to + tokens] = other[:, j, :, of : of + tokens]
         self.states[i, to : to + tokens] = source.states[j, of : of + tokens]
 
     def restore(self, i: int, record: Tensor) -> None:
         """Write the first tokens of row i from records, float32 [tokens, record], on any device."""
         to, tokens, at = self.firsts[i], len(record), 0
         record = record.to(self.states.device)
-        for one in self.planes:
-            places, _, heads, _, dim = one.shape
+        for tensor in self.planes:
+            places, _, heads, _, dim = tensor.shape
             part = record[:, at : at + places * heads * dim].view(tokens, places, heads, dim)
-            one[:, i, :, to : to + tokens] = part.permute(1, 2, 0, 3)
+            tensor[:, i, :, to : to + tokens] = part.permute(1, 2, 0, 3)
             at += places * heads * dim
         self.states[i, to : to + tokens] = record[:, -self.shape.width :]
 
     @property
     def in_arrays(self) -> bool:
-        """Whether all of it is what numpy could have, see `restore_from`."""
+        """True if NumPy can view the buffer (float32 on the host), as `restore_from` requires."""
         return self.states.device.type == "cpu" and self.states.dtype == torch.float32
 
-    def restore_from(self, i: int, record: NDArray[np.float32], first: int) -> None:
-        """`restore` of an array, which nobody may write to, for tokens from the first-th on; where `in_arrays`."""
+    def restore_from(self, i: int, record: Floats32, first: int) -> None:
+        """Write tokens of row i from token `first` on. record: read-only [tokens, record]. Requires `in_arrays`."""
         to, tokens, at = self.firsts[i] + first, len(record), 0
-        for one in self.planes:
-            places, _, heads, _, dim = one.shape
+        for tensor in self.planes:
+            places, _, heads, _, dim = tensor.shape
             part = record[:, at : at + places * heads * dim].reshape(tokens, places, heads, dim)
-            one.numpy()[:, i, :, to : to + tokens] = part.transpose(1, 2, 0, 3)
+            tensor.numpy()[:, i, :, to : to + tokens] = part.transpose(1, 2, 0, 3)
             at += places * heads * dim
         self.states.numpy()[i, to : to + tokens] = record[:, -self.shape.width :]
 
-    def records(self, i: int, start: int, stop: int) -> NDArray[np.float32]:
-        """Records of tokens start to stop of row i; a copy on the host, float32 [tokens, record]."""
+    def records(self, i: int, start: int, stop: int) -> Floats32:
+        """Return records of tokens start to stop of row i: a copy on the host, float32 [tokens, record]."""
         record = torch.empty((stop - start, self.shape.record), dtype=torch.float32, device=self.states.device)
         low, high, at = self.firsts[i] + start, self.firsts[i] + stop, 0
-        for one in self.planes:
-            places, _, heads, _, dim = one.shape
+        for tensor in self.planes:
+            places, _, heads, _, dim = tensor.shape
             part = record[:, at : at + places * heads * dim].view(-1, places, heads, dim)
-            part.copy_(one[:, i, :, low:high].permute(2, 0, 1, 3))
+            part.copy_(tensor[:, i, :, low:high].permute(2, 0, 1, 3))
             at += places * heads * dim
         record[:, at:] = self.states[i, low:high]
         return record.cpu().numpy()
 
 
 class _Slots(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses without types
-    """A layer's cache inside a `KVBuffer`: what is computed is written behind what was restored, nothing is copied."""
+    """A layer's cache inside a `KVBuffer`: new keys and values are written after the restored ones, without a copy."""
 
     def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -177,50 +178,51 @@ class _Slots(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
         stop = filled + key_states.shape[2]
         for place, new in zip(self._all, (key_states, value_states), strict=True):
             place[:, :, filled:stop] = new
-        self.keys, self.values = (one[:, :, :stop] for one in self._all)
+        self.keys, self.values = (table[:, :, :stop] for table in self._all)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[2])  # type: ignore[union-attr]
 
 
-def cache_of(held: KVBuffer, filled: int) -> DynamicCache:
-    """A transformers cache whose first `filled` columns are those of `held`, and which writes the others there."""
+def cache_of(buffer: KVBuffer, filled: int) -> DynamicCache:
+    """Return a transformers cache with the first `filled` columns of a buffer, which writes further columns into it."""
     cache = DynamicCache()
     cache.layers = [
-        _Slots(held.plane(place), held.plane(place + 1), filled) for place in range(0, len(held.shape.planes), 2)
+        _Slots(buffer.plane(place), buffer.plane(place + 1), filled) for place in range(0, len(buffer.shape.planes), 2)
     ]
     cache.layer_class_to_replicate = None
     return cache
 
 
-def hand_over(held: KVBuffer, cache: DynamicCache) -> DynamicCache:
-    """The same cache, which was empty, with keys and values of `held`: taken over where it can be, else copied."""
-    for place in range(0, len(held.shape.planes), 2):
-        keys, values, number = held.plane(place), held.plane(place + 1), place // 2
+def hand_over(buffer: KVBuffer, cache: DynamicCache) -> DynamicCache:
+    """Fill an empty cache with the keys and values of a buffer, without a copy where possible. Returns the cache."""
+    for place in range(0, len(buffer.shape.planes), 2):
+        keys, values, number = buffer.plane(place), buffer.plane(place + 1), place // 2
         if number == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
             cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]  # as above
         layer: Any = cache.layers[number] if number < len(cache.layers) else None
         if type(layer) is DynamicLayer:
             layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values  # `update` would copy them behind nothing
+            layer.keys, layer.values = keys, values  # `update` would copy them
         else:
             cache.update(keys, values, number)
     return cache
 
 
-# -- finding the shape --------------------------------------------------------------------------------------
+# -- finding the layout -------------------------------------------------------------------------------------
 
 
 def shape_of(trunk: nn.Module) -> KVLayout:
-    """The shape of a trunk, from four calls with a few tokens; restored and computed states are compared in them.
+    """Return the layout of a trunk, from four trial calls with a few tokens.
 
-    ConfigError, which says why, when the trunk is not one whose beginnings can be restored.
+    They compare computed states with states after restored keys and values.
+    ConfigError, with the reason, when prefixes of this trunk cannot be restored.
     """
     config: Any = getattr(trunk, "config", None)
     reason = _unfit(config)
     if reason:
-        raise ConfigError(f"{type(trunk).__name__} has no beginnings to reuse: {reason}")
+        raise ConfigError(f"{type(trunk).__name__} has no reusable prompt prefixes: {reason}")
     takes = "position_ids" in signature(trunk.forward).parameters
     try:
         return without_trace(trunk, next(trunk.parameters()).device, lambda: _probed(trunk, takes))
@@ -228,11 +230,12 @@ def shape_of(trunk: nn.Module) -> KVLayout:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{type(trunk).__name__} has no beginnings to reuse: a trial failed with {explained(error)}"
+            f"{type(trunk).__name__} has no reusable prompt prefixes: a trial failed with {explained(error)}"
         ) from error
 
 
 def _unfit(config: Any) -> str | None:
+    """Return the reason why a model with this configuration has no prefixes to restore; None if it may have."""
     if config is None or not hasattr(config, "get_text_config"):
         return "it has no transformers configuration"
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
@@ -248,43 +251,44 @@ def _unfit(config: Any) -> str | None:
 
 
 def _probed(trunk: nn.Module, takes: bool) -> KVLayout:
+    """Run the trial calls of `shape_of`. takes: True if the forward has a parameter position_ids."""
     trunk.eval()
     device = next(trunk.parameters()).device
     ids = torch.arange(6, device=device)[None] % trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
     whole = _run(trunk, ids)
     planes = _planes(whole)
-    if not planes or any(one is None or one.dim() != 4 or one.shape[2] != 6 for one in planes):
+    if not planes or any(plane is None or plane.dim() != 4 or plane.shape[2] != 6 for plane in planes):
         raise ConfigError(f"{type(trunk).__name__} does not keep keys and values of each token in each layer")
     dtype = whole.last_hidden_state.dtype
-    if dtype not in _DTYPES or any(one.dtype != dtype for one in planes):
+    if dtype not in _DTYPES or any(plane.dtype != dtype for plane in planes):
         raise ConfigError(f"{type(trunk).__name__} mixes dtypes; float32, float16 or bfloat16 throughout can be stored")
-    sizes = tuple((one.shape[1], one.shape[3]) for one in planes)
+    sizes = tuple((plane.shape[1], plane.shape[3]) for plane in planes)
     padded = _run(
         trunk, torch.cat([ids[:, :2], ids], 1), attention_mask=torch.tensor([[0, 0] + [1] * 6], device=device)
     )
-    skips = all(_near(one, other[:, :, 2:]) for one, other in zip(planes, _planes(padded), strict=True))
+    skips = all(_near(plane, other[:, :, 2:]) for plane, other in zip(planes, _planes(padded), strict=True))
     if not takes and not skips:
         raise ConfigError(f"{type(trunk).__name__} takes no position_ids, and counts positions over padding")
     shape = KVLayout(sizes, whole.last_hidden_state.shape[-1], dtype, takes, skips, type(whole))
-    held = KVBuffer.empty(shape, [6], [1], 7, device)
-    for number, one in enumerate(_planes(_run(trunk, ids[:, :3]))):  # of a call that cannot know what follows
-        held.plane(number)[:, :, 1:4] = one
+    buffer = KVBuffer.empty(shape, [6], [1], 7, device)
+    for number, plane in enumerate(_planes(_run(trunk, ids[:, :3]))):  # of a call without the later tokens
+        buffer.plane(number)[:, :, 1:4] = plane
     more = {"position_ids": torch.arange(3, 6, device=device)[None]} if takes else {}
     mask = torch.tensor([[0] + [1] * 6], device=device)
-    rest = _run(trunk, ids[:, 3:], attention_mask=mask, past_key_values=cache_of(held, 4), **more)
+    rest = _run(trunk, ids[:, 3:], attention_mask=mask, past_key_values=cache_of(buffer, 4), **more)
     if not _near(rest.last_hidden_state, whole.last_hidden_state[:, 3:]):
-        raise ConfigError(f"{type(trunk).__name__} gives other states when its beginning is restored")
+        raise ConfigError(f"{type(trunk).__name__} gives other states when its prefix is restored")
     return shape
 
 
 def _run(trunk: nn.Module, ids: Tensor, **others: Any) -> Any:
-    # a cache of its own: the one that a model with a window makes would drop what is outside of the window
+    # a new cache: the cache that a model with a window makes would drop the tokens outside the window
     return trunk(input_ids=ids, use_cache=True, return_dict=True, **{"past_key_values": DynamicCache(), **others})
 
 
 def _planes(output: Any) -> list[Tensor]:
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    return [one for layer in layers for one in (layer.keys, layer.values)]
+    return [plane for layer in layers for plane in (layer.keys, layer.values)]
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a call of a decoder's trunk asks for: where its rows of tokens are, or why it is one for the model itself."""
+"""Layout of a call of a decoder's trunk: columns and positions of its rows, or the reason for a bypass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _ATTENTION = {"eager", "sdpa"}
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """A call, read. ids: int32 [rows, columns]. firsts, starts: column and position of each row's first token."""
+    """Rows of tokens of a call.
+
+    ids: int32 [rows, columns]. firsts: column of each row's first token. lengths: tokens of each row.
+    starts: position of each row's first token.
+    """
 
     ids: NDArray[np.int32]
     firsts: list[int]
@@ -30,7 +34,7 @@ class PaddedBatch:
     starts: list[int]
 
     def distinct(self) -> tuple[list[TokenSequence], list[int]]:
-        """The rows without padding, each once, and which of them each row of the call is."""
+        """Return the distinct rows without padding, and for each row of the call the number of its distinct row."""
         seen: dict[tuple[int, bytes], int] = {}
         rows: list[TokenSequence] = []
         which = []
@@ -44,26 +48,26 @@ class PaddedBatch:
 
 
 def layout_of(call: Mapping[str, Any], *, skips: bool) -> PaddedBatch | str:
-    """The layout of a call, or why it has none. skips: whether the model counts positions over tokens only."""
+    """Return the layout of a call, or the reason why it has none. skips: `KVLayout.positions_skip_padding`."""
     ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or not _is_integer(ids):
         return "it has no token ids [rows, columns]"
-    given_ids = ids.cpu().numpy()
-    table = given_ids.astype(np.int32)
-    if (table != given_ids).any():
+    wide_ids = ids.cpu().numpy()
+    table = wide_ids.astype(np.int32)
+    if (table != wide_ids).any():
         return "its token ids do not fit into 32 bits"
     columns = np.arange(table.shape[1])
-    here = np.ones(table.shape, np.bool_)
+    visible = np.ones(table.shape, np.bool_)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             return "its mask is not one number per token"
         if not is_plain_mask(mask):
-            return "its mask weighs tokens"
-        here = mask.bool().cpu().numpy()
-    lengths, firsts = here.sum(1), here.argmax(1)
+            return "its mask has values other than 0 and 1"
+        visible = mask.bool().cpu().numpy()
+    lengths, firsts = visible.sum(1), visible.argmax(1)
     if not lengths.all():
         return "a row has no tokens"
-    if (here != ((columns >= firsts[:, None]) & (columns < (firsts + lengths)[:, None]))).any():
+    if (visible != ((columns >= firsts[:, None]) & (columns < (firsts + lengths)[:, None]))).any():
         return "the tokens of a row are not next to each other"
     starts = np.zeros_like(firsts) if skips else firsts
     if positions is not None:
@@ -71,9 +75,9 @@ def layout_of(call: Mapping[str, Any], *, skips: bool) -> PaddedBatch | str:
             return "its position_ids are not one number per token"
         if positions.shape[1] != table.shape[1] or positions.shape[0] not in (1, table.shape[0]):
             return "its position_ids are not one number per token"
-        given = np.broadcast_to(positions.cpu().numpy(), table.shape)
-        starts = np.take_along_axis(given, firsts[:, None], 1)[:, 0]
-        if ((given - (columns - firsts[:, None]) != starts[:, None]) & here).any():
+        by_column = np.broadcast_to(positions.cpu().numpy(), table.shape)
+        starts = np.take_along_axis(by_column, firsts[:, None], 1)[:, 0]
+        if ((by_column - (columns - firsts[:, None]) != starts[:, None]) & visible).any():
             return "the positions of a row do not count up by one"
     return PaddedBatch(table, firsts.tolist(), lengths.tolist(), starts.tolist())
 
@@ -83,36 +87,36 @@ def _is_integer(table: Tensor) -> bool:
 
 
 def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None:
-    """The reason why a call cannot be answered from keys and values, apart from its tokens; None when it can.
+    """Return the reason why a call cannot use the prefix cache, apart from its tokens; None if it can.
 
-    An argument that the tier does not understand is a reason, whatever its value is: False and 0 are values too.
+    An unknown argument is a reason whatever its value is, since False and 0 are values too.
     call: arguments of the trunk's forward that are not None. dtype: of the stored keys and values.
     """
     others = {name for name, value in call.items() if name not in _KNOWN and value is not None}
     others -= {name for name in others if asks_for_nothing(name, call[name])}
-    if call.get("is_causal") is True:  # as the trunk was when its beginnings were tried out
+    if call.get("is_causal") is True:  # the trials ran with a causal trunk too
         others.discard("is_causal")
     if others:
         return f"it has {', '.join(sorted(others))}"
     past = call.get("past_key_values")
     if past is not None:
         fits = type(past) is DynamicCache and all(
-            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in past.layers
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers
         )
         if not fits or getattr(past, "offloading", False):
             return f"its cache is a {type(past).__name__} that cannot be filled"
         if past.get_seq_length():
-            return "it goes on from keys and values that it brings"
+            return "it goes on from the keys and values in its past_key_values"
         if not wants_keys(call, trunk):
-            return "it brings a cache, and use_cache=False"
+            return "it has past_key_values, but use_cache=False"
     if trunk.training:
         return "the model is in training mode"
-    if torch.is_grad_enabled() and any(one.requires_grad for one in trunk.parameters()):
-        return "gradients are wanted; run it under torch.no_grad() or torch.inference_mode()"
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in trunk.parameters()):
+        return "gradients are enabled; run it under torch.no_grad() or torch.inference_mode()"
     if call.get("return_dict") is False or not getattr(trunk.config, "return_dict", True):
-        return "it wants a tuple"
-    if any(getattr(trunk.config, f"output_{one}", False) for one in ("attentions", "hidden_states")):
-        return "its configuration asks for attentions or hidden states"
+        return "it requests a tuple (return_dict=False)"
+    if any(getattr(trunk.config, f"output_{name}", False) for name in ("attentions", "hidden_states")):
+        return "its configuration requests attentions or hidden states"
     if trunk.config._attn_implementation not in _ATTENTION:
         return f"its attention is {trunk.config._attn_implementation}"
     if trunk.dtype != dtype:
@@ -124,13 +128,13 @@ def unfit(call: Mapping[str, Any], trunk: Any, dtype: torch.dtype) -> str | None
 
 
 def wants_keys(call: Mapping[str, Any], trunk: Any) -> bool:
-    """Return whether keys and values are asked for: by the call, or where it says nothing by the configuration."""
+    """Return whether keys and values are requested, by the call or else by the configuration."""
     use_cache = call.get("use_cache")
     return bool(getattr(trunk.config, "use_cache", True) if use_cache is None else use_cache)
 
 
 def holds_tokens(past: Any) -> bool:
-    """True if a cache of keys and values holds some; one that cannot tell, of a recurrent model, counts as one."""
+    """Return whether a cache has keys and values. True where its length cannot be read (recurrent models)."""
     length = getattr(past, "get_seq_length", None)
     try:
         return length is not None and length() > 0

@@ -1,4 +1,4 @@
-"""Which rows of a call begin alike, which therefore wait for which, and which are computed together."""
+"""Order of computation for rows with shared prefixes: which rows wait for others, and which share a forward."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from llmcache.model.keys import KEY_BYTES, Seed, framed
 
 @dataclass(eq=False)
 class TokenSequence:
-    """A row of a call without its padding. ids: int32 [tokens]; start: position of the first token.
+    """A row of a call without its padding.
 
-    place: of the first row of the batch that is this one. keys: of its full blocks; missing: those that the bank does
-    not have. chain: the bank's rows for its beginning. known: tokens that need not be computed.
+    ids: int32 [tokens]. start: position of the first token. place: number of the first such row in the batch.
+    keys: of its full KV blocks. missing: numbers of the full blocks that the bank does not have.
+    chain: row numbers of the bank with its prefix. known: tokens at the start that need not be computed.
     """
 
     ids: NDArray[np.int32]
@@ -32,14 +33,16 @@ class TokenSequence:
 
 
 def next_key(seed: Seed, previous: bytes, position: int, ids: NDArray[np.int32]) -> bytes:
-    """Key of a block: of its ids, of the position of its first token, and of everything before it."""
-    one = seed.copy()
-    one.update(framed(previous, position.to_bytes(8, "little", signed=True), ids.astype("<i4", copy=False).tobytes()))
-    return one.digest()[:KEY_BYTES]
+    """Return the key of a KV block, over its ids, the position of its first token, and the key of the block before."""
+    hashed = seed.copy()
+    hashed.update(
+        framed(previous, position.to_bytes(8, "little", signed=True), ids.astype("<i4", copy=False).tobytes())
+    )
+    return hashed.digest()[:KEY_BYTES]
 
 
 def common(one: TokenSequence, other: TokenSequence) -> int:
-    """Tokens at the beginning that two rows share."""
+    """Return the length in tokens of the common prefix of two rows."""
     if one.start != other.start:
         return 0
     n = min(len(one), len(other))
@@ -48,11 +51,11 @@ def common(one: TokenSequence, other: TokenSequence) -> int:
 
 
 class PrefixSchedule:
-    """Rows in an order in which those that begin alike are neighbours, computed in waves.
+    """Schedule of rows in waves, by their shared prefixes. Iterating yields the rows of each wave.
 
-    In each wave a row is computed unless another of the same wave begins with enough of the same tokens; then it
-    waits, and takes them over in the next. All rows are different. forward: what a forward costs besides its tokens,
-    in tokens.
+    In each wave a row is computed unless another row of the wave shares a long enough prefix with it. Such a row waits
+    for the next wave and copies the prefix. All rows are different.
+    forward: cost of a forward apart from its tokens, in tokens.
     """
 
     def __init__(self, rows: Sequence[TokenSequence], forward: int) -> None:
@@ -73,27 +76,28 @@ class PrefixSchedule:
             self._settle(range(len(self.rows) - 1, -1, -1), 1)
 
     def donor(self, row: TokenSequence) -> tuple[TokenSequence, int] | None:
-        """The row whose beginning this one takes over, and how many tokens."""
+        """Return the row that this row copies its prefix from, and the number of tokens; None without such a row."""
         return self._donors.get(row)
 
     def _chosen(self) -> list[TokenSequence]:
-        chosen, shared, gained, left = [], 0, 0, 0
+        """Return the rows of the next wave: all that are pending, unless waiting saves enough tokens."""
+        chosen, shared, gained, unknown = [], 0, 0, 0
         pending = [row for row in self.rows if row not in self._done]
         for row, with_previous in zip(self.rows, self._shared, strict=True):
             shared = min(shared, with_previous)
             if row in self._done:
                 continue
             rest, gain = len(row) - row.known, shared - row.known
-            left += rest
+            unknown += rest
             if gain >= max(4, rest // 10):
                 gained += gain
                 continue
             chosen.append(row)
             shared = len(row)
-        return chosen if gained >= max(2 * self._forward, left // 10) else pending
+        return chosen if gained >= max(2 * self._forward, unknown // 10) else pending
 
     def _settle(self, order: Iterable[int], step: int) -> None:
-        """Let the rows that wait know what their nearest neighbour on one side that was computed has for them."""
+        """Give waiting rows the prefix of the nearest computed row before them (step 0) or after them (step 1)."""
         donor, shared = None, 0
         for place in order:
             row = self.rows[place]
@@ -108,9 +112,10 @@ class PrefixSchedule:
 
 
 def together(rows: Sequence[TokenSequence], forward: int) -> list[list[TokenSequence]]:
-    """Groups of rows to compute in one forward each, so that little is spent on padding and on forwards.
+    """Split rows into groups for one forward each, with the least total cost of padding and forwards.
 
-    A forward computes as many tokens in each row as its neediest row has unknown, and costs `forward` tokens besides.
+    A forward computes in each row as many tokens as the row with most unknown tokens has, and costs `forward` tokens
+    in addition.
     """
     order = sorted(rows, key=lambda row: row.known - len(row))
     need = np.array([len(row) - row.known for row in order], np.int64)

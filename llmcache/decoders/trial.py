@@ -1,4 +1,4 @@
-"""Trials of a decoder whose beginnings are to be restored: answers from blocks in memory beside those of the model."""
+"""Trials of a decoder before its prefixes are reused: compare answers from KV blocks in memory with the model's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
+from llmcache.indexes.format.rows import Keys, Rows
 from llmcache.model.trial import (
     BASE_LENGTHS,
     Reach,
@@ -27,34 +29,34 @@ from llmcache.model.trial import (
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Values in the form in which `Bank.read` returns them."""
+    """Result of `MemoryBank.read`, in the form of `Bank.read`."""
 
-    values: list[NDArray[np.float32]]
+    values: list[Floats32]
     intact: NDArray[np.bool_]
 
 
 @dataclass(slots=True)
 class MemoryBank:
-    """A bank of blocks in memory, with the parts of `Bank` that look-ups of beginnings use."""
+    """Bank of KV blocks in memory, with the methods of `Bank` that look-ups of prefixes use."""
 
     _places: dict[bytes, int] = field(default_factory=dict)
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
-    _values: list[NDArray[np.float32]] = field(default_factory=list)
+    _values: list[Floats32] = field(default_factory=list)
 
-    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def find(self, keys: Keys) -> Rows:
         return np.array([self._places.get(key.tobytes(), -1) for key in keys], np.int64)
 
     def tokens(self, row: int) -> NDArray[np.int32]:
         return self._tokens[row]
 
-    def read(self, rows: NDArray[np.int64]) -> _Reading:
+    def read(self, rows: Rows) -> _Reading:
         return _Reading([self._values[row] for row in rows.tolist()], np.ones(len(rows), np.bool_))
 
     def put(
         self,
         _: Any,
-        keys: NDArray[np.uint64],
-        values: Sequence[NDArray[np.float32]],
+        keys: Keys,
+        values: Sequence[Floats32],
         *,
         tokens: Sequence[NDArray[np.int32]],
         **__: Any,
@@ -65,16 +67,18 @@ class MemoryBank:
             self._tokens.append(ids)
 
 
-def reach_of_beginnings(
+def reach_of_prefixes(
     trunk: nn.Module,
     original: Callable[..., Any],
     answers: Callable[[MemoryBank], Callable[[Mapping[str, Any]], Any]],
     *,
     takes_positions: bool,
 ) -> Reach:
-    """Up to which length beginnings can be restored so that the model gives what it gives alone.
+    """Return up to which length of rows the answers after restored prefixes are the model's.
 
-    answers: of a bank in memory, what answers calls from it. ConfigError when not even short rows agree.
+    original: the trunk's own forward. answers: returns a function that answers calls from a bank in memory.
+    takes_positions: True if the forward has a parameter position_ids.
+    ConfigError when the answers differ already for short rows.
     """
     vocabulary, device = vocabulary_of(trunk), next(trunk.parameters()).device
 
@@ -92,8 +96,8 @@ def reach_of_beginnings(
         whole = ids[0].tolist()
         other = drawn_ids(1, tokens + 1, vocabulary, device)[0].tolist()
         rows = [whole[:-3] + other[:3], whole[: tokens // 2] + other[: tokens // 4], other[: max(1, tokens // 3)]]
-        for each in ([whole[:-4]], [whole]):
-            _compare(original, answer, _batch(each, device, left=True), f"for a row of {len(each[0])} tokens")
+        for row in (whole[:-4], whole):
+            _compare(original, answer, _batch([row], device, left=True), f"for a row of {len(row)} tokens")
         _compare(original, answer, _batch(rows, device, left=True), f"for rows of {tokens} tokens, padded on the left")
         right = _batch([other, rows[2], whole[: tokens // 2]], device, left=False)
         left = _batch([*rows, whole], device, left=True)
@@ -110,12 +114,12 @@ def reach_of_beginnings(
 
 
 def _batch(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> dict[str, Any]:
-    """Ids and mask, int64 [rows, columns], of padded rows, as arguments; without a mask where there is no padding."""
+    """Return ids and mask of padded rows, int64 [rows, columns], as arguments; no mask where there is no padding."""
     columns = max(map(len, rows))
     ids, mask = np.zeros((2, len(rows), columns), np.int64)
     for i, row in enumerate(rows):
-        here = slice(columns - len(row), columns) if left else slice(len(row))
-        ids[i, here], mask[i, here] = row, 1
+        span = slice(columns - len(row), columns) if left else slice(len(row))
+        ids[i, span], mask[i, span] = row, 1
     call: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": True}
     if not mask.all():
         call["attention_mask"] = torch.from_numpy(mask).to(device)
@@ -125,18 +129,18 @@ def _batch(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -
 def _compare(
     original: Callable[..., Any], answer: Callable[[Mapping[str, Any]], Any], call: Mapping[str, Any], where: str
 ) -> None:
-    """Answer a call by the model and from restored beginnings; ConfigError when states, keys or values differ."""
-    expected, found = original(**call), answer(dict(call))
+    """Answer a call by the model and from restored prefixes; ConfigError when states, keys or values differ."""
+    expected, answered = original(**call), answer(dict(call))
     mask = call.get("attention_mask")
     visible = torch.ones_like(call["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-    if type(found) is not type(expected):
-        raise ConfigError(f"{where} a cache would return {type(found).__name__}, not {type(expected).__name__}")
-    theirs, mine = dict(expected.items()), dict(found.items())
+    if type(answered) is not type(expected):
+        raise ConfigError(f"{where} a cache would return {type(answered).__name__}, not {type(expected).__name__}")
+    theirs, mine = dict(expected.items()), dict(answered.items())
     if theirs.keys() != mine.keys():
         raise ConfigError(f"{where} a cache would return {sorted(mine)}, not {sorted(theirs)}")
     for name, part in theirs.items():
         if name == "past_key_values":
-            _compare_planes(found.past_key_values, part, visible, where)
+            _compare_planes(answered.past_key_values, part, visible, where)
             continue
         other = mine[name]
         if isinstance(part, Tensor) and isinstance(other, Tensor) and part.shape == other.shape:
@@ -145,15 +149,15 @@ def _compare(
             raise ConfigError(f"{where} its {name!r} would be {difference}")
 
 
-def _compare_planes(found: Any, expected: Any, visible: Tensor, where: str) -> None:
-    """Compare two caches of keys and values; of a window they hold the last columns."""
-    if expected is None or found is None:
-        if expected is not found:
-            raise ConfigError(f"{where} it would return {found!r} as past_key_values, not {expected!r}")
+def _compare_planes(answered: Any, expected: Any, visible: Tensor, where: str) -> None:
+    """Compare two caches of keys and values. A layer with a window has the last columns only."""
+    if expected is None or answered is None:
+        if expected is not answered:
+            raise ConfigError(f"{where} it would return {answered!r} as past_key_values, not {expected!r}")
         return
-    if type(found) is not type(expected) or found.get_seq_length() != expected.get_seq_length():
-        raise ConfigError(f"{where} its keys and values would be a {type(found).__name__} of another length")
-    for layer, (mine, theirs) in enumerate(zip(found.layers, expected.layers, strict=True)):
+    if type(answered) is not type(expected) or answered.get_seq_length() != expected.get_seq_length():
+        raise ConfigError(f"{where} its keys and values would be a {type(answered).__name__} of another length")
+    for layer, (mine, theirs) in enumerate(zip(answered.layers, expected.layers, strict=True)):
         if type(mine) is not type(theirs):
             raise ConfigError(
                 f"{where} the cache of layer {layer} would be a {type(mine).__name__}, not {type(theirs).__name__}"

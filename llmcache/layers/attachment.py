@@ -1,11 +1,9 @@
-"""A model that uses the banks: while attached, its own forward computes only the layers that its rows still need."""
+"""Attachment of a model: its own forward reuses stored layer states or keys and values while it is attached."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,43 +11,34 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
-from llmcache.banks.lookup import first_occurrences
 from llmcache.decoders.padded_batch import holds_tokens, wants_keys
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.marks import UNKNOWN
-from llmcache.layers.audits import audit_states
-from llmcache.layers.layer_banks import LayerBanks, LayerMatches
-from llmcache.layers.merged_outputs import merged
+from llmcache.indexes.format.rows import Rows
+from llmcache.layers.forward_calls import ForwardSignature
+from llmcache.layers.layer_banks import LayerBanks
+from llmcache.layers.layer_reuse import LayerReuse
 from llmcache.layers.partial_forward import (
     LayerStack,
     NoSuchLayer,
-    PartialForward,
     TrunkSpec,
     examine,
     gives_keys,
 )
+from llmcache.layers.prefix_caches import PrefixCaches
 from llmcache.layers.trial import LayerTrial, MemoryBanks
 from llmcache.model.architecture import Trunk
 from llmcache.model.compiled import not_compiled, refuse_compiled
 from llmcache.model.description.process_settings import running_mode
 from llmcache.model.description.watch import ModelWatch
 from llmcache.model.forward_patch import StandIn, install, remove
-from llmcache.model.inputs import (
-    Call,
-    InputRows,
-    asked_by,
-    input_rows,
-    main_input,
-    refusal,
-)
+from llmcache.model.inputs import Call, refusal
 from llmcache.model.locks import CallLock, LockCycle
 from llmcache.model.losses import LossArguments
 from llmcache.model.restoring import without_trace
@@ -62,13 +51,13 @@ _attached: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
 
 class Attachment:
-    """A context in which a trunk's `forward` goes by the banks. Outside of it the model is as it was.
+    """A context manager under which a trunk's `forward` reuses stored results. Outside the model is unchanged.
 
-    Rows of a batch are looked up one by one: those whose last state is stored only pass the final norm and what
-    follows, others enter after the deepest layer that is stored for them, the rest is computed from the start. Where
-    the mask hides a position a state means nothing: it is zeros, or what the model gives. No gradient flows into a
-    state that was reused. Forwards of several threads wait for each other and for calls of the cache. Copies and
-    pickles of the model are of the model as it is without a cache.
+    The rows of a batch are looked up one by one. A row whose last state is stored only passes through the final norm
+    and the modules after it. Another row enters after the deepest layer that is stored for it. A row with no stored
+    state is computed from the start. At positions that the mask hides, a state is undefined: zeros, or the model's
+    own. No gradient flows into a reused state. Forwards in several threads wait for each other and for calls of the
+    cache. Copies and pickles of the model are made without the cache.
     """
 
     def __init__(
@@ -86,39 +75,39 @@ class Attachment:
         is_open: Callable[[], bool],
         states_only: bool = False,
     ) -> None:
-        """banks: the banks for a trunk of this anatomy. choose: which layers have one, of how many; ConfigError.
+        """Make an attachment that is not entered yet.
 
-        changed: called before the next pass when the model is not the one any more that the last pass was made with.
-        watch: of the trunk's module, which says so.
-        prefixes: what restores beginnings for a decoder, in this mode of running; None when that is off.
-        lock: of the cache. is_open: whether the cache is; else the model computes by itself.
-        states_only: a decoder's states are looked up whole in the layer banks where no keys and values are asked for.
+        banks: opens the layer banks for a trunk of this structure.
+        choose: returns the layers that have banks, given the number of layers; ConfigError for a layer that is missing.
+        changed: called before the next forward when the model has changed since the last one.
+        watch: detects changes of the trunk's module.
+        prefixes: makes a decoder's prefix cache for a running mode; returns None when prefix caching is off.
+        lock: of the cache. is_open: returns True while the cache is open; otherwise the model computes by itself.
+        states_only: use the layer banks for a decoder's calls that do not request keys and values.
         """
         self.trunk = trunk
         self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
-        self._open_prefixes, self._states_only, self._exact_audits = prefixes, states_only, exact_audits
+        self._states_only, self._exact_audits = states_only, exact_audits
         self._blocks = LayerStack(trunk.blocks)
-        self._signature = inspect.signature(trunk.module.forward)
-        self._main = main_input(trunk.module, self._signature)
-        self._takes_cache = "use_cache" in self._signature.parameters
-        self._said: set[str] = set()
+        self._parameters = ForwardSignature(trunk.module)
+        self._warned: set[str] = set()
         self._depth = 0
         self.losses = LossArguments(trunk.module)
         self._lock, self._is_open, self._pid = lock, is_open, os.getpid()
         self._stand_in: StandIn | None = None
-        self._anatomies: dict[tuple[object, ...], tuple[TrunkSpec, LayerBanks] | str] = {}
+        self._specs: dict[tuple[object, ...], tuple[TrunkSpec, LayerBanks] | str] = {}
         self._decodes: bool | None = None
-        self._prefixes: dict[str, PrefixCache | str] = {}
+        self._prefixes = PrefixCaches(prefixes)
         self._watch = watch
         self.entered = np.zeros(0, np.int64)
-        """int64 [rows]: first layer that was computed for each row of the last pass, their number when none was."""
+        """First layer computed for each row of the last forward, int64 [rows]; the number of layers where none was."""
         self.entries: list[str] = []
-        """Per row of the last pass the key of the entry that was reused, in hexadecimal; "" where none was."""
-        self._given: NDArray[np.int64] | None = None  # by `last_pass`
+        """Key of the entry that each row of the last forward reused, in hexadecimal; "" where none was reused."""
+        self._last_returned: Rows | None = None  # `entered` as `last_pass` returned it last
         self.up_to: int | None = None
-        """Deepest layer whose states are reused, None for any; while it is set nothing is kept."""
+        """Deepest layer whose states are reused; None for any. While it is set, no states are stored."""
         self.asked: tuple[str | None, str | None] | None = None
-        """Role and prompt of the texts that pass; None while token ids are given, of which that is not known."""
+        """Role and prompt of the texts of the current call; None when token ids are given without them."""
 
     def __enter__(self) -> Self:
         with self._lock:
@@ -136,12 +125,12 @@ class Attachment:
                 self._forward = module.forward
                 self._blocks.replace()
                 self.losses.replace()
-                self._stand_in = StandIn(module, not_compiled(self._forwarded))
+                self._stand_in = StandIn(module, not_compiled(self._cached_forward))
                 install(self._stand_in)
             self._depth += 1
             try:
                 if not self._in_training():
-                    self._refuse_misfits()
+                    self._check_cacheable()
             except BaseException:
                 self.__exit__(None, None, None)
                 raise
@@ -156,7 +145,7 @@ class Attachment:
                 self.detach()
 
     def detach(self) -> None:
-        """Put the model's own forwards back, however often it was attached."""
+        """Restore the model's own forwards, whatever the number of nested contexts."""
         if self._stand_in is not None:
             remove(self._stand_in)
             self._stand_in = None
@@ -166,75 +155,77 @@ class Attachment:
 
     @property
     def active(self) -> bool:
-        """Whether the model goes by the banks now."""
+        """True while the model is attached."""
         return self._depth > 0
 
     @property
     def banks(self) -> LayerBanks:
-        """The banks of the layers, for the autocast state at hand. ConfigError when the layers cannot be cached."""
-        found = self._anatomy()
-        if isinstance(found, str):
-            raise ConfigError(found)
-        return found[1]
+        """Layer banks for the current running mode (autocast). ConfigError when the layers cannot be cached."""
+        spec_and_banks = self._spec()
+        if isinstance(spec_and_banks, str):
+            raise ConfigError(spec_and_banks)
+        return spec_and_banks[1]
 
-    def last_pass(self) -> tuple[NDArray[np.int64], list[str]] | None:
-        """`entered` and `entries` of the last pass, given once; None where nothing has passed since they were given, as
-        when a model with several trunks has used another one.
+    def last_pass(self) -> tuple[Rows, list[str]] | None:
+        """Return `entered` and `entries` of the last forward, once.
+
+        None when there was no forward since the last call, as when a model with several trunks used another trunk.
         """
-        if not len(self.entered) or self.entered is self._given:
+        if not len(self.entered) or self.entered is self._last_returned:
             return None
-        self._given = self.entered
+        self._last_returned = self.entered
         return self.entered, self.entries
 
     def scope(self, layer: int) -> int:
-        """Near scope of the texts in the current pass, for one layer; see `LayerBanks.scope`."""
+        """Return the near scope of the texts of the current call, for one layer; see `LayerBanks.scope`."""
         return UNKNOWN if self.asked is None else self.banks.scope(layer, self._mode(), self.asked)
 
     @property
     def decodes(self) -> bool:
-        """Whether the model is a decoder, which gives keys and values for the tokens to come."""
+        """True if the model is a decoder: it returns keys and values for the next tokens."""
         if self._decodes is None:
-            self._anatomy()
+            self._spec()
         return bool(self._decodes)
 
-    def _refuse_misfits(self) -> None:
-        """ConfigError when neither layers nor beginnings of this model can be cached."""
-        if any(not isinstance(one, str) for one in self._anatomies.values()):
+    def _check_cacheable(self) -> None:
+        """Raise ConfigError when neither layers nor prompt prefixes of this model can be cached."""
+        if any(not isinstance(spec_or_reason, str) for spec_or_reason in self._specs.values()):
             return
-        self._anatomies.clear()
-        reason = self._anatomy()
-        if isinstance(reason, str) and not (self._by_beginnings and not isinstance(self._beginnings(), str)):
+        self._specs.clear()
+        reason = self._spec()
+        if isinstance(reason, str) and not (self._uses_prefixes_only and not isinstance(self._prefix_cache(), str)):
             raise ConfigError(reason)
 
-    # -- a pass ---------------------------------------------------------------------------------------------
+    # -- forward calls --------------------------------------------------------------------------------------
 
-    def _forwarded(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replacement of the trunk's forward: answer a call from the banks if possible, one thread at a time."""
-        call = self._bound(args, kwargs)
-        if holds_tokens(call.get("past_key_values")):  # a decoder's next token
+    def _cached_forward(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the trunk's forward: answer a call from stored results if possible, one thread at a time."""
+        call = self._parameters.bind(args, kwargs)
+        if holds_tokens(call.get("past_key_values")):  # the next token of a generation
             return own(*args, **kwargs)
         reason = self._unusable()
         if reason is None:
             try:
                 self._lock.acquire()
-            except LockCycle:  # to compute what is stored is slower than to wait, but not than to wait for ever
+            except LockCycle:  # waiting would be a deadlock; computing without the cache is only slower
                 return own(*args, **kwargs)
             try:
-                reason = self._unusable()  # it may have been closed while this thread waited
+                reason = self._unusable()  # the cache may have been closed while this thread waited
                 if reason is None:
-                    return self._by_banks(own, args, kwargs, call)
+                    return self._answer_call(own, args, kwargs, call)
             finally:
                 self._lock.release()
-        self._say(reason)
+        self._warn_once(reason)
         return own(*args, **kwargs)
 
     def _unusable(self) -> str | None:
-        """Reason why this attachment cannot be used; None if it can."""
+        """Return the reason why this attachment cannot be used; None if it can."""
         if self._pid != os.getpid():
-            return "it was attached before a fork, and what the child computes is not stored; attach it in the child"
+            return "it was attached before a fork, so results of the child are not stored; attach it in the child"
         return None if self._is_open() else "its cache is closed"
 
-    def _by_banks(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+    def _answer_call(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        """Answer a call from stored results, or run the model's own forward and count a bypass."""
         if self._exact_audits.recomputing:
             return own(*args, **kwargs)
         training = self._in_training()
@@ -242,19 +233,19 @@ class Attachment:
             if self.trunk.replaced:
                 raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
             self._changed()
-            self._anatomies.clear()
+            self._specs.clear()
             self._prefixes.clear()
             self._decodes = None
-        decoding = not training and self._keeps_keys(call)
-        refusal = self._prefix_refusal if decoding else self._refusal
-        reason = training or self._exact_audits.refusal() or refusal(call)
+        decoding = not training and self._needs_prefix_cache(call)
+        refuse = self._prefix_refusal if decoding else self._layer_refusal
+        reason = training or self._exact_audits.refusal() or refuse(call)
         reason = reason or self.losses.refusal(call.get("attention_mask"))
         if reason is not None:
             self._bypass(reason, call)
             return own(*args, **kwargs)
 
         def answer() -> Any:
-            return self._decode(call) if decoding else self._answer(call)
+            return self._answer_from_prefixes(call) if decoding else self._answer_from_layers(call)
 
         def uncached() -> Any:
             self._bypass(str(self._exact_audits.refusal()), call)
@@ -262,250 +253,147 @@ class Attachment:
 
         return self._exact_audits.answered(answer, uncached)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        bound = self._signature.bind(*args, **kwargs)
-        call: Call = {}
-        for name, value in bound.arguments.items():
-            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                call |= value
-            else:
-                call[name] = value
-        return {name: value for name, value in call.items() if value is not None or not self._is_unset_by_none(name)}
-
-    def _is_unset_by_none(self, name: str) -> bool:
-        """Return whether an argument of None is the same as leaving it out."""
-        parameter = self._signature.parameters.get(name)
-        return parameter is None or parameter.default in (None, inspect.Parameter.empty)
-
     def _in_training(self) -> str:
-        """Reason why the model is not deterministic (training mode of a module); "" if it is."""
+        """Return the reason why the model is not deterministic (a module in training mode); "" if it is."""
         if self.trunk.module.training:
             return "the model is in training mode"
-        part = self._watch.in_training()
+        path = self._watch.in_training()
         return (
-            f"a part of the model is in training mode ({part}), so that its results differ from call to call"
-            if part
+            f"a part of the model is in training mode ({path}), so that its results differ from call to call"
+            if path
             else ""
         )
 
-    def _refusal(self, call: Call) -> str | None:
-        """The reason why the layers are not cached in this call; None when they are."""
-        reason = refusal(self._asked() | call, self._main)
+    def _layer_refusal(self, call: Call) -> str | None:
+        """Return the reason why this call cannot use the layer banks; None if it can."""
+        reason = refusal(self._parameters.configured_outputs() | call, self._parameters.main)
         if reason is not None:
             return reason
-        found = self._anatomy(call.get("return_dict"))
-        if isinstance(found, str):
-            return found
-        value = call[self._main]
-        return None if value.is_floating_point() else found[0].reach.refusal(value.shape[1])
+        spec_and_banks = self._spec(call.get("return_dict"))
+        if isinstance(spec_and_banks, str):
+            return spec_and_banks
+        value = call[self._parameters.main]
+        return None if value.is_floating_point() else spec_and_banks[0].reach.refusal(value.shape[1])
 
-    def _asked(self) -> Call:
-        """What the model's configuration asks for in every call."""
-        return asked_by(getattr(self.trunk.module, "config", None))
+    # -- prefix cache of a decoder --------------------------------------------------------------------------
 
-    # -- a decoder's beginnings -----------------------------------------------------------------------------
-
-    def _keeps_keys(self, call: Call) -> bool:
-        """Whether this is a call for the beginnings: of a decoder that is to give keys and values, or may."""
+    def _needs_prefix_cache(self, call: Call) -> bool:
+        """Return whether this is a call of a decoder that has to return keys and values, or may return them."""
         if call.get("past_key_values") is not None:
             return True
-        if not (self._takes_cache and self.decodes):
+        if not (self._parameters.takes_cache and self.decodes):
             return False
         return not self._states_only or wants_keys(call, self.trunk.module)
 
     @property
-    def _by_beginnings(self) -> bool:
-        """True if all calls use the prefix cache and none use layer banks."""
-        return self._takes_cache and self.decodes and not self._states_only
+    def _uses_prefixes_only(self) -> bool:
+        """True if all calls use the prefix cache and none use the layer banks."""
+        return self._parameters.takes_cache and self.decodes and not self._states_only
 
     def _prefix_refusal(self, call: Call) -> str | None:
-        prefixes = self._beginnings()
-        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._asked() | call)
+        """Return the reason why this call cannot use the prefix cache; None if it can."""
+        prefixes = self._prefix_cache()
+        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._parameters.configured_outputs() | call)
 
-    def _beginnings(self) -> PrefixCache | str:
-        """What restores beginnings, or why nothing does."""
-        mode = self._mode()
-        if mode not in self._prefixes:
-            assert self._stand_in is not None
-            remove(self._stand_in)  # what is made looks at the model's own forward
-            try:
-                made = self._open_prefixes(mode)
-                self._prefixes[mode] = "prefix_block=0 turns keys and values off" if made is None else made
-            except ConfigError as error:
-                self._prefixes[mode] = str(error)
-            except Exception as error:
-                self._prefixes[mode] = f"to try its beginnings out failed: {explained(error)}"
-            finally:
-                install(self._stand_in)
-        return self._prefixes[mode]
+    def _prefix_cache(self) -> PrefixCache | str:
+        assert self._stand_in is not None
+        return self._prefixes.get(self._mode(), self._stand_in)
 
-    def _decode(self, call: Call) -> Any:
-        prefixes = self._beginnings()
+    def _answer_from_prefixes(self, call: Call) -> Any:
+        prefixes = self._prefix_cache()
         assert not isinstance(prefixes, str)
-        rows = len(call[self._main])
+        rows = len(call[self._parameters.main])
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
         return prefixes.forward(self._forward, call)
 
     # -- layers ---------------------------------------------------------------------------------------------
 
     def _bypass(self, reason: str, call: Call) -> None:
-        value = call.get(self._main)
+        """Count the rows of a call that the model computes itself, and warn about the reason."""
+        value = call.get(self._parameters.main)
         rows = len(value) if isinstance(value, Tensor) and value.ndim else 1
         self._counters.bypassed += rows
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows
-        self._say(reason)
+        self._warn_once(reason)
 
-    def _say(self, reason: str) -> None:
-        """Warn once of each reason for which calls go to the model itself."""
-        if reason not in self._said:
-            self._said.add(reason)
+    def _warn_once(self, reason: str) -> None:
+        """Log a warning, once for each reason, that a call goes to the model itself."""
+        if reason not in self._warned:
+            self._warned.add(reason)
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
 
     def _mode(self) -> str:
-        """Process-wide settings that change the states, such as autocast."""
+        """Return the process-wide settings that change the states, such as autocast."""
         return running_mode(self._watch.device.type)
 
-    def _anatomy(self, return_dict: bool | None = None) -> tuple[TrunkSpec, LayerBanks] | str:
-        """Structure of this trunk as seen in trials, with its banks; or the reason why its layers cannot be cached.
+    def _spec(self, return_dict: bool | None = None) -> tuple[TrunkSpec, LayerBanks] | str:
+        """Return the structure of this trunk and its banks, or the reason why its layers cannot be cached.
 
-        For the autocast state at hand and this kind of output. The trials leave no trace in the model.
+        The structure is found by trial forwards, once for each running mode and kind of output. They leave no trace
+        in the model.
         """
         module: Any = self.trunk.module
         if return_dict is None:
             return_dict = getattr(getattr(module, "config", None), "return_dict", None)
         mode = self._mode(), return_dict
-        if mode not in self._anatomies:
+        if mode not in self._specs:
             name = type(module).__name__
             try:
-                anatomy = self._tried(return_dict)
-                self._anatomies[mode] = anatomy, self._open_banks(anatomy)
+                spec = self._run_trials(return_dict)
+                self._specs[mode] = spec, self._open_banks(spec)
             except NoSuchLayer as error:
-                self._anatomies[mode] = str(error)
+                self._specs[mode] = str(error)
             except ConfigError as error:
-                self._anatomies[mode] = f"{name} cannot be cached by layers: {error}"
-            except Exception as error:  # a trial is ours, and so is its failure
-                self._anatomies[mode] = f"{name} cannot be cached by layers: a trial failed with {explained(error)}"
-        return self._anatomies[mode]
+                self._specs[mode] = f"{name} cannot be cached by layers: {error}"
+            except Exception as error:  # a failed trial must not end the caller's forward
+                self._specs[mode] = f"{name} cannot be cached by layers: a trial failed with {explained(error)}"
+        return self._specs[mode]
 
-    def _tried(self, return_dict: bool | None) -> TrunkSpec:
-        """Try the trunk out; returns its structure. ConfigError if it cannot be cached; model errors pass through."""
+    def _run_trials(self, return_dict: bool | None) -> TrunkSpec:
+        """Run trial forwards; return the trunk's structure.
+
+        ConfigError when its layers cannot be cached. Errors of the model pass through.
+        """
         module: Any = self.trunk.module
         device = self._watch.device
 
         def first_trial() -> tuple[Call, TrunkSpec]:
-            call = first_call(module, self._main, self._forward, self._takes, device, return_dict)
-            if self._takes_cache:
+            call = first_call(module, self._parameters.main, self._forward, self._parameters.takes, device, return_dict)
+            if self._parameters.takes_cache:
                 self._decodes = gives_keys(self._forward, call)
-            return call, examine(self._blocks, self._forward, call, self._takes_cache, self._choose)
+            return call, examine(self._blocks, self._forward, call, self._parameters.takes_cache, self._choose)
 
-        call, anatomy = without_trace(module, device, first_trial)
-        if self._by_beginnings:
-            return anatomy
+        call, spec = without_trace(module, device, first_trial)
+        if self._uses_prefixes_only:
+            return spec
         trial = LayerTrial(
-            lambda one: self._forward(**one),
-            lambda one, banks, up_to: self._rehearsed(one, anatomy, banks, up_to),
-            call | ({"use_cache": False} if self._takes_cache else {}),
-            self._main,
-            self._choose(anatomy.layers),
-            anatomy.fields,
-            self._takes,
+            lambda arguments: self._forward(**arguments),
+            lambda arguments, banks, up_to: self._trial_answer(arguments, spec, banks, up_to),
+            call | ({"use_cache": False} if self._parameters.takes_cache else {}),
+            self._parameters.main,
+            self._choose(spec.layers),
+            spec.fields,
+            self._parameters.takes,
         )
-        return replace(anatomy, reach=trial.reach(module, vocabulary_of(module)))
+        return replace(spec, reach=trial.reach(module, vocabulary_of(module)))
 
-    def _rehearsed(self, call: Call, anatomy: TrunkSpec, banks: MemoryBanks, up_to: int | None) -> Any:
-        """The answer to a call from banks in memory, which leaves counters and what is said of the last pass alone."""
-        reason = refusal(call, self._main)
+    def _trial_answer(self, call: Call, spec: TrunkSpec, banks: MemoryBanks, up_to: int | None) -> Any:
+        """Return the answer to a call from banks in memory. Counters, `entered` and `entries` do not change."""
+        reason = refusal(call, self._parameters.main)
         if reason is not None:
             raise ConfigError(reason)
-        rehearsal = object.__new__(type(self))
-        rehearsal.__dict__.update(self.__dict__)
-        rehearsal._counters, rehearsal.up_to = Counters(), up_to
-        return rehearsal._answer_from(call, anatomy, banks)
+        return self._reuse(Counters(), up_to).answer(call, spec, banks)
 
-    def _takes(self, name: str) -> bool:
-        parameters = self._signature.parameters
-        return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    def _answer_from_layers(self, call: Call) -> Any:
+        spec_and_banks = self._spec(call.get("return_dict"))
+        assert not isinstance(spec_and_banks, str), "such a call is refused"
+        reuse = self._reuse(self._counters, self.up_to)
+        try:
+            return reuse.answer(call, *spec_and_banks)
+        finally:
+            if reuse.entered is not None:  # else the call failed before any row was computed
+                self.entered, self.entries = reuse.entered, reuse.entries
 
-    def _answer(self, call: Call) -> Any:
-        found = self._anatomy(call.get("return_dict"))
-        assert not isinstance(found, str), "such a call is refused"
-        return self._answer_from(call, *found)
-
-    def _answer_from(self, call: Call, anatomy: TrunkSpec, banks: LayerBanks | MemoryBanks) -> Any:
-        """The output for all rows of a call. banks: of a store, or in memory for a trial."""
-        rows = input_rows(call, self._main)
-        mode = self._mode()
-        distinct, first = first_occurrences(banks.keys(banks.layers[-1], rows, mode))
-        if not len(distinct):
-            self.entered, self.entries = np.zeros(0, np.int64), []
-            return self._forward(**call)
-        found = banks.find(rows, distinct, mode, self.up_to)
-        if isinstance(banks, LayerBanks):
-            audit_states(found, rows, distinct, banks, mode, self._states)
-        parts: list[tuple[NDArray[np.int64], Any]] = []
-        for enter in np.unique(found.enter).tolist():
-            group = np.flatnonzero(found.enter == enter)
-            parts.append((distinct[group], self._run(rows, distinct, found, group, anatomy, banks)))
-        place = np.searchsorted(distinct, first)
-        self.entered, self.entries = found.enter[place], [found.entries[i] for i in place.tolist()]
-        return merged(parts, first, rows, anatomy)
-
-    def _run(
-        self,
-        rows: InputRows,
-        distinct: NDArray[np.int64],
-        found: LayerMatches,
-        group: NDArray[np.int64],
-        anatomy: TrunkSpec,
-        banks: LayerBanks | MemoryBanks,
-    ) -> Any:
-        """Compute the rows of a group, which all enter at one layer, and keep what the layers with banks give."""
-        enter, chosen = int(found.enter[group[0]]), distinct[group]
-        whole = len(group) == len(rows) and enter == 0  # nothing to gain from another shape
-        width = rows.tokens if whole or rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        one = PartialForward(enter=enter)
-        if self.up_to is None:
-            one.keep = frozenset(layer for layer in banks.kept if layer >= enter)
-        if enter:
-            one.state = self._padded([found.states[i] for i in group.tolist()], width, anatomy)
-        began = time.perf_counter()
-        output = self._blocks.run(one, self._forward, rows.some(chosen, width))
-        # sound of another length may change the width of what a layer gives; a bank holds one width
-        fitting = {layer: state for layer, state in one.kept.items() if state.shape[-1] == anatomy.width}
-        kept = {layer: state.detach().float().cpu().numpy() for layer, state in fitting.items()}
-        seconds = time.perf_counter() - began
-        self._counters.model_seconds += seconds
-        self._keep(rows, chosen, kept, seconds / max(1, anatomy.layers - enter), enter, banks)
-        return output
-
-    @torch.no_grad()
-    def _states(self, rows: InputRows, chosen: NDArray[np.int64], layers: frozenset[int]) -> dict[int, Tensor]:
-        """States of some rows at these layers, computed from the start: [chosen, tokens, width] for each layer."""
-        width = None if rows.tokens is None else max(1, int(rows.ends[chosen].max()))
-        states = PartialForward(keep=layers)
-        self._blocks.run(states, self._forward, rows.some(chosen, width))
-        return states.kept
-
-    def _padded(self, states: Sequence[NDArray[np.float32] | None], width: int | None, anatomy: TrunkSpec) -> Tensor:
-        known = [state for state in states if state is not None]
-        table = np.zeros((len(known), len(known[0]) if width is None else width, anatomy.width), np.float32)
-        for place, state in zip(table, known, strict=True):
-            place[: len(state)] = state
-        return torch.from_numpy(table).to(self._watch.device, anatomy.dtype)
-
-    def _keep(
-        self,
-        rows: InputRows,
-        chosen: NDArray[np.int64],
-        kept: dict[int, NDArray[np.float32]],
-        seconds: float,
-        enter: int,
-        banks: LayerBanks | MemoryBanks,
-    ) -> None:
-        """seconds: of one layer, for all rows together."""
-        ends = np.ones(len(chosen), np.int64) if rows.tokens is None else rows.ends[chosen]
-        full = np.flatnonzero(ends)  # a row without tokens has no state worth keeping
-        for layer, table in kept.items():
-            states = [table[i] if rows.tokens is None else table[i, : ends[i]] for i in full.tolist()]
-            cost = ends[full] * (seconds * (layer + 1 - enter) / max(1, ends.sum()))
-            banks.put(layer, rows, chosen[full], states, cost.astype(np.float32), self._mode(), self.asked)
+    def _reuse(self, counters: Counters, up_to: int | None) -> LayerReuse:
+        main = self._parameters.main
+        return LayerReuse(self._blocks, self._forward, main, self._watch, counters, up_to=up_to, asked=self.asked)

@@ -1,8 +1,8 @@
-"""Passes through a trunk that enter at any layer: its blocks are skipped until then, and their states recorded.
+"""Partial forwards of a trunk: skip the blocks before any layer, and record states.
 
-A forward hook cannot skip a module, so while `LayerStack` is in place every block's `forward` is a stand-in, which
-calls the block's own unless the pass at hand begins later. All that a model does around its layers (embeddings,
-masks, positions, final norm, pooler) is done by the model itself.
+A forward hook cannot skip a module. So while a `LayerStack` is installed, the `forward` of every block is a stand-in,
+which calls the block's own forward unless the current pass enters at a later layer. The model itself computes
+everything around its layers: embeddings, masks, positions, final norm, pooler.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from llmcache.model.forward_patch import StandIn, install, remove
 from llmcache.model.trial import Reach
 
 Place: TypeAlias = int | str
-"""Of an argument: its position, or its name."""
+"""Position or name of an argument, or of a part of an output."""
 
 
 class NoSuchLayer(ConfigError):
-    """The settings name a layer that the model does not have."""
+    """Error: the settings name a layer that the model does not have."""
 
 
 @dataclass(slots=True)
 class PartialForward:
-    """One forward pass. enter: number of the first layer that is computed; the one before gives `state`.
+    """One forward pass that may enter at a later layer.
 
-    keep: layers whose states are wanted, in `kept` afterwards. number: of the next layer.
+    enter: number of the first layer that is computed. state: output state of the layer before it.
+    keep: layers whose states are recorded. kept: the recorded states, by layer. number: of the next layer.
+    trace: if a list, it receives positional arguments, keyword arguments and result of every block that is run.
     """
 
     enter: int = 0
@@ -45,11 +47,13 @@ class PartialForward:
 
 @dataclass(frozen=True, slots=True)
 class LayerSignature:
-    """What a block returns: its state alone, or a tuple that begins with it.
+    """Form of a block's call and result: a state alone, or a tuple whose first part is the state.
 
-    state: which argument is the state that comes in. others: of each further part of the tuple, the argument that it
-    is (handed through), or None where the block makes it. made: whether there is such a one; the block then runs even
-    when it is skipped, on one row if what it makes has no rows.
+    state: argument that is the input state. single: True if the result is the state alone.
+    others: for each further part of the tuple the argument that the block passes through, or None for another value.
+    constants: for each further part its value if it is no tensor, else None.
+    made: True if the block computes one of these parts as a tensor; then it runs even where it is skipped.
+    one_row: True if no such tensor has one entry per row; then the block runs on one row.
     """
 
     state: Place
@@ -61,15 +65,15 @@ class LayerSignature:
 
 
 class _Running(threading.local):
-    """The pass that each thread runs; None where it runs none."""
+    """Current pass of each thread; None where the thread runs none."""
 
     now: PartialForward | None = None
 
 
 class LayerStack:
-    """The blocks of a trunk with stand-ins for their forwards, from `replace` to `restore`.
+    """Blocks of a trunk, with stand-ins for their forwards from `replace` to `restore`.
 
-    A pass belongs to the thread that runs it: in all other threads the blocks compute as they always do.
+    A pass belongs to the thread that runs it. In all other threads the blocks compute as usual.
     """
 
     def __init__(self, blocks: Sequence[Module]) -> None:
@@ -79,18 +83,20 @@ class LayerStack:
         self._running = _Running()
 
     def replace(self) -> None:
+        """Install the stand-ins."""
         self._stand_ins = [StandIn(block, self._answer) for block in self._blocks]
         for stand_in in self._stand_ins:
             install(stand_in)
 
     def restore(self) -> None:
+        """Remove the stand-ins."""
         for stand_in in self._stand_ins:
             remove(stand_in)
         self._stand_ins = []
 
-    def run(self, one: PartialForward, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
-        """What the trunk's own `forward` gives for this call, with the layers before `one.enter` skipped."""
-        before, self._running.now = self._running.now, one
+    def run(self, partial: PartialForward, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
+        """Run the trunk's own `forward` with the layers before `partial.enter` skipped; returns its output."""
+        before, self._running.now = self._running.now, partial
         try:
             return forward(**call)
         finally:
@@ -98,30 +104,31 @@ class LayerStack:
 
     def _answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run or skip a block in this thread's current pass."""
-        one = self._running.now
-        if one is None:
+        partial = self._running.now
+        if partial is None:
             return own(*args, **kwargs)
-        number = one.number
-        one.number += 1
-        if number < one.enter:
-            return self._skipped(one, number, own, args, kwargs)
+        number = partial.number
+        partial.number += 1
+        if number < partial.enter:
+            return self._skipped(partial, number, own, args, kwargs)
         result = own(*args, **kwargs)
-        if one.trace is not None:
-            one.trace.append((args, kwargs, result))
-        if number in one.keep:
-            one.kept[number] = _tensor(state_of(result)).clone()  # some models go on with it in place
+        if partial.trace is not None:
+            partial.trace.append((args, kwargs, result))
+        if number in partial.keep:
+            partial.kept[number] = _tensor(state_of(result)).clone()  # some models then change the state in place
         return result
 
     def _skipped(
         self,
-        one: PartialForward,
+        partial: PartialForward,
         number: int,
         own: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
+        """Return a result in the form of this block's, with the stored state or the unchanged input state."""
         form = self.forms[number]
-        state = one.state if number == one.enter - 1 else _at(form.state, args, kwargs)
+        state = partial.state if number == partial.enter - 1 else _at(form.state, args, kwargs)
         if form.single:
             return state
         if form.made:
@@ -135,22 +142,22 @@ class LayerStack:
 
 
 def state_of(result: Any) -> Tensor:
-    """The state in what a block returned."""
+    """Return the state in a block's result."""
     state: Tensor = result[0] if isinstance(result, tuple) else result
     return state
 
 
 def _tensor(state: Any) -> Tensor:
-    """The state itself; ConfigError when it is no tensor."""
+    """Return the state itself; ConfigError when it is no tensor."""
     if isinstance(state, Tensor):
         return state
     raise ConfigError(f"a layer gives a {type(state).__name__}, not a tensor [rows, tokens, width]")
 
 
 def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows: int) -> LayerSignature:
-    """How to stand in for a block that was called like this, with `rows` rows, and returned that.
+    """Derive the form of a block from one call with `rows` rows: its arguments and its result.
 
-    ConfigError when its state is not [rows, tokens, width].
+    ConfigError when the state is not a tensor [rows, tokens, width].
     """
     state = state_of(result)
     places: list[Place] = [*range(len(args)), *kwargs]
@@ -158,17 +165,17 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
         shape = "nested" if getattr(state, "is_nested", False) else list(getattr(state, "shape", ()))
         raise ConfigError(
             f"a layer gives {type(state).__name__} {shape} for {rows} rows, not [rows, tokens, width]; its states "
-            "cannot be kept"
+            "cannot be stored"
         )
     into = next(
-        (one for one in places if getattr(_at(one, args, kwargs), "shape", None) == state.shape),
+        (place for place in places if getattr(_at(place, args, kwargs), "shape", None) == state.shape),
         0 if args else "hidden_states",
     )
     if not isinstance(result, tuple):
         return LayerSignature(into, True)
     others, constants, made, one_row = [], [], False, True
     for part in result[1:]:
-        origin = next((one for one in places if part is not None and _at(one, args, kwargs) is part), None)
+        origin = next((place for place in places if part is not None and _at(place, args, kwargs) is part), None)
         others.append(origin)
         constants.append(None if isinstance(part, Tensor) else part)
         if origin is None and isinstance(part, Tensor):
@@ -191,10 +198,12 @@ def _first_row(value: Any, rows: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TrunkSpec:
-    """What a trial showed of a trunk, under the autocast state and on the device of the trial.
+    """Structure of a trunk as a trial found it, under the autocast state and on the device of the trial.
 
-    dtype, width: of the states. decodes: it returns keys and values unless told not to. fields: of the outputs that it
-    returns, "tokens" for [rows, tokens, ...] and "rows" for [rows, ...]. reach: how long rows may be.
+    layers: their number. width, dtype: of the states.
+    decodes: True if the trunk returns keys and values when they are requested.
+    fields: kind of each part of the output, "tokens" for [rows, tokens, ...] and "rows" for [rows, ...].
+    reach: up to which length of rows the trials passed.
     """
 
     layers: int
@@ -213,12 +222,13 @@ def examine(
     use_cache: bool,
     choose: Callable[[int], Sequence[int]],
 ) -> TrunkSpec:
-    """Run a trial through a trunk whose blocks are replaced, and learn what stands in for each of them.
+    """Run a trial forward through a trunk whose blocks are replaced; sets `blocks.forms` and returns the structure.
 
-    Entering after a layer that is to have a bank, with its state, must give what the full pass gives, bit for bit;
-    ConfigError when it does not, so that no model is cached whose later layers see more than the state. Nor one for
-    which it makes a difference whether hidden tokens at the end are there: rows are cut to what is visible.
-    use_cache: whether the trunk's forward takes such an argument. choose: which layers have banks, of how many.
+    call: arguments of the trial, the main input first. use_cache: True if the trunk's forward has this parameter.
+    choose: returns the layers that have banks, given the number of layers.
+    ConfigError when entering after a layer with a bank does not give the output of the full pass, bit for bit: later
+    layers then depend on more than the state. Also when hidden tokens at the end of a row change the output, since
+    rows are cut to their visible tokens.
     """
     rows = len(next(iter(call.values())))
     decodes = use_cache and gives_keys(forward, call)
@@ -227,7 +237,9 @@ def examine(
     whole = blocks.run(full, forward, call)
     assert full.trace is not None
     if not full.trace:
-        raise ConfigError("its forward does not run the layers that were found; name the list of those it runs: stack=")
+        raise ConfigError(
+            "its forward does not run the layers that were found; name the list of layers that it runs: stack="
+        )
     blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
     fields = _fields(whole, _cut_short(blocks, forward, call, whole), rows)
     states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
@@ -236,25 +248,25 @@ def examine(
         if not main.is_floating_point() and state.shape[1] != main.shape[1]:
             raise ConfigError(
                 f"its layer {layer} gives states of {state.shape[1]} positions for {main.shape[1]} tokens: it pads, "
-                "adds or leaves out tokens, so states cannot be told apart by tokens"
+                "adds or leaves out tokens, so states cannot be assigned to tokens"
             )
     for layer, state in states.items():
         again = blocks.run(PartialForward(enter=layer + 1, state=state), forward, call)
         if not same(again, whole):
             raise ConfigError(
-                f"what the model gives depends on more than the state of its layer {layer} (of {len(blocks.forms)}): "
-                "entering after it gives something else, so its layers cannot be reused"
+                f"its output depends on more than the state of its layer {layer} (of {len(blocks.forms)}): entering "
+                "after this layer changes the output, so its layers cannot be reused"
             )
-    kinds = {(one.shape[-1], one.dtype) for one in states.values()}
+    kinds = {(state.shape[-1], state.dtype) for state in states.values()}
     if len(kinds) != 1:
         seen = ", ".join(sorted(f"{width} {dtype}" for width, dtype in kinds)) or "none was chosen"
-        raise ConfigError(f"the layers to keep give states of different kinds ({seen}); choose layers of one kind")
+        raise ConfigError(f"the layers with banks give states of different kinds ({seen}); choose layers of one kind")
     [(width, dtype)] = kinds
     return TrunkSpec(len(blocks.forms), width, dtype, decodes, fields)
 
 
 def parts_of(output: Any) -> dict[Place, Any]:
-    """What a trunk returned, by name or place: of a ModelOutput, a tuple, or a tensor."""
+    """Return the parts of a trunk's output (a ModelOutput, a tuple, or a tensor) by name or position."""
     if isinstance(output, Tensor):
         return {0: output}
     if isinstance(output, Mapping):
@@ -263,7 +275,7 @@ def parts_of(output: Any) -> dict[Place, Any]:
 
 
 def gives_keys(forward: Callable[..., Any], call: Mapping[str, Any]) -> bool:
-    """Return whether a forward returns keys and values when it is asked for them; it may fail to, as encoders do."""
+    """Return whether a forward returns keys and values with use_cache=True; False if it fails, as encoders may."""
     try:
         output = forward(**{**call, "use_cache": True})
     except Exception:
@@ -272,51 +284,55 @@ def gives_keys(forward: Callable[..., Any], call: Mapping[str, Any]) -> bool:
 
 
 def _cut_short(blocks: LayerStack, forward: Callable[..., Any], call: dict[str, Any], whole: Any) -> Any:
-    """What the trunk gives for fewer tokens; `whole` itself where the call has none, such as images."""
+    """Return the trunk's output for rows without their last two tokens; `whole` where the input has no tokens.
+
+    ConfigError when the output differs from the output for the full rows with these tokens hidden by the mask.
+    whole: output for the full rows.
+    """
     ids = next(iter(call.values()))
     if ids.is_floating_point():
         return whole
-    some = ids.shape[1] - 2
+    length = ids.shape[1] - 2
     short = blocks.run(
-        PartialForward(), forward, {k: v[:, :some] if isinstance(v, Tensor) else v for k, v in call.items()}
+        PartialForward(), forward, {k: v[:, :length] if isinstance(v, Tensor) else v for k, v in call.items()}
     )
     if "attention_mask" in call:
         mask = call["attention_mask"].clone()
-        mask[:, some:] = 0
+        mask[:, length:] = 0
         padded = parts_of(blocks.run(PartialForward(), forward, {**call, "attention_mask": mask}))
         for place, part in parts_of(short).items():
             other = padded[place]
             if not isinstance(part, Tensor) or not isinstance(other, Tensor):
                 continue
-            if part.ndim > 1 and part.shape[1:2] == (some,) and other.shape[1:2] == (ids.shape[1],):
-                other = other[:, :some]
+            if part.ndim > 1 and part.shape[1:2] == (length,) and other.shape[1:2] == (ids.shape[1],):
+                other = other[:, :length]
             far = float((part - other).abs().nan_to_num().max())
             if far > torch.finfo(part.dtype).eps ** 0.5 * max(1.0, float(part.abs().nan_to_num().max())):
                 raise ConfigError(
-                    f"what the model gives as {place!r} depends on tokens that its attention_mask hides (by "
-                    f"{far:.2g}), so rows of different lengths cannot be taken apart and its layers cannot be reused"
+                    f"its output {place!r} depends on tokens that its attention_mask hides (by {far:.2g}), so rows "
+                    "of different lengths cannot be separated and its layers cannot be reused"
                 )
     return short
 
 
 def _fields(output: Any, short: Any, rows: int) -> dict[Place, str]:
-    """short: the output for fewer tokens."""
+    """Return the kind of each part of an output, see `TrunkSpec`. short: the output for fewer tokens."""
     fields: dict[Place, str] = {}
     shorter = parts_of(short)
     for place, part in parts_of(output).items():
         if part is None:
             continue
         if not isinstance(part, Tensor) or part.shape[:1] != (rows,):
-            raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be put together from rows")
+            raise ConfigError(f"it returns {type(part).__name__} as {place!r}, which cannot be merged from rows")
         other = shorter[place].shape
         if part.shape != other and (part.shape[:1], part.shape[2:]) != (other[:1], other[2:]):
-            raise ConfigError(f"it returns {place!r} of {list(part.shape)}, which cannot be put together from rows")
+            raise ConfigError(f"it returns {place!r} of {list(part.shape)}, which cannot be merged from rows")
         fields[place] = "rows" if part.shape == other else "tokens"
     return fields
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two outputs are equal, bit for bit; NaN is equal to itself."""
+    """Return whether two outputs are equal, bit for bit; NaN counts as equal to NaN."""
     mine, theirs = parts_of(one), parts_of(other)
     return mine.keys() == theirs.keys() and all(
         torch.equal(torch.nan_to_num(a), torch.nan_to_num(theirs[place])) if isinstance(a, Tensor) else True

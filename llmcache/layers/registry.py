@@ -1,4 +1,4 @@
-"""The layers of the models that a cache attaches: their identities, their banks, and who is attached."""
+"""Attachments of a cache's models, with the banks of their layers and the identities that enter the keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import Module
 
+from llmcache.arrays import Floats32
 from llmcache.banks.device_cache import levels_of
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
@@ -35,11 +36,11 @@ from llmcache.model.locks import CallLock
 log = logging.getLogger("llmcache")
 
 PREFIX = "prefix"
-"""Name of the bank of a decoder's keys and values."""
+"""Name of the bank with a decoder's keys and values."""
 
 
 class Layers:
-    """Attachments of one cache. Models of one namespace share the bank of a layer; its keys tell them apart."""
+    """Attachments of one cache. The models of a namespace share the bank of a layer; keys tell their entries apart."""
 
     def __init__(
         self,
@@ -50,17 +51,22 @@ class Layers:
         lock: CallLock,
         is_open: Callable[[], bool],
     ) -> None:
-        """lock: of the cache's calls. is_open: whether the cache is open."""
+        """storing: writes entries. secret: of the namespace. lock: of the cache's calls.
+
+        is_open: returns True while the cache is open.
+        """
         self._lock, self._is_open = lock, is_open
-        self._known: Digests = {}  # models that are attached may have tensors in common
+        self._known: Digests = {}  # shared: attached models may have tensors in common
         self._config, self._namespace, self.storing, self.secret = config, namespace, storing, secret
         self._attachments: WeakKeyDictionary[Module, Attachment] = WeakKeyDictionary()
 
     def _check_dtype(self, trunk: Module) -> None:
-        """ConfigError for a trunk of another dtype than the namespace's model, since the first bank decides for all."""
+        """Raise ConfigError for a trunk of another dtype than the namespace's model: banks have one dtype."""
         space = self.storing.store.namespace(self._namespace)
         expected = str(space.identity.get("dtype", "")) if space is not None else ""
-        dtypes = {str(one.dtype).removeprefix("torch.") for one in trunk.parameters() if one.is_floating_point()}
+        dtypes = {
+            str(weight.dtype).removeprefix("torch.") for weight in trunk.parameters() if weight.is_floating_point()
+        }
         if self._config.dtype == "auto" and dtypes and expected and not dtypes & set(expected.split("+")):
             raise ConfigError(
                 f"its weights are {', '.join(sorted(dtypes))}, those that the namespace was made with are {expected}; "
@@ -68,11 +74,14 @@ class Layers:
             )
 
     def attachment(self, model: Module, stack: str | None = None) -> Attachment:
-        """The attachment of a model, made once."""
+        """Return the attachment of a model, made on the first call.
+
+        stack: name of the model's list of layers; None finds it. ConfigError when the model cannot be attached.
+        """
         refuse_compiled(model)
         trunk = find_trunk(model, stack)
         known = self._attachments.get(trunk.module)
-        if known is None or known.trunk.blocks != trunk.blocks:  # other layers were named, or put in their place
+        if known is None or known.trunk.blocks != trunk.blocks:  # another stack was named, or its layers were replaced
             if known is not None and known.active:
                 raise ConfigError(
                     f"this {type(trunk.module).__name__} is attached with its layers {known.trunk.stack!r}; leave that "
@@ -85,18 +94,21 @@ class Layers:
         return known
 
     def watch(self, model: Module, tokenizer: Any = None) -> ModelWatch:
-        """The description of a model whose results are kept, and what says whether it still holds."""
+        """Return a watch that describes a model whose results are stored, and detects its changes."""
         return ModelWatch(model, tokenizer, self.storing, self._known)
 
     def attachment_at(self, trunk: Trunk, watch: ModelWatch, layers: str | tuple[int, ...]) -> Attachment:
-        """A new attachment, with banks at these layers. watch: of the trunk's module."""
-        keeper = _TrunkIdentity(watch)
+        """Return a new attachment, with banks at these layers ("output", "all", or numbers).
+
+        watch: of the trunk's module.
+        """
+        identity = _TrunkIdentity(watch)
         return Attachment(
             trunk,
-            lambda anatomy: self._banks(trunk.module, keeper, chosen_layers(layers, anatomy.layers), anatomy),
+            lambda spec: self._open_banks(trunk.module, identity, chosen_layers(layers, spec.layers), spec),
             lambda count: chosen_layers(layers, count),
-            keeper.renew,
-            lambda mode: self._prefixes(trunk.module, keeper, mode),
+            identity.renew,
+            lambda mode: self._open_prefixes(trunk.module, identity, mode),
             self.storing.counters,
             self.storing.exact_audits,
             watch,
@@ -105,7 +117,8 @@ class Layers:
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
-    def _prefixes(self, trunk: Module, keeper: _TrunkIdentity, mode: str) -> PrefixCache | None:
+    def _open_prefixes(self, trunk: Module, identity: _TrunkIdentity, mode: str) -> PrefixCache | None:
+        """Make the prefix cache of a trunk for a running mode; None when prefix caching is off."""
         if not self._config.prefix_block:
             return None
         self._check_dtype(trunk)
@@ -113,91 +126,100 @@ class Layers:
         dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
         bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
         device = next(trunk.parameters()).device
-        made = PrefixCache(
+        prefixes = PrefixCache(
             trunk,
             bank,
-            keeper.digest(mode),
+            identity.digest(mode),
             self.storing.put,
             self.storing.worth(bank, PREFIX),
             secret=self.secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
-            evidence=self.storing.exact_audits.evidence(bank, PREFIX, trunk, keeper.digest(mode)),
+            evidence=self.storing.exact_audits.evidence(bank, PREFIX, trunk, identity.digest(mode)),
         )
-        made.counters = self.storing.counters.prefix
-        return made
+        prefixes.counters = self.storing.counters.prefix
+        return prefixes
 
     def bank(self, name: str, facts: BankFacts) -> Bank:
-        """The bank of this name; an empty one with these facts where there is none."""
+        """Return the bank of this name, or a new one with these facts if there is none."""
         return self.storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
 
-    def _banks(self, trunk: Module, keeper: _TrunkIdentity, layers: tuple[int, ...], anatomy: TrunkSpec) -> LayerBanks:
+    def _open_banks(
+        self, trunk: Module, identity: _TrunkIdentity, layers: tuple[int, ...], spec: TrunkSpec
+    ) -> LayerBanks:
+        """Open the banks of these layers of a trunk; ConfigError when its dtype or width does not fit them."""
         config = self._config
         self._check_dtype(trunk)
         embedding: Any = token_embedding(trunk) if config.reuse == "layer" else None
         width = 0 if embedding is None else feature_width(embedding, config.fingerprint)
-        floats = (one.dtype for one in trunk.parameters() if one.is_floating_point())
-        # autocast may give other states than the weights are; one bank has to hold both
-        wide = torch.promote_types(next(floats, anatomy.dtype), anatomy.dtype)
+        floats = (weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
+        # under autocast states may have another dtype than the weights; one bank has to store both
+        wide = torch.promote_types(next(floats, spec.dtype), spec.dtype)
         own = str(wide).removeprefix("torch.")
         if wide == torch.float64 and config.dtype == "auto":
             raise ConfigError(
-                "its states are float64, and banks hold float32 at most: run the model in float32, or say with "
-                'CacheConfig(dtype="float32") that stored states may be rounded'
+                "its states are float64, and banks store float32 at most: run the model in float32, or allow rounding "
+                'with CacheConfig(dtype="float32")'
             )
-        facts = BankFacts(own if config.dtype == "auto" else config.dtype, anatomy.width, 2, width)
+        facts = BankFacts(own if config.dtype == "auto" else config.dtype, spec.width, 2, width)
 
-        def features_of(tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+        def features_of(tokens: Sequence[NDArray[np.int32]]) -> Floats32:
             if embedding is None:
                 return np.zeros((len(tokens), 0), np.float32)
             return features(embedding, tokens, config.fingerprint)
 
         def open_bank(layer: int) -> Bank:
             store = self.storing.store
-            return _fitting(store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer)
+            return _checked_bank(
+                store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer
+            )
 
-        return LayerBanks(layers, open_bank, keeper.up_to, self.storing, self.secret, features_of, trunk)
+        return LayerBanks(layers, open_bank, identity.up_to, self.storing, self.secret, features_of, trunk)
 
 
-def _fitting(bank: Bank, facts: BankFacts, layer: int) -> Bank:
-    found = bank.facts
-    if (found.dtype, found.width, found.feature_width) == (facts.dtype, facts.width, facts.feature_width):
+def _checked_bank(bank: Bank, facts: BankFacts, layer: int) -> Bank:
+    """Return the bank; ConfigError when it has another dtype or width than `facts`."""
+    stored = bank.facts
+    if (stored.dtype, stored.width, stored.feature_width) == (facts.dtype, facts.width, facts.feature_width):
         return bank
     raise ConfigError(
-        f"the bank of layer {layer} holds {found.dtype} states of width {found.width} with {found.feature_width} "
+        f"the bank of layer {layer} holds {stored.dtype} states of width {stored.width} with {stored.feature_width} "
         f"features, this model's would be {facts.dtype} of width {facts.width} with {facts.feature_width}; use "
         "another namespace"
     )
 
 
 class _TrunkIdentity:
-    """The identity of an attached trunk, which is another one whenever the model has changed."""
+    """Identity of an attached trunk, renewed whenever the model has changed."""
 
     def __init__(self, watch: ModelWatch) -> None:
         self._watch, self._identity = watch, watch.identity()
 
     def digest(self, mode: str) -> bytes:
-        """Digest of everything that decides the trunk's output. mode: see `numerics.running_mode`."""
+        """Return the digest of everything that decides the trunk's output. mode: see `running_mode`."""
         return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
 
     def up_to(self, layer: int) -> bytes:
-        """Digest of everything that decides a layer's output."""
-        layers = len(self._identity.layers)  # fewer than there are where a block is used again and again
+        """Return the digest of everything that decides a layer's output."""
+        layers = len(self._identity.layers)  # fewer than the layers that run where a block is used several times
         return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
 
     def renew(self) -> None:
-        """Take over the identity of the model as it is now, under which nothing of what it was is found."""
+        """Take the identity of the model as it is now. Entries of its former states are no longer found."""
         identity, changes = self._watch.identity(), self._watch.changes()
         if identity.digest != self._identity.digest:
             log.warning(
-                "the attached model has changed: only what it gave in this form is reused (%s)",
-                changes or "it is as it was at first",
+                "the attached model has changed: only results of the model as it is now are reused (%s)",
+                changes or "it is as it was first",
             )
         self._identity = identity
 
 
 def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Numbers of the layers that have banks, of `count`; ConfigError for one that is not there."""
+    """Return the numbers of the layers that have banks, of `count` layers.
+
+    layers: "output" for the last one, "all", or numbers. `NoSuchLayer` (a ConfigError) for a number that is too large.
+    """
     if layers == "output":
         return (count - 1,)
     if isinstance(layers, str):

@@ -1,4 +1,4 @@
-"""Trials of a model whose layers are to be cached: what entering at a layer gives, beside what the model gives."""
+"""Trials of a model before its layers are cached: compare answers from stored states with the model's own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
+from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
-from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.rows import Keys, Rows
 from llmcache.layers.layer_banks import LayerMatches
 from llmcache.layers.partial_forward import Place, parts_of
 from llmcache.model.inputs import Call, InputRows
@@ -36,36 +36,36 @@ Forward = Callable[[Call], Any]
 
 
 class MemoryBanks:
-    """Layer banks of a trial, in memory: what `LayerBanks` answers from a store."""
+    """Layer banks of a trial, in memory, with the methods of `LayerBanks` that a forward uses."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = self.kept = tuple(sorted(layers))
-        self._states: dict[tuple[int, bytes], NDArray[np.float32]] = {}
+        self._states: dict[tuple[int, bytes], Floats32] = {}
 
     def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
         seed = f"{layer} {rows.signature} {mode} ".encode()
         digests = b"".join(hashlib.sha256(seed + content).digest()[:16] for content in rows.content)
         return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
-    def find(self, rows: InputRows, chosen: NDArray[np.int64], mode: str, up_to: int | None = None) -> LayerMatches:
+    def find(self, rows: InputRows, chosen: Rows, mode: str, up_to: int | None = None) -> LayerMatches:
         n = len(chosen)
-        found = LayerMatches(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
+        matches = LayerMatches(np.zeros(n, np.int64), [None] * n, np.zeros(n), [""] * n, np.full(n, -1))
         for layer in self.layers:
             if up_to is not None and layer > up_to:
                 continue
             for place, key in enumerate(self.keys(layer, rows, mode)[chosen]):
                 state = self._states.get((layer, key.tobytes()))
                 if state is not None:
-                    found.enter[place], found.states[place] = layer + 1, state
-        return found
+                    matches.enter[place], matches.states[place] = layer + 1, state
+        return matches
 
     def put(
         self,
         layer: int,
         rows: InputRows,
-        chosen: NDArray[np.int64],
-        states: Sequence[NDArray[np.float32]],
-        seconds: NDArray[np.float32],
+        chosen: Rows,
+        states: Sequence[Floats32],
+        seconds: Floats32,
         mode: str,
         asked: tuple[str | None, str | None] | None = None,
     ) -> None:
@@ -73,7 +73,7 @@ class MemoryBanks:
             self._states[layer, key.tobytes()] = state
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """Rounding error, in this dtype, of a sum over a state."""
+        """Return the rounding error, in this dtype, of a sum over a state; 0 while nothing is stored."""
         if not self._states:
             return 0.0
         state = next(iter(self._states.values()))
@@ -82,11 +82,12 @@ class MemoryBanks:
 
 
 class LayerTrial:
-    """Trials of one trunk, by calls of rows of several lengths that are answered from states and by the model.
+    """Trials of one trunk: calls with rows of several lengths, answered from stored states and by the model.
 
-    forward: the model's own. answer(call, banks, up_to): the cache's, from these banks and layers up to `up_to`.
-    call: the arguments of every trial beside the main input and what goes with it. fields: of outputs, "tokens" for
-    [rows, tokens, ...] and "rows" for [rows, ...]. takes: whether the forward has an argument of this name.
+    forward: the model's own. answer(call, banks, up_to): the cache's, from the layers of these banks up to `up_to`.
+    call: arguments of every trial; the main input, mask, token types and positions are replaced.
+    main: name of the main input. layers: those with banks. fields: kinds of the outputs, see `TrunkSpec`.
+    takes: returns True if the forward has an argument of this name.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class LayerTrial:
         self._rounding = torch.float32
 
     def reach(self, module: Module, vocabulary: int) -> Reach:
-        """Up to which length the cache gives what the model gives. ConfigError when it does not even for short rows."""
+        """Return up to which length of rows the cache's answers are the model's.
+
+        vocabulary: number of token ids. ConfigError when the answers differ already for short rows.
+        """
         self._rounding = rounding_of(module, self._value.device)
         if self._value.is_floating_point():
             without_trace(module, self._value.device, self._try_images)
@@ -119,9 +123,10 @@ class LayerTrial:
         return explored(BASE_LENGTHS, module, attempt, effort=6)
 
     def _try_length(self, tokens: int, vocabulary: int, thorough: Callable[[], bool]) -> float:
-        """Compare answers for rows of this length and shorter ones; seconds of one forward.
+        """Compare answers for rows of this length and shorter ones. Returns the seconds of one forward.
 
-        thorough: whether there is time for calls without a mask, with padding on the left and holes, and so on.
+        thorough: returns True while there is time for further calls: without a mask, with padding on the left, with
+        holes in the mask, and so on.
         """
         device = self._value.device
         ids = drawn_ids(3, tokens, vocabulary, device)
@@ -158,7 +163,7 @@ class LayerTrial:
         return seconds
 
     def _try_beside(self, name: str, ids: Tensor, mask: Tensor, banks: MemoryBanks, where: str) -> None:
-        """Compare calls with token types, or positions that are not the usual ones, where the model has these."""
+        """Compare calls with token types or unusual positions, if the model has such an argument."""
         if not self._takes(name):
             return
         tokens = ids.shape[1]
@@ -167,13 +172,13 @@ class LayerTrial:
         call = self._with(ids, mask) | {name: values}
         try:
             self._forward(dict(call))
-        except Exception:  # the model has no use for them, and will say so to who gives them
+        except Exception:  # the model refuses this argument, and will do so for any caller
             return
         for _ in range(2):
             self._compare(call, banks, f"{where} with {name}")
 
     def _try_images(self) -> None:
-        """Compare batches of inputs that are no token ids."""
+        """Compare batches of inputs that are no token ids, such as images."""
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(3, *self._value.shape[1:], generator=generator).to(self._value)
         banks = MemoryBanks(self._layers)
@@ -187,13 +192,13 @@ class LayerTrial:
         return call
 
     def _compare(self, call: Call, banks: MemoryBanks, where: str, up_to: int | None = None) -> None:
-        """Answer a call by the model and from the banks; ConfigError when the answers are not the same.
+        """Answer a call by the model and from the banks; ConfigError when the answers differ.
 
-        What the mask hides is not compared, since nothing is known of it.
+        Positions that the mask hides are not compared, since their states are undefined.
         """
-        expected, found = self._forward(dict(call)), self._answer(dict(call), banks, up_to)
-        mine, theirs = parts_of(found), parts_of(expected)
-        if type(found) is not type(expected) or mine.keys() != theirs.keys():
+        expected, answer = self._forward(dict(call)), self._answer(dict(call), banks, up_to)
+        mine, theirs = parts_of(answer), parts_of(expected)
+        if type(answer) is not type(expected) or mine.keys() != theirs.keys():
             raise ConfigError(f"{where} a cache would return {sorted(map(str, mine))}, not {sorted(map(str, theirs))}")
         mask = call.get("attention_mask")
         for place, part in theirs.items():
@@ -203,4 +208,6 @@ class LayerTrial:
             if mask is not None and self._fields.get(place) == "tokens":
                 part, other = part[mask.bool()], other[mask.bool()]
             if difference := unlike(other, part, self._rounding, banks.rounding(self._rounding)):
-                raise ConfigError(f"{where} its {place!r} would be {difference}: the rest of its batch decides it too")
+                raise ConfigError(
+                    f"{where} its {place!r} would be {difference}: it depends on the other rows of a batch"
+                )

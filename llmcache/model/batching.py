@@ -1,4 +1,4 @@
-"""Documents through the model in compacted batches, longest first."""
+"""Run a model on documents in batches of similar length, longest first."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from llmcache.model.async_batch import AsyncBatch
 from llmcache.model.tokens import TokenRows, batch, tokenise
 
 _TOKENS = 2048
-"""In a batch on a CPU: what it computes stays near the processors then. MiniLM, two cores, milliseconds a document of
-256 tokens: 24.8 in batches of 8, 29.6 in batches of 32; of 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32."""
+"""Tokens of a batch on a CPU, so that intermediate results fit into the processor's cache.
+
+Measured with MiniLM on two cores, milliseconds per document of 256 tokens: 24.8 in batches of 8, 29.6 in batches of 32;
+of 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One computed batch. chosen: places in the token rows. outputs: float32 [n, width]. seconds: of the model.
+    """One computed batch.
 
-    vectors: what the model gave, [n, width], on its device.
+    chosen: numbers of its token rows. outputs: float32 [n, width], on the host. seconds: of the model.
+    vectors: the model's own output, [n, width], on its device.
     """
 
     chosen: list[int]
@@ -35,7 +39,7 @@ class Computed:
 
 
 class Model(Protocol):
-    """What computes one vector per document."""
+    """Interface of a model that computes one vector per document."""
 
     @property
     def module(self) -> Module:
@@ -45,16 +49,16 @@ class Model(Protocol):
     def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows: ...
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
-        """Of some of the rows, [chosen, width]."""
+        """Compute the vectors of the chosen rows, [chosen, width], on the model's device."""
         ...
 
     def token_embedding(self) -> torch.Tensor:
-        """[vocabulary, width]."""
+        """Return the token embeddings, [vocabulary, width]."""
         ...
 
 
 class Sentences:
-    """A SentenceTransformer, which gives sentence embeddings."""
+    """A SentenceTransformer, whose vectors are sentence embeddings."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
@@ -69,8 +73,8 @@ class Sentences:
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
         self._model.eval()
         inputs = batch(self._model.tokenizer, self._model.device, rows, chosen)
-        found: torch.Tensor = self._model(inputs, **({"task": role} if role else {}))["sentence_embedding"]
-        return found
+        vectors: torch.Tensor = self._model(inputs, **({"task": role} if role else {}))["sentence_embedding"]
+        return vectors
 
     def token_embedding(self) -> torch.Tensor:
         return token_embedding(self._model)
@@ -78,25 +82,24 @@ class Sentences:
     @property
     def limit(self) -> int | None:
         """Tokens of a text that the model reads; None: all."""
-        found: int | None = self._model.max_seq_length
-        return found
+        limit: int | None = self._model.max_seq_length
+        return limit
 
 
 @torch.inference_mode()
 def compute(
     model: Model, rows: TokenRows, batch_size: int, role: str | None, *, ahead: bool = False
 ) -> Iterator[Computed]:
-    """The vectors of all rows, batch after batch, longest first, as the model gives them.
+    """Compute the vectors of all rows; yields batches, longest rows first.
 
-    On a CPU a batch of long rows has fewer than `batch_size`, which is quicker there.
-
-    ahead: on a GPU, begin the next batch before one is given out, so that it computes while that is looked after.
+    On a CPU a batch of long rows has fewer than `batch_size` rows, which is faster there.
+    ahead: on a GPU, start the next batch before a batch is yielded, so that the GPU works while the caller does.
     """
-    begun: AsyncBatch | None = None
+    started: AsyncBatch | None = None
     on_cpu = model.token_embedding().device.type == "cpu"
     for chosen in batches(rows.lengths, batch_size, _TOKENS if on_cpu else None):
         if ahead and model.token_embedding().device.type == "cuda":
-            last, begun = begun, AsyncBatch(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
+            last, started = started, AsyncBatch(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
             if last is not None:
                 yield Computed(last.chosen, *last.wait())
             continue
@@ -104,13 +107,15 @@ def compute(
         vectors = model.vectors(rows, chosen, role)
         outputs = vectors.float().cpu().numpy()
         yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
-    if begun is not None:
-        yield Computed(begun.chosen, *begun.wait())
+    if started is not None:
+        yield Computed(started.chosen, *started.wait())
 
 
 def batches(lengths: NDArray[np.int64], most: int, tokens: int | None) -> Iterator[list[int]]:
-    """Places of rows of these lengths, longest first, up to `most` at a time; and no more than come to so many tokens
-    with their padding, but for a single longer one.
+    """Yield the numbers of rows in batches, longest rows first.
+
+    lengths: of the rows, in tokens. most: rows of a batch. tokens: limit of a batch with its padding; a single longer
+    row is a batch of its own. None: no limit.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     start = 0
@@ -122,7 +127,7 @@ def batches(lengths: NDArray[np.int64], most: int, tokens: int | None) -> Iterat
 
 
 def token_embedding(model: Module) -> torch.Tensor:
-    """The model's token embeddings, [vocabulary, width]. model: a transformers model, or a SentenceTransformer."""
+    """Return a model's token embeddings, [vocabulary, width]. model: of transformers, or a SentenceTransformer."""
     trunk: Any = getattr(model, "transformers_model", model)
     weight: torch.Tensor = trunk.get_input_embeddings().weight
     return weight

@@ -1,4 +1,4 @@
-"""Models and torch.compile: compiled code would not ask the cache."""
+"""Refuse compiled models, and exclude functions from torch.compile: compiled code would bypass the cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llmcache.errors import ConfigError
 
 
 def refuse_compiled(module: Module) -> None:
-    """ConfigError for a module that is compiled, or has compiled parts."""
-    if hasattr(module, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in module.modules()):
+    """Raise ConfigError for a module that is compiled or has compiled parts."""
+    if hasattr(module, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) for part in module.modules()):
         raise ConfigError(
-            "the model is compiled, and compiled code would not ask the cache; attach the model as it was before "
+            "the model is compiled, and compiled code would bypass the cache; attach the model as it was before "
             "torch.compile (model._orig_mod), and run it uncompiled"
         )
 

@@ -1,4 +1,4 @@
-"""sha256 of tensors, and a memory of it for models whose files have not changed."""
+"""sha256 of tensors, with a cache on disk for models whose files have not changed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 _SETTLED_NS = 100_000_000
-_LIMIT = 64 << 20  # bytes of a file of digests
+_LIMIT = 64 << 20  # bytes that are read of a digest file
 _DIGEST = re.compile("[0-9a-f]{64}")
 _REMEMBERED = 64
-"""Model states whose digests are kept; a file of each is some ten kilobytes."""
+"""Number of model states whose digests are cached; the file of each has some ten kilobytes."""
 
-# arguments of SentenceTransformer under which the weights still are what the folder's files say
+# arguments of SentenceTransformer under which the weights are decided by the folder's files
 _HARMLESS = {
     *("device", "prompts", "default_prompt_name", "cache_folder", "revision", "local_files_only", "token"),
     *("truncate_dim", "similarity_fn_name", "processor_kwargs", "model_kwargs"),
@@ -45,16 +45,17 @@ Digests: TypeAlias = dict[tuple[Any, ...], str]
 def tensor_digests(
     tensors: Mapping[str, Tensor], checksums: Mapping[str, bytes] | None = None, known: Digests | None = None
 ) -> dict[str, str]:
-    """sha256 of each tensor's bytes, in hex. Tied ones are hashed once; at most four are copied at a time.
+    """Return the sha256 of each tensor's bytes, in hexadecimal.
 
-    checksums: of the same tensors (`Contents.checksums`). known: digests of tensors with these checksums, which are not
-    hashed again; filled.
+    Tied tensors are hashed once. At most four tensors are copied at a time.
+    checksums: of the same tensors (`Contents.checksums`). known: digests by contents; tensors with a known digest are
+    not hashed again, and new digests are added.
     """
     known = {} if known is None else known
     if checksums is None:
-        places: dict[str, tuple[Any, ...]] = {name: _place(one) for name, one in tensors.items()}
+        places: dict[str, tuple[Any, ...]] = {name: _place(tensor) for name, tensor in tensors.items()}
     else:
-        places = {name: _contents(one, checksums[name]) for name, one in tensors.items()}
+        places = {name: _contents(tensor, checksums[name]) for name, tensor in tensors.items()}
     largest = sorted(tensors, key=lambda name: -tensors[name].numel())
     distinct = {places[name]: tensors[name] for name in largest if places[name] not in known}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
@@ -63,7 +64,7 @@ def tensor_digests(
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Memory location of a tensor; equal for two live tensors only if they are views of the same numbers."""
+    """Return the memory location of a tensor; equal for two live tensors only if they are views of the same data."""
     if not _is_plain(tensor):
         return (id(tensor),)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -85,29 +86,33 @@ def _tensor_digest(tensor: Tensor) -> str:
         return hashlib.sha256(_raw(tensor)).hexdigest()
     from llmcache.model.description.checksums import parts_of
 
-    return sha(*(part for one in parts_of(tensor) for part in (described(one), bytes(_raw(one))))).hex()
+    return sha(*(field for part in parts_of(tensor) for field in (described(part), bytes(_raw(part))))).hex()
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, on the host: a view if it is there and contiguous, else a copy."""
+    """Return a tensor's bytes in row-major order: a view if it is contiguous on the host, else a copy."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def described(tensor: Tensor, *more: str) -> bytes:
-    return framed(*(one.encode() for one in (str(tensor.dtype), repr(tuple(tensor.shape)), *more)))
+    """Return dtype, shape and further texts as one framed field."""
+    return framed(*(text.encode() for text in (str(tensor.dtype), repr(tuple(tensor.shape)), *more)))
 
 
 def flat(facts: Mapping[str, bytes]) -> bytes:
+    """Return facts as one framed field, sorted by name."""
     return framed(*(part for name in sorted(facts) for part in (name.encode(), facts[name])))
 
 
 def sha(*parts: bytes) -> bytes:
+    """Return the sha256 over parts with their lengths, 32 bytes."""
     return hashlib.sha256(framed(*parts)).digest()
 
 
 def canonical(value: Any) -> bytes:
+    """Return a value as JSON that is equal for equal values in every process."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
 
 
@@ -115,10 +120,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text  # addresses are others in every process
+    return type(value).__qualname__ if " at 0x" in text else text  # addresses differ between processes
 
 
 def package_version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -127,25 +133,26 @@ def package_version(package: str) -> str:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model's folder. facts: (name, bytes, mtime ns, ctime ns, inode, device) of each."""
+    """Files of a model's folder. facts: (name, bytes, mtime ns, ctime ns, inode, device) of each file."""
 
     facts: tuple[tuple[str, int, int, int, int, int], ...]
 
 
 def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles | None:
-    """The files that SentenceTransformer will load, or None where they alone do not decide the weights.
+    """Return the files that SentenceTransformer will load; None if they alone do not decide the weights.
 
-    None also while a file is younger than 0.1 s: a second change in one tick of the clock would not show.
+    None also while a file is younger than 0.1 s: a second change in the same clock tick would not be detected.
+    arguments: of SentenceTransformer.
     """
     known = set(arguments) <= _HARMLESS and set(arguments.get("model_kwargs") or {}) <= _HARMLESS_MODEL
     folder = _folder(name_or_path, arguments) if known else None
     facts = []
     try:
         for place, folders, names in os.walk(folder or ""):
-            folders[:] = [one for one in folders if not one.startswith(".")]
-            if "adapter_config.json" in names or any(os.path.islink(os.path.join(place, one)) for one in folders):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if "adapter_config.json" in names or any(os.path.islink(os.path.join(place, name)) for name in folders):
                 return None  # an adapter's base model, or a linked folder, lies elsewhere
-            for path in (os.path.join(place, one) for one in names):
+            for path in (os.path.join(place, name) for name in names):
                 s = os.stat(path)
                 times = (s.st_mtime_ns, s.st_ctime_ns)
                 facts.append((os.path.relpath(path, folder), s.st_size, *times, s.st_ino, s.st_dev))
@@ -156,6 +163,7 @@ def model_files(name_or_path: str, arguments: Mapping[str, Any]) -> ModelFiles |
 
 
 def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return the local folder of a model; None if the hub's cache does not have it."""
     if os.path.isdir(name_or_path):
         return name_or_path
     from huggingface_hub import snapshot_download
@@ -171,16 +179,16 @@ def _folder(name_or_path: str, arguments: Mapping[str, Any]) -> str | None:
 def remembered_digests(
     tensors: Mapping[str, Tensor], files: ModelFiles, checksums: Mapping[str, bytes]
 ) -> dict[str, str]:
-    """`tensor_digests`, from an earlier call for the same files where there is one.
+    """Return `tensor_digests`, read from the cache on disk if it has them for these files.
 
-    checksums: of the tensors. A digest is believed for a tensor of the very bytes that it was taken of, and no other.
+    checksums: of the tensors. A cached digest is used only for a tensor with the checksum it was stored with.
     """
-    key = sha(canonical([files.facts, [package_version(one) for one in PACKAGES]]), _glimpse(tensors)).hex()
+    key = sha(canonical([files.facts, [package_version(package) for package in PACKAGES]]), _glimpse(tensors)).hex()
     known = _remembered(key, tensors)
     digests = {name: digest for name, (checksum, digest) in known.items() if checksum == checksums[name].hex()}
     if len(digests) == len(tensors):
         return digests
-    rest = {name: one for name, one in tensors.items() if name not in digests}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in digests}
     digests |= tensor_digests(rest)
     pairs = {name: [checksums[name].hex(), digests[name]] for name in tensors}
     with contextlib.suppress(OSError, RuntimeError):
@@ -189,7 +197,7 @@ def remembered_digests(
 
 
 def _remembered(key: str, names: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Checksum and digest of each tensor, as the file of this key has them; {} unless it is just what was written.
+    """Return checksum and digest of each tensor from the file of this key; {} if the file is missing or not intact.
 
     names: of the tensors. No link is followed, and another user's file is not read.
     """
@@ -203,21 +211,21 @@ def _remembered(key: str, names: Collection[str]) -> dict[str, tuple[str, str]]:
         if not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for _, digest in known.values()):
             return {}
         with contextlib.suppress(OSError):
-            os.utime(path)  # what is in use is forgotten last
+            os.utime(path)  # the files used last are kept
         return known
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, CorpusError):
-        return {}  # nothing there, or nothing that can be believed
+        return {}  # missing, or damaged
 
 
 def _check(key: str, pairs: Any) -> str:
-    """Checksum over a digest file's name and contents."""
+    """Return a checksum over a digest file's name and contents."""
     return sha(key.encode(), canonical(pairs)).hex()
 
 
 def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
-    """Names, dtypes, shapes, and the first and last 64 numbers of each tensor.
+    """Return a digest of names, dtypes, shapes, and the first and last 64 elements of all tensors.
 
-    A weight that is not in the files is drawn at random at every load; this is where it shows.
+    It differs where a weight that the files do not have was drawn at random.
     """
     seen = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -231,14 +239,14 @@ def _glimpse(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _digest_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "llmcache" / "digests"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "llmcache" / "digests"
 
 
 def _write(folder: Path, name: str, value: Any) -> None:
-    """Mode 0600 in a folder of mode 0700, moved into place whole."""
-    for one in (folder.parent, folder):
-        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Write a file of mode 0600 in a folder of mode 0700, and rename it into place."""
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=folder)  # created 0600
     try:
         with os.fdopen(handle, "wb") as file:
@@ -251,7 +259,7 @@ def _write(folder: Path, name: str, value: Any) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove all but the newest files, and what killed processes left; another process may do the same."""
+    """Remove all but the newest files, and leftovers of killed processes. Several processes may do so at once."""
     aged = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):

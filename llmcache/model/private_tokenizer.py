@@ -1,9 +1,8 @@
-"""Private copies of tokenizers, so that nobody else's calls change how a cache tokenises.
+"""Private copies of tokenizers, so that other users of a tokenizer do not change how a cache tokenises.
 
-A fast tokenizer of transformers keeps the padding and truncation of its last call in its Rust backend. Whoever else
-uses the same object between two steps of a call (another thread, or the generator that documents come from) would
-change the token ids, or get other ones. So a cache never calls a tokenizer that it was given: it reads its settings,
-and calls a copy.
+A fast tokenizer of transformers keeps the padding and truncation of its last call in its Rust backend. Another user of
+the same object during a call (another thread, or the generator of the documents) would change the token ids, or get
+wrong ones. So a cache never calls the caller's tokenizer: it reads the settings, and calls a copy.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from llmcache.errors import ConfigError
 from llmcache.model.locks import after_fork
 
-_LARGEST = 64  # items of a container that are compared one by one; of larger ones the object and its length
-_DEEPEST = 4  # objects inside objects whose attributes are compared
+_LARGEST = 64  # items up to which a container is compared item by item; larger ones by identity and length
+_DEEPEST = 4  # nesting depth of objects whose attributes are compared
 _REMEMBERED = re.compile(r"_.*_cache|_prompt_length_mapping|deprecation_warnings|_in_target_context_manager|training")
-"""Attributes that a call changes, and which do not change its result."""
+"""Attributes that a call changes, but that do not affect its result."""
 _OF_MODEL = (
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word", "fuse_unk",
     "byte_fallback", "ignore_merges",
@@ -34,9 +33,9 @@ _OF_MODEL = (
 
 
 class PrivateCopy:
-    """A copy of a tokenizer, or of a SentenceTransformer as far as it tokenises, kept as long as the settings hold.
+    """A copy of a tokenizer, or of the tokenising part of a SentenceTransformer, renewed when the settings change.
 
-    lock: for whoever uses the copy; nothing else may be locked while it is held.
+    lock: to be acquired while the copy is used; no other lock may be acquired meanwhile.
     """
 
     def __init__(self) -> None:
@@ -45,9 +44,9 @@ class PrivateCopy:
         self._settings: Settings | None = None
 
     def of(self, source: Any) -> Any:
-        """The copy of `source`, made anew when its settings have changed since the last time.
+        """Return the copy of `source`, renewed if the settings of `source` have changed.
 
-        source: a tokenizer of transformers or a SentenceTransformer. ConfigError where it cannot be copied.
+        source: a tokenizer of transformers or a SentenceTransformer. ConfigError when it cannot be copied.
         """
         if self._copy is None or self._settings is None or not self._settings.hold(source):
             self._copy = _reader(source) if isinstance(source, SentenceTransformer) else _copied(source)
@@ -55,7 +54,7 @@ class PrivateCopy:
         return self._copy
 
     def forget(self) -> None:
-        """Have the copy made anew the next time."""
+        """Drop the copy; the next use makes a new one."""
         self._copy = None
 
 
@@ -65,7 +64,7 @@ _guard = threading.Lock()
 
 @contextmanager
 def private_copy(source: Any) -> Iterator[Any]:
-    """The one private copy of a tokenizer or SentenceTransformer, for this thread alone while the context lasts."""
+    """Lock and yield the shared private copy of a tokenizer or SentenceTransformer."""
     with _guard:
         shared = _copies.get(source)
         if shared is None:
@@ -75,7 +74,7 @@ def private_copy(source: Any) -> Iterator[Any]:
 
 
 def forget_copy(source: Any) -> None:
-    """Have the private copy of a tokenizer or SentenceTransformer made anew: something in it was changed in place."""
+    """Drop the private copy of a tokenizer or SentenceTransformer, after something in the source changed in place."""
     with _guard:
         shared = _copies.get(source)
     if shared is not None:
@@ -86,7 +85,7 @@ def forget_copy(source: Any) -> None:
 def _forget_all() -> None:
     global _guard
     _guard = threading.Lock()
-    for shared in list(_copies.values()):  # a thread that was in the copy's backend when the process forked never ends
+    for shared in list(_copies.values()):  # a thread that used a copy when the process forked never releases its lock
         shared.lock = threading.RLock()
         shared.forget()
 
@@ -98,15 +97,15 @@ after_fork(_forget_all)
 
 
 class Settings:
-    """All that decides how a tokenizer or SentenceTransformer tokenises, as it was when this was made.
+    """Snapshot of the settings that decide how a tokenizer or SentenceTransformer tokenises.
 
-    The attributes of tokenizers and of what holds them, the containers among these, and the rules of fast tokenizers.
-    Padding and truncation of the last call are not among them. Large containers, such as a vocabulary, are compared by
-    their length alone.
+    It has the attributes of tokenizers and of the objects around them, containers among these, and the rules of fast
+    tokenizers, but not the padding and truncation of the last call. Large containers, such as a vocabulary, are
+    compared by length only.
     """
 
     def __init__(self, source: Any) -> None:
-        """source: a tokenizer of transformers or a SentenceTransformer."""
+        """Take a snapshot. source: a tokenizer of transformers or a SentenceTransformer."""
         self._source = ref(source)
         self._attributes: list[tuple[dict[str, Any], int, list[str], list[Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -122,7 +121,7 @@ class Settings:
             self._watch(source, _DEEPEST)
 
     def hold(self, source: Any) -> bool:
-        """Return whether they are those of `source` now; takes some 20 microseconds."""
+        """Return whether `source` still has these settings; takes some 20 microseconds."""
         try:
             return bool(
                 self._source() is source
@@ -135,7 +134,7 @@ class Settings:
                 and all(len(live) == size for live, size in self._large)
                 and all(_rules(backend) == rules for backend, rules in self._backends)
             )
-        except (RuntimeError, ValueError, TypeError):  # of arrays and tensors that are not equal as a whole
+        except (RuntimeError, ValueError, TypeError):  # comparisons of arrays and tensors have no single truth value
             return False
 
     def _watch_attributes(self, owner: Any, names: list[str]) -> None:
@@ -143,7 +142,7 @@ class Settings:
         self._attributes.append((attributes, len(attributes), names, [attributes[name] for name in names]))
 
     def _watch(self, value: Any, depth: int) -> None:
-        """Take note of an object whose attributes are settings, and of such objects among its attributes."""
+        """Record an object whose attributes are settings, and such objects among its attributes."""
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -171,14 +170,14 @@ class Settings:
 
 
 def _functions(source: Any) -> dict[str, int]:
-    """Functions in place of methods of a SentenceTransformer, without references to them: they refer to the model."""
+    """Return ids of functions that replace methods of a SentenceTransformer; references would keep the model alive."""
     if not isinstance(source, SentenceTransformer):
         return {}
     return {name: id(value) for name, value in vars(source).items() if callable(value)}
 
 
 def _tokenises(value: Any) -> bool:
-    """Return whether an object is part of a tokenizer, or holds one: its attributes are then settings."""
+    """Return whether an object is part of a tokenizer or contains one, so that its attributes are settings."""
     if isinstance(value, (type, PreTrainedModel)):
         return False
     if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin, Module)):
@@ -187,7 +186,7 @@ def _tokenises(value: Any) -> bool:
 
 
 def _rules(backend: Any) -> tuple[Any, ...]:
-    """The rules of a fast tokenizer's backend, of which no copy is needed to compare them."""
+    """Return the rules of a fast tokenizer's backend, for comparison."""
     model, added = backend.model, backend.get_added_tokens_decoder()
     steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     return (
@@ -202,9 +201,10 @@ def _rules(backend: Any) -> tuple[Any, ...]:
 
 
 def _copied(tokenizer: Any) -> Any:
+    """Return a deep copy of a tokenizer; ConfigError when it cannot be copied."""
     try:
         return copy.deepcopy(tokenizer)
-    except Exception as error:  # whatever a tokenizer of somebody's own raises
+    except Exception as error:  # a tokenizer from outside transformers may raise anything
         raise _uncopyable(tokenizer, error) from error
 
 
@@ -217,9 +217,9 @@ def _uncopyable(tokenizer: Any, error: Exception) -> ConfigError:
 
 
 def _reader(model: SentenceTransformer) -> SentenceTransformer:
-    """A SentenceTransformer that tokenises as `model` does, with a tokenizer of its own and the same weights."""
+    """Return a SentenceTransformer that tokenises as `model` does, with a tokenizer of its own and shared weights."""
     reader: SentenceTransformer = copy.copy(model)
-    # it refers to the model, which would then never be collected
+    # the card refers to the model, which would then never be garbage collected
     reader.__dict__.pop("model_card_data", None)
     modules = dict(model._modules)
     if modules:
@@ -230,7 +230,7 @@ def _reader(model: SentenceTransformer) -> SentenceTransformer:
 
 
 def _input_module(module: Any) -> Any:
-    """A copy of what turns texts into token ids; weights, and the transformers models inside, are shared."""
+    """Return a copy of the module that tokenises; weights and the transformers models inside are shared."""
     memo: dict[int, Any] = {}
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel):
@@ -239,18 +239,18 @@ def _input_module(module: Any) -> Any:
             memo[id(tensor)] = tensor
     try:
         return copy.deepcopy(module, dict(memo))
-    except Exception:  # such as a session of another runtime, which holds the weights
+    except Exception:  # such as a session of another runtime with the weights
         return _with_own_tokenizer(module, memo)
 
 
 def _with_own_tokenizer(module: Any, memo: dict[int, Any]) -> Any:
-    """A shallow copy of a module whose attributes are copied where they can be; ConfigError for a tokenizer."""
-    made = copy.copy(module)
+    """Return a shallow copy of a module, with copied attributes where possible; ConfigError when a tokenizer is not."""
+    copied = copy.copy(module)
     for name, value in vars(module).items():
         try:
-            made.__dict__[name] = copy.deepcopy(value, memo)
+            copied.__dict__[name] = copy.deepcopy(value, memo)
         except Exception as error:
             if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin)) or hasattr(value, "encode_batch"):
                 raise _uncopyable(value, error) from error
-            made.__dict__[name] = value
-    return made
+            copied.__dict__[name] = value
+    return copied

@@ -1,4 +1,4 @@
-"""Which prompt stands before a text, as sentence-transformers picks it."""
+"""Choose the prompt of a text by the rules of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llmcache.errors import ConfigError
 
 ROLES: Mapping[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Roles a text can have, and the names under which a model may have a prompt for them; the first it has is used."""
+"""Prompt names for each role of a text. The first name that the model has is used."""
 
 
 def resolve(
@@ -18,17 +18,18 @@ def resolve(
     name: str | None = None,
     prompt: str | None = None,
 ) -> str | None:
-    """The prompt for a text; None where there is none.
+    """Return the prompt for a text; None where there is none.
 
-    prompts, default_name: of the model. role: "query", "document", or None for `encode`. name, prompt: as the caller
-    gave them; a prompt goes before a name, a name before what the role or the model suggests.
+    prompts, default_name: of the model. role: "query", "document", or None for `encode`. name, prompt: arguments of the
+    caller. A prompt has precedence over a name, a name over the role's prompt or the model's default.
+    ConfigError for an unknown role, or a name that the model does not have.
     """
     if role is not None and role not in ROLES:
         raise ConfigError(f"role is {' or '.join(ROLES)}, or left out; got {role!r}")
     if prompt is not None:
         return prompt
     if name is None and role is not None:
-        name = next((one for one in ROLES[role] if one in prompts), None)
+        name = next((candidate for candidate in ROLES[role] if candidate in prompts), None)
     if name is None:
         return prompts.get(default_name) if default_name is not None else None
     if name not in prompts:

@@ -1,7 +1,7 @@
-"""Decide which token rows can share a batch so that each gets the result it gets alone and unpadded.
+"""Decide which token rows can share a batch so that each row gets the result it gets alone and unpadded.
 
-Padding is no matter of the mask alone: some models count positions over it, recurrent ones carry it into their state,
-others compute otherwise in a longer batch. A few short rows are tried out once for each model.
+A mask does not always suffice for padding: some models count positions over it, recurrent models carry it into their
+state, others compute differently in a longer batch. So a few short rows are tried once for each model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from llmcache.model.trial import (
 _LENGTHS = (7,)
 
 Results = Callable[[list[list[int]]], list[Tensor]]
-"""Of rows of token ids in one batch: a tensor for each row."""
+"""Run rows of token ids in one batch; returns a tensor for each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """Batching rule of a model. padded: rows of different lengths can share a batch; equal: rows of one length can.
+    """Batching rule of a model.
 
-    causal: whether tokens may be left out at the end of a row. reach: how long rows are for which all this holds.
+    padded: True if rows of different lengths can share a batch. equal: True if rows of one length can.
+    causal: True if results do not depend on later tokens, so the end of a row may be left out.
+    reach: up to which length of rows this was verified.
     """
 
     padded: bool
@@ -47,7 +49,7 @@ class Batching:
     reach: Reach = field(default_factory=Reach)
 
     def batches(self, order: Sequence[int], lengths: Sequence[int], size: int, more: int = 0) -> Iterator[list[int]]:
-        """Cut rows, in this order, into batches of at most `size`. lengths: of all rows, in tokens.
+        """Yield batches of at most `size` rows. order: row numbers. lengths: of all rows, in tokens.
 
         more: tokens that will be added to each row.
         """
@@ -57,7 +59,7 @@ class Batching:
             by_length: dict[int, list[int]] = {}
             for row in order:
                 by_length.setdefault(lengths[row], []).append(row)
-            # shortest first: rotary positions that grow with the length keep the largest they have seen
+            # shortest first: rotary positions that depend on the length keep the setting of the longest batch so far
             groups = [by_length[length] for length in (sorted(by_length) if self.padded else by_length)]
         size = size if self.padded or self.equal else 1
         for group in groups:
@@ -69,20 +71,20 @@ _known: WeakKeyDictionary[Module, dict[object, Batching]] = WeakKeyDictionary()
 
 
 def batching_of(model: Any, kind: str, results: Results) -> Batching:
-    """Find the batching rule of a model by trial forwards that leave no trace in it.
+    """Return the batching rule of a model, found by trial forwards that leave no trace in the model.
 
-    kind: what is asked of it ("logits", "generate"); tried out once for each. results: runs rows in one batch.
+    kind: of the results ("logits", "generate"); trials run once for each kind. results: runs rows in one batch.
     """
     config = getattr(model, "config", None)
     state = kind, next(model.parameters()).dtype, getattr(config, "_attn_implementation", None)
     known = _known.setdefault(model, {})
     if state not in known:
         device = next(model.parameters()).device
-        known[state] = _tried(model, results, device)
+        known[state] = _run_trials(model, results, device)
     return known[state]
 
 
-def _tried(model: Any, results: Results, device: torch.device) -> Batching:
+def _run_trials(model: Any, results: Results, device: torch.device) -> Batching:
     rounding, vocabulary = rounding_of(model, device), vocabulary_of(model)
     same = drawn_ids(3, _LENGTHS[0], vocabulary, device).tolist()
 
@@ -124,7 +126,7 @@ def _is_causal(results: Results, row: list[int], rounding: torch.dtype) -> bool:
 
 
 def _compare(results: Results, rows: list[list[int]], rounding: torch.dtype) -> None:
-    """ConfigError when rows get something else together than each alone."""
+    """Raise ConfigError when rows get other results in one batch than each alone."""
     for row, together in zip(rows, results(rows), strict=True):
         if difference := unlike(together, results([row])[0], rounding):
             raise ConfigError(f"a row of {len(row)} tokens gets {difference}, in a batch with others")

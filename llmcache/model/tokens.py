@@ -1,4 +1,4 @@
-"""From texts to rows of token ids without padding, and from chosen rows to padded batches."""
+"""Tokenise texts to rows of token ids without padding, and pad chosen rows to batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sentence_transformers.base.modules import Transformer
 from llmcache.errors import ConfigError
 from llmcache.model.private_tokenizer import private_copy
 
-_TOKENISE = 256
-_COMPARED = 8  # texts, the first ones of a call, that are tokenised in both ways
+_TOKENISE = 256  # texts that are tokenised in one call
+_COMPARED = 8  # first texts of a call, which are tokenised in both ways
 _KNOWN = {"input_ids", "attention_mask", "token_type_ids"}
 
 
@@ -38,7 +38,10 @@ class TokenRows:
         return self.fields["input_ids"]
 
     def like(self, ids: Sequence[NDArray[np.int32]]) -> TokenRows:
-        """Rows of other token ids, all of them seen, all of one segment, as these rows have them for a plain text."""
+        """Return rows of other token ids with the same fields: all tokens visible, all of one segment.
+
+        ConfigError when the model has an input besides ids, mask and token types.
+        """
         plain: dict[str, Callable[[NDArray[np.int32]], NDArray[np.int32]]] = {
             "input_ids": np.array,
             "attention_mask": np.ones_like,
@@ -46,32 +49,32 @@ class TokenRows:
         }
         if odd := sorted(set(self.fields) - set(plain)):
             raise ConfigError(
-                f"the model takes {odd[0]!r} beside token ids: the state of a neighbour cannot be taken over"
+                f"the model has the input {odd[0]!r} beside token ids, so states of near texts cannot be reused"
             )
-        return TokenRows({name: [plain[name](one) for one in ids] for name in self.fields}, self.shared)
+        return TokenRows({name: [plain[name](row) for row in ids] for name in self.fields}, self.shared)
 
     def key_bytes(self) -> list[bytes]:
-        """What of each row the model sees, as bytes; equal only for rows that the model cannot tell apart."""
+        """Return all model inputs of each row as bytes; equal only for rows with equal inputs."""
         columns = [self.fields[name] for name in sorted(self.fields)]
         if len(columns) == 1:
-            return [one.tobytes() for one in columns[0]]
+            return [field.tobytes() for field in columns[0]]
         return [
-            b"".join(len(one).to_bytes(4, "little") + one.tobytes() for one in row)
+            b"".join(len(field).to_bytes(4, "little") + field.tobytes() for field in row)
             for row in zip(*columns, strict=True)
         ]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens in each document, int64 [n]."""
-        return np.array([len(one) for one in self.ids], np.int64)
+        return np.array([len(row) for row in self.ids], np.int64)
 
     def take(self, chosen: Sequence[int]) -> TokenRows:
-        """Some of the rows, in this order."""
+        """Return the chosen rows, in this order."""
         return TokenRows({name: [rows[i] for i in chosen] for name, rows in self.fields.items()}, self.shared)
 
 
 def check_inputs(model: SentenceTransformer) -> None:
-    """ConfigError unless the model takes one row of token ids and a mask per text, from a tokenizer of transformers."""
+    """Raise ConfigError unless a transformers tokenizer turns each text into one row of token ids and a mask."""
     first = type(model[0]).__name__
     if not hasattr(model.tokenizer, "init_kwargs"):
         raise ConfigError(
@@ -97,40 +100,41 @@ def check_inputs(model: SentenceTransformer) -> None:
 
 
 def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
-    """Token rows of some texts, in their order. Texts of like length should be neighbours: they are padded together.
+    """Return the token rows of texts, in their order. Texts of similar length should be neighbours: they share padding.
 
-    What the model's own `preprocess` makes of them, with a private copy of its tokenizer: the model's is left alone,
-    and whoever uses that one meanwhile changes nothing here. Of more than a few plain texts `preprocess` is asked for
-    the first ones only, if the tokenizer's own library gives the same for these: padding, a look for pictures in every
-    text, and making lists of what nobody asked for take four fifths of the time.
+    The rows are those of the model's own `preprocess`, run with a private copy of the tokenizer, so that other users of
+    the model's tokenizer change nothing here. Of more than a few plain texts, `preprocess` gets only the first ones, if
+    the `tokenizers` library gives the same rows for these; the library then tokenises the rest. Four fifths of the time
+    of `preprocess` go to padding, to a search for images in every text, and to unused lists.
     """
     with private_copy(model) as reader:
         return _tokenised(reader, texts, prompt, role)
 
 
 def _tokenised(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
-    """As `tokenise`, by a model that nobody else tokenises with at the moment."""
-    alone = len(texts) > _COMPARED and not (prompt or role) and _reads_text(model)
-    first = _preprocessed(model, texts[:_COMPARED] if alone else texts, prompt, role)
-    if not alone:
+    """Tokenise with a model that no other thread uses at the moment; see `tokenise`."""
+    by_library = len(texts) > _COMPARED and not (prompt or role) and _reads_text(model)
+    first = _preprocessed(model, texts[:_COMPARED] if by_library else texts, prompt, role)
+    if not by_library:
         return first
     longest = _agreed(first, _ids(model.tokenizer, texts[:_COMPARED]))
-    plain = [i for i in range(_COMPARED, len(texts)) if longest and not _ODD(texts[i])]
+    plain = [i for i in range(_COMPARED, len(texts)) if longest and not _MAYBE_MEDIA(texts[i])]
     ids = dict(zip(plain, _ids(model.tokenizer, [texts[i] for i in plain]), strict=True))
-    known = {i: row for i, row in ids.items() if len(row) <= longest}
-    odd = [i for i in range(_COMPARED, len(texts)) if i not in known]
-    parts = [(odd, _preprocessed(model, [texts[i] for i in odd], None, None))]
-    if known:
-        parts.append(([*known], first.like([*known.values()])))
+    short = {i: row for i, row in ids.items() if len(row) <= longest}
+    rest = [i for i in range(_COMPARED, len(texts)) if i not in short]
+    parts = [(rest, _preprocessed(model, [texts[i] for i in rest], None, None))]
+    if short:
+        parts.append(([*short], first.like([*short.values()])))
     fields = {name: [*rows, *rows[:1] * (len(texts) - len(rows))] for name, rows in first.fields.items()}
-    for places, found in parts:
-        for name, rows in found.fields.items():
+    for places, part in parts:
+        for name, rows in part.fields.items():
             for place, row in zip(places, rows, strict=True):
                 fields[name][place] = row
     return TokenRows(fields, first.shared)
 
 
 def _preprocessed(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+    """Return the token rows of texts as the model's `preprocess` makes them."""
     fields: dict[str, list[NDArray[np.int32]]] = {}
     shared: dict[str, Any] = {}
     for start in range(0, len(texts), _TOKENISE):
@@ -141,27 +145,29 @@ def _preprocessed(model: SentenceTransformer, texts: Sequence[str], prompt: str 
     return TokenRows(fields or {"input_ids": []}, shared)
 
 
-_ODD = re.compile(r"://|^data:|\.[a-z0-9]{2,4}$", re.IGNORECASE).search  # may be taken for a picture, sound or film
+_MAYBE_MEDIA = re.compile(r"://|^data:|\.[a-z0-9]{2,4}$", re.IGNORECASE).search
+"""Find texts that `preprocess` may take for an address of an image, sound or video."""
 
 
 def _reads_text(model: SentenceTransformer) -> bool:
+    """Return whether the `tokenizers` library may replace the model's `preprocess`."""
     first = model[0]
     fast = bool(getattr(model.tokenizer, "is_fast", False))
     return type(first) is Transformer and fast and not getattr(first, "do_lower_case", False)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-    """Token ids by the library below a fast tokenizer of transformers, which is four times as fast."""
+    """Return token ids from the `tokenizers` library inside a fast tokenizer, which is four times as fast."""
     if not texts:
         return []
-    tokenizer(texts[0], padding=False, truncation=True)  # the library pads and cuts as in the last call through here
+    tokenizer(texts[0], padding=False, truncation=True)  # sets the library's padding and truncation
     library = tokenizer.backend_tokenizer
-    blocks = (library.encode_batch_fast(list(texts[i : i + _TOKENISE])) for i in range(0, len(texts), _TOKENISE))
-    return [np.array(one.ids, np.int32) for block in blocks for one in block]
+    batches = (library.encode_batch_fast(list(texts[i : i + _TOKENISE])) for i in range(0, len(texts), _TOKENISE))
+    return [np.array(encoding.ids, np.int32) for encodings in batches for encoding in encodings]
 
 
 def _agreed(rows: TokenRows, ids: Sequence[NDArray[np.int32]]) -> int:
-    """Tokens of the longest row if all rows are what `like` makes of these ids, else 0."""
+    """Return the tokens of the longest row if all rows equal `rows.like(ids)`, else 0."""
     if set(rows.fields) - _KNOWN:
         return 0
     others = rows.like(ids).fields
@@ -174,6 +180,7 @@ def _agreed(rows: TokenRows, ids: Sequence[NDArray[np.int32]]) -> int:
 
 
 def _split(features: Mapping[str, Any]) -> tuple[dict[str, NDArray[np.int32]], dict[str, Any]]:
+    """Split model inputs into tables [rows, columns] and inputs that all rows share."""
     shape = features["input_ids"].shape
     padded, shared = {}, {}
     for name, value in features.items():
@@ -189,10 +196,11 @@ def _split(features: Mapping[str, Any]) -> tuple[dict[str, NDArray[np.int32]], d
 
 
 def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray[np.int32]]]:
+    """Cut the padding off tables [rows, columns]; returns one array per row for each model input."""
     mask = padded["attention_mask"]
     lengths = mask.sum(axis=1)
     positions = np.arange(mask.shape[1])
-    if set(padded) - _KNOWN:  # inputs whose padding may carry a meaning: rows stay whole
+    if set(padded) - _KNOWN:  # the padding of an unknown input may matter: rows stay whole
         spans = [(0, mask.shape[1])] * len(mask)
     elif (mask == (positions < lengths[:, None])).all():
         spans = [(0, n) for n in lengths.tolist()]
@@ -200,37 +208,34 @@ def _unpadded(padded: Mapping[str, NDArray[np.int32]]) -> dict[str, list[NDArray
         spans = [(mask.shape[1] - n, mask.shape[1]) for n in lengths.tolist()]
     else:
         spans = [(0, mask.shape[1])] * len(mask)
-    # copies: a view would keep the whole padded batch alive
+    # copies: a view would keep the whole padded batch in memory
     return {
         name: [table[i, start:end].copy() for i, (start, end) in enumerate(spans)] for name, table in padded.items()
     }
 
 
 def in_vocabulary(ids: Sequence[NDArray[np.int32]], size: int) -> NDArray[np.bool_]:
-    """Mask of the rows whose token ids a model with an embedding of this size can look up; bool [n].
+    """Return a mask of the rows whose token ids a model with an embedding of this size can look up; bool [n].
 
-    Rows of a store may hold others where somebody made its files.
+    Rows of a store may have other ids if its files were forged.
     """
-    return np.fromiter((not len(one) or (one.min() >= 0 and one.max() < size) for one in ids), np.bool_, len(ids))
+    return np.fromiter((not len(row) or (row.min() >= 0 and row.max() < size) for row in ids), np.bool_, len(ids))
 
 
 def tokenise_plainly(tokenizer: Any, texts: Sequence[str], limit: int | None) -> TokenRows:
-    """Rows of what a tokenizer of transformers makes of these texts, cut to `limit` tokens.
-
-    A private copy of the tokenizer is called.
-    """
+    """Tokenise texts with a private copy of a transformers tokenizer, cut to `limit` tokens; returns their rows."""
     fields: dict[str, list[NDArray[np.int32]]] = {}
-    ways: dict[str, Any] = {"truncation": True, "max_length": limit} if limit else {"truncation": False}
+    options: dict[str, Any] = {"truncation": True, "max_length": limit} if limit else {"truncation": False}
     with private_copy(tokenizer) as own:
         for start in range(0, len(texts), _TOKENISE):
-            columns = own(list(texts[start : start + _TOKENISE]), padding=False, **ways)
+            columns = own(list(texts[start : start + _TOKENISE]), padding=False, **options)
             for name, rows in columns.items():
                 fields.setdefault(name, []).extend(np.array(row, np.int32) for row in rows)
     return TokenRows(fields or {"input_ids": []}, {})
 
 
 def batch(tokenizer: Any, device: torch.device, rows: TokenRows, chosen: Sequence[int]) -> dict[str, Any]:
-    """Model inputs for some of the rows: int64 [chosen, longest of them] on the device, and what is shared."""
+    """Return model inputs for the chosen rows: int64 [chosen, longest row] on the device, and the shared inputs."""
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     left = getattr(tokenizer, "padding_side", "right") == "left"
     inputs: dict[str, Any] = dict(rows.shared)

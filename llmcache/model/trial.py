@@ -1,8 +1,8 @@
-"""Trial calls: with which inputs a model is tried out before it is cached, and whether two results are the same.
+"""Trial calls of a model before it is cached: their inputs and lengths, and comparison of results.
 
-A trial compares what a cache would answer with what the model gives, at several lengths. Some models compute otherwise
-beyond a length that their configuration names (a window, a block, the original context of rotary positions). Calls
-beyond a length for which the answers were not seen to agree are left to the model.
+A trial compares the cache's answers with the model's, at several lengths. Some models compute differently beyond a
+length in their configuration (a window, a block, the original context of rotary positions). Calls beyond the longest
+length with equal answers are left to the model.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ BASE_LENGTHS = (7, 19)
 """Tokens of the first trials of every model."""
 _NAMES = re.compile(r"window|block|chunk|local|bucket|lsh|capacity|segment|original_max_position")
 _UNITS = re.compile(r"block|chunk|lsh|segment")
-"""Of names whose number is the size of a part: how many parts there are may decide how they are computed."""
+"""Names of sizes of parts. The number of parts may decide how a model computes them, so longer rows are tried."""
 _LONGEST = 1 << 15
+"""Tokens above which a number in a configuration is not tried."""
 _SECONDS, _MOST_SECONDS = 2.0, 10.0
+"""Least and greatest time for the trials of a model."""
 _BY_LENGTH = {"dynamic", "longrope"}
 """Kinds of rotary positions whose frequencies depend on the length of the whole batch."""
 _RELATIVE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Root mean square of a difference, relative to that of the values, up to which it is rounding."""
+"""Root mean square of a difference, relative to that of the values, up to which it counts as rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A length at which a model may begin to compute otherwise.
+    """A length from which a model may compute differently.
 
     name: of the number in the configuration. number: its value, in tokens. tokens: length of the rows to try.
     """
@@ -47,28 +49,28 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Up to which length answers were seen to agree. tokens: None for any length. reason: why no longer ones."""
+    """Longest rows for which the answers agreed. tokens: their length; None for any. reason: why not longer rows."""
 
     tokens: int | None = None
     reason: str = ""
 
     def refusal(self, tokens: int) -> str | None:
-        """The reason why rows of this many tokens are left to the model; None when they are not."""
+        """Return the reason why rows of this many tokens are left to the model; None if they are not."""
         if self.tokens is None or tokens <= self.tokens:
             return None
         return f"it has more than {self.tokens} tokens in a row, and {self.reason}"
 
     def within(self, tokens: int | None, reason: str) -> Reach:
-        """The shorter of this reach and another."""
+        """Return the shorter of this reach and another."""
         if tokens is None or (self.tokens is not None and self.tokens <= tokens):
             return self
         return Reach(tokens, reason)
 
 
 def length_marks(config: Any) -> list[Mark]:
-    """The lengths that a configuration names, shortest first: integers called window, block, chunk and the like.
+    """Return the lengths in a configuration, shortest first: integers named window, block, chunk and the like.
 
-    config: of transformers, or anything with `to_dict`; None has no marks.
+    config: of transformers, or any object with `to_dict`; None has no marks.
     """
     marks: dict[int, Mark] = {}
     for name, number in _numbers(config.to_dict() if hasattr(config, "to_dict") else {}, ""):
@@ -81,7 +83,7 @@ def length_marks(config: Any) -> list[Mark]:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
-    """Integers inside nested dictionaries and lists, with their dotted names."""
+    """Yield the integers inside nested dictionaries and lists, with their dotted names."""
     if isinstance(value, Mapping):
         for inner, each in value.items():
             yield from _numbers(each, f"{name}.{inner}" if name else str(inner))
@@ -93,15 +95,15 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
 
 
 def reach_of_positions(config: Any) -> Reach:
-    """Up to which length rotary positions are those of every shorter row.
+    """Return up to which length rotary positions do not depend on the length of the batch.
 
-    One token less than the original context where frequencies depend on the length of the batch (dynamic scaling,
-    long-context factors): at exactly that length the model itself may still use those of a longer call before.
+    It is one token less than the original context for dynamic scaling and long-context factors: at exactly that length
+    the model may still use the frequencies of an earlier, longer call.
     """
     reach = Reach()
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    given = [getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)]
-    for parameters in _rope_parameters({"given": [one for one in given if one]}):
+    settings = [getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)]
+    for parameters in _rope_parameters([each for each in settings if each]):
         kind = parameters.get("rope_type", parameters.get("type"))
         if kind not in _BY_LENGTH:
             continue
@@ -115,7 +117,7 @@ def reach_of_positions(config: Any) -> Reach:
 
 
 def _rope_parameters(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The dictionaries inside that name a kind of rotary positions: one, or one for each kind of layers."""
+    """Yield the nested dictionaries that name a kind of rotary positions: one, or one for each kind of layers."""
     if isinstance(value, Mapping):
         if "rope_type" in value or "type" in value:
             yield value
@@ -130,19 +132,20 @@ def _rope_parameters(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 Attempt = Callable[[int, Callable[[], bool]], float]
-"""attempt(tokens, thorough) compares answers for rows of some tokens, and returns the seconds of one forward.
+"""attempt(tokens, thorough) compares answers for rows of this length, and returns the seconds of one forward.
 
-thorough: whether there is time for a further comparison beside the most important ones. Raises `TooLong` when the model
-has no positions for so many tokens, ConfigError when answers differ.
+thorough: returns True while there is time for comparisons beside the most important ones. Raises `TooLong` when the
+model fails for rows of this length, ConfigError when answers differ.
 """
 
 
 def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: int) -> Reach:
-    """The reach of a model, from trials at these lengths and at those that its configuration names.
+    """Return the reach of a model, from trials at these lengths and at the lengths in its configuration.
 
-    Each trial begins with the module as it is now, and leaves no trace: short rows switch some models for good. Time is
-    that of the thread, so that other work on the machine decides nothing. effort: forwards of a trial, so that one
-    which would take too long is not begun. Raises the ConfigError of a trial at one of `lengths`.
+    Each trial starts with the module as it is now and leaves no trace, since short rows change some models for good.
+    Times are CPU times of the thread, so that other work on the machine changes no result.
+    effort: forwards of a trial, to predict its time; trials that would take too long are left out.
+    Raises the ConfigError of a trial at one of `lengths`.
     """
     config, device = getattr(module, "config", None), next(module.parameters(), torch.zeros(0)).device
     reach = reach_of_positions(config)
@@ -169,9 +172,7 @@ def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: 
             break
         expected = effort * seconds * mark.tokens / longest
         if time.thread_time() - began + expected > budget:
-            return reach.within(
-                mark.number - 1, f"to try out longer ones than its {mark.name} would take about {expected:.0f} s"
-            )
+            return reach.within(mark.number - 1, f"trials beyond its {mark.name} would take about {expected:.0f} s")
         try:
             seconds, longest = attempt(mark.tokens, lambda: False), mark.tokens
         except TooLong:
@@ -182,35 +183,35 @@ def explored(lengths: Sequence[int], module: Module, trial: Attempt, *, effort: 
 
 
 class TooLong(ConfigError):
-    """The model itself fails for rows of this length."""
+    """Error of a trial: the model itself fails for rows of this length."""
 
 
 def explained(error: Exception) -> str:
-    """An error of a model in a trial as part of a sentence."""
+    """Return the type and first line of an error, as part of a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
 
 
 def drawn_ids(rows: int, tokens: int, vocabulary: int, device: torch.device) -> Tensor:
-    """Token ids that are the same at every call; int64 [rows, tokens]."""
+    """Return random token ids that are the same at every call; int64 [rows, tokens]."""
     generator = torch.Generator().manual_seed(tokens)
     return torch.randint(0, vocabulary, (rows, tokens), generator=generator).to(device)
 
 
 def right_mask(lengths: Sequence[int], tokens: int, device: torch.device) -> Tensor:
-    """A mask of rows that are padded on the right; int64 [rows, tokens]."""
+    """Return a mask of rows that are padded on the right; int64 [rows, tokens]."""
     return (torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]).long().to(device)
 
 
 def vocabulary_of(module: Module) -> int:
-    """Vocabulary size of a module; 2 if unknown."""
+    """Return the vocabulary size of a module; 2 if unknown."""
     embedding = embedding_of(module)
     config = getattr(module, "config", None)
     return int(getattr(embedding, "num_embeddings", 0) or getattr(config, "vocab_size", 0) or 2)
 
 
 def embedding_of(module: Any) -> Any:
-    """The token embedding of a module, None when it has none or cannot tell."""
+    """Return the token embedding of a module; None where it has none."""
     try:
         return module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -221,11 +222,11 @@ def embedding_of(module: Any) -> Any:
 
 
 def rounding_of(module: Module, device: torch.device) -> torch.dtype:
-    """The coarsest dtype that a module computes in: of its weights, or of autocast.
+    """Return the coarsest dtype that a module computes in, of its weights or of autocast.
 
     Quantised weights count as bfloat16.
     """
-    kinds = {one.dtype for one in module.parameters()}
+    kinds = {weight.dtype for weight in module.parameters()}
     if torch.is_autocast_enabled(device.type):
         kinds.add(torch.get_autocast_dtype(device.type))
     floats = {kind if kind.is_floating_point else torch.bfloat16 for kind in kinds}
@@ -233,15 +234,15 @@ def rounding_of(module: Module, device: torch.device) -> torch.dtype:
 
 
 def relative_rounding(dtype: torch.dtype) -> float:
-    """Relative noise that re-batching causes in this dtype; for integer dtypes that of bfloat16."""
+    """Return the relative noise of another batching in this dtype; for integer dtypes that of bfloat16."""
     return _RELATIVE.get(dtype, _RELATIVE[torch.bfloat16])
 
 
 def unlike(found: Any, expected: Any, rounding: torch.dtype = torch.float64, floor: float = 0.0) -> str | None:
     """Describe how two tensors differ beyond rounding, shapes first; None if they do not.
 
-    rounding: dtype that they were computed in, where it is coarser than their own. floor: what is rounding in any
-    case, for sums of large numbers that come to little. Numbers that are not finite have to be so on both sides.
+    rounding: dtype that they were computed in, where it is coarser than their own. floor: difference that always counts
+    as rounding, for sums of large numbers that cancel. Numbers that are not finite must be in the same places.
     """
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return None if type(found) is type(expected) else f"{type(found).__name__}, not {type(expected).__name__}"

@@ -1,4 +1,4 @@
-"""Inputs for the first trial of a model: token ids, or images, sound and films of the sizes its configuration names."""
+"""Inputs for the first trial of a model: token ids, or images, audio and video of the sizes in its configuration."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from llmcache.model.inputs import MUST_BE_OFF
 from llmcache.model.trial import vocabulary_of
 
 _ROWS, _TOKENS = 2, 7
-_SAMPLES = 4000  # of sound: more than any stack of convolutions at its beginning swallows
+_SAMPLES = 4000  # of audio: enough for any stack of convolutions at the start of a model
 
 
 def trial_inputs(module: Module, main: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Main inputs to try, the likeliest first: two rows each, with a mask beside token ids.
+    """Yield main inputs to try, the likeliest first: two rows each, with a mask for token ids.
 
-    main: name of the main input. Of "pixel_values", "input_features" and "input_values" the shape is guessed from the
-    configuration; anything else is taken for token ids [rows, tokens].
+    main: name of the main input. For "pixel_values", "input_features" and "input_values" the shape is guessed from the
+    configuration; any other name stands for token ids [rows, tokens].
     """
     config: Any = getattr(module, "config", None)
     if main in ("pixel_values", "pixel_values_videos", "input_features", "input_values"):
-        dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
+        dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
         for shape in _shapes(main, config):
             yield {main: _numbers(shape, device).to(dtype)}
         return
@@ -41,9 +41,9 @@ def first_call(
     device: torch.device,
     return_dict: bool | None,
 ) -> dict[str, Any]:
-    """Arguments of a forward that it does not fail for: two rows, no further outputs, and this kind of output.
+    """Return arguments that a forward accepts: two rows, no further outputs, and this kind of output.
 
-    takes: whether the forward has an argument of this name. Raises the forward's own error when nothing fits.
+    takes: returns True if the forward has an argument of this name. Raises the forward's own error if all inputs fail.
     """
     flags: dict[str, Any] = {}
     if hasattr(module, "config"):
@@ -61,12 +61,12 @@ def first_call(
 
 
 def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Two different rows of numbers of this shape, between -1 and 1."""
+    """Return two different rows of this shape, with values between -1 and 1."""
     return torch.linspace(-1, 1, _ROWS * torch.Size(shape).numel(), device=device).reshape(_ROWS, *shape)
 
 
 def _shapes(main: str, config: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of a row of these inputs."""
+    """Yield shapes of one row of these inputs."""
     if main == "input_features":
         bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
         frames = 2 * getattr(config, "max_source_positions", 50)

@@ -39,7 +39,7 @@ def decoder(request: pytest.FixtureRequest) -> Any:
 
 
 def prompts() -> dict[str, torch.Tensor]:
-    """Four prompts, padded on the left, two of which begin alike."""
+    """Return four prompts, padded on the left, two of them with a common prefix."""
     rows = [list(range(2, 40)), [*range(2, 30), 90, 91], list(range(50, 58)), [7]]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])

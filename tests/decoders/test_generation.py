@@ -1,4 +1,4 @@
-"""Generation, scoring and perplexity: what transformers gives, with the prefix tier and without it."""
+"""Generation, scoring and perplexity: results equal those of transformers, with and without a prefix cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REAL = ["stories260k-llama", "babyllama105-llama", "slm4096-gpt2"]
 
 
 def real(name: str) -> tuple[Any, Any]:
-    """A model with its trained weights, and its tokenizer."""
+    """Load a model with trained weights, and its tokenizer."""
     folder = MODELS / name
     if not folder.exists():
         pytest.skip(f"{name} is not in {MODELS}; set LLMCACHE_MODELS to the folder that holds it")
@@ -48,13 +48,13 @@ def running_text() -> str:
 
 
 def prompts_of(name: str, tokenizer: Any, count: int, longest: int) -> list[str]:
-    """Beginnings of stories (or of what the model has learnt by heart), several with the same first words."""
+    """Return starts of stories (or of texts that the model memorised), several with the same first words."""
     text = (MODELS / name / "corpus.txt").read_text() if name.startswith("slm") else running_text()
     known = set(tokenizer.get_vocab()) if len(tokenizer.get_vocab()) < 256 else None
     random = np.random.default_rng(0)
     prompts = []
     for i in range(count):
-        start = int(np.random.default_rng(i // 5).integers(0, len(text) - longest))  # five prompts begin alike
+        start = int(np.random.default_rng(i // 5).integers(0, len(text) - longest))  # five prompts share a prefix
         prompt = text[start : start + int(random.integers(3, longest))]
         prompts.append("".join(one for one in prompt if known is None or one in known or one == " ") or "a")
     return prompts
@@ -97,7 +97,7 @@ def test_greedy_generation_is_the_same_token_for_token(tier: Opener, name: str) 
 
 
 def trimmed(rows: Sequence[Any], tokenizer: Any) -> list[Any]:
-    """Without what comes behind the first end of text: padding up to the longest of its batch."""
+    """Cut a row after its first end-of-text token: the rest is padding to the longest row of the batch."""
     ends = [np.flatnonzero(row == tokenizer.eos_token_id) for row in rows]
     return [row[: end[0] + 1] if len(end) else row for row, end in zip(rows, ends, strict=True)]
 
@@ -136,7 +136,7 @@ def test_generation_of_one_prompt_and_of_none(tier: Opener) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mistral", "gemma2", "gpt_neox"])
 def test_other_architectures_write_the_same(tier: Opener, name: str) -> None:
-    """Through windows, learned positions and positions counted by the mask; a second call begins where one ended."""
+    """Cover windows, learned positions and positions counted by the mask; a second call continues the first."""
     model = seeded(name)
     rows = np.random.default_rng(0).integers(2, 97, (6, 21)).tolist()
     rows = [row[: 21 - 3 * i] for i, row in enumerate(rows)] + [rows[0][:15] + rows[1][:4]]
@@ -161,7 +161,7 @@ def test_a_prompt_beyond_the_context_ends_in_the_models_own_error(tier: Opener) 
 
 
 def by_hand(model: Any, tokenizer: Any, prompt: str, choice: str) -> tuple[float, int]:
-    """Log-likelihood of a choice from the whole model's logits, one row at a time."""
+    """Return the log-likelihood of a choice from the logits of the whole model, one row at a time."""
     stem = len(tokenizer(prompt.rstrip(" "))["input_ids"])
     ids = torch.tensor([tokenizer(prompt + choice)["input_ids"]])
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_choice_without_tokens_and_lists_that_do_not_fit_say_so() -> None:
 
 
 def windows_by_hand(model: Any, tokenizer: Any, text: str, window: int, stride: int) -> float:
-    """Perplexity as the transformers guide computes it: overlapping windows, what was seen before masked out."""
+    """Compute perplexity as in the transformers guide: overlapping windows, with tokens of earlier windows masked."""
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     before, total, count = 0, 0.0, 0
     for start in range(0, ids.shape[1], stride):
@@ -242,7 +242,7 @@ def test_perplexity_is_that_of_the_model_alone(tier: Opener, stride: int) -> Non
 
 def test_perplexity_of_single_stories_is_what_is_known_of_the_model(tier: Opener) -> None:
     model, tokenizer = real("stories260k-llama")
-    running_text()  # or skip
+    running_text()  # skips the test without the text
     file = DATA / "text-tinystories-sample" / "tinystories_sample_cs336.txt"
     stories = [story.strip() for story in file.read_text(encoding="utf-8").split("<|endoftext|>") if story.strip()]
     one = tier(model, block=16)
@@ -319,7 +319,7 @@ def test_prompts_choices_and_texts_that_are_not_texts_are_refused_by_their_place
     for what, call in calls:
         with pytest.raises(ConfigError, match=f"{what} are texts, and number 1 is a {type(bad).__name__}"):
             call()
-    if not isinstance(bad, list):  # which is what they take
+    if not isinstance(bad, list):  # a list of prompts is allowed
         with pytest.raises(ConfigError):
             generate(model, tokenizer, bad)
         with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""Decoders: with restored and shared beginnings a model says what it says without, and computes less."""
+"""Prefix cache: results with restored and shared prefixes equal the model's own, with less computation."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def seeded(name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **others: Any) -> Any:
-    """A small model of this architecture, with weights large enough that every token matters."""
+    """Return a small model of this architecture, with weights large enough that every token matters."""
     kind, settings = CONFIGS[name]
     config = getattr(transformers, kind)(**{**settings, **others})
     torch.manual_seed(0)
-    attention = "eager" if name in ("bloom", "gemma2") else attention  # the only one they have
+    attention = "eager" if name in ("bloom", "gemma2") else attention  # the only implementation they have
     model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, attn_implementation=attention
     )
@@ -66,7 +66,7 @@ def seeded(name: str, *, dtype: torch.dtype = torch.float32, attention: str = "s
 
 @dataclass
 class Tier:
-    """A model with a prefix tier on it, and its store."""
+    """A model with a prefix cache, and its store."""
 
     model: Any
     prefixes: PrefixCache
@@ -75,7 +75,7 @@ class Tier:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the trunk's forward be the tier's."""
+        """Replace the trunk's forward by that of the prefix cache."""
         trunk = self.model.get_decoder()
         original = trunk.forward
         names = tuple(signature(original).parameters)
@@ -105,7 +105,7 @@ Opener = Callable[..., Tier]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small models gain nothing from a second thread, and lose much to it on a machine that others use too."""
+    """Run with one thread: small models gain nothing from a second one, and are slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -114,7 +114,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Opener]:
-    """Puts a prefix tier on a model, with a store in the folder of the test; everything is closed at the end."""
+    """Return a function that puts a prefix cache on a model, with a store in the folder of the test."""
     stores: list[Store] = []
 
     def opened(model: Any, **settings: Any) -> Tier:
@@ -134,7 +134,7 @@ def tier(tmp_path: Path) -> Iterator[Opener]:
 
 
 def batch(rows: Sequence[Sequence[int]], side: str = "left", *, positions: bool = True) -> dict[str, Tensor]:
-    """Padded ids, mask, and positions as `generate` makes them."""
+    """Return padded ids, mask, and positions as `generate` makes them."""
     columns = max(map(len, rows))
     pads = [[0] * (columns - len(row)) for row in rows]
     left = side == "left"
@@ -148,7 +148,7 @@ def batch(rows: Sequence[Sequence[int]], side: str = "left", *, positions: bool 
 
 
 def texts(seed: int, shape: Sequence[tuple[int, int, int]], vocabulary: int = 97) -> list[list[int]]:
-    """Rows of ids: (which stem, tokens of the stem, tokens of its own) each."""
+    """Return rows of ids from (number of the stem, tokens of the stem, tokens of its own)."""
     random = np.random.default_rng(seed)
     stems = random.integers(2, vocabulary, (8, 100)).tolist()
     return [stems[stem][:length] + random.integers(2, vocabulary, own).tolist() for stem, length, own in shape]
@@ -158,7 +158,7 @@ MIXED = texts(0, [(0, 13, 5), (1, 20, 3), (0, 13, 9), (0, 30, 1), (2, 1, 0), (1,
 
 
 def assert_same(found: Any, expected: Any, mask: Tensor, tolerance: float = 1e-4) -> None:
-    """Logits agree where there are tokens, relative to the largest."""
+    """Assert that logits agree at visible positions, relative to the largest."""
     here = mask.bool()
     difference = (found.logits.float() - expected.logits.float())[here].abs().max()
     assert difference <= tolerance * expected.logits.float()[here].abs().max()
@@ -184,7 +184,7 @@ def test_a_batch_says_the_same_cold_warm_and_after_reopening(tier: Opener, name:
     cold = one(**call)
     assert one.restored() == 0
     tokens = sum(map(len, MIXED))
-    assert one.computed() < tokens - 40  # rows share beginnings with each other
+    assert one.computed() < tokens - 40  # rows share prefixes with each other
     before = one.computed()
     warm = one(**call)
     assert one.computed() == before  # nothing is computed again
@@ -206,7 +206,7 @@ def test_a_batch_says_the_same_cold_warm_and_after_reopening(tier: Opener, name:
 def test_half_precision_and_both_attentions(
     tier: Opener, name: str, dtype: torch.dtype, attention: str, cost: int
 ) -> None:
-    """With many small forwards and with one that holds padding."""
+    """Compare many small forwards with a single padded forward."""
     model = seeded(name, dtype=dtype, attention=attention)
     call = batch(MIXED)
     with torch.no_grad():
@@ -219,11 +219,11 @@ def test_half_precision_and_both_attentions(
     assert one.computed() == 0
     assert warm.logits.dtype == dtype
     mask = call["attention_mask"]
-    assert_same(warm, cold, mask, 1e-6 if dtype == torch.float32 else 0.01)  # the head in another layout of memory
+    assert_same(warm, cold, mask, 1e-6 if dtype == torch.float32 else 0.01)  # the head reads another memory layout
     assert_same(cold, expected, mask, 1e-4 if dtype == torch.float32 else 0.06)
 
 
-def test_a_stored_beginning_is_restored_and_only_the_rest_computed(tier: Opener) -> None:
+def test_a_stored_prefix_is_restored_and_only_the_rest_computed(tier: Opener) -> None:
     model = seeded("llama")
     one = tier(model)
     first, second = texts(3, [(0, 40, 6), (0, 40, 9)])
@@ -231,7 +231,7 @@ def test_a_stored_beginning_is_restored_and_only_the_rest_computed(tier: Opener)
     one(**batch([second]))
     assert one.restored() == 40
     assert one.computed() == len(first) + len(second) - 40
-    one(**batch([second[:41]]))  # all of it lies in stored blocks, but for one token that no entry ends with
+    one(**batch([second[:41]]))  # stored blocks have all of it but one token, where no entry ends
     assert one.computed() == len(first) + len(second) - 40 + 1
 
 
@@ -246,7 +246,7 @@ def test_where_rows_of_a_call_part_is_remembered(tier: Opener) -> None:
     assert_same(found, model(**batch(rows[2:])), torch.ones(1, 33))
 
 
-def test_equal_ids_at_other_positions_are_another_beginning(tier: Opener) -> None:
+def test_equal_ids_at_other_positions_are_another_prefix(tier: Opener) -> None:
     model = seeded("gpt2")
     one = tier(model)
     (row,) = texts(5, [(0, 20, 4)])
@@ -288,7 +288,7 @@ def test_states_and_keys_beside_the_tokens_are_zeros(tier: Opener) -> None:
 
 
 def test_a_cache_the_caller_brings_is_filled(tier: Opener) -> None:
-    model = seeded("mistral")  # whose cache layers keep a window
+    model = seeded("mistral")  # its cache layers keep a window only
     one = tier(model)
     call = batch(MIXED)
     for settings in ({}, {"config": model.config}):
@@ -320,7 +320,7 @@ def test_what_cannot_be_answered_goes_to_the_model(tier: Opener, more: dict[str,
     with torch.no_grad():
         assert said in str(one.prefixes.refuses(call))
     if call["input_ids"] is not None and not call["input_ids"].numel():
-        return  # what the model says to an empty batch is its own affair
+        return  # the model itself may fail for an empty batch
     found = one(**call)
     with torch.no_grad():
         expected = model(**call)
@@ -425,7 +425,7 @@ def test_a_bank_of_another_width_is_refused(tier: Opener) -> None:
         (transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4), "type"),
     ],
 )
-def test_a_model_without_beginnings_to_restore_is_refused(config: Any, said: str) -> None:
+def test_a_model_without_prefixes_to_restore_is_refused(config: Any, said: str) -> None:
     trunk = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     with pytest.raises(ConfigError, match=said):
         shape_of(trunk)

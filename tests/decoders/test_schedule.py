@@ -1,4 +1,4 @@
-"""Which rows of a call wait for which, and which are computed together."""
+"""Schedules of rows with common prefixes: waves, donors and groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcache.model.keys import key_seed
 
 
 def rows_of(seed: int, count: int) -> list[TokenSequence]:
-    """Different rows that begin alike in many ways."""
+    """Return different rows with many common prefixes."""
     random = np.random.default_rng(seed)
     seen: dict[tuple[int, bytes], TokenSequence] = {}
     while len(seen) < count:

@@ -1,4 +1,4 @@
-"""Architectures of the installed transformers, drawn calls: every result is the model's, or the cache stands aside."""
+"""Random calls of all installed transformers architectures: results are the model's own, or the cache is bypassed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY = [(f"{kind}-{model_type}", kind, model_type, name) for kind, model_type, 
 
 
 def nightly(name: str) -> bool:
-    """Whether a configuration is for runs with LLMCACHE_FUZZ=all alone: five of six, always the same ones."""
+    """Return whether a configuration runs only with LLMCACHE_FUZZ=all: five of six, always the same ones."""
     return name not in ALWAYS and zlib.crc32(name.encode()) % 6 != 0
 
 

@@ -1,4 +1,4 @@
-"""Every architecture through the layer banks, against the model as it is."""
+"""Layer banks for many architectures, compared with the model without a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def entered(cache: LLMCache) -> list[int]:
 
 
 def bits(states: Tensor, mask: Tensor) -> Any:
-    """The bytes of what is visible."""
+    """Return the bytes of the states at visible positions."""
     return states[mask.bool()].contiguous().view(torch.uint8).numpy()
 
 
@@ -50,7 +50,7 @@ def test_rows_of_one_batch_enter_where_each_is_known(name: str, store: Path) -> 
     with LLMCache.open(store, one, config=CacheConfig(layers=(1,))) as cache, cache.attached():
         states(one, ids[1:3], mask[1:3])
         middle = states(one, ids[1:3], mask[1:3])
-        assert entered(cache) == [2, 2]  # from the bank of a middle layer alone
+        assert entered(cache) == [2, 2]  # both rows from the bank of a middle layer
         assert difference(middle, expected[1:3]) <= allowed
     again = model(name)
     with LLMCache.open(store, again, config=CacheConfig(layers=(1, 3))) as cache, cache.attached():
@@ -59,7 +59,7 @@ def test_rows_of_one_batch_enter_where_each_is_known(name: str, store: Path) -> 
         mixed = states(again, ids[order], mask[order])
         assert entered(cache) == [4, 2, 0, 2, 0, 4, 0]
         assert difference(mixed, [expected[i] for i in order]) <= allowed
-        assert mixed.isfinite().all()  # what the mask hides means nothing, and harms nothing
+        assert mixed.isfinite().all()  # hidden positions are undefined, but finite
         shorter = states(again, ids[[3, 1], :5], mask[[3, 1], :5])
         assert entered(cache) == [4, 4]
         np.testing.assert_array_equal(bits(shorter, mask[[3, 1], :5]), bits(mixed[[2, 1], :5], mask[[3, 1], :5]))
@@ -125,7 +125,7 @@ def test_xlnet_is_refused_because_its_states_are_not_rows_first(store: Path) -> 
 
 
 class Named(nn.Module):
-    """Layers that do not lie in the list which holds most numbers."""
+    """A model whose layers are not in the list of modules with most parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Named(nn.Module):
 
 
 class UNet(Named):
-    """Its later layers also see what earlier ones gave."""
+    """A model whose later layers also read outputs of earlier layers."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         states = [self.embedding(input_ids)]
@@ -201,7 +201,7 @@ def test_a_model_whose_later_layers_see_more_than_the_state_is_refused(store: Pa
 
 
 class Mean(Plain):
-    """Its vector depends on what the mask hides."""
+    """A model whose vector depends on hidden tokens."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return super().forward(input_ids, attention_mask).mean(dim=1)
@@ -218,7 +218,7 @@ def test_a_model_that_reads_what_the_mask_hides_is_refused(store: Path) -> None:
 
 
 class Scores(Plain):
-    """One number per token: [rows, tokens]."""
+    """A model with one number per token, [rows, tokens]."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return super().forward(input_ids, attention_mask).sum(dim=2)

@@ -1,4 +1,4 @@
-"""Every argument of an attached model's call counts: False, 0, empty and tensor values give what the model gives."""
+"""Arguments of an attached model's calls: False, 0, empty and tensor values have the same effect as without a cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def padded_left(mask: Tensor) -> Tensor:
 
 
 def arguments(name: str) -> dict[str, dict[str, Any]]:
-    """Arguments beside ids and mask, by what they are called in a test's name."""
+    """Return arguments besides ids and mask, by their name in a test id."""
     ids, mask = rows(*LENGTHS)
     causal = torch.full((3, 1, 11, 11), torch.finfo(torch.float32).min).triu(1)
     offered: dict[str, dict[str, Any]] = {
@@ -106,12 +106,12 @@ def result(model: Any, call: dict[str, Any]) -> Any:
 
 
 def compare(found: Any, expected: Any, visible: Tensor) -> None:
-    """Everything that is returned, on what the mask shows; lengths first."""
+    """Return all tensors of an output at visible positions; lengths first."""
     if isinstance(expected, Tensor):
         assert found.shape == expected.shape
         if expected.shape[:2] == visible.shape:
             found, expected = found[visible], expected[visible]
-        elif expected.ndim == 3 and expected.shape[1] < visible.shape[1]:  # of some columns, which may be hidden
+        elif expected.ndim == 3 and expected.shape[1] < visible.shape[1]:  # a part of the columns, which may be hidden
             return
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     elif hasattr(expected, "get_seq_length"):

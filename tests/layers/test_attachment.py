@@ -1,4 +1,4 @@
-"""A stock model inside `with cache.attached(model):`, treated badly."""
+"""Attached transformers models: errors, nesting, threads, gradients, changes of the model, odd inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def classifier(**settings: Any) -> Any:
 
 
 class Counting(nn.Module):
-    """A layer that counts the rows which reach it."""
+    """A layer that counts the rows it computes."""
 
     def __init__(self, own: Any) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_an_exception_inside_a_layer_leaves_the_model_as_it_was(store: Path) -> 
             assert torch.equal(states(one, ids[:1], mask[:1]), expected[:1])
             assert entered(cache) == [4]
             found = states(one, ids, mask)
-            assert entered(cache) == [4, 0]  # nothing was kept of the pass that broke
+            assert entered(cache) == [4, 0]  # the failed forward stored nothing
         assert difference(found, [expected[0], expected[1, :3]]) < 1e-5
         with pytest.raises(ZeroDivisionError), attachment:
             raise ZeroDivisionError
@@ -153,7 +153,7 @@ def test_a_model_cut_short_between_two_contexts_is_attached_anew(store: Path) ->
         expected = states(one, ids, mask)
         with cache.attached() as attachment:
             found = states(one, ids, mask)
-        assert attachment.entered.tolist() == [2, 2]  # which are the layers of the longer one
+        assert attachment.entered.tolist() == [2, 2]  # two layers, those of the longer model
     assert difference(found, [expected[0], expected[1, :3]]) < 1e-5
 
 
@@ -374,7 +374,7 @@ def test_a_low_rank_adapter_around_a_layers_weights_is_another_model(store: Path
         base = attention.query
         attention.query = Adapted(base)
         adapted = states(one, ids, mask)
-        assert entered(cache) == [2, 2]  # the layers below it are as they were
+        assert entered(cache) == [2, 2]  # the layers below are unchanged
         states(one, ids, mask)
         assert entered(cache) == [4, 4]
         attention.query.merge()
@@ -405,7 +405,7 @@ def test_duplicates_in_a_batch_are_computed_once(store: Path) -> None:
         assert reached == [3] * 4
         states(one, ids[order], mask[order])
         assert reached == [3] * 4
-        wider = torch.nn.functional.pad(ids[:1], (0, 4), value=9)  # other padding, other ids where nothing is seen
+        wider = torch.nn.functional.pad(ids[:1], (0, 4), value=9)  # other padding with other ids at hidden positions
         states(one, wider, torch.nn.functional.pad(mask[:1], (0, 4)))
         assert reached == [3] * 4
     lengths = [(7, 4, 6)[i] for i in order]
@@ -618,7 +618,7 @@ def test_weights_that_come_back_are_known_again(store: Path, caplog: pytest.LogC
         states(one, ids, mask)
         _add(one)
         states(one, ids, mask)
-        assert entered(cache) == [1, 1]  # the layer below is as it was
+        assert entered(cache) == [1, 1]  # the layer below is unchanged
         one.load_state_dict(before)
         states(one, ids, mask)
         assert entered(cache) == [4, 4]

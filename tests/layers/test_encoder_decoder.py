@@ -1,4 +1,4 @@
-"""Encoder-decoders: the encoder's states are reused, and what the decoder makes of them is unchanged."""
+"""Encoder-decoders: the encoder's states are reused, and the decoder's output is unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import MODELS
 
 @pytest.fixture(scope="module")
 def g2p() -> tuple[Any, list[str], list[str]]:
-    """Words to pronunciations: the model, the words and their pronunciations."""
+    """A model from words to pronunciations, with words and their pronunciations."""
     folder = MODELS / "bart-g2p-us"
     if not folder.exists():
         pytest.skip(f"bart-g2p-us is not at {folder}; set LLMCACHE_MODELS to the folder that holds it")
@@ -26,7 +26,7 @@ def g2p() -> tuple[Any, list[str], list[str]]:
 
 
 def pronounced(model: Any, words: list[str]) -> list[str]:
-    """Greedy pronunciations, 250 words at a time."""
+    """Return greedy pronunciations, computed for 250 words at a time."""
     letters, phonemes = model.config.grapheme_chars, model.config.phoneme_chars
     found = []
     for start in range(0, len(words), 250):

@@ -1,4 +1,4 @@
-"""`encode` and `run` with banks at the layers of the real model."""
+"""`encode` and `run` with layer banks of the real model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [
 
 
 def rebatching(model: SentenceTransformer, texts: list[str]) -> float:
-    """Largest difference that other batch sizes alone make to the model's own vectors."""
+    """Return the largest difference between the model's own vectors at several batch sizes."""
     base = model.encode(texts)
     return max(1e-6, *(float(np.abs(model.encode(texts, batch_size=size) - base).max()) for size in (1, 3)))
 
@@ -55,7 +55,7 @@ def test_documents_whose_layer_alone_is_known_enter_there_and_say_so(model: Sent
     expected, allowed = model.encode(TEXTS), 2 * rebatching(model, TEXTS)
     ids = [{"id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
     with LLMCache.open(store, model, config=CacheConfig(layers=(2, 4))) as cache:
-        with cache.attached():  # the layers' banks come to know three texts, the output bank none
+        with cache.attached():  # stores three texts in the layer banks, none in the output bank
             model.encode(TEXTS[:3])
         results = list(cache.run(ids))
         assert [one.tier for one in results] == ["exact"] * 3 + ["miss"] * 2
@@ -122,7 +122,7 @@ def test_the_layer_rule_gives_the_neighbours_answer(model: SentenceTransformer, 
         counters = cache.stats().counters
         assert (counters.near, counters.layers["layer-3"].near, counters.misses) == (2, 2, 2)
         assert "layer-1" not in counters.layers or counters.layers["layer-1"].near == 0
-        # a neighbour's answer is no entry of its own
+        # an answer of a neighbour is not stored as an entry
         assert [one.tier for one in cache.run(NEAR)] == ["near"] * 2
         assert len(cache) == 2
 

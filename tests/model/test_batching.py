@@ -1,4 +1,4 @@
-"""Batches: which rows are computed together."""
+"""Batches of rows by length and by tokens."""
 
 from __future__ import annotations
 

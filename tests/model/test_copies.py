@@ -1,4 +1,4 @@
-"""Copies and pickles of a model that a cache uses are of the model alone: own weights, and no part of the cache."""
+"""Copies and pickles of a cached model have their own weights and no part of the cache."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 def changed(module: nn.Module) -> None:
-    """Give a copy weights of its own, so that it shows which weights it runs."""
+    """Change the weights of a copy, so that its results show which weights it runs."""
     torch.manual_seed(1)
-    with torch.inference_mode():  # as a copy's weights are that was made in a generation
+    with torch.inference_mode():  # like the weights of a copy that is made during generation
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def plain(module: nn.Module) -> None:
-    """No module has an attribute of the cache."""
+    """Assert that no module has an attribute of the cache."""
     for part in module.modules():
         assert "forward" not in vars(part)
         assert "__getstate__" not in vars(part)
@@ -105,7 +105,7 @@ def test_a_copy_runs_its_own_weights_with_the_forward_of_its_class(name: str, wh
 
 
 class _Copies(t.LogitsProcessor):
-    """Copies the model in the middle of a generation, and goes on without changing anything."""
+    """A logits processor that copies the model during generation and changes nothing."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -117,7 +117,7 @@ class _Copies(t.LogitsProcessor):
         return scores
 
 
-t5_config: Any = t.T5Config  # its annotations leave out what it takes for generation
+t5_config: Any = t.T5Config  # its annotations lack arguments for generation
 
 DECODERS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: t.GPT2LMHeadModel(
@@ -187,7 +187,7 @@ def test_a_copy_made_while_choices_are_scored_gives_all_its_logits(way: str, sto
     take = COPIES[way]
 
     class Copying(nn.Module):
-        """The head, which copies the decoder when it is asked."""
+        """The head, which copies the decoder when it is called."""
 
         def __init__(self, head: nn.Module) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The description of a live model: it sees values of every kind that a forward reads, and none that it only writes."""
+"""Descriptions of a live model have values of every kind that a forward reads, and none that it only writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Slotted:
 
 
 class Reader(nn.Module):
-    """Reads values of every kind, and keeps notes of what it saw."""
+    """A module that reads values of every kind, and records its calls."""
 
     def __init__(self) -> None:
         super().__init__()

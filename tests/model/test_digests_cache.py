@@ -1,4 +1,4 @@
-"""Remembered digests of tensors: a file that is damaged, misplaced, linked or forged is not believed."""
+"""Cached digests of tensors: a damaged, misplaced, linked or forged file is not used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = ModelFiles((("model.safetensors", 10, 1, 1, 1, 1),))
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two tensors that differ between seeds in their middle alone."""
+    """Return two tensors that differ between seeds only in their middle."""
     made = {name: torch.arange(300, dtype=torch.float32) for name in ("a", "b")}
     for one in made.values():
         one[100:200] += seed
@@ -37,7 +37,7 @@ def checksums(some: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def right(some: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Independently: sha256 of the bytes."""
+    """Return the sha256 of the bytes, computed independently."""
     return {name: hashlib.sha256(one.numpy().tobytes()).hexdigest() for name, one in some.items()}
 
 

@@ -1,4 +1,4 @@
-"""Identity: who may reuse whose activations."""
+"""Identity of models: which models may share activations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DIGESTS = ("config", "embeddings", "head", "tokenizer")
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or leaves digests in the user's own cache."""
+    """Keep tests from reading or writing digests in the user's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "llmcache" / "digests"
 
@@ -49,7 +49,7 @@ def identity(model_path: str) -> Identity:
 
 @pytest.fixture
 def folder(model_path: str, tmp_path: Path) -> Path:
-    """A copy of the model that a test may change, old enough to be remembered."""
+    """A copy of the model that a test may change, with files old enough for the digest cache."""
     copy = tmp_path / "copy"
     shutil.copytree(model_path, copy)
     settle()
@@ -58,7 +58,7 @@ def folder(model_path: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one number, a tensor's length, whenever a tensor is hashed."""
+    """Return a list that gets a tensor's length whenever a tensor is hashed."""
     calls: list[int] = []
     real = llmcache.model.digests._tensor_digest
 
@@ -255,7 +255,7 @@ def test_what_decides_no_activation_changes_nothing(model_path: str, identity: I
 
 
 def test_a_pooler_that_is_never_asked_decides_nothing(model_path: str, identity: Identity) -> None:
-    # a checkpoint without one gets random weights here at every load
+    # a checkpoint without a pooler gets random weights at every load
     model = SentenceTransformer(model_path)
     torch.nn.init.normal_(trunk_of(model).pooler.dense.weight)
     assert identify(model) == identity
@@ -267,7 +267,7 @@ def test_a_pooler_that_is_never_asked_decides_nothing(model_path: str, identity:
 
 
 def tiny(name: str) -> nn.Module:
-    """A random model of this kind with two layers, always the same one."""
+    """Return a random model of this kind with two layers, always the same one."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"vocab_size": 50}
     made: dict[str, tuple[type, dict[str, Any]]] = {
@@ -386,7 +386,7 @@ def test_a_slow_tokenizer_is_known_by_vocabulary_and_switches() -> None:
 
 
 class Adapted(nn.Module):
-    """The shape of a PEFT layer: the old layer, two small matrices, and settings that are no tensors."""
+    """Layer of the form of PEFT: the old layer, two small matrices, and settings that are no tensors."""
 
     def __init__(self, base_layer: nn.Module, scale: float) -> None:
         super().__init__()
@@ -648,7 +648,7 @@ def test_a_name_on_the_hub_is_remembered_by_its_snapshot_folder(
 ) -> None:
     commit = "0123456789" * 4
     repository = tmp_path / "hub" / "models--sentence-transformers--tiny-copy"
-    # as on the hub: the snapshot's files are links to files that lie elsewhere
+    # as in the hub's cache: the files of a snapshot are links to files in another folder
     shutil.copytree(model_path, repository / "snapshots" / commit, copy_function=os.symlink)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)

@@ -1,4 +1,4 @@
-"""Keys: what is different never shares one, what is the same always does."""
+"""Keys: different fields have different keys, equal fields equal keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = hashlib.sha256(b"another model").digest()
 
 
 def by_hand(secret: bytes, *fields: bytes) -> bytes:
-    """The format written out a second time: 8-byte little-endian lengths, sha256 or HMAC, first 16 bytes."""
+    """Compute a key independently: 8-byte little-endian lengths, sha256 or HMAC, first 16 bytes."""
     message = b""
     for field in fields:
         message += len(field).to_bytes(8, "little") + field

@@ -1,4 +1,4 @@
-"""Ways to change a live model, and ways to call it: nothing old is given, and nothing of the changed model is kept."""
+"""Changes of a live model and calls after them: no old result is returned, no result of the changed model stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 100,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-t: Any = transformers  # whose configurations take more than they declare
+t: Any = transformers  # its configurations accept more than their annotations declare
 
 
 # -- models -------------------------------------------------------------------------------------------------
@@ -64,14 +64,14 @@ def tokenizer() -> Any:
 
 
 def stirred(model: Any) -> Any:
-    with torch.no_grad():  # norms and biases start at 1 and 0, where mistakes could hide
+    with torch.no_grad():  # initial norms of 1 and biases of 0 could hide mistakes
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
 class Shift(nn.Module):
-    """A module of one's own behind the pooling, with settings of every plain kind."""
+    """A user's module after the pooling, with settings of every plain kind."""
 
     limit = 3.0
 
@@ -124,7 +124,7 @@ def llama(**others: Any) -> Any:
 
 
 def adapted(model: Any) -> Any:
-    """The model with two low-rank adapters, of which "a" is on."""
+    """Return the model with two low-rank adapters, of which "a" is active."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["query", "value", "q_proj", "v_proj"], lora_alpha=8)
     inner: Any = trunk_of_adapters(model)
@@ -140,7 +140,7 @@ def adapted(model: Any) -> Any:
 
 
 def trunk(model: Any) -> Any:
-    """The module with the embeddings, of either kind of model."""
+    """Return the module with the embeddings, of either kind of model."""
     return model[0].auto_model if isinstance(model, SentenceTransformer) else model.model
 
 
@@ -172,7 +172,7 @@ def of(*tables: dict[str, Change]) -> Callable[[Change], Change]:
 
 
 def row(model: Any) -> torch.Tensor:
-    """The embedding of a word that all texts have."""
+    """Return the embedding of a word that all texts have."""
     found: torch.Tensor = trunk(model).get_input_embeddings().weight
     return found
 
@@ -340,7 +340,7 @@ def quantise(model: Any) -> None:
 
 
 class Quantised(nn.Module):
-    """Eight bits per weight, packed into a tensor that is neither parameter nor buffer."""
+    """Layer with eight bits per weight, packed into a tensor that is neither parameter nor buffer."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -533,7 +533,7 @@ def opened(store: Path, model: Any) -> Iterator[LLMCache]:
 
 
 def check(store: Path, make: Callable[[], Any], change: Change, call: str) -> None:
-    """One change and one call: in the same opening, of what it leaves, and in an opening of the changed model."""
+    """Check one change and one call: in the same opening, what it stores, and an opening of the changed model."""
     ask, itself = CALLS[call]
     model = make()
     with opened(store / "one", model) as cache:
@@ -570,7 +570,7 @@ REFUSALS = re.compile(
 
 
 def answered(ask: Callable[[], Any]) -> Any:
-    """What was answered; None where it was refused with the reason."""
+    """Return the answer; None where the call was refused with an expected reason."""
     try:
         return ask()
     except (ModelMismatch, ConfigError) as error:
@@ -586,7 +586,7 @@ def clean_attention() -> Iterator[None]:
 
 
 def drawn(changes: dict[str, Change], calls: Sequence[str]) -> pytest.MarkDecorator:
-    """Each change with one of the calls, in turn; with every one of them where LLMCACHE_ALL_CHANGES is set."""
+    """Return pairs of a change and a call: one call for each change, or all where LLMCACHE_ALL_CHANGES is set."""
     every = os.environ.get("LLMCACHE_ALL_CHANGES")
     pairs = [(name, call) for name in changes for call in calls]
     some = [(name, calls[place % len(calls)]) for place, name in enumerate(changes)]
@@ -644,7 +644,7 @@ def test_what_decides_nothing_is_no_change_for_an_encoder(tmp_path: Path, bert_p
         assert cache.stats().counters.misses == misses
         attached(cache, model)
         assert set(cache.attached().entered.tolist()) == {3}
-    with opened(tmp_path / "store", model) as cache:  # nor is the model another one for a new opening
+    with opened(tmp_path / "store", model) as cache:  # a new opening accepts the model too
         assert np.array_equal(encode(cache, model), before)
         assert cache.stats().counters.misses == 0
 
@@ -662,7 +662,7 @@ def test_what_decides_nothing_is_no_change_for_a_decoder(tmp_path: Path, change:
         computed = prefix.computed
     with opened(tmp_path / "other", llama()) as cache:
         attached(cache, cache.model)
-        assert cache.stats().counters.prefix.computed == computed  # what one call takes, and two further ones nothing
+        assert cache.stats().counters.prefix.computed == computed  # one call computes, two further ones do not
 
 
 # -- back and forth -----------------------------------------------------------------------------------------
@@ -735,11 +735,11 @@ def test_a_hook_that_only_takes_notes_changes_nothing_while_it_does(tmp_path: Pa
 def test_what_was_computed_after_an_unnoticed_write_is_never_committed(
     tmp_path: Path, bert_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The check before a call is made blind, as it is to a part of a large model: the pass before a commit is not."""
+    """Disable the check before a call, as for a part of a large model; the pass before a commit still runs."""
 
     def plain() -> Any:
         made = sentences(bert_path)
-        del made._modules["2"]  # which counts its calls, so that the model is looked at again after each
+        del made._modules["2"]  # it counts its calls, so the model would be described again after each
         return made
 
     model = plain()

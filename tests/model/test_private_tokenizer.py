@@ -1,4 +1,4 @@
-"""A cache tokenises with copies of its own: nobody's tokenizer is changed, and changed settings are followed."""
+"""Private tokenizers: a cache calls only its own copies, and follows changed settings of the original."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny(tmp_path: Path) -> SentenceTransformer:
 
 
 def own_ids(model: SentenceTransformer, texts: list[str]) -> list[list[int]]:
-    """By the model's `preprocess`, one text at a time, which needs no padding."""
+    """Tokenise by the model's `preprocess`, one text at a time, so without padding."""
     return [model.preprocess([text])["input_ids"][0].tolist() for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""Scores, perplexities and generated texts of causal models: what each row gets alone and unpadded, in any batch."""
+"""Scores, perplexities and generated texts of causal models: in any batch a row gets its result alone and unpadded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LETTERS = Letters()
 
 
 def made(model_type: str) -> Any:
-    """A model, or a skipped test where the installed transformers builds none by the rules."""
+    """Return a model; skips the test where the installed transformers cannot build it."""
     try:
         model = tiny_model(model_type, CAUSAL[model_type])
         with torch.no_grad():
@@ -54,13 +54,13 @@ def made(model_type: str) -> Any:
 
 
 def likelihoods(model: Any, ids: list[int]) -> torch.Tensor:
-    """Log-likelihoods of all tokens after each token of one row, by itself."""
+    """Return log-likelihoods of all tokens after each token of one row, run alone."""
     with torch.no_grad():
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
 
 
 def total(model: Any, ids: list[int], counted: int) -> float:
-    """Log-likelihood of the last tokens of one row."""
+    """Return the log-likelihood of the last tokens of one row."""
     likely = likelihoods(model, ids)
     return sum(float(likely[at - 1, ids[at]]) for at in range(len(ids) - counted, len(ids)))
 
@@ -75,7 +75,7 @@ def test_a_score_is_the_likelihood_of_the_row_alone(model_type: str, store: Path
         attached = cache.attached
         try:
             both = [decoding.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
-        except ConfigError:  # of models that cannot be attached: the reason, at once
+        except ConfigError:  # models that cannot be attached raise the reason at once
             return
     for one in both:
         np.testing.assert_allclose(one, expected, rtol=2e-4)
@@ -114,11 +114,11 @@ def test_what_is_generated_after_a_prompt_is_what_is_generated_after_it_alone(mo
     found = [ids.tolist() for ids in decoding.generate(model, LETTERS, PROMPTS, **how).ids]
     for mine, theirs in zip(found, alone, strict=True):
         assert mine[: len(theirs)] == theirs
-        assert set(mine[len(theirs) :]) <= {0}  # padding behind an end of text
+        assert set(mine[len(theirs) :]) <= {0}  # padding after the end of text
 
 
 class Merging(Letters):
-    """A tokenizer that merges white space as byte-pair encodings do: with what follows, and with itself."""
+    """A tokenizer that merges white space as byte-pair encodings do: with the next letters, and with itself."""
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         pieces: list[str] = []
@@ -173,5 +173,5 @@ def test_trying_out_how_rows_may_share_a_batch_leaves_no_trace() -> None:
         decoding.score(model, LETTERS, ["ab"], ["c"])
         assert torch.equal(torch.get_rng_state(), random)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        if name != "big_bird":  # which changes itself in the call that is asked for
+        if name != "big_bird":  # it changes itself during the call
             assert kinds == [getattr(one, "attention_type", None) for one in model.modules()]

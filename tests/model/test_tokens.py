@@ -1,4 +1,4 @@
-"""Token rows are those of the model's own `preprocess`, however many texts there are and whatever stands in them."""
+"""Token rows equal those of the model's own `preprocess`, for any number and content of texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = [f"question {i}: where is my card{'?' * (i % 3)} {'word ' * (i % 17)}" f
 
 @pytest.fixture
 def short(model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """The model, cutting texts after 20 tokens."""
+    """The model with a limit of 20 tokens."""
     before = model.max_seq_length
     model.max_seq_length = 20
     yield model
@@ -25,7 +25,7 @@ def short(model: SentenceTransformer) -> Iterator[SentenceTransformer]:
 
 
 def own(model: SentenceTransformer, texts: Sequence[str], **others: Any) -> list[list[int]]:
-    """Token ids by `preprocess`, one text at a time, which needs no padding."""
+    """Return token ids by `preprocess`, one text at a time, so without padding."""
     return [model.preprocess([text], **others)["input_ids"][0].tolist() for text in texts]
 
 

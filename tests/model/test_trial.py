@@ -1,4 +1,4 @@
-"""Trials of models: what they find at which length, that they leave no trace, and that their errors are reasons."""
+"""Trials of models: lengths at which results change, no traces in the model, errors as reasons of a refusal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SIZES: dict[str, Any] = {
 
 
 class Restless(nn.Module):
-    """A module whose forward changes one thing about itself, or about the process."""
+    """A module whose forward changes one thing in itself or in the process."""
 
     def __init__(self, change: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ CHANGES = (
 
 
 def snapshot(module: Restless) -> dict[str, Any]:
-    """All that may change, by value and where it matters by identity."""
+    """Return everything that a forward may change, by value and where needed by identity."""
     simple = {key: copy.deepcopy(value) for key, value in vars(module).items() if not key.startswith("_")}
     simple.pop("config")
     buffers = {name: (id(one), one.clone().tolist(), one._version) for name, one in module.named_buffers()}
@@ -97,7 +97,7 @@ def snapshot(module: Restless) -> dict[str, Any]:
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_a_forward_changes_is_put_back(change: str, fails: bool) -> None:
     module = Restless(change).eval()
-    module(False)  # it does change, and a second time too
+    module(False)  # check that the forward changes the module, also the second time
     module = Restless(change).eval()
     before = snapshot(module)
     error = pytest.raises(RuntimeError, match="after the change") if fails else nullcontext()
@@ -164,7 +164,7 @@ def seeded(name: str) -> Any:
 def test_rows_on_both_sides_of_a_length_where_a_model_changes_are_the_models_own(
     name: str, layers: Any, store: Path
 ) -> None:
-    one, twin = seeded(name), seeded(name)  # the twin is asked the same: some change for good with what they are asked
+    one, twin = seeded(name), seeded(name)  # the twin gets the same calls, since some models change for good
     ids, _ = rows(100, seed=3)
     with LLMCache.open(store, one, config=CacheConfig(layers=layers)) as cache, cache.attached(), torch.no_grad():
         assert simple_attributes(one) == simple_attributes(twin)
@@ -178,7 +178,7 @@ def test_rows_on_both_sides_of_a_length_where_a_model_changes_are_the_models_own
 
 
 def simple_attributes(module: nn.Module) -> list[dict[str, Any]]:
-    """Numbers, flags and names that modules hold."""
+    """Return numbers, flags and names among the attributes of modules."""
     return [
         {key: value for key, value in vars(one).items() if isinstance(value, (str, int, float))}
         for one in module.modules()
@@ -233,7 +233,7 @@ def test_rounding_is_no_difference_and_a_wrong_row_is_one(dtype: torch.dtype) ->
 
 
 class Odd(nn.Module):
-    """Layers of which something is not as it looks in seven tokens."""
+    """Layers that compute differently beyond seven tokens."""
 
     def __init__(self, oddity: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether weights are still those of the last look: every way to change them is noticed, and nothing else is."""
+"""Detection of changed weights: every way to change them is detected, and nothing else is."""
 
 from __future__ import annotations
 

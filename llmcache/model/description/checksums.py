@@ -1,7 +1,7 @@
-"""Checksums of the bytes of tensors, which see what is written without any trace in a version counter.
+"""Checksums of the bytes of tensors, which detect writes that leave no trace in a version counter.
 
-On the host a tensor is cut into blocks of 64 KiB, each with its xxh3; on other devices a checksum is a sum of 64-bit
-words, each times an odd number that depends on its place, so that any single changed word shows.
+On the host a tensor is cut into blocks of 64 KiB, each with its xxh3. On other devices a checksum is a sum of 64-bit
+words, each multiplied by an odd number that depends on its place, so that any single changed word is detected.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 Checksum: TypeAlias = bytes
 
 _BLOCK = 1 << 16
-_SAMPLED = 8  # numbers of a tensor that are compared before every call
+_SAMPLED = 8  # elements of a tensor that are compared before every call
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WORDS = 1 << 22  # 64-bit words of a tensor on a device that are summed up together
+_WORDS = 1 << 22  # 64-bit words of a tensor on a device that are summed in one operation
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed number
 
 
 class Contents:
-    """The bytes of some tensors as they were when this was made, compared in part or as a whole.
+    """Checksums of the bytes of some tensors, to be compared with their present bytes in part or as a whole.
 
-    It holds on to the storages, so that other tensors cannot lie where these were.
+    It keeps references to the storages, so that no other tensor gets the same address.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: by path. Those that lie in the same place are read once."""
+        """Read all tensors. tensors: by path. Tensors at the same address are read once."""
         self._paths: dict[int, list[str]] = {}
         self._parts: list[tuple[int, Tensor]] = []
         places: dict[object, int] = {}
@@ -52,7 +52,7 @@ class Contents:
         self._sums = [read() for _, _, read in self._blocks]
         self.seconds = time.perf_counter() - began
         self._next = 0
-        # views on the host hold raw addresses, which are free memory once a storage is moved (`share_memory_`)
+        # NumPy views have raw addresses, which are freed memory once a storage is moved (`share_memory_`)
         self._addresses = [part.data_ptr() for _, part in self._parts]
         self._sampled: dict[torch.dtype, list[NDArray[Any]]] = {}
         for _, part in self._parts:
@@ -60,34 +60,34 @@ class Contents:
         self._sample = self._read_sample()
 
     def checksums(self) -> dict[str, Checksum]:
-        """16 bytes per path: equal for tensors with the same bytes."""
+        """Return 16 bytes per path; equal for tensors with the same bytes."""
         of_number: dict[int, Any] = {number: xxhash.xxh3_128() for number in self._paths}
         for (number, _, _), value in zip(self._blocks, self._sums, strict=True):
             of_number[number].update(value.to_bytes(8, "little", signed=False))
         return {path: of_number[number].digest() for number, paths in self._paths.items() for path in paths}
 
     def sample_holds(self) -> bool:
-        """True if a few numbers of each tensor on the host are those they were: a write to a whole tensor shows."""
+        """Return whether a few elements of each tensor on the host are unchanged. Detects a write to a whole tensor."""
         return not self._moved() and self._read_sample() == self._sample
 
     def _moved(self) -> set[int]:
-        """Numbers of the tensors whose bytes lie elsewhere by now; what was held of them must not be read."""
+        """Return the numbers of the tensors whose storage has moved; their old views must not be read."""
         if [part.data_ptr() for _, part in self._parts] == self._addresses:
             return set()
-        both = zip(self._parts, self._addresses, strict=True)
-        return {number for (number, part), address in both if part.data_ptr() != address}
+        pairs = zip(self._parts, self._addresses, strict=True)
+        return {number for (number, part), address in pairs if part.data_ptr() != address}
 
     def _read_sample(self) -> bytes:
         return b"".join(np.concatenate(views).tobytes() for views in self._sampled.values())
 
     def changed(self) -> list[str]:
-        """Paths of tensors whose bytes are not those they were; everything is read."""
+        """Read all bytes; return the paths of tensors whose bytes have changed."""
         return self._changed(range(len(self._blocks)), self._moved())
 
     def changed_in_part(self, nbytes: float) -> list[str]:
         """Like `changed`, but read about this many bytes (at least one block), continuing where the last call stopped.
 
-        To be called right after `sample_holds`, which sees whether a storage was moved.
+        To be called right after `sample_holds`, which detects moved storages.
         """
         numbers: list[int] = []
         left = nbytes
@@ -104,7 +104,7 @@ class Contents:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold a tensor's numbers: of a quantised, sparse or wrapping one, several."""
+    """Return the plain tensors with a tensor's data: several for a quantised, sparse or wrapping tensor."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in parts_of(getattr(tensor, name))]
@@ -123,17 +123,18 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 def _add_sample(tensor: Tensor, sampled: dict[torch.dtype, list[NDArray[Any]]]) -> None:
-    """Add a view of up to eight numbers of a tensor on the host, spread evenly, as integers of their width."""
-    whole = _INTEGERS.get(tensor.element_size())
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel() or whole is None:
+    """Add a view of up to eight evenly spaced elements of a tensor on the host, as integers of their width."""
+    integer = _INTEGERS.get(tensor.element_size())
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel() or integer is None:
         return
     if tensor.is_conj() or tensor.is_neg():
         return
-    some = tensor.view(-1)[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
-    sampled.setdefault(whole, []).append(some.view(whole).numpy())
+    elements = tensor.view(-1)[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
+    sampled.setdefault(integer, []).append(elements.view(integer).numpy())
 
 
 def _has_parts(tensor: Tensor) -> bool:
+    """Return whether a tensor is quantised, sparse, or wraps others."""
     return hasattr(tensor, "__tensor_flatten__") or tensor.is_quantized or tensor.layout is not torch.strided
 
 
@@ -144,14 +145,14 @@ def _scales(tensor: Tensor) -> list[Tensor]:
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """The tensor with its dimensions in the order of its strides, which often makes it contiguous without a copy."""
+    """Return the tensor with its dimensions in the order of its strides: often contiguous without a copy."""
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
     return tensor.permute(order)
 
 
 def _blocks(tensor: Tensor) -> Iterator[tuple[int, Callable[[], int]]]:
-    """Bytes of each block, and what computes its checksum now."""
+    """Yield the size of each block in bytes, and a function that computes its present checksum."""
     if not tensor.numel():
         return
     ordered = tensor if tensor.is_contiguous() else in_memory_order(tensor)
@@ -169,7 +170,7 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, Callable[[], int]]]:
 
 
 def _sum_of_words(tensor: Tensor) -> int:
-    """A checksum computed on the tensor's device."""
+    """Return a checksum that is computed on the tensor's device."""
     octets = tensor.contiguous().reshape(-1).view(torch.uint8)
     if rest := len(octets) % 8:
         octets = torch.cat([octets, octets.new_zeros(8 - rest)])
@@ -178,7 +179,7 @@ def _sum_of_words(tensor: Tensor) -> int:
     words = octets.view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for start in range(0, len(words), _WORDS):
-        some = words[start : start + _WORDS]
-        places = torch.arange(start, start + len(some), device=words.device)
-        total += (some * (2 * places * _ODD + 1)).sum()  # wraps around; 2n + 1 is odd, so no single change is lost
+        chunk = words[start : start + _WORDS]
+        places = torch.arange(start, start + len(chunk), device=words.device)
+        total += (chunk * (2 * places * _ODD + 1)).sum()  # modulo 2^64; 2n + 1 is odd, so no single change cancels
     return int(total) & 0xFFFF_FFFF_FFFF_FFFF

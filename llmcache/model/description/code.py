@@ -1,6 +1,6 @@
-"""Digests of functions and classes by their code, so that two revisions of one name are told apart.
+"""Digests of functions and classes by their code, so that two revisions under one name differ.
 
-What lies in an installed library, or in Python's own, is known by its name: its code is that of a release.
+Functions and classes of Python and of installed libraries are described by name only: their code is that of a release.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OF_CLASSES = frozenset(
         "__match_args__", "__dataclass_fields__", "__dataclass_params__",
     )
 )  # fmt: skip
-"""Entries of a class that say nothing about what it does."""
+"""Entries of a class that do not affect its behaviour."""
 
 
 @cache
@@ -50,12 +50,12 @@ def is_library_module(name: str | None) -> bool:
     path = getattr(module, "__file__", None)
     if path is not None:
         return is_library_file(path)
-    # built in, a package without a file of its own, or made at run time, by a library or by the user
+    # built in, a namespace package, or made at run time by a library or by the user
     top = str(name).partition(".")[0]
     above = getattr(sys.modules.get(top), "__file__", None)
     folders = list(getattr(module, "__path__", ()))
     known = top in sys.stdlib_module_names or (above is not None and is_library_file(above))
-    return known or (bool(folders) and all(is_library_file(os.path.join(one, "")) for one in folders))
+    return known or (bool(folders) and all(is_library_file(os.path.join(folder, "")) for folder in folders))
 
 
 def is_library_function(function: FunctionType) -> bool:
@@ -65,13 +65,13 @@ def is_library_function(function: FunctionType) -> bool:
 
 
 def name_of(value: Any) -> str:
-    """The package and the qualified name of a library's function or class."""
+    """Return the package and the qualified name of a library's function or class."""
     module = getattr(value, "__module__", None) or ""
     return f"{module.partition('.')[0]}:{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
 
 
 def code_digest(code: CodeType) -> str:
-    """sha256 in hexadecimal of what a code object does: not of its file, its line numbers or its name."""
+    """Return the sha256 in hexadecimal of a code object's behaviour, without its file, line numbers and name."""
     hashed = hashlib.sha256()
     for part in _parts(code):
         hashed.update(f"{len(part)}:".encode() + part)
@@ -79,7 +79,7 @@ def code_digest(code: CodeType) -> str:
 
 
 def names_used(code: CodeType) -> Iterator[str]:
-    """Names of globals and attributes that a code object and those inside it refer to."""
+    """Yield the names of globals and attributes that a code object and those inside it refer to."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -91,18 +91,18 @@ _CHANGES = frozenset(
 )
 
 
-_FOLLOWED = 24  # instructions of one expression
+_FOLLOWED = 24  # instructions that are followed after a name is loaded
 
 
 def names_written_into(code: CodeType) -> frozenset[str]:
-    """Names of globals and of variables of an enclosing function whose containers or objects a function changes.
+    """Return the names of globals and of variables of an enclosing function whose values a function changes in place.
 
-    Such as NOTES in `NOTES.append(x)`, `NOTES["last"] = x`, `NOTES[name].add(x)`, `NOTES.count += 1`: a function that
-    records what passes by.
+    Such as NOTES in `NOTES.append(x)`, `NOTES["last"] = x`, `NOTES[name].add(x)`, `NOTES.count += 1`, in a function
+    that records its calls.
     """
     names: set[str] = set()
-    for one in (code, *_inner(code)):
-        instructions = list(dis.get_instructions(one))
+    for each in (code, *_inner(code)):
+        instructions = list(dis.get_instructions(each))
         for place, instruction in enumerate(instructions):
             loads = instruction.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME", "LOAD_CLASSDEREF")
             if loads and _is_written_into(instructions[place + 1 : place + 1 + _FOLLOWED]):
@@ -111,12 +111,12 @@ def names_written_into(code: CodeType) -> frozenset[str]:
 
 
 def _is_written_into(following: list[dis.Instruction]) -> bool:
-    """Return whether the value on top of the stack is a container or an object that these instructions change."""
-    above = 0  # values on the stack above the one that is followed
-    for one in following:
-        name = one.opname
+    """Return whether these instructions change the value on top of the stack in place."""
+    above = 0  # number of values on the stack above the value that is followed
+    for instruction in following:
+        name = instruction.opname
         if name in ("LOAD_METHOD", "LOAD_ATTR") and above == 0:
-            if one.argval in _CHANGES:
+            if instruction.argval in _CHANGES:
                 return True
         elif name in ("LOAD_METHOD", "LOAD_ATTR", "CACHE", "NOP", "RESUME"):
             continue
@@ -124,8 +124,8 @@ def _is_written_into(following: list[dis.Instruction]) -> bool:
             above += 2
         elif name.startswith("LOAD_"):
             above += 1
-        elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and one.argrepr == "[]"):
-            if above == 0:  # it is the key
+        elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and instruction.argrepr == "[]"):
+            if above == 0:  # the value is the key
                 return False
             above -= 1
         elif name == "COPY":  # of an assignment such as `x[key] += 1`
@@ -147,14 +147,14 @@ def _inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def names_stored(code: CodeType) -> frozenset[str]:
-    """Names of globals and of variables of an enclosing function that a function assigns to."""
-    stored = (one.argval for one in _instructions(code) if one.opname in ("STORE_DEREF", "STORE_GLOBAL"))
+    """Return the names of globals and of variables of an enclosing function that a function assigns to."""
+    stored = (each.argval for each in _instructions(code) if each.opname in ("STORE_DEREF", "STORE_GLOBAL"))
     return frozenset(stored)
 
 
 def attributes_stored(code: CodeType) -> frozenset[str]:
-    """Names of attributes that a function assigns to."""
-    return frozenset(one.argval for one in _instructions(code) if one.opname == "STORE_ATTR")
+    """Return the names of attributes that a function assigns to."""
+    return frozenset(each.argval for each in _instructions(code) if each.opname == "STORE_ATTR")
 
 
 def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
@@ -165,14 +165,14 @@ def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
 
 
 def class_entries(cls: type) -> Iterator[tuple[str, Any]]:
-    """Entries of a class body, sorted by name, without those that are documentation."""
+    """Yield the entries of a class body, sorted by name, without documentation and bookkeeping."""
     for name in sorted(vars(cls)):
         if name not in _OF_CLASSES:
             yield name, vars(cls)[name]
 
 
 def is_plain_global(value: object) -> bool:
-    """True if a global that a function uses is described by its value, and not left out as a module or a library's."""
+    """Return whether a global that a function uses is described by its value. False for modules and library objects."""
     if isinstance(value, ModuleType):
         return False
     if isinstance(value, type):

@@ -1,7 +1,7 @@
-"""The description of a model: the ordered list of facts that decide what it computes, taken by one walk over it.
+"""Description of a model: the ordered list of facts that decide what it computes, from one walk over the model.
 
-Identity is derived from this list, and the check before every call compares the same list, so that neither can cover
-what the other does not. What is left out on purpose is listed below, with the reason.
+The identity is derived from this list, and the check before every call compares the same list, so that both cover the
+same facts. The attributes that are left out on purpose are listed below, with the reason.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from llmcache.model.description.walk import Walk
 from llmcache.model.forward_patch import is_stand_in, without_stand_ins
 
 _OF_EVERY_MODULE = frozenset(vars(Module())) | {"_compiled_call_impl", "_output_capturing_hooks_installed"}
-"""Attributes that every module has. Parameters, buffers, children and forward hooks are described by themselves."""
+"""Attributes that every module has. Parameters, buffers, children and forward hooks have facts of their own."""
 
-# -- what decides nothing -----------------------------------------------------------------------------------
-# whether a module trains is no part of what it is: modules in training mode are not cached at all
-# dropout does nothing outside of training; gradient checkpointing neither
+# -- attributes that decide no result -----------------------------------------------------------------------
+# the training flag is no fact, since modules in training mode are not cached at all
+# dropout and gradient checkpointing have no effect outside of training
 _INERT = re.compile(r"(.*_)?dropout(_p|_prob|_rate)?|.*_pdrop|.*layerdrop|gradient_checkpointing|_is_hf_initialized|"
                     r"_gradient_checkpointing_func")  # fmt: skip
-# where a model came from, how it is loaded, saved, split over devices or trained; and defaults of `generate`, of which
-# nothing but the trunk's results is stored
+# where a model came from, and how it is loaded, saved, split over devices or trained; also defaults of `generate`,
+# since only results of the trunk are stored
 _OF_PRETRAINED = re.compile(
     r"name_or_path|warnings_issued|generation_config|.*_plan|all_tied_weights_keys|_tied_weights_keys|"
     r"_keep_in_fp32_modules.*|_no_split_modules|_skip_keys_device_placement|_keys_to_ignore_on.*|_weight_conversions|"
@@ -48,15 +48,15 @@ _OF_PRETRAINED = re.compile(
     r"_require_grads_hooks?|_adapter_.*_request|is_parallelizable|supports_gradient_checkpointing|_compile_config|_compiled_call|"
     r"_last_compile_config|_output_embedding|training_args|_requires_.*_hook|_prepared_.*|device_mesh"
 )
-# of a SentenceTransformer: prompts, which are described by name, what is done with finished vectors, model cards
+# of a SentenceTransformer: prompts (described by name elsewhere), processing of finished vectors, model cards
 _OF_SENTENCES = re.compile(
     r"encode.*|prompts|default_prompt_name|_?similarity.*|truncate_dim|trust_remote_code|.*model_card.*|_model_config|"
     r"_device_map|_modules_placed|_accelerate_placement_hook|is_hpu_graph_enabled|_target_device|module_kwargs|revision|"
     r"local_files_only|cache_folder|token|model_name_or_path"
 )
-# what the modules of a SentenceTransformer remember from call to call
+# caches that the modules of a SentenceTransformer keep between calls
 _MEMORIES = re.compile(r"_.*_cache|_prompt_length_mapping|_declared_forward_params|input_formatter")
-# frequencies that these kinds of rotary positions set anew in their own forward, by the length of the input
+# frequencies that some kinds of rotary positions recompute in their own forward, by the length of the input
 _OWN_FREQUENCIES = re.compile(r"((?!.*original).*_)?inv_freq|(.*_)?max_seq_len_cached")
 
 
@@ -66,7 +66,9 @@ class Description:
 
     facts: texts by path; "encoder.layer.0.=eps" is the attribute eps of encoder.layer.0, a path without "=" a tensor.
     tensors: by path. settings: further facts of the whole model, by name. rules: digest of the tokenizer's rules.
-    trunk, prefix: the transformers model inside, and what the paths of its facts begin with.
+    trunk, prefix: the transformers model inside, and the prefix of the paths of its facts.
+    configuration: settings of the trunk as a dict. attention: name of the attention implementation, with the digest of
+    its code if it is no library's. walk: with everything that was read. modules: all modules, each once.
     """
 
     model: Module
@@ -87,7 +89,7 @@ def describe(model: Module, tokenizer: Any = None) -> Description:
     """Describe a SentenceTransformer, a transformers model, or any other module, as it is in memory now.
 
     tokenizer: of a plain transformers model; a SentenceTransformer has its own.
-    ConfigError where tensors have no bytes: on the meta device, or held by another runtime than torch.
+    ConfigError when the weights are on the meta device or belong to another runtime than torch.
     """
     trunk, prefix = trunk_of(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
@@ -96,19 +98,19 @@ def describe(model: Module, tokenizer: Any = None) -> Description:
     config: Any = getattr(trunk, "config", None)
     configuration = None if config is None else walk.settings(config, "config")
     attributes = attributes_text(walk, tokenizer, "tokenizer")
-    facts: dict[str, str] = {}  # these come first: they decide what all layers give
+    facts: dict[str, str] = {}  # global hooks and functions come first: they affect all layers
     _global_hooks(walk, facts)
     _replaced_functions(walk, model, facts)
     facts |= facts_of_module(walk, model, "")
     tensors = dict(walk.tensors)
     if trunk is not model and pooler_is_idle(model, trunk):
         facts = {name: text for name, text in facts.items() if not name.startswith(f"{prefix}pooler.")}
-        tensors = {name: one for name, one in tensors.items() if not name.startswith(f"{prefix}pooler.")}
-    for name, one in tensors.items():
-        if one.is_meta:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}pooler.")}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
             raise ConfigError(f"{name} is on the meta device and has no bytes; load the model's weights first")
     attention = _attention(walk, config)
-    modules = list(_every(model))
+    modules = list(_all_modules(model))
     walk.probe("classes of the modules", lambda: list(map(type, modules)))
     settings = {f"config {name}": repr(value) for name, value in _flat(configuration)}
     settings["attention implementation"] = attention
@@ -119,32 +121,33 @@ def describe(model: Module, tokenizer: Any = None) -> Description:
 
 
 def facts_of_module(walk: Walk, module: Module, path: str) -> dict[str, str]:
-    """Facts of a module and of all below it, in the order in which they are registered; its tensors go to the walk."""
+    """Return the facts of a module and all modules inside it, in order of registration. Adds tensors to the walk."""
     facts: dict[str, str] = {}
     _add(walk, module, path, facts, [])
     return facts
 
 
 def _add(walk: Walk, module: Module, path: str, facts: dict[str, str], above: list[int]) -> None:
+    """Add the facts of a module and of all modules inside it. above: ids of the modules around it."""
     if id(module) in above or len(above) > 64:
         return
     prefix = f"{path}." if path else ""
-    held = vars(module)
-    walk.watch(path, held, "module")
+    attributes = vars(module)
+    walk.watch(path, attributes, "module")
     for name in ("_parameters", "_buffers", "_modules"):
-        if name in held:
-            walk.watch(path, held[name])
+        if name in attributes:
+            walk.watch(path, attributes[name])
     for name in ("_forward_hooks", "_forward_pre_hooks"):
-        if name in held:
-            walk.watch(path, held[name], "hooks")
-    hooks = _hooks(walk, held, prefix)
+        if name in attributes:
+            walk.watch(path, attributes[name], "hooks")
+    hooks = _hooks(walk, attributes, prefix)
     if _does_nothing(module) and not hooks:
         return
     facts[f"{prefix}=class"] = walk.class_text(type(module))
     excluded = _excluded(module)
     own = _stored_by_forward(type(module))
-    for name, value in sorted(without_stand_ins(held).items()):
-        if name in _OF_EVERY_MODULE or name in own or value is None or any(one.fullmatch(name) for one in excluded):
+    for name, value in sorted(without_stand_ins(attributes).items()):
+        if name in _OF_EVERY_MODULE or name in own or value is None or any(each.fullmatch(name) for each in excluded):
             continue
         _note(walk, facts, f"{prefix}={name}", value, f"{prefix}{name}")
     facts |= hooks
@@ -153,7 +156,7 @@ def _add(walk: Walk, module: Module, path: str, facts: dict[str, str], above: li
     if children and (isinstance(module, torch.nn.Sequential) or _out_of_order(children)):
         facts[f"{prefix}=children"] = repr(children)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is None or any(one.fullmatch(name) for one in excluded if one is _OWN_FREQUENCIES):
+        if tensor is None or any(each.fullmatch(name) for each in excluded if each is _OWN_FREQUENCIES):
             continue
         walk.tensors[f"{prefix}{name}"] = tensor
         facts[f"{prefix}{name}"] = ""
@@ -170,7 +173,7 @@ def _add(walk: Walk, module: Module, path: str, facts: dict[str, str], above: li
 
 
 def _stored_by_forward(cls: type) -> frozenset[str]:
-    """Attributes that a module's own forward assigns to in every call: they are results, not settings."""
+    """Return the attributes that a module's forward assigns to: they are results of a call, not settings."""
     code = getattr(getattr(cls, "forward", None), "__code__", None)
     if code is None:
         return frozenset()
@@ -183,7 +186,7 @@ _stored: dict[Any, frozenset[str]] = {}
 
 
 def _note(walk: Walk, facts: dict[str, str], name: str, value: Any, path: str) -> None:
-    """Add the fact of one value, and of the tensors inside it."""
+    """Add the fact of one value, and those of the tensors inside it."""
     before = len(walk.tensors)
     facts[name] = walk.text_of(value, path)
     if len(walk.tensors) > before:
@@ -191,7 +194,7 @@ def _note(walk: Walk, facts: dict[str, str], name: str, value: Any, path: str) -
 
 
 def _excluded(module: Module) -> list[re.Pattern[str]]:
-    """Names of attributes of this module that decide nothing, or are described elsewhere."""
+    """Return patterns of attributes of this module that decide no result, or are described elsewhere."""
     library = is_library_module(type(module).__module__)
     patterns = [_INERT]
     if hasattr(type(module), "base_model_prefix"):
@@ -209,23 +212,25 @@ def _excluded(module: Module) -> list[re.Pattern[str]]:
 
 
 def pooling_settings(module: Module) -> dict[str, Any]:
-    """Settings of a pooling module of a SentenceTransformer; empty for any other."""
+    """Return the settings of a SentenceTransformer's pooling module; {} for any other module."""
     read: Any = getattr(module, "get_config_dict", None)
     settings: dict[str, Any] = read() if callable(read) else {}
     return settings if "pooling_mode" in settings else {}
 
 
 def _does_nothing(module: Module) -> bool:
-    """Return whether a module gives back what it is given, outside of training. Training is looked at by `trains`."""
+    """Return whether a module returns its input unchanged outside of training (`trains` checks for training)."""
     plain = type(module).__module__ in ("torch.nn.modules.dropout", "torch.nn.modules.linear")
     inert = plain and ("Dropout" in type(module).__qualname__ or type(module) is torch.nn.Identity)
     return inert and "forward" not in vars(module) and not module._modules
 
 
-def _hooks(walk: Walk, held: dict[str, Any], prefix: str) -> dict[str, str]:
+def _hooks(walk: Walk, attributes: dict[str, Any], prefix: str) -> dict[str, str]:
+    """Return the facts of forward hooks. attributes: dictionaries of hooks by name. prefix: of the facts' paths."""
     facts: dict[str, str] = {}
     for name in ("_forward_hooks", "_forward_pre_hooks"):
-        functions = [one for one in held.get(name, {}).values() if not is_stand_in(one) and not _is_inert(one)]
+        hooks = attributes.get(name, {}).values()
+        functions = [hook for hook in hooks if not is_stand_in(hook) and not _is_inert(hook)]
         for place, function in enumerate(functions):
             _note(walk, facts, f"{prefix}={name} {place}", function, f"{prefix}{name}.{place}")
     return facts
@@ -235,29 +240,30 @@ _INERT_HOOKS = (".make_inputs_require_grads", ".output_capturing_hook")
 
 
 def _is_inert(hook: Any) -> bool:
-    """True if a hook is one of transformers that decides no result: for gradients, or to collect hidden states."""
+    """Return whether a hook of transformers changes no result: hooks for gradients, or that collect hidden states."""
     named = str(getattr(hook, "__qualname__", "")).endswith(_INERT_HOOKS)
     return named and is_library_module(getattr(hook, "__module__", None))
 
 
 def _global_hooks(walk: Walk, facts: dict[str, str]) -> None:
-    held: dict[str, Any] = {
+    """Add the facts of hooks that PyTorch runs for all modules."""
+    by_name: dict[str, Any] = {
         "_forward_hooks": torch_module._global_forward_hooks,
         "_forward_pre_hooks": torch_module._global_forward_pre_hooks,
     }
-    for hooks in held.values():
+    for hooks in by_name.values():
         walk.watch("hooks of all modules", hooks, "hooks")
-    facts |= _hooks(walk, held, "hooks of all modules.")
+    facts |= _hooks(walk, by_name, "hooks of all modules.")
 
 
 def _replaced_functions(walk: Walk, model: Module, facts: dict[str, str]) -> None:
-    """Functions that somebody has put into modules of installed libraries which this model's forwards use."""
+    """Add the facts of foreign functions in modules of installed libraries that the model's classes come from."""
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     names = {name for name in names if is_library_module(name) and name not in ("builtins", "typing")}
     for name in sorted(names | {"torch.nn.functional"}):
-        held = vars(sys.modules[name]) if name in sys.modules else {}
-        walk.watch(name, held)
-        for entry, value in held.items():
+        entries = vars(sys.modules[name]) if name in sys.modules else {}
+        walk.watch(name, entries)
+        for entry, value in entries.items():
             if isinstance(value, FunctionType) and not is_library_function(value):
                 _note(walk, facts, f"function {name}.{entry}", value, f"{name}.{entry}")
 
@@ -268,7 +274,7 @@ def _out_of_order(children: list[str]) -> bool:
 
 
 def _extra_state(walk: Walk, module: Module, prefix: str, facts: dict[str, str]) -> None:
-    """Facts of a module's extra state, such as packed and quantised weights."""
+    """Add the facts of a module's extra state, such as packed and quantised weights."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         facts[f"{prefix}=code"] = walk.text_of(str(getattr(module, "code", "")), prefix)
@@ -285,7 +291,7 @@ def _extra_state(walk: Walk, module: Module, prefix: str, facts: dict[str, str])
 
 
 def _settings(walk: Walk, model: Module, tokenizer: Any) -> dict[str, str]:
-    """Settings of the whole pipeline that have a field of their own in the identity, for messages."""
+    """Return settings of the whole pipeline that have a field of their own in the identity, for messages."""
     settings = {
         "max_seq_length": repr(getattr(model, "max_seq_length", None) or length_limit(tokenizer)),
         "default_prompt_name": repr(getattr(model, "default_prompt_name", None)),
@@ -302,7 +308,7 @@ def _settings(walk: Walk, model: Module, tokenizer: Any) -> dict[str, str]:
 
 
 def _attention(walk: Walk, config: Any) -> str:
-    """The attention implementation; with its code where it was registered by somebody else than a library."""
+    """Return the name of the attention implementation, with the digest of its code if it is no library's."""
     name = str(getattr(config, "_attn_implementation", None) or "none")
     try:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -318,15 +324,17 @@ def _attention(walk: Walk, config: Any) -> str:
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings in nested dicts, with dotted names."""
     if isinstance(settings, dict):
         for name, value in settings.items():
             yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
-def _every(model: Module) -> Iterator[Module]:
+def _all_modules(model: Module) -> Iterator[Module]:
+    """Yield the model and all modules inside it, each once."""
     seen: set[int] = set()
     waiting = [model]
-    for module in waiting:  # grows while it is walked
+    for module in waiting:  # the list grows during the loop
         if id(module) not in seen:
             seen.add(id(module))
             yield module
@@ -339,7 +347,7 @@ _trains: dict[type, bool] = {}
 
 
 def trains(module: Module) -> bool:
-    """Return whether a module that is in training mode gives other results for it."""
+    """Return whether a module is in training mode and gives other results for that."""
     if not module.training:
         return False
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):

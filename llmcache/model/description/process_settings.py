@@ -1,4 +1,4 @@
-"""Settings of the running process, outside of any model, that decide the numbers a model gives."""
+"""Settings of the running process, outside of any model, that change a model's results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# what is asked for each kind of device, with the value PyTorch starts with: others change products of float32
+# settings that are read for each kind of device, with PyTorch's initial value; other values change float32 products
 _PRECISIONS = {
     "cuda": (("generic", "all", "none"), ("cuda", "matmul", "none"), ("cuda", "conv", "tf32"), ("cuda", "rnn", "tf32")),
     "cpu": (("generic", "all", "none"), ("mkldnn", "matmul", "none"), ("mkldnn", "conv", "none")),
@@ -14,15 +14,15 @@ _PRECISIONS = {
 
 
 def running_mode(device: str) -> str:
-    """The settings in force that change results, as a text that is part of keys; "" for PyTorch's own defaults.
+    """Return the current settings that change results, as a text that is part of keys; "" for PyTorch's defaults.
 
-    They are autocast, the precision of float32 products, the default dtype, and active function modes of PyTorch.
-    device: type of the device that the model is on, such as "cpu".
+    The settings are autocast, the precision of float32 products, the default dtype, and active function modes.
+    device: type of the model's device, such as "cpu".
     """
     parts = []
     if torch.is_autocast_enabled(device):
         parts.append(f"{device} {torch.get_autocast_dtype(device)}")
-    read: Any = torch._C._get_fp32_precision_getter  # the public attributes raise once old and new ones were both used
+    read: Any = torch._C._get_fp32_precision_getter  # the public API raises once old and new settings were mixed
     for backend, operation, usual in _PRECISIONS.get(device, ()):
         precision = read(backend, operation)
         if precision not in ("ieee", usual):
@@ -35,7 +35,7 @@ def running_mode(device: str) -> str:
 
 
 def _function_modes() -> list[str]:
-    """Modes other than a default device, which changes no result."""
+    """Return the texts of active function modes, without that of a default device, which changes no result."""
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 

@@ -1,6 +1,6 @@
-"""The values that decide what a model computes, as texts: attributes, functions, classes, hooks and settings.
+"""Texts of the values that decide what a model computes: attributes, functions, classes, hooks and settings.
 
-A walk also collects every mutable container that it reads, with a shallow copy: as long as all of them are equal to
+A walk also collects every mutable container that it reads, with a shallow copy. As long as all containers are equal to
 their copies, another walk would give the same texts.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 import warnings
 from array import array
 from collections import deque
@@ -36,6 +35,7 @@ from llmcache.model.description.code import (
     names_used,
     names_written_into,
 )
+from llmcache.model.description.configurations import VOLATILE_ADAPTER_SETTINGS, is_configuration, settings_of
 from llmcache.model.description.tokenizer_rules import (
     attributes_text,
     is_tokenizer,
@@ -47,26 +47,19 @@ from llmcache.model.forward_patch import is_stand_in
 Probe: TypeAlias = Callable[[], Any]
 
 _LONG = 400
-"""Characters of a text above which its digest stands for it."""
+"""Characters of a text above which it is replaced by its start and its digest."""
 _DEEPEST = 16
+"""Nesting depth up to which values are described."""
 _OF_PROCESSORS = ("tokenizer", "image_processor", "feature_extractor", "video_processor")
 _MISSING = object()
-_NAMES = re.compile(  # of an adapter's settings: where it came from, and what only training asks for
-    r"base_model_name_or_path|revision|inference_mode|auto_mapping|peft_version|task_type|.*dropout|init_.*|"
-    r"runtime_config|loftq_config|eva_config|corda_config|lora_ga_config|layer_replication|megatron_.*"
-)
-_VOLATILE_SETTINGS = re.compile(
-    r"_name_or_path|_commit_hash|transformers_version|dtype|torch_dtype|architectures|auto_map|id2label|"
-    r"label2id|problem_type|return_dict|output_attentions|output_hidden_states|output_router_logits|use_cache|"
-    r"gradient_checkpointing|.*dropout.*|.*_pdrop|.*layerdrop|initializer_.*|use_return_dict"
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Watched:
-    """A container that a walk read. kind: "module" (the attributes of one), "hooks", or "" for any other.
+    """A container that a walk read.
 
-    live, copy: the container and its shallow copy. path: of the value in the model.
+    path: of the value in the model. kind: "module" (attributes of a module), "class" (of a class), "hooks",
+    "tokenizer" (attributes of a tokenizer), or "" for any other. live, copy: the container and its shallow copy.
     """
 
     path: str
@@ -76,9 +69,11 @@ class Watched:
 
 
 class Walk:
-    """Texts of values, and what has to stay as it is for them to stay the same.
+    """Texts of values, and the containers and function results that they depend on.
 
-    tensors: those met, by path; a text only says that there is one. tokenizer: the model's own, which is only named.
+    watched: containers that were read. probes: (path, function without arguments, its result) for other values.
+    tensors: all tensors that were met, by path; their texts do not depend on their data.
+    tokenizer: the model's own, which is described elsewhere and only named here.
     """
 
     def __init__(self) -> None:
@@ -91,21 +86,21 @@ class Walk:
         self._configurations: set[int] = set()
         self._code_known: dict[int, str] = {}
 
-    # -- what is watched ------------------------------------------------------------------------------------
+    # -- containers and probes ------------------------------------------------------------------------------
 
     def watch(self, path: str, container: Any, kind: str = "") -> None:
-        """Note a dict, list, set or class dictionary as it is now."""
+        """Record a dict, list, set or class dictionary with a copy of its present entries."""
         copied = dict(container) if isinstance(container, Mapping) else type(container)(container)
         self.watched.append(Watched(path, kind, container, copied))
 
     def probe(self, path: str, read: Probe) -> None:
-        """Note what a function without arguments returns now."""
+        """Record a function without arguments with its present result."""
         self.probes.append((path, read, read()))
 
     # -- values ---------------------------------------------------------------------------------------------
 
     def text_of(self, value: Any, path: str) -> str:
-        """The value as a text that is equal for equal values in every process. path: where it is, for tensors."""
+        """Return a text that is the same for equal values in every process. path: of the value in the model."""
         kind = type(value)
         if value is None or kind in (bool, int, float, complex, str, bytes):
             return _short(repr(value))
@@ -124,7 +119,7 @@ class Walk:
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.Size)):
             return str(value)
         if isinstance(value, (torch.device, ModuleType)):
-            return type(value).__name__  # where a model lies does not decide what it gives
+            return type(value).__name__  # the device of a model is no part of its identity
         if isinstance(value, np.ndarray):
             return self._array(value, path)
         if isinstance(value, np.generic):
@@ -149,7 +144,7 @@ class Walk:
     def _array(self, value: np.ndarray[Any, Any], path: str) -> str:
         if value.dtype.kind in "biufc":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of arrays that cannot be written to; nobody writes here
+                warnings.simplefilter("ignore")  # about read-only arrays; the tensor is only read
                 try:
                     self.tensors[path] = torch.from_numpy(value)
                     return "array"
@@ -159,7 +154,7 @@ class Walk:
         return f"array {value.dtype} {value.shape} {hashlib.sha256(repr(value.tolist()).encode()).hexdigest()}"
 
     def _buffer(self, value: Any, path: str) -> str:
-        """A queue, a buffer or a namespace of Python's own: by what it holds, which is read again before every call."""
+        """Describe a queue, buffer or namespace by its contents, which are compared again before every call."""
         if isinstance(value, SimpleNamespace):
             self.watch(path, vars(value))
             return f"namespace {self.text_of(dict(vars(value)), path)}"
@@ -182,7 +177,7 @@ class Walk:
         return name + marks[0] + inside + marks[1]
 
     def _object(self, value: Any, path: str) -> str:
-        """An object of any other class: by its class, and by what it holds where that is known to decide results."""
+        """Describe an object of any other class by its class, and by its attributes if these decide results."""
         if isinstance(value, Module):
             return self.module_text(value, path)
         if is_configuration(value):
@@ -192,47 +187,47 @@ class Walk:
         name = self.class_text(type(value))
         if is_dataclass(value):
             self.watch(path, vars(value)) if hasattr(value, "__dict__") else None
-            held = [(one.name, getattr(value, one.name, None)) for one in fields(value)]
+            items = [(field.name, getattr(value, field.name, None)) for field in fields(value)]
             if is_library_module(type(value).__module__):
-                held = [(key, item) for key, item in held if not _NAMES.fullmatch(key)]
+                items = [(key, item) for key, item in items if not VOLATILE_ADAPTER_SETTINGS.fullmatch(key)]
         elif is_library_module(type(value).__module__):
-            parts = [one for one in _OF_PROCESSORS if one in getattr(value, "__dict__", {})]
-            return name + "".join(f" {one}={self.text_of(vars(value)[one], f'{path}.{one}')}" for one in parts)
+            parts = [part for part in _OF_PROCESSORS if part in getattr(value, "__dict__", {})]
+            return name + "".join(f" {part}={self.text_of(vars(value)[part], f'{path}.{part}')}" for part in parts)
         else:
-            held = list(getattr(value, "__dict__", {}).items())
-            if held or hasattr(value, "__dict__"):
+            items = list(getattr(value, "__dict__", {}).items())
+            if items or hasattr(value, "__dict__"):
                 self.watch(path, vars(value))
-            names = [one for base in type(value).__mro__ for one in _slots(base)]
-            held += [(one, getattr(value, one)) for one in names if hasattr(value, one)]
+            names = [slot for base in type(value).__mro__ for slot in _slots(base)]
+            items += [(slot, getattr(value, slot)) for slot in names if hasattr(value, slot)]
             if names:
-                self.probe(path, lambda: [getattr(value, one, _MISSING) for one in names])
+                self.probe(path, lambda: [getattr(value, slot, _MISSING) for slot in names])
             if isinstance(value, (dict, list, set)):
-                held.append(("items", list(value)))
-        inside = ", ".join(f"{key}={self.text_of(item, f'{path}.{key}')}" for key, item in sorted(held, key=_first))
+                items.append(("items", list(value)))
+        inside = ", ".join(f"{key}={self.text_of(item, f'{path}.{key}')}" for key, item in sorted(items, key=_first))
         return f"{name}({inside})"
 
     def _tokenizer(self, value: Any, path: str) -> str:
-        if value is self.tokenizer:  # described by itself, beside the modules
+        if value is self.tokenizer:  # described separately, beside the modules
             return "the tokenizer"
         rules = rules_digest(value, attributes_text(self, value, path))
         return f"{type(value).__qualname__} {rules} {length_limit(value)}"
 
     def module_text(self, module: Module, path: str) -> str:
-        """A module that is held as a plain attribute, with all that it holds itself."""
+        """Describe a module that is a plain attribute, with all modules inside it."""
         from llmcache.model.description.describe import facts_of_module
 
         facts = facts_of_module(self, module, path)
         return "module " + hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
 
     def configuration(self, config: Any, path: str) -> str:
-        """The settings of a transformers configuration; one that was read before is only named."""
+        """Describe the settings of a transformers configuration; one that was read before is only named."""
         if id(config) in self._configurations:
             return f"configuration {type(config).__name__}"
         self._configurations.add(id(config))
         return f"{type(config).__name__} {self.text_of(self.settings(config, path), path)}"
 
     def settings(self, config: Any, path: str) -> dict[str, Any]:
-        """The settings of a configuration that differ from the defaults and decide results, by name."""
+        """Return the settings of a configuration that differ from the defaults and decide results, by name."""
         self._configurations.add(id(config))
         self._watch_configuration(config, path)
         plain: dict[str, Any] = settings_of(config)
@@ -256,6 +251,7 @@ class Walk:
     # -- code -----------------------------------------------------------------------------------------------
 
     def _callable(self, value: Any, path: str) -> str | None:
+        """Describe a callable; None for an object that is described by its attributes."""
         if is_stand_in(value):
             return "nothing"
         if isinstance(value, FunctionType):
@@ -275,6 +271,7 @@ class Walk:
         return None
 
     def _function(self, function: FunctionType, path: str) -> str:
+        """Describe a function: by name if it is a library's, else by its code and the values that the code reads."""
         if is_library_function(function):
             inner = inspect.unwrap(function, stop=_is_own)
             if inner is function:
@@ -294,8 +291,8 @@ class Walk:
         written = names_written_into(code)
 
         def text(name: str, value: Any) -> str:
-            if name.partition(".")[0] in written and _holds_notes(value):
-                return type(value).__name__  # what a function writes its notes into does not decide what it returns
+            if name.partition(".")[0] in written and _is_mutable(value):
+                return type(value).__name__  # an object that the function only records in does not decide its result
             return self.text_of(value, f"{path}.{name}")
 
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -311,7 +308,7 @@ class Walk:
     def _of_own_modules(
         self, code: CodeType, path: str, names: Iterable[str], used: Mapping[str, Any]
     ) -> Iterator[tuple[str, Any]]:
-        """Attributes that a function reads from modules outside installed libraries, such as `settings.SCALE`."""
+        """Yield attributes that a function reads from modules outside installed libraries, such as `settings.SCALE`."""
         attributes = set(names_used(code))
         for name in names:
             module = used[name]
@@ -323,7 +320,7 @@ class Walk:
                         yield f"{name}.{attribute}", value
 
     def class_text(self, cls: type) -> str:
-        """The name of a class; of one outside installed libraries, or with functions from outside, also its code."""
+        """Return the name of a class, with a digest of all its code that comes from outside installed libraries."""
         known = self._classes.get(cls)
         if known is None:
             self._classes[cls] = name_of(cls) if is_library_module(cls.__module__) else cls.__qualname__
@@ -337,7 +334,7 @@ class Walk:
         return known
 
     def _foreign_entries(self, cls: type) -> Iterable[str]:
-        """Texts of what a class defines that does not come from an installed library."""
+        """Yield texts of the entries of a class that do not come from an installed library."""
         path = cls.__qualname__
         self.watched.append(Watched(path, "class", vars(cls), dict(vars(cls))))
         library = is_library_module(cls.__module__)
@@ -345,28 +342,12 @@ class Walk:
             yield f"class {cls.__qualname__}"
         for name, value in class_entries(cls):
             if isinstance(value, property):
-                functions = [one for one in (value.fget, value.fset) if isinstance(one, FunctionType)]
-                for one in functions:
-                    if not (library and is_library_function(one)):
-                        yield f"{name} {self.text_of(one, f'{path}.{name}')}"
+                accessors = [each for each in (value.fget, value.fset) if isinstance(each, FunctionType)]
+                for accessor in accessors:
+                    if not (library and is_library_function(accessor)):
+                        yield f"{name} {self.text_of(accessor, f'{path}.{name}')}"
             elif not library or _is_foreign(value):
                 yield f"{name} {self.text_of(value, f'{path}.{name}')}"
-
-
-def is_configuration(value: Any) -> bool:
-    """Return whether a value is a configuration of transformers, or of the same make."""
-    return hasattr(value, "to_diff_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
-
-
-def settings_of(config: Any, without: re.Pattern[str] = _VOLATILE_SETTINGS) -> Any:
-    """A configuration as a dict, without the names that match; configurations inside it likewise."""
-    # only what differs from the defaults: a library upgrade that adds a default must not lose every store
-    config = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
-    if isinstance(config, (list, tuple)):
-        return [settings_of(item, without) for item in config]
-    if not isinstance(config, dict):
-        return config
-    return {str(k): settings_of(v, without) for k, v in config.items() if not without.fullmatch(str(k))}
 
 
 def _is_own(function: Any) -> bool:
@@ -375,7 +356,7 @@ def _is_own(function: Any) -> bool:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Return whether an entry of a library's class was put there by somebody else."""
+    """Return whether an entry of a library's class comes from outside installed libraries."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, FunctionType):
@@ -384,13 +365,14 @@ def _is_foreign(value: Any) -> bool:
     return isinstance(value, partial)
 
 
-def _holds_notes(value: Any) -> bool:
-    """Return whether a value can be written into, other than a tensor or an array."""
+def _is_mutable(value: Any) -> bool:
+    """Return whether a value can be changed in place, other than a tensor, an array or a callable."""
     plain = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), Tensor, np.ndarray, Enum, type)
     return not isinstance(value, plain) and not callable(value)
 
 
 def _content(cell: Any) -> Any:
+    """Return the value of a closure cell."""
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -398,8 +380,11 @@ def _content(cell: Any) -> Any:
 
 
 def _slots(cls: type) -> tuple[str, ...]:
+    """Return the names of the attributes that a class declares in `__slots__`."""
     slots = vars(cls).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(one for one in slots if one not in ("__dict__", "__weakref__"))
+    if isinstance(slots, str):
+        return (slots,)
+    return tuple(slot for slot in slots if slot not in ("__dict__", "__weakref__"))
 
 
 def _first(pair: tuple[Any, Any]) -> str:

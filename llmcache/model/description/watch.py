@@ -1,8 +1,9 @@
 """Detect changes of a live model before every call, within a fraction of a millisecond.
 
-Containers are compared with copies of them, tensors by their address and version counter. What is written to a tensor
-behind its version counter (through `tensor.data`, NumPy, or an optimiser's kernels) shows in checksums of the bytes:
-all of them while credit lasts, a part that moves on at every call, and all of them before anything is committed.
+Containers are compared with copies, tensors by their address and version counter. Writes that leave the version counter
+unchanged (through `tensor.data`, NumPy, or an optimiser's kernels) are detected by checksums of the bytes. All bytes
+are read while a time budget lasts. After that a call reads a part of the bytes, the next call the next part. All bytes
+are read before anything is committed.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from llmcache.model.forward_patch import is_stand_in, without_stand_ins
 from llmcache.model.identity import Identity, identity_of
 
 _PASSES = 2
-"""Complete passes over the bytes that an opening, or a noticed change, is worth: one before each of the next calls."""
+"""Complete passes over the bytes after opening or after a change: one before each of the next calls."""
 _CALL_SECONDS = 5e-5
-"""What reading a part of the bytes may take before a call."""
+"""Seconds for reading a part of the bytes before a call."""
 _SMALL_SECONDS = 2e-4
-"""A model whose bytes are read within this time is read whole before every call."""
+"""Seconds of a complete pass below which all bytes are read before every call."""
 _SHARE = 0.01
-"""Of the seconds that the model computes, the part that further complete passes may take."""
+"""Share of the model's seconds that further complete passes may take."""
 _AT_ONCE = 5e-6
-"""Seconds between two calls in which nobody can have written to a model: a pass is put off to a later call."""
-_SHOWN = 6
+"""Seconds between two calls below which nobody can have written to the model: a pass waits for a later call."""
+_SHOWN = 6  # changes that a message names
 _version, _training = attrgetter("_version"), attrgetter("training")
 
 
@@ -43,7 +44,7 @@ class Witness(Protocol):
     """Interface of the owner of pending results, which are committed only once the model is verified."""
 
     def asked(self, watch: ModelWatch) -> None:
-        """The model may compute something that is kept."""
+        """Note that the model may now compute results that are stored."""
 
     def vouched(self, watch: ModelWatch) -> None:
         """Note that everything computed so far came from the model as described."""
@@ -57,7 +58,7 @@ class Witness(Protocol):
 
 
 class ModelWatch:
-    """A model, its description, and whether it still holds. Not for several threads at once."""
+    """Watch of one model: its description, and checks for changes since. Not thread-safe."""
 
     def __init__(
         self,
@@ -67,35 +68,37 @@ class ModelWatch:
         known: Digests | None = None,
         name: str | None = None,
     ) -> None:
-        """tokenizer: of a plain transformers model. known: digests of tensors in memory, by contents; filled.
+        """Describe a model.
 
-        name: that the identity carries instead of the model's own.
+        tokenizer: of a plain transformers model. witness: owner of the results that are stored.
+        known: digests of tensors in memory, by contents; new digests are added.
+        name: name in the identity, instead of the model's own.
         """
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self.witness = witness
-        """What keeps the results; None where nothing is kept."""
+        """Owner of pending results; None where nothing is stored."""
         self._known: Digests = {} if known is None else known
         self._seconds, self._credit = 0.0, 0.0
         self._identity: Identity | None = None
         self._take(describe(model, tokenizer))
         self._first = _named(self._description), self._contents.checksums()
         self.rested_at: float | None = None
-        """`time.perf_counter()` at which the last call ended, None where that is not known."""
+        """`time.perf_counter()` at the end of the last call; None where that is unknown."""
 
-    # -- what there is --------------------------------------------------------------------------------------
+    # -- identity -------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         """Device of the first tensor."""
-        return next((one.device for one in self._tensors), torch.device("cpu"))
+        return next((tensor.device for tensor in self._tensors), torch.device("cpu"))
 
     def identity(self) -> Identity:
-        """The identity of the model as it was at the last look."""
+        """Return the identity of the model as it was at the last description."""
         if self._identity is None:
             tensors = self._description.tensors
             digests = tensor_digests(tensors, self._contents.checksums(), self._known)
-            found = identity_of(self._description, digests)
-            self._identity = found if self._name is None else replace(found, name=self._name)
+            identity = identity_of(self._description, digests)
+            self._identity = identity if self._name is None else replace(identity, name=self._name)
         return self._identity
 
     def changes(self) -> str:
@@ -114,56 +117,58 @@ class ModelWatch:
         return "; ".join(named[:_SHOWN]) + more
 
     def in_training(self) -> str:
-        """Path of a module that gives other results because it is in training mode; "" where there is none."""
+        """Return the path of a module that gives other results in training mode; "" where there is none."""
         if not any(map(_training, self._modules)):
             return ""
         paths = {id(module): path for path, module in self._model.named_modules()}
-        return next((paths.get(id(one), "") or type(one).__name__ for one in self._modules if trains(one)), "")
+        return next(
+            (paths.get(id(module), "") or type(module).__name__ for module in self._modules if trains(module)), ""
+        )
 
-    # -- whether it holds -----------------------------------------------------------------------------------
+    # -- checks ---------------------------------------------------------------------------------------------
 
     def changed(self) -> bool:
-        """Return whether the model changed since the last look, and take the present state as the new reference."""
+        """Return whether the model changed since the last description, and describe it anew if it did."""
         differs = not self._containers_hold() or self._states() != self._seen
         differs = differs or not self._contents.sample_holds() or self._paid_pass()
-        changed = differs and self._look_again()
+        changed = differs and self._describe_again()
         if self.witness is not None:
             self.witness.asked(self)
         return changed
 
     def verified(self) -> bool:
-        """A complete pass: whether what was computed since the last one came from the model as it was described.
+        """Read all bytes; return whether all results since the last pass came from the model as described.
 
-        A change that the check before the next call is sure to see came after the last call, and does not count.
+        A change that the check before the next call will detect came after the last call, and does not count.
         """
-        if self._doubtful():
+        if self._changed_without_trace():
             return False
         if not self._containers_hold() or self._states() != self._seen:
             return True
         fresh = describe(self._model, self._tokenizer)
-        if _facts(fresh) != _facts(self._description) or not self._contents_of(fresh):
+        if _facts(fresh) != _facts(self._description) or not self._same_bytes(fresh):
             return False
         self._keep_copies(fresh)
         return True
 
-    def _doubtful(self) -> bool:
-        """Return whether a tensor has other bytes without a trace of it; everything is read."""
+    def _changed_without_trace(self) -> bool:
+        """Read all bytes; return whether a tensor's bytes changed while its address and version counter did not."""
         marks = self._marks()
         return any(marks[path] == self._noted[path] for path in self._contents.changed())
 
-    def _contents_of(self, fresh: Description) -> bool:
-        """Return whether all tensors of another description of this model have the bytes that they had."""
+    def _same_bytes(self, fresh: Description) -> bool:
+        """Return whether all tensors of a fresh description of this model have the same bytes as before."""
         before = self._description.tensors
         if fresh.tensors.keys() != before.keys():
             return False
-        others = {path: one for path, one in fresh.tensors.items() if one is not before[path]}
-        if not others:
+        replaced = {path: tensor for path, tensor in fresh.tensors.items() if tensor is not before[path]}
+        if not replaced:
             return True
-        sums, found = self._contents.checksums(), Contents(others).checksums()
-        return all(found[path] == sums[path] for path in others)
+        sums, fresh_sums = self._contents.checksums(), Contents(replaced).checksums()
+        return all(fresh_sums[path] == sums[path] for path in replaced)
 
     def _paid_pass(self) -> bool:
-        """Read as many bytes as the credit allows; whether some of them are others."""
+        """Read as many bytes as the time budget allows; return whether some of them changed."""
         seconds = self.witness.model_seconds() if self.witness is not None else 0.0
         self._credit = min(_PASSES * self._pass_seconds, self._credit + _SHARE * max(0.0, seconds - self._seconds))
         self._seconds = seconds
@@ -178,18 +183,18 @@ class ModelWatch:
         return bool(self._contents.changed_in_part(part))
 
     def _passes(self) -> bool:
-        """Read all bytes; whether they are what they were."""
+        """Read all bytes; return whether they are unchanged. If so, tell the witness."""
         if self._contents.changed():
             return False
         if self.witness is not None:
             self.witness.vouched(self)
         return True
 
-    def _look_again(self) -> bool:
-        """Describe the model anew; whether anything that decides results is another."""
+    def _describe_again(self) -> bool:
+        """Describe the model anew; return whether anything that decides results changed."""
         before, sums = self._description, self._contents.checksums()
         if self.witness is not None:
-            self.witness.doubted() if self._doubtful() else self.witness.vouched(self)
+            self.witness.doubted() if self._changed_without_trace() else self.witness.vouched(self)
         self._take(describe(self._model, self._tokenizer))
         now = self._description
         if _facts(before) == _facts(now) and sums == self._contents.checksums() and _alike(before, now):
@@ -198,6 +203,7 @@ class ModelWatch:
         return True
 
     def _take(self, description: Description) -> None:
+        """Make a description the reference of later checks."""
         self._description = description
         self._contents = Contents(description.tensors)
         self._pass_seconds = max(self._contents.seconds, 1e-7)
@@ -206,24 +212,24 @@ class ModelWatch:
 
     def _keep_copies(self, description: Description) -> None:
         self._watched: list[Watched] = description.walk.watched
-        self._live = [one.live for one in self._watched]
-        self._copies = [one.copy for one in self._watched]
-        # taken now: what a stand-in stands for is found in its module, which may have another forward by the next look
-        self._plain = [_KINDS[one.kind](one.copy) if one.kind in _KINDS else None for one in self._watched]
+        self._live = [container.live for container in self._watched]
+        self._copies = [container.copy for container in self._watched]
+        # computed now: the forward behind a stand-in is looked up in its module, which may have another one later
+        self._plain = [_KINDS[each.kind](each.copy) if each.kind in _KINDS else None for each in self._watched]
         self._probes = [read for _, read, _ in description.walk.probes]
         self._answers = [answer for _, _, answer in description.walk.probes]
         self._modules = description.modules
         self._by_path = description.tensors
         self._tensors = list(self._by_path.values())
-        self._strided = [one for one in self._tensors if one.layout is torch.strided and _address(one)]
+        self._strided = [each for each in self._tensors if each.layout is torch.strided and _address(each)]
         self._seen, self._noted = self._states(), self._marks()
 
     def _marks(self) -> dict[str, tuple[int, int]]:
-        """Address and version counter of each tensor, by path."""
-        return {path: (_address(one), _version_of(one)) for path, one in self._by_path.items()}
+        """Return the address and version counter of each tensor, by path."""
+        return {path: (_address(tensor), _version_of(tensor)) for path, tensor in self._by_path.items()}
 
     def _states(self) -> list[Any]:
-        """Address, version counter and dtype of all tensors."""
+        """Return the addresses and version counters of all tensors."""
         states: list[Any] = list(map(Tensor.data_ptr, self._strided))
         try:
             states += map(_version, self._tensors)
@@ -232,31 +238,32 @@ class ModelWatch:
         return states
 
     def _containers_hold(self) -> bool:
+        """Return whether all containers and probes are as described."""
         try:
             if self._live == self._copies and [read() for read in self._probes] == self._answers:
                 return True
-        except (RuntimeError, ValueError, TypeError):  # two tensors or arrays were compared: another one than before
+        except (RuntimeError, ValueError, TypeError):  # a tensor or array was compared with another one than before
             pass
         if not _equal([read() for read in self._probes], self._answers):
             return False
         return self._only_own_traces()
 
     def _only_own_traces(self) -> bool:
-        """True if containers differ by nothing but training flags, and what LLMCache itself puts into a model."""
-        for place, one in enumerate(self._watched):
-            if _equal(one.live, self._copies[place]):
+        """Return whether containers differ only by training flags and by stand-ins and hooks of LLMCache itself."""
+        for place, container in enumerate(self._watched):
+            if _equal(container.live, self._copies[place]):
                 continue
-            if one.kind not in _KINDS or not _equal(_KINDS[one.kind](one.live), self._plain[place]):
+            if container.kind not in _KINDS or not _equal(_KINDS[container.kind](container.live), self._plain[place]):
                 return False
-            self._copies[place] = dict(one.live)
+            self._copies[place] = dict(container.live)
         return True
 
 
 def _alike(before: Description, now: Description) -> bool:
-    """Return whether tensors with the same bytes are also of the same dtypes and shapes."""
+    """Return whether two descriptions have tensors of the same paths, dtypes and shapes."""
     mine, theirs = before.tensors, now.tensors
     return mine.keys() == theirs.keys() and all(
-        (one.dtype, one.shape) == (theirs[path].dtype, theirs[path].shape) for path, one in mine.items()
+        (tensor.dtype, tensor.shape) == (theirs[path].dtype, theirs[path].shape) for path, tensor in mine.items()
     )
 
 
@@ -268,7 +275,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _own_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module without its training flag, and with its own forward in the place of a stand-in."""
+    """Return the attributes of a module without its training flag, and with its own forward instead of a stand-in."""
     plain = without_stand_ins(attributes)
     plain.pop("training", None)
     return plain
@@ -283,11 +290,11 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "hooks": _own_hooks,
     "tokenizer": rules_only,
 }
-"""By the kind of a container: what of it is not LLMCache's own doing, and no state of a call."""
+"""By kind of container: a function that removes entries of LLMCache itself and states of calls."""
 
 
 def _named(description: Description) -> dict[str, str]:
-    """All that a change is named by, besides tensors."""
+    """Return all texts that messages compare, by name. Tensors are compared by checksum."""
     return {**description.facts, **description.settings, "rules of the tokenizer": description.rules[:8]}
 
 
@@ -298,7 +305,7 @@ def _facts(description: Description) -> tuple[Any, ...]:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # sparse ones, and some that wrap others
+    except RuntimeError:  # sparse tensors, and some that wrap others
         return 0
 
 
@@ -307,7 +314,7 @@ def _version_of(tensor: Tensor) -> int:
 
 
 def _shown(path: str) -> str:
-    """A path of a description as people read it."""
+    """Return a path of a description in readable form."""
     module, marked, name = path.rpartition("=")
     return f"{module.rstrip('.') or 'the model'} {name}".replace("_forward_hooks", "forward hook").replace(
         "_forward_pre_hooks", "forward pre-hook"
