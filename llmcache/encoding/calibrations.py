@@ -10,7 +10,8 @@ import numpy as np
 
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of, results
 from llmcache.errors import ConfigError
 from llmcache.indexes.store import Store

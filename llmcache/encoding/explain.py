@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.indexes.bank import Bank
 from llmcache.model.features import features
 from llmcache.model.tokens import TokenRows
@@ -77,7 +78,10 @@ def explain(execution: Executor, text: str, prompt: str | None, role: str | None
     if reuse is not None:
         if reuse.scope == scope:
             found = _calibrated(bank, reuse, raw, tokens, text, decode)
-            if found.tier == "near" and not execution.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]:
+            if (
+                found.tier == "near"
+                and not execution.near_tier.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]
+            ):
                 why = "it was answered near before in this opening: asked again it is computed and stored"
                 return replace(found, tier="miss", why=why, gates=(*found.gates, ("repeats", False)))
             return found

@@ -17,7 +17,8 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.config import CacheConfig
-from llmcache.encoding.executor import EncodeCall, Executor, Progress
+from llmcache.encoding.call import EncodeCall, Progress
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import (
     Result,
     Source,

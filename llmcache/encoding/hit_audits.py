@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,13 @@ from llmcache.banks.agreement import (
 )
 from llmcache.banks.audits import Evidence
 from llmcache.encoding.answers import Answers
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.batching import Model, compute
 from llmcache.model.keys import Seed, token_keys
 from llmcache.model.tokens import TokenRows, in_vocabulary
-
-if TYPE_CHECKING:
-    from llmcache.encoding.executor import EncodeCall
 
 Rows = NDArray[np.int64]
 Window: TypeAlias = tuple[Rows, TokenRows]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.counters import Counters
 from llmcache.encoding.answers import Answers
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model, compute
 from llmcache.model.tokens import TokenRows, in_vocabulary
-
-if TYPE_CHECKING:
-    from llmcache.encoding.executor import EncodeCall
 
 _WINDOW = 8192  # documents that are tokenised and length-sorted together
 

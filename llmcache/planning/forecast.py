@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from llmcache.banks.history import records
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of
 from llmcache.errors import CorpusError
 from llmcache.indexes.eviction.garbage import disk_bytes
