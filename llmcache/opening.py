@@ -1,30 +1,127 @@
-"""What has to be settled before a cache is opened: model, settings, and whose entries a namespace holds."""
+"""Open the parts of a cache: the store, the model, its identity, and the settings of the namespace."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.banks.namespaces import admit, secret_check
+from llmcache.banks.namespaces import admit, checked_name, resolved_secret, secret_check
+from llmcache.concurrency.reopening import Opening
 from llmcache.config import CacheConfig
-from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
+from llmcache.errors import ConfigError, FaissMissing, SnapshotDamaged, UntrustedSnapshot
+from llmcache.indexes.commits.signatures import secret_from_file
+from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.model.batching import Sentences, compute, token_embedding
 from llmcache.model.compiled import refuse_compiled
 from llmcache.model.features import feature_width
-from llmcache.model.identity import (
-    Identity,
-    identify,
-    load,
-    mismatch,
-)
+from llmcache.model.identity import Identity, identify, load, mismatch
 from llmcache.model.loading import packaged_model
 from llmcache.model.tokens import check_inputs
+from llmcache.near.calibration.drift import Drift
+
+log = logging.getLogger("llmcache")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedParts:
+    """Parts of a new cache. arguments: those of `LLMCache.open`, for pickles and forked processes."""
+
+    store: Store
+    model: Module
+    identity: Identity
+    config: CacheConfig
+    secret: bytes
+    arguments: Opening
+
+
+def open_parts(
+    path: str | os.PathLike[str],
+    model: Module | str | os.PathLike[str] | None,
+    *,
+    tokenizer: Any,
+    config: CacheConfig | None,
+    namespace: str,
+    tau: float | None,
+    drift: Drift | None,
+    max_bytes: int | None,
+    secret: bytes | None,
+    secret_file: str | os.PathLike[str] | None,
+    trust: Trust,
+    key: bytes | None,
+    key_file: str | os.PathLike[str] | None,
+    min_generation: int,
+    allow_untrusted: bool,
+    read_only: bool,
+) -> OpenedParts:
+    """Open or create the store and load the model. Arguments and errors are those of `LLMCache.open`."""
+    if config is not None or not os.path.exists(path):  # else the settings are those saved with the store
+        _check_faiss(config or CacheConfig())
+    checked_name(namespace)
+    salt = resolved_secret(secret, secret_file)
+    if key is None and key_file is not None:
+        key = secret_from_file(key_file, "the key that signs a store")
+    # load the model first, so that no store is created for a model that cannot be loaded
+    model_and_identity = None if model is None else loaded(model, tokenizer)
+    store = Store.open(
+        path,
+        create=model_and_identity is not None and not allow_untrusted and not read_only,
+        trust=trust,
+        key=key,
+        min_generation=min_generation,
+        allow_untrusted=allow_untrusted,
+        read_only=read_only,
+    )
+    try:
+        if store.writable and not store.folder.writable():
+            log.warning("%s cannot be written: what is computed is not kept", store.folder.path)
+            store.only_read("its folder cannot be written")
+        space = store.namespace(namespace)
+        if space is not None:  # check the secret before a model is loaded
+            admit(space, namespace, salt)
+        module, identity = model_and_identity or loaded(model_name(store, namespace))
+        settings = settled(store, namespace, identity, config, module, salt)
+        _check_faiss(settings)
+        if tau is not None:
+            settings = replace(settings, tau=tau)
+        if max_bytes is not None:
+            settings = replace(settings, max_bytes=max_bytes)
+        if store.trust == "untrusted" and settings.tau is not None:
+            log.warning("%s is not trusted: near matches are off", store.folder.path)
+            settings = replace(settings, tau=None)
+        store.folder.reading = settings.reading
+        arguments = Opening(
+            path=os.path.abspath(path),
+            model=module if isinstance(model, Module) else identity.name if model is None else os.fspath(model),
+            tokenizer=tokenizer,
+            config=settings,
+            namespace=namespace,
+            drift=drift,
+            secret_file=None if secret_file is None else os.path.abspath(secret_file),
+            trust=trust,
+            key=key,
+            key_file=None if key_file is None else os.path.abspath(key_file),
+            min_generation=min_generation,
+            allow_untrusted=allow_untrusted,
+            secret_in_memory="secret" if secret is not None else "key" if key and key_file is None else "",
+        )
+        return OpenedParts(store, module, identity, settings, salt, arguments)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _check_faiss(config: CacheConfig) -> None:
+    """FaissMissing when these settings need FAISS, and it is not installed."""
+    if config.needs_faiss and importlib.util.find_spec("faiss") is None:
+        raise FaissMissing
 
 
 def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:

@@ -1,4 +1,4 @@
-"""Near matches by the paper's rule: reuse the state of the deepest layer whose threshold is reached, compute the rest."""
+"""Near matches by the paper's rule: resume from the deepest layer whose similarity threshold is reached."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_a_setting_that_cannot_work_says_what_can(settings: dict[str, Any], said
 def test_without_faiss_the_error_names_both_extras(
     model: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcache.cache.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("llmcache.opening.importlib.util.find_spec", lambda name: None)
     with pytest.raises(FaissMissing, match=r"llmcache\[cpu\].*llmcache\[gpu\]"):
         LLMCache.open(store, model)
     assert not store.exists()
