@@ -109,6 +109,7 @@ class Executor:
             raise
 
     def _answers(self, call: EncodeCall) -> Answers:
+        """Answer a call through the cache: distinct texts first, then their repeats."""
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
@@ -116,15 +117,15 @@ class Executor:
         tried = distinct[self._tried(answers, keys[distinct])]
         rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
         self.counters.exact_text += len(tried) - len(rest)
-        left = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
-        call.progress(len(call.texts) - len(rest) - len(left), 0)
-        answer_by_model(answers, call, left, self._model, self.counters)
-        self.counters.left_alone += len(left)
+        skipped = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
+        call.progress(len(call.texts) - len(rest) - len(skipped), 0)
+        answer_by_model(answers, call, skipped, self._model, self.counters)
+        self.counters.left_alone += len(skipped)
         if len(rest):
             rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
             copies = np.bincount(first, minlength=len(first))
             for window, tokens in self._windows(call, rest):
-                self._answer_unknown(answers, call, window, keys[window], tokens, copies[window])
+                self._answer_new_texts(answers, call, window, keys[window], tokens, copies[window])
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
         self._count(call, answers, len(repeats), time.perf_counter() - began - (self.counters.model_seconds - before))
@@ -142,6 +143,7 @@ class Executor:
         return answers
 
     def _empty(self, call: EncodeCall) -> Answers:
+        """Return empty answers, on the device if the call wants a tensor and there is a device cache or index."""
         if not call.tensor:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         embedding = self._model.token_embedding()
@@ -239,7 +241,7 @@ class Executor:
 
         return zip(parts, one_ahead(tokenised, parts) if ahead else map(tokenised, parts), strict=True)
 
-    def _answer_unknown(
+    def _answer_new_texts(
         self, answers: Answers, call: EncodeCall, places: Places, text_keys: Keys, tokens: TokenRows, copies: Places
     ) -> None:
         """Answer documents whose text is not stored: by their token ids, by a near match, or by the model.
