@@ -135,7 +135,7 @@ class CacheConfig:
         if not _are_layers(tuple(self.layer_tau)):
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
         if self.reuse == "layer" and self.layers == "output":
-            raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+            raise ConfigError('reuse="layer" reuses states of layers: give layers="all" or numbers such as (4, 8)')
         if self.near_repeats is not None and (type(self.near_repeats) is not int or self.near_repeats < 1):
             raise ConfigError(f"near_repeats is a whole number of at least 1, or None, got {self.near_repeats!r}")
         if not 0 <= self.audit_share <= 1:

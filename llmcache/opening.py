@@ -125,6 +125,7 @@ def _check_faiss(config: CacheConfig) -> None:
 
 
 def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
+    """Load a model of this name or path, and return it with its identity. ConfigError when it cannot be loaded."""
     if isinstance(model, Module):
         refuse_compiled(model)
         if isinstance(model, SentenceTransformer):
@@ -132,19 +133,19 @@ def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tup
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
     try:
-        found, identity = load(name)
+        module, identity = load(name)
     except (OSError, ValueError, ImportError) as error:
         folder = packaged_model(name)
         if folder is None:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
-        found, identity = load(folder)  # the hub cannot be reached, and a package carries this model
-    check_inputs(found)
-    return found, replace(identity, name=name)
+        module, identity = load(folder)  # without network, from an installed package that contains the model
+    check_inputs(module)
+    return module, replace(identity, name=name)
 
 
 def model_name(store: Store, namespace: str) -> str:
-    """Name or path of the model whose entries the namespace holds."""
+    """Return the name or path of a namespace's model. UntrustedSnapshot or ConfigError if it is not known."""
     if store.trust == "untrusted":
         raise UntrustedSnapshot(f"{store.folder.path} is not trusted to say which model to load; give the model")
     space = store.namespace(namespace)
@@ -162,18 +163,21 @@ def settled(
     model: Module,
     secret: bytes,
 ) -> CacheConfig:
-    """The settings to use, once it is certain that the namespace is this model's."""
+    """Return the settings of a namespace, which is created if new.
+
+    config: settings of this opening; None for the saved ones. Errors as `LLMCache.open`.
+    """
     if store.namespace(namespace) is None and store.read_only:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
         raise ConfigError(
             f"{store.folder.path} has no namespace {namespace!r} (it has {known}), and none can be made in a store "
-            "that is only read; give the name of one that is there, or open the store where it can be written"
+            "that is read-only; give the name of an existing namespace, or open the store with write access"
         )
     if store.namespace(namespace) is None:
         store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)
     assert space is not None
-    admit(space, namespace, secret)  # another process may have made it at the same time, with another one
+    admit(space, namespace, secret)  # another process may just have created it, with another secret
     stored = Identity.from_json(space.identity)
     if stored.digest != identity.digest:
         raise mismatch(stored, identity)
@@ -183,13 +187,14 @@ def settled(
     for name in ("fingerprint", "dtype"):
         if getattr(config, name) != getattr(saved, name):
             raise ConfigError(
-                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, asked for is "
+                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, requested is "
                 f"{getattr(config, name)!r}; keep the first, or start a fresh namespace"
             )
     return config
 
 
 def check_width(stored: BankFacts, fresh: BankFacts) -> None:
+    """SnapshotDamaged when the shapes in the store are not those of the model."""
     if (stored.width, stored.rank, stored.feature_width) != (fresh.width, fresh.rank, fresh.feature_width):
         raise SnapshotDamaged(
             f"the store says that this model gives vectors of {stored.width} numbers from {stored.feature_width} "
@@ -198,7 +203,7 @@ def check_width(stored: BankFacts, fresh: BankFacts) -> None:
 
 
 def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:
-    """Facts of an empty output bank for this model; its width and dtype are those of one computed vector."""
+    """Return the facts of an empty output bank for this model, with the width and dtype of a computed vector."""
     sentences = Sentences(model)
     probe = next(compute(sentences, sentences.tokenise(["a"], None, None), 1, None))
     dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype

@@ -61,7 +61,7 @@ class ModelMethods(CacheParts):
             with self._calls:
                 self._check_open()
                 if storing is not self._storing:
-                    raise ForkedStoreError("these results were begun before a fork; call run_heads in the child")
+                    raise ForkedStoreError("these results belong to a call before a fork; call run_heads in the child")
                 yield
 
         return runner.results(documents, resolved, role, batch_size, progress, answering)

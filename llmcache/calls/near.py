@@ -73,7 +73,9 @@ class NearMethods(CacheParts):
             self._check_model()
         self._exact_audits.require()
         if self._store.read_only:
-            raise ConfigError("a calibration is saved with its store, and this one is only read; open it to be written")
+            raise ConfigError(
+                "a calibration is saved with its store, and this store is read-only; open it with write access"
+            )
         if isinstance(self.model, SentenceTransformer):
             prompt = self._prompt(role, prompt_name, prompt)
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()

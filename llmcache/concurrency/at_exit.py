@@ -67,7 +67,7 @@ def _terminate(number: int, _: FrameType | None) -> None:
     """Close idle caches, then end the process by the signal."""
     for cache in list(_OPEN):
         if cache.busy:  # the call may run in this very thread
-            log.warning("a process was terminated during a call: what that call computed is not stored")
+            log.warning("a process was terminated during a call: the results of that call are not stored")
         else:
             _close(cache)
     signal.signal(number, signal.SIG_DFL)

@@ -112,7 +112,7 @@ class Calibrations:
                 reasons = [reuse.off or reuse.stands_aside or reuse.shifted]
                 if reuse.foreign:
                     reasons.append(
-                        f"{reuse.foreign:,} documents had another role or prompt than it is calibrated for, and were "
+                        f"{reuse.foreign:,} documents had another role or prompt than the calibration, and were "
                         "not looked up"
                     )
                 states[name] = state, "; ".join(filter(None, reasons))

@@ -82,7 +82,7 @@ def explain(execution: Executor, text: str, prompt: str | None, role: str | None
             explanation = _calibrated(bank, reuse, raw, tokens, text, decode)
             repeats = execution.near_tier.near_answers
             if explanation.tier == "near" and not repeats.allowed(by_tokens, np.ones(1, np.int64))[0]:
-                why = "it was answered near before in this opening: asked again it is computed and stored"
+                why = "an earlier request of this opening got a near match; asked again, the text is computed and stored"
                 return replace(explanation, tier="miss", why=why, gates=(*explanation.gates, ("repeats", False)))
             return explanation
         why = "near reuse is calibrated for another role or prompt than this text's; see `llmcache calibrate`"
@@ -115,7 +115,7 @@ def _calibrated(
     decided = {ALONE: 1, LOW: 2, QUARANTINED: 3, GUARDED: 4, TAKEN: 5}[gate]
     names = ("a neighbour", "score", "quarantine", "guard")
     asked = [(name, decided > place) for place, name in enumerate(names, 1) if decided >= place]
-    why = "every gate lets it through" if gate == TAKEN else GATES[gate]
+    why = "the match passes every gate" if gate == TAKEN else GATES[gate]
     if near.kinds[0] is not None:
         why = f"the guard: they differ in {near.kinds[0]}"
     return Explanation(

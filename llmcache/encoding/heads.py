@@ -91,7 +91,7 @@ class Head:
         if highest >= known:
             raise ConfigError(
                 f"the head {type(self._model).__name__} knows {known} tokens and was given number {highest}: heads get "
-                "token ids of the cache's tokenizer; give it one that was made with that"
+                "token ids of the cache's tokenizer; use a head that was trained with this tokenizer"
             )
         inputs = {name: inputs[name] for name in rows.fields if self._takes_any or name in self._takes}
         if "use_cache" in self._takes:
@@ -135,7 +135,7 @@ class Heads:
         for name, model in heads.items():
             banked = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
             if len(heads) > 1 and not banked:
-                log.warning("the head %s shares no layer with another one; it is computed whole", name)
+                log.warning("the head %s shares no layer with another one; it is computed in full", name)
             if config.layers != "output":
                 banked |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
             attachment = layers.attachment_at(trunks[name], watches[name], tuple(sorted(banked))) if banked else None
@@ -244,7 +244,7 @@ def head_from_file(path: Path) -> LinearHead:
             weights, offset = (np.asarray(arrays[name], np.float32) for name in ("weights", "offset"))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path} is no head: {error}; save one with numpy.savez(path, weights=head.coef_, offset=head.intercept_)"
+            f"{path} is not a head: {error}; save one by numpy.savez(path, weights=head.coef_, offset=head.intercept_)"
         ) from None
     if weights.ndim != 2 or offset.shape != weights.shape[:1] or not (np.isfinite(weights).all() and len(offset) > 1):
         raise ConfigError(
@@ -260,5 +260,5 @@ def answers_from_file(path: Path) -> NDArray[np.int64]:
         return np.array([int(line) for line in lines], np.int64)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} holds no right answers: {error}; write the number of a class per document, one on each line"
+            f"{path} does not contain right answers: {error}; write one class number per document and line"
         ) from None

@@ -115,33 +115,33 @@ def plan(
     """Forecast a run with these texts. limit: maximum number of tokens of the model. CorpusError without texts."""
     began = time.perf_counter()
     bank = execution.bank
-    found = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
-    if not found.documents:
+    corpus = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
+    if not corpus.documents:
         raise CorpusError("there are no documents; nothing can be planned")
-    count = max(_TOKENISED, found.documents // 50)
-    count = max(_FEWEST_TOKENISED, min(count, _CHARACTERS * found.documents // max(1, found.characters)))
-    sampled = found.every.texts[:: max(1, len(found.every.texts) // count)]
+    count = max(_TOKENISED, corpus.documents // 50)
+    count = max(_FEWEST_TOKENISED, min(count, _CHARACTERS * corpus.documents // max(1, corpus.characters)))
+    sampled = corpus.every.texts[:: max(1, len(corpus.every.texts) // count)]
     rows, rate = _tokenised(execution, sampled, call)
-    lengths = expected_lengths(found.chars, sampled, rows.lengths, limit)
+    lengths = expected_lengths(corpus.chars, sampled, rows.lengths, limit)
     cost = _cost(execution, rows, lengths, call.batch_size)
-    uncached = float(cost(lengths).sum()) + rate * found.characters
-    shares = _shares(execution, found, call, uncached, rate, around.recent, limit)
-    missing = int(found.open.sum())
+    uncached = float(cost(lengths).sum()) + rate * corpus.characters
+    shares = _shares(execution, corpus, call, uncached, rate, around.recent, limit)
+    missing = int(corpus.open.sum())
     by_tokens = round(shares.tokens * missing)
     near = round(shares.near * (missing - by_tokens))
     computed = missing - by_tokens - near
-    model_seconds = float(cost(lengths[found.open]).sum()) * computed / max(1, missing)
-    own = rate * found.new_characters + shares.seconds + _ANSWERED * found.documents + _STORED * computed
-    hits = 1 - computed / found.documents
-    others = (missing - by_tokens) / found.documents
+    model_seconds = float(cost(lengths[corpus.open]).sum()) * computed / max(1, missing)
+    own = rate * corpus.new_characters + shares.seconds + _ANSWERED * corpus.documents + _STORED * computed
+    hits = 1 - computed / corpus.documents
+    others = (missing - by_tokens) / corpus.documents
     amounts = RunForecast(
-        documents=found.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
-        uncached=uncached, saved=uncached - model_seconds, near=near / found.documents, similar=shares.similar,
+        documents=corpus.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
+        uncached=uncached, saved=uncached - model_seconds, near=near / corpus.documents, similar=shares.similar,
     )  # fmt: skip
     new, total = bytes_of(amounts, bank.facts, around)
     return Plan(
-        documents=found.documents, characters=found.characters, tokens=amounts.tokens, in_store=found.in_store,
-        in_store_by_tokens=by_tokens, repeats=found.repeats, near=near, near_from=shares.source,
+        documents=corpus.documents, characters=corpus.characters, tokens=amounts.tokens, in_store=corpus.in_store,
+        in_store_by_tokens=by_tokens, repeats=corpus.repeats, near=near, near_from=shares.source,
         drift=None if shares.drift is None else shares.drift * others,
         bound=None if shares.bound is None else shares.bound * others,
         computed=computed, hit_rate=hits, margin=_margin(shares.near, shares.seen) * others,
@@ -189,7 +189,7 @@ def _cost(execution: Executor, seen: TokenRows, lengths: NDArray[np.int64], batc
 
 def _shares(
     execution: Executor,
-    found: Survey,
+    corpus: Survey,
     call: EncodeCall,
     uncached: float,
     rate: float,
@@ -197,7 +197,7 @@ def _shares(
     limit: int | None,
 ) -> _Shares:
     """Look up a sample of the documents whose text is not stored. rate: seconds per character of tokenising."""
-    texts, bank = found.unknown.texts, execution.bank
+    texts, bank = corpus.unknown.texts, execution.bank
     if not len(bank) or not texts:
         return _Shares()
     looked_up = execution.reuse is None and execution.config.tau is not None and execution.config.reuse == "deepest"
@@ -212,7 +212,7 @@ def _shares(
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
     known = exact_by_tokens(bank, keys, rows.ids) >= 0
     rest = rows.take(np.flatnonzero(~known).tolist())
-    reuse, config, missing = execution.reuse, execution.config, int(found.open.sum())
+    reuse, config, missing = execution.reuse, execution.config, int(corpus.open.sum())
     by_tokens = float(known.mean())
     if reuse is not None:
         if reuse.off:
