@@ -82,7 +82,7 @@ def explain(execution: Executor, text: str, prompt: str | None, role: str | None
             explanation = _calibrated(bank, reuse, raw, tokens, text, decode)
             repeats = execution.near_tier.near_answers
             if explanation.tier == "near" and not repeats.allowed(by_tokens, np.ones(1, np.int64))[0]:
-                why = "an earlier request of this opening got a near match; asked again, the text is computed and stored"
+                why = "an earlier request of this opening got a near match; asked again, it is computed and stored"
                 return replace(explanation, tier="miss", why=why, gates=(*explanation.gates, ("repeats", False)))
             return explanation
         why = "near reuse is calibrated for another role or prompt than this text's; see `llmcache calibrate`"

@@ -93,7 +93,7 @@ def test_a_store_that_is_only_read_refuses_what_would_have_to_be_written(
         LLMCache.open(tmp_path / "nowhere", model, read_only=True)
     assert not (tmp_path / "nowhere").exists()
     with LLMCache.open(store, model, read_only=True) as cache:
-        with pytest.raises(ConfigError, match="only read"):
+        with pytest.raises(ConfigError, match="read-only"):
             cache.calibrate(budget=0.1, drift="cosine")
         with pytest.raises(StoreFenced, match="read_only=True"):
             cache.rebuild()
