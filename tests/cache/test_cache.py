@@ -1,4 +1,4 @@
-"""Opening, namespaces, provenance, near matches, and what goes wrong around a cache."""
+"""Tests of `LLMCache`: opening, namespaces, provenance, near matches, and errors."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def test_a_near_hit_gives_the_neighbours_output_with_its_similarity_and_source(
     assert again[0].tier == "near"
 
 
-def cosine(model: SentenceTransformer, one: str, other: str) -> float:
-    """Of the mean token embeddings, computed with numpy from the model's own table."""
+def cosine(model: SentenceTransformer, text: str, other: str) -> float:
+    """Return the cosine of mean token embeddings, computed with NumPy from the model's embedding table."""
     table = token_embedding(model).detach().numpy()
-    first, second = (table[model.tokenizer(text)["input_ids"]].mean(axis=0) for text in (one, other))
+    first, second = (table[model.tokenizer(words)["input_ids"]].mean(axis=0) for words in (text, other))
     return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
 
 
@@ -366,7 +366,7 @@ def test_a_damaged_row_is_computed_again_and_stays_right(
     raw = bytearray(payload.read_bytes())
     raw[5 * 384 * 4 + 7] ^= 0x40
     payload.write_bytes(raw)
-    for misses in (1, 0):  # the second opening finds the new copy
+    for misses in (1, 0):  # the second opening reads the new copy
         with LLMCache.open(store, model) as cache:
             np.testing.assert_allclose(cache.encode(texts), cold, atol=1e-6)
             assert cache.stats().counters.misses == misses
@@ -399,7 +399,7 @@ def test_stopping_in_the_middle_keeps_what_was_committed(model_path: str, store:
         assert kept > 0
         texts = [f"document {i} " + "word " * 100 for i in range(100_000)]
         known = int((cache._bank.find_text(_text_keys(cache, texts)) >= 0).sum())
-        assert kept - 32 <= known <= kept  # the batch it was stopped in may be known by its tokens only
+        assert kept - 32 <= known <= kept  # the interrupted batch may be stored without text keys
 
 
 def _text_keys(cache: LLMCache, texts: list[str]) -> Any:

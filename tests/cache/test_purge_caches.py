@@ -1,4 +1,4 @@
-"""What real caches store of a document, bank by bank, is gone after a purge; all else is the model's own answer."""
+"""Tests of purges of real caches: no bank contains the document any more, and other answers stay right."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def segments_of(path: Path) -> list[tuple[str, Segment]]:
 
 
 def traces_of(path: Path, ids: Sequence[bytes]) -> dict[str, bytes]:
-    """What the store holds in the rows with these token ids or this document's id, by bank: bytes of some length."""
+    """Return the stored bytes of rows with these token ids or this document's id, by bank."""
     traces, keys = {"id": NAME.encode(), **{f"token ids {i}": one for i, one in enumerate(ids)}}, set()
-    for _ in range(2):  # the second time also rows that have nothing but the key
+    for _ in range(2):  # the second time also rows that have only the key
         for name, segment in segments_of(path):
             for row in range(len(segment)):
                 tokens, own = segment.tokens(row).tobytes(), segment.rows["key"][row].tobytes()

@@ -1,4 +1,4 @@
-"""`llmcache verify-model`: cold equals warm, and is told when it does not."""
+"""Tests of `llmcache verify-model`: cold and warm runs agree, and a difference is reported."""
 
 from __future__ import annotations
 

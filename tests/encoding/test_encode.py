@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def rebatching(model: SentenceTransformer, texts: list[str]) -> float:
-    """Largest difference that other batch sizes alone make to the model's own vectors."""
+    """Return the largest difference between the model's own vectors at different batch sizes."""
     base = model.encode(texts)
     return max(float(np.abs(model.encode(texts, batch_size=size) - base).max()) for size in (1, 3, 64))
 
@@ -97,7 +97,7 @@ def test_the_forward_pass_sees_only_what_is_new_and_each_text_once(
 def test_texts_that_tokenise_alike_share_an_entry(model: SentenceTransformer, store: Path) -> None:
     with LLMCache.open(store, model) as cache:
         first = cache.encode(["where is my card"])
-        second = cache.encode(["WHERE is my   card"])  # the tokenizer lowers case and folds spaces
+        second = cache.encode(["WHERE is my   card"])  # the tokenizer ignores case and repeated spaces
         third = cache.encode(["WHERE is my   card"])
         counters = cache.stats().counters
         assert len(cache) == 1
@@ -160,7 +160,7 @@ def test_every_argument_gives_the_type_shape_and_values_of_the_model(
 
 
 def same(found: Any, expected: Any, atol: float) -> None:
-    """Equal in type, shape and dtype, and in value within `atol`."""
+    """Assert equal types, shapes and dtypes, and values equal within `atol`."""
     assert type(found) is type(expected)
     if isinstance(expected, list):
         assert len(found) == len(expected)

@@ -1,4 +1,4 @@
-"""Several heads on one trunk, through `run_heads`."""
+"""Tests of `run_heads`: several heads on one trunk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = [
 
 
 def head(path: str, seed: int, labels: int, from_layer: int | None = None) -> Any:
-    """A classifier on MiniLM whose layers are others from `from_layer` on."""
+    """Return a classifier on MiniLM whose layers differ from `from_layer` on."""
     torch.manual_seed(seed)
     made: Any = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
     made.eval()
@@ -42,7 +42,7 @@ def head(path: str, seed: int, labels: int, from_layer: int | None = None) -> An
 
 
 def alone(model: Any, tokenizer: Any, texts: list[str]) -> NDArray[np.float32]:
-    """What the head gives by itself, text by text."""
+    """Return the outputs of the head alone, computed text by text."""
     with torch.inference_mode():
         found = [model(**tokenizer(one, return_tensors="pt", truncation=True)).logits[0] for one in texts]
     return torch.stack(found).numpy()
