@@ -50,10 +50,10 @@ def test_every_result_says_where_it_came_from(model: SentenceTransformer, store:
             Document("f", "New."),
         ]
         warm = list(cache.run(again))
-    assert [(one.id, one.tier, one.layer, one.source, one.similarity) for one in cold] == [
+    assert [(result.id, result.tier, result.layer, result.source, result.similarity) for result in cold] == [
         (name, "miss", None, None, None) for name in "abc"
     ]
-    assert [(one.id, one.tier, one.layer, one.source, one.similarity) for one in warm] == [
+    assert [(result.id, result.tier, result.layer, result.source, result.similarity) for result in warm] == [
         ("a", "exact", "output", "a", 1.0),
         ("b", "exact", "output", "b", 1.0),
         ("c", "exact", "output", "c", 1.0),
@@ -70,7 +70,7 @@ def test_documents_may_be_texts_mappings_or_documents(model: SentenceTransformer
         found = list(cache.run(["one", {"id": "x", "text": "two"}, {"text": "three"}, Document("y", "four")]))
     assert [one.id for one in found] == ["0", "x", "2", "y"]
     np.testing.assert_allclose(
-        np.stack([one.output for one in found]), model.encode(["one", "two", "three", "four"]), atol=1e-6
+        np.stack([result.output for result in found]), model.encode(["one", "two", "three", "four"]), atol=1e-6
     )
 
 

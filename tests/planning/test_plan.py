@@ -42,7 +42,7 @@ def files(store: Path) -> list[tuple[str, int]]:
 
 def planned_and_run(cache: LLMCache, texts: Sequence[str]) -> tuple[Plan, list[str]]:
     plan = cache.plan(texts)
-    return plan, [one.tier for one in cache.run(texts)]
+    return plan, [result.tier for result in cache.run(texts)]
 
 
 # -- counts ---------------------------------------------------------------------------------------------------
