@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -38,7 +38,7 @@ class OpenedParts:
     model: Module
     identity: Identity
     config: CacheConfig
-    secret: bytes
+    secret: bytes = field(repr=False)
     arguments: Opening
 
 
