@@ -244,7 +244,7 @@ def head_from_file(path: Path) -> LinearHead:
             weights, offset = (np.asarray(arrays[name], np.float32) for name in ("weights", "offset"))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path} is not a head: {error}; save one by numpy.savez(path, weights=head.coef_, offset=head.intercept_)"
+            f"{path} is no head: {error}; save one with numpy.savez(path, weights=head.coef_, offset=head.intercept_)"
         ) from None
     if weights.ndim != 2 or offset.shape != weights.shape[:1] or not (np.isfinite(weights).all() and len(offset) > 1):
         raise ConfigError(
