@@ -26,7 +26,7 @@ __all__ = ["CacheConfig", "Document", "LLMCache", "LLMCacheError", "Pipeline", "
 
 
 def __getattr__(name: str) -> object:
-    """Import torch only when the cache itself is asked for, so that `llmcache --help` stays quick."""
+    """Import public names on first use, so that `llmcache --help` does not import torch. AttributeError for others."""
     if name == "LLMCache":
         from llmcache.cache import LLMCache
 

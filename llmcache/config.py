@@ -1,4 +1,4 @@
-"""The settings of a cache: one frozen dataclass, checked once, saved with the store."""
+"""Settings of a cache: a frozen dataclass, validated at creation and saved with the store."""
 
 from __future__ import annotations
 
@@ -39,61 +39,61 @@ Policy = Literal["lru", "lfu", "decay", "cost", "divergence"]
 OnMismatch = Literal["error", "bypass"]
 
 LEAST_BYTES = 1 << 20
-"""Below this, manifests alone would take up what is given."""
+"""Lowest `max_bytes`: manifests alone would fill a smaller store."""
 HIGHEST_TAU = 0.9999
-"""A fingerprint and itself give 0.9999997 to 1.0000002 in float32; repeats are found by their keys, never by tau."""
+"""Highest `tau`: equal fingerprints give 0.9999997 to 1.0000002 in float32. Repeats are found by key, not by tau."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Everything that changes what a cache answers, and how it keeps it.
+    """Settings that affect the answers of a cache and how it stores them.
 
-    tau: lowest cosine similarity at which a neighbour's output may be given for a new document, in (0, 0.9999].
-        None: never; only repeats are reused, and results are the model's own.
-    fingerprint: what stands for an input: "mean", the mean of its token embeddings, or "mean+attention", the same
-        and the mean again with each token weighted by the attention it draws (llmcache.model.features says why).
-    projection: how fingerprints are compressed: "pca" (half-whitened), "simhash" (bits), or "none".
+    tau: lowest cosine similarity at which a neighbour's output is served for a new document, in (0, 0.9999]. None
+        disables near matches without calibration: only repeats are reused, and results are the model's own.
+    fingerprint: features of an input: "mean", the mean of its token embeddings, or "mean+attention", the same plus
+        the mean with each token weighted by the attention it receives (see llmcache.model.features).
+    projection: compression of fingerprints: "pca" (half-whitened), "simhash" (bits), or "none".
     dim: components of the PCA, or bits of the SimHash.
-    index: the FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no
-        FAISS; "auto" goes by the number of entries, and takes "torch" on a GPU that FAISS does not see.
-    dtype: how activations are stored; "auto" is the model's own, which is lossless. float16 and int8 are smaller and
-        round what a hit gives back.
-    device: where the index is searched, "cpu" or "cuda".
-    device_bytes, pinned_bytes: outputs kept beside the store's files, in the memory of the model's GPU and in
-        page-locked memory of the host, so that `encode(convert_to_tensor=True)` gathers hits on the device. 0: none.
-    reading: how stored activations are read: "mmap" shares them between processes, "pread" survives files that others
-        shorten or that lie on a network; "auto" maps on local disks.
-    commit_seconds: entries wait at most this long, or until 256 MiB of them wait, before they are made durable.
-    background: whether commits that come due during a call are written by a thread, while the model goes on; up to two
-        lots of 256 MiB are in memory then. A store with max_bytes waits for its commits, since room is made first.
-    layers: which layers have banks: "output", the model's last result alone; "all"; or the numbers of layers, from 0.
-        A bank holds what its layer gives, float [tokens, width] per document, which is large.
-    reuse: what a near match takes over: "deepest", the deepest activation stored for the neighbour; or "layer", the
-        state of the deepest layer whose own tau the similarity reaches, from which the rest is computed (the paper's
-        rule; both give the neighbour's answer). "exact" takes over nothing, also where a store was calibrated.
-    layer_tau: tau of single layers, by number, for reuse="layer"; where a layer has none, `tau` holds.
-    near_repeats: requests for one document that calibrated near reuse answers in one opening, at least 1; asked again,
-        the document is computed and stored. With 1 the calibrated bound holds for requests as it does for distinct
-        documents, however often each is repeated. None: any number; the bound is then over distinct documents alone.
-    audit_share: share of calibrated near hits that are recomputed, to see whether the budget is kept; more when
-        something speaks against it. 0: none.
-    audit_time: what audits may take, as a share of the seconds that near hits have saved, before no more than
-        audit_share are made.
-    exact_audits: how many exact hits on entries that this opening has not computed itself are recomputed and compared,
-        for each bank and model, before others are believed. 0: none.
-    exact_audit_share: at most this share of the later exact hits is recomputed too, at random. 0: none.
-    exact_audit_time: what audits of exact hits may take, as a share of the seconds that hits have saved, before no
-        random ones are made; nor are there any while they have taken 2 % of the seconds of all calls.
-    on_mismatch: what follows when an audit of an exact hit finds another result than the stored one: "error" raises
-        ModelMismatch, in this call and in all later ones; "bypass" warns once, and the model answers everything. Either
-        way nothing more is reused or stored in this opening.
-    recalibrate: whether a calibration is made again, in the background, when the cache has doubled.
-    stand_aside: whether entries of a bank are left alone while loading them takes longer than computing them; a few are
-        still looked up, to notice when that changes. False: what is stored is always reused.
-    prefix_block: tokens per block of stored keys and values, for decoders; 0 stores none.
-    max_bytes: what the store's folder may take up on the disk; None is without bound. When it is full, whole segments
-        are evicted; entries that cannot fit at all are computed and not stored.
-    policy: which entries go first, a name in llmcache.indexes.eviction.policies.POLICIES.
+    index: FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no FAISS.
+        "auto" chooses by the number of entries, and "torch" on a GPU that FAISS does not support.
+    dtype: storage type of activations; "auto" is the model's own, which is lossless. float16 and int8 take less space
+        and round the outputs of hits.
+    device: device of the index search, "cpu" or "cuda".
+    device_bytes, pinned_bytes: sizes of the caches of outputs in the memory of the model's GPU and in page-locked host
+        memory, from which `encode(convert_to_tensor=True)` gathers hits on the device. 0: none.
+    reading: access to stored activations: "mmap" shares them between processes; "pread" is safe when other processes
+        truncate files, and on network disks; "auto" maps on local disks.
+    commit_seconds: longest time that entries wait to be committed; 256 MiB of waiting entries are committed earlier.
+    background: True lets a thread write the commits that are due during a call, while the model goes on; this needs
+        memory for two batches of 256 MiB. A store with max_bytes commits synchronously, since it must evict first.
+    layers: layers with banks: "output", the model's final output only; "all"; or numbers of layers, from 0. A bank
+        stores the states of its layer, float [tokens, width] per document, which is large.
+    reuse: activation that a near match reuses: "deepest", the deepest one stored for the neighbour; or "layer", the
+        state of the deepest layer whose own tau is reached, computing the later layers (the paper's rule; both give the
+        neighbour's output). "exact" turns near matches off, also in a calibrated store.
+    layer_tau: tau of single layers, by number, for reuse="layer"; other layers use `tau`.
+    near_repeats: number of requests for one document that calibrated near reuse answers in one opening, at least 1.
+        After that the document is computed and stored. With 1 the calibrated bound over distinct documents also holds
+        over requests, however often documents repeat. None: no limit; the bound holds over distinct documents only.
+    audit_share: share of calibrated near hits that are recomputed to check the budget; it rises while audits or
+        a shift of the traffic indicate more drift. 0: none.
+    audit_time: time limit of audits, as a share of the seconds that near hits have saved; above it the share does not
+        rise above audit_share.
+    exact_audits: number of exact hits, per bank and model, on entries of earlier openings that are recomputed and
+        compared before other hits are trusted. 0: none.
+    exact_audit_share: largest share of later exact hits that are recomputed at random. 0: none.
+    exact_audit_time: time limit of random audits of exact hits, as a share of the seconds that hits have saved. There
+        are also none while audits have taken 2 % of the seconds of all calls.
+    on_mismatch: reaction to an exact hit whose recomputed output differs: "error" raises ModelMismatch in this and all
+        later calls; "bypass" warns once, and the model answers everything. In both cases nothing is reused or stored
+        any more in this opening.
+    recalibrate: True repeats a calibration in the background when the cache has doubled.
+    stand_aside: True stops reusing a bank while loading its entries takes longer than computing them; a few lookups go
+        on to notice a change. False: stored entries are always reused.
+    prefix_block: tokens per KV block, for decoders; 0 stores none.
+    max_bytes: largest size of the store's folder on disk; None: no limit. Whole segments are evicted from a full store;
+        entries that cannot fit are computed and not stored.
+    policy: eviction policy, a name in llmcache.indexes.eviction.policies.POLICIES.
     """
 
     tau: float | None = None
@@ -135,7 +135,7 @@ class CacheConfig:
         if not _are_layers(tuple(self.layer_tau)):
             raise ConfigError(f"layer_tau goes from numbers of layers to similarities, got {dict(self.layer_tau)!r}")
         if self.reuse == "layer" and self.layers == "output":
-            raise ConfigError('reuse="layer" takes over states of layers: give layers="all" or numbers such as (4, 8)')
+            raise ConfigError('reuse="layer" reuses states of layers: give layers="all" or numbers such as (4, 8)')
         if self.near_repeats is not None and (type(self.near_repeats) is not int or self.near_repeats < 1):
             raise ConfigError(f"near_repeats is a whole number of at least 1, or None, got {self.near_repeats!r}")
         if not 0 <= self.audit_share <= 1:
@@ -187,17 +187,17 @@ class CacheConfig:
 
     @property
     def near(self) -> NearChoice:
-        """What of this the banks need."""
+        """Index settings of the banks."""
         return NearChoice(self.index, self.projection, self.dim, self.device)
 
     @property
     def needs_faiss(self) -> bool:
-        """Whether its index is one of FAISS."""
+        """True if the index needs FAISS."""
         return needs_faiss(self.index, self.device, binary=self.projection == "simhash")
 
     @property
     def budget(self) -> Budget | None:
-        """What of this bounds the store."""
+        """Size limit of the store; None without one."""
         return None if self.max_bytes is None else Budget(self.max_bytes, self.policy)
 
     def to_json(self) -> dict[str, Any]:
@@ -205,15 +205,15 @@ class CacheConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> CacheConfig:
-        """The settings saved with a store; unknown ones, of a later version, are left out."""
-        known = {one.name for one in fields(cls)}
-        given = {name: value for name, value in raw.items() if name in known}
+        """Read settings saved with a store, ignoring unknown ones of a later version. ConfigError if unreadable."""
+        known = {setting.name for setting in fields(cls)}
+        settings = {name: value for name, value in raw.items() if name in known}
         try:
-            if isinstance(given.get("layers"), list):  # JSON has neither tuples nor numbers as names
-                given["layers"] = tuple(given["layers"])
-            if "layer_tau" in given:
-                given["layer_tau"] = {int(layer): tau for layer, tau in given["layer_tau"].items()}
-            return cls(**given)
+            if isinstance(settings.get("layers"), list):  # JSON has neither tuples nor integer keys
+                settings["layers"] = tuple(settings["layers"])
+            if "layer_tau" in settings:
+                settings["layer_tau"] = {int(layer): tau for layer, tau in settings["layer_tau"].items()}
+            return cls(**settings)
         except (TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -221,4 +221,5 @@ class CacheConfig:
 
 
 def _are_layers(numbers: object) -> bool:
-    return isinstance(numbers, tuple) and all(type(one) is int and one >= 0 for one in numbers)
+    """Return True for a tuple of layer numbers."""
+    return isinstance(numbers, tuple) and all(type(number) is int and number >= 0 for number in numbers)

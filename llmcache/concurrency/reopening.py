@@ -1,4 +1,4 @@
-"""Arguments with which a cache was opened, to open it again in a forked child or from a pickle."""
+"""Reopen a cache in a forked child or from a pickle, with the arguments of its first opening."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmcache")
 
-_HELD = 4  # caches out of pickles that a worker process keeps open, for the next task that brings the same one
+_MOST = 4  # unpickled caches that a worker process keeps open for later tasks with the same cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """The arguments of `LLMCache.open`, as far as they are needed to open the store again.
+    """Arguments of `LLMCache.open` that are needed to open the store again.
 
-    model: the name or path that was given, else the model itself. secret_in_memory: the argument that gave a secret as
-    bytes; "" where there is none.
+    model: the name or path passed to `open`, else the model itself. secret_in_memory: name of the argument that passed
+    a secret as bytes; "" for none. pid: process of the first opening. id: of this opening.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Opening:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def store(self) -> Store:
-        """The store, opened in this process. Errors as `Store.open`."""
+        """Open the store in this process. Errors as `Store.open`."""
         store = Store.open(
             self.path,
             trust=self.trust,
@@ -78,7 +78,7 @@ _reopened: dict[str, LLMCache] = {}
 
 
 def reopened(kind: type[LLMCache], opening: Opening) -> LLMCache:
-    """The cache of a pickle. In another process than its own, the one that is open there already, if there is."""
+    """Return the cache of a pickle. Another process than the first reuses its open cache of the same opening."""
     elsewhere = opening.pid != os.getpid()
     known = _reopened.get(opening.id) if elsewhere else None
     if known is not None and known.is_open:
@@ -99,13 +99,13 @@ def reopened(kind: type[LLMCache], opening: Opening) -> LLMCache:
     if elsewhere:
         cache.works_for_another_process()
         _reopened[opening.id] = cache
-        while len(_reopened) > _HELD:
-            _let_go(_reopened.pop(next(iter(_reopened))))
+        while len(_reopened) > _MOST:
+            _commit_evicted(_reopened.pop(next(iter(_reopened))))
     return cache
 
 
-def _let_go(cache: LLMCache) -> None:
-    """Commit what a cache has computed that may be in use no more."""
+def _commit_evicted(cache: LLMCache) -> None:
+    """Commit a cache that is no longer kept open here, since nobody may close it."""
     try:
         cache.commit()
     except LLMCacheError as error:

@@ -28,7 +28,8 @@ from llmcache.distributed.workers import (
     library,
 )
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.executor import EncodeCall, Executor, Misses
+from llmcache.encoding.call import EncodeCall, Misses
+from llmcache.encoding.executor import Executor
 from llmcache.errors import ConfigError, ForkedStoreError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys

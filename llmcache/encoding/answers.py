@@ -1,7 +1,4 @@
-"""What a batch of documents finds in a bank: exact by text, exact by tokens, near, or nothing.
-
-Everything is arrays over the batch; no object per document.
-"""
+"""Outputs and provenance of the documents of one call, as arrays over the call without an object per document."""
 
 from __future__ import annotations
 
@@ -12,39 +9,42 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MISS, EXACT, NEAR = 0, 1, 2
 TIERS = ("miss", "exact", "near")
-"""Names of the tiers, by number."""
+"""Names of the tiers, indexed by their numbers."""
 
 
 @dataclass(slots=True)
 class Answers:
-    """What is known about the documents of one call; every array has one place per document.
+    """Outputs and provenance of the documents of one call. Every array has one element or row per document.
 
-    outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact, NaN for a miss. row: int64, the bank row
-    that served it, -1 for a miss. twin: int64, for a repeat inside the call the place of its first occurrence, else -1.
-    consensus: float32, mean cosine of the runners-up's outputs to the nearest one; NaN but for calibrated near hits.
-    audited: bool, computed although a neighbour's output could have been given, to see how far that would have been.
-    layer: int64, the layer whose state was reused, -1 where it was the output, or nothing; entry: its key by place.
+    outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact hits, NaN for misses. consensus: float32,
+    mean cosine of the other neighbours' outputs to the nearest one's; NaN except for calibrated near hits. row: int64,
+    bank row that served the document, -1 for misses. duplicate_of: int64, for a repeat in the call the place of its
+    first occurrence, else -1. layer: int64, layer whose state was reused, -1 for an output or a miss; entry: key of
+    that state by place. audited: bool, True for documents computed for an audit although they had a near match.
     """
 
-    outputs: NDArray[np.float32]
+    outputs: Floats32
     tier: NDArray[np.int8]
-    similarity: NDArray[np.float32]
-    consensus: NDArray[np.float32]
-    row: NDArray[np.int64]
-    duplicate_of: NDArray[np.int64]
-    layer: NDArray[np.int64]
+    similarity: Floats32
+    consensus: Floats32
+    row: Rows
+    duplicate_of: Rows
+    layer: Rows
     audited: NDArray[np.bool_]
     entry: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, n: int, width: int) -> Answers:
+        """Return answers for n documents, all of them misses with zero outputs."""
         return cls(
             np.zeros((n, width), np.float32),
             np.full(n, MISS, np.int8),
@@ -58,20 +58,24 @@ class Answers:
 
     def computed(
         self,
-        places: NDArray[np.int64],
-        outputs: NDArray[np.float32],
-        entered: NDArray[np.int64],
+        places: Rows,
+        outputs: Floats32,
+        entered: Rows,
         entries: Sequence[str],
     ) -> None:
-        """What the model computed for these places, of which some were entered after a layer that was stored."""
+        """Set computed outputs. Documents that resumed from a stored layer state count as exact hits on that layer.
+
+        outputs: float32 [n, width]. entered: int64 [n], number of layers skipped, 0 for none. entries: keys of the
+        states.
+        """
         self.outputs[places] = outputs
-        for place, enter, entry in zip(places.tolist(), entered.tolist(), entries, strict=True):
-            if enter:
-                self.tier[place], self.similarity[place], self.layer[place] = EXACT, 1, enter - 1
+        for place, skipped, entry in zip(places.tolist(), entered.tolist(), entries, strict=True):
+            if skipped:
+                self.tier[place], self.similarity[place], self.layer[place] = EXACT, 1, skipped - 1
                 self.entry[place] = entry
 
-    def serve(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank, tier: int) -> NDArray[np.int64]:
-        """Fill these places from these bank rows; returns the indices into `places` whose rows could not be read."""
+    def serve(self, places: Rows, rows: Rows, bank: Bank, tier: int) -> Rows:
+        """Serve places from bank rows. Returns the indices into `places` whose rows could not be read."""
         intact = self.fill(places, rows, bank)
         lost = np.flatnonzero(~intact)
         if len(lost):
@@ -81,38 +85,38 @@ class Answers:
             self.similarity[places] = 1
         return lost
 
-    def fill(self, places: NDArray[np.int64], rows: NDArray[np.int64], bank: Bank) -> NDArray[np.bool_]:
-        """Outputs of these places from these bank rows; bool [n], which could be read."""
+    def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
+        """Copy outputs from bank rows. Returns bool [n], False for rows that could not be read."""
         reading = bank.read(rows)
         values = np.asarray(reading.values)
         if not reading.intact.all():
             self.outputs[places[reading.intact]] = values[reading.intact]
         elif len(places) == len(self.outputs) and (places == np.arange(len(places))).all():
-            self.outputs = values  # nothing is copied where everything was there
+            self.outputs = values  # every document is a hit: no copy needed
         else:
             self.outputs[places] = values
         return reading.intact
 
-    def set_device_outputs(self, places: NDArray[np.int64], vectors: Tensor) -> None:
-        """The model's own tensor for these places, [n, width], for answers that are wanted where it is."""
+    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
+        """Keep the model's own tensor for these places, [n, width]. Does nothing for answers on the host."""
 
     def set_from_neighbour(
         self,
-        places: NDArray[np.int64],
-        outputs: NDArray[np.float32],
-        entered: NDArray[np.int64],
+        places: Rows,
+        outputs: Floats32,
+        entered: Rows,
         entries: Sequence[str],
     ) -> None:
-        """What the model computed for these places from neighbours' states."""
+        """Set outputs that were computed from neighbours' layer states, as near hits. Arguments as for `computed`."""
         self.computed(places, outputs, entered, entries)
         self.tier[places] = NEAR
 
-    def given(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Outputs of these places as the caller gets them, float32 [n, width], on the host."""
+    def given(self, places: Rows) -> Floats32:
+        """Return the outputs of these places as the caller gets them, float32 [n, width], on the host."""
         return self.outputs[places]
 
-    def repeat(self, places: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Give these places what their first occurrences got. A repeat of something computed is an exact hit on it."""
+    def repeat(self, places: Rows, first: Rows) -> None:
+        """Copy the answers of first occurrences to repeats. A repeat of a computed document is an exact hit."""
         if not len(places):
             return
         self.outputs[places] = self.outputs[first]

@@ -1,4 +1,4 @@
-"""Near reuse of all banks of a cache: which are calibrated, calibrating one, and saving what has changed."""
+"""Calibrations of near reuse for all banks of a cache: load, calibrate, save, and report their state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of, results
 from llmcache.errors import ConfigError
 from llmcache.indexes.store import Store
@@ -19,11 +20,11 @@ from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.risk_control import check
 from llmcache.near.calibration_store import CalibrationStore
 
-CHUNK = 8192  # documents of a sample that are answered together
+CHUNK = 8192  # documents of a sample that are computed together
 
 
 class Calibrations:
-    """Near reuse of the banks that executions answer from, by name of the bank."""
+    """Calibrations by bank name, each with the executor that uses it."""
 
     def __init__(
         self,
@@ -33,14 +34,14 @@ class Calibrations:
         drift: Drift | None,
         commit: Callable[[], object],
     ) -> None:
-        """drift: the user's own function. commit: makes what was put durable."""
+        """drift: the user's own drift function, if any. commit: commits the store."""
         self._store, self._namespace, self._config = store, namespace, config
         self._commit = commit
         self._own: dict[str, Drift] = {} if drift is None else {"output": drift}
         self._open: dict[str, tuple[CalibrationStore, Executor]] = {}
 
     def follow(self, name: str, execution: Executor) -> None:
-        """Let an execution go by what is saved for its bank, if this opening may use it."""
+        """Load the saved calibration of an executor's bank, if this opening may use it."""
         own, fields = self._own.get(name), execution.fields
         near = CalibrationStore(self._store, self._namespace, self._config, name, execution.bank, fields, own)
         self._open[name] = near, execution
@@ -58,68 +59,69 @@ class Calibrations:
         role: str | None = None,
         **settings: Any,
     ) -> Calibration:
-        """Calibrate a bank, see `LLMCache.calibrate`; the execution goes by it from now on.
+        """Calibrate a bank, see `LLMCache.calibrate`; the executor uses the calibration from now on.
 
-        prompt, role: of the entries that answer, and of the sample; entries and documents with others stay as they are.
-        settings: of `calibrating.calibrated`.
+        prompt, role: of the entries to match and of the sample. settings: of `CalibrationStore.calibrate`.
         """
         check(settings["budget"], settings["confidence"])
         documents = None if sample is None else list(documents_of(sample))
-        right = None if truth is None else np.asarray(list(truth))
-        if settings["drift"] == "accuracy" and right is None:
+        labels = None if truth is None else np.asarray(list(truth))
+        if settings["drift"] == "accuracy" and labels is None:
             raise ConfigError('drift="accuracy" needs the right answers of a sample; give truth=, one for each')
-        if right is not None and len(right) != len(documents or ()):
+        if labels is not None and len(labels) != len(documents or ()):
             raise ConfigError(
-                f"{len(right)} right answers for {len(documents or ())} documents of a sample; give one for each"
+                f"{len(labels)} right answers for {len(documents or ())} documents of a sample; give one for each"
             )
-        known, execution.reuse = execution.bank.near.live(), None  # the sample is computed, not guessed
+        known, execution.reuse = execution.bank.near.live(), None  # compute the sample without near matches
         call = EncodeCall([], None, prompt, role)
         try:
             execution.fields.pattern = settings["pattern"]
             _compute(execution, documents or (), call)
             answers = None
-            if right is not None and documents is not None:
+            if labels is not None and documents is not None:
                 rows = execution.rows([document.text for document in documents], call)
-                answers = rows[rows >= 0], right[rows >= 0]
+                answers = rows[rows >= 0], labels[rows >= 0]
             near = CalibrationStore(self._store, self._namespace, self._config, name, execution.bank, execution.fields)
             scope = execution.scope(call)
             answering = None if documents is None else known
-            found = near.calibrate(answering, scope, commit=self._commit, truth=answers, **settings)
-            if found.drift == OWN:
+            calibration = near.calibrate(answering, scope, commit=self._commit, truth=answers, **settings)
+            if calibration.drift == OWN:
                 self._own[name] = settings["drift"]
-            return found
+            return calibration
         finally:
             self.follow(name, execution)
 
     def keep(self) -> None:
-        """Save what audits have found and what was calibrated again."""
+        """Save audit results and recalibrations."""
         for near, execution in self._open.values():
             if execution.reuse is not None:
                 near.keep(execution.reuse, self._commit)
 
     def forget(self) -> None:
-        """Rows have other numbers now."""
+        """Reset the matchers after a reload, when bank rows have been renumbered."""
         for _, execution in self._open.values():
             if execution.reuse is not None:
                 execution.reuse.forget()
 
     def states(self) -> dict[str, tuple[str, str]]:
-        """ "on", "off" or "aside", and what is to be said about it, by bank."""
-        found = {}
+        """Return the state "on", "off" or "aside" and its reason, by bank name."""
+        states = {}
         for name, (_, execution) in self._open.items():
             if (reuse := execution.reuse) is not None:
                 state = "off" if reuse.off else "aside" if reuse.stands_aside else "on"
-                said = [reuse.off or reuse.stands_aside or reuse.shifted]
+                reasons = [reuse.off or reuse.stands_aside or reuse.shifted]
                 if reuse.foreign:
-                    said.append(
-                        f"{reuse.foreign:,} documents had another role or prompt than it is calibrated for, and were "
+                    reasons.append(
+                        f"{reuse.foreign:,} documents had another role or prompt than the calibration, and were "
                         "not looked up"
                     )
-                found[name] = state, "; ".join(filter(None, said))
-        return found
+                states[name] = state, "; ".join(filter(None, reasons))
+        return states
 
 
 def _compute(execution: Executor, documents: Iterable[Source], call: EncodeCall) -> None:
+    """Compute and store documents, with the role and prompt of a call."""
+
     def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
         return execution.answers(replace(call, texts=texts, ids=ids))
 

@@ -1,4 +1,4 @@
-"""How one text would be answered, and what decides."""
+"""Explain how one text would be answered, and which gate decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.indexes.bank import Bank
 from llmcache.model.features import features
 from llmcache.model.tokens import TokenRows
@@ -18,12 +19,12 @@ from llmcache.near.matcher import Decode, NearMatcher
 from llmcache.near.neighbors.near_matches import ALONE, GATES, GUARDED, LOW, QUARANTINED, TAKEN
 
 SHOWN = 5
-"""Neighbours that are named."""
+"""Number of neighbours in an explanation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """An entry near to the text. source: its id or key; text: its tokens as text; similarity: of the fingerprints."""
+    """A neighbour of the text. source: id or key of the entry. text: decoded tokens. similarity: of fingerprints."""
 
     source: str
     text: str
@@ -32,9 +33,11 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """tier: "exact", "near" or "miss". why: what decided. neighbours: nearest first; of an exact hit the entry itself.
-    consensus: of the neighbours' outputs; score and threshold: of the gate; None where they were not asked.
-    gates: each that was asked, in order, and whether it let the match through.
+    """Explanation of one text's answer.
+
+    tier: "exact", "near" or "miss". why: the reason. neighbours: nearest first; for an exact hit the entry itself.
+    consensus: of the neighbours' outputs; score, threshold: of the gate; each None if not evaluated. gates: name and
+    result of each gate that was evaluated, in order; True lets the match pass.
     """
 
     tier: str
@@ -47,7 +50,7 @@ class Explanation:
 
     @property
     def similarity(self) -> float | None:
-        """Of the nearest entry; None without one."""
+        """Similarity of the nearest entry; None without neighbours."""
         return self.neighbours[0].similarity if self.neighbours else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class Explanation:
 
 
 def explain(execution: Executor, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
-    """Look a text up as a call would, without computing or storing anything."""
+    """Look up a text as a call would, without running the model or storing anything."""
     bank, config, reuse = execution.bank, execution.config, execution.reuse
     scope = execution.scope(EncodeCall([text], None, prompt, role))
     by_text, by_tokens, tokens = execution.keys_of(text, prompt, role)
@@ -68,39 +71,43 @@ def explain(execution: Executor, text: str, prompt: str | None, role: str | None
     raw = features(execution.embedding, tokens.ids, config.fingerprint)
     if reuse is not None:
         if reuse.scope == scope:
-            found = _calibrated(bank, reuse, raw, tokens, text, decode)
-            if found.tier == "near" and not execution.near_answers.allowed(by_tokens, np.ones(1, np.int64))[0]:
-                why = "it was answered near before in this opening: asked again it is computed and stored"
-                return replace(found, tier="miss", why=why, gates=(*found.gates, ("repeats", False)))
-            return found
+            explanation = _calibrated(bank, reuse, raw, tokens, text, decode)
+            repeats = execution.near_tier.near_answers
+            if explanation.tier == "near" and not repeats.allowed(by_tokens, np.ones(1, np.int64))[0]:
+                why = "an earlier request of this opening got a near match; asked again, it is computed and stored"
+                return replace(explanation, tier="miss", why=why, gates=(*explanation.gates, ("repeats", False)))
+            return explanation
         why = "near reuse is calibrated for another role or prompt than this text's; see `llmcache calibrate`"
         return Explanation("miss", reuse.off or why, _nearest(bank, raw, scope, decode))
-    named = _nearest(bank, raw, scope, decode)
+    neighbours = _nearest(bank, raw, scope, decode)
     if config.tau is None or config.reuse == "exact":
-        return Explanation("miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", named)
-    near = bool(named) and named[0].similarity >= config.tau
+        return Explanation(
+            "miss", "near reuse is neither calibrated nor given a tau; see `llmcache calibrate`", neighbours
+        )
+    near = bool(neighbours) and neighbours[0].similarity >= config.tau
     why = f"the nearest entry is {'at' if near else 'below'} tau {config.tau:g}" + (" or above" if near else "")
-    return Explanation("near" if near else "miss", why, named, None, None, config.tau, (("tau", near),))
+    return Explanation("near" if near else "miss", why, neighbours, None, None, config.tau, (("tau", near),))
 
 
 def _nearest(bank: Bank, raw: NDArray[np.float32], scope: int, decode: Decode) -> tuple[Neighbour, ...]:
-    """The nearest entries of a scope by fingerprint."""
-    rows, similarity = (one[0] for one in bank.nearest(raw, SHOWN, scope=scope))
+    """Return the nearest entries of a scope by fingerprint."""
+    rows, similarity = (column[0] for column in bank.nearest(raw, SHOWN, scope=scope))
     return _named(bank, rows[rows >= 0].tolist(), similarity[rows >= 0].tolist(), decode)
 
 
 def _calibrated(
     bank: Bank, reuse: NearMatcher, raw: NDArray[np.float32], tokens: TokenRows, text: str, decode: Decode
 ) -> Explanation:
+    """Explain the decision of a calibrated matcher."""
     if reuse.refresh() is None:
         return Explanation("miss", reuse.off, gates=(("a neighbour", False),))
     near = reuse.look_up(raw, tokens.ids, [text])
-    rows, similarity = (one[0, :SHOWN] for one in reuse.neighbours(raw, tokens.ids))
+    rows, similarity = (column[0, :SHOWN] for column in reuse.neighbours(raw, tokens.ids))
     gate, threshold, score = int(near.gate[0]), reuse.audits.threshold, float(near.score[0])
     decided = {ALONE: 1, LOW: 2, QUARANTINED: 3, GUARDED: 4, TAKEN: 5}[gate]
     names = ("a neighbour", "score", "quarantine", "guard")
     asked = [(name, decided > place) for place, name in enumerate(names, 1) if decided >= place]
-    why = "every gate lets it through" if gate == TAKEN else GATES[gate]
+    why = "the match passes every gate" if gate == TAKEN else GATES[gate]
     if near.kinds[0] is not None:
         why = f"the guard: they differ in {near.kinds[0]}"
     return Explanation(
@@ -115,7 +122,8 @@ def _calibrated(
 
 
 def _named(bank: Bank, rows: Sequence[int], similarity: Sequence[float], decode: Decode) -> tuple[Neighbour, ...]:
-    texts = decode([bank.tokens(row) for row in rows]) if len(rows) else []  # some tokenizers make one text of none
+    """Return rows as neighbours, with their ids and texts."""
+    texts = decode([bank.tokens(row) for row in rows]) if len(rows) else []  # some tokenizers return a text for no rows
     return tuple(
         Neighbour(bank.source(row) or bank.key(row), text, near)
         for row, text, near in zip(rows, texts, similarity, strict=True)

@@ -1,4 +1,4 @@
-"""Several heads on one trunk: the layers that models share are computed once, and each head runs on from there."""
+"""Several heads on one trunk: shared layers are computed once, and each head continues from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.config import CacheConfig
-from llmcache.encoding.executor import EncodeCall, Executor, Progress
+from llmcache.encoding.call import EncodeCall, Progress
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import (
     Result,
     Source,
@@ -48,18 +49,18 @@ from llmcache.near.neighbors.linear_head import LinearHead
 
 log = logging.getLogger("llmcache")
 
-_WINDOW = 512  # documents that every head answers before the next: their states are then still in memory
+_WINDOW = 512  # documents that all heads answer before the next ones, so that layer states are still in memory
 
 
 class Head:
     """A transformers model whose output is one vector per document, on token ids of the cache's tokenizer."""
 
     def __init__(self, model: Module, source: Module, tokenizer: Any) -> None:
-        """source: the cache's own model, which says how texts become token ids."""
+        """source: the cache's own model, which determines tokenisation."""
         self._model, self._source, self._tokenizer = model, source, tokenizer
         parameters = inspect.signature(model.forward).parameters
         self._takes = set(parameters)
-        self._open = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        self._takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     @property
     def module(self) -> Module:
@@ -75,10 +76,10 @@ class Head:
 
     @property
     def limit(self) -> int | None:
-        """Tokens of a text that are read; None: all."""
+        """Maximum number of tokens per text; None for no limit."""
         if isinstance(self._source, SentenceTransformer):
-            found: int | None = self._source.max_seq_length
-            return found
+            longest: int | None = self._source.max_seq_length
+            return longest
         limit = getattr(self._tokenizer, "model_max_length", None)
         return limit if limit and limit < 1 << 30 else None
 
@@ -90,9 +91,9 @@ class Head:
         if highest >= known:
             raise ConfigError(
                 f"the head {type(self._model).__name__} knows {known} tokens and was given number {highest}: heads get "
-                "token ids of the cache's tokenizer; give it one that was made with that"
+                "token ids of the cache's tokenizer; use a head that was trained with this tokenizer"
             )
-        inputs = {name: inputs[name] for name in rows.fields if self._open or name in self._takes}
+        inputs = {name: inputs[name] for name in rows.fields if self._takes_any or name in self._takes}
         if "use_cache" in self._takes:
             inputs["use_cache"] = False
         return _vector(self._model(**inputs), len(chosen), self._model)
@@ -102,7 +103,7 @@ class Head:
 
 
 class Heads:
-    """Models by name, each with a bank of its own for what it gives, and the banks of the layers they share."""
+    """Heads by name. Each has a bank for its outputs; shared layers have common banks."""
 
     def __init__(
         self,
@@ -114,10 +115,9 @@ class Heads:
         follow: Callable[[str, Executor], None],
         check: Callable[[], None],
     ) -> None:
-        """source: the cache's own model. follow: lets an execution go by what is calibrated for the bank of this name.
+        """source: the cache's own model. follow: loads the calibration of a bank name into an executor.
 
-        check: raises ModelMismatch when texts become other token ids by now.
-
+        check: raises ModelMismatch when tokenisation has changed.
         ConfigError when there is no head, or one cannot be run.
         """
         if not isinstance(heads, Mapping) or not all(isinstance(head, Module) for head in heads.values()):
@@ -133,24 +133,24 @@ class Heads:
         self._executions: dict[str, Executor] = {}
         self._banks: dict[str, str] = {}
         for name, model in heads.items():
-            kept = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
-            if len(heads) > 1 and not kept:
-                log.warning("the head %s shares no layer with another one; it is computed whole", name)
+            banked = {depth for pair, depth in depths.items() if name in pair and depth >= 0}
+            if len(heads) > 1 and not banked:
+                log.warning("the head %s shares no layer with another one; it is computed in full", name)
             if config.layers != "output":
-                kept |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
-            attachment = layers.attachment_at(trunks[name], watches[name], tuple(sorted(kept))) if kept else None
+                banked |= set(range(len(identities[name].layers)) if config.layers == "all" else config.layers)
+            attachment = layers.attachment_at(trunks[name], watches[name], tuple(sorted(banked))) if banked else None
             digest = self._watches[name].identity().digest
             bank, execution = _execution(model, source, tokenizer, attachment, layers, config, digest)
             self._executions[name], self._banks[name] = execution, bank
             follow(bank, execution)
 
     def only(self) -> tuple[str, Executor]:
-        """The bank's name and the execution of the one head."""
+        """Return the bank name and the executor of the only head."""
         ((name, execution),) = self._executions.items()
         return self._banks[name], execution
 
     def check(self) -> None:
-        """ModelMismatch when a head, or what texts become, is not what it was when the heads were given."""
+        """ModelMismatch when a head or the tokenisation has changed since this object was made."""
         self._check()
         for name, watch in self._watches.items():
             before = watch.identity()
@@ -168,10 +168,10 @@ class Heads:
         progress: Progress,
         calls: Callable[[], AbstractContextManager[Any]],
     ) -> Iterator[dict[str, Result]]:
-        """One result per head and document, in order. calls: entered to answer documents, see `results`."""
+        """Yield the results of all heads for each document, in order. calls: entered to answer a window."""
         stream = documents_of(documents)
         while window := list(islice(stream, _WINDOW)):
-            answered: dict[str, list[Result]] = {}
+            by_head: dict[str, list[Result]] = {}
             with calls():
                 self.check()
                 for name, execution in self._executions.items():
@@ -182,20 +182,20 @@ class Heads:
                     def bank(execution: Executor = execution) -> Bank:
                         return execution.bank
 
-                    answered[name] = list(results(window, answer, bank, "output", _WINDOW))
-            yield from (dict(zip(answered, row, strict=True)) for row in zip(*answered.values(), strict=True))
+                    by_head[name] = list(results(window, answer, bank, "output", _WINDOW))
+            yield from (dict(zip(by_head, row, strict=True)) for row in zip(*by_head.values(), strict=True))
 
 
 def shared_depths(identities: Mapping[str, Identity]) -> dict[tuple[str, str], int]:
-    """Per pair of names the last layer up to which the two are equal, -1 where they share none."""
+    """Return for each pair of names the last layer up to which both models are equal; -1 if they share none."""
     names = list(identities)
     depths: dict[tuple[str, str], int] = {}
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            mine, theirs = identities[one], identities[other]
-            count = min(len(mine.layers), len(theirs.layers))
-            equal = [layer for layer in range(count) if mine.up_to(layer) == theirs.up_to(layer)]
-            depths[one, other] = equal[-1] if equal else -1
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            a, b = identities[first], identities[second]
+            count = min(len(a.layers), len(b.layers))
+            equal = [layer for layer in range(count) if a.up_to(layer) == b.up_to(layer)]
+            depths[first, second] = equal[-1] if equal else -1
     return depths
 
 
@@ -208,7 +208,7 @@ def _execution(
     config: CacheConfig,
     digest: bytes,
 ) -> tuple[str, Executor]:
-    """The name of a head's bank, and what answers from it. digest: of the head's identity."""
+    """Return the name of a head's bank, and the executor on it. digest: of the head's identity."""
     runner: Model = Sentences(model) if isinstance(model, SentenceTransformer) else Head(model, source, tokenizer)
     probe = next(compute(runner, runner.tokenise(["a"], None, None), 1, None))
     width = feature_width(runner.token_embedding(), config.fingerprint)
@@ -223,21 +223,21 @@ def _execution(
 
 
 def _vector(output: Any, rows: int, model: Module) -> torch.Tensor:
-    """One vector per row, of whatever a model with a head returned."""
+    """Extract one vector per row from the output of a model with a head."""
     for name in ("logits", "sentence_embedding", "pooler_output"):
-        found = output.get(name) if isinstance(output, Mapping) else None
-        if isinstance(found, torch.Tensor) and found.ndim == 2 and len(found) == rows:
-            return found
+        vectors = output.get(name) if isinstance(output, Mapping) else None
+        if isinstance(vectors, torch.Tensor) and vectors.ndim == 2 and len(vectors) == rows:
+            return vectors
     if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == rows:
         return output
-    has = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
-    raise ConfigError(f"a head gives logits [rows, classes]; {type(model).__name__} gives {has}")
+    outputs = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
+    raise ConfigError(f"a head gives logits [rows, classes]; {type(model).__name__} gives {outputs}")
 
 
 def head_from_file(path: Path) -> LinearHead:
-    """A linear head out of an .npz file with `weights` [classes, width] and `offset` [classes]; no code is read.
+    """Read a linear head from an .npz file with `weights` [classes, width] and `offset` [classes].
 
-    ConfigError when it is something else.
+    No code in the file is executed. ConfigError when the file is something else.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -254,11 +254,11 @@ def head_from_file(path: Path) -> LinearHead:
 
 
 def answers_from_file(path: Path) -> NDArray[np.int64]:
-    """Right answers of a head, the number of a class per line, int64 [n]. ConfigError when it is something else."""
+    """Read true labels, one class number per line. Returns int64 [n]. ConfigError when the file is something else."""
     try:
         lines = path.read_text("utf-8").split()
         return np.array([int(line) for line in lines], np.int64)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} holds no right answers: {error}; write the number of a class per document, one on each line"
+            f"{path} does not contain right answers: {error}; write one class number per document and line"
         ) from None

@@ -1,14 +1,15 @@
-"""Audits of stored vectors: hits of a call, or entries of a bank, are computed again by the model and compared."""
+"""Audits of stored vectors: recompute hits of a call or entries of a bank, and compare."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
 from llmcache.banks.agreement import (
     Agreement,
     compared,
@@ -17,38 +18,35 @@ from llmcache.banks.agreement import (
 )
 from llmcache.banks.audits import Evidence
 from llmcache.encoding.answers import Answers
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.rows import Keys, Rows
 from llmcache.model.batching import Model, compute
 from llmcache.model.keys import Seed, token_keys
 from llmcache.model.tokens import TokenRows, in_vocabulary
 
-if TYPE_CHECKING:
-    from llmcache.encoding.executor import EncodeCall
-
-Rows = NDArray[np.int64]
 Window: TypeAlias = tuple[Rows, TokenRows]
-"""Places of some documents of a call, int64 [n], and their tokens."""
+"""Places of documents in a call, int64 [n], and their tokens."""
 _OTHER_TOKENS = "the tokenizer makes other token ids of its text"
 
 
 class AuditedHits:
-    """The audits of one bank of vectors, one per document, with the model that fills it."""
+    """Auditor of one bank of document vectors and the model that fills the bank."""
 
     def __init__(self, model: Model, bank: Bank, evidence: Evidence) -> None:
         self._model, self._bank, self._evidence = model, bank, evidence
 
     def computed(self, keys: Keys) -> None:
-        """Count the entries of these keys, uint64 [n, 2], as verified: the model has just computed them."""
+        """Record entries as verified, since the model has just computed them. keys: uint64 [n, 2]."""
         self._evidence.computed(keys)
 
     def audit(self, answers: Answers, places: Rows, call: EncodeCall, window: Window | float) -> None:
-        """Audit a few of the hits that were just served: nothing is changed in the answers.
+        """Audit a few of the hits that were just served. The answers are not changed.
 
-        places: int64 [n], of the hits in the call. window: documents of the call that are tokenised already, the hits
-        among them; or `time.perf_counter` at the beginning of the call, where none are, and the texts are tokenised.
-        ModelMismatch when what is stored is not what the model gives, or stored token ids are not the tokenizer's.
+        places: int64 [n], of the hits in the call. window: tokenised documents of the call, including the hits; or, if
+        nothing is tokenised yet, `time.perf_counter()` at the beginning of the call.
+        ModelMismatch when stored vectors differ from the model's, or stored token ids from the tokenizer's.
         """
         elapsed = time.perf_counter() - window if isinstance(window, float) else 0.0
         rows, texts = answers.row[places], call.texts
@@ -56,21 +54,22 @@ class AuditedHits:
         if not len(chosen):
             return
         few = places[:64].tolist()
-        some = [*places[chosen].tolist(), *(pick(few, key=lambda place: len(texts[place])) for pick in (max, min))]
+        companions = (pick(few, key=lambda place: len(texts[place])) for pick in (max, min))
+        audited = [*places[chosen].tolist(), *companions]
         with self._evidence.recompute():
             if isinstance(window, float):
-                tokens = self._model.tokenise([texts[place] for place in some], call.prompt, call.role)
-            else:  # on a GPU the tokenizer is at work on the next documents, in a thread
+                tokens = self._model.tokenise([texts[place] for place in audited], call.prompt, call.role)
+            else:  # on a GPU a thread may be using the tokenizer for the next window
                 at = {place: i for i, place in enumerate(window[0].tolist())}
-                tokens = window[1].take([at[place] for place in some])
+                tokens = window[1].take([at[place] for place in audited])
             self._conclude(rows[chosen], answers.given(places[chosen]), tokens, call.role)
 
     def audit_sample(self, like: TokenRows, seed: Seed, role: str | None) -> None:
-        """Audit a few entries of the bank that were made as those of this call are, with the same role and prompt.
+        """Audit a few entries of the bank that have the role and prompt of this call.
 
-        Done before a model stores beside entries of which it was not asked any, and before near matches are given, so
-        that a changed model does not add to what an unchanged one has stored.
-        like: rows of the call, for all inputs beside token ids. seed: of the call's token keys.
+        Runs before a call without exact hits stores entries or serves near matches, so that a changed model does not
+        add to the entries of the unchanged one.
+        like: rows of the call, for model inputs other than token ids. seed: of the call's token keys.
         """
         evidence = self._evidence
         if not evidence.open:
@@ -83,7 +82,7 @@ class AuditedHits:
             ids = self._bank.tokens_of(rows)
             try:
                 tokens = like.like(ids)
-            except ConfigError:  # the model takes more than token ids, which is not stored
+            except ConfigError:  # the model needs inputs that are not stored
                 return
             keys = token_keys(seed, tokens.key_bytes()).view(np.uint64)
             same = np.flatnonzero((keys == self._bank.keys(rows)).all(axis=1))
@@ -97,17 +96,17 @@ class AuditedHits:
                 companions = [int(lengths.argmax()), int(np.where(lengths > 0, lengths, lengths.max() + 1).argmin())]
                 self._conclude(rows[chosen], stored, tokens.take([*chosen.tolist(), *companions]), role)
 
-    def _conclude(self, rows: Rows, stored: NDArray[np.float32], tokens: TokenRows, role: str | None) -> None:
-        """Compare stored vectors with what the model gives. tokens: of these rows, and of companions behind them."""
+    def _conclude(self, rows: Rows, stored: Floats32, tokens: TokenRows, role: str | None) -> None:
+        """Recompute rows and compare. tokens: of these rows, followed by companions that share their batches."""
         count = len(rows)
         for place, ids in enumerate(self._bank.tokens_of(rows)):
             if len(ids) and not np.array_equal(ids, tokens.ids[place]):
                 self._evidence.conclude(rows, Agreement(place, np.inf, 0.0, 0.0, _OTHER_TOKENS))
 
-        def run(places: Sequence[int], size: int) -> list[NDArray[np.float32]]:
+        def run(places: Sequence[int], size: int) -> list[Floats32]:
             outputs = np.zeros((len(places), stored.shape[1]), np.float32)
             for done in compute(self._model, tokens.take(places), size, role):
-                if done.outputs.shape[1] != stored.shape[1]:  # a module was put in or taken out
+                if done.outputs.shape[1] != stored.shape[1]:  # a module was added or removed
                     return list(np.full_like(outputs, np.nan))
                 outputs[done.chosen] = done.outputs
             return list(outputs)
@@ -118,4 +117,5 @@ class AuditedHits:
 
 
 def _lengths(texts: Sequence[str], places: Rows) -> NDArray[np.int64]:
+    """Return the number of characters of the texts at these places."""
     return np.fromiter((len(texts[place]) for place in places.tolist()), np.int64, len(places))

@@ -1,4 +1,4 @@
-"""From the model's own vectors to what `SentenceTransformer.encode` returns."""
+"""Convert the model's own vectors to the result of `SentenceTransformer.encode`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings, truncate_embeddings
 
+from llmcache.arrays import Floats32
+
 
 def finished(
-    outputs: NDArray[np.float32] | torch.Tensor,
+    outputs: Floats32 | torch.Tensor,
     model: SentenceTransformer,
     *,
     single: bool,
@@ -22,15 +23,15 @@ def finished(
     normalize: bool,
     truncate_dim: int | None,
 ) -> Any:
-    """Cut, normalise, quantise and convert in the order in which `encode` does.
+    """Truncate, normalise, quantise and convert vectors in the order of `SentenceTransformer.encode`.
 
-    outputs: [n, width], the model's vectors, float32 where they are an array. Returns a numpy array, a tensor on
-    the model's device, or a list of tensors; one vector of it where the input was `single`.
+    outputs: the model's vectors, [n, width]; float32 if an array. single: True if the input was one text.
+    Returns a NumPy array, a tensor on the model's device, or a list of tensors; for a single text one vector.
     """
     to_numpy = convert_to_numpy and not convert_to_tensor
     dim = truncate_dim if truncate_dim is not None else model.truncate_dim
     plain = isinstance(outputs, np.ndarray) and to_numpy and precision in (None, "", "float32")
-    if plain and not normalize and dim is None and model.dtype == torch.float32:  # they are what is wanted
+    if plain and not normalize and dim is None and model.dtype == torch.float32:  # nothing to do
         return outputs[0] if single else outputs
     result = _converted(outputs, model, precision, to_numpy, convert_to_numpy, convert_to_tensor, normalize, dim)
     return result[0] if single else result
@@ -38,7 +39,7 @@ def finished(
 
 @torch.inference_mode()
 def _converted(
-    outputs: NDArray[np.float32] | torch.Tensor,
+    outputs: Floats32 | torch.Tensor,
     model: SentenceTransformer,
     precision: str | None,
     to_numpy: bool,
@@ -47,8 +48,9 @@ def _converted(
     normalize: bool,
     dim: int | None,
 ) -> Any:
-    given = torch.from_numpy(outputs) if isinstance(outputs, np.ndarray) else outputs
-    vectors = given.to(device="cpu" if to_numpy else model.device, dtype=model.dtype)
+    """Convert vectors as `finished` does, without its shortcut; a batch also for a single text."""
+    tensor = torch.from_numpy(outputs) if isinstance(outputs, np.ndarray) else outputs
+    vectors = tensor.to(device="cpu" if to_numpy else model.device, dtype=model.dtype)
     if dim is not None:
         vectors = truncate_embeddings(vectors, dim)
     if normalize:
@@ -59,7 +61,7 @@ def _converted(
     if convert_to_tensor:
         result = torch.as_tensor(result)
     elif convert_to_numpy:
-        if isinstance(result, torch.Tensor):  # numpy has no bfloat16
+        if isinstance(result, torch.Tensor):  # NumPy has no bfloat16
             result = (result.float() if result.dtype == torch.bfloat16 else result).numpy()
     else:
         result = list(torch.from_numpy(result) if isinstance(result, np.ndarray) else result)

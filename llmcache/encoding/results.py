@@ -1,4 +1,4 @@
-"""Results with their provenance: what became of each document, and whose entry served it."""
+"""Results of documents with their provenance: tier, layer, and the entry that served them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from itertools import islice
 from math import isnan
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
+from llmcache.arrays import Floats32
 from llmcache.document import Document
 from llmcache.encoding.answers import MISS, TIERS, Answers
 from llmcache.errors import CorpusError
@@ -21,24 +19,25 @@ from llmcache.layers.layer_banks import bank_name
 from llmcache.records import FieldSpec, RejectedRecord, intake
 
 Source: TypeAlias = str | Document | Mapping[str, Any]
-"""A document as callers give it: a text, a Document, or a mapping with "text" and perhaps "id"."""
+"""A document as callers pass it: a text, a Document, or a mapping with "text" and optionally "id"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one document.
+    """Output and provenance of one document.
 
-    output: float32 [width]. tier: "exact", "near" or "miss". layer: the bank that answered, None for a miss; where it
-        is not "output" the layers after it were computed.
-    source: id of the document whose entry was used (its key in hexadecimal where it had no id), None for a miss.
-    similarity: cosine of the fingerprints, 1.0 for exact, None for a miss. audited: computed although a neighbour's
-        output could have been given, to see how far that would have been; an exact hit that was recomputed to check the
-        store is given as stored, and is not marked. consensus: of a calibrated near hit, how far
-        the other neighbours agree with the nearest: mean cosine of their outputs to its own.
+    output: float32 [width].
+    tier: "exact", "near" or "miss".
+    layer: name of the bank that answered; None for a miss. If it is not "output", later layers were computed.
+    source: id of the document whose entry was used, or the entry's key in hexadecimal if it has no id; None for a miss.
+    similarity: cosine of the fingerprints; 1.0 for an exact hit, None for a miss.
+    audited: True if the document was computed for an audit although it had a near match. Audits of exact hits are not
+        marked: their stored output is returned.
+    consensus: of a calibrated near hit, mean cosine of the other neighbours' outputs to the nearest one's.
     """
 
     id: str
-    output: NDArray[np.float32]
+    output: Floats32
     tier: str
     layer: str | None
     source: str | None
@@ -56,10 +55,10 @@ def results(
     *,
     calls: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Result]:
-    """One Result per document, in order; `chunk` documents are read, answered and given out at a time.
+    """Return an iterator over one Result per document, in order. `chunk` documents are read and answered at a time.
 
-    bank: the bank that answers at the moment. calls: entered to answer a chunk, and left before documents are read or
-    results are given out: whoever takes the results, or makes the documents, may use the cache meanwhile.
+    bank: returns the current bank. calls: context entered to answer a chunk, and left before documents are read or
+    results yielded, so that the consumer of results and the producer of documents may use the cache.
     """
     stream = documents_of(documents)
 
@@ -68,7 +67,7 @@ def results(
             ids = [document.id for document in part]
             with calls or nullcontext():
                 answers = answer([document.text for document in part], ids)
-                # all at once: rows may have other numbers after a reload between two results
+                # all at once, since a reload between two results may renumber rows
                 answered_part = list(_results(ids, answers, bank(), layer))
             yield from answered_part
 
@@ -76,22 +75,24 @@ def results(
 
 
 def documents_of(sources: Any) -> Iterator[Document]:
-    """The documents of an iterable, a frame, a table or a data set, as `llmcache.records.intake` reads them.
+    """Iterate over the documents of an iterable, data frame, table or data set, read by `llmcache.records.intake`.
 
-    A document without an id gets its place. ConfigError, at once, for a single text, mapping or path where many
-    documents are meant; CorpusError, when it is reached, for a record that is no document.
+    A document without an id gets its position as id. ConfigError, immediately, for a single text, mapping or path;
+    CorpusError, when iteration reaches it, for a record that is not a document.
     """
     return map(_accepted, intake(sources, FieldSpec(most=sys.maxsize)))
 
 
 def _accepted(taken: Document | RejectedRecord) -> Document:
+    """Return a document. CorpusError for a rejected record."""
     if isinstance(taken, RejectedRecord):
         raise CorpusError(f"document {taken.place} {taken.reason}; Pipeline answers the others and collects such")
     return taken
 
 
 def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> Iterator[Result]:
-    # lists: single numbers out of arrays would take most of the time of a hit
+    """Yield the results of answered documents. layer: name of the bank that answered."""
+    # lists, since indexing arrays element by element would take most of the time of a hit
     columns = (answers.tier, answers.row, answers.duplicate_of, answers.layer, answers.similarity, answers.consensus)
     places = zip(ids, *(column.tolist() for column in columns), answers.audited.tolist(), strict=True)
     names = iter(bank.sources(answers.row[answers.row >= 0]))

@@ -1,29 +1,25 @@
-"""Documents computed by the model alone: nothing is looked up, and nothing is kept."""
+"""Compute documents by the model alone, without lookup or storing."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.counters import Counters
 from llmcache.encoding.answers import Answers
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model, compute
 from llmcache.model.tokens import TokenRows, in_vocabulary
 
-if TYPE_CHECKING:
-    from llmcache.encoding.executor import EncodeCall
-
-_WINDOW = 8192  # documents that are tokenised and length-sorted together
+_WINDOW = 8192  # documents that are tokenised and sorted by length together
 
 
 def answer_by_model(
     answers: Answers, call: EncodeCall, places: NDArray[np.int64], model: Model, counters: Counters
 ) -> None:
-    """Compute the documents at these places of a call, int64 [n], and fill in their outputs."""
+    """Compute the documents at these places of a call, and set their outputs. places: int64 [n]."""
     for start in range(0, len(places), _WINDOW):
         part = places[start : start + _WINDOW]
         part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
@@ -37,18 +33,21 @@ def answer_by_model(
 
 
 def at_limit(model: Model, tokens: TokenRows) -> int:
-    """Return how many of these documents fill the model's maximum length, so that their text may have been cut off."""
+    """Return the number of documents that fill the model's maximum length, whose text may be truncated."""
     limit = getattr(model, "limit", None)
     return 0 if limit is None else int((tokens.lengths >= limit).sum())
 
 
 def seconds_again(model: Model, bank: Bank, rows: NDArray[np.int64]) -> float:
-    """Seconds the model takes for documents of a bank, computed again; as recorded where only the bank knows them."""
+    """Measure the seconds the model takes to compute documents of a bank again.
+
+    Returns the recorded seconds where the documents cannot be computed from their token ids.
+    """
     stored = bank.tokens_of(rows)
     if not in_vocabulary(stored, len(model.token_embedding())).all():
         return bank.cost(rows)
     try:
         like = model.tokenise(["a"], None, None).like(stored)
-    except ConfigError:  # it takes more than token ids
+    except ConfigError:  # the model needs more inputs than token ids
         return bank.cost(rows)
     return sum(done.seconds for done in compute(model, like, len(stored), None))

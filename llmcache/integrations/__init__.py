@@ -1,1 +1,1 @@
-"""Stand-ins for the embeddings of other libraries; each needs the extra of its name."""
+"""Embedding classes for other libraries. Each module needs the extra of its name."""

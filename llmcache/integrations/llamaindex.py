@@ -1,4 +1,4 @@
-"""An embedding for LlamaIndex, from a cache. Needs the extra `llamaindex`."""
+"""LlamaIndex embedding from a cache. Needs the extra `llamaindex`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from llmcache.cache import LLMCache
 
 
 class CachedEmbedding(BaseEmbedding):
-    """What `llama_index.core` takes for an embedding: `Settings.embed_model`, indexes, node parsers.
+    """LlamaIndex `BaseEmbedding` from a cache, for `Settings.embed_model`, indexes and node parsers.
 
-    Texts that the cache knows cost a look-up. Queries and texts never share an entry. Calls from several threads wait
-    for each other. The cache stays the caller's, to be closed by the caller. A pickle, as `num_workers` of an
-    `IngestionPipeline` makes it, opens the cache again where it is loaded.
+    Stored texts cost a lookup. Queries and texts never share an entry. Calls from several threads wait for each other.
+    The caller closes the cache. Unpickling, as in the workers of an `IngestionPipeline` with `num_workers`, opens the
+    cache again.
     """
 
     _cache: LLMCache = PrivateAttr()
 
     def __init__(self, cache: LLMCache, **others: Any) -> None:
-        """cache: open, with a SentenceTransformer. others: of BaseEmbedding.
+        """cache: an open cache with a SentenceTransformer. others: fields of BaseEmbedding.
 
-        embed_batch_size is 256 unless given: the cache itself makes batches for the model.
+        embed_batch_size defaults to 256, since the cache itself makes batches for the model.
         """
         super().__init__(**{"model_name": cache.identity.name, "embed_batch_size": 256, **others})
         self._cache = cache
@@ -34,7 +34,7 @@ class CachedEmbedding(BaseEmbedding):
         return "llmcache"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """The fields, and what tells the vectors of two models apart: `IngestionCache` makes its keys of this."""
+        """Return the fields and `vectors_id`, so that keys of an `IngestionCache` differ between models."""
         return {**super().to_dict(**kwargs), "vectors_id": self._cache.vectors_id}
 
     def __reduce__(self) -> Any:
@@ -63,5 +63,5 @@ class CachedEmbedding(BaseEmbedding):
 
 
 def _opened(kind: type[CachedEmbedding], cache: LLMCache, fields: dict[str, Any]) -> CachedEmbedding:
-    """The embedding of a pickle."""
+    """Make the embedding of a pickle."""
     return kind(cache, **fields)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcache.cache import LLMCache
-from llmcache.encoding.executor import Progress, nothing
+from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats import unfinished

@@ -1,4 +1,4 @@
-"""What a run would meet and take, by one pass at the speed of hashing and a few samples."""
+"""Forecast the hits, seconds and bytes of a run, by one pass at hashing speed and a few samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from llmcache.banks.history import records
 from llmcache.banks.lookup import exact_by_tokens
-from llmcache.encoding.executor import EncodeCall, Executor
+from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of
 from llmcache.errors import CorpusError
 from llmcache.indexes.eviction.garbage import disk_bytes
@@ -41,20 +42,20 @@ from llmcache.planning.survey import (
     survey,
 )
 
-_SHARE = 0.006  # of the uncached run, that probes may take; tokenising a sample takes half of that
-_ANSWERED, _STORED = 7e-6, 3e-5  # seconds to answer a document, and to keep one, beside what is measured here
-_REFRESH, _LOOK_UP = 2.5e-5, 1e-4  # seconds an entry and a document, to find neighbours as calibrated
-_LATEST = 3  # records of runs that near matches are forecast by
-_FEWEST = 400  # documents to be looked up, for a share of near matches of its own
-_CHARACTERS = 100_000  # that are tokenised for lengths at most, but of _FEWEST_TOKENISED documents in any case
+_SHARE = 0.006  # of the uncached run's time, limit of probes; tokenising a sample may take half of it
+_ANSWERED, _STORED = 7e-6, 3e-5  # seconds per answered and per stored document, without the steps measured here
+_REFRESH, _LOOK_UP = 2.5e-5, 1e-4  # seconds per entry to load the neighbour index, and per document to search it
+_LATEST = 3  # latest run records that forecast near matches
+_FEWEST = 400  # documents needed to measure a share of near matches
+_CHARACTERS = 100_000  # most characters tokenised to estimate lengths, but at least _FEWEST_TOKENISED documents
 _FEWEST_TOKENISED = 8
-_TOKENISED = 64  # documents at least, to know how long the others are, and how many are stored by their tokens
+_TOKENISED = 64  # documents tokenised to estimate lengths and exact hits by tokens, if _CHARACTERS allows
 
 
 def planned(
     execution: Executor, documents: Iterable[Source], call: EncodeCall, store: Store, namespace: str, model: Any
 ) -> Plan:
-    """See `LLMCache.plan`. model: a SentenceTransformer; call: how the documents will be asked for."""
+    """Make the plan of `LLMCache.plan`. call: role, prompt and batch size of the run. model: a SentenceTransformer."""
     settings: Any = getattr(getattr(model, "transformers_model", None), "config", None)
     calibration = execution.reuse.calibration if execution.reuse is not None and not execution.reuse.off else None
     around = RunContext(
@@ -68,21 +69,23 @@ def planned(
         calibrated=None if calibration is None else calibration.threshold,
         recent=(0, 0) if calibration is None else _recent(store, namespace),
     )
-    texts = (one.text for one in documents_of(documents))
+    texts = (document.text for document in documents_of(documents))
     limit = getattr(model, "max_seq_length", None)
     uses = deepcopy(execution.bank.uses)
     try:
-        tokenizer = PrivateCopy().of(model.tokenizer)  # the documents may come from somebody who uses the model's
+        tokenizer = PrivateCopy().of(model.tokenizer)  # since the iterable of documents may use the model's tokenizer
         return plan(execution, texts, call, tokenizer=tokenizer, limit=limit, around=around)
     finally:
-        execution.bank.uses = uses  # what was only looked at was not used
+        execution.bank.uses = uses  # lookups of a forecast do not count as uses
 
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """Of the documents that are not known by text: tokens, the share known by their tokens; near, of the others, the
-    share that near reuse takes. seen: of how many that is the share, 0 where it comes from elsewhere. similar: see
-    `RunForecast`. drift, bound: of these others, as a mean over all of them.
+    """Shares of the documents whose text is not stored.
+
+    tokens: share with stored token ids. near: share of the others that are near hits. seen: number of documents that
+    were looked up to measure it; 0 if the share was not measured. source: of the near share. drift, bound: mean over
+    these others. similar: see `RunForecast`. seconds: of the near lookups of the run.
     """
 
     tokens: float = 0.0
@@ -96,9 +99,9 @@ class _Shares:
 
 
 def _recent(store: Store, namespace: str) -> tuple[int, int]:
-    """Documents that the latest runs compared with the entries, and of these those that were reused."""
-    latest = [one for one in records(store) if one.get("namespace") == namespace and "asked" in one and "near" in one]
-    asked, near = (sum(sum(one[name]) for one in latest[-_LATEST:]) for name in ("asked", "near"))
+    """Return the number of documents that the latest runs looked up near, and how many of these were near hits."""
+    runs = [run for run in records(store) if run.get("namespace") == namespace and "asked" in run and "near" in run]
+    asked, near = (sum(sum(run[name]) for run in runs[-_LATEST:]) for name in ("asked", "near"))
     return asked, near
 
 
@@ -111,36 +114,36 @@ def plan(
     limit: int | None,
     around: RunContext,
 ) -> Plan:
-    """The forecast for these texts. limit: tokens that the model reads of each."""
+    """Forecast a run with these texts. limit: maximum number of tokens of the model. CorpusError without texts."""
     began = time.perf_counter()
     bank = execution.bank
-    found = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
-    if not found.documents:
+    corpus = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
+    if not corpus.documents:
         raise CorpusError("there are no documents; nothing can be planned")
-    few = max(_TOKENISED, found.documents // 50)
-    few = max(_FEWEST_TOKENISED, min(few, _CHARACTERS * found.documents // max(1, found.characters)))
-    some = found.every.texts[:: max(1, len(found.every.texts) // few)]
-    seen, rate = _tokenised(execution, some, call)
-    lengths = expected_lengths(found.chars, some, seen.lengths, limit)
-    cost = _cost(execution, seen, lengths, call.batch_size)
-    uncached = float(cost(lengths).sum()) + rate * found.characters
-    shares = _shares(execution, found, call, uncached, rate, around.recent, limit)
-    missing = int(found.open.sum())
+    count = max(_TOKENISED, corpus.documents // 50)
+    count = max(_FEWEST_TOKENISED, min(count, _CHARACTERS * corpus.documents // max(1, corpus.characters)))
+    sampled = corpus.every.texts[:: max(1, len(corpus.every.texts) // count)]
+    rows, rate = _tokenised(execution, sampled, call)
+    lengths = expected_lengths(corpus.chars, sampled, rows.lengths, limit)
+    cost = _cost(execution, rows, lengths, call.batch_size)
+    uncached = float(cost(lengths).sum()) + rate * corpus.characters
+    shares = _shares(execution, corpus, call, uncached, rate, around.recent, limit)
+    missing = int(corpus.open.sum())
     by_tokens = round(shares.tokens * missing)
-    taken = round(shares.near * (missing - by_tokens))
-    computed = missing - by_tokens - taken
-    model_seconds = float(cost(lengths[found.open]).sum()) * computed / max(1, missing)
-    own = rate * found.new_characters + shares.seconds + _ANSWERED * found.documents + _STORED * computed
-    hits = 1 - computed / found.documents
-    others = (missing - by_tokens) / found.documents
+    near = round(shares.near * (missing - by_tokens))
+    computed = missing - by_tokens - near
+    model_seconds = float(cost(lengths[corpus.open]).sum()) * computed / max(1, missing)
+    own = rate * corpus.new_characters + shares.seconds + _ANSWERED * corpus.documents + _STORED * computed
+    hits = 1 - computed / corpus.documents
+    others = (missing - by_tokens) / corpus.documents
     amounts = RunForecast(
-        documents=found.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
-        uncached=uncached, saved=uncached - model_seconds, near=taken / found.documents, similar=shares.similar,
+        documents=corpus.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
+        uncached=uncached, saved=uncached - model_seconds, near=near / corpus.documents, similar=shares.similar,
     )  # fmt: skip
     new, total = bytes_of(amounts, bank.facts, around)
     return Plan(
-        documents=found.documents, characters=found.characters, tokens=amounts.tokens, in_store=found.in_store,
-        in_store_by_tokens=by_tokens, repeats=found.repeats, near=taken, near_from=shares.source,
+        documents=corpus.documents, characters=corpus.characters, tokens=amounts.tokens, in_store=corpus.in_store,
+        in_store_by_tokens=by_tokens, repeats=corpus.repeats, near=near, near_from=shares.source,
         drift=None if shares.drift is None else shares.drift * others,
         bound=None if shares.bound is None else shares.bound * others,
         computed=computed, hit_rate=hits, margin=_margin(shares.near, shares.seen) * others,
@@ -151,12 +154,12 @@ def plan(
 
 
 def _margin(share: float, seen: int) -> float:
-    """Half of the 95 % interval of a share of so many."""
+    """Return half of the 95 % interval of a share that was measured on `seen` documents."""
     return 1.96 * float(np.sqrt(share * (1 - share) / seen)) if seen else 0.0
 
 
 def _tokenised(execution: Executor, texts: Sequence[str], call: EncodeCall) -> tuple[TokenRows, float]:
-    """Rows of some texts, in order of length, and seconds a character."""
+    """Tokenise texts in order of length. Returns the rows, and the seconds per character."""
     began = time.perf_counter()
     rows = execution.model.tokenise(sorted(texts, key=len), call.prompt, call.role)
     return rows, (time.perf_counter() - began) / max(1, sum(map(len, texts)))
@@ -165,7 +168,11 @@ def _tokenised(execution: Executor, texts: Sequence[str], call: EncodeCall) -> t
 def expected_lengths(
     chars: NDArray[np.uint32], texts: Sequence[str], tokens: NDArray[np.int64], limit: int | None
 ) -> NDArray[np.int64]:
-    """Tokens of every document by its characters, int64 [n]. tokens: of some texts, both in order of length."""
+    """Estimate the number of tokens of each document from its characters, by a line through a sample.
+
+    chars: uint32 [n], characters of the documents. texts, tokens: a sample, and its numbers of tokens in order of
+    length. Returns int64 [n].
+    """
     known = np.sort(np.fromiter(map(len, texts), np.int64))
     whole = tokens < (limit or np.iinfo(np.int64).max)
     if not whole.any():
@@ -184,15 +191,15 @@ def _cost(execution: Executor, seen: TokenRows, lengths: NDArray[np.int64], batc
 
 def _shares(
     execution: Executor,
-    found: Survey,
+    corpus: Survey,
     call: EncodeCall,
     uncached: float,
     rate: float,
     recent: tuple[int, int],
     limit: int | None,
 ) -> _Shares:
-    """What a sample of the documents that are not known by text meets in the store."""
-    texts, bank = found.unknown.texts, execution.bank
+    """Look up a sample of the documents whose text is not stored. rate: seconds per character of tokenising."""
+    texts, bank = corpus.unknown.texts, execution.bank
     if not len(bank) or not texts:
         return _Shares()
     looked_up = execution.reuse is None and execution.config.tau is not None and execution.config.reuse == "deepest"
@@ -200,22 +207,22 @@ def _shares(
         (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts))
     )
     texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
-    if limit is not None:  # what a model does not read of a text need not be tokenised
+    if limit is not None:  # the model truncates the rest
         texts = [text[: LONG * limit] for text in texts]
     texts = sorted(texts, key=len)
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
     known = exact_by_tokens(bank, keys, rows.ids) >= 0
     rest = rows.take(np.flatnonzero(~known).tolist())
-    reuse, config, missing = execution.reuse, execution.config, int(found.open.sum())
+    reuse, config, missing = execution.reuse, execution.config, int(corpus.open.sum())
     by_tokens = float(known.mean())
     if reuse is not None:
         if reuse.off:
             return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
         if reuse.scope != execution.scope(call):
             return _Shares(by_tokens, source="near reuse is calibrated for another role or prompt")
-        asked = [texts[i] for i in np.flatnonzero(~known).tolist()]
-        return _calibrated(execution, reuse, rest, asked, by_tokens, uncached, missing, recent)
+        rest_texts = [texts[i] for i in np.flatnonzero(~known).tolist()]
+        return _calibrated(execution, reuse, rest, rest_texts, by_tokens, uncached, missing, recent)
     if config.tau is None or not looked_up:
         similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9, execution.scope(call))
         return _Shares(by_tokens, similar=similar)
@@ -227,6 +234,7 @@ def _shares(
 
 
 def _share_at(execution: Executor, rows: TokenRows, tau: float, scope: int) -> float:
+    """Return the share of documents with a neighbour of this scope at similarity `tau` or above."""
     raw = features(execution.embedding, rows.ids, execution.config.fingerprint)
     _, similarity = execution.bank.nearest(raw, 1, scope=scope, least=tau)
     return float((similarity[:, 0] >= tau).mean()) if len(raw) else 0.0
@@ -242,11 +250,12 @@ def _calibrated(
     missing: int,
     recent: tuple[int, int],
 ) -> _Shares:
-    """As the calibration found it, or the latest runs did; from look-ups of the sample where the time allows as many
-    as it takes to know better.
+    """Estimate the share of near hits: from the calibration, from the latest runs, or from lookups of the sample.
+
+    Lookups are used if the time allows enough of them.
     """
     calibration, entries = reuse.calibration, min(len(execution.bank.in_scope(reuse.scope)), MOST)
-    kept = 1 - reuse.audits.share  # the others are computed, as audits
+    served = 1 - reuse.audits.share  # the others are computed, as audits
     seconds = _LOOK_UP * missing + _REFRESH * entries
     share, seen, source = calibration.hits, 0, f"as calibrated on {calibration.samples:,} documents"
     if recent[0] >= _FEWEST:
@@ -259,5 +268,5 @@ def _calibrated(
         share, seen = float((reuse.look_up(raw, rows.ids, texts).gate == TAKEN).mean()), len(rows.ids)
         source = f"{seen:,} documents looked up as calibrated"
     return _Shares(
-        by_tokens, share * kept, seen, source, calibration.expected, calibration.bound, seconds=seconds
+        by_tokens, share * served, seen, source, calibration.expected, calibration.bound, seconds=seconds
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The forecast of a run, said before anything is computed; and afterwards, how far it was off."""
+"""Forecast of a run, and its comparison with the run afterwards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The forecast of one run. Counts are of documents.
+    """Forecast of one run. Counts are of documents.
 
-    in_store: whose text is stored. in_store_by_tokens: whose tokens are, expected from a sample. repeats: of others in
-    the corpus itself, by text or tokens. near, drift, bound: matches expected, and what they would be off by, as a mean
-    over all results; near_from says how that is known. computed: what is left for the model.
-    margin: half of the 95 % interval of the hit rate, for what was drawn by chance; what was counted adds nothing.
-    seconds, uncached_seconds: of the run with and without the cache, without loading the model. cost_from: how the
-    model's cost is known. new_bytes, total_bytes: that the run will write, and the store have then.
-    pass_seconds: what the forecast itself took.
+    in_store: with a stored text. in_store_by_tokens: with stored token ids, estimated from a sample. repeats: of other
+    documents of the corpus, by text or token ids. near: expected near hits; drift, bound: their expected drift and its
+    bound, as means over all results; near_from: source of these numbers. computed: documents left for the model.
+    margin: half of the 95 % interval of the hit rate, from sampling; exact counts add nothing. seconds,
+    uncached_seconds: of the run with and without the cache, without loading the model. cost_from: source of the model's
+    cost. new_bytes: bytes that the run will write; total_bytes: size of the store afterwards. pass_seconds: time of the
+    forecast itself.
     """
 
     documents: int
@@ -58,19 +58,19 @@ class Plan:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Plan:
-        """What `to_json` gave. ConfigError when it is something else."""
+        """Make a plan from the result of `to_json`. ConfigError when it is something else."""
         try:
             if raw["version"] > VERSION:
                 raise ConfigError(f"the plan has version {raw['version']}, this LLMCache reads up to {VERSION}")
-            known = {one.name for one in fields(cls)}
-            given = {name: value for name, value in raw.items() if name in known}
-            return cls(**{**given, "advice": tuple(Advice(**one) for one in raw["advice"])})
+            known = {column.name for column in fields(cls)}
+            values = {name: value for name, value in raw.items() if name in known}
+            return cls(**{**values, "advice": tuple(Advice(**advice) for advice in raw["advice"])})
         except (TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"this is not a plan of `llmcache plan`: {error}") from None
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """A plan that `llmcache plan -o` wrote. ConfigError when the file is none."""
+        """Read a plan written by `llmcache plan -o`. ConfigError when the file is not a plan."""
         try:
             return cls.from_json(json.loads(path.read_bytes()))
         except OSError as error:
@@ -79,13 +79,13 @@ class Plan:
             raise ConfigError(f"{path} is not a plan of `llmcache plan`: {error}") from None
 
     def compared(self, documents: int, computed: int, seconds: float) -> ForecastError:
-        """How the run went beside this forecast. seconds: of the model and of the cache."""
+        """Compare the forecast with a run. seconds: of the model and the cache. Returns the comparison."""
         return ForecastError(self, documents, computed, seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastError:
-    """A forecast beside what came. points: by which the hit rate was higher; time: the run's over the forecast's."""
+    """Comparison of a forecast with its run, which had these documents, computed documents and seconds."""
 
     plan: Plan
     documents: int
@@ -94,14 +94,17 @@ class ForecastError:
 
     @property
     def hit_rate(self) -> float:
+        """Hit rate of the run."""
         return 1 - self.computed / self.documents if self.documents else 0.0
 
     @property
     def points(self) -> float:
+        """Percentage points by which the hit rate exceeded the forecast."""
         return 100 * (self.hit_rate - self.plan.hit_rate)
 
     @property
     def time(self) -> float:
+        """Ratio of the seconds of the run to those of the forecast."""
         return self.seconds / self.plan.seconds if self.plan.seconds else float("inf")
 
     def as_dict(self) -> dict[str, float]:
@@ -112,17 +115,17 @@ class ForecastError:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        said = (
+        line = (
             f"forecast {self.plan.hit_rate:.1%} hits, was {self.hit_rate:.1%}; "
             f"{seconds_said(self.plan.seconds)}, was {seconds_said(self.seconds)}"
         )
         if self.documents != self.plan.documents:
-            said += f" (planned for {self.plan.documents:,} documents, met {self.documents:,})"
-        return said
+            line += f" (planned for {self.plan.documents:,} documents, met {self.documents:,})"
+        return line
 
 
 def seconds_said(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Format seconds in a readable unit."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 120:

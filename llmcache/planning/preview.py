@@ -1,4 +1,4 @@
-"""What a corpus meets in a store: counted while results pass, or forecast before anything is computed."""
+"""Count documents by tier as results pass, or forecast exact hits of a corpus before computing anything."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llmcache.model.identity import Identity
 from llmcache.model.keys import key_seed, text_keys
 from llmcache.model.prompts import resolve
 
-_BLOCK = 65_536
+_BLOCK = 65_536  # documents that are hashed together
 
 
 @dataclass(slots=True)
 class TierCounts:
-    """Documents by tier, counted while they pass."""
+    """Numbers of documents by tier."""
 
     documents: int = 0
     exact: int = 0
@@ -33,11 +33,11 @@ class TierCounts:
 
     @property
     def hit_rate(self) -> float:
-        """Share of documents that cost no model time."""
+        """Share of documents that the model did not compute."""
         return 1 - self.misses / self.documents if self.documents else 0.0
 
     def counted(self, results: Iterable[Result]) -> Iterator[Result]:
-        """The same results, counted."""
+        """Yield the results unchanged, and count them."""
         for result in results:
             self.documents += 1
             self.exact += result.tier == "exact"
@@ -51,7 +51,7 @@ class TierCounts:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run would meet. distinct: different texts; known: of these, in the store by text; repeats: the rest."""
+    """Exact hits by text that a run would have. distinct: different texts; known: distinct texts that are stored."""
 
     documents: int
     distinct: int
@@ -59,7 +59,7 @@ class Forecast:
 
     @property
     def repeats(self) -> int:
-        """Documents whose text came before in the same corpus."""
+        """Documents whose text occurred earlier in the corpus."""
         return self.documents - self.distinct
 
 
@@ -71,9 +71,10 @@ def forecast(
     prompt: str | None,
     secret: bytes = b"",
 ) -> Forecast:
-    """Count a corpus against a bank, by text; nothing is tokenised, computed or written.
+    """Look up a corpus in a bank by text, without tokenising, computing or writing.
 
-    A text that is not known may still hit by its tokens, so `known` is a lower bound. Memory: 16 bytes a document.
+    digest: of the model's identity. Other texts may still hit by their token ids, so `known` is a lower bound. Needs 16
+    bytes of memory per document. Returns the counts.
     """
     seed = key_seed(digest, "text", role, prompt, secret)
     stream = iter(documents)
@@ -89,7 +90,7 @@ def forecast(
 def forecast_against(
     store: Store | None, namespace: str, role: str | None, documents: Iterable[Document], secret: bytes = b""
 ) -> Forecast:
-    """`forecast` against the output bank of a store; without a store, or without the namespace, nothing is known."""
+    """Like `forecast`, for the output bank of a store. Without a store or the namespace, no text is known."""
     space = store.namespace(checked_name(namespace)) if store else None
     if space is not None:
         admit(space, namespace, secret)

@@ -1,4 +1,4 @@
-"""Purging documents by text, id, source or key; and which keys and token ids lead to the entries of a text."""
+"""Purge documents by text, id, source or key, and find the keys and token ids of a text's entries."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def purge_documents(
     key: bytes | None = None,
     dry_run: bool = False,
 ) -> Purged:
-    """Remove documents from all banks of a namespace, with every file that could hold them, as `llmcache purge` does.
+    """Remove documents from all banks of a namespace, with every file that may contain them, as `llmcache purge` does.
 
-    path: of the store. ids: of documents, with their chunks. sources: what ids begin with. keys: of entries, 32
-    hexadecimal digits; not together with texts. prompts: others than the model's that texts were encoded with.
-    reader: the model or tokenizer that reads the texts, to find also what was stored without an entry. unfinished:
-    folders or result files of unfinished runs that the store was not told of. secret: of the namespace. key: of a
-    signed store. dry_run: count only.
-    ConfigError: nothing is named, or no such namespace. Busy: a run is at work, or another process maintains the store.
+    path: of the store. ids: of documents; their chunks are included. sources: prefixes of ids. keys: of entries, 32
+    hexadecimal digits each; not together with texts. prompts: prompts of the texts, in addition to the model's. reader:
+    model or tokenizer for the texts, to find also layer states and KV blocks without an entry. unfinished: folders or
+    result files of unfinished runs that the store does not know. secret: of the namespace. key: of a signed store.
+    dry_run: count only.
+    Returns the numbers of removed rows and files. ConfigError when nothing is named, or there is no such namespace;
+    Busy while a run or a maintenance process uses the store.
     """
     if texts and keys:
         raise ConfigError("one purge takes texts or keys; call it once for each")
@@ -54,10 +55,10 @@ def purge_documents(
     try:
         doomed = Doomed(
             namespace, keys=keys_of(keys) if keys else None, ids=ids, sources=sources,
-            unfinished=[Path(one) for one in unfinished],
+            unfinished=[Path(run) for run in unfinished],
         ) if keys or ids or sources else None  # fmt: skip
         if texts:
-            doomed = doomed or Doomed(namespace, unfinished=[Path(one) for one in unfinished])
+            doomed = doomed or Doomed(namespace, unfinished=[Path(run) for run in unfinished])
             doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompts, reader=reader)
         if doomed is None:
             raise ConfigError("say what to purge: texts, ids, sources or keys")
@@ -69,7 +70,7 @@ def purge_documents(
 def with_texts(
     store: Store, doomed: Doomed, texts: Sequence[str], *, secret: bytes, prompts: Sequence[str], reader: Any = None
 ) -> Doomed:
-    """Extend a purge target by the documents with these texts; the target has to name its namespace."""
+    """Return the purge target extended by documents with these texts. The target must name its namespace."""
     namespace = str(doomed.namespace)
     keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
     tokens: list[NDArray[np.int32]] = []
@@ -80,8 +81,8 @@ def with_texts(
 
 
 def keys_of(given: Sequence[str]) -> Keys:
-    """Keys written as 32 hexadecimal digits each; uint64 [n, 2]."""
-    wrong = [one for one in given if not _KEY.fullmatch(one)]
+    """Parse keys of 32 hexadecimal digits each. Returns uint64 [n, 2]. ConfigError for anything else."""
+    wrong = [key for key in given if not _KEY.fullmatch(key)]
     if wrong:
         raise ConfigError(f"a key is 32 hexadecimal digits, got {wrong[0]!r}")
     return np.frombuffer(bytes.fromhex("".join(given)), np.uint64).reshape(-1, 2)
@@ -90,11 +91,11 @@ def keys_of(given: Sequence[str]) -> Keys:
 def keys_of_texts(
     store: Store, namespace: str, texts: Iterable[str], *, secret: bytes = b"", prompts: Sequence[str] = ()
 ) -> Keys:
-    """Text keys under which entries of these texts may be known: in every role, with every prompt of the model.
+    """Return all text keys that entries of these texts can have: for every role and every prompt of the model.
 
-    prompts: others that texts were encoded with. Returns uint64 [roles * prompts * texts, 2]; key i is of text
-    i % len(texts), as `Doomed.texts` expects. Needs no model: its identity is in the manifest.
-    ConfigError: no such namespace, or another secret.
+    prompts: further prompts. Returns uint64 [roles * prompts * texts, 2]; key i is of text i % len(texts), as
+    `Doomed.texts` expects. No model is needed, since its identity is in the manifest. ConfigError when there is no such
+    namespace, or the secret is another.
     """
     space = store.namespace(checked_name(namespace))
     if space is None:
@@ -111,39 +112,39 @@ def keys_of_texts(
 
 
 def all_prompts(identity: Identity, more: Sequence[str] = ()) -> list[str | None]:
-    """Candidate prompts: none, each prompt of the model, and the ones given."""
+    """Return the candidate prompts: none, the model's prompts, and `more`."""
     return [*dict.fromkeys([None, *(text for _, text in identity.prompts), *more])]
 
 
 def tokens_of_texts(
     reader: Any, texts: Sequence[str], prompts: Sequence[str | None] = (None,)
 ) -> list[NDArray[np.int32]]:
-    """Token ids of each text behind each prompt, by which states are found whose entry is gone.
+    """Return the token ids of each text with each prompt, to find states whose entry was removed.
 
-    reader: a SentenceTransformer, which cuts long texts as it does when it encodes, or a tokenizer of transformers,
-    whose ids are given with and without special tokens. Returns int32 [tokens] arrays, each once.
+    reader: a SentenceTransformer, which truncates texts as in `encode`, or a transformers tokenizer, whose ids are
+    returned with and without special tokens. Returns distinct int32 [tokens] arrays.
     """
     from sentence_transformers import SentenceTransformer
 
-    found: dict[bytes, NDArray[np.int32]] = {}
+    distinct: dict[bytes, NDArray[np.int32]] = {}
     for prompt in prompts:
         if isinstance(reader, SentenceTransformer):
             from llmcache.model.tokens import tokenise
 
             rows = [ids for role in (None, *ROLES) for ids in tokenise(reader, texts, prompt, role).ids]
         else:
-            whole = [(prompt or "") + text for text in texts]
+            prompted = [(prompt or "") + text for text in texts]
             rows = [
                 np.array(ids, np.int32)
                 for special in (True, False)
-                for ids in reader(whole, add_special_tokens=special, padding=False)["input_ids"]
+                for ids in reader(prompted, add_special_tokens=special, padding=False)["input_ids"]
             ]
-        found |= {row.tobytes(): np.ascontiguousarray(row, np.int32) for row in rows if len(row)}
-    return list(found.values())
+        distinct |= {row.tobytes(): np.ascontiguousarray(row, np.int32) for row in rows if len(row)}
+    return list(distinct.values())
 
 
 def reader_of(name: str) -> Any:
-    """The SentenceTransformer, or else the tokenizer, of this name or path. ConfigError when it has neither."""
+    """Load the SentenceTransformer of this name or path, or else the tokenizer. ConfigError if there is neither."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoTokenizer
 

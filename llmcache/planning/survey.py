@@ -1,4 +1,4 @@
-"""One pass over a corpus at the speed of hashing: repeats, lengths, and samples for what costs more."""
+"""Survey of a corpus in one pass at hashing speed: repeats, lengths, and samples for slower measurements."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from numpy.typing import NDArray
 from llmcache.indexes.bank import Bank
 from llmcache.model.keys import Seed, text_keys
 
-_BLOCK = 4096
-LONG = 16  # characters a token, from which on a text has certainly more tokens than its characters over this
-_USUAL = 6  # and most texts do
-_WORD = 100  # characters that hardly a word has: what stands so far before a cut is not changed by it
-_SHORT = 2  # and below which a text of so many characters a token is certainly not cut
-_CHECKED = 50_000  # long texts that are tokenised to see where the model stops reading them
+_BLOCK = 4096  # documents that are hashed together
+LONG = 16  # characters per token that texts practically never exceed on average
+_USUAL = 6  # characters per token that most texts do not exceed on average
+_WORD = 100  # characters, longer than a word: tokens this far before a cut do not depend on it
+_SHORT = 2  # characters per token: a text with fewer than this times the limit is practically never truncated
+_CHECKED = 50_000  # most long texts that are tokenised to find where the model truncates them
 
 
 @dataclass(slots=True)
 class Sample:
-    """Texts drawn evenly from a stream, at most `size`. chars: of each, places: in the stream."""
+    """Uniform random sample of at most `size` texts of a stream."""
 
     size: int
     texts: list[str] = field(default_factory=list)
     _priority: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def offer(self, texts: Sequence[str], random: np.random.Generator) -> None:
-        """Take some of these in place of others."""
+        """Draw from these texts too, replacing earlier ones."""
         drawn = random.random(len(texts))
-        if len(self.texts) == self.size:  # most of a long stream cannot come in any more
-            good = drawn < self._priority.max(initial=0.0)
-            texts, drawn = list(compress(texts, good.tolist())), drawn[good]
+        if len(self.texts) == self.size:  # most texts of a long stream cannot enter the sample
+            eligible = drawn < self._priority.max(initial=0.0)
+            texts, drawn = list(compress(texts, eligible.tolist())), drawn[eligible]
         priority = np.concatenate([self._priority, drawn])
-        every = [*self.texts, *texts]
-        kept = np.sort(np.argsort(priority)[: self.size])
-        self.texts, self._priority = [every[i] for i in kept.tolist()], priority[kept]
+        candidates = [*self.texts, *texts]
+        chosen = np.sort(np.argsort(priority)[: self.size])
+        self.texts, self._priority = [candidates[i] for i in chosen.tolist()], priority[chosen]
 
 
 @dataclass(slots=True)
 class Survey:
-    """What is known of a corpus without the model.
+    """Counts of a corpus that need no model.
 
-    documents, characters: in all. in_store: documents whose text is in the store, repeats of such ones included.
-    repeats: documents that come again in the corpus and are not in the store; folded: of these, those whose text
-    differs and whose tokens do not. new_characters: of the texts that are not in the store, each text once.
-    chars: uint32 [documents]; open: bool [documents], is in neither of both. every, unknown: samples of all documents,
-    and of those that are open.
+    documents, characters: totals. in_store: documents whose text is stored, including repeats. repeats: documents that
+    repeat others of the corpus and are not stored; folded: repeats whose text differs but whose tokens are expected to
+    be equal. new_characters: of distinct texts that are not stored. chars: uint32 [documents], lengths. open: bool
+    [documents], True for documents that are neither stored nor repeats. every, unknown: samples of all documents, and
+    of the open ones.
     """
 
     documents: int
@@ -65,37 +65,39 @@ class Survey:
 
 
 class Folding:
-    """Texts to what a tokenizer makes equal: letters it does not tell apart, white space, and ends it does not read.
+    """Fold of texts that are likely to get equal token ids: normalised letters, white space, and truncated ends.
 
-    A text's fold is no promise; it says what the tokens will most likely say, for a tenth of the time.
+    Equal folds do not guarantee equal tokens, but take a tenth of the time of tokenising.
     """
 
     def __init__(self, tokenizer: Any, limit: int | None, prompt: str | None) -> None:
-        """limit: tokens that the model reads, None for all. tokenizer: of transformers."""
+        """tokenizer: of transformers. limit: maximum number of tokens of the model; None for no limit."""
         self._limit = limit if getattr(tokenizer, "is_fast", False) else None
         self._tokenizer, self._prompt = tokenizer, prompt or ""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._normal = getattr(getattr(backend, "normalizer", None), "normalize_str", None)
         self._spaces = backend is not None and _ids(tokenizer, " a  b ") == _ids(tokenizer, "a b")
-        self._begun: dict[int, dict[tuple[int, int], str]] = {}
+        self._folds: dict[int, dict[tuple[int, int], str]] = {}
         self._checked = 0
 
     def __call__(self, text: str) -> str:
+        """Return the fold of a text."""
         if self._limit is not None and len(text) > _SHORT * self._limit:
-            return self._read(text)
+            return self._fold_long(text)
         if self._normal is not None:
             text = self._normal(text)
         return " ".join(text.split()) if self._spaces else text
 
-    def _read(self, text: str) -> str:
-        """What stands for the tokens that the model reads of a long text. They are made where no text before began
-        with the same part as far as it was read.
+    def _fold_long(self, text: str) -> str:
+        """Return the token ids that the model reads of a long text, as a string.
+
+        Texts with a common prefix up to the truncation share the result, so that only the first one is tokenised.
         """
         assert self._limit is not None
-        known = self._begun.setdefault(hash(text[: _SHORT * self._limit]), {})
-        for end, begin in known:
-            if hash(text[:end]) == begin:
-                return known[end, begin]
+        known = self._folds.setdefault(hash(text[: _SHORT * self._limit]), {})
+        for end, prefix in known:
+            if hash(text[:end]) == prefix:
+                return known[end, prefix]
         if self._checked >= _CHECKED:
             return text
         self._checked += 1
@@ -112,8 +114,8 @@ class Folding:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    found: list[int] = tokenizer(text)["input_ids"]
-    return found
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
 
 
 def survey(
@@ -126,9 +128,10 @@ def survey(
     unknown: int = 4096,
     random: np.random.Generator | None = None,
 ) -> Survey:
-    """Go once through a corpus. seed: of its text keys; bank: of the outputs, None where there is none.
+    """Survey a corpus in one pass. seed: of text keys. fold: see `Folding`. bank: of outputs, or None.
 
-    every, unknown: sizes of the samples. Memory: 5 bytes a document, 200 a distinct one, and the samples.
+    every, unknown: sizes of the samples. Needs memory for the samples, and 5 bytes per document and 200 per distinct
+    one. Returns the survey.
     """
     drawn = random or np.random.default_rng(0)
     seen: set[bytes] = set()
@@ -140,25 +143,24 @@ def survey(
     while block := list(islice(stream, _BLOCK)):
         keys = text_keys(seed, block)
         known = np.zeros(len(block), np.bool_) if bank is None else bank.find_text(keys.view(np.uint64)) >= 0
-        state = np.zeros(len(block), np.bool_)
-        for i, (key, here) in enumerate(zip(map(bytes, keys), known.tolist(), strict=True)):
-            if here:
+        is_open = np.zeros(len(block), np.bool_)
+        for i, (key, stored) in enumerate(zip(map(bytes, keys), known.tolist(), strict=True)):
+            if stored:
                 in_store += 1
             elif key in seen:
                 repeats += 1
             else:
                 seen.add(key)
                 new += len(block[i])
-                same = fold(block[i])
-                digest = bytes(text_keys(seed, [same])[0])
-                repeats += (again := digest in folds)
-                folded += again
+                digest = bytes(text_keys(seed, [fold(block[i])])[0])
+                repeats += (repeated := digest in folds)
+                folded += repeated
                 folds.add(digest)
-                state[i] = not again
+                is_open[i] = not repeated
         samples[0].offer(block, drawn)
-        samples[1].offer(list(compress(block, state.tolist())), drawn)
+        samples[1].offer(list(compress(block, is_open.tolist())), drawn)
         chars.append(np.fromiter(map(len, block), np.uint32, len(block)))
-        open_.append(state)
+        open_.append(is_open)
     lengths = np.concatenate(chars)
     return Survey(
         len(lengths),

@@ -53,7 +53,6 @@ def test_the_rows_of_one_secret_are_not_found_under_another_even_in_one_bank(
     model: SentenceTransformer, store: Path, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked(store, model, TEXT, namespace="team-a", secret=A)
-    monkeypatch.setattr("llmcache.cache.admit", lambda *_: None)
     monkeypatch.setattr("llmcache.opening.admit", lambda *_: None)  # as if the check at opening were not there
     for secret in (B, None):
         with LLMCache.open(store, model, namespace="team-a", secret=secret) as cache:

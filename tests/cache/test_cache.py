@@ -1,4 +1,4 @@
-"""Opening, namespaces, provenance, near matches, and what goes wrong around a cache."""
+"""Tests of `LLMCache`: opening, namespaces, provenance, near matches, and errors."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_every_result_says_where_it_came_from(model: SentenceTransformer, store:
             Document("f", "New."),
         ]
         warm = list(cache.run(again))
-    assert [(one.id, one.tier, one.layer, one.source, one.similarity) for one in cold] == [
+    assert [(result.id, result.tier, result.layer, result.source, result.similarity) for result in cold] == [
         (name, "miss", None, None, None) for name in "abc"
     ]
-    assert [(one.id, one.tier, one.layer, one.source, one.similarity) for one in warm] == [
+    assert [(result.id, result.tier, result.layer, result.source, result.similarity) for result in warm] == [
         ("a", "exact", "output", "a", 1.0),
         ("b", "exact", "output", "b", 1.0),
         ("c", "exact", "output", "c", 1.0),
@@ -70,7 +70,7 @@ def test_documents_may_be_texts_mappings_or_documents(model: SentenceTransformer
         found = list(cache.run(["one", {"id": "x", "text": "two"}, {"text": "three"}, Document("y", "four")]))
     assert [one.id for one in found] == ["0", "x", "2", "y"]
     np.testing.assert_allclose(
-        np.stack([one.output for one in found]), model.encode(["one", "two", "three", "four"]), atol=1e-6
+        np.stack([result.output for result in found]), model.encode(["one", "two", "three", "four"]), atol=1e-6
     )
 
 
@@ -138,10 +138,10 @@ def test_a_near_hit_gives_the_neighbours_output_with_its_similarity_and_source(
     assert again[0].tier == "near"
 
 
-def cosine(model: SentenceTransformer, one: str, other: str) -> float:
-    """Of the mean token embeddings, computed with numpy from the model's own table."""
+def cosine(model: SentenceTransformer, text: str, other: str) -> float:
+    """Return the cosine of mean token embeddings, computed with NumPy from the model's embedding table."""
     table = token_embedding(model).detach().numpy()
-    first, second = (table[model.tokenizer(text)["input_ids"]].mean(axis=0) for text in (one, other))
+    first, second = (table[model.tokenizer(words)["input_ids"]].mean(axis=0) for words in (text, other))
     return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
 
 
@@ -275,7 +275,7 @@ def test_a_setting_that_cannot_work_says_what_can(settings: dict[str, Any], said
 def test_without_faiss_the_error_names_both_extras(
     model: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcache.cache.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("llmcache.opening.importlib.util.find_spec", lambda name: None)
     with pytest.raises(FaissMissing, match=r"llmcache\[cpu\].*llmcache\[gpu\]"):
         LLMCache.open(store, model)
     assert not store.exists()
@@ -366,7 +366,7 @@ def test_a_damaged_row_is_computed_again_and_stays_right(
     raw = bytearray(payload.read_bytes())
     raw[5 * 384 * 4 + 7] ^= 0x40
     payload.write_bytes(raw)
-    for misses in (1, 0):  # the second opening finds the new copy
+    for misses in (1, 0):  # the second opening reads the new copy
         with LLMCache.open(store, model) as cache:
             np.testing.assert_allclose(cache.encode(texts), cold, atol=1e-6)
             assert cache.stats().counters.misses == misses
@@ -399,7 +399,7 @@ def test_stopping_in_the_middle_keeps_what_was_committed(model_path: str, store:
         assert kept > 0
         texts = [f"document {i} " + "word " * 100 for i in range(100_000)]
         known = int((cache._bank.find_text(_text_keys(cache, texts)) >= 0).sum())
-        assert kept - 32 <= known <= kept  # the batch it was stopped in may be known by its tokens only
+        assert kept - 32 <= known <= kept  # the interrupted batch may be stored without text keys
 
 
 def _text_keys(cache: LLMCache, texts: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""A cache in other processes: forked or sent in a pickle, it gives the model's vectors, and keeps what it computes."""
+"""Tests of a cache in other processes: forked or unpickled, it returns the model's vectors and stores new entries."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny(tmp_path: Path) -> SentenceTransformer:
 
 @pytest.fixture
 def name(tmp_path: Path, tiny: SentenceTransformer) -> str:
-    """Where the same model is loaded from."""
+    """Return the path from which the same model is loaded."""
     return str(tmp_path / "model" / "st")
 
 
@@ -54,7 +54,7 @@ def close(given: Any, expected: Any) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Run this in a forked process, which ends without any clean-up; its exit status."""
+    """Run a function in a forked process, which ends without clean-up. Returns the exit status."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -69,7 +69,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def known(store: Path, model: Any, **keywords: Any) -> set[str]:
-    """The texts that a new opening has, after all its vectors were compared with the model's."""
+    """Compare all vectors of a new opening with the model's. Returns its stored texts."""
     with LLMCache.open(store, model, **keywords) as cache:
         results = list(cache.run(TEXTS))
         own: Any = cache.model
@@ -264,7 +264,7 @@ with LLMCache.open({str(store)!r}, {name!r}) as cache:
 
 
 class Vectors(torch.utils.data.Dataset[Any]):
-    """Vectors of texts, one at a time."""
+    """Vectors of texts, read one at a time."""
 
     def __init__(self, cache: LLMCache, texts: list[str]) -> None:
         self.cache, self.texts = cache, texts
@@ -297,7 +297,7 @@ def test_forking_libraries_get_right_vectors_and_the_store_gets_them_too(
             found = np.concatenate([batch.numpy() for batch in loader])
         elif library == "Pool":
             monkeypatch.setattr(sys.modules[__name__], "_cache", cache)
-            with multiprocessing.get_context("fork").Pool(2) as pool:  # which terminates its processes
+            with multiprocessing.get_context("fork").Pool(2) as pool:  # the pool terminates its processes
                 found = np.stack(pool.map(_vector, TEXTS))
         else:
             datasets = pytest.importorskip("datasets", reason="install the extra 'test' for other libraries")

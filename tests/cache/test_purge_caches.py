@@ -1,4 +1,4 @@
-"""What real caches store of a document, bank by bank, is gone after a purge; all else is the model's own answer."""
+"""Tests of purges of real caches: no bank contains the document any more, and other answers stay right."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def segments_of(path: Path) -> list[tuple[str, Segment]]:
 
 
 def traces_of(path: Path, ids: Sequence[bytes]) -> dict[str, bytes]:
-    """What the store holds in the rows with these token ids or this document's id, by bank: bytes of some length."""
+    """Return the stored bytes of rows with these token ids or this document's id, by bank."""
     traces, keys = {"id": NAME.encode(), **{f"token ids {i}": one for i, one in enumerate(ids)}}, set()
-    for _ in range(2):  # the second time also rows that have nothing but the key
+    for _ in range(2):  # the second time also rows that have only the key
         for name, segment in segments_of(path):
             for row in range(len(segment)):
                 tokens, own = segment.tokens(row).tobytes(), segment.rows["key"][row].tobytes()
@@ -116,7 +116,7 @@ def test_what_a_cache_stored_of_a_document_is_gone_and_others_are_right(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     path, texts = tmp_path / "store", documents()
-    expected = model.encode([one["text"] for one in texts[:-1]])
+    expected = model.encode([text["text"] for text in texts[:-1]])
     settings: dict[str, Any] = {"layers": "all"} if way in {"layers", "heads"} else {"layers": (1,)}
     if way == "float16":
         settings["dtype"] = "float16"
@@ -147,9 +147,9 @@ def test_what_a_cache_stored_of_a_document_is_gone_and_others_are_right(
     with LLMCache.open(path, model) as cache:
         results = list(cache.run(texts))
         np.testing.assert_allclose(
-            [one.output for one in results[:-1]], expected, atol=2e-3 if way == "float16" else 1e-5
+            [result.output for result in results[:-1]], expected, atol=2e-3 if way == "float16" else 1e-5
         )
-        assert [one.tier for one in results] == ["exact"] * COUNT + ["miss"]
+        assert [result.tier for result in results] == ["exact"] * COUNT + ["miss"]
         if way == "chunked":
             assert (
                 Pipeline(cache, chunk="structure", per="chunk", batch_size=2)
@@ -255,7 +255,7 @@ def test_documents_are_purged_from_python_by_each_name(tmp_path: Path, model: Se
     expected = 0 if how == "nothing found" else 3  # the output and the states of two layers
     assert (done.rows, planned.rows) == (expected, expected)
     with LLMCache.open(path, model) as cache:
-        tiers = [one.tier for one in cache.run(texts)]
+        tiers = [result.tier for result in cache.run(texts)]
     assert tiers == ["exact"] * 5 + ["miss" if expected else "exact"]
 
 

@@ -1,4 +1,4 @@
-"""Stores that can only be read: what is known is served, what is new is computed and not kept, nothing is written."""
+"""Tests of read-only stores: hits are served, misses are computed but not stored, and nothing is written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(tmp_path: Path, model: SentenceTransformer) -> Path:
 
 
 def everything(path: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of the last change and bytes of every file, by name."""
+    """Return modification time and bytes of every file, by name."""
     files = [one for one in sorted(path.rglob("*")) if one.is_file()]
     return {str(one.relative_to(path)): (one.stat().st_mtime_ns, one.read_bytes()) for one in files}
 
@@ -93,7 +93,7 @@ def test_a_store_that_is_only_read_refuses_what_would_have_to_be_written(
         LLMCache.open(tmp_path / "nowhere", model, read_only=True)
     assert not (tmp_path / "nowhere").exists()
     with LLMCache.open(store, model, read_only=True) as cache:
-        with pytest.raises(ConfigError, match="only read"):
+        with pytest.raises(ConfigError, match="read-only"):
             cache.calibrate(budget=0.1, drift="cosine")
         with pytest.raises(StoreFenced, match="read_only=True"):
             cache.rebuild()
@@ -170,4 +170,4 @@ def test_a_disk_that_fills_up_during_a_run_fails_no_run_and_is_counted(
         broken.encode(MIXED)
         monkeypatch.setattr(Folder, "write", full)
         with pytest.raises(LLMCacheError, match="No space left"):
-            broken.commit()  # whoever asks for a commit is told
+            broken.commit()  # an explicit commit raises

@@ -1,4 +1,4 @@
-"""Threads may share a cache, a model and its tokenizer: what they get is what the model alone gives."""
+"""Tests of threads that share a cache, a model and its tokenizer: results equal those of the model alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_comparison_finds_a_tokenizer_that_is_shared_with_the_caller(
 
     def disturbed(tokenizer: Any, texts: list[str]) -> Any:
         ids = original(tokenizer, texts[:1])
-        tokenizer("w1 w2", padding="max_length", max_length=9, truncation=True)  # as another thread may, in between
+        tokenizer("w1 w2", padding="max_length", max_length=9, truncation=True)  # as another thread might
         library = tokenizer.backend_tokenizer
         return ids + [np.array(row.ids, np.int32) for row in library.encode_batch_fast(list(texts[1:]))]
 

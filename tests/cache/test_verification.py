@@ -1,4 +1,4 @@
-"""`llmcache verify-model`: cold equals warm, and is told when it does not."""
+"""Tests of `llmcache verify-model`: cold and warm runs agree, and a difference is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ def test_every_tier_of_a_sentence_transformer_is_within_what_rebatching_shows(
     model: SentenceTransformer, store: Path
 ) -> None:
     checks = list(verify_model(model, model.tokenizer, TEXTS, store))
-    assert [one.tier for one in checks] == ["model", "output", "output", "output", *(f"layer-{i}" for i in range(6))]
+    assert [result.tier for result in checks] == [
+        "model",
+        "output",
+        "output",
+        "output",
+        *(f"layer-{i}" for i in range(6)),
+    ]
     assert all(one.passed for one in checks)
     cold, warm, reloaded = checks[1:4]
     assert (warm.reused, reloaded.reused) == (len(TEXTS), len(TEXTS))
@@ -56,7 +62,7 @@ def test_a_decoder_is_compared_by_its_logits(store: Path) -> None:
     decoder = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     checks = list(verify_model(decoder, tokenizer, ["Once upon a time", "Once upon a dog", "Tim"], store))
-    assert [one.tier for one in checks] == ["model", "prefix", "prefix", "prefix"]
+    assert [result.tier for result in checks] == ["model", "prefix", "prefix", "prefix"]
     assert all(one.passed for one in checks)
     assert checks[2].reused > 0
 

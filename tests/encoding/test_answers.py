@@ -1,4 +1,4 @@
-"""Repeats inside a batch, and answers taken from a bank as they were read."""
+"""Repeats in a batch, and answers that reuse the array read from a bank."""
 
 from __future__ import annotations
 

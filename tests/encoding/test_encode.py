@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def rebatching(model: SentenceTransformer, texts: list[str]) -> float:
-    """Largest difference that other batch sizes alone make to the model's own vectors."""
+    """Return the largest difference between the model's own vectors at different batch sizes."""
     base = model.encode(texts)
     return max(float(np.abs(model.encode(texts, batch_size=size) - base).max()) for size in (1, 3, 64))
 
@@ -97,7 +97,7 @@ def test_the_forward_pass_sees_only_what_is_new_and_each_text_once(
 def test_texts_that_tokenise_alike_share_an_entry(model: SentenceTransformer, store: Path) -> None:
     with LLMCache.open(store, model) as cache:
         first = cache.encode(["where is my card"])
-        second = cache.encode(["WHERE is my   card"])  # the tokenizer lowers case and folds spaces
+        second = cache.encode(["WHERE is my   card"])  # the tokenizer ignores case and repeated spaces
         third = cache.encode(["WHERE is my   card"])
         counters = cache.stats().counters
         assert len(cache) == 1
@@ -155,23 +155,23 @@ def test_every_argument_gives_the_type_shape_and_values_of_the_model(
         patch.setattr("sentence_transformers.util.quantization.logger.warning", lambda *_: None)
         expected = model.encode(inputs, **options)
         with LLMCache.open(store, model) as cache:
-            for found in (cache.encode(inputs, **options), cache.encode(inputs, **options)):
-                same(found, expected, atol=1 if "precision" in options else 1e-6)
+            for actual in (cache.encode(inputs, **options), cache.encode(inputs, **options)):
+                same(actual, expected, atol=1 if "precision" in options else 1e-6)
 
 
-def same(found: Any, expected: Any, atol: float) -> None:
-    """Equal in type, shape and dtype, and in value within `atol`."""
-    assert type(found) is type(expected)
+def same(actual: Any, expected: Any, atol: float) -> None:
+    """Assert equal types, shapes and dtypes, and values equal within `atol`."""
+    assert type(actual) is type(expected)
     if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             same(one, other, atol)
     elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
     else:
-        assert found.shape == expected.shape
-        assert found.dtype == expected.dtype
-        np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), atol=atol)
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        np.testing.assert_allclose(np.asarray(actual, np.float64), np.asarray(expected, np.float64), atol=atol)
 
 
 def test_a_text_as_query_as_document_and_as_neither_has_three_entries(model: SentenceTransformer, store: Path) -> None:
@@ -191,8 +191,8 @@ def test_prompts_are_those_of_the_model(fresh_model: SentenceTransformer, store:
     fresh_model.default_prompt_name = "topic"
     with LLMCache.open(store, fresh_model) as cache:
         for name in ("encode", "encode_query", "encode_document"):
-            found = getattr(cache, name)(TEXTS[:3])
-            np.testing.assert_allclose(found, getattr(fresh_model, name)(TEXTS[:3]), atol=1e-6)
+            actual = getattr(cache, name)(TEXTS[:3])
+            np.testing.assert_allclose(actual, getattr(fresh_model, name)(TEXTS[:3]), atol=1e-6)
         named = cache.encode(TEXTS[:3], prompt_name="query")
         np.testing.assert_allclose(named, fresh_model.encode(TEXTS[:3], prompt_name="query"), atol=1e-6)
         with pytest.raises(ConfigError, match="'qery'"):
@@ -257,11 +257,11 @@ def test_inputs_that_are_not_texts_go_past_the_cache(model: SentenceTransformer,
 def test_a_document_of_10_megabytes_is_cut_where_the_model_cuts_it(model: SentenceTransformer, store: Path) -> None:
     text = "a long story, " * 750_000
     with LLMCache.open(store, model) as cache:
-        found = cache.encode([text, "a short one"])
+        actual = cache.encode([text, "a short one"])
         again = cache.encode([text])
         assert cache.stats().counters.misses == 2
-    np.testing.assert_allclose(found, model.encode([text[:20_000], "a short one"]), atol=1e-6)
-    np.testing.assert_array_equal(found[0], again[0])
+    np.testing.assert_allclose(actual, model.encode([text[:20_000], "a short one"]), atol=1e-6)
+    np.testing.assert_array_equal(actual[0], again[0])
 
 
 def test_a_single_device_moves_the_model_as_encode_does(model: SentenceTransformer, store: Path) -> None:

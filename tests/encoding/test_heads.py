@@ -1,4 +1,4 @@
-"""Several heads on one trunk, through `run_heads`."""
+"""Tests of `run_heads`: several heads on one trunk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = [
 
 
 def head(path: str, seed: int, labels: int, from_layer: int | None = None) -> Any:
-    """A classifier on MiniLM whose layers are others from `from_layer` on."""
+    """Return a classifier on MiniLM whose layers differ from `from_layer` on."""
     torch.manual_seed(seed)
     made: Any = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
     made.eval()
@@ -42,10 +42,10 @@ def head(path: str, seed: int, labels: int, from_layer: int | None = None) -> An
 
 
 def alone(model: Any, tokenizer: Any, texts: list[str]) -> NDArray[np.float32]:
-    """What the head gives by itself, text by text."""
+    """Return the outputs of the head alone, computed text by text."""
     with torch.inference_mode():
-        found = [model(**tokenizer(one, return_tensors="pt", truncation=True)).logits[0] for one in texts]
-    return torch.stack(found).numpy()
+        outputs = [model(**tokenizer(text, return_tensors="pt", truncation=True)).logits[0] for text in texts]
+    return torch.stack(outputs).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -69,25 +69,27 @@ def test_the_second_head_starts_where_it_differs_and_gives_what_it_gives_alone(
     with LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS, {"topic": topic, "tone": tone}))
         assert set(reached) >= {4, 5}
-        for name, one in (("topic", topic), ("tone", tone)):
-            found = np.array([result[name].output for result in results])
-            assert np.abs(found - alone(one, model.tokenizer, TEXTS)).max() < 1e-5
-        assert [(one["topic"].tier, one["topic"].layer) for one in results] == [
+        for name, module in (("topic", topic), ("tone", tone)):
+            outputs = np.array([result[name].output for result in results])
+            assert np.abs(outputs - alone(module, model.tokenizer, TEXTS)).max() < 1e-5
+        assert [(by_head["topic"].tier, by_head["topic"].layer) for by_head in results] == [
             *[("miss", None)] * 3, ("exact", "output"), ("miss", None),
         ]  # fmt: skip
-        assert [(one["tone"].tier, one["tone"].layer) for one in results] == [
+        assert [(by_head["tone"].tier, by_head["tone"].layer) for by_head in results] == [
             *[("exact", "layer-3")] * 3, ("exact", "layer-3"), ("exact", "layer-3"),
         ]  # fmt: skip
         again = list(cache.run_heads(TEXTS, {"topic": topic, "tone": tone}))
         for name in ("topic", "tone"):
-            assert {(one[name].tier, one[name].layer) for one in again} == {("exact", "output")}
-            np.testing.assert_array_equal([one[name].output for one in again], [one[name].output for one in results])
+            assert {(by_head[name].tier, by_head[name].layer) for by_head in again} == {("exact", "output")}
+            np.testing.assert_array_equal(
+                [by_head[name].output for by_head in again], [by_head[name].output for by_head in results]
+            )
         cache.commit()
         banks = {bank.layer: bank.entries for bank in cache.stats().banks}
         assert banks["layer-3"] == 4
         assert sum(name.startswith("head-") for name in banks) == 2
-    for one in hooks:
-        one.remove()
+    for hook in hooks:
+        hook.remove()
     assert "forward" not in topic.bert.__dict__
     assert "forward" not in tone.bert.__dict__
 
@@ -100,9 +102,9 @@ def test_a_head_that_comes_in_a_later_run_starts_from_the_stored_layer(
     later = head(model_path, 3, 2, from_layer=5)
     with LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS, {"later": later, "tone": tone}))
-        assert {one["later"].layer for one in results} == {"layer-3"}
-        found = np.array([one["later"].output for one in results])
-        assert np.abs(found - alone(later, model.tokenizer, TEXTS)).max() < 1e-5
+        assert {by_head["later"].layer for by_head in results} == {"layer-3"}
+        outputs = np.array([by_head["later"].output for by_head in results])
+        assert np.abs(outputs - alone(later, model.tokenizer, TEXTS)).max() < 1e-5
 
 
 @pytest.mark.parametrize(("different_from", "depth"), [(0, -1), (1, 0), (5, 4), (None, 5)])
@@ -121,9 +123,9 @@ def test_heads_without_a_shared_layer_are_computed_whole_and_that_is_said(
     with caplog.at_level(logging.WARNING), LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS[:2], {"topic": topic, "other": other}))
     assert "the head other shares no layer with another one" in caplog.text
-    for name, one in (("topic", topic), ("other", other)):
-        found = np.array([result[name].output for result in results])
-        assert np.abs(found - alone(one, model.tokenizer, TEXTS[:2])).max() < 1e-5
+    for name, module in (("topic", topic), ("other", other)):
+        outputs = np.array([result[name].output for result in results])
+        assert np.abs(outputs - alone(module, model.tokenizer, TEXTS[:2])).max() < 1e-5
 
 
 def test_two_sentence_models_with_other_poolings_share_the_trunk(model: SentenceTransformer, store: Path) -> None:
@@ -133,10 +135,10 @@ def test_two_sentence_models_with_other_poolings_share_the_trunk(model: Sentence
     other = SentenceTransformer(modules=[model[0], pooled])
     with LLMCache.open(store, model) as cache:
         results = list(cache.run_heads(TEXTS, {"mean": model, "first": other}))
-        assert {one["first"].layer for one in results} == {"layer-5"}
-        for name, one in (("mean", model), ("first", other)):
-            found = np.array([result[name].output for result in results])
-            assert np.abs(found - one.encode(TEXTS)).max() < 1e-5
+        assert {by_head["first"].layer for by_head in results} == {"layer-5"}
+        for name, module in (("mean", model), ("first", other)):
+            outputs = np.array([result[name].output for result in results])
+            assert np.abs(outputs - module.encode(TEXTS)).max() < 1e-5
 
 
 def test_no_head_and_a_head_that_gives_no_vector_are_refused(
@@ -166,7 +168,7 @@ def test_a_head_that_needs_its_layers_for_every_document_has_banks_at_all_of_the
 ) -> None:
     with LLMCache.open(store, model, config=CacheConfig(layers="all")) as cache:
         results = list(cache.run_heads(TEXTS, {"tone": tone, "topic": topic}))
-        assert {one["topic"].layer for one in results} == {"layer-3"}
+        assert {by_head["topic"].layer for by_head in results} == {"layer-3"}
         cache.commit()
         assert {f"layer-{i}" for i in range(6)} <= {bank.layer for bank in cache.stats().banks}
 
@@ -210,13 +212,13 @@ def test_heads_on_a_decoder(kind: str, store: Path) -> None:
         results = list(cache.run_heads(texts, {"a": one, "b": other}))
         assert {result["b"].layer for result in results} == {"layer-2"}
         for name, head_ in (("a", one), ("b", other)):
-            found = np.array([result[name].output for result in results])
+            outputs = np.array([result[name].output for result in results])
             with torch.inference_mode():
                 expected = [
                     head_(**{k: v for k, v in words(text, return_tensors="pt").items() if k != "token_type_ids"}).logits
                     for text in texts
                 ]
-            assert np.abs(found - torch.cat(expected).numpy()).max() < 1e-5
+            assert np.abs(outputs - torch.cat(expected).numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["list", "text", "name of a folder", "nothing"])

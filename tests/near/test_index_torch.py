@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.encoding.answers import NEAR
+from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.device_answers import DeviceAnswers
-from llmcache.encoding.executor import EncodeCall
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features, features_on

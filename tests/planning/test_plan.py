@@ -1,4 +1,4 @@
-"""The forecast of a run: what it counts, that it agrees with the run, and that it leaves nothing behind."""
+"""Tests of plans: counts, agreement with the run, and no side effects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def files(store: Path) -> list[tuple[str, int]]:
 
 def planned_and_run(cache: LLMCache, texts: Sequence[str]) -> tuple[Plan, list[str]]:
     plan = cache.plan(texts)
-    return plan, [one.tier for one in cache.run(texts)]
+    return plan, [result.tier for result in cache.run(texts)]
 
 
 # -- counts ---------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_what_the_tokenizer_does_not_tell_apart_is_a_repeat(store: Path, model: 
     asked = ["Where is my card?", "where is my CARD?", "  Where  is my card? ", "Where is my cards?"]
     with LLMCache.open(store, model) as cache:
         plan, tiers = planned_and_run(cache, asked)
-    assert sorted(tiers[:3]) == ["exact", "exact", "miss"]  # which of them is computed is the run's affair
+    assert sorted(tiers[:3]) == ["exact", "exact", "miss"]  # the run may compute any of them
     assert tiers[3] == "miss"
     assert (plan.repeats, plan.computed) == (2, 2)
 
@@ -114,16 +114,16 @@ def test_near_matches_at_tau_are_forecast_from_a_sample(
     assert plan.near / 300 == pytest.approx(tiers.count("near") / 300, abs=0.03 + 2 * plan.margin)
     assert "tau 0.9" in plan.near_from
     assert 0 < plan.near < 300
-    assert plan.drift is None  # nobody measured it
+    assert plan.drift is None  # not measured
     assert any(one.about == "tau" and "calibrate" in one.why for one in plan.advice)
 
 
 def test_a_calibrated_store_forecasts_near_matches_with_their_drift(
     store: Path, model: SentenceTransformer, queries: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_FEWEST", 1 << 30)  # else a slow moment would have some looked up
+    monkeypatch.setattr(planning, "_FEWEST", 1 << 30)  # else a slow moment would cause lookups
     with LLMCache.open(store, model) as cache:
-        mixed = Random(0).sample(queries, 900)  # as they come they are ordered by their label
+        mixed = Random(0).sample(queries, 900)  # shuffled, since the file is ordered by label
         outputs = cache.encode(mixed[:600])
         head = LogisticRegression(max_iter=200).fit(outputs, np.argmax(outputs[:, :8], axis=1))
         calibration = cache.calibrate(budget=0.05, head=head)
@@ -153,7 +153,7 @@ def test_the_cost_of_a_document_is_fitted_to_its_length() -> None:
 def test_the_recorded_cost_adds_up_to_what_the_model_took(
     store: Path, model: SentenceTransformer, queries: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a model that takes a millisecond a document and a tenth of one a token, so that no busy moment counts."""
+    """Use a simulated model with 1 ms per document and 0.1 ms per token, so that machine load does not matter."""
 
     def compute(model: Any, rows: TokenRows, *others: Any, **named: Any) -> Iterator[Any]:
         for done in real(model, rows, *others, **named):
@@ -233,7 +233,7 @@ BANK = BankFacts("float32", 384, 1, 384)
 
 
 def around(**given: object) -> RunContext:
-    config = CacheConfig(**given.pop("settings", {}))  # type: ignore[arg-type]  # only here for short
+    config = CacheConfig(**given.pop("settings", {}))  # type: ignore[arg-type]  # shortens the call
     facts = {
         "model": "m",
         "namespace": "default",
@@ -354,7 +354,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_what_a_batch_takes_for_itself_is_spread_over_a_full_one() -> None:
-    """Batches of n rows that take 4.8 ms and 1.08 ms a row."""
+    """Batches of n rows take 4.8 ms plus 1.08 ms per row."""
     eight, two = (4.8 + 1.08 * n for n in (8, 2))
     assert in_full_batches(8, eight, 2, two, 32) == pytest.approx(4.8 / 32 + 1.08)
     assert in_full_batches(8, 8.0, 2, 2.0, 32) == pytest.approx(1.0), "nothing for itself"

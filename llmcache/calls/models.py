@@ -1,0 +1,113 @@
+"""Methods of `LLMCache` that run a model's own forward through the banks: attached models, heads, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from torch.nn import Module
+
+from llmcache.calls.base import CacheParts
+from llmcache.concurrency.calls import call
+from llmcache.decoders import generation as decoding
+from llmcache.decoders.generation import Generated, Scores
+from llmcache.encoding.call import Progress, nothing
+from llmcache.encoding.results import Result, Source
+from llmcache.errors import ConfigError, ForkedStoreError
+from llmcache.layers.attachment import Attachment
+
+
+class ModelMethods(CacheParts):
+    """Attach models to the cache, run heads, generate and score."""
+
+    @call
+    def attached(self, model: Module | None = None, *, stack: str | None = None) -> Attachment:
+        """Return a context in which a model's forward uses the banks: `with cache.attached(model): model(**inputs)`.
+
+        model: None for the cache's own. A model that equals it up to some layer shares the banks of these layers.
+        stack: name of the list of layers in the model, if it is not found automatically.
+        ConfigError when the model has no layers that can be skipped, or is compiled.
+        """
+        self._check_open()
+        return self._layers.attachment(self.model if model is None else model, stack)
+
+    def run_heads(
+        self,
+        documents: Iterable[Source],
+        heads: Mapping[str, Module],
+        *,
+        role: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        progress: Progress = nothing,
+    ) -> Iterator[dict[str, Result]]:
+        """Run several heads over documents. Layers that heads share are computed once.
+
+        heads: models by name, with the cache's tokenizer: transformers models that return logits [rows, classes], or
+            SentenceTransformers. Shared layers are found by comparing weights. The last shared layer gets a bank, so
+            that later heads, also in other runs, start there.
+        Returns an iterator over one mapping per document, in order, from head names to results.
+        """
+        with self._calls:
+            self._check_open()
+            runner, storing = self._heads(heads), self._storing
+        resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
+
+        @contextmanager
+        def answering() -> Iterator[None]:
+            with self._calls:
+                self._check_open()
+                if storing is not self._storing:
+                    raise ForkedStoreError("these results belong to a call before a fork; call run_heads in the child")
+                yield
+
+        return runner.results(documents, resolved, role, batch_size, progress, answering)
+
+    @call
+    def generate(self, prompts: Sequence[str], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
+        """Generate a continuation of each prompt with `model.generate`, restoring stored KV blocks of prompt prefixes.
+
+        An encoder-decoder generates from each text; the states of its encoder are reused.
+
+        generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
+        Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.
+        """
+        model, tokenizer = self._decoder()
+        return decoding.generate(
+            model, tokenizer, prompts, attached=self.attached, batch_size=batch_size, **generate_kwargs
+        )
+
+    @call
+    def score(
+        self, prompts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32
+    ) -> Scores:
+        """Compute the log-likelihood of each choice as the continuation of its prompt; each prompt is computed once.
+
+        choices: the same for all prompts, or one list per prompt.
+        Returns the scores; `Scores.total.argmax(1)` are the most likely choices.
+        """
+        model, tokenizer = self._decoder(causal=True)
+        return decoding.score(model, tokenizer, prompts, choices, attached=self.attached, batch_size=batch_size)
+
+    @call
+    def perplexity(
+        self, texts: str | Sequence[str], *, window: int, stride: int | None = None, batch_size: int = 8
+    ) -> float:
+        """Return the perplexity: exp of the mean negative log-likelihood per token, over windows of tokens."""
+        model, tokenizer = self._decoder(causal=True)
+        return decoding.perplexity(
+            model, tokenizer, texts, window=window, stride=stride, attached=self.attached, batch_size=batch_size
+        )
+
+    def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
+        """Return the model and a private copy of its tokenizer. ConfigError when the model cannot do this."""
+        self._check_open()
+        not_causal = causal and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if not_causal or not hasattr(self.model, "generate") or isinstance(self.model, SentenceTransformer):
+            raise ConfigError(f"a {type(self.model).__name__} cannot do this; open the cache with a causal model")
+        if self.tokenizer is None:
+            raise ConfigError("prompts need a tokenizer; open the cache with tokenizer=...")
+        return self.model, self._tokenizer_copy.of(self.tokenizer)
