@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from llmcache import units as words
-from llmcache.report.facts import TIERS, RunTotals
+from llmcache.report.totals import TIERS, RunTotals
 
 if TYPE_CHECKING:
     from llmcache.report.statistics import Statistics

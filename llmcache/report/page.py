@@ -13,7 +13,8 @@ from llmcache import units as words
 from llmcache.errors import CorpusError
 from llmcache.private_files import write_whole
 from llmcache.report import sections
-from llmcache.report.facts import TIERS, Facts
+from llmcache.report.facts import Facts
+from llmcache.report.totals import TIERS
 
 
 @cache

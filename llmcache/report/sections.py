@@ -9,7 +9,8 @@ from typing import Any
 from llmcache import units as words
 from llmcache.indexes.stats.runs import BINS
 from llmcache.report.charts import Chart, Mark, Shape, columns, scale, ticks
-from llmcache.report.facts import TIERS, Facts, Period
+from llmcache.report.facts import Facts, Period
+from llmcache.report.totals import TIERS
 
 COLOURS = ("text", "tokens", "repeat", "near", "computed")
 """Classes of the page, by tier."""
