@@ -23,9 +23,9 @@ from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.store import Store
 from llmcache.report.charts import thinned, ticks
 from llmcache.report.facts import Facts, facts
-from llmcache.report.totals import RunTotals
 from llmcache.report.page import rendered, write
 from llmcache.report.statistics import BankStatistics, statistics
+from llmcache.report.totals import RunTotals
 from tests.conftest import Command
 from tests.storybook import calibration, filled, told
 
