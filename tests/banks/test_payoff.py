@@ -211,7 +211,7 @@ def test_beside_a_slow_file_what_memory_holds_is_reused_and_nothing_is_read_for_
         assert decision.state == "memory"
         assert decision.held == levels.counters.device
         assert decision.held_saved > decision.held_spent > 0
-        assert any("but for a few documents and what memory holds" in one.message for one in caplog.records)
+        assert any("but for a few documents and entries in memory" in one.message for one in caplog.records)
         before = counters.left_alone
         cache.encode(TEXTS)  # wants nothing from there
         assert (counters.left_alone - before) / len(TEXTS) > 1 - PROBED - 0.04
