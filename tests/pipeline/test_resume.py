@@ -290,7 +290,7 @@ def test_a_run_that_is_not_resumed_begins_anew_and_says_so(
     with LLMCache.open(stopped / "store", model) as cache:
         written = Pipeline(cache, batch_size=2).write(corpus(300), stopped / "out.npy")
     assert (written.finished, written.resumed) == (True, 0)
-    assert "thrown away" in caplog.text
+    assert "is discarded" in caplog.text
     assert not (stopped / "out.unfinished").exists()
 
 
