@@ -61,14 +61,17 @@ def check_many(given: Any, what: str, *, frames: bool = False) -> None:
     """
     if isinstance(given, os.PathLike):
         raise ConfigError(
-            f"{what} are many, got the path {os.fspath(given)!r}; read it with llmcache.pipeline.files.documents"
+            f"{what} must be a collection, got the path {os.fspath(given)!r}; "
+            "read it with llmcache.pipeline.files.documents"
         )
     if isinstance(given, Mapping) and not isinstance(given.get("text", ""), str):
-        raise ConfigError(f"{what} are many, got a mapping of columns; give a frame, such as pandas.DataFrame(...)")
+        raise ConfigError(
+            f"{what} must be a collection, got a mapping of columns; give a frame, such as pandas.DataFrame(...)"
+        )
     if isinstance(given, str | bytes | bytearray | Mapping | Document):
-        raise ConfigError(f"{what} are many, got one {type(given).__name__}; give a list of them: [...]")
+        raise ConfigError(f"{what} must be a collection, got one {type(given).__name__}; give a list: [...]")
     if not frames and not isinstance(given, list | tuple) and is_table(given):
-        raise ConfigError(f"{what} are texts, got a {type(given).__name__}; give one of its columns, as a list")
+        raise ConfigError(f"{what} must be texts, got a {type(given).__name__}; give one of its columns, as a list")
 
 
 def check_texts(given: Any, what: str) -> None:
@@ -78,7 +81,7 @@ def check_texts(given: Any, what: str) -> None:
     """
     check_many(given, what)
     if not isinstance(given, Sequence):
-        raise ConfigError(f"{what} are a list of texts, got a {type(given).__name__}; give a list: [...]")
+        raise ConfigError(f"{what} must be a list of texts, got a {type(given).__name__}; give a list: [...]")
     for place, text in enumerate(given):
         if not isinstance(text, str):
             raise ConfigError(f"{what} are texts, and number {place} is a {type(text).__name__}: {text!r:.60}")
