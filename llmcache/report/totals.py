@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 TIERS = ("same text", "same tokens", "repeated in one call", "near", "computed")
-"""How documents were answered, in the order in which charts stack them."""
+"""Names of the tiers, in the order in which charts stack them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """Some runs together. tiers: documents by `TIERS`. The rest are seconds, and sums of drift."""
+    """Totals of a set of runs.
+
+    tiers: number of documents by tier, in the order of `TIERS`. model_seconds, own_seconds: time of the model and of
+    the cache. saved_seconds: model time that hits saved. audits: near hits recomputed. drift: sum of their drifts.
+    near_asked: documents compared with their nearest entry. near_taken: documents that reused it.
+    """
 
     documents: float
     tiers: tuple[float, ...]
@@ -25,7 +30,7 @@ class RunTotals:
 
     @classmethod
     def of(cls, counters: Mapping[str, float], asked: float = 0, taken: float = 0) -> RunTotals:
-        """counters: as `Counters.as_dict` names them."""
+        """Make totals. counters: named as by `Counters.as_dict`. asked, taken: `near_asked` and `near_taken`."""
 
         def get(name: str) -> float:
             return float(counters.get(name, 0))
@@ -41,25 +46,28 @@ class RunTotals:
 
     @property
     def hit_rate(self) -> float:
+        """Share of documents that cost no model time; 0 without documents."""
         return 1 - self.tiers[-1] / self.documents if self.documents else 0.0
 
     @property
     def net_seconds(self) -> float:
+        """Seconds saved minus those of the cache itself."""
         return self.saved_seconds - self.own_seconds
 
     @property
     def spent_seconds(self) -> float:
+        """Seconds of the model and the cache."""
         return self.model_seconds + self.own_seconds
 
     @property
     def times(self) -> float:
-        """How many times as long it would have taken without the cache."""
+        """Speed-up: time without the cache divided by time with it."""
         return (self.model_seconds + self.saved_seconds) / self.spent_seconds if self.spent_seconds > 0 else 1.0
 
     @property
     def drift_of_all(self) -> float | None:
-        """Expected drift of all results that near reuse was asked for, by the audits; None without one."""
+        """Expected drift over all documents that near reuse looked up, by the audits; None without audits."""
         if not self.audits:
             return None
-        served = self.near_taken / self.near_asked if self.near_asked else 1.0
-        return self.drift / self.audits * served
+        reused = self.near_taken / self.near_asked if self.near_asked else 1.0
+        return self.drift / self.audits * reused

@@ -108,7 +108,7 @@ def test_days_become_weeks_and_months_where_there_are_many(store: Path) -> None:
 
 
 def test_the_most_used_entries_are_counted_before_the_others(past: Path) -> None:
-    kept = report(past).kept
+    kept = report(past).usage
     assert kept is not None
     assert kept.hits[-1] == 1
     assert (np.diff(kept.hits) >= 0).all()
