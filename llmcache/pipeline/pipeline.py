@@ -52,9 +52,9 @@ class Pipeline:
 
     A part is 32 * batch_size documents, fewer where their texts reach 262,144 characters. Memory does not depend on the
     length of the corpus: `prefetch` + 2 parts of texts; the results of one part; uncommitted entries of the cache (at
-    most 256 MiB of activations, or a sixteenth of `max_bytes`, or those of one minute) and its tables, some 300 bytes
-    per entry of the store; in `write`, up to 4096 more rows. A document has at most `max_characters`, and a part may
-    exceed its limit by one document.
+    most 256 MiB of activations, or a sixteenth of `max_bytes`, or those of one minute; and as much again while the
+    background writer is writing) and its tables, some 300 bytes per entry of the store; in `write`, up to 4096 more
+    rows. A document has at most `max_characters`, and a part may exceed its limit by one document.
 
     errors: the first 100 refused records, over all runs. refused: number of all refused records.
     """
