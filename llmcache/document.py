@@ -58,10 +58,10 @@ def document(file: File, fields: Fields, number: int, id: object, text: object) 
     return result
 
 
-def missing(file: File, fields: Fields, number: int, found: Iterable[str]) -> CorpusError:
-    """Return the error of a record without the text field. found: names of the fields it has."""
-    names = [repr(name[:40]) for name in found]
-    seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> CorpusError:
+    """Return the error of a record without the text field. names: fields that the record has."""
+    quoted = [repr(name[:40]) for name in names]
+    seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")
     return bad(
         file,
         number,

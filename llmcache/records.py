@@ -54,42 +54,42 @@ def intake(documents: Any, wanted: FieldSpec | None = None) -> Iterator[Taken]:
     return _stream(documents, wanted)
 
 
-def check_many(given: Any, what: str, *, frames: bool = False) -> None:
+def check_many(value: Any, what: str, *, frames: bool = False) -> None:
     """Check that an argument is a collection. ConfigError for a single text, document, mapping or path.
 
     what: name of the argument in the message. frames: True if a frame or table is allowed.
     """
-    if isinstance(given, os.PathLike):
+    if isinstance(value, os.PathLike):
         raise ConfigError(
-            f"{what} must be a collection, got the path {os.fspath(given)!r}; "
+            f"{what} must be a collection, got the path {os.fspath(value)!r}; "
             "read it with llmcache.pipeline.files.documents"
         )
-    if isinstance(given, Mapping) and not isinstance(given.get("text", ""), str):
+    if isinstance(value, Mapping) and not isinstance(value.get("text", ""), str):
         raise ConfigError(
             f"{what} must be a collection, got a mapping of columns; give a frame, such as pandas.DataFrame(...)"
         )
-    if isinstance(given, str | bytes | bytearray | Mapping | Document):
-        raise ConfigError(f"{what} must be a collection, got one {type(given).__name__}; give a list: [...]")
-    if not frames and not isinstance(given, list | tuple) and is_table(given):
-        raise ConfigError(f"{what} must be texts, got a {type(given).__name__}; give one of its columns, as a list")
+    if isinstance(value, str | bytes | bytearray | Mapping | Document):
+        raise ConfigError(f"{what} must be a collection, got one {type(value).__name__}; give a list: [...]")
+    if not frames and not isinstance(value, list | tuple) and is_table(value):
+        raise ConfigError(f"{what} must be texts, got a {type(value).__name__}; give one of its columns, as a list")
 
 
-def check_texts(given: Any, what: str) -> None:
+def check_texts(value: Any, what: str) -> None:
     """Check that an argument is a sequence of strings. ConfigError otherwise, also for None among them.
 
     what: name of the argument in the message.
     """
-    check_many(given, what)
-    if not isinstance(given, Sequence):
-        raise ConfigError(f"{what} must be a list of texts, got a {type(given).__name__}; give a list: [...]")
-    for place, text in enumerate(given):
+    check_many(value, what)
+    if not isinstance(value, Sequence):
+        raise ConfigError(f"{what} must be a list of texts, got a {type(value).__name__}; give a list: [...]")
+    for place, text in enumerate(value):
         if not isinstance(text, str):
             raise ConfigError(f"{what} are texts, and number {place} is a {type(text).__name__}: {text!r:.60}")
 
 
-def is_table(given: Any) -> bool:
+def is_table(value: Any) -> bool:
     """Return whether a value has named columns: a frame of pandas or polars, an Arrow table, a data set."""
-    return hasattr(given, "column_names") or (hasattr(given, "columns") and hasattr(given, "shape"))
+    return hasattr(value, "column_names") or (hasattr(value, "columns") and hasattr(value, "shape"))
 
 
 def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
@@ -175,33 +175,33 @@ def _id_or_place(place: int, id: Any) -> str:
 # -- columns ----------------------------------------------------------------------------------------------
 
 
-def _columns(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
+def _columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
     """Read pairs (id, text) from a frame, a table or a data set. Returns None for any other value."""
-    if type(given).__module__.partition(".")[0] == "datasets" and hasattr(given, "column_names"):
-        return _data_set_columns(given, wanted)
-    if type(given).__name__ == "RecordBatch":
+    if type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "column_names"):
+        return _data_set_columns(source, wanted)
+    if type(source).__name__ == "RecordBatch":
         import pyarrow as pa
 
-        return _frame_columns(pa.Table.from_batches([given]), wanted)
-    if not hasattr(given, "__arrow_c_stream__") and not hasattr(given, "collect_schema"):
+        return _frame_columns(pa.Table.from_batches([source]), wanted)
+    if not hasattr(source, "__arrow_c_stream__") and not hasattr(source, "collect_schema"):
         return None
-    return _frame_columns(given, wanted)
+    return _frame_columns(source, wanted)
 
 
-def _frame_columns(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
+def _frame_columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
     import narwhals as nw
 
-    frame: Any = nw.from_native(given, pass_through=True)
+    frame: Any = nw.from_native(source, pass_through=True)
     if isinstance(frame, nw.LazyFrame):
-        raise ConfigError(f"a {type(given).__name__} is lazy; give the result of its collect(), or its batches")
+        raise ConfigError(f"a {type(source).__name__} is lazy; give the result of its collect(), or its batches")
     if isinstance(frame, nw.DataFrame):
         _check_columns(frame.columns, wanted)
         return _sliced_columns(frame, wanted)
-    if hasattr(given, "read_next_batch"):  # a stream of batches that may not fit in memory together
+    if hasattr(source, "read_next_batch"):  # a stream of batches that may not fit in memory together
         import pyarrow as pa
 
-        _check_columns(given.schema.names, wanted)
-        tables = (pa.Table.from_batches([batch]) for batch in given)
+        _check_columns(source.schema.names, wanted)
+        tables = (pa.Table.from_batches([batch]) for batch in source)
         return (pair for table in tables for pair in _sliced_columns(nw.from_native(table), wanted))
     return None  # a series, or an object that only resembles a frame: the caller iterates over it
 
@@ -214,13 +214,13 @@ def _sliced_columns(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
         yield from zip(part[wanted.id].to_list() if has_id else [None] * len(texts), texts, strict=True)
 
 
-def _data_set_columns(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
-    if hasattr(given, "with_format"):  # a format of tensors or tables would lose texts, or give columns as one value
-        given = given.with_format(None)
-    if given.column_names is not None:
-        _check_columns(given.column_names, wanted)
-        given = given.select_columns([name for name in {wanted.id, wanted.text} if name in given.column_names])
-    for batch in given.iter(_ROWS):
+def _data_set_columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
+    if hasattr(source, "with_format"):  # a format of tensors or tables would lose texts, or give columns as one value
+        source = source.with_format(None)
+    if source.column_names is not None:
+        _check_columns(source.column_names, wanted)
+        source = source.select_columns([name for name in {wanted.id, wanted.text} if name in source.column_names])
+    for batch in source.iter(_ROWS):
         _check_columns(list(batch), wanted)
         texts = batch[wanted.text]
         yield from zip(batch.get(wanted.id, [None] * len(texts)), texts, strict=True)

@@ -91,20 +91,20 @@ def _cut(part: Part, places: list[int], cut: Cut) -> None:
     part.chunks = [result for result in results if not isinstance(result, str)]
 
 
-def ahead(found: Iterator[Part], count: int) -> Generator[Part]:
+def ahead(stream: Iterator[Part], count: int) -> Generator[Part]:
     """Prefetch up to `count` parts in a thread; 0 reads in the caller's thread. Yields the same parts.
 
     Closing the generator ends the thread. If the thread waits inside the caller's iterator, it ends when that returns.
     """
     if count == 0:
-        yield from found
+        yield from stream
         return
     waiting: queue.Queue[Part | None] = queue.Queue(count)
     stopped = threading.Event()
 
     def read() -> None:
         try:
-            for part in found:
+            for part in stream:
                 if not stopped.is_set():
                     waiting.put(part)
                 if stopped.is_set():

@@ -52,25 +52,25 @@ class Chunked(Result):
         return np.stack([chunk.output for chunk in self.chunks])
 
 
-def cut_by(given: str | Cutting | None, model: SentenceTransformer, prompt: str | None) -> Cut | None:
-    """Return the function that cuts documents. given: see `Pipeline(chunk=...)`; None leaves texts whole.
+def cut_by(option: str | Cutting | None, model: SentenceTransformer, prompt: str | None) -> Cut | None:
+    """Return the function that cuts documents. option: see `Pipeline(chunk=...)`; None leaves texts whole.
 
     ConfigError for anything else than None, "structure" or a function.
     """
-    if given is None:
+    if option is None:
         return None
-    if given == STRUCTURE:
+    if option == STRUCTURE:
         return partial(_structure, Fitting(model, prompt))
-    if callable(given):
-        return partial(_by_caller, given)
-    raise ConfigError(f"chunk is None, {STRUCTURE!r} or a function from a text to its chunks, got {given!r}")
+    if callable(option):
+        return partial(_by_caller, option)
+    raise ConfigError(f"chunk is None, {STRUCTURE!r} or a function from a text to its chunks, got {option!r}")
 
 
-def cut_name(given: str | Cutting | None) -> str:
+def cut_name(option: str | Cutting | None) -> str:
     """Return a name of the cutting function, so that another process can tell whether it uses the same."""
-    if callable(given):
-        return f"{getattr(given, '__module__', '')}.{getattr(given, '__qualname__', type(given).__name__)}"
-    return str(given)
+    if callable(option):
+        return f"{getattr(option, '__module__', '')}.{getattr(option, '__qualname__', type(option).__name__)}"
+    return str(option)
 
 
 class Fitting:
@@ -189,13 +189,13 @@ def pooled(vectors: NDArray[np.float32], weights: NDArray[np.int64], *, unit: bo
     return (mean / length if unit and length > 0 else mean).astype(np.float32)
 
 
-def together(document: Document, chunks: Sequence[Chunk], found: Sequence[Result], *, unit: bool) -> Chunked:
-    """Combine the results of a document's chunks. found: result of each chunk. unit: see `pooled`."""
+def together(document: Document, chunks: Sequence[Chunk], results: Sequence[Result], *, unit: bool) -> Chunked:
+    """Combine the results of a document's chunks. results: one per chunk. unit: see `pooled`."""
     spans = np.array([(chunk.start, chunk.end) for chunk in chunks], np.int64)
-    output = pooled(np.stack([result.output for result in found]), spans[:, 1] - spans[:, 0], unit=unit)
-    tier = next((tier for tier in ("miss", "near") if any(result.tier == tier for result in found)), "exact")
-    similarities = [result.similarity for result in found if result.similarity is not None]
-    layers, sources = {result.layer for result in found}, {result.source for result in found}
+    output = pooled(np.stack([result.output for result in results]), spans[:, 1] - spans[:, 0], unit=unit)
+    tier = next((tier for tier in ("miss", "near") if any(result.tier == tier for result in results)), "exact")
+    similarities = [result.similarity for result in results if result.similarity is not None]
+    layers, sources = {result.layer for result in results}, {result.source for result in results}
     return Chunked(
         document.id,
         output,
@@ -203,9 +203,9 @@ def together(document: Document, chunks: Sequence[Chunk], found: Sequence[Result
         layers.pop() if len(layers) == 1 else None,
         sources.pop() if len(sources) == 1 else None,
         min(similarities) if tier != "miss" else None,
-        any(result.audited for result in found),
-        min((result.consensus for result in found if result.consensus is not None), default=None),
-        tuple(found),
+        any(result.audited for result in results),
+        min((result.consensus for result in results if result.consensus is not None), default=None),
+        tuple(results),
         spans,
     )
 
