@@ -1,7 +1,7 @@
-"""Audits of exact hits: models that differ from what filled the store without any trace in their description.
+"""Audits of exact hits: models whose results differ although nothing in their description does.
 
-A fault is put into a function of torch that the model calls, so that weights, settings, code and hooks of the model are
-the same and only its results are others. Expected results are always those of the model without a cache.
+A fault is patched into a torch function that the model calls: weights, settings, code and hooks of the model stay the
+same, and only its results change. Expected results are always those of the model without a cache.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def fault(name: str, strength: float) -> Iterator[None]:
 
 
 def drawn_fault(random: np.random.Generator, name: str) -> tuple[str, float]:
-    """Choose a fault for the model of this use case: all call these functions, except that GPT-2 has no linear layers."""
+    """Choose a fault for the model of this use case: all models call these functions, only GPT-2 has no linear layers."""
     functions = ("layer_norm", "scaled_dot_product_attention") if "gpt2" in name else FAULTS
     return str(random.choice(functions)), float(10 ** random.uniform(-3, -0.5))
 

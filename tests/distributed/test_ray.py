@@ -72,7 +72,7 @@ def keys_of(path: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def documents() -> list[dict[str, str]]:
-    """Documents with repeats in and between windows, by text and by tokens, and with lengths that make uneven batches."""
+    """Documents with repeats in and between windows, by text and by tokens, and of lengths that make uneven batches."""
     texts = [f"note {i}: " + "the parcel is late " * (i % 7) for i in range(240)]
     texts += texts[:60] + [f"{text}  " for text in texts[60:100]] + [texts[5]] * 3
     return [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)]
