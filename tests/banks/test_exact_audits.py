@@ -69,7 +69,7 @@ def fault(name: str, strength: float) -> Iterator[None]:
 
 
 def drawn_fault(random: np.random.Generator, name: str) -> tuple[str, float]:
-    """Choose a fault for the model of this use case: all models call these functions, only GPT-2 has no linear layers."""
+    """Choose a fault for the model of this use case: all models call these functions; GPT-2 has no linear layers."""
     functions = ("layer_norm", "scaled_dot_product_attention") if "gpt2" in name else FAULTS
     return str(random.choice(functions)), float(10 ** random.uniform(-3, -0.5))
 

@@ -112,9 +112,8 @@ def test_the_most_used_entries_are_counted_before_the_others(past: Path) -> None
     assert kept is not None
     assert kept.hits[-1] == 1
     assert (np.diff(kept.hits) >= 0).all()
-    assert (
-        np.diff(np.diff(kept.hits) / np.diff(kept.bytes)) <= 1e-9
-    ).all()  # the entries with most uses per byte come first
+    # the entries with most uses per byte come first
+    assert (np.diff(np.diff(kept.hits) / np.diff(kept.bytes)) <= 1e-9).all()
     assert kept.bytes_for(0.5) < 0.5 * kept.bytes[-1]
     # 400 rows of 1536 + 72 + 48 + 8 bytes
     assert kept.bytes[-1] == 400 * (1536 + 72 + 48 + 8)
