@@ -12,7 +12,7 @@ from llmcache.errors import CorpusError
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Document: an id and a text, which may be empty."""
+    """Input of a pipeline: an id and a text, which may be empty."""
 
     id: str
     text: str
