@@ -1,4 +1,4 @@
-"""Names of the array types that many modules share."""
+"""Shared type aliases of arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.floating]
-"""An array of any floating dtype."""
+"""Array of any floating-point dtype."""
 Floats32: TypeAlias = NDArray[np.float32]
-"""An array of float32."""
+"""Array of float32."""

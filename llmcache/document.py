@@ -1,4 +1,4 @@
-"""Documents: one record of a file, or what is wrong with it."""
+"""Documents, and the errors of records that are no documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcache.errors import CorpusError
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One input of the pipeline. An empty text is a document too."""
+    """Input of a pipeline: an id and a text, which may be empty."""
 
     id: str
     text: str
@@ -20,9 +20,9 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file to read. name begins the ids of documents that bring none; title is for messages."""
+    """File to read. path: None for standard input. name: prefix of generated ids. title: name in messages."""
 
-    path: Path | None  # None: standard input
+    path: Path | None
     name: str
     title: str
     format: str
@@ -30,7 +30,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Where text and id of a document are; unit: what a document is in plain text."""
+    """Names of the text field and the id field. unit: unit of a document in plain text, "line" or "paragraph"."""
 
     text: str
     id: str
@@ -38,27 +38,30 @@ class Fields:
 
 
 Found: TypeAlias = Document | CorpusError
-"""A bad record is given as its error, not raised: a generator that has raised cannot go on."""
+"""Document, or the error of a bad record. Errors are yielded, not raised, since a generator ends when it raises."""
 
 
 def document(file: File, fields: Fields, number: int, id: object, text: object) -> Found:
-    """The document, or what is wrong with it; an id that is None is made from the place."""
+    """Make a document from a record's id and text. number: line or row of the record; id: None to generate one.
+
+    Returns the error, instead of raising it, for a text or id of another type or that is not valid Unicode.
+    """
     if not isinstance(text, str):
         return bad(file, number, f"has {kind(text)} under {fields.text!r}, not a text")
     if not isinstance(id, str | int | None) or isinstance(id, bool):
         return bad(file, number, f"has {kind(id)} under {fields.id!r}, not a text or whole number (--id-field)")
-    made = Document(f"{file.name}:{number}" if id is None else str(id), text)
+    result = Document(f"{file.name}:{number}" if id is None else str(id), text)
     try:
-        _ = text.isascii() or text.encode(), made.id.encode()
+        _ = text.isascii() or text.encode(), result.id.encode()
     except UnicodeEncodeError:
         return bad(file, number, "is not Unicode text: bytes that are not UTF-8, or half of a surrogate pair")
-    return made
+    return result
 
 
-def missing(file: File, fields: Fields, number: int, found: Iterable[str]) -> CorpusError:
-    """found: the fields that are there."""
-    names = [repr(name[:40]) for name in found]
-    seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> CorpusError:
+    """Return the error of a record without the text field. names: fields that the record has."""
+    quoted = [repr(name[:40]) for name in names]
+    seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")
     return bad(
         file,
         number,
@@ -67,17 +70,18 @@ def missing(file: File, fields: Fields, number: int, found: Iterable[str]) -> Co
 
 
 def undecodable(file: File, number: int, error: UnicodeDecodeError) -> CorpusError:
+    """Return the error of a record that is not UTF-8."""
     byte = error.object[error.start]
     return bad(file, number, f"is not UTF-8 (byte 0x{byte:02x} at place {error.start}); convert it with iconv")
 
 
 def bad(file: File, number: int, what: str) -> CorpusError:
-    """number: of the line or row, 0 for the file as a whole."""
+    """Return the error of a bad record. number: its line or row, 0 for the whole file. what: end of the sentence."""
     place = f" {'row' if file.format == 'parquet' else 'line'} {number}" if number else ""
-    return CorpusError(f"{file.title}{place} {what}; or leave out what is bad with --skip-bad")
+    return CorpusError(f"{file.title}{place} {what}; correct it, or skip bad records with --skip-bad")
 
 
 def kind(value: object) -> str:
-    """What a value is, in words."""
+    """Describe the type of a value in words."""
     names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Every error a caller may want to catch; the tree is drawn in `llmcache.indexes.errors`."""
+"""Errors that a caller may want to catch; the class tree is in `llmcache.indexes.errors`."""
 
 from llmcache.indexes.errors import (
     Busy,

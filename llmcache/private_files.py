@@ -1,4 +1,4 @@
-"""Files beside a user's results: readable by that user alone, and opened without following links."""
+"""Private files beside a user's results: readable by that user only, opened without following links."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _MEANINGS = {
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o600, *, folder: int | None = None) -> int:
-    """Descriptor of a plain file of this user; CorpusError for a link, a device, a folder or another user's file.
+    """Open a regular file of this user. Returns a descriptor.
 
-    A file of the owner of its folder counts as one's own: he can replace any file there, and on some network file
-    systems all files have one owner. flags: of os.open, to which those are added that follow no link and wait for
-    nobody. folder: descriptor of the folder that `path` is a name in.
+    flags: flags of os.open; flags that refuse links and never block are added. folder: descriptor of the folder that
+    `path` is relative to.
+    CorpusError for a link, a device, a folder or another user's file. A file of the owner of its folder is accepted:
+    the owner can replace any file there, and on some network file systems all files have one owner.
     """
     try:
         descriptor = os.open(path, flags | _PLAIN, mode, dir_fd=folder)
@@ -49,7 +50,7 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o600, *, folder: int |
 
 
 def _owner(path: str | Path, folder: int | None) -> int:
-    """Number of the user that the folder of this path belongs to."""
+    """Return the user id of the owner of this path's folder."""
     return (os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder)).st_uid
 
 
@@ -58,10 +59,10 @@ def _refusal(path: str | Path, flaw: str) -> CorpusError:
 
 
 class PrivateFolder:
-    """A folder of mode 0700, held open by its descriptor, and the files in it, of mode 0600."""
+    """Folder of mode 0700 with files of mode 0600, accessed through an open descriptor of the folder."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder where there is none. CorpusError for a link, or a folder of another user."""
+        """Open the folder, or make it. CorpusError for a link, or a folder of another user."""
         self.path = path
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
@@ -80,12 +81,13 @@ class PrivateFolder:
                 os.fchmod(self._descriptor, 0o700)
 
     def close(self) -> None:
+        """Close the descriptor of the folder."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def open(self, name: str, flags: int) -> int:
-        """Descriptor of a file, see `open_plain`; its mode becomes 0600."""
+        """Open a file, and set its mode to 0600. Returns a descriptor, see `open_plain`."""
         try:
             descriptor = open_plain(name, flags, folder=self._descriptor)
         except CorpusError as error:
@@ -96,7 +98,7 @@ class PrivateFolder:
         return descriptor
 
     def has(self, name: str) -> bool:
-        """Return whether there is anything of this name, be it a link to nothing."""
+        """Return whether the folder has an entry of this name; a broken link counts."""
         try:
             os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -104,7 +106,7 @@ class PrivateFolder:
         return True
 
     def read(self, name: str, limit: int) -> bytes:
-        """A whole file; ValueError when it has more than `limit` bytes."""
+        """Read a whole file. ValueError when it has more than `limit` bytes."""
         with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
@@ -112,7 +114,7 @@ class PrivateFolder:
         return data
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file under a temporary name, and give it its own durably."""
+        """Write a file atomically and durably, by way of "<name>.partial"."""
         temporary = f"{name}.partial"
         self.remove(temporary)
         with os.fdopen(self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
@@ -123,12 +125,12 @@ class PrivateFolder:
         os.fsync(self._descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove a file or link; a folder of that name is an OSError."""
+        """Remove a file or link, if there is one. OSError when it is a folder."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor)
 
     def lock(self, name: str) -> IO[bytes] | None:
-        """The lock file, held until it is closed; None when another process holds it."""
+        """Lock a lock file. Returns the file, which has the lock until it is closed; None if another process has it."""
         file = os.fdopen(self.open(name, os.O_RDWR | os.O_CREAT), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,20 +143,20 @@ class PrivateFolder:
 
 
 def ordinary_mode() -> int:
-    """Mode that a new file of this process gets: 0666 without what the umask takes away."""
+    """Return the mode of new files of this process: 0666 minus the bits of the umask."""
     try:
         with open("/proc/self/status") as file:
             mask = next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
     except (OSError, StopIteration, ValueError):
-        mask = os.umask(0o077)  # another thread may make a file meanwhile: it is then too private for a moment
+        mask = os.umask(0o077)  # a file that another thread makes in between is private to this user
         os.umask(mask)
     return 0o666 & ~mask
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name that nobody can foresee, then give it its own; a link is replaced.
+    """Write a file atomically, by way of a temporary file with a random name; a link at `path` is replaced.
 
-    OSError when that is not possible; nothing is left behind then.
+    OSError when writing fails; the temporary file is then removed.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600)

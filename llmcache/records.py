@@ -1,4 +1,4 @@
-"""Read documents from texts, mappings, objects, frames, tables and data sets, as one stream."""
+"""Read documents from texts, mappings, objects, data frames, Arrow tables and data sets, as one stream."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmcache.document import Document, kind
 from llmcache.errors import ConfigError, CorpusError
 
 MOST_CHARACTERS = 10_000_000
-_ROWS = 1024  # of a frame or a data set, taken at a time
-_NOTHING = object()
+_ROWS = 1024  # rows taken from a frame or a data set at a time
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedRecord:
-    """A record that is no document. place: in the stream, from 0. id: its own, or the place where it has none."""
+    """Record that is no document. place: position in the stream, from 0. id: its id, or the position if it has none."""
 
     place: int
     id: str
@@ -32,7 +32,7 @@ Taken: TypeAlias = Document | RejectedRecord
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """Where text and id of a record are, and how many characters a document may have."""
+    """Names of the text field and the id field of a record. most: maximum number of characters of a text."""
 
     text: str = "text"
     id: str = "id"
@@ -40,53 +40,56 @@ class FieldSpec:
 
 
 def intake(documents: Any, wanted: FieldSpec | None = None) -> Iterator[Taken]:
-    """One Document, or what is wrong with it, per record, in order; nothing is read before it is asked for.
+    """Turn records into documents, lazily. Yields a Document or a RejectedRecord for each, in order.
 
     documents: any iterable of texts, `Document`s, mappings, or objects with the fields as attributes (dataclasses,
         named tuples); a frame of pandas or polars, an Arrow table or a stream of record batches, a
-        `datasets.Dataset`; or an iterable of frames. Frames and data sets are taken 1024 rows at a time, and only
-        the two columns. A record without an id gets its place in the stream.
+        `datasets.Dataset`; or an iterable of frames. Of frames and data sets only the two columns are read, 1024 rows
+        at a time. A record without an id gets its position in the stream as id.
     ConfigError for a single text, bytes, path or mapping, and for a lazy frame. CorpusError for a frame without the
-    column. What the iterable raises is raised.
+    text column. Exceptions of the iterable are passed on.
     """
     wanted = wanted or FieldSpec()
     check_many(documents, "documents", frames=True)
     return _stream(documents, wanted)
 
 
-def check_many(given: Any, what: str, *, frames: bool = False) -> None:
-    """ConfigError for one text, document, mapping or path where many are meant.
+def check_many(value: Any, what: str, *, frames: bool = False) -> None:
+    """Check that an argument is a collection. ConfigError for a single text, document, mapping or path.
 
-    what: their name in the message. frames: whether a frame or table is allowed.
+    what: name of the argument in the message. frames: True if a frame or table is allowed.
     """
-    if isinstance(given, os.PathLike):
+    if isinstance(value, os.PathLike):
         raise ConfigError(
-            f"{what} are many, got the path {os.fspath(given)!r}; read it with llmcache.pipeline.files.documents"
+            f"{what} must be a collection, got the path {os.fspath(value)!r}; "
+            "read it with llmcache.pipeline.files.documents"
         )
-    if isinstance(given, Mapping) and not isinstance(given.get("text", ""), str):
-        raise ConfigError(f"{what} are many, got a mapping of columns; give a frame, such as pandas.DataFrame(...)")
-    if isinstance(given, str | bytes | bytearray | Mapping | Document):
-        raise ConfigError(f"{what} are many, got one {type(given).__name__}; give a list of them: [...]")
-    if not frames and not isinstance(given, list | tuple) and is_table(given):
-        raise ConfigError(f"{what} are texts, got a {type(given).__name__}; give one of its columns, as a list")
+    if isinstance(value, Mapping) and not isinstance(value.get("text", ""), str):
+        raise ConfigError(
+            f"{what} must be a collection, got a mapping of columns; give a frame, such as pandas.DataFrame(...)"
+        )
+    if isinstance(value, str | bytes | bytearray | Mapping | Document):
+        raise ConfigError(f"{what} must be a collection, got one {type(value).__name__}; give a list: [...]")
+    if not frames and not isinstance(value, list | tuple) and is_table(value):
+        raise ConfigError(f"{what} must be texts, got a {type(value).__name__}; give one of its columns, as a list")
 
 
-def check_texts(given: Any, what: str) -> None:
-    """ConfigError unless this is a sequence of texts, none of them missing.
+def check_texts(value: Any, what: str) -> None:
+    """Check that an argument is a sequence of strings. ConfigError otherwise, also for None among them.
 
-    what: their name in the message.
+    what: name of the argument in the message.
     """
-    check_many(given, what)
-    if not isinstance(given, Sequence):
-        raise ConfigError(f"{what} are a list of texts, got a {type(given).__name__}; give a list: [...]")
-    for place, text in enumerate(given):
+    check_many(value, what)
+    if not isinstance(value, Sequence):
+        raise ConfigError(f"{what} must be a list of texts, got a {type(value).__name__}; give a list: [...]")
+    for place, text in enumerate(value):
         if not isinstance(text, str):
             raise ConfigError(f"{what} are texts, and number {place} is a {type(text).__name__}: {text!r:.60}")
 
 
-def is_table(given: Any) -> bool:
-    """Return whether something has several named columns: a frame of pandas or polars, an Arrow table, a data set."""
-    return hasattr(given, "column_names") or (hasattr(given, "columns") and hasattr(given, "shape"))
+def is_table(value: Any) -> bool:
+    """Return whether a value has named columns: a frame of pandas or polars, an Arrow table, a data set."""
+    return hasattr(value, "column_names") or (hasattr(value, "columns") and hasattr(value, "shape"))
 
 
 def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
@@ -94,13 +97,13 @@ def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
     columns = _columns(documents, wanted)
     if columns is not None:
         for place, (id, text) in enumerate(columns):
-            yield _made(place, id, text, wanted)
+            yield _document(place, id, text, wanted)
         return
     if not isinstance(documents, Iterable):
         raise ConfigError(f"documents are an iterable or a frame, got a {type(documents).__name__}")
     for record in documents:
         if isinstance(record, str):  # most are
-            yield _made(place, None, record, wanted)
+            yield _document(place, None, record, wanted)
             place += 1
             continue
         nested = None if isinstance(record, Mapping | Document | bytes) else _columns(record, wanted)
@@ -111,44 +114,46 @@ def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
 
 def _rows(start: int, columns: Iterator[tuple[Any, Any]], wanted: FieldSpec) -> Iterator[Taken]:
     for place, (id, text) in enumerate(columns, start):
-        yield _made(place, id, text, wanted)
+        yield _document(place, id, text, wanted)
 
 
 def _record(place: int, record: Any, wanted: FieldSpec) -> Taken:
     if isinstance(record, Document):
-        return _made(place, record.id, record.text, wanted)
+        return _document(place, record.id, record.text, wanted)
     if isinstance(record, Mapping):
         if wanted.text not in record:
             seen = ", ".join(repr(str(name)[:40]) for name in list(record)[:10])
             reason = f"has no field {wanted.text!r}, only {seen or 'none'}"
-            return RejectedRecord(place, _named(place, record.get(wanted.id)), reason)
-        return _made(place, record.get(wanted.id), record[wanted.text], wanted)
-    text = getattr(record, wanted.text, _NOTHING)
-    if text is _NOTHING or record is None:
+            return RejectedRecord(place, _id_or_place(place, record.get(wanted.id)), reason)
+        return _document(place, record.get(wanted.id), record[wanted.text], wanted)
+    text = getattr(record, wanted.text, _ABSENT)
+    if text is _ABSENT or record is None:
         return RejectedRecord(place, str(place), f"is {kind(record)}, neither a text nor a record with {wanted.text!r}")
-    return _made(place, getattr(record, wanted.id, None), text, wanted)
+    return _document(place, getattr(record, wanted.id, None), text, wanted)
 
 
-def _made(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
-    id, text = _plain(id), _plain(text)
-    if isinstance(id, float) and id.is_integer():  # how a frame writes whole numbers of which one is missing
+def _document(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
+    id, text = _python_value(id), _python_value(text)
+    if isinstance(id, float) and id.is_integer():  # a frame stores whole numbers as floats if one is missing
         id = int(id)
     if not isinstance(id, str | Integral | None) or isinstance(id, bool):
         return RejectedRecord(place, str(place), f"has {kind(id)} under {wanted.id!r}, not a text or whole number")
-    named = _named(place, id)
+    document_id = _id_or_place(place, id)
     if not isinstance(text, str):
-        return RejectedRecord(place, named, f"has {kind(text)} under {wanted.text!r}, not a text")
+        return RejectedRecord(place, document_id, f"has {kind(text)} under {wanted.text!r}, not a text")
     if len(text) > wanted.most:
-        return RejectedRecord(place, named, f"has {len(text):,} characters, more than max_characters={wanted.most:,}")
+        return RejectedRecord(
+            place, document_id, f"has {len(text):,} characters, more than max_characters={wanted.most:,}"
+        )
     try:
-        _ = text.isascii() or text.encode(), named.isascii() or named.encode()
+        _ = text.isascii() or text.encode(), document_id.isascii() or document_id.encode()
     except UnicodeEncodeError:
-        return RejectedRecord(place, ascii(named), "is not Unicode text: it has half of a surrogate pair")
-    return Document(named, text)
+        return RejectedRecord(place, ascii(document_id), "is not Unicode text: it has half of a surrogate pair")
+    return Document(document_id, text)
 
 
-def _plain(value: Any) -> Any:
-    """A scalar of numpy, Arrow, pandas or torch as a Python value; what stands for a missing value as None."""
+def _python_value(value: Any) -> Any:
+    """Convert a scalar of NumPy, Arrow, pandas or torch to a Python value; missing values to None."""
     if value is None or type(value) in (str, int):  # most are
         return value
     if type(value).__name__ in ("NAType", "NaTType"):
@@ -162,46 +167,46 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _named(place: int, id: Any) -> str:
-    id = _plain(id)
+def _id_or_place(place: int, id: Any) -> str:
+    id = _python_value(id)
     return str(place) if id is None else str(id)
 
 
 # -- columns ----------------------------------------------------------------------------------------------
 
 
-def _columns(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
-    """Pairs of id and text out of a frame, a table or a data set; None when it is none of them."""
-    if type(given).__module__.partition(".")[0] == "datasets" and hasattr(given, "column_names"):
-        return _of_data_set(given, wanted)
-    if type(given).__name__ == "RecordBatch":
+def _columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
+    """Read pairs (id, text) from a frame, a table or a data set. Returns None for any other value."""
+    if type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "column_names"):
+        return _data_set_columns(source, wanted)
+    if type(source).__name__ == "RecordBatch":
         import pyarrow as pa
 
-        return _of_frame(pa.Table.from_batches([given]), wanted)
-    if not hasattr(given, "__arrow_c_stream__") and not hasattr(given, "collect_schema"):
+        return _frame_columns(pa.Table.from_batches([source]), wanted)
+    if not hasattr(source, "__arrow_c_stream__") and not hasattr(source, "collect_schema"):
         return None
-    return _of_frame(given, wanted)
+    return _frame_columns(source, wanted)
 
 
-def _of_frame(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
+def _frame_columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]] | None:
     import narwhals as nw
 
-    frame: Any = nw.from_native(given, pass_through=True)
+    frame: Any = nw.from_native(source, pass_through=True)
     if isinstance(frame, nw.LazyFrame):
-        raise ConfigError(f"a {type(given).__name__} is lazy; give what its collect() gives, or its batches")
+        raise ConfigError(f"a {type(source).__name__} is lazy; give the result of its collect(), or its batches")
     if isinstance(frame, nw.DataFrame):
-        _check(frame.columns, wanted)
-        return _of_slices(frame, wanted)
-    if hasattr(given, "read_next_batch"):  # a stream of batches that never fit in memory
+        _check_columns(frame.columns, wanted)
+        return _sliced_columns(frame, wanted)
+    if hasattr(source, "read_next_batch"):  # a stream of batches that may not fit in memory together
         import pyarrow as pa
 
-        _check(given.schema.names, wanted)
-        tables = (pa.Table.from_batches([batch]) for batch in given)
-        return (pair for table in tables for pair in _of_slices(nw.from_native(table), wanted))
-    return None  # a series, or something that only looks like a frame: iterated
+        _check_columns(source.schema.names, wanted)
+        tables = (pa.Table.from_batches([batch]) for batch in source)
+        return (pair for table in tables for pair in _sliced_columns(nw.from_native(table), wanted))
+    return None  # a series, or an object that only resembles a frame: the caller iterates over it
 
 
-def _of_slices(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
+def _sliced_columns(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
     has_id = wanted.id in frame.columns
     for start in range(0, len(frame), _ROWS):
         part = frame[start : start + _ROWS]
@@ -209,20 +214,21 @@ def _of_slices(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
         yield from zip(part[wanted.id].to_list() if has_id else [None] * len(texts), texts, strict=True)
 
 
-def _of_data_set(given: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
-    if hasattr(given, "with_format"):  # one that gives tensors or tables would lose texts, or give columns as one value
-        given = given.with_format(None)
-    if given.column_names is not None:
-        _check(given.column_names, wanted)
-        given = given.select_columns([name for name in {wanted.id, wanted.text} if name in given.column_names])
-    for batch in given.iter(_ROWS):
-        _check(list(batch), wanted)
+def _data_set_columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
+    if hasattr(source, "with_format"):  # a format of tensors or tables would lose texts, or give columns as one value
+        source = source.with_format(None)
+    if source.column_names is not None:
+        _check_columns(source.column_names, wanted)
+        source = source.select_columns([name for name in {wanted.id, wanted.text} if name in source.column_names])
+    for batch in source.iter(_ROWS):
+        _check_columns(list(batch), wanted)
         texts = batch[wanted.text]
         yield from zip(batch.get(wanted.id, [None] * len(texts)), texts, strict=True)
 
 
-def _check(names: Iterable[str], wanted: FieldSpec) -> None:
-    found = list(names)
-    if wanted.text not in found:
-        seen = ", ".join(repr(str(name)[:40]) for name in found[:10]) or "none"
+def _check_columns(names: Iterable[str], wanted: FieldSpec) -> None:
+    """CorpusError unless the text column is among the names."""
+    columns = list(names)
+    if wanted.text not in columns:
+        seen = ", ".join(repr(str(name)[:40]) for name in columns[:10]) or "none"
         raise CorpusError(f"there is no column {wanted.text!r}, only {seen}; name the right one with text_field")

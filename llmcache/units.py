@@ -1,4 +1,4 @@
-"""Numbers as a person reads them on a page."""
+"""Format numbers, durations, sizes and amounts of money for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def count(number: float) -> str:
-    """1234567 is 1.23 million; what is below ten thousand is said whole."""
+    """Format a count: 1234567 as "1.23 million"; below a million all digits, "12,345"."""
     for size, word in ((1e9, "billion"), (1e6, "million")):
         if abs(number) >= size:
             return f"{number / size:.3g} {word}"
@@ -14,7 +14,7 @@ def count(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """1500000 is 1.5 M: on an axis."""
+    """Format a number for the axis of a chart: 1500000 as "1.5 M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             return f"{number / (1000 if letter == 'k' else size):g} {letter}"
@@ -22,14 +22,14 @@ def short(number: float) -> str:
 
 
 def share(part: float) -> str:
-    """0.805 is 80.5 %; small shares keep two digits."""
+    """Format a share as per cent: 0.805 as "80.5 %"; shares below 1 % with two significant digits."""
     if part != 0 and abs(part) < 0.01:
         return f"{100 * part:.2g} %"
     return f"{100 * part:.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """15120 is 4 h 12 min."""
+    """Format seconds: 15120 as "4 h 12 min"."""
     sign, seconds = ("-" if seconds < 0 else ""), abs(seconds)
     if seconds < 1:
         return f"{sign}{1000 * seconds:.0f} ms"
@@ -46,7 +46,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in powers of 1,000."""
+    """Format a number of bytes, in powers of 1,000: 1500000 as "1.5 MB"."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
@@ -55,7 +55,7 @@ def size(count: float) -> str:
 
 
 def money(amount: float, currency: str) -> str:
-    """12.5 is $12.50; what is less than a hundredth keeps two digits."""
+    """Format an amount of money: 12.5 as "$12.50"; amounts below 0.01 with two significant digits."""
     sign, amount = ("-" if amount < 0 else ""), abs(amount)
     if 0 < amount < 0.01:
         return f"{sign}{currency}{amount:.{1 - math.floor(math.log10(amount))}f}"

@@ -1,8 +1,8 @@
-"""Compare stored outputs with recomputed ones, within the rounding noise that another batch shape causes.
+"""Compare stored outputs with recomputed ones, up to the rounding noise that another batch shape causes.
 
-A row that shares its batch with other rows, or was computed by another processor, is summed in another order, so its
-numbers move in the last digits. How far is measured on the rows at hand, in batches of several shapes and by other
-kernels, and only where a first recomputation does not agree within a few units of rounding anyway.
+Another batch shape or another processor changes the order of summation, which changes the last digits of a row. This
+noise is measured on the compared rows, in batches of several shapes and with other kernels, but only if a first
+recomputation differs by more than a few units of rounding.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Arrays: TypeAlias = Sequence[NDArray[np.float32]]
-"""One array per entry: [width], or [tokens, width]."""
+from llmcache.arrays import Floats32
+
+Arrays: TypeAlias = Sequence[Floats32]
+"""One float32 array per entry: [width], or [tokens, width]."""
 Recomputations: TypeAlias = Iterator[Arrays]
-"""The same entries, computed again in batches of one shape after another; each is made when it is asked for."""
+"""Recomputed entries, one item per batch shape; computed lazily."""
 
 _SLACK = 8.0
-"""Times the measured difference between batches and kernels that still counts as rounding. all-MiniLM-L6-v2 on a CPU,
-entries of batches of 32 against four of them computed again: at most 1.3 times, in float32, float16 and bfloat16. The
-rest is room for entries from another processor."""
+"""Multiple of the measured difference between batches and kernels that still counts as rounding. Measured with
+all-MiniLM-L6-v2 on a CPU, entries of batches of 32 against four of them recomputed: at most 1.3 times, in float32,
+float16 and bfloat16. The rest allows for entries from another processor."""
 _UNITS = {"single": 64.0, "half": 4.0}
-"""Machine epsilons, relative to the largest number of a vector, that count as rounding without a measurement; for
-float32, and for what is coarser. Re-batching alone makes up to 11 in float32 and 1.8 in float16 and bfloat16."""
+"""Machine epsilons, relative to the largest number of a vector, that count as rounding without a measurement: for
+float32 ("single") and for coarser dtypes ("half"). Another batch shape alone causes up to 11 in float32 and 1.8 in
+float16 and bfloat16."""
 _TINY = float(np.finfo(np.float32).tiny)
 _STORED_EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Largest relative rounding error of a stored number."""
@@ -38,11 +41,11 @@ _STORED_EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The result of one comparison, of the entry that agrees least.
+    """Result of a comparison, for the entry that differs most.
 
-    entry: its place. difference, allowed: relative to the largest number of the vector; infinite where one is not
-    finite and the other is. absolute: largest absolute difference. agrees: whether all entries do. reason: what else
-    differs, "" where it is the numbers.
+    entry: its index. difference, allowed: relative to the largest number of the vector; the difference is infinite
+    where one value is finite and the other is not. absolute: largest absolute difference. agrees: True if all entries
+    agree. reason: text for a mismatch other than the numbers, else "".
     """
 
     entry: int
@@ -57,14 +60,15 @@ class Agreement:
 
 
 def machine_epsilon(module: Module, device: torch.device) -> float:
-    """Relative spacing of the coarsest numbers that a module computes with on this device, at least that of float32.
+    """Return the machine epsilon of the coarsest arithmetic that a module uses on this device; at least float32's.
 
-    Counted are floating-point parameters of 16 bits or more, autocast, and reduced precision of float32 products
+    Considers floating-point parameters of 16 bits or more, autocast, and reduced precision of float32 products
     (`torch.set_float32_matmul_precision`).
     """
     epsilons = [torch.finfo(torch.float32).eps]
-    dtypes = {one.dtype for one in module.parameters() if one.is_floating_point() and one.element_size() > 1}
-    epsilons += [torch.finfo(one).eps for one in dtypes]
+    floating = [weight for weight in module.parameters() if weight.is_floating_point()]
+    dtypes = {weight.dtype for weight in floating if weight.element_size() > 1}
+    epsilons += [torch.finfo(dtype).eps for dtype in dtypes]
     if torch.is_autocast_enabled(device.type):
         epsilons.append(torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     precision = torch.get_float32_matmul_precision()
@@ -86,25 +90,28 @@ def compared(
     dtype: str,
     groups: Sequence[int] | None = None,
 ) -> Agreement:
-    """Compare stored entries with the same entries computed again.
+    """Compare stored entries with recomputed ones.
 
-    stored: float32 [width] or [tokens, width] each. recomputations: only the first is asked for where it agrees within
-    a few units of rounding; else all of them are, to measure what the shape of a batch changes, and the closest counts.
-    epsilon: see `machine_epsilon`. dtype: of the store ("float32", "float16", "bfloat16" or "int8"), whose rounding is
-    allowed for. groups: widths of the parts of a vector that have scales of their own (keys, values, states of single
-    layers); None for one part. NaN agrees with NaN.
+    stored: float32 [width] or [tokens, width] each.
+    recomputations: only the first is computed if it agrees within a few units of rounding. Otherwise all are computed,
+        to measure the noise between batch shapes, and each entry is compared with its closest recomputation.
+    epsilon: see `machine_epsilon`.
+    dtype: dtype of the store ("float32", "float16", "bfloat16" or "int8"), whose rounding error is subtracted.
+    groups: widths of the parts of a vector that have a scale of their own (keys, values, states of single layers);
+        None for one part.
+    Returns the Agreement of the entry that differs most. NaN agrees with NaN.
     """
     kind = "single" if epsilon <= torch.finfo(torch.float32).eps else "half"
     allowed = np.full(len(stored), _UNITS[kind] * epsilon)
     first = next(recomputations)
-    scales = [_scales(one, groups) for one in first]
+    scales = [_scales(array, groups) for array in first]
     relative = _differences(stored, first, scales, dtype)
-    absolute = [float(np.abs(one - other).max(initial=0.0)) for one, other in zip(stored, first, strict=True)]
+    absolute = [float(np.abs(a - b).max(initial=0.0)) for a, b in zip(stored, first, strict=True)]
     if not (relative <= allowed).all():
         runs = [first, *recomputations]
         distances = np.stack([_differences(stored, run, scales, dtype) for run in runs])
         noise = max(
-            (float(_finite(_differences(one, other, scales, "float32")).max()) for one, other in combinations(runs, 2)),
+            (float(_finite_or_zero(_differences(a, b, scales, "float32")).max()) for a, b in combinations(runs, 2)),
             default=0.0,
         )
         relative, allowed = distances.min(axis=0), np.maximum(allowed, _SLACK * noise)
@@ -112,8 +119,8 @@ def compared(
     return Agreement(worst, float(relative[worst]), float(allowed[worst]), float(np.nan_to_num(absolute[worst])))
 
 
-def _scales(array: NDArray[np.float32], groups: Sequence[int] | None) -> NDArray[np.float32]:
-    """Largest absolute number of each vector, or of each of its groups, as an array that divides it."""
+def _scales(array: Floats32, groups: Sequence[int] | None) -> Floats32:
+    """Return the largest absolute number of each vector, or of each group, in a shape that divides the array."""
     magnitudes = np.abs(np.nan_to_num(array, nan=0.0, posinf=0.0, neginf=0.0))
     if groups is None:
         scales = magnitudes.max(axis=-1, keepdims=True, initial=0.0)
@@ -123,23 +130,23 @@ def _scales(array: NDArray[np.float32], groups: Sequence[int] | None) -> NDArray
     return np.asarray(np.maximum(scales, _TINY), np.float32)
 
 
-def _differences(one: Arrays, other: Arrays, scales: Arrays, dtype: str) -> NDArray[np.float64]:
-    """Largest relative difference of each entry beyond the rounding of the stored dtype, float64 [entries]."""
-    return np.array([_difference(*arrays, dtype) for arrays in zip(one, other, scales, strict=True)], np.float64)
+def _differences(stored: Arrays, computed: Arrays, scales: Arrays, dtype: str) -> NDArray[np.float64]:
+    """Return each entry's largest relative difference beyond the rounding of the stored dtype, float64 [entries]."""
+    return np.array([_difference(*arrays, dtype) for arrays in zip(stored, computed, scales, strict=True)], np.float64)
 
 
-def _difference(one: NDArray[np.float32], other: NDArray[np.float32], scale: NDArray[np.float32], dtype: str) -> float:
-    if one.shape != other.shape:
+def _difference(stored: Floats32, computed: Floats32, scale: Floats32, dtype: str) -> float:
+    if stored.shape != computed.shape:
         return np.inf
     with np.errstate(invalid="ignore"):
-        far = np.abs(one - other)
-    far[(one == other) | (np.isnan(one) & np.isnan(other))] = 0  # equal infinities differ by NaN
-    far[np.isnan(far)] = np.inf
-    return float((np.maximum(far - _rounding(one, dtype), 0) / scale).max(initial=0.0))
+        distance = np.abs(stored - computed)
+    distance[(stored == computed) | (np.isnan(stored) & np.isnan(computed))] = 0  # equal infinities differ by NaN
+    distance[np.isnan(distance)] = np.inf
+    return float((np.maximum(distance - _rounding(stored, dtype), 0) / scale).max(initial=0.0))
 
 
-def _rounding(stored: NDArray[np.float32], dtype: str) -> NDArray[np.float32] | float:
-    """Largest rounding error of the stored dtype for each number."""
+def _rounding(stored: Floats32, dtype: str) -> Floats32 | float:
+    """Return the largest rounding error of the stored dtype, for each number or for all."""
     if dtype == "int8":  # half a step, and the largest number is 127 steps
         return float(np.abs(np.nan_to_num(stored)).max(initial=0.0)) / 254 * 1.001
     if dtype in _STORED_EPSILON:
@@ -149,15 +156,16 @@ def _rounding(stored: NDArray[np.float32], dtype: str) -> NDArray[np.float32] | 
     return 0.0
 
 
-def _finite(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+def _finite_or_zero(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(numbers), numbers, 0.0)
 
 
 def shapes(count: int, companions: int, run: Callable[[Sequence[int], int], Arrays]) -> Recomputations:
-    """Recompute the first `count` of some rows in batches of several shapes, and by other kernels.
+    """Recompute rows 0 to `count` - 1 in batches of several shapes, and with other kernels.
 
-    companions: rows behind them that only share their batch. run: `run(places, size)` gives what these rows are, in
-    batches of so many; places may repeat.
+    companions: number of rows after these that only fill up a batch.
+    run: `run(places, size)` recomputes the rows at these places in batches of `size`; places may repeat.
+    Yields the recomputed rows, once per shape.
     """
     audited = list(range(count))
     yield run(audited, count)
@@ -173,8 +181,11 @@ def shapes(count: int, companions: int, run: Callable[[Sequence[int], int], Arra
 
 @contextmanager
 def other_kernels() -> Iterator[None]:
-    """Inside, products and attention are computed by other kernels where there are some: as on another processor."""
-    onednn: Any = torch.backends.mkldnn  # its own context manager sets more, and warns of that
+    """Use other kernels for matrix products and attention inside the block, to imitate another processor.
+
+    On a CPU oneDNN is off; attention uses the plain "math" implementation.
+    """
+    onednn: Any = torch.backends.mkldnn  # its own context manager changes more settings, with a warning
     before = onednn.enabled
     onednn.enabled = False
     try:

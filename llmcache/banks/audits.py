@@ -1,9 +1,9 @@
-"""Audits of exact hits: stored results are compared with what the model gives now.
+"""Audits of exact hits: compare stored results with freshly computed ones.
 
-An identity describes a model, and no description of a Python object is complete: a hook, a global setting or code that
-was changed in place can give other results under the same identity. So before an opening serves its first hits of a
-bank, it recomputes a few of them, and later a small random share. A difference that re-batching does not explain ends
-reuse for this opening.
+A model's identity cannot describe a Python object completely: a hook, a global setting or code changed in place can
+give other results under the same identity. Therefore an opening recomputes the first few hits of every bank before it
+serves them, and later a small random share. A difference that another batch shape does not explain ends reuse for the
+opening.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ from llmcache.banks.counters import Counters
 from llmcache.config import CacheConfig
 from llmcache.errors import ModelMismatch
 from llmcache.indexes.bank import Bank
-from llmcache.indexes.format.rows import Keys
+from llmcache.indexes.format.rows import Keys, Rows
 
 log = logging.getLogger("llmcache")
 
-Rows = NDArray[np.int64]
 Result = TypeVar("Result")
 Put = TypeVar("Put")
 
-_OF_CALLS = 0.02
-"""Random audits take at most this share of the seconds that calls took: hits are answered so quickly that one audit in
-2,000 of them would take longer than all of them."""
+_SHARE_OF_CALLS = 0.02
+"""Largest share of the calls' seconds that random audits take. Hits are so fast that recomputing one in 2,000 would
+take longer than answering all of them."""
 
 
 class ExactAudits:
-    """The audits of one opening: which hits are recomputed, what that took, and whether a difference was found.
+    """Audits of one opening: choice of the hits to recompute, time spent on them, and the mismatch, if one was found.
 
-    Shared by all that one cache answers from: embeddings, heads, layers and beginnings of prompts.
+    One object is shared by all banks of a cache: embeddings, heads, layers and prefixes of prompts.
     """
 
     def __init__(self, config: CacheConfig, counters: Counters, seed: int | None = None) -> None:
-        """seed: of the random choice of hits; None takes one from the system."""
+        """seed: seed of the random choice of hits; None draws one from the operating system."""
         self._config, self._counters = config, counters
         self._random = np.random.default_rng(seed)
         self._evidence: WeakKeyDictionary[Module, dict[tuple[str, bytes], Evidence]] = WeakKeyDictionary()
@@ -52,39 +51,39 @@ class ExactAudits:
         self._warned = False
         self._saved_seconds = 0.0
         self.recomputing = False
-        """True if an audit is under way: an attached model then computes everything itself."""
+        """True during an audit: an attached model then computes without the cache."""
         self.epoch = 0
-        """How often `renew` was called."""
+        """Number of calls of `renew`."""
         self.mismatch = ""
-        """What was found to differ; "" as long as nothing was."""
+        """Description of the mismatch; "" if none was found."""
 
     def renew(self) -> None:
-        """Count no entry as verified any more: the first hits of every bank are audited again.
+        """Mark all entries as not verified, so that the first hits of every bank are audited again.
 
-        For a model that has changed, also where its identity takes note of that.
+        Called when the model has changed, even if its identity changed with it.
         """
         self.epoch += 1
 
     def discard_with(self, discard: Callable[[], object]) -> None:
-        """Call this function, which drops what was put and not committed, when a difference is found."""
+        """Register the function to call on a mismatch; it drops uncommitted entries."""
         self._discard = discard
 
     def evidence(self, bank: Bank, name: str, model: Module, digest: bytes) -> Evidence:
-        """Evidence for a bank, a model object and an identity; created once and then returned again.
+        """Return the Evidence for a bank, a model object and an identity; created at first use.
 
-        name: of the bank, for messages.
+        name: name of the bank, for messages. digest: digest of the identity.
         """
-        known = self._evidence.setdefault(model, {})
-        if (name, digest) not in known or known[name, digest].bank is not bank:
-            known[name, digest] = Evidence(self, bank, name, self._config.exact_audits)
-        return known[name, digest]
+        of_model = self._evidence.setdefault(model, {})
+        if (name, digest) not in of_model or of_model[name, digest].bank is not bank:
+            of_model[name, digest] = Evidence(self, bank, name, self._config.exact_audits)
+        return of_model[name, digest]
 
     # -- after a difference ---------------------------------------------------------------------------------
 
     def refusal(self) -> str | None:
-        """Reason why the cache is bypassed after a mismatch; None if no mismatch was found.
+        """Return the reason to bypass the cache after a mismatch; None if no mismatch was found.
 
-        ModelMismatch where a difference was found and the settings ask for an error.
+        ModelMismatch when there was one and the settings ask for an error.
         """
         if not self.mismatch:
             return None
@@ -93,12 +92,12 @@ class ExactAudits:
         return "an audit has found stored results that are not this model's"
 
     def require(self) -> None:
-        """ModelMismatch where a difference was found: for what cannot do without the store."""
+        """Raise ModelMismatch if a mismatch was found; for operations that need the store."""
         if self.mismatch:
             raise ModelMismatch(self.mismatch)
 
     def answered(self, cached: Callable[[], Result], uncached: Callable[[], Result]) -> Result:
-        """The result of `cached`; of `uncached` where an audit finds a difference and the settings ask for that."""
+        """Return `cached()`, or `uncached()` if an audit finds a mismatch and the settings ask to bypass the cache."""
         if self.refusal() is not None:
             return uncached()
         try:
@@ -109,9 +108,9 @@ class ExactAudits:
             return uncached()
 
     def conclude(self, evidence: Evidence, rows: Rows, agreement: Agreement) -> None:
-        """Take note of a comparison of these rows. ModelMismatch when they do not agree.
+        """Record the comparison of these rows. ModelMismatch when they do not agree.
 
-        Nothing more is served or stored from then on, and what waits to be committed is dropped.
+        After a mismatch nothing more is served or stored, and uncommitted entries are dropped.
         """
         counters = self._counters
         counters.exact_audits += len(rows)
@@ -120,7 +119,7 @@ class ExactAudits:
             evidence.agreed(rows)
             return
         counters.exact_mismatches += 1
-        self.mismatch = _described(evidence, int(rows[agreement.entry]), agreement)
+        self.mismatch = _describe_mismatch(evidence, int(rows[agreement.entry]), agreement)
         self._discard()
         if self._config.on_mismatch == "bypass" and not self._warned:
             self._warned = True
@@ -131,7 +130,7 @@ class ExactAudits:
 
     @contextmanager
     def recompute(self) -> Iterator[None]:
-        """Inside, the model computes without any cache, and the seconds are counted as those of audits."""
+        """Make the model compute without the cache inside the block, and count the seconds as audit time."""
         began, outer = time.perf_counter(), self.recomputing
         self.recomputing = True
         try:
@@ -141,13 +140,13 @@ class ExactAudits:
             self._counters.exact_audit_seconds += time.perf_counter() - began
 
     def saved(self, seconds: float) -> None:
-        """Take note of seconds of the model that hits saved and no counter has."""
+        """Record model seconds that hits saved and that no counter includes."""
         self._saved_seconds += seconds
 
     def drawn(self, count: int, cost: Callable[[Rows], float], elapsed: float = 0.0) -> Rows:
-        """Draw random hits to audit; int64, indices in [0, count).
+        """Draw random hits to audit, as many as the time budget allows. Returns ascending indices in [0, count), int64.
 
-        cost: seconds the model takes for hits at these places. elapsed: seconds of the call that is under way.
+        cost: returns the model's seconds for hits at these indices. elapsed: seconds of the current call so far.
         """
         share = self._config.exact_audit_share
         number = int(self._random.binomial(count, share)) if share else 0
@@ -164,59 +163,59 @@ class ExactAudits:
         spent += sum(layer.load_seconds + layer.look_up_seconds for layer in layers)
         spent += counters.prefix.lookup_seconds + counters.prefix.model_seconds
         saved += cost(np.arange(count))
-        room = min(self._config.exact_audit_time * saved, _OF_CALLS * (spent + elapsed))
-        affordable = int((room - counters.exact_audit_seconds) / max(each, 1e-9))
+        budget = min(self._config.exact_audit_time * saved, _SHARE_OF_CALLS * (spent + elapsed))
+        affordable = int((budget - counters.exact_audit_seconds) / max(each, 1e-9))
         return chosen[: max(0, affordable)]
 
 
 class Evidence:
     """Rows of one bank that this opening has verified with one model object.
 
-    The first few hits of entries that this model object has not computed itself in this opening are audited, after
-    that a random share of all. When rows get other numbers, or after `ExactAudits.renew`, it begins again.
+    The first few hits on entries that this model object has not computed in this opening are audited, then a random
+    share of all hits. The verified rows are forgotten when rows are renumbered, and after `ExactAudits.renew`.
     """
 
     def __init__(self, audits: ExactAudits, bank: Bank, name: str, first: int) -> None:
-        """first: how many hits are audited before others are believed."""
+        """first: number of hits to audit before other hits are served without an audit."""
         self.bank, self.name = bank, name
         self._audits, self._first = audits, first
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._open = self._first
-        self._epoch, self._moves = self._audits.epoch, self.bank.renumberings
-        self._verified = np.zeros(0, np.bool_)  # by row, as long as anything depends on it
+        self._epoch, self._renumberings = self._audits.epoch, self.bank.renumberings
+        self._verified = np.zeros(0, np.bool_)  # by row number; not updated any more once `_open` is 0
         self._sampled: set[bytes] = set()
 
     @property
     def open(self) -> int:
         """Number of hits to audit before other hits are served without an audit."""
-        if self._epoch != self._audits.epoch or self._moves != self.bank.renumberings:
-            self._begin()
+        if self._epoch != self._audits.epoch or self._renumberings != self.bank.renumberings:
+            self._reset()
         return self._open
 
     def computed(self, keys: Keys) -> None:
-        """Count the entries of these keys as verified: the model object has just computed them. uint64 [n, 2]."""
+        """Mark the entries of these keys as verified: the model object has just computed them. keys: uint64 [n, 2]."""
         if self.open:
             rows = self.bank.find(keys)
             self._mark(rows[rows >= 0])
 
     def agreed(self, rows: Rows) -> None:
-        """Count these rows as verified by an audit."""
+        """Mark these rows as verified by an audit."""
         if self.open:
             self._open = max(0, self._open - len(rows))
             self._mark(rows)
 
     def verified(self, rows: Rows) -> NDArray[np.bool_]:
-        """Mask of the rows that were computed or audited with the model object; bool [n]."""
-        known = rows < len(self._verified)
-        known[known] = self._verified[rows[known]]
-        return known
+        """Return a mask of the rows that were computed or audited with the model object; bool [n]."""
+        mask = rows < len(self._verified)
+        mask[mask] = self._verified[rows[mask]]
+        return mask
 
     def chosen(self, rows: Rows, sizes: Callable[[], NDArray[np.int64]], elapsed: float = 0.0) -> Rows:
-        """Choose the hits to audit; int64, indices into `rows`.
+        """Choose the hits to audit. Returns indices into `rows`, int64.
 
-        sizes: gives the length of each hit, int64 [n]. elapsed: seconds of the call that is under way.
+        sizes: returns the length of each hit, int64 [n]. elapsed: seconds of the current call so far.
         """
         if not len(rows):
             return rows
@@ -225,7 +224,10 @@ class Evidence:
         return self._audits.drawn(len(rows), lambda places: self.bank.cost(rows[places]), elapsed)
 
     def chosen_among(self, groups: Sequence[Rows], sizes: Sequence[int]) -> list[int]:
-        """Choose hits to audit that consist of several rows each. groups: rows of each hit. sizes: their lengths."""
+        """Choose the hits to audit where each hit has several rows. Returns indices into `groups`.
+
+        groups: rows of each hit. sizes: length of each hit.
+        """
         if self.open:
             unverified = np.array([not self.verified(group).all() for group in groups], np.bool_)
             return self.spread(unverified, lambda: np.array(sizes, np.int64)).tolist()  # type: ignore[no-any-return]
@@ -236,7 +238,7 @@ class Evidence:
         return self._audits.drawn(len(groups), cost).tolist()  # type: ignore[no-any-return]
 
     def spread(self, unverified: NDArray[np.bool_], sizes: Callable[[], NDArray[np.int64]]) -> Rows:
-        """Places of the first hits to be audited: evenly spread over the lengths, shortest and longest among them."""
+        """Choose the first hits to audit, evenly from the longest to the shortest. Returns indices, int64."""
         places = np.flatnonzero(unverified)
         if not len(places) or not self.open:
             return places[:0]
@@ -245,7 +247,7 @@ class Evidence:
         return np.sort(order[ranks])
 
     def sample(self, kind: bytes) -> Rows:
-        """Some of the bank's rows that are not verified, once for each kind of call; int64, none when enough are."""
+        """Choose rows to audit, once per kind of call. Returns up to 64 unverified rows, int64; none if enough are."""
         if not self.open or kind in self._sampled:
             return np.zeros(0, np.int64)
         self._sampled.add(kind)
@@ -254,28 +256,28 @@ class Evidence:
         return rows[np.unique(np.linspace(0, len(rows) - 1, min(64, len(rows))).astype(np.int64))]
 
     def recompute(self) -> AbstractContextManager[None]:
-        """The context in which entries are computed again, see `ExactAudits.recompute`."""
+        """Return the context in which entries are recomputed, see `ExactAudits.recompute`."""
         return self._audits.recompute()
 
     def conclude(self, rows: Rows, agreement: Agreement, beside: Rows | None = None) -> None:
-        """Take note of a comparison of these rows, see `ExactAudits.conclude`. beside: rows that it covered too."""
+        """Record the comparison of these rows, see `ExactAudits.conclude`. beside: further rows that it covers."""
         self._audits.conclude(self, rows, agreement)
         if beside is not None and self._open:
             self._mark(beside)
 
     def saved(self, rows: Rows) -> None:
-        """Take note of hits on these rows, whose saved seconds no counter has."""
+        """Record hits on these rows, whose saved seconds no counter includes."""
         self._audits.saved(self.bank.cost(rows))
 
     def verifying(self, put: Callable[..., Put]) -> Callable[..., Put]:
-        """Wrap `put(bank, keys, ...)` so that the entries it stores count as verified."""
+        """Wrap `put(bank, keys, ...)` so that the entries it stores are marked as verified."""
 
-        def put_and_note(bank: Bank, keys: Keys, *values: Any, **entry: Any) -> Put:
+        def put_and_mark(bank: Bank, keys: Keys, *values: Any, **entry: Any) -> Put:
             result = put(bank, keys, *values, **entry)
             self.computed(keys)
             return result
 
-        return put_and_note
+        return put_and_mark
 
     def _mark(self, rows: Rows) -> None:
         if len(rows) and rows.max() >= len(self._verified):
@@ -286,19 +288,19 @@ class Evidence:
 
 
 def _nothing() -> None:
-    """Nothing waits to be committed."""
+    """Do nothing: there are no uncommitted entries."""
 
 
-def _described(evidence: Evidence, row: int, agreement: Agreement) -> str:
+def _describe_mismatch(evidence: Evidence, row: int, agreement: Agreement) -> str:
     source = evidence.bank.source(row)
     document = f" (document {source!r:.60})" if source else ""
-    how = agreement.reason or (
-        f"they differ by {agreement.difference:.2g} of the largest number, where other batches explain "
+    difference = agreement.reason or (
+        f"they differ by {agreement.difference:.2g} of the largest number, and other batch shapes explain "
         f"{agreement.allowed:.2g}"
     )
     return (
-        f"entry {evidence.bank.key(row)}{document} of the bank {evidence.name} is not what this model gives: {how}. "
-        "Either the model is not the one that filled the store, although it looks alike (a hook, a setting, code "
-        "changed in place), or the entry was stored by such a model. Nothing more is reused or stored in this opening: "
+        f"entry {evidence.bank.key(row)}{document} of the bank {evidence.name} is not what this model gives: "
+        f"{difference}. Either this model or the one that stored the entry differs from its identity (a hook, a "
+        "setting, code changed in place). Nothing more is reused or stored in this opening: "
         "check the model with `llmcache verify-model --model M --data FILE`, and open the store with a fresh namespace"
     )

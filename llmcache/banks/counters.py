@@ -1,6 +1,6 @@
-"""Counters of what a cache did: documents by tier, rows by layer, prompt tokens by origin, and seconds.
+"""Counters of a cache: documents by tier, rows by layer, prompt tokens by origin, and seconds.
 
-Needs neither torch nor FAISS.
+This module imports neither torch nor FAISS.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+_GROUPS = ("layers", "prefix")  # fields of `Counters` that hold counters of their own
+
 
 @dataclass(slots=True)
 class LayerCounters:
-    """Rows of forward passes at one layer's bank. asked: looked up here. hits: entered after this layer.
+    """Counters of one layer's bank; a row is one input of a forward pass.
 
-    look_up_seconds: finding keys; load_seconds: reading states; saved_seconds: what the model took when it computed
-    what was reused.
+    asked: rows looked up in this bank. hits: rows whose forward pass resumed after this layer. near: near matches of
+    this layer's states. look_up_seconds: time to find keys. load_seconds: time to read states. saved_seconds: model
+    time recorded when the reused states were computed.
     """
 
     asked: int = 0
@@ -29,10 +32,11 @@ class LayerCounters:
 
 @dataclass(slots=True)
 class PrefixCounters:
-    """Tokens of a decoder's prompts. tokens = restored + shared + computed.
+    """Counters of a decoder's prefix cache. tokens = restored + shared + computed, in prompt tokens.
 
-    restored: from the store. shared: with another row of the same call. bypassed: calls that went to the model itself.
-    lookup_seconds: of keys, look-ups, reading and copying; model_seconds: of forwards; store_seconds: of storing.
+    restored: tokens whose KV blocks came from the store. shared: tokens computed once for several rows of a call.
+    bypassed: calls that were passed to the model without the cache. lookup_seconds: keys, look-ups, reading and
+    copying. model_seconds: forward passes. store_seconds: storing.
     """
 
     calls: int = 0
@@ -49,21 +53,24 @@ class PrefixCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """Documents, by how they were answered, and seconds. Added up over openings by the store.
+    """Documents by tier, and seconds, of one opening. The store adds them up over openings.
 
-    exact_text, exact_tokens: distinct documents found in the bank. repeats: later occurrences inside one call.
-    not_stored: computed, but not kept (not finite, or the store could not be written). damaged: rows that failed
-    their checksum. at_limit: distinct documents, tokenised in this opening, that fill the model's maximum length,
-    so that the end of the text may have been cut off (documents found by their text are not tokenised). bypassed:
-    handed to the model past the cache. left_alone: not looked up, while loading takes longer than the model.
-    audits: near hits that were recomputed; audited_drift: the sum of what they would have been off by;
-    audit_seconds: about what that took. exact_audits: exact hits that were recomputed to check the store, in
-    exact_audit_seconds; exact_audit_largest: the largest absolute difference seen in them, over openings too;
-    exact_mismatches: openings in which a difference was more than rounding. near_asked: documents that calibrated
-    near reuse looked up, near_seconds: what that took, near_saved_seconds: what the model takes here for what it
-    gave, as measured in this opening.
-    overhead_seconds: everything but the model.
-    saved_seconds: what the model took when it computed what was reused now.
+    exact_text, exact_tokens: distinct documents found by the key of their text or of their tokens.
+    repeats: later occurrences of a document in the same call.
+    not_stored: computed but not stored (not finite, or the store could not be written).
+    damaged: rows that failed their checksum.
+    at_limit: distinct documents, tokenised in this opening, that reach the model's maximum length, so that their
+        text may have been truncated. Documents found by their text are not tokenised, hence not counted.
+    bypassed: documents passed to the model without the cache.
+    left_alone: documents not looked up because loading takes longer than the model.
+    audits: near hits that were recomputed. audited_drift: sum of their drifts. audit_seconds: approximate time.
+    exact_audits: exact hits that were recomputed to check the store. exact_audit_seconds: time.
+        exact_audit_largest: largest absolute difference seen, over all openings too.
+        exact_mismatches: openings in which a difference exceeded rounding.
+    near_asked: documents looked up by calibrated near reuse. near_seconds: time of these look-ups.
+        near_saved_seconds: model time that the near hits saved, at the speed measured in this opening.
+    overhead_seconds: time of everything except the model.
+    saved_seconds: model time recorded when the reused results were computed.
     """
 
     documents: int = 0
@@ -95,21 +102,24 @@ class Counters:
     prefix: PrefixCounters = field(default_factory=PrefixCounters)
 
     def layer(self, name: str) -> LayerCounters:
-        """Counters of the bank of this name."""
+        """Return the counters of the layer bank of this name; created at first use."""
         return self.layers.setdefault(name, LayerCounters())
 
     def as_dict(self) -> dict[str, float]:
-        """All as numbers by name; those of a bank as "layer-3.hits", those of the beginnings as "prefix.tokens"."""
-        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("layers", "prefix")}
+        """Return all counters by name, flat: a layer's as "layer-3.hits", the prefix cache's as "prefix.tokens"."""
+        flat = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _GROUPS}
         groups: dict[str, Any] = dict(self.layers)
         if self.prefix.calls:
             groups["prefix"] = self.prefix
-        return flat | {f"{name}.{k}": v for name, one in groups.items() for k, v in asdict(one).items()}
+        return flat | {f"{name}.{k}": v for name, group in groups.items() for k, v in asdict(group).items()}
 
 
 def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The numbers of every layer's bank, by its name, out of "layer-3.hits" and the like; deepest last."""
-    known = [one.name for one in fields(LayerCounters)]
+    """Group flat counters by layer bank. lifetime: counters by name, as from `Counters.as_dict`.
+
+    Returns the fields of `LayerCounters` by name of the bank, the deepest layer last.
+    """
+    counted = [entry.name for entry in fields(LayerCounters)]
     names = {name.partition(".")[0] for name in lifetime if re.fullmatch(r"layer-\d+\.\w+", name)}
     ordered = sorted(names, key=lambda name: int(name.partition("-")[2]))
-    return {name: {one: lifetime.get(f"{name}.{one}", 0) for one in known} for name in ordered}
+    return {name: {counter: lifetime.get(f"{name}.{counter}", 0) for counter in counted} for name in ordered}

@@ -1,4 +1,4 @@
-"""The record of a cache's runs: a line per day and corpus, kept beside the store for `llmcache report`."""
+"""History of a cache's runs: one record per day and corpus, stored beside the store for `llmcache report`."""
 
 from __future__ import annotations
 
@@ -24,64 +24,64 @@ from llmcache.indexes.urls import redacted
 
 log = logging.getLogger("llmcache")
 
-_LITTLE = 2048  # bytes, more than a record takes
-_NOT_A_ROW = ("fitted",)  # banks that hold no documents
+_RECORD_BYTES = 2048  # an upper bound for one record
+_NO_DOCUMENTS = ("fitted",)  # banks that hold no documents
 
 
 class History:
-    """What one opening of a store did, by day and corpus. Advisory: a failure to keep it is logged, and nothing else.
+    """History of one opening of a store, by day and corpus. A failure to write it is logged and otherwise ignored.
 
-    corpus: name of what is being asked, "" where nobody said; see `begin`.
+    corpus: name of the current corpus, "" if none was given; see `begin`.
     """
 
     def __init__(self, store: Store, counters: Counters, namespace: str = "", model: str = "") -> None:
         self._store, self._counters = store, counters
         self.namespace, self.model = namespace, model
         self.corpus = ""
-        self._done: list[Record] = []
-        self._restart()
+        self._closed: list[Record] = []
+        self._start_record()
 
-    def _restart(self) -> None:
+    def _start_record(self) -> None:
         self._begin = self._store.folder.now()
-        self._before = self._counters.as_dict()
-        self._evicted = self._store.evicted
-        self._asked, self._near = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+        self._counters_before = self._counters.as_dict()
+        self._evicted_before = self._store.evicted
+        self._asked, self._near = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)  # by bin of similarity
         self._forecast: dict[str, float] = {}
 
     def begin(self, corpus: str) -> None:
-        """From now on documents are of this corpus."""
+        """Attribute the following documents to this corpus."""
         corpus = redacted(corpus)
         if corpus != self.corpus:
             self._close()
             self.corpus = corpus
 
     def similar(self, similarity: NDArray[np.floating], taken: NDArray[np.bool_]) -> None:
-        """Documents were compared with the entries. similarity: float [n], to the nearest; taken: which were reused."""
-        places = np.clip(np.nan_to_num(similarity, nan=0.0, neginf=0.0) * BINS, 0, BINS - 1).astype(np.int64)
-        self._asked += np.bincount(places, minlength=BINS)
-        self._near += np.bincount(places[taken], minlength=BINS)
+        """Record similarities to the nearest entry, float [n]. taken: bool [n], documents that reused it."""
+        bins = np.clip(np.nan_to_num(similarity, nan=0.0, neginf=0.0) * BINS, 0, BINS - 1).astype(np.int64)
+        self._asked += np.bincount(bins, minlength=BINS)
+        self._near += np.bincount(bins[taken], minlength=BINS)
 
     def forecast(self, compared: Mapping[str, float]) -> None:
-        """Keep with the record how a run went beside its plan (`plan.ForecastError.as_dict`)."""
-        self._forecast = {name: float(one) for name, one in compared.items() if np.isfinite(one) and one >= 0}
+        """Add the comparison of a run with its plan to the record (`plan.ForecastError.as_dict`)."""
+        self._forecast = {name: float(value) for name, value in compared.items() if np.isfinite(value) and value >= 0}
 
     def write(self) -> None:
-        """Keep what was done so far beside the store."""
+        """Write the records of this opening to the store's folder, unless the byte budget leaves no space for them."""
         if self._store.read_only:
             return
-        if self._done and day_of(self._begin) != self._day():
+        if self._closed and day_of(self._begin) != self._day():
             self._close()
         current = self._record()
-        records = [*self._done, *([current] if current else [])]
+        records = [*self._closed, *([current] if current else [])]
         if not records:
             return
         try:
             budget = self._store.budget
-            if budget and eviction.free_bytes(self._store.folder, budget) < _LITTLE * len(records):
+            if budget and eviction.free_bytes(self._store.folder, budget) < _RECORD_BYTES * len(records):
                 return
             write_journal(self._store.folder, self._store.writer, records)
         except (OSError, ValueError) as error:
-            log.info("the record of this run was not kept: %s", error)
+            log.info("the record of this run was not written: %s", error)
         if day_of(self._begin) != self._day():
             self._close()
 
@@ -90,18 +90,18 @@ class History:
 
     def _close(self) -> None:
         if record := self._record():
-            self._done.append(record)
-        self._restart()
+            self._closed.append(record)
+        self._start_record()
 
     def _record(self) -> Record | None:
-        """What was done since the last record; None where that was nothing."""
+        """Return the record since the last one was closed; None if nothing was counted."""
         now = self._counters.as_dict()
-        delta = {name: value - self._before.get(name, 0) for name, value in now.items()}
+        delta = {name: value - self._counters_before.get(name, 0) for name, value in now.items()}
         counters = {name: value for name, value in delta.items() if value > 0}
-        evicted = self._store.evicted - self._evicted
+        evicted = self._store.evicted - self._evicted_before
         if not counters and not evicted:
             return None
-        entries, size = _holds(self._store)
+        entries, size = _size_of(self._store)
         record: Record = {
             "day": day_of(self._begin), "begin": self._begin, "end": self._store.folder.now(),
             "namespace": self.namespace, "corpus": self.corpus, "model": redacted(self.model), "runs": 1,
@@ -115,9 +115,9 @@ class History:
 
 
 def note_eviction(store: Store, rows: int, room: int) -> None:
-    """Keep beside the store that rows were evicted, where there is room for that, in bytes."""
+    """Record an eviction of rows. room: free bytes of the budget; nothing is written if a record may not fit."""
     now = store.folder.now()
-    if not rows or room < _LITTLE:
+    if not rows or room < _RECORD_BYTES:
         return
     record = {"day": day_of(now), "begin": now, "end": now, "evicted_rows": rows}
     try:
@@ -126,26 +126,26 @@ def note_eviction(store: Store, rows: int, room: int) -> None:
         log.info("the eviction was not recorded: %s", error)
 
 
-def _holds(store: Store) -> tuple[int, int]:
-    """Entries of the store's banks, and bytes of their files, as the manifest has them."""
+def _size_of(store: Store) -> tuple[int, int]:
+    """Return the number of entries in the store's banks, and the bytes of their files, from the manifest."""
     banks = [(name, bank) for space in store.manifest.namespaces.values() for name, bank in space.banks.items()]
-    entries = sum(segment.live for name, bank in banks if name not in _NOT_A_ROW for segment in bank.segments)
+    entries = sum(segment.live for name, bank in banks if name not in _NO_DOCUMENTS for segment in bank.segments)
     return entries, sum(file.size for _, bank in banks for file in bank.all_files)
 
 
 def records(store: Store) -> list[Record]:
-    """The records of all openings of a store, oldest first; one per day, corpus, namespace and model."""
+    """Read the records of all openings of a store. Returns one per day, corpus, namespace and model, oldest first."""
     folder = store.folder
     try:
-        counted = read_counters(folder)
+        counter_files = read_counters(folder)
         names = [name.removesuffix(".runs") for name in folder.names("stat") if name.endswith(".runs")]
     except OSError as error:
         log.info("the records of runs were not read: %s", error)
         return []
-    folded = {one for content in counted.values() for one in _listed(content)}
+    folded = {name for content in counter_files.values() for name in _folded_files(content)}
     return read_journals(folder, [name for name in names if name not in folded])
 
 
-def _listed(content: Mapping[str, Any]) -> list[str]:
-    listed = content.get("folded")
-    return [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+def _folded_files(content: Mapping[str, Any]) -> list[str]:
+    names = content.get("folded")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

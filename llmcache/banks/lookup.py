@@ -1,4 +1,4 @@
-"""Look documents up in a bank: first occurrences in a call, exact by verified tokens, nearest at similarity tau."""
+"""Look-ups in a bank: first occurrences in a call, exact match by tokens, nearest neighbour at similarity tau."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 
 def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the first occurrence of each key, in order, and for every place that of its first occurrence.
+    """Find repeated keys. keys: uint64 [n, 2].
 
-    keys: uint64 [n, 2]. Returns int64 [distinct] and int64 [n].
+    Returns the ascending indices of first occurrences, int64 [distinct], and for every index that of the first
+    occurrence of the same key, int64 [n].
     """
     halves = np.sort(keys[:, 0])
-    if (halves[1:] != halves[:-1]).all():  # nothing is there twice, as in most calls
+    if (halves[1:] != halves[:-1]).all():  # no repeats, as in most calls
         return np.arange(len(keys)), np.arange(len(keys))
-    _, first, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
-    first = first[which]
-    if np.array_equal(keys[first, 1], keys[:, 1]):  # else two keys have one half in common
+    _, first, inverse = np.unique(keys[:, 0], return_index=True, return_inverse=True)
+    first = first[inverse]
+    if np.array_equal(keys[first, 1], keys[:, 1]):  # else two different keys share their first half
         return np.flatnonzero(first == np.arange(len(keys))), first
     raw = keys.tobytes()
     seen: dict[bytes, int] = {}
@@ -34,7 +35,10 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
-    """Rows whose key and whose token ids are those asked for, -1 elsewhere; int64 [n]."""
+    """Find rows by key, and verify their token ids. keys: uint64 [n, 2]; tokens: int32 [length] each.
+
+    Returns row numbers, int64 [n]; -1 where the key is missing or the stored token ids differ.
+    """
     rows = bank.find(keys)
     for i in np.flatnonzero(rows >= 0).tolist():
         if not np.array_equal(bank.tokens(int(rows[i])), tokens[i]):
@@ -45,11 +49,11 @@ def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]])
 def near(
     bank: Bank, features: NDArray[np.float32] | Tensor, tau: float, scope: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Nearest row of this scope for each document at similarity >= tau, -1 where there is none, and the similarities,
-    which may be -inf where there is none.
+    """Find each document's nearest row in this scope. features: float32 [n, feature width].
 
-    Returns int64 [n] and float32 [n].
+    Returns row numbers, int64 [n], -1 where no row has a similarity of at least tau; and the similarities,
+    float32 [n], which may be -inf where the row is -1.
     """
     rows, similarity = bank.nearest(features, 1, scope=scope, least=tau)
-    best, value = rows[:, 0], similarity[:, 0]
-    return np.where(value >= tau, best, -1), value
+    nearest, value = rows[:, 0], similarity[:, 0]
+    return np.where(value >= tau, nearest, -1), value

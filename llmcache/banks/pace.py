@@ -1,7 +1,6 @@
 """Measure the model's speed on this machine: seconds per token, from the batches that this opening computes.
 
-The seconds that are stored with entries were measured where they were computed, perhaps on another machine. They cannot
-say whether a look-up pays here.
+The seconds stored with entries may come from another machine, so they do not tell whether a look-up pays here.
 """
 
 from __future__ import annotations
@@ -9,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 LEAST_DOCUMENTS = 8
-"""Smaller batches take longer for each token than those that near hits save; they are not counted."""
-_TOKENS = 65_536  # after which what was measured counts half
+"""Smallest batch that is counted: smaller ones take longer per token than the batches that near hits save."""
+_HALF_LIFE = 65_536  # tokens
 
 
 class Pace:
-    """Seconds per token of the model. probe: computes a few documents again; returns their tokens and the seconds."""
+    """Moving average of the model's seconds per token.
+
+    probe: recomputes a few documents; returns the number of their tokens and the seconds that took.
+    """
 
     def __init__(self, probe: Callable[[], tuple[int, float]] | None = None) -> None:
         self._probe = probe
@@ -22,21 +24,21 @@ class Pace:
 
     @property
     def known(self) -> bool:
-        """True if anything was measured in this opening."""
+        """True if a batch was measured in this opening."""
         return self._tokens > 0
 
     def observe(self, documents: int, tokens: int, seconds: float) -> None:
-        """Take note of a batch that was computed."""
+        """Record a computed batch: its number of documents, its tokens in all, and the seconds."""
         if documents < LEAST_DOCUMENTS or tokens <= 0:
             return
-        weight = 0.5 ** (tokens / _TOKENS)
+        weight = 0.5 ** (tokens / _HALF_LIFE)
         self._tokens, self._seconds = weight * self._tokens + tokens, weight * self._seconds + seconds
 
     def measure(self) -> None:
-        """Compute a few documents now, where nothing was measured yet."""
+        """Measure the model with the probe, unless a batch was measured already."""
         if not self.known and self._probe is not None:
             self._tokens, self._seconds = self._probe()
 
     def seconds(self, tokens: int) -> float:
-        """Seconds that the model takes for documents of so many tokens together; 0 where nothing is known."""
+        """Estimate the model's seconds for documents of this many tokens in all; 0 if nothing was measured."""
         return tokens * self._seconds / self._tokens if self.known else 0.0

@@ -1,7 +1,7 @@
-"""Whether reuse from a bank pays on this machine: a short profile first, and then what is seen while it goes on.
+"""Payoff of reuse from a bank on this machine, from a short profile at first, then from the seconds of actual calls.
 
-A disk can be slower than the model: then loading what is stored costs more than computing it again, and the cache
-stands aside. What memory above the files holds is reused all the same, for as long as that pays by itself.
+A disk can be slower than the model. Loading an entry then costs more than computing it again, and the cache bypasses
+the bank. Entries in the device cache are still reused, for as long as that pays by itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llmcache.banks.break_even import (
     Profile,
 )
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.rows import Rows
 
 if TYPE_CHECKING:
     from llmcache.banks.device_cache import DeviceCache
@@ -29,110 +30,116 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmcache")
 
 PROFILED_ROWS, PROFILED_BYTES = 64, 8 << 20
-"""A profile reads at most so many entries, and so many bytes of them."""
-_PROBED_SECONDS = 0.05  # of recorded model time that a profile may compute again
-_CLEAR = 10  # times as quick as recorded seconds of the model: they are measured again later
-_CHECKED_SECONDS = 0.25  # of loading, after which recorded seconds, perhaps of another machine, are measured here
-_CHECKED_ROWS = 4
-
-Rows = NDArray[np.int64]
+"""Largest number of entries that a profile reads, and of their bytes."""
+_PROBED_SECONDS = 0.05  # recorded model seconds that a profile recomputes at most
+_CLEAR = 10  # a profile measures the model unless loading is this many times faster than its recorded seconds
+_CHECKED_SECONDS = 0.25  # seconds of loading after which the model is measured here; the recorded may be elsewhere's
+_CHECKED_ROWS = 4  # entries recomputed for that
 
 
 class Payoff:
-    """What reuse from one bank is worth; asked before its entries are looked up.
+    """Payoff of reuse from one bank; chooses the documents to look up.
 
-    Decided by a profile before the first look-up, once the bank has 1,024 entries, and from then on by the seconds
-    that loading took and the model would have taken. While it stands aside a few documents are still looked up.
+    The first decision comes from a profile before the first look-up, once the bank has 1,024 entries. Later ones
+    compare the seconds of loading with those that the model would have taken. While the bank is bypassed, a few
+    documents are still looked up.
 
-    Memory above the files (`DeviceCache`) is filled by what is loaded, so what it saves speaks for loading too: once
-    entries come again and again, also a file that is slower than the model is read, for as long as both together pay.
+    Loading also fills the device cache, so the seconds that the device cache saves count in favour of loading: when
+    entries recur often enough, files slower than the model are read as well, for as long as both together pay.
     """
 
     def __init__(self, bank: Bank, name: str, *, on: bool, again: Callable[[Rows], float] | None = None) -> None:
-        """on: whether it may stand aside at all. again: seconds the model takes for these rows, computed again."""
+        """on: True if the bank may be bypassed at all. again: recomputes rows and returns the model's seconds."""
         self.bank, self.name, self._on, self._again = bank, name, on, again
         self._balance, self._memory = BreakEven(), BreakEven()
-        self._levelled, self._held = False, 0
-        self._factor = 1.0  # of this machine's model seconds to the recorded ones
+        self._has_memory, self._memory_hits = False, 0
+        self._factor = 1.0  # ratio of this machine's model seconds to the recorded ones
         self._loaded_seconds, self._measured = 0.0, again is None
         self.profile: Profile | None = None
 
     @property
     def pays(self) -> bool:
-        """Whether entries are looked up, and kept."""
+        """True if entries are looked up and stored."""
         return self._balance.pays
 
     def select_for_lookup(self, n: int, *, memory: bool = False) -> Rows:
-        """Which of n documents are to be looked up, int64, in order. memory: there is some above the files, and
-        `with_memory` is asked next.
+        """Choose the documents to look up. Returns ascending indices in [0, n), int64.
+
+        memory: True if the bank has a device cache; the caller then calls `with_memory`.
         """
-        self._levelled |= memory
+        self._has_memory |= memory
         if not self._on:
             return np.arange(n)
         if self.profile is None and len(self.bank) >= LEAST:
-            self._begin()
+            self._decide_by_profile()
         return self._balance.select_for_lookup(n)
 
     def with_memory(self, some: Rows, levels: DeviceCache, rows: Callable[[], Rows]) -> Rows:
-        """Documents to be looked up, int64, in order: some, see `tried`, and those whose rows are in memory.
+        """Add the documents whose rows are in the device cache. Returns ascending indices, int64.
 
-        rows: gives the row of each document, -1 where there is none; what that takes counts as spent.
+        some: indices from `select_for_lookup`. rows: returns the row of each document, -1 for none; its time is counted
+        as spent.
         """
-        if not self._memory.pays:  # some are enough to notice when it does
+        if not self._memory.pays:  # these documents suffice to notice when memory pays again
             return some
         began = time.perf_counter()
-        held = np.flatnonzero(levels.holds(rows()))
+        in_memory = np.flatnonzero(levels.holds(rows()))
         self._memory.observe(0, 0.0, time.perf_counter() - began)
-        return np.union1d(some, held)
+        return np.union1d(some, in_memory)
 
     @contextmanager
     def loading(self, rows: Rows, levels: DeviceCache | None = None) -> Iterator[None]:
-        """Inside, these entries are loaded, from the files or by way of the levels: note is taken of the seconds."""
-        held, read = None if levels is None else levels.holds(rows), 0.0 if levels is None else levels.counters.seconds
+        """Time the block, in which these entries are loaded from the files or through the device cache."""
+        in_memory = None if levels is None else levels.holds(rows)
+        reading_before = 0.0 if levels is None else levels.counters.seconds
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
-        if levels is None or held is None:
+        if levels is None or in_memory is None:
             self.served(rows, seconds)
         else:
-            self.gathered(rows, held, seconds, levels.counters.seconds - read)
+            self.gathered(rows, in_memory, seconds, levels.counters.seconds - reading_before)
 
     def gathered(self, rows: Rows, held: NDArray[np.bool_], seconds: float, reading: float) -> None:
-        """Take note of entries that came by way of the levels. held: which of them were in memory before.
+        """Record entries loaded through the device cache. held: bool [n], entries that were in memory before.
 
-        seconds: that all of it took; reading: those in which files were read.
+        seconds: time of the whole load. reading: time in which files were read.
         """
-        self._levelled = True
+        self._has_memory = True
         count = int(held.sum())
         saved = self.bank.cost(rows[held]) * self._factor
-        self._held += count
+        self._memory_hits += count
         if saved:
             self._memory.observe(count, saved, (seconds - reading) * count / len(rows))
         self.served(rows, seconds)
 
     def served(self, rows: Rows, seconds: float) -> None:
-        """Take note of entries that were loaded, and the seconds that took."""
+        """Record entries that were loaded, and the seconds that took."""
         self._loaded_seconds += seconds
         if self._on and not self._measured and self._loaded_seconds >= _CHECKED_SECONDS:
             self._measure()
         saved = self.bank.cost(rows) * self._factor
-        if not self._on or not saved:  # nothing is known of what the model took
+        if not self._on or not saved:  # the model's seconds are unknown
             return
         if self._balance.observe(len(rows), saved, seconds):
-            self._say(f"{self._balance.spent:.3g} seconds to load what the model computes in {self._balance.saved:.3g}")
+            spent, computed = self._balance.spent, self._balance.saved
+            self._warn(f"{spent:.3g} seconds to load what the model computes in {computed:.3g}")
 
     def decision(self) -> Decision:
+        """Return the current decision with its figures."""
         state = "on" if self.pays else "memory" if self._from_memory else "aside"
         if self.profile is None and not self._balance.spent:
             state = "too few entries to tell" if self._on else "always on"
         seconds = self._balance.saved, self._balance.spent
-        return Decision(self.name, state, self.profile, *seconds, self._held, self._memory.saved, self._memory.spent)
+        reused = self._memory_hits
+        return Decision(self.name, state, self.profile, *seconds, reused, self._memory.saved, self._memory.spent)
 
     @property
     def _from_memory(self) -> bool:
-        return self._levelled and self._memory.pays
+        """True if entries are reused from the device cache."""
+        return self._has_memory and self._memory.pays
 
-    def _begin(self) -> None:
+    def _decide_by_profile(self) -> None:
         self.profile = profiled(self.bank, self._again)
         recorded = self.profile.compute
         if self.profile.measured:
@@ -142,11 +149,11 @@ class Payoff:
         self._factor = self.profile.compute / recorded if recorded else 1.0
         if not self.profile.pays:
             self._balance.pays = False
-            reuse = self.profile.look_up + self.profile.load
-            self._say(f"an entry takes {1e3 * reuse:.3g} ms to load and {1e3 * self.profile.compute:.3g} ms to compute")
+            reuse, compute = self.profile.look_up + self.profile.load, self.profile.compute
+            self._warn(f"an entry takes {1e3 * reuse:.3g} ms to load and {1e3 * compute:.3g} ms to compute")
 
     def _measure(self) -> None:
-        """Measure the model on a few entries, once loading has taken so long that this adds little to it."""
+        """Measure the model on a few entries; called once loading has taken so long that this adds little."""
         self._measured = True
         rows = sample(self.bank)[:_CHECKED_ROWS]
         recorded = self.bank.cost(rows)
@@ -156,14 +163,14 @@ class Payoff:
         for balance in (self._balance, self._memory):
             balance.saved *= self._factor / before
 
-    def _say(self, why: str) -> None:
-        but = "but for a few documents" + (" and what memory holds" if self._from_memory else "")
-        what = "pays again" if self.pays else f"costs more than it saves, and is left alone {but}"
-        log.warning("reuse from the bank %s %s: %s", self.name, what, why)
+    def _warn(self, reason: str) -> None:
+        exceptions = "a few documents" + (" and entries in memory" if self._from_memory else "")
+        change = "pays again" if self.pays else f"costs more than it saves, and is off but for {exceptions}"
+        log.warning("reuse from the bank %s %s: %s", self.name, change, reason)
 
 
 def sample(bank: Bank) -> Rows:
-    """Rows for a profile, spread evenly over the bank, int64."""
+    """Choose rows for a profile, spread evenly over the bank. Returns row numbers, int64."""
     live = bank.near.live()
     stored = bank.pending_bytes + sum(segment.payload for segment in bank.facts.segments)
     each = max(1, stored // max(1, len(live)))
@@ -172,10 +179,11 @@ def sample(bank: Bank) -> Rows:
 
 
 def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profile:
-    """A profile of a bank by a sample of its entries. again: see `Payoff`; it is asked for about 0.05 seconds of work,
-    where loading is not ten times as quick as what was recorded of the model anyway.
+    """Profile a bank by a sample of its entries.
 
-    They are read in four parts, of which the median counts: the first may have to wait for the disk alone.
+    again: see `Payoff`; called with entries for about 0.05 seconds of model time, unless loading is ten times faster
+    than the recorded seconds of the model.
+    The sample is read in four parts, and the median counts, since the first read alone may wait for the disk.
     """
     rows = sample(bank)
     keys = bank.keys(rows)
@@ -187,10 +195,10 @@ def profiled(bank: Bank, again: Callable[[Rows], float] | None = None) -> Profil
         began = time.perf_counter()
         values = bank.read(part, count=False).values
         loads.append((time.perf_counter() - began) / max(1, len(part)))
-        size += sum(one.nbytes for one in values)
+        size += sum(value.nbytes for value in values)
     compute, measured = bank.cost(rows) / max(1, len(rows)), False
     in_doubt = compute < _CLEAR * (look_up + float(np.median(loads)))
-    few = rows[: int(_PROBED_SECONDS / compute)] if compute and in_doubt else rows[:0]
-    if again is not None and len(few):
-        compute, measured = again(few) / len(few), True
+    probed = rows[: int(_PROBED_SECONDS / compute)] if compute and in_doubt else rows[:0]
+    if again is not None and len(probed):
+        compute, measured = again(probed) / len(probed), True
     return Profile(len(rows), compute, measured, look_up, float(np.median(loads)), size / max(1, len(rows)))

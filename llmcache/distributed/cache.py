@@ -1,8 +1,8 @@
-"""A cache whose model runs on the workers of a Ray cluster.
+"""Cache whose model runs on the workers of a Ray cluster.
 
-Look-ups, order and provenance are those of one process, which asks the same banks in the same way; only the batches are
-computed elsewhere, by processes that store and commit them. So results do not depend on the number of workers: a batch
-has the same documents wherever it is computed. (Only torch may round small batches by the number of its threads.)
+Look-ups, order and provenance are those of a single process. Only batches are computed elsewhere, by worker processes
+that store and commit them. A batch has the same documents wherever it is computed, so results do not depend on the
+number of workers, except that torch may round small batches differently with another number of threads.
 """
 
 from __future__ import annotations
@@ -39,63 +39,72 @@ from llmcache.model.description.process_settings import running_mode
 from llmcache.model.identity import Identity
 from llmcache.near.calibration.drift import Drift
 
-_PER_WORKER = 4  # shares of a window for each worker, so that none waits long for the last
-_REMEMBERED = 64 << 20  # bytes of outputs that workers have committed, held until the store is read again
+_PER_WORKER = 4  # work items per worker and window, so that no worker waits long for the last item
+_REMEMBERED = 64 << 20  # bytes of outputs that workers have committed, kept in memory until the store is reloaded
 
 
 class Remembered(BankWriter):
-    """Keeps what workers committed in memory, until the store is read again. Commits only names of rows."""
+    """Bank writer that keeps entries in memory which workers have committed, until the store is reloaded.
 
-    def __init__(self, *finished: Any) -> None:
-        super().__init__(*finished)
+    It commits nothing but aliases: further text keys of rows.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._banks: dict[int, Bank] = {}
-        self._names: list[tuple[Bank, Keys, Keys]] = []
+        self._aliases: list[tuple[Bank, Keys, Keys]] = []
 
     def put(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys | None = None, **entry: Any) -> None:
+        """Put a batch that a worker has committed into the bank's memory."""
         if self.exact_audits.mismatch:
             self.counters.not_stored += len(keys)
             return
-        kept = bank.put(keys, values, **entry)
+        accepted = bank.put(keys, values, **entry)
         if text_keys is not None:
             bank.alias(text_keys, keys)
-        self.counters.not_stored += int((~kept).sum())
+        self.counters.not_stored += int((~accepted).sum())
         self._banks[id(bank)] = bank
 
     def alias(self, bank: Bank, text_keys: Keys, keys: Keys) -> None:
+        """Add keys of texts for the rows of these keys, to be committed here."""
         super().alias(bank, text_keys, keys)
         if len(keys) and self.store.writable and not self.exact_audits.mismatch:
-            self._names.append((bank, text_keys, keys))
+            self._aliases.append((bank, text_keys, keys))
 
     def discard(self) -> None:
-        """Forget what workers committed since the last commit, and the names of rows that came up here."""
-        self._banks, self._names = {}, []
+        """Drop the workers' entries since the last commit, and the uncommitted aliases."""
+        self._banks, self._aliases = {}, []
         self.store.discard()
 
     def commit(self) -> None:
-        """Read the store as the workers left it, in place of what was remembered; commit names that came up here."""
-        names, self._names = self._names, []
-        if self._banks or names:
+        """Reload the store with the workers' entries in place of those in memory, and commit the aliases."""
+        aliases, self._aliases = self._aliases, []
+        if self._banks or aliases:
             for bank in self._banks.values():
                 bank.drop_pending()
-            for bank in {id(one): one for one, _, _ in names}.values():
+            for bank in {id(aliased): aliased for aliased, _, _ in aliases}.values():
                 bank.drop_pending()
             self._banks = {}
             self.store.reload()
-            for bank, text_keys, keys in names:
+            for bank, text_keys, keys in aliases:
                 bank.alias(text_keys, keys)
         super().commit()
 
 
 class SpreadExecution(Executor):
-    """Answers calls as `Executor` does; the batches are computed by workers."""
+    """Executor whose batches are computed by workers."""
 
     workers: Workers
 
     def answers(self, call: EncodeCall) -> Answers:
+        """Execute a call, see `Executor.answers`.
+
+        ConfigError when this process has settings that workers do not share, such as autocast.
+        """
         mode = running_mode(self.embedding.device.type)
         if mode:
             raise ConfigError(f"workers do not compute under the settings of this process ({mode}); use one process")
-        # between two calls nobody holds numbers of rows, which a commit changes here
+        # a commit reloads the store and renumbers rows; between calls no row numbers are in use
         if self._storing.store.pending_bytes > _REMEMBERED:
             self._storing.commit()
         return super().answers(call)
@@ -106,35 +115,35 @@ class SpreadExecution(Executor):
             return
         began = time.perf_counter()
         parts = _parts(order, call.batch_size, self.workers.count)
-        done: list[WorkResult | None] = [None] * len(parts)
-        shares = [self._share(call, unknown, part) for part in parts]
-        for number, one in self.workers.computed(shares):
-            done[number] = one
+        results: list[WorkResult | None] = [None] * len(parts)
+        items = [self._work_item(call, unknown, part) for part in parts]
+        for number, completed in self.workers.computed(items):
+            results[number] = completed
             call.progress(len(parts[number]), len(parts[number]))
         self.counters.model_seconds += time.perf_counter() - began
-        for part, share, result in zip(parts, shares, done, strict=True):
+        for part, item, result in zip(parts, items, results, strict=True):
             assert result is not None
             answers.outputs[unknown.places[part]] = result.outputs
             if result.stored:
-                self._remember(share, result)
+                self._remember(item, result)
             else:
                 self.counters.not_stored += len(part)
 
-    def _remember(self, share: WorkItem, done: WorkResult) -> None:
+    def _remember(self, item: WorkItem, result: WorkResult) -> None:
         self._storing.put(
             self.bank,
-            share.keys,
-            done.outputs,
-            share.text_keys,
-            tokens=share.tokens.ids,
-            sources=share.sources,
-            features=share.features,
-            cost=np.full(len(share.keys), done.seconds / len(share.keys), np.float32),
-            marks=share.marks,
+            item.keys,
+            result.outputs,
+            item.text_keys,
+            tokens=item.tokens.ids,
+            sources=item.sources,
+            features=item.features,
+            cost=np.full(len(item.keys), result.seconds / len(item.keys), np.float32),
+            marks=item.marks,
         )
 
-    def _share(self, call: EncodeCall, unknown: Misses, part: NDArray[np.int64]) -> WorkItem:
-        """Work item of one worker: a part of the documents to compute."""
+    def _work_item(self, call: EncodeCall, unknown: Misses, part: NDArray[np.int64]) -> WorkItem:
+        """Make the work item of some misses. part: int64 [n], their indices in `unknown`."""
         places = unknown.places[part]
         return WorkItem(
             unknown.tokens.take(part.tolist()),
@@ -149,14 +158,14 @@ class SpreadExecution(Executor):
 
 
 def _parts(order: NDArray[np.int64], batch_size: int, workers: int) -> list[NDArray[np.int64]]:
-    """Whole batches, in order, so many of them together that each worker gets a few parts."""
+    """Split the order of documents into parts of whole batches, some parts per worker. order: int64 [n]."""
     batches = -(-len(order) // batch_size)
     size = batch_size * max(1, -(-batches // (_PER_WORKER * workers)))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class SpreadCache(LLMCache):
-    """An `LLMCache` whose model runs on workers. Made by `llmcache.distributed.ray.open`."""
+    """`LLMCache` whose model runs on workers; opened by `llmcache.distributed.ray.open`."""
 
     workers: Workers
 
@@ -184,7 +193,10 @@ class SpreadCache(LLMCache):
         gpus: float,
         **keywords: Any,
     ) -> Self:
-        """`LLMCache.open`, with workers that open the same store. ConfigError for what they cannot compute."""
+        """Open a cache, see `LLMCache.open`, with workers that open the same store; see `ray.open` for the arguments.
+
+        ConfigError for a model or settings that workers cannot compute.
+        """
         library()
         if workers < 1:
             raise ConfigError(f"there is at least one worker, got {workers}")
@@ -196,20 +208,22 @@ class SpreadCache(LLMCache):
             raise
         return cache
 
-    def _spread(self, model: str | None, asked: tuple[int, int | None, float], keywords: dict[str, Any]) -> None:
+    def _spread(self, model: str | None, resources: tuple[int, int | None, float], keywords: dict[str, Any]) -> None:
+        """Replace the executor and the bank writer. resources: number of workers; threads and GPUs of each."""
         if not isinstance(self.model, SentenceTransformer) or self.config.layers != "output":
             raise ConfigError(
                 "workers compute embeddings, of a SentenceTransformer and with layers='output'; use one process"
             )
-        there = {name: value for name, value in keywords.items() if name not in ("config", "tau", "min_generation")}
+        local = ("config", "tau", "min_generation")  # settings of this process alone
+        options = {name: value for name, value in keywords.items() if name not in local}
         store, old = self._store, self._execution
-        place = WorkerConfig(os.fspath(store.folder.path), model, store.manifest.generation, there)
+        config = WorkerConfig(os.fspath(store.folder.path), model, store.manifest.generation, options)
         self._storing = Remembered(store, self.config, self._counters, self._exact_audits)
         execution = SpreadExecution(
             Sentences(self.model), self.identity.digest, self.config, self._storing, old.bank, self._secret, nullcontext
         )
         execution.reuse, execution.fields = old.reuse, old.fields
-        execution.workers = self.workers = Workers(place, *asked)
+        execution.workers = self.workers = Workers(config, *resources)
         self._encoding = execution
 
     def _reopen(self) -> None:
@@ -221,10 +235,10 @@ class SpreadCache(LLMCache):
         raise ConfigError("a cache with Ray workers cannot be pickled; open the store where it is needed")
 
     def close(self) -> None:
-        """Commit and close, and end the workers."""
+        """Commit, close the cache and end the workers."""
         inherited = self._calls.inherited
         try:
             super().close()
         finally:
-            if hasattr(self, "workers") and not inherited:  # they are the parent's
+            if hasattr(self, "workers") and not inherited:  # in a forked child the workers are the parent's
                 self.workers.close()

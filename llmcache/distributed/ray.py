@@ -1,8 +1,8 @@
-"""Many processes on one store, with Ray: a whole job spread over workers, or a model for Ray Data.
+"""Use a store from the processes of a Ray cluster: a cache with workers, or a callable class for Ray Data.
 
 from llmcache.ray import CachedModel, open
 
-with open("store/", workers=4) as cache:  # an LLMCache: the results of one process, computed by four
+with open("store/", workers=4) as cache:  # an LLMCache with the results of one process, computed by four
     for result in cache.run(documents): ...
 
 dataset.map_batches(CachedModel, fn_constructor_kwargs={"store": "/shared/store"}, concurrency=4, batch_size=4096)
@@ -32,29 +32,29 @@ def open(
     gpus: float = 0,
     **keywords: Any,
 ) -> SpreadCache:
-    """`LLMCache.open`, with the model running on so many processes of a Ray cluster. Close it, or use `with`.
+    """Open a cache whose model runs on processes of a Ray cluster. Close it, or use `with`.
 
-    The store has to be at the same path on every machine. Results, their order and their provenance are those of one
-    process, bit for bit where that has as many threads as a worker (torch may round small batches by their number).
-    Each worker loads the model, opens the store and commits what it computed before it hands it over; one that dies
-    is started again and its work done again.
+    The store must be at the same path on every machine. Results, their order and their provenance are those of one
+    process, bit for bit if that has as many threads as a worker (torch may round small batches differently with another
+    number of threads). Each worker loads the model, opens the store and commits its results before it returns them. A
+    worker that dies is restarted, and its work is repeated.
 
-    model: the name or path of a SentenceTransformer, None for the one the store was made with.
-    workers: at most so many. threads: of torch in each; None is its part of the cluster's cores. gpus: of each worker.
-    keywords: as for `LLMCache.open`.
-    Joins the cluster of RAY_ADDRESS, or starts one on this machine, and ends it again, unless Ray runs already.
-    ConfigError where Ray is not installed, or for a model or settings that workers cannot compute.
+    model: name or path of a SentenceTransformer; None for the one the store was made with.
+    workers: maximum number of workers. threads: torch threads of each; None for an equal part of the cluster's cores.
+    gpus: GPUs of each worker. keywords: as for `LLMCache.open`.
+    Unless Ray runs already, joins the cluster of RAY_ADDRESS, or starts one on this machine and stops it at the end.
+    ConfigError when Ray is not installed, or for a model or settings that workers cannot compute.
     """
     return SpreadCache.on(path, model, workers, threads, gpus, **keywords)
 
 
 class CachedModel:
-    """A callable class for `ray.data.Dataset.map_batches` with batches of NumPy arrays, its default.
+    """Callable class for `ray.data.Dataset.map_batches` with batches of NumPy arrays, the default of Ray Data.
 
-    Every actor opens the store once, reads what is there, computes the rest and commits it before it gives the batch
-    back: an actor that is killed loses the batch it was at, which Ray does again. Rows of `batch_size` for map_batches
-    become one segment of the store, so take some thousand. Actors do not see what others computed since they opened
-    the store; what two of them stored is dropped by `llmcache compact STORE --duplicates`.
+    Every actor opens the store once. It reuses stored results, computes the others and commits them before it returns
+    the batch. An actor that is killed loses its current batch, which Ray repeats. Each batch of map_batches becomes a
+    segment of the store, so use a batch_size of some thousand rows there. Actors do not see results that others
+    computed after they opened the store; `llmcache compact STORE --duplicates` removes entries stored twice.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class CachedModel:
         threads: int | None = None,
         **keywords: Any,
     ) -> None:
-        """text, id: columns of a batch; without ids the places in the batch are taken. output: column that is added.
+        """Open the store.
 
-        batch_size: documents the model computes at a time. threads: of torch; None takes the cores Ray gives the actor.
+        text, id: columns of a batch; without an id column, positions in the batch are the ids. output: column to add.
+        batch_size: documents per batch of the model. threads: torch threads; None for the cores Ray assigns the actor.
         keywords: as for `LLMCache.open`, such as namespace, tau or key_file.
         """
         import torch
@@ -83,27 +84,31 @@ class CachedModel:
         self._cache = OpenCache.open(store, model, **keywords)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The same columns, and: output (float32 [rows, width]), tier, layer, source, similarity (NaN for a miss)."""
+        """Add columns to a batch: output (float32 [rows, width]), tier, layer, source, similarity (NaN for a miss).
+
+        ConfigError for a batch that is no mapping. CorpusError without the text column, or for a value that is no text.
+        """
         if not isinstance(batch, Mapping):
             raise ConfigError(f'a batch is a mapping of arrays, got {type(batch).__name__}; use batch_format="numpy"')
         texts = self._column(batch, self._text)
-        ids = [str(one) for one in batch[self._id]] if self._id in batch else [str(i) for i in range(len(texts))]
-        documents = [{"id": one, "text": text} for one, text in zip(ids, texts, strict=True)]
-        found = list(
+        ids = [str(value) for value in batch[self._id]] if self._id in batch else [str(i) for i in range(len(texts))]
+        documents = [{"id": name, "text": text} for name, text in zip(ids, texts, strict=True)]
+        results = list(
             self._cache.run(documents, role=self._role, batch_size=self._batch_size, chunk=max(1, len(documents)))
         )
-        if self._cache.storing.store.pending_bytes:  # nobody tells an actor that this was its last batch
+        if self._cache.storing.store.pending_bytes:  # any batch may be the actor's last; Ray does not tell
             committed(self._cache)
-        outputs = np.zeros((len(found), self._cache.width), np.float32)
-        for place, one in enumerate(found):
-            outputs[place] = one.output
+        outputs = np.zeros((len(results), self._cache.width), np.float32)
+        for place, result in enumerate(results):
+            outputs[place] = result.output
+        similarities = [np.nan if result.similarity is None else result.similarity for result in results]
         return {
             **batch,
             self._output: outputs,
-            "tier": np.array([one.tier for one in found], object),
-            "layer": np.array([one.layer for one in found], object),
-            "source": np.array([one.source for one in found], object),
-            "similarity": np.array([np.nan if one.similarity is None else one.similarity for one in found], np.float32),
+            "tier": np.array([result.tier for result in results], object),
+            "layer": np.array([result.layer for result in results], object),
+            "source": np.array([result.source for result in results], object),
+            "similarity": np.array(similarities, np.float32),
         }
 
     def _column(self, batch: Mapping[str, Any], name: str) -> list[str]:
@@ -111,15 +116,15 @@ class CachedModel:
             raise CorpusError(
                 f"the batch has no column {name!r}, only {', '.join(map(repr, batch))}; name it: text=..."
             )
-        texts = [one.item() if isinstance(one, np.generic) else one for one in batch[name]]
-        for place, one in enumerate(texts):
-            if not isinstance(one, str):
-                raise CorpusError(f"row {place} of a batch has {type(one).__name__} under {name!r}, not a text")
+        texts = [value.item() if isinstance(value, np.generic) else value for value in batch[name]]
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise CorpusError(f"row {place} of a batch has {type(text).__name__} under {name!r}, not a text")
         return texts
 
 
 def _cores() -> int:
-    """What Ray gives this actor; all cores outside of Ray."""
+    """Return the number of cores that Ray assigns this actor; outside of Ray, of all cores."""
     ray = library()
     if not ray.is_initialized():
         return len(os.sched_getaffinity(0))

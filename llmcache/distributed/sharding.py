@@ -1,4 +1,4 @@
-"""Which shard of a corpus a document belongs to: equal texts meet in one shard, so that one store each is enough."""
+"""Sharding of a corpus by text. Equal texts are in the same shard, so each shard can have a store of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from llmcache.errors import ConfigError
 
 
 def shard_of(texts: Sequence[str], shards: int) -> NDArray[np.int64]:
-    """The shard of every text, int64 [n], from 0 to shards - 1; the same on every machine, in every version.
+    """Assign a shard to every text. Returns int64 [n], from 0 to shards - 1; equal on every machine and version.
 
-    From the first 8 bytes of the text's sha256, so shards are of equal size to within chance. ConfigError: shards < 1.
+    The shard is the first 8 bytes of the text's sha256 modulo `shards`, so shards have equal sizes up to chance.
+    ConfigError when shards < 1.
     """
     if shards < 1:
         raise ConfigError(f"there is at least one shard, got {shards}")

@@ -1,4 +1,4 @@
-"""Processes of a Ray cluster that compute batches, store them and commit before they answer."""
+"""Worker processes of a Ray cluster, which compute batches and commit them to the store before they return them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from llmcache.model.tokens import TokenRows
 log = logging.getLogger("llmcache")
 
 RESTARTS = 3
-"""How often a worker that died is started again; the work it had is then done again."""
-_IN_FLIGHT = 2  # shares handed to a worker at a time: the next is there when one is done
+"""Number of times that a worker is restarted after it died; its work items are then repeated."""
+_IN_FLIGHT = 2  # work items queued per worker, so that the next is there when one is done
 
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """What one worker computes between two commits: whole batches, longest documents first.
+    """Documents that one worker computes between two commits: whole batches, longest documents first.
 
-    Every array has a row per document. sources: ids. features: float32 [n, feature width]. marks: of the entries, see
-    `Execution.marks`.
+    Arrays have one row per document. keys, text_keys: uint64 [n, 2]. sources: ids of the documents. features: float32
+    [n, feature width]. batch_size: documents per batch of the model. marks: marks of the entries, see `Executor.marks`.
     """
 
     tokens: TokenRows
@@ -51,7 +51,10 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class WorkResult:
-    """outputs: float32 [n, width], of a share's documents. seconds: of the model. stored: they are committed."""
+    """Result of a work item.
+
+    outputs: float32 [n, width]. seconds: model time. stored: True if the entries are committed.
+    """
 
     outputs: NDArray[np.float32]
     seconds: float
@@ -60,7 +63,10 @@ class WorkResult:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """Where workers find the store. generation: workers that see an older one are refused; keywords: of `open`."""
+    """Arguments with which workers open the store.
+
+    generation: oldest generation that a worker may see; opening fails otherwise. keywords: of `LLMCache.open`.
+    """
 
     path: str
     model: str | None
@@ -69,52 +75,55 @@ class WorkerConfig:
 
 
 class OpenCache(LLMCache):
-    """A cache with its bank and its storing in the open, for whoever feeds them batches of its own."""
+    """Cache with a public bank and bank writer, for code that puts batches of its own."""
 
     @property
     def bank(self) -> Bank:
+        """Bank of the outputs."""
         return self._bank
 
     @property
     def storing(self) -> BankWriter:
+        """Writer of the cache's banks."""
         return self._storing
 
 
 class Worker:
-    """One process with the model loaded once and the store open. Runs as a Ray actor, or as a plain object."""
+    """Worker with the model loaded once and the store open. Runs as a Ray actor, or as a plain object."""
 
     def __init__(self, place: WorkerConfig, threads: int) -> None:
-        """Nothing is opened yet, so that an error of opening is the answer of a call and not a dead process."""
-        self._place, self._threads = place, threads
+        """Only keep the arguments: the first call opens the store, so that an error reaches the caller."""
+        self._config, self._threads = place, threads
         self._cache: OpenCache | None = None
 
     def pid(self) -> int:
+        """Return the process id."""
         return os.getpid()
 
     def opened(self) -> OpenCache:
-        """The cache, opened once."""
+        """Return the cache, opened at the first call."""
         if self._cache is None:
             torch.set_num_threads(self._threads)
-            place = self._place
+            config = self._config
             self._cache = OpenCache.open(
-                place.path, place.model, min_generation=place.generation, **dict(place.keywords)
+                config.path, config.model, min_generation=config.generation, **dict(config.keywords)
             )
         return self._cache
 
     def compute(self, share: WorkItem) -> WorkResult:
-        """The outputs of a share, committed where the store can be written.
+        """Compute a work item, and commit its entries if the store can be written.
 
-        Started again after a kill it may be handed a share that its predecessor committed: nothing is stored twice.
+        After a restart the item may be one that the killed worker has committed; nothing is stored twice.
         """
         cache = self.opened()
         bank, storing = cache.bank, cache.storing
         new = bank.find(share.keys) < 0
         lengths = share.tokens.lengths.astype(np.float32)
         outputs, seconds = np.empty((len(new), bank.facts.width), np.float32), 0.0
-        for done in compute(_sentences(cache), share.tokens, share.batch_size, share.role):
-            outputs[done.chosen] = done.outputs
-            seconds += done.seconds
-            chosen = [i for i in done.chosen if new[i]]
+        for batch in compute(_sentences(cache), share.tokens, share.batch_size, share.role):
+            outputs[batch.chosen] = batch.outputs
+            seconds += batch.seconds
+            chosen = [i for i in batch.chosen if new[i]]
             if chosen:
                 storing.put(
                     bank,
@@ -124,7 +133,7 @@ class Worker:
                     tokens=[share.tokens.ids[i] for i in chosen],
                     sources=[share.sources[i] for i in chosen],
                     features=share.features[chosen],
-                    cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[done.chosen].sum())),
+                    cost=lengths[chosen] * np.float32(batch.seconds / max(1.0, lengths[batch.chosen].sum())),
                     marks=None if share.marks is None else share.marks[chosen],
                 )
         return WorkResult(outputs, seconds, committed(cache))
@@ -136,7 +145,7 @@ def _sentences(cache: LLMCache) -> Sentences:
 
 
 def committed(cache: OpenCache) -> bool:
-    """Commit what a cache has computed; whether nothing is left. Storing never fails an inference."""
+    """Commit a cache's entries. Returns True if all are committed; a failure is logged, not raised."""
     store = cache.storing.store
     if not store.writable:
         return False
@@ -149,61 +158,68 @@ def committed(cache: OpenCache) -> bool:
 
 
 class Workers:
-    """Actors of a Ray cluster; they start when there is something to compute, and no more than are needed."""
+    """Actors of a Ray cluster, started when there is work, and no more than there are work items."""
 
     def __init__(self, place: WorkerConfig, count: int, threads: int | None = None, gpus: float = 0) -> None:
-        """count: at most so many. threads: of torch, None takes each one's part of the cores. gpus: of each."""
+        """Join or start the cluster.
+
+        count: maximum number of workers. threads: torch threads of each; None for an equal part of the cores. gpus:
+        GPUs of each.
+        """
         self.count = count
-        self._place, self._gpus = place, gpus
+        self._config, self._gpus = place, gpus
         self._actors: list[Any] = []
-        self._own = start(count)
-        part = library().cluster_resources().get("CPU", 1) / count
-        self._cpus = part if part < 1 else int(part)
-        self.threads = threads or max(1, int(part))
+        self._started_cluster = start(count)
+        cores = library().cluster_resources().get("CPU", 1) / count
+        self._cpus = cores if cores < 1 else int(cores)
+        self.threads = threads or max(1, int(cores))
 
     def computed(self, shares: Sequence[WorkItem]) -> Iterator[tuple[int, WorkResult]]:
-        """Every share's number and result, in the order in which they are done. LLMCacheError when workers fail."""
+        """Compute work items. Yields index and result of each, in order of completion.
+
+        LLMCacheError when workers fail.
+        """
         ray = library()
-        self._begin(min(self.count, len(shares)))
+        self._start_actors(min(self.count, len(shares)))
         idle = deque(self._actors * _IN_FLIGHT)
         waiting: deque[tuple[int, WorkItem]] = deque(enumerate(shares))
         running: dict[Any, tuple[int, Any]] = {}
         while waiting or running:
             while waiting and idle:
-                number, share = waiting.popleft()
+                number, item = waiting.popleft()
                 actor = idle.popleft()
-                running[actor.compute.remote(share)] = number, actor
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(done)
+                running[actor.compute.remote(item)] = number, actor
+            (completed,), _ = ray.wait(list(running), num_returns=1)
+            number, actor = running.pop(completed)
             idle.append(actor)
-            yield number, got(done)
+            yield number, got(completed)
 
     def pids(self) -> list[int]:
-        """Process ids of the workers that were started."""
+        """Return the process ids of the started workers."""
         return [int(got(actor.pid.remote())) for actor in self._actors]
 
     def close(self) -> None:
-        """End the workers, and the cluster if it was started here."""
+        """Stop the workers, and the cluster if it was started here."""
         ray = library()
         actors, self._actors = self._actors, []
         for actor in actors:
             ray.kill(actor)
-        if self._own and ray.is_initialized():
+        if self._started_cluster and ray.is_initialized():
             ray.shutdown()
-        self._own = False
+        self._started_cluster = False
 
-    def _begin(self, count: int) -> None:
+    def _start_actors(self, count: int) -> None:
         ray = library()
         kind = ray.remote(num_cpus=self.threads, num_gpus=self._gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
             Worker
         )
         while len(self._actors) < count:
-            self._actors.append(kind.remote(self._place, self.threads))
+            self._actors.append(kind.remote(self._config, self.threads))
             log.info("worker %d of %d starts, %d threads", len(self._actors), self.count, self.threads)
 
 
 def library() -> Any:
-    """Ray. ConfigError where it is not installed."""
+    """Import and return the module `ray`. ConfigError when it is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed; pip install 'llmcache[ray]'")
     import ray
@@ -212,7 +228,10 @@ def library() -> Any:
 
 
 def start(workers: int) -> bool:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine. Whether it was started here."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine, unless Ray runs already.
+
+    Returns True if this call connected to the cluster, False if Ray was running.
+    """
     if workers < 1:
         raise ConfigError(f"there is at least one worker, got {workers}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -230,7 +249,7 @@ def start(workers: int) -> bool:
 
 
 def got(reference: Any) -> Any:
-    """What a worker answered; what it raised is raised here as it was raised there."""
+    """Wait for a worker's result and return it. Raises the worker's LLMCacheError; others as LLMCacheError."""
     ray = library()
     try:
         return ray.get(reference)
@@ -240,6 +259,6 @@ def got(reference: Any) -> Any:
         raise LLMCacheError(f"a worker failed: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayActorError as error:
         raise LLMCacheError(
-            f"a worker died {RESTARTS + 1} times (killed, or out of memory); what was committed is kept: give it more "
-            "memory or take fewer workers, and run the same command again"
+            f"a worker died {RESTARTS + 1} times (killed, or out of memory); committed results are kept: give it more "
+            "memory or use fewer workers, and run the same command again"
         ) from error

@@ -1,4 +1,4 @@
-"""A stream of records cut into parts of bounded size, read ahead by a thread of its own."""
+"""Split a stream of records into parts of bounded size, and prefetch the parts in a thread."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from llmcache.model.keys import framed
 from llmcache.pipeline.chunking import Chunk
 from llmcache.records import RejectedRecord, Taken
 
-CHARACTERS = 1 << 18  # a part ends at the document that reaches them
+CHARACTERS = 1 << 18  # a part ends with the document that reaches this total
 
 Cut = Callable[[list[Document]], list[list[Chunk] | str]]
-"""The chunks of each document, or why it has none."""
+"""Function from documents to the chunks of each, or to the reason why a document cannot be cut."""
 
 
 @dataclass(slots=True)
 class Part:
-    """Documents that are answered together.
+    """Consecutive documents of the stream, which are answered together.
 
-    chunks: of each document, None where texts stay whole. refused: records among them that are no documents. end:
-    place in the stream after the part. digest: of all that was read until there. error: what reading ended with.
+    chunks: chunks of each document, None if texts are not cut. refused: records of the part that are no documents.
+    end: position in the stream after the part. digest: digest of all records up to there. error: exception that ended
+    the stream after this part.
     """
 
     documents: list[Document] = field(default_factory=list)
@@ -37,10 +38,10 @@ class Part:
 
 
 def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool = False) -> Iterator[Part]:
-    """The stream in parts: each of `most` documents, fewer where these would pass 262,144 characters.
+    """Split the stream into parts of `most` documents, fewer where their texts reach 262,144 characters.
 
-    Where a part ends depends on the records alone, never on time. The last part carries the error that ended the
-    stream. digests: fill in `Part.digest`.
+    cut: cuts documents into chunks; None leaves texts whole. digests: fill in `Part.digest`.
+    The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
     part, characters, end, digest = Part(), 0, 0, b""
     places: list[int] = []
@@ -66,49 +67,49 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
             if len(part.documents) >= most or characters >= CHARACTERS or len(part.refused) >= most:
                 yield finished()
                 part, characters, places = Part(), 0, []
-    except Exception as error:  # to be raised where the results are: what was read before it is answered first
+    except Exception as error:  # raised later, where results are taken: the records before it are answered first
         part.error = error
     if part.documents or part.refused or part.error:
         yield finished()
 
 
 def _digest(before: bytes, part: Part) -> bytes:
-    running = hashlib.sha256(before)
+    sha256 = hashlib.sha256(before)
     for document in part.documents:
-        running.update(framed(document.id.encode(), document.text.encode()))
-    for one in part.refused:
-        running.update(framed(str(one.place).encode(), one.reason.encode("utf-8", "surrogatepass")))
-    return running.digest()
+        sha256.update(framed(document.id.encode(), document.text.encode()))
+    for record in part.refused:
+        sha256.update(framed(str(record.place).encode(), record.reason.encode("utf-8", "surrogatepass")))
+    return sha256.digest()
 
 
 def _cut(part: Part, places: list[int], cut: Cut) -> None:
-    """Fill in the chunks; a document that cannot be cut is refused."""
-    found = cut(part.documents)
-    lost = {i: one for i, one in enumerate(found) if isinstance(one, str)}
-    part.refused += [RejectedRecord(places[i], part.documents[i].id, reason) for i, reason in lost.items()]
-    part.documents = [one for i, one in enumerate(part.documents) if i not in lost]
-    part.chunks = [one for one in found if not isinstance(one, str)]
+    """Fill in the part's chunks; a document that cannot be cut moves to the refused records."""
+    results = cut(part.documents)
+    reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
+    part.refused += [RejectedRecord(places[i], part.documents[i].id, reason) for i, reason in reasons.items()]
+    part.documents = [document for i, document in enumerate(part.documents) if i not in reasons]
+    part.chunks = [result for result in results if not isinstance(result, str)]
 
 
-def ahead(found: Iterator[Part], count: int) -> Generator[Part]:
-    """The same parts, up to `count` of them read before they are asked for; 0 reads in the caller's thread.
+def ahead(stream: Iterator[Part], count: int) -> Generator[Part]:
+    """Prefetch up to `count` parts in a thread; 0 reads in the caller's thread. Yields the same parts.
 
-    Closing it ends the thread, unless that waits inside the caller's own iterator: then it ends when that returns.
+    Closing the generator ends the thread. If the thread waits inside the caller's iterator, it ends when that returns.
     """
     if count == 0:
-        yield from found
+        yield from stream
         return
     waiting: queue.Queue[Part | None] = queue.Queue(count)
     stopped = threading.Event()
 
     def read() -> None:
         try:
-            for part in found:
+            for part in stream:
                 if not stopped.is_set():
                     waiting.put(part)
                 if stopped.is_set():
                     return
-        except BaseException as error:  # such as SystemExit in the iterator: a silent end would look like the last part
+        except BaseException as error:  # such as SystemExit in the iterator; a silent end would look like the last part
             waiting.put(Part(error=error))
         finally:
             if not stopped.is_set():
@@ -121,7 +122,7 @@ def ahead(found: Iterator[Part], count: int) -> Generator[Part]:
             yield part
     finally:
         stopped.set()
-        while thread.is_alive():  # it may be waiting for a place in the queue
+        while thread.is_alive():  # it may be blocked on a full queue
             with suppress(queue.Empty):
                 waiting.get(timeout=0.05)
                 continue

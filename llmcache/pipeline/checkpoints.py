@@ -1,9 +1,9 @@
-"""Runs that can be stopped at any time and resumed: results and store are kept in step.
+"""Resumable runs: checkpoints that keep the results and the store consistent, so that a run can be killed at any time.
 
 At a checkpoint the results are made durable first, then the store commits the entries they came from; between
-checkpoints it commits nothing. So after a kill the store is either where the last checkpoint is, or where the one
-before it was, and shows which. The rows behind that point are cut off and made again, by the same batches from the same
-entries, and become the same bytes.
+checkpoints the store commits nothing. After a kill the store therefore is at the last checkpoint or at the one before,
+and shows which. The results after that checkpoint are truncated and computed again, in the same batches from the same
+entries, so they become the same bytes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from llmcache.pipeline.writers import FORMATS, result_writer
 
 log = logging.getLogger("llmcache")
 
-_SOURCE_BYTES = 1024  # what a sealed segment keeps of a source id
+_SOURCE_BYTES = 1024  # bytes of a source id that a sealed segment stores
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What `Pipeline.write` did. documents: rows of the file, by tier in exact, near and misses.
+    """Summary of a call of `Pipeline.write`.
 
-    refused: records that were no documents. resumed: rows that were there already. finished: whether the file is
-    written; else the run waits to be resumed.
+    documents: rows of the result file = exact + near + misses. refused: records that were no documents. resumed: rows
+    that an earlier call had computed. finished: True if the result file is written, False if the run is to be resumed.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Written:
     def of(
         cls, path: Path, tiers: Mapping[str, int], refused: int, resumed: int = 0, *, finished: bool = True
     ) -> Written:
+        """Make the summary from the number of rows by tier ("exact", "near", "miss")."""
         exact, near, misses = (tiers.get(tier, 0) for tier in ("exact", "near", "miss"))
         return cls(path, exact + near + misses, exact, near, misses, refused, resumed, finished)
 
@@ -59,14 +60,17 @@ class Written:
 
 
 class Resumption:
-    """One journaled run at work. start: the checkpoint that it goes on from."""
+    """Journaled run in progress. start: the checkpoint from which it resumes."""
 
     def __init__(self, journal: Journal, storing: BankWriter, namespace: str | None = None) -> None:
-        """namespace: whose entries the results come from, so that a purge of it finds them."""
+        """Go back to the last checkpoint that the store has committed.
+
+        namespace: namespace of the entries that the results come from; a purge of it finds this run.
+        """
         self._journal, self._storing, self._store = journal, storing, storing.store
         if self._store.writable:
             with storing.lock:
-                storing.commit()  # what others left waiting is no part of this run
+                storing.commit()  # entries that earlier calls left uncommitted are not part of this run
         self._run = unfinished.Run(journal.folder.absolute(), namespace)
         if self._store.writable:
             unfinished.note(self._store.folder, self._run)
@@ -74,71 +78,77 @@ class Resumption:
         if not self.start.sure and self._store.committed(self.start.writer) <= self.start.committed:
             self.start = journal.checkpoints[0]
         journal.back_to(self.start)
-        self._place, self._digest = 0, ""  # of the part that was read last
-        # what is complete: rows, and what of their entries waits to be committed. One value, so that Ctrl-C finds both
-        self._whole = (self.start, self._store.pending())
-        self._in_step = True  # the store can be brought to where the rows are
+        self._place, self._digest = 0, ""  # of the last part that was read
+        # complete rows, and their uncommitted entries; a single value, so that they agree after Ctrl-C
+        self._complete = (self.start, self._store.pending())
+        self._consistent = True  # False once a commit has failed: the store cannot reach the last rows any more
         self._committing = False
 
     @property
     def rows(self) -> int:
-        return self._whole[0].rows
+        """Number of complete rows."""
+        return self._complete[0].rows
 
     @property
     def tiers(self) -> Mapping[str, int]:
-        at = self._whole[0]
-        return {"exact": at.exact, "near": at.near, "miss": at.misses}
+        """Number of complete rows by tier."""
+        position = self._complete[0]
+        return {"exact": position.exact, "near": position.near, "miss": position.misses}
 
     def skip(self, part: Part) -> bool:
-        """Whether the part was answered before the stop. CorpusError when it was another one."""
+        """Return True if the part lies before the checkpoint `start`. CorpusError when its records differ."""
         before, self._place, self._digest = self._place, part.end, part.digest.hex()
         if before >= self.start.place:
             return False
         if part.end > self.start.place or (part.end == self.start.place and self._digest != self.start.digest):
-            raise self._other()
+            raise self._wrong_corpus()
         return True
 
-    def _other(self) -> CorpusError:
+    def _wrong_corpus(self) -> CorpusError:
         return CorpusError(
             f"the first {self.start.place:,} records of the corpus are not those that the unfinished run in "
             f"{self._journal.folder} answered; give it the same corpus, or remove that folder to begin anew"
         )
 
     def take(self, part: Part, results: Sequence[Result]) -> None:
-        """Keep the results of a whole part, with a checkpoint when one is due."""
-        self._journal.add(clipped(one) for one in results)
+        """Write the results of a complete part to the journal, with a checkpoint when one is due."""
+        self._journal.add(clipped(result) for result in results)
         with self._storing.lock:
-            self._whole = (self._journal.here(self._place, self._digest), self._store.pending())
+            self._complete = (self._journal.here(self._place, self._digest), self._store.pending())
             if self._storing.due:
                 self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Results durable, then entries committed. Once the store cannot be written, the last one stays."""
+        """Make the results durable, then commit their entries. Does nothing once a commit has failed."""
         with self._storing.lock:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        store, at = self._store, self._whole[0]
-        if not self._in_step:
+        store, position = self._store, self._complete[0]
+        if not self._consistent:
             return
-        self._journal.checkpoint(replace(at, writer=store.writer, committed=store.committed(store.writer), sure=False))
+        committed = store.committed(store.writer)
+        self._journal.checkpoint(replace(position, writer=store.writer, committed=committed, sure=False))
         if store.writable:
             self._committing = True
             try:
                 self._storing.commit()
             except LLMCacheError as error:
                 log.warning("%s. Going on without storing", error)
-                self._in_step = False
+                self._consistent = False
                 return
-        waiting = store.pending()
-        self._whole, self._committing = (at, waiting), False
-        if not any(sum(one) for one in waiting.values()):  # else another process is busy with the store
+        pending = store.pending()
+        self._complete, self._committing = (position, pending), False
+        if not any(sum(counts) for counts in pending.values()):  # else another process is committing to the store
             self._journal.commit_done()
 
     def finish(self, out: Path) -> None:
-        """All documents were answered: write the result file, and remove what was kept beside it."""
+        """Write the result file after the last part, and remove the journal.
+
+        CorpusError when the corpus ended before the checkpoint `start`.
+        """
         if self._place < self.start.place:
-            raise self._other()
+            raise self._wrong_corpus()
         self.checkpoint()
         with result_writer(out, width=self._journal.width) as writer:
             writer.write(self._journal.results())
@@ -146,10 +156,10 @@ class Resumption:
         unfinished.forget(self._store.folder, self._run)
 
     def leave(self) -> None:
-        """After an error: what a part put that did not come to its end is given up, and the rest committed."""
+        """Clean up after an error: drop the entries of the incomplete part, and checkpoint the complete ones."""
         with self._storing.lock:
             if not self._committing:
-                self._store.drop_pending(self._whole[1])
+                self._store.drop_pending(self._complete[1])
                 self.checkpoint()
             self._store.drop_pending({})
 
@@ -158,7 +168,10 @@ class Resumption:
 def resumable(
     out: Path, facts: Mapping[str, Any], width: int, storing: BankWriter, *, resume: bool
 ) -> Iterator[Resumption]:
-    """A run that writes `out`, whose commits are its checkpoints; other users of the store's banks have to wait."""
+    """Open the journaled run that writes `out`, as a context. facts, width, resume: see `Journal.open`.
+
+    Inside, the store commits at the run's checkpoints only. Other users of the store's banks wait for these.
+    """
     journal, lock = Journal.open(out, facts, width, resume=resume)
     with ExitStack() as stack:
         stack.enter_context(lock)
@@ -173,14 +186,14 @@ def resumable(
 
 
 def clipped(result: Result) -> Result:
-    """The same with a source as the store keeps it: it must not matter whether its entry was committed already."""
+    """Truncate the source of a result as a sealed segment does, so that it is the same before and after a commit."""
     if result.source is None or len(result.source) <= _SOURCE_BYTES // 4:
         return result
     return replace(result, source=result.source.encode()[:_SOURCE_BYTES].decode(errors="replace"))
 
 
 def check_target(out: Path) -> None:
-    """Before anything is computed: ConfigError or CorpusError when `out` cannot be a result file."""
+    """Check the path of a result file before anything is computed. ConfigError or CorpusError when it cannot be one."""
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"results can be written as .parquet, .npy or .jsonl, not as {out.name!r}")
     if not out.parent.is_dir():

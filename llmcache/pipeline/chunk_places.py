@@ -1,4 +1,4 @@
-"""Find where chunks that a caller gave by their text alone lie in a document."""
+"""Locate chunks in a document that were given by their text alone, by beam search over their positions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from llmcache.pipeline.chunking import Chunk
 
-_HYPOTHESES = 16  # assignments that are followed at a time
-_OCCURRENCES = 4  # of one chunk that are looked at from one hypothesis
-_SKIPPED = 1000.0  # what a character left out between two chunks costs, beside one that two chunks share
+_HYPOTHESES = 16  # beam width
+_OCCURRENCES = 4  # occurrences of a chunk that are tried per hypothesis
+_SKIPPED = 1000.0  # cost of a character left out between two chunks; one that two chunks share costs 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """One chunk's place in one hypothesis. cost: of this and all chunks before it. before: the chunk before it."""
+    """Position of a chunk in a hypothesis. cost: total up to this chunk. before: the previous chunk's position."""
 
     cost: float
     start: int
@@ -26,34 +26,34 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class NoChunk:
-    """A part that was given as a chunk and is none of the text."""
+    """Value that was given as a chunk but is no part of the text."""
 
     part: Any
 
 
 def chunk_places(text: str, parts: Sequence[Any]) -> list[tuple[int, int]] | NoChunk:
-    """Start and end of every chunk of a text, or the first part that is no chunk of it.
+    """Locate every chunk in a text. Returns start and end of each, or a NoChunk for the first that is no part of it.
 
-    parts: in the order of the text, each a Chunk, a pair of start and end, or a part of the text. A part that occurs
-        several times is placed so that the chunks together leave out as little of the text as possible, and overlap no
-        more than they must: sliding windows and plain splits get their true places wherever the text allows no doubt.
+    parts: in the order of the text, each a Chunk, a pair of start and end, or a substring. A substring that occurs
+        several times is placed so that the chunks together skip as few characters as possible, and overlap as little
+        as possible. Sliding windows and plain splits get their true positions wherever the text is unambiguous.
     """
     beam = [_Placed(0.0, 0, 0, None)]
     for part in parts:
-        spans = _given(text, part)
-        if spans is None:
+        span = _span_of(text, part)
+        if span is None:
             return NoChunk(part)
         following: dict[int, _Placed] = {}
         for last in beam:
-            for start in _starts(text, part, last) if isinstance(part, str) else spans[:1]:
-                placed = _Placed(last.cost + _cost(text, last, start), start, start + spans[1] - spans[0], last)
+            for start in _starts(text, part, last) if isinstance(part, str) else span[:1]:
+                placed = _Placed(last.cost + _cost(text, last, start), start, start + span[1] - span[0], last)
                 if start not in following or placed.cost < following[start].cost:
                     following[start] = placed
-        if not following:  # out of order: somewhere
-            last = min(beam, key=lambda one: one.cost)
-            following[spans[0]] = _Placed(last.cost, *spans, last)
-        beam = sorted(following.values(), key=lambda one: one.cost)[:_HYPOTHESES]
-    best: _Placed | None = min(beam, key=lambda one: one.cost + _SKIPPED * len(text[one.end :].strip()))
+        if not following:  # the chunk is out of order: take its first occurrence
+            last = min(beam, key=lambda placed: placed.cost)
+            following[span[0]] = _Placed(last.cost, *span, last)
+        beam = sorted(following.values(), key=lambda placed: placed.cost)[:_HYPOTHESES]
+    best: _Placed | None = min(beam, key=lambda placed: placed.cost + _SKIPPED * len(text[placed.end :].strip()))
     places: list[tuple[int, int]] = []
     while best is not None and best.before is not None:
         places.append((best.start, best.end))
@@ -61,8 +61,8 @@ def chunk_places(text: str, parts: Sequence[Any]) -> list[tuple[int, int]] | NoC
     return places[::-1]
 
 
-def _given(text: str, part: Any) -> tuple[int, int] | None:
-    """Start and end of a part as it was given, of a text its first occurrence; None where it is no part of the text."""
+def _span_of(text: str, part: Any) -> tuple[int, int] | None:
+    """Return start and end of a chunk, of a substring its first occurrence; None if it is no part of the text."""
     if isinstance(part, str):
         start = text.find(part)
         return None if start < 0 else (start, start + len(part))
@@ -76,7 +76,7 @@ def _given(text: str, part: Any) -> tuple[int, int] | None:
 
 
 def _starts(text: str, part: str, last: _Placed) -> Iterator[int]:
-    """Places where a part may begin, given the place of the chunk before it."""
+    """Yield the positions where a substring may begin, given the position of the previous chunk."""
     yield from {at for at in (last.end, _after_space(text, last.end)) if text.startswith(part, at)}
     first = last.start if last.before is None or len(part) > last.end - last.start else last.start + 1
     for begin in (first, last.end):
@@ -89,14 +89,14 @@ def _starts(text: str, part: str, last: _Placed) -> Iterator[int]:
 
 
 def _cost(text: str, last: _Placed, start: int) -> float:
-    """Cost of placing a chunk here: characters skipped since the chunk before it, or shared with it."""
+    """Return the cost of this start: characters skipped after the previous chunk, or shared with it."""
     if start >= last.end:
         return _SKIPPED * max(0, start - _after_space(text, last.end))
     return float(last.end - start)
 
 
 def _after_space(text: str, at: int) -> int:
-    """The first place from `at` on that is no white space."""
+    """Return the first position from `at` on that is not white space."""
     while at < len(text) and text[at].isspace():
         at += 1
     return at

@@ -1,4 +1,4 @@
-"""Chunks that fit a model, and the vector of a document from those of its chunks."""
+"""Cut documents into chunks that fit a model, and pool the chunks' vectors into one of the document."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from llmcache.pipeline.chunking import (
 )
 
 Cutting: TypeAlias = Callable[[str], Iterable["Chunk | str | tuple[int, int]"]]
-"""The user's own chunks of a text: as Chunks, as (start, end), or as parts of the text in their order."""
+"""Function of the user from a text to its chunks: Chunks, pairs (start, end), or substrings in order."""
 
 STRUCTURE = "structure"
-_REMEMBERED = 1 << 17  # chunks known to fit, 16 MiB
+_MOST_FITTING = 1 << 17  # texts known to fit that are remembered, 16 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Chunked(Result):
-    """What became of a document that was cut into chunks.
+    """Result of a document that was cut into chunks.
 
-    output: float32 [width], the mean of the chunks' vectors weighted by their characters, of unit length where the
-        model's vectors are; of a document that is one chunk, that chunk's vector itself.
-    tier: "miss" when a chunk was computed, else "near" when one was near, else "exact". layer, source: where all
-        chunks have the same, else None. similarity: the lowest, None for a miss.
-    chunks: one result per chunk, whose id is "<document>#<start>-<end>". spans: int64 [chunks, 2], of characters.
+    output: float32 [width], mean of the chunks' vectors weighted by their characters, scaled to unit length if the
+        model's vectors are; for a document of one chunk, the vector of that chunk.
+    tier: "miss" if any chunk was computed, else "near" if any was a near match, else "exact". layer, source: the
+        common value of all chunks, else None. similarity: the lowest of the chunks', None for a miss.
+    chunks: result of each chunk, with the id "<document>#<start>-<end>". spans: int64 [chunks, 2], in characters.
     """
 
     chunks: tuple[Result, ...] = ()
@@ -48,30 +48,33 @@ class Chunked(Result):
 
     @property
     def vectors(self) -> NDArray[np.float32]:
-        """float32 [chunks, width], a copy."""
-        return np.stack([one.output for one in self.chunks])
+        """Vectors of the chunks, float32 [chunks, width], a copy."""
+        return np.stack([chunk.output for chunk in self.chunks])
 
 
-def cut_by(given: str | Cutting | None, model: SentenceTransformer, prompt: str | None) -> Cut | None:
-    """What cuts documents into chunks, as `Pipeline(chunk=...)` says; None where texts stay whole."""
-    if given is None:
+def cut_by(option: str | Cutting | None, model: SentenceTransformer, prompt: str | None) -> Cut | None:
+    """Return the function that cuts documents. option: see `Pipeline(chunk=...)`; None leaves texts whole.
+
+    ConfigError for anything else than None, "structure" or a function.
+    """
+    if option is None:
         return None
-    if given == STRUCTURE:
+    if option == STRUCTURE:
         return partial(_structure, Fitting(model, prompt))
-    if callable(given):
-        return partial(_by_caller, given)
-    raise ConfigError(f"chunk is None, {STRUCTURE!r} or a function from a text to its chunks, got {given!r}")
+    if callable(option):
+        return partial(_by_caller, option)
+    raise ConfigError(f"chunk is None, {STRUCTURE!r} or a function from a text to its chunks, got {option!r}")
 
 
-def cut_name(given: str | Cutting | None) -> str:
-    """A name of the cutting that another process can compare."""
-    if callable(given):
-        return f"{getattr(given, '__module__', '')}.{getattr(given, '__qualname__', type(given).__name__)}"
-    return str(given)
+def cut_name(option: str | Cutting | None) -> str:
+    """Return a name of the cutting function, so that another process can tell whether it uses the same."""
+    if callable(option):
+        return f"{getattr(option, '__module__', '')}.{getattr(option, '__qualname__', type(option).__name__)}"
+    return str(option)
 
 
 class Fitting:
-    """Tells how many tokens texts have, without touching the tokenizer that the model uses: it cannot be shared."""
+    """Token counts of texts, with a copy of the model's tokenizer, since that cannot be shared between threads."""
 
     def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
         fast: Any = getattr(model.tokenizer, "backend_tokenizer", None)
@@ -82,52 +85,52 @@ class Fitting:
         self._tokenizer: Any = model.tokenizer
         self._prompt = prompt or ""
         self.most: int | None = model.max_seq_length
-        """Tokens that the model reads of a text; None where it has no limit."""
+        """Maximum number of tokens that the model reads of a text; None for no limit."""
         self._fitting: set[bytes] = set()
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
-        """Of each text, with prompt and special tokens."""
+        """Count the tokens of each text, with prompt and special tokens."""
         prompted = [self._prompt + text for text in texts]
         if self._fast is not None:
-            return [len(one) for one in self._fast.encode_batch_fast(prompted)]
+            return [len(encoding) for encoding in self._fast.encode_batch_fast(prompted)]
         with private_copy(self._tokenizer) as slow:
             return [len(ids) for ids in slow(prompted, padding=False, truncation=False)["input_ids"]]
 
     def too_long(self, texts: Sequence[str]) -> list[bool]:
-        """Whether the model would not read each text to its end. Chunks that come again are not counted again."""
+        """Tell for each text whether the model would truncate it. Texts known to fit are not tokenised again."""
         if self.most is None:
             return [False] * len(texts)
         keys = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
         unknown = [i for i, key in enumerate(keys) if key not in self._fitting]
         counts = self.tokens([texts[i] for i in unknown]) if unknown else []
         long = {i for i, count in zip(unknown, counts, strict=True) if count > self.most}
-        if len(self._fitting) > _REMEMBERED:
+        if len(self._fitting) > _MOST_FITTING:
             self._fitting.clear()
         self._fitting.update(keys[i] for i in unknown if i not in long)
         return [i in long for i in range(len(texts))]
 
     def again(self, chunk: Chunk) -> list[Chunk]:
-        """Cut a chunk that is too long in half, and the halves again, until the model reads each of them whole.
+        """Cut a chunk that is too long in half, recursively, until no part is truncated. Returns the parts.
 
-        A single character that is still too long stays as it is; `too_long` says so.
+        A single character that is still too long stays as it is; `too_long` reports it.
         """
-        found = chunks(chunk.text, limit=max(1, len(chunk.text) // 2), least=0)
-        if len(found) == 1:
+        halves = chunks(chunk.text, limit=max(1, len(chunk.text) // 2), least=0)
+        if len(halves) == 1:
             return [chunk]
-        parts = [Chunk(chunk.start + part.start, chunk.start + part.end, part.text) for part in found]
+        parts = [Chunk(chunk.start + half.start, chunk.start + half.end, half.text) for half in halves]
         long = self.too_long([part.text for part in parts])
         return [half for part, cut in zip(parts, long, strict=True) for half in (self.again(part) if cut else [part])]
 
 
 def _structure(fitting: Fitting, documents: list[Document]) -> list[list[Chunk] | str]:
-    """Chunks of each document by its structure, or why it is refused: a part that the model would cut off."""
+    """Cut documents by their structure. Returns the chunks of each, or the reason why one cannot be made to fit."""
     cut = [chunks(document.text, limit=LIMIT, least=LEAST) or [_whole(document.text)] for document in documents]
     long = iter(fitting.too_long([chunk.text for document_chunks in cut for chunk in document_chunks]))
     return [_all_fitting(fitting, document_chunks, long) for document_chunks in cut]
 
 
 def _all_fitting(fitting: Fitting, cut: list[Chunk], long: Iterator[bool]) -> list[Chunk] | str:
-    """The chunks of one document, cut on until they fit. long: whether each is too long, taken from in step."""
+    """Cut one document's chunks further until they fit. long: for each chunk, whether it is too long."""
     fitted: list[Chunk] = []
     refused: Chunk | None = None
     for chunk in cut:
@@ -154,28 +157,28 @@ def _whole(text: str) -> Chunk:
 
 
 def _by_caller(cutting: Cutting, documents: list[Document]) -> list[list[Chunk] | str]:
-    return [_as_given(cutting, one.text) for one in documents]
+    return [_cut_by_caller(cutting, document.text) for document in documents]
 
 
-def _as_given(cutting: Cutting, text: str) -> list[Chunk] | str:
-    """The caller's chunks of one text with their places, or why the document is refused."""
+def _cut_by_caller(cutting: Cutting, text: str) -> list[Chunk] | str:
+    """Cut one text with the caller's function. Returns the chunks, or the reason why the document is refused."""
     try:
         cut: Any = cutting(text)
-        given = list(cut)
-    except Exception as error:  # of one document: collected with it
+        parts = list(cut)
+    except Exception as error:  # fails this document only, with its reason among the refused records
         return f"cannot be cut: {type(error).__name__}: {error}"
     if isinstance(cut, str) and cut != text:
         return "cannot be cut: the function gave one text, not a list of chunks"
-    places = chunk_places(text, [cut] if isinstance(cut, str) else given)
+    places = chunk_places(text, [cut] if isinstance(cut, str) else parts)
     if isinstance(places, NoChunk):
         return f"cannot be cut: {places.part!r:.60} is no part of its {len(text):,} characters"
     return [Chunk(start, end, text[start:end]) for start, end in places] or [_whole(text)]
 
 
 def pooled(vectors: NDArray[np.float32], weights: NDArray[np.int64], *, unit: bool) -> NDArray[np.float32]:
-    """The weighted mean of some vectors. vectors: float32 [n, width]; weights: [n], not negative. float32 [width].
+    """Average vectors by weight. vectors: float32 [n, width]; weights: [n], not negative.
 
-    unit: scale the mean to unit length. One vector is given back as it is.
+    unit: scale the mean to unit length. Returns float32 [width]; a single vector is returned as it is.
     """
     if len(vectors) == 1:
         only: NDArray[np.float32] = vectors[0]
@@ -186,13 +189,13 @@ def pooled(vectors: NDArray[np.float32], weights: NDArray[np.int64], *, unit: bo
     return (mean / length if unit and length > 0 else mean).astype(np.float32)
 
 
-def together(document: Document, chunks: Sequence[Chunk], found: Sequence[Result], *, unit: bool) -> Chunked:
-    """The document's result from those of its chunks."""
-    spans = np.array([(one.start, one.end) for one in chunks], np.int64)
-    output = pooled(np.stack([one.output for one in found]), spans[:, 1] - spans[:, 0], unit=unit)
-    tier = next((one for one in ("miss", "near") if any(result.tier == one for result in found)), "exact")
-    similarities = [one.similarity for one in found if one.similarity is not None]
-    layers, sources = {one.layer for one in found}, {one.source for one in found}
+def together(document: Document, chunks: Sequence[Chunk], results: Sequence[Result], *, unit: bool) -> Chunked:
+    """Combine the results of a document's chunks. results: one per chunk. unit: see `pooled`."""
+    spans = np.array([(chunk.start, chunk.end) for chunk in chunks], np.int64)
+    output = pooled(np.stack([result.output for result in results]), spans[:, 1] - spans[:, 0], unit=unit)
+    tier = next((tier for tier in ("miss", "near") if any(result.tier == tier for result in results)), "exact")
+    similarities = [result.similarity for result in results if result.similarity is not None]
+    layers, sources = {result.layer for result in results}, {result.source for result in results}
     return Chunked(
         document.id,
         output,
@@ -200,18 +203,18 @@ def together(document: Document, chunks: Sequence[Chunk], found: Sequence[Result
         layers.pop() if len(layers) == 1 else None,
         sources.pop() if len(sources) == 1 else None,
         min(similarities) if tier != "miss" else None,
-        any(one.audited for one in found),
-        min((one.consensus for one in found if one.consensus is not None), default=None),
-        tuple(found),
+        any(result.audited for result in results),
+        min((result.consensus for result in results if result.consensus is not None), default=None),
+        tuple(results),
         spans,
     )
 
 
 def chunk_documents(document: Document, chunks: Sequence[Chunk]) -> list[Document]:
-    """The chunks as documents of their own, "<id>#<start>-<end>"."""
-    return [replace(document, id=f"{document.id}#{one.start}-{one.end}", text=one.text) for one in chunks]
+    """Return each chunk as a document with the id "<id>#<start>-<end>"."""
+    return [replace(document, id=f"{document.id}#{chunk.start}-{chunk.end}", text=chunk.text) for chunk in chunks]
 
 
 def gives_unit_vectors(model: Any) -> bool:
-    """Whether a SentenceTransformer ends with a normalisation."""
+    """Return whether a SentenceTransformer has a normalisation module."""
     return any(type(module).__name__ == "Normalize" for module in model)

@@ -1,8 +1,8 @@
 """Cut documents into chunks at headings, paragraphs and sentences, so that an edit changes only the chunks it touches.
 
-A cut depends on the text around it, never on a count from the beginning of the document: fixed windows shift behind
-every insertion, and then nothing behind it is a repeat. Text without spaces (Chinese, Japanese, Thai, base64) is cut
-at punctuation, and where there is none at places chosen by the characters before them.
+A cut depends on the text around it, never on the distance from the start of the document: fixed windows would shift
+after every insertion, and no later chunk would repeat. Text without spaces (Chinese, Japanese, Thai, base64) is cut at
+punctuation, or, without punctuation, at positions chosen by a checksum of the characters before them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _BLANK = re.compile(r"\n[^\S\n]*\n\s*")
 _HEADING = re.compile(r"#{1,6}\s|[^\n]{1,100}\n[=-]{3,}\s*\Z")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[\u3002\uff01\uff1f])|\n")  # the last three of CJK
 _SPACE = re.compile(r"\s+")
-# punctuation inside a sentence after which a run of characters without spaces may be cut: CJK, Arabic, Latin, data
+# punctuation after which a run of characters without spaces may be cut: CJK, Arabic, Latin, data formats
 _CLAUSE = re.compile("[\u3001\uff0c\uff1b\uff1a\u30fb\u2026\u2014\u060c\u061b,;:|/&=)\\]}>\u300d\u300f\u3011\uff09-]+")
 _JOINERS = "\u200d\u2060"  # zero-width joiner and word joiner: never cut beside them
-_CONTEXT = 8  # characters before a place that decide whether a run is cut there
+_CONTEXT = 8  # number of preceding characters that decide whether a run is cut at a position
 
 LIMIT, LEAST = 800, 200
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a text: text[start:end]."""
+    """Part of a text: text[start:end], in characters."""
 
     start: int
     end: int
@@ -37,35 +37,35 @@ class Chunk:
 
 
 def chunks(text: str, *, limit: int = LIMIT, least: int = LEAST, length: Callable[[str], int] = len) -> list[Chunk]:
-    """Cut a text into chunks of at most `limit`, in order; only white space lies between them, and nothing is left out.
+    """Cut a text into chunks of at most `limit`. Returns them in order; only white space lies between them.
 
-    A chunk begins at a heading or a paragraph, and a paragraph shorter than `least` is joined with the next ones. A
+    A chunk begins at a heading or a paragraph; a paragraph shorter than `least` is joined with the next ones. A
     paragraph longer than `limit` is cut at sentences, a longer sentence at spaces, and a longer word after punctuation
-    or between characters (never inside a character with its combining marks). Only a single character longer than
-    `limit` by the given measure is left too long.
+    or between characters (never inside a character with its combining marks). Only a single character that is longer
+    than `limit` by the given measure makes a chunk that is too long.
     length: measure of a text; characters, or for example tokens: `lambda text: len(tokenizer.encode(text))`.
-    Raises ConfigError for limits that make no sense.
+    ConfigError unless 0 <= least <= limit and limit >= 1.
     """
     if not 0 <= least <= limit or limit < 1:
         raise ConfigError(f"limit is at least 1 and least from 0 to limit, got limit={limit} and least={least}")
-    found: list[tuple[int, int]] = []
-    begin = end = None  # of the chunk that is being made
+    spans: list[tuple[int, int]] = []
+    begin = end = None  # of the current chunk
     for start, stop, heads in _parts(text, limit, length):
         joined = begin is not None and not heads and length(text[begin:stop]) <= limit
         if begin is not None and end is not None and not joined:
-            found.append((begin, end))
+            spans.append((begin, end))
             begin = None
         begin, end = start if begin is None else begin, stop
         if length(text[begin:end]) >= least and not _is_heading(text[start:stop]):
-            found.append((begin, end))
+            spans.append((begin, end))
             begin = end = None
     if begin is not None and end is not None:
-        found.append((begin, end))
-    return [Chunk(start, stop, text[start:stop]) for start, stop in found]
+        spans.append((begin, end))
+    return [Chunk(start, stop, text[start:stop]) for start, stop in spans]
 
 
 def _parts(text: str, limit: int, length: Callable[[str], int]) -> Iterator[tuple[int, int, bool]]:
-    """Start and end of every paragraph, or of every piece of one that is too long; whether a chunk must begin there."""
+    """Yield start and end of every paragraph, cut if it is too long, and whether a chunk must begin there."""
     after_heading = False
     for start, stop in _spans(text, 0, len(text), _BLANK):
         heading = _is_heading(text[start:stop])
@@ -74,8 +74,8 @@ def _parts(text: str, limit: int, length: Callable[[str], int]) -> Iterator[tupl
         if length(text[start:stop]) <= limit:
             yield start, stop, begins
             continue
-        for one, other in _packed(text, start, stop, limit, length):
-            yield one, other, begins
+        for first, last in _packed(text, start, stop, limit, length):
+            yield first, last, begins
             begins = False
 
 
@@ -84,44 +84,44 @@ def _is_heading(paragraph: str) -> bool:
 
 
 def _packed(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> Iterator[tuple[int, int]]:
-    """A paragraph in pieces: as many sentences as fit, and words where one sentence does not."""
+    """Cut a paragraph into spans of as many sentences as fit; a sentence that does not fit is cut by `_words`."""
     begin = end = start
-    for one, other in _spans(text, start, stop, _SENTENCE):
-        if length(text[begin:other]) <= limit:
-            end = other
+    for first, last in _spans(text, start, stop, _SENTENCE):
+        if length(text[begin:last]) <= limit:
+            end = last
             continue
         if end > begin:
             yield begin, end
-        begin, end = one, other
-        if length(text[one:other]) > limit:
-            *whole, (begin, end) = _words(text, one, other, limit, length)
-            yield from whole
+        begin, end = first, last
+        if length(text[first:last]) > limit:
+            *complete, (begin, end) = _words(text, first, last, limit, length)
+            yield from complete
     if end > begin:
         yield begin, end
 
 
 def _words(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> list[tuple[int, int]]:
-    """Cut a sentence at spaces into pieces of at most `limit`; a word longer than that is cut by `_run`."""
-    pieces: list[tuple[int, int]] = []
+    """Cut a sentence at spaces into spans of at most `limit`; a longer word is cut by `_run`."""
+    spans: list[tuple[int, int]] = []
     begin = end = start
     for first, last in _spans(text, start, stop, _SPACE):
         if end > begin and length(text[begin:last]) > limit:
-            pieces.append((begin, end))
+            spans.append((begin, end))
             begin = first
         end = last
         if length(text[begin:end]) > limit:
-            *whole, (begin, end) = _run(text, max(begin, first), last, limit, length)
-            pieces += whole
-    return [*pieces, (begin, end)]
+            *complete, (begin, end) = _run(text, max(begin, first), last, limit, length)
+            spans += complete
+    return [*spans, (begin, end)]
 
 
 def _run(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> list[tuple[int, int]]:
-    """Cut a run of characters without spaces into pieces of at most `limit`.
+    """Cut a run of characters without spaces into spans of at most `limit`.
 
-    Each cut lies in the second half of what fits: after the last punctuation there, else at the place whose preceding
-    characters have the smallest checksum, so that an insertion moves only the cuts near it.
+    Each cut lies in the second half of the longest prefix that fits: after the last punctuation there, else at the
+    position whose preceding characters have the smallest checksum, so that an insertion moves only the cuts near it.
     """
-    pieces: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     while length(text[start:stop]) > limit:
         fits = _longest_prefix(text, start, stop, limit, length)
         cut = _best_cut(text, start + (fits - start + 1) // 2, fits)
@@ -129,15 +129,15 @@ def _run(text: str, start: int, stop: int, limit: int, length: Callable[[str], i
             cut = next((at for at in range(fits, start, -1) if _may_cut(text, at)), None)
         if cut is None:  # one character with its marks is longer than the limit
             cut = next((at for at in range(fits + 1, stop) if _may_cut(text, at)), stop)
-        pieces.append((start, cut))
+        spans.append((start, cut))
         start = cut
         if start == stop:
-            return pieces
-    return [*pieces, (start, stop)]
+            return spans
+    return [*spans, (start, stop)]
 
 
 def _longest_prefix(text: str, start: int, stop: int, limit: int, length: Callable[[str], int]) -> int:
-    """End of a long prefix of text[start:stop] that is within `limit`, by bisection; at least one character."""
+    """Return the end of a long prefix of text[start:stop] within `limit`, by bisection; at least one character."""
     low, high = start + 1, stop
     while low < high:
         middle = (low + high + 1) // 2
@@ -146,8 +146,8 @@ def _longest_prefix(text: str, start: int, stop: int, limit: int, length: Callab
 
 
 def _best_cut(text: str, first: int, last: int) -> int | None:
-    """A place from `first` to `last` at which to cut a run of characters; None where no place is allowed."""
-    clauses = [one.end() for one in _CLAUSE.finditer(text, max(0, first - 1), last) if one.end() >= first]
+    """Choose a position from `first` to `last` at which to cut a run of characters; None if none is allowed."""
+    clauses = [match.end() for match in _CLAUSE.finditer(text, max(0, first - 1), last) if match.end() >= first]
     places = [at for at in clauses if _may_cut(text, at)]
     if places:
         return places[-1]
@@ -156,7 +156,7 @@ def _best_cut(text: str, first: int, last: int) -> int | None:
 
 
 def _may_cut(text: str, at: int) -> bool:
-    """Return whether a text may be cut before this character: not inside a letter with its marks or a joined emoji."""
+    """Return whether a text may be cut at this position: not inside a letter with its marks or a joined emoji."""
     if at >= len(text):
         return True
     after, before = text[at], text[at - 1]
@@ -165,9 +165,9 @@ def _may_cut(text: str, at: int) -> bool:
 
 
 def _spans(text: str, start: int, stop: int, between: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """What lies between the matches, without white space at its ends; nothing empty."""
+    """Yield the spans between the matches of a pattern, stripped of white space, unless they are empty."""
     at = start
-    for cut in [*((one.start(), one.end()) for one in between.finditer(text, start, stop)), (stop, stop)]:
+    for cut in [*(match.span() for match in between.finditer(text, start, stop)), (stop, stop)]:
         part = text[at : cut[0]]
         begin = at + len(part) - len(part.lstrip())
         end = at + len(part.rstrip())

@@ -1,4 +1,4 @@
-"""Documents out of files: JSON lines, CSV, TSV, plain text and Parquet, one document at a time."""
+"""Read documents from files, folders and standard input: JSON lines, CSV, TSV, plain text and Parquet, as a stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmcache.errors import ConfigError, CorpusError
 from llmcache.pipeline.formats import READERS
 
 UNITS = ("line", "paragraph")
-STREAM_FORMATS = ("jsonl", "csv", "tsv", "txt")  # of standard input: Parquet has its index at the end
+STREAM_FORMATS = ("jsonl", "csv", "tsv", "txt")  # formats of standard input; Parquet has its index at the end
 ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 UNDERSTOOD = ".jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) and .parquet"
 ERRORS_KEPT = 5
@@ -28,11 +28,11 @@ FOREIGN = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "
 
 @dataclass(slots=True)
 class Reading:
-    """Counts of what has been read so far; filled in while `documents` is iterated.
+    """Counters of `documents`, updated while that is iterated.
 
-    files: begun. documents: given out. duplicate_ids: of these, the ones whose id came before.
-    bytes: taken from the files, as stored; runs up to 128 KiB ahead. errors: messages of the first five bad.
-    bad: records that could not be read; a file whose rest could not be read counts as one.
+    files: files opened so far. documents: documents yielded. duplicate_ids: documents whose id occurred before.
+    bytes: bytes read from the files, as stored; up to 128 KiB ahead of the documents.
+    bad: records that could not be read; the unreadable rest of a file counts as one. errors: their first five messages.
     skipped: files in the given folders that were not read because of their ending, by that ending.
     """
 
@@ -46,10 +46,11 @@ class Reading:
     _ids: set[int] = field(default_factory=set, repr=False, compare=False)
 
     def take(self, document: Document) -> None:
+        """Count a document."""
         self.documents += 1
-        seen = len(self._ids)
-        self._ids.add(hash(document.id))  # 64 bits in place of the id: a collision only costs a wrong count
-        self.duplicate_ids += len(self._ids) == seen
+        distinct = len(self._ids)
+        self._ids.add(hash(document.id))  # 64 bits in place of the id: a collision only makes the count wrong by one
+        self.duplicate_ids += len(self._ids) == distinct
 
     @property
     def skipped_said(self) -> str:
@@ -61,6 +62,7 @@ class Reading:
         return f"{self.skipped.total():,} files in the folders were not read ({endings}{more}); read are {UNDERSTOOD}"
 
     def refuse(self, error: CorpusError) -> None:
+        """Count a record that could not be read."""
         self.bad += 1
         if len(self.errors) < ERRORS_KEPT:
             self.errors.append(str(error))
@@ -76,43 +78,43 @@ def documents(
     skip_bad: bool = False,
     reading: Reading | None = None,
 ) -> Iterator[Document]:
-    """The documents of all sources, in the order of the sources.
+    """Read documents from all sources. Yields them in the order of the sources.
 
-    sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, by name,
-    without hidden files and linked folders; files of other endings are counted in `reading`. Gzip is recognised by
-    its content.
-    text_field, id_field: field of a JSON object or column of a table; a JSON line may be a bare text too.
-    A document without an id gets "<file name>:<line>" (Parquet: row), from 1, named relative to the folder.
-    unit: what a document is in a .txt file: a line that is not blank, or a paragraph between blank lines.
-    stdin_format: format of standard input, which may be gzipped too.
-    skip_bad: leave out what cannot be read instead of raising; `reading` counts it.
+    sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, sorted by name, without
+        hidden files and linked folders; files with other endings are counted in `reading`. Gzip is recognised by its
+        content.
+    text_field, id_field: fields of a JSON object or columns of a table; a JSON line may also be a bare string. A
+        document without an id gets "<file name>:<line>" (Parquet: row), counted from 1, relative to the folder.
+    unit: unit of a document in a .txt file: a "line" that is not blank, or a "paragraph" between blank lines.
+    stdin_format: format of standard input, which may be gzipped.
+    skip_bad: skip records that cannot be read instead of raising. reading: counters to update.
 
-    Nothing is opened before the first document is asked for; in memory is one record (Parquet: 32 rows).
-    ConfigError, at once: an unknown unit or stdin_format. CorpusError, naming file and line: before the first
-    document, a path that does not exist or is not understood; later, a bad record.
+    No file is opened before the first document is requested; one record (Parquet: 32 rows) is in memory at a time.
+    ConfigError at once for an unknown unit or stdin_format. CorpusError, naming file and line: before the first
+    document for a path that does not exist or has no known ending; later for a bad record.
     """
     for name, value, choices in (("unit", unit, UNITS), ("stdin_format", stdin_format, STREAM_FORMATS)):
         if value not in choices:
             raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
-    given = [sources] if isinstance(sources, str | Path) else sources
+    paths = [sources] if isinstance(sources, str | Path) else sources
     fields = Fields(text_field, id_field, unit)
-    return _documents(given, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
+    return _documents(paths, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
 
 
 def _documents(
     sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: Reading
 ) -> Iterator[Document]:
-    # all paths are looked up first: a mistyped one should not show after an hour's work on those before it
+    # all paths are checked first, so that a mistyped one fails before hours of work on the others
     for file in [file for source in sources for file in _files(source, stdin_format, reading)]:
         reading.files += 1
-        for found in _read(file, fields, reading):
-            if isinstance(found, Document):
-                reading.take(found)
-                yield found
+        for record in _read(file, fields, reading):
+            if isinstance(record, Document):
+                reading.take(record)
+                yield record
             else:
-                reading.refuse(found)
+                reading.refuse(record)
                 if not skip_bad:
-                    raise found
+                    raise record
 
 
 def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File]:
@@ -130,19 +132,19 @@ def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File
 
 
 def _folder(folder: Path, reading: Reading) -> list[File]:
-    found = []
+    files = []
     for root, folders, names in os.walk(folder, onerror=_raise_unlisted):  # does not follow links: no loops
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in [Path(root, name) for name in names if not name.startswith(".")]:
             format = _format(path.name)
-            # a link to nothing is kept and then reported; a pipe is not, since reading it may never end
+            # a broken link is included, to be reported as an error; a pipe is not, since reading it may never end
             if format is not None and (os.path.isfile(path) or not os.path.exists(path)):
-                found.append(File(path, _shown(path.relative_to(folder)), _shown(path), format))
+                files.append(File(path, _shown(path.relative_to(folder)), _shown(path), format))
             else:
                 reading.skipped[_shown(path.suffix.lower()) or "without an ending"] += 1
-    if not found:
+    if not files:
         raise CorpusError(f"the folder {_shown(folder)} holds no file with an ending of {UNDERSTOOD}")
-    return sorted(found, key=lambda file: Path(file.name).parts)
+    return sorted(files, key=lambda file: Path(file.name).parts)
 
 
 def _raise_unlisted(error: OSError) -> NoReturn:
@@ -158,12 +160,12 @@ def _format(name: str) -> str | None:
 
 
 def _shown(path: str | Path) -> str:
-    """The path as text that can be written as UTF-8, whatever bytes the file name has."""
+    """Return the path as text that can be encoded as UTF-8, whatever bytes the file name has."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
-    """Documents and errors in the order of the file; one that fails as a whole ends with an error."""
+    """Yield documents and errors in the order of the file; a file that cannot be read further ends with an error."""
     try:
         with _opened(file, reading) as stream:
             yield from READERS[file.format](file, fields, stream)
@@ -177,7 +179,7 @@ def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
 
 @contextmanager
 def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
-    """The bytes of the file, unpacked."""
+    """Open the file as a stream of bytes, decompressed."""
     with ExitStack() as stack:
         source: Any = stack.enter_context(open(file.path, "rb")) if file.path else sys.stdin.buffer
         stream: Any = stack.enter_context(io.BufferedReader(_Counted(source, reading), 1 << 17))
@@ -191,7 +193,7 @@ def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
 
 
 class _Counted(io.RawIOBase):
-    """A stream whose bytes are counted as they are taken. Closing it leaves that stream open."""
+    """Stream that counts the bytes read from another stream. Closing it leaves the other stream open."""
 
     def __init__(self, stream: io.BufferedReader, reading: Reading) -> None:
         self._stream, self._reading = stream, reading

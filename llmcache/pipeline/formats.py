@@ -1,4 +1,4 @@
-"""Formats of files of documents: JSON lines, CSV and TSV, plain text, Parquet; one function each."""
+"""Readers of file formats, one function each: JSON lines, CSV and TSV, plain text, Parquet."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import IO, Any
 
 from llmcache.document import Fields, File, Found, bad, document, kind, missing, undecodable
 
-RECORD_LIMIT = 1 << 28  # bytes: a longer line is a file of another kind, and would be held in memory whole
-PARQUET_ROWS = 32  # in memory at once: few enough for texts of 10 MB
+RECORD_LIMIT = 1 << 28  # bytes of a line; a longer one suggests another file format, and would fill the memory
+PARQUET_ROWS = 32  # rows in memory at a time; few, since a text may have 10 MB
 
 
 def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of every line. Cut at "\\n" only: JSON strings may hold other line ends."""
+    """Yield number, from 1, and bytes of every line, split at "\\n" only: JSON strings may contain other line ends."""
     for number in count(1):
         line = stream.readline(RECORD_LIMIT + 1)
         if not line:
@@ -53,9 +53,9 @@ def _from_json(file: File, fields: Fields, number: int, record: object) -> Found
 
 
 def _table(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
-    """CSV and TSV. strict: an open quote would otherwise take the rest of the file for one text."""
-    csv.field_size_limit(max(csv.field_size_limit(), RECORD_LIMIT))  # a setting of the whole process: only raised
-    # undecodable bytes are kept until their row is cut out, for a line may be the middle of a row
+    """Read CSV and TSV. The csv module is strict: else an unclosed quote would make the rest of the file one text."""
+    csv.field_size_limit(max(csv.field_size_limit(), RECORD_LIMIT))  # a setting of the whole process: never lowered
+    # undecodable bytes are passed on until the row is complete, since a line may be the middle of a row
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(file, stream))
     rows = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
     header: list[str] = []
@@ -99,20 +99,20 @@ def _plain_text(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found
 
 
 def _paragraphs(file: File, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number of the first line and bytes of every paragraph, its lines ended by "\\n"."""
-    first, part, size = 0, list[bytes](), 0
+    """Yield number of the first line and bytes of every paragraph, with "\\n" as line ends."""
+    first, lines, size = 0, list[bytes](), 0
     for number, line in _lines(file, stream):
         if line.strip():
-            first = first if part else number
-            part.append(line.rstrip(b"\r\n") + b"\n")
-            size += len(part[-1])
+            first = first if lines else number
+            lines.append(line.rstrip(b"\r\n") + b"\n")
+            size += len(lines[-1])
             if size > RECORD_LIMIT:
                 raise bad(file, first, f"begins a paragraph of more than {RECORD_LIMIT:,} bytes")
-        elif part:
-            yield first, b"".join(part)
-            part, size = [], 0
-    if part:
-        yield first, b"".join(part)
+        elif lines:
+            yield first, b"".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield first, b"".join(lines)
 
 
 def _parquet(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
@@ -132,8 +132,8 @@ def _parquet(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
                 for text, id, number in zip(texts, ids, numbers, strict=False):
                     yield _from_scalars(file, fields, number, id, text)
     except (pa.ArrowException, OSError) as error:
-        why = str(error).partition("\n")[0]
-        raise bad(file, 0, f"is not a whole Parquet file ({why}); write it again") from error
+        reason = str(error).partition("\n")[0]
+        raise bad(file, 0, f"is not a whole Parquet file ({reason}); write it again") from error
 
 
 def _from_scalars(file: File, fields: Fields, number: int, id: Any, text: Any) -> Found:

@@ -1,13 +1,13 @@
-"""The unfinished results of a run, and how far they go: a folder beside the result file, until that is whole.
+"""Journal of an unfinished run: a folder beside the result file with the results so far and the last checkpoints.
 
-    <name>.unfinished/journal.json   what is run, and the last two checkpoints
+    <name>.unfinished/journal.json   facts of the run, and the last two checkpoints
                       vectors.f32    outputs, float32 little-endian, row after row
-                      rows.jsonl     the rest of each row, one JSON array per line
-                      lock           held while a run is at work
+                      rows.jsonl     the other columns of each row, one JSON array per line
+                      lock           locked by the process that writes
 
-Rows are only added. A checkpoint says how many of them count, and has checksums (xxh3-128) of these; what lies behind
-is cut off when the run goes on. The journal has a checksum of its own. The folder has mode 0700 and its files
-0600, and no link in it is followed.
+Rows are only appended. A checkpoint has the number of valid rows and their checksums (xxh3-128); later rows are
+truncated when the run is resumed. journal.json has a checksum of its own. The folder has mode 0700, its files 0600, and
+no link in it is followed. The folder is removed once the result file is written.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ _VECTORS, _TEXT = "vectors.f32", "rows.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How far a run is. place: records of the corpus that were read; digest: of these. rows: results that count.
+    """Progress of a run at a point where results and store agree.
 
-    text_bytes: of rows.jsonl. exact, near, misses: of the rows. writer, committed: which writer of the store made the
-    entries of this checkpoint durable, and how many segments it had committed before; sure: whether it has done so.
-    vectors_check, text_check: checksums of the rows that count in vectors.f32 and rows.jsonl, xxh3-128 in hexadecimal.
+    place: number of records of the corpus that were read. digest: digest of these records. rows: number of valid rows.
+    text_bytes: valid bytes of rows.jsonl. exact, near, misses: number of rows by tier.
+    writer, committed: writer of the store that commits the entries of this checkpoint, and the number of segments it
+    had committed before. sure: True if the commit is known to have succeeded.
+    vectors_check, text_check: checksums of the valid part of vectors.f32 and rows.jsonl, xxh3-128 in hexadecimal.
     """
 
     place: int = 0
@@ -65,7 +67,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A result read back. The same fields as a Result; output: float32 [width]."""
+    """Result read from a journal, with the fields of a Result. output: float32 [width]."""
 
     id: str
     output: NDArray[np.float32]
@@ -78,7 +80,10 @@ class Row:
 
 
 class Journal:
-    """Open in one process at a time. checkpoints: the last one, and before it the last one that is sure."""
+    """Journal of an unfinished run, open in one process at a time.
+
+    checkpoints: the last one that is sure, then the last one if that is not sure yet.
+    """
 
     def __init__(
         self, folder: PrivateFolder, facts: Mapping[str, Any], width: int, checkpoints: list[Checkpoint]
@@ -99,14 +104,15 @@ class Journal:
 
     @classmethod
     def open(cls, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool) -> tuple[Journal, IO[bytes]]:
-        """The journal of the run that writes `out`, and its lock, to be closed after it.
+        """Open the journal of the run that writes `out`. Returns the journal and its lock, which is closed after it.
 
-        facts: what is run, by name, as JSON has it. resume: go on with one that is there; without it that is thrown
-        away. CorpusError when another process is at work on it, it is damaged, or its files are links or another
-        user's. ConfigError, naming what differs, when it is of another run.
+        facts: model and settings of the run, by name, as JSON values. resume: continue an unfinished run; otherwise it
+        is discarded.
+        CorpusError when another process has locked the journal, it is damaged, or its files are links or belong to
+        another user. ConfigError, naming the differences, when it belongs to a run with other facts.
         """
         facts = {"out": out.suffix.lower(), **facts}
-        with _said_plainly(beside(out)):
+        with _as_corpus_error(beside(out)):
             folder = PrivateFolder(beside(out))
             try:
                 return cls._opened(folder, out, facts, width, resume=resume)
@@ -118,71 +124,66 @@ class Journal:
     def _opened(
         cls, folder: PrivateFolder, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool
     ) -> tuple[Journal, IO[bytes]]:
-        lock = _locked(folder, out)
+        lock = _lock(folder, out)
         try:
             if folder.has("journal.json") and not resume:
-                log.warning("an unfinished run in %s is thrown away; resume it to go on with it", folder.path)
-                _emptied(folder)
-            known = _read(folder) if folder.has("journal.json") else None
-            if known is None:
-                _emptied(folder)
-            elif other := [name for name in {**known["facts"], **facts} if known["facts"].get(name) != facts.get(name)]:
-                seen = ", ".join(
-                    f"{name}={known['facts'].get(name)!r:.60}, now {facts.get(name)!r:.60}" for name in other
-                )
-                raise ConfigError(
-                    f"the unfinished run in {folder.path} is another one ({seen}); finish it as it was begun, or "
-                    "remove that folder to begin anew"
-                )
-            checkpoints = [Checkpoint(**one) for one in known["checkpoints"]] if known else [Checkpoint()]
+                log.warning("an unfinished run in %s is discarded; use resume to continue such a run", folder.path)
+                _empty(folder)
+            content = _read(folder) if folder.has("journal.json") else None
+            if content is None:
+                _empty(folder)
+            else:
+                _check_facts(folder, content["facts"], facts)
+            checkpoints = [Checkpoint(**fields) for fields in content["checkpoints"]] if content else [Checkpoint()]
             return cls(folder, facts, width, checkpoints), lock
         except BaseException:
             lock.close()
             raise
 
     def add(self, results: Iterable[Result]) -> None:
-        """Write results behind the others."""
-        for one in results:
-            numbers = (None if number is None else float(number) for number in (one.similarity, one.consensus))
-            line = json.dumps([one.id, one.tier, one.layer, one.source, *numbers, one.audited]).encode() + b"\n"
-            vector = np.asarray(one.output, "<f4").tobytes()
+        """Append results."""
+        for result in results:
+            numbers = (None if number is None else float(number) for number in (result.similarity, result.consensus))
+            columns = [result.id, result.tier, result.layer, result.source, *numbers, result.audited]
+            line = json.dumps(columns).encode() + b"\n"
+            vector = np.asarray(result.output, "<f4").tobytes()
             self._text_bytes += self._text.write(line)
             self._vectors.write(vector)
             self._checks[0].update(vector)
             self._checks[1].update(line)
-            self._tiers[one.tier] += 1
+            self._tiers[result.tier] += 1
             self._rows += 1
 
     def here(self, place: int, digest: str) -> Checkpoint:
-        """What would be a checkpoint at this place of the corpus, with the rows that were added so far."""
+        """Return a checkpoint of the rows so far, without writing it. place, digest: of the records read so far."""
         tiers = self._tiers
-        vectors, text = (one.hexdigest() for one in self._checks)
+        vectors, text = (check.hexdigest() for check in self._checks)
         return Checkpoint(
             place, digest, self._rows, self._text_bytes, tiers["exact"], tiers["near"], tiers["miss"], sure=False,
             vectors_check=vectors, text_check=text,
         )  # fmt: skip
 
     def checkpoint(self, new: Checkpoint) -> None:
-        """Make all rows durable, and say so; it is sure once `commit_done` was called, or the store shows it."""
+        """Make all rows durable, then write the checkpoint. `commit_done`, or the state of the store, makes it sure."""
         for file in (self._vectors, self._text):
             file.flush()
             os.fsync(file.fileno())
-        self.checkpoints = [*[one for one in self.checkpoints if one.sure][-1:], new]
+        self.checkpoints = [*[checkpoint for checkpoint in self.checkpoints if checkpoint.sure][-1:], new]
         self._write()
 
     def commit_done(self) -> None:
-        """The store has what the last checkpoint needs."""
+        """Mark the last checkpoint as sure: the store has committed its entries."""
         self.checkpoints = [replace(self.checkpoints[-1], sure=True)]
         self._write()
 
     def back_to(self, at: Checkpoint) -> None:
-        """Cut off everything behind a checkpoint. CorpusError when what is before it is not what was written."""
+        """Truncate the rows to those of a checkpoint. CorpusError when these do not match its checksums."""
         sizes = {_VECTORS: 4 * self.width * at.rows, _TEXT: at.text_bytes}
         checks = {}
         for file, (name, size) in zip((self._vectors, self._text), sizes.items(), strict=True):
             if os.fstat(file.fileno()).st_size < size:
                 raise CorpusError(f"{self.folder / name} is shorter than its journal says; remove {self.folder}")
-            checks[name] = _check_of(file.fileno(), size)
+            checks[name] = _checksum(file.fileno(), size)
             os.ftruncate(file.fileno(), size)
         self._checks = checks[_VECTORS], checks[_TEXT]
         for name, check, wanted in zip(sizes, self._checks, (at.vectors_check, at.text_check), strict=True):
@@ -195,11 +196,11 @@ class Journal:
     def _damage(self, name: str) -> CorpusError:
         return CorpusError(
             f"{self.folder / name} does not agree with its checksum: it is damaged, or of another run. Remove "
-            f"{self.folder} and run again; what was computed is in the store"
+            f"{self.folder} and run again; the computed results are in the store"
         )
 
     def results(self) -> Iterator[Row]:
-        """All rows, read back one after the other. CorpusError at the end when they are not what was written."""
+        """Read all rows, one at a time. CorpusError, at the latest after the last, when a checksum does not match."""
         for file in (self._vectors, self._text):
             file.flush()
         checks = xxhash.xxh3_128(), xxhash.xxh3_128()
@@ -225,52 +226,64 @@ class Journal:
 
     def close(self) -> None:
         for file in (self._vectors, self._text):
-            with suppress(OSError):  # a full disk: what is in the buffer does not count
+            with suppress(OSError):  # a full disk: rows still in the buffer are in no checkpoint
                 file.close()
         self._private.close()
 
     def remove(self) -> None:
-        """The results are where they belong; the folder goes."""
-        _removed(self._private)
+        """Remove the folder, and close the journal; called once the result file is written."""
+        _remove(self._private)
         self.close()
 
     def _write(self) -> None:
         content = {
             "format": FORMAT,
             "facts": self._facts,
-            "checkpoints": [asdict(one) for one in self.checkpoints],
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
         }
-        self._private.replace("journal.json", _encoded(content))
+        self._private.replace("journal.json", _encode(content))
 
 
 def discard(out: Path) -> None:
-    """Remove the unfinished run of `out`, if there is one. CorpusError when another process is at work on it."""
+    """Remove the unfinished run of `out`, if there is one. CorpusError when another process has locked it."""
     path = beside(out)
     if not os.path.lexists(path / "journal.json"):
         return
-    with _said_plainly(path):
+    with _as_corpus_error(path):
         folder = PrivateFolder(path)
         try:
-            with _locked(folder, out):
-                log.warning("an unfinished run in %s is thrown away; resume it to go on with it", path)
-                _removed(folder)
+            with _lock(folder, out):
+                log.warning("an unfinished run in %s is discarded; use resume to continue such a run", path)
+                _remove(folder)
         finally:
             folder.close()
 
 
 @contextmanager
-def _said_plainly(path: Path) -> Iterator[None]:
+def _as_corpus_error(path: Path) -> Iterator[None]:
+    """Turn OSErrors inside the block into a CorpusError."""
     try:
         yield
     except OSError as error:
         raise CorpusError(
-            f"the unfinished run in {path} cannot be read or written ({error.strerror or error}); mend that, or remove "
-            "that folder and run again"
+            f"the unfinished run in {path} cannot be read or written ({error.strerror or error}); repair that, or "
+            "remove that folder and run again"
         ) from error
 
 
-def _check_of(descriptor: int, size: int) -> xxhash.xxh3_128:
-    """Running checksum of the first `size` bytes of a file, as if they had just been written."""
+def _check_facts(folder: PrivateFolder, recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """ConfigError unless the recorded facts of an unfinished run are those of this run."""
+    different = [name for name in {**recorded, **facts} if recorded.get(name) != facts.get(name)]
+    if different:
+        seen = ", ".join(f"{name}={recorded.get(name)!r:.60}, now {facts.get(name)!r:.60}" for name in different)
+        raise ConfigError(
+            f"the unfinished run in {folder.path} is another one ({seen}); resume it with the same settings, or "
+            "remove that folder to begin anew"
+        )
+
+
+def _checksum(descriptor: int, size: int) -> xxhash.xxh3_128:
+    """Return the running checksum of the first `size` bytes of a file; it can be updated with further bytes."""
     check, at = xxhash.xxh3_128(), 0
     while at < size and (part := os.pread(descriptor, min(_BUFFER, size - at), at)):
         check.update(part)
@@ -278,46 +291,47 @@ def _check_of(descriptor: int, size: int) -> xxhash.xxh3_128:
     return check
 
 
-def _encoded(content: Mapping[str, Any]) -> bytes:
-    """A journal as JSON, with a checksum of the rest (xxh3-128, hexadecimal) in the field `check`."""
+def _encode(content: Mapping[str, Any]) -> bytes:
+    """Encode a journal as JSON, with the checksum of the other fields (xxh3-128, hexadecimal) in `check`."""
     check = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
     return json.dumps({**content, "check": check}).encode()
 
 
 def _read(folder: PrivateFolder) -> dict[str, Any]:
+    """Read and verify a journal. CorpusError when it is damaged."""
     path = folder.path / "journal.json"
     try:
         raw = folder.read("journal.json", _LIMIT)
-        found: dict[str, Any] = json.loads(raw)
-        del found["check"]
-        if _encoded(found) != raw:
+        content: dict[str, Any] = json.loads(raw)
+        del content["check"]
+        if _encode(content) != raw:
             raise ValueError
-        if found["format"] != FORMAT or not found["checkpoints"]:
+        if content["format"] != FORMAT or not content["checkpoints"]:
             raise ValueError
-        _ = [Checkpoint(**one) for one in found["checkpoints"]], dict(found["facts"])
+        _ = [Checkpoint(**fields) for fields in content["checkpoints"]], dict(content["facts"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorpusError(
             f"{path} cannot be read as the journal of a run: it is damaged, or of another version of LLMCache. Remove "
-            f"{folder.path} and run again; what was computed is in the store"
+            f"{folder.path} and run again; the computed results are in the store"
         ) from error
-    return found
+    return content
 
 
-def _emptied(folder: PrivateFolder) -> None:
+def _empty(folder: PrivateFolder) -> None:
     for name in FILES:
         if name != "lock":
             folder.remove(name)
 
 
-def _removed(folder: PrivateFolder) -> None:
-    """Remove the files of a run, the journal first: without it the rest counts as none; then the folder."""
+def _remove(folder: PrivateFolder) -> None:
+    """Remove the files of a run, journal.json first (without it the others are ignored), then the folder."""
     for name in FILES:
         folder.remove(name)
-    with suppress(OSError):  # files of others are in it
+    with suppress(OSError):  # the folder has other files
         os.rmdir(folder.path)
 
 
-def _locked(folder: PrivateFolder, out: Path) -> IO[bytes]:
+def _lock(folder: PrivateFolder, out: Path) -> IO[bytes]:
     lock = folder.lock("lock")
     if lock is None:
         raise CorpusError(f"another run is writing {out}; wait for it, or choose another name")

@@ -1,4 +1,4 @@
-"""Batch document pipelines: documents of any kind in, results with their provenance out, in order."""
+"""Document pipelines: run a stream of documents through a cache, and yield or write results with their provenance."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from llmcache.records import (
 )
 
 ERRORS_KEPT = 100
-_BATCHES = 32  # in a part: enough to sort by length, and a stop loses no more than a part
+_BATCHES = 32  # batches in a part: enough to sort documents by length, and a stop loses at most one part
 
 
 class Pipeline:
-    """Runs documents through a cache. Reading and cutting go on in a thread of their own, up to `prefetch` parts ahead.
+    """Pipeline of documents through a cache. A thread reads and cuts documents, up to `prefetch` parts ahead.
 
-    The cache is used by the thread that takes the results alone, so that several pipelines may share it.
+    Only the thread that takes the results uses the cache, so several pipelines may share it.
 
-    A part is 32 * batch_size documents, fewer where they pass 262,144 characters. In memory are, whatever the length
-    of the corpus: `prefetch` + 2 parts of texts, the results of one part, and what the cache itself holds: entries
-    that wait to be committed (at most 256 MiB of activations, or a sixteenth of `max_bytes`, or what one minute
-    computes), and its tables, some 300 bytes for each entry of the store; `write` holds up to 4096 rows more. One
-    document is as large as `max_characters` lets it be, and a part may pass its limit by one document.
+    A part is 32 * batch_size documents, fewer where their texts reach 262,144 characters. Memory does not depend on the
+    length of the corpus: `prefetch` + 2 parts of texts; the results of one part; uncommitted entries of the cache (at
+    most 256 MiB of activations, or a sixteenth of `max_bytes`, or those of one minute; and as much again while the
+    background writer is writing) and its tables, some 300 bytes per entry of the store; in `write`, up to 4096 more
+    rows. A document has at most `max_characters`, and a part may exceed its limit by one document.
 
-    errors: what was wrong with the first 100 refused records, of all runs; refused: how many there were.
+    errors: the first 100 refused records, over all runs. refused: number of all refused records.
     """
 
     def __init__(
@@ -76,19 +76,22 @@ class Pipeline:
         max_characters: int = MOST_CHARACTERS,
         progress: Progress = nothing,
     ) -> None:
-        """cache: open, with a SentenceTransformer.
+        """cache: open cache of a SentenceTransformer.
 
-        chunk: None gives texts to the model as they are, which cuts off what is beyond its length. "structure" cuts
-            them at headings, paragraphs and sentences into parts that the model reads whole; a function from a text
-            to its chunks (texts, or pairs of start and end) cuts as you like. Every chunk is looked up by itself.
-        per: with chunks, one result per "document" (`Chunked`, with the chunks in it), or one per "chunk".
-        batch_size: documents or chunks that the model computes at a time. prefetch: parts read ahead; 0 reads in the
-            caller's thread, for iterables that cannot be used in another one, such as cursors of SQLite.
-        text_field, id_field: of mappings, objects and frames.
-        role, prompt_name, prompt: as in `LLMCache.encode`. strict: raise CorpusError at the first record that is no
-            document, instead of collecting it. max_characters: of a document; a longer one is refused.
-        progress: called with the numbers of documents (with chunks: of chunks) answered, and of these computed.
-        ConfigError for settings that make no sense.
+        chunk: None passes texts to the model as they are; it truncates those beyond its maximum length. "structure"
+            cuts them at headings, paragraphs and sentences into chunks that the model reads in full. A function from a
+            text to its chunks (substrings, or pairs of start and end) cuts as you like. Every chunk is looked up by
+            itself.
+        per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk".
+        batch_size: documents or chunks per batch of the model.
+        prefetch: number of parts to read ahead; 0 reads in the caller's thread, for iterables that must not be used in
+            another one, such as SQLite cursors.
+        text_field, id_field: names of the fields of mappings, objects and frames.
+        role, prompt_name, prompt: as in `LLMCache.encode`.
+        strict: raise CorpusError at the first record that is no document, instead of collecting it in `errors`.
+        max_characters: longest text of a document; records with longer ones are refused.
+        progress: called with the number of documents (or chunks) answered, and the number of these that were computed.
+        ConfigError for invalid settings.
         """
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -99,16 +102,16 @@ class Pipeline:
                 raise ConfigError(f"{name} is a whole number from {least} on, got {value!r}")
         if per not in ("document", "chunk") or (per == "chunk" and chunk is None):
             raise ConfigError(f"per is 'document', or with chunk=... 'chunk', got {per!r}")
-        self._width = cache.width  # ConfigError where the model gives no vectors
+        self._width = cache.width  # ConfigError if the model does not output vectors
         model: Any = cache.model
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
-        self._cut, self._unit = cut_by(chunk, model, resolved), gives_unit_vectors(model)
-        self._wanted = FieldSpec(text_field, id_field, max_characters)
-        self._asked: dict[str, Any] = {
+        self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
+        self._fields = FieldSpec(text_field, id_field, max_characters)
+        self._run_options: dict[str, Any] = {
             "role": role, "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "progress": progress,
         }  # fmt: skip
-        self._most = _BATCHES * batch_size
+        self._part_documents = _BATCHES * batch_size
         self._facts: dict[str, Any] = {
             "model": cache.identity.digest.hex(), "namespace": cache.namespace, "role": role, "prompt": resolved,
             "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
@@ -118,17 +121,17 @@ class Pipeline:
         self.refused = 0
 
     def run(self, documents: Any) -> Generator[Result]:
-        """One result per document, in order, as soon as its part is answered; with per="chunk" one per chunk.
+        """Run documents. Yields one result per document (per chunk with per="chunk"), in order, part by part.
 
         documents: any iterable of texts, `Document`s, mappings, dataclasses or other objects with the fields; a frame
             of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. See `intake`.
-        A record that is no document has no result, and is noted in `errors`. What the iterable itself raises is
-        raised here, after the results of all that came before. Stop taking results, or close the iterator, to stop;
-        what was computed is in the cache.
+        A record that is no document has no result, and is added to `errors`. An exception of the iterable is raised
+        here, after the results of all records before it. Close the generator, or take no more results, to stop; all
+        computed results are in the cache.
         """
-        with closing(self._parts(documents)) as found:
-            for part in found:
-                yield from self._answered(part)
+        with closing(self._parts(documents)) as stream:
+            for part in stream:
+                yield from self._answer(part)
                 if part.error is not None:
                     raise part.error
 
@@ -141,17 +144,18 @@ class Pipeline:
         max_documents: int | None = None,
         max_seconds: float | None = None,
     ) -> Written:
-        """Run the documents and write one row per result into `out` (.parquet, .npy or .jsonl, see `result_writer`).
+        """Run documents and write one row per result to `out` (.parquet, .npy or .jsonl, see `result_writer`).
 
-        resume: keep the results beside `out` until they are whole, in "<name>.unfinished", and go on with what is
-            there. However often it is stopped, by Ctrl-C, an error or SIGKILL, the file is byte for byte that of a
-            run that was not: results are durable before their entries are committed to the store, and what counts is
-            the last point where both agree. That holds for exact matches, on one machine with one number of threads,
-            while nobody else changes the store; near matches and a byte budget may answer otherwise after a stop. The
-            documents must come again in the same order; those that were answered are read and compared.
-        max_documents, max_seconds: stop at the end of the part that reaches it, to be resumed.
-        ConfigError when the unfinished run is of another model, cutting, format or setting; CorpusError when its
-        documents were others.
+        resume: keep a journal of the results in "<name>.unfinished" until the result file is written, and continue an
+            unfinished run. However often the run is stopped, by Ctrl-C, an error or SIGKILL, the result file is byte
+            for byte that of an uninterrupted run: results are durable before their entries are committed to the store,
+            and the run continues from the last checkpoint where both agree. This holds for exact matches, on one
+            machine with the same number of threads, while no other process changes the store; near matches or a byte
+            budget may give other results after a stop. The same documents must come again in the same order; those
+            that were answered are read and compared.
+        max_documents, max_seconds: stop after the part that reaches the limit; the run can then be resumed.
+        Returns a summary. ConfigError when the unfinished run has another model, cutting, format or setting.
+        CorpusError when its documents were others, or the file cannot be written.
         """
         path = Path(out)
         for name, value in (("max_documents", max_documents), ("max_seconds", max_seconds)):
@@ -164,13 +168,13 @@ class Pipeline:
         folder = self._cache.storing.store.folder
         run = unfinished.Run(beside(path).absolute(), self._cache.namespace)
         if self._cache.storing.store.writable:
-            unfinished.note(folder, run)  # a purge finds what is left when this process is killed
+            unfinished.note(folder, run)  # so that a purge finds the partial file if this process is killed
         before, counts = self.refused, Counter[str]()
         try:
-            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as found:
-                for part in found:
-                    results = self._answered(part)
-                    counts.update(one.tier for one in results)
+            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as stream:
+                for part in stream:
+                    results = self._answer(part)
+                    counts.update(result.tier for result in results)
                     writer.write(map(clipped, results))
                     if part.error is not None:
                         raise part.error
@@ -184,14 +188,14 @@ class Pipeline:
         began, before = time.monotonic(), self.refused
         with resumable(path, self._facts, self._width, self._cache.storing, resume=resume) as resumption:
             start = resumption.start
-            with closing(self._parts(documents, digests=True)) as found:
-                for part in found:
-                    if part.error is not None:  # its part is not whole: another one once the documents can be read
+            with closing(self._parts(documents, digests=True)) as stream:
+                for part in stream:
+                    if part.error is not None:  # the part is incomplete, and would have other documents when resumed
                         raise part.error
                     if resumption.skip(part):
-                        self._note(part.refused)
+                        self._collect(part.refused)
                         continue
-                    resumption.take(part, self._answered(part))
+                    resumption.take(part, self._answer(part))
                     over = max_seconds is not None and time.monotonic() - began >= max_seconds
                     if over or (max_documents is not None and resumption.rows - start.rows >= max_documents):
                         resumption.checkpoint()
@@ -200,28 +204,31 @@ class Pipeline:
             return Written.of(path, resumption.tiers, self.refused - before, start.rows)
 
     def _parts(self, documents: Any, *, digests: bool = False) -> Generator[Part]:
-        return ahead(parts(intake(documents, self._wanted), self._most, self._cut, digests=digests), self._prefetch)
+        records = intake(documents, self._fields)
+        return ahead(parts(records, self._part_documents, self._cut, digests=digests), self._prefetch)
 
-    def _answered(self, part: Part) -> list[Result]:
-        """The results of a part; its refused records are noted first."""
-        self._note(part.refused)
-        asked = part.documents
+    def _answer(self, part: Part) -> list[Result]:
+        """Compute the results of a part, after its refused records were collected."""
+        self._collect(part.refused)
+        inputs = part.documents
         if part.chunks is not None:
-            both = zip(part.documents, part.chunks, strict=True)
-            asked = [*chain.from_iterable(chunk_documents(document, chunks) for document, chunks in both)]
-        found = list(self._cache.run(asked, chunk=max(1, len(asked)), **self._asked))
+            pairs = zip(part.documents, part.chunks, strict=True)
+            inputs = [*chain.from_iterable(chunk_documents(document, chunks) for document, chunks in pairs)]
+        results = list(self._cache.run(inputs, chunk=max(1, len(inputs)), **self._run_options))
         if part.chunks is None or self._per == "chunk":
-            return found
-        upcoming = iter(found)
+            return results
+        upcoming = iter(results)
         return [
-            together(document, chunks, [next(upcoming) for _ in chunks], unit=self._unit)
+            together(document, chunks, [next(upcoming) for _ in chunks], unit=self._unit_vectors)
             for document, chunks in zip(part.documents, part.chunks, strict=True)
         ]
 
-    def _note(self, refused: Iterable[RejectedRecord]) -> None:
-        for one in refused:
+    def _collect(self, refused: Iterable[RejectedRecord]) -> None:
+        """Add refused records to `errors`; with strict=True raise CorpusError at the first."""
+        for record in refused:
             if self._strict:
-                raise CorpusError(f"document {one.place} ({one.id!r:.60}) {one.reason}; strict=False collects such")
+                where = f"document {record.place} ({record.id!r:.60})"
+                raise CorpusError(f"{where} {record.reason}; correct it, or collect such records with strict=False")
             self.refused += 1
             if len(self.errors) < ERRORS_KEPT:
-                self.errors.append(one)
+                self.errors.append(record)

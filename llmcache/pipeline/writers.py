@@ -1,4 +1,4 @@
-"""Results into files: Parquet, NumPy or JSON lines, whole or not at all."""
+"""Result files: Parquet, NumPy or JSON lines, written atomically."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import IO, Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.private_files import open_plain, ordinary_mode
 
-CHUNK_ROWS = 4096  # a Parquet row group; fewer where these would pass CHUNK_BYTES
+CHUNK_ROWS = 4096  # rows of a Parquet row group; fewer if these would exceed CHUNK_BYTES
 CHUNK_BYTES = 1 << 26
 
 
 class Row(Protocol):
-    """What is written of one document. output: float [width]; similarity: cosine in [-1, 1]."""
+    """Row of a result file, one per document or chunk. output: float [width]. similarity: cosine in [-1, 1]."""
 
     @property
     def id(self) -> str: ...
@@ -44,7 +45,7 @@ class Row(Protocol):
 
 
 class _Provenance(NamedTuple):
-    """The columns of a row beside its output, in the order in which they are written."""
+    """Columns of a row except its output, in the order in which they are written."""
 
     id: str
     tier: str
@@ -57,14 +58,14 @@ class _Provenance(NamedTuple):
 
 _provenance = attrgetter(*_Provenance._fields)
 
-_Put: TypeAlias = Callable[[NDArray[np.float32], list[_Provenance]], None]
-"""Writes one chunk: vectors float32 [rows, width], reused afterwards, and the rest of each row."""
+_Put: TypeAlias = Callable[[Floats32, list[_Provenance]], None]
+"""Function that writes a chunk of rows: vectors, float32 [rows, width] (a buffer that is reused), and other columns."""
 _Format: TypeAlias = Callable[[ExitStack, list[IO[bytes]], int], tuple[_Put, Callable[[], None]]]
-"""From what is to be closed, the open files and the width: what writes a chunk, and what ends the files."""
+"""Function from an exit stack, the open files and the width to a pair: write a chunk, and finish the files."""
 
 
 class ResultWriter:
-    """Takes results as they come and writes them in chunks. Made by `result_writer`. rows: taken so far."""
+    """Writer of a result file that buffers rows and writes them in chunks; see `result_writer`. rows: rows so far."""
 
     def __init__(self, path: Path, width: int, put: _Put) -> None:
         self.rows = 0
@@ -73,7 +74,7 @@ class ResultWriter:
         self._vectors = np.empty((max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * width))), width), np.float32)
 
     def write(self, results: Iterable[Row]) -> None:
-        """Take all results; outputs are copied, as float32. ConfigError for an output of another width."""
+        """Write results; their outputs are copied as float32. ConfigError for an output of another width."""
         for result in results:
             if result.output.shape != self._vectors.shape[1:]:
                 raise ConfigError(
@@ -87,26 +88,26 @@ class ResultWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Hand what is held to the file; `result_writer` does so at the end."""
+        """Write the buffered rows to the file; `result_writer` does so at the end."""
         if self._provenance:
-            with _said_plainly(self._path):
+            with _as_corpus_error(self._path):
                 self._put(self._vectors[: len(self._provenance)], self._provenance)
             self._provenance = []
 
 
 @contextmanager
 def result_writer(path: str | Path, *, width: int) -> Iterator[ResultWriter]:
-    """A writer of results into `path`, which appears when the block ends well.
+    """Open a writer of the result file `path`, as a context. The file appears when the block ends without an error.
 
-    width: numbers per output; they are always written as float32. By the ending of path:
+    width: numbers per output; they are always written as float32. The format follows from the file name's ending:
     .parquet  id, output (fixed_size_list<float32>[width]), tier, layer, source, similarity and consensus (float32),
               audited (bool)
-    .npy      outputs [rows, width]; "<path>.jsonl" beside it has one object per row with all the rest
-    .jsonl    one object per row with everything; a number that is not finite becomes null
+    .npy      outputs [rows, width]; "<path>.jsonl" beside it has one object per row with the other columns
+    .jsonl    one object per row with all columns; a number that is not finite becomes null
 
-    Everything is written to "<path>.partial" first. After an exception that is removed, and an older result
-    is as it was. Rows are in the order written; none at all gives a valid, empty file.
-    ConfigError: another ending, or a width below 1. CorpusError: the target cannot be written.
+    Everything is written to "<path>.partial" first. After an exception that file is removed, and an older result file
+    stays unchanged. Rows are in the order written; no rows give a valid, empty file.
+    ConfigError for another ending, or a width below 1. CorpusError when the file cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link is written through, not replaced
     if path.suffix.lower() not in FORMATS:
@@ -115,13 +116,13 @@ def result_writer(path: str | Path, *, width: int) -> Iterator[ResultWriter]:
         raise ConfigError(f"width is the number of values per output, at least 1, got {width}")
     paths = [path, path.with_name(path.name + ".jsonl")] if path.suffix.lower() == ".npy" else [path]
     with ExitStack() as stack:
-        with _said_plainly(path):
+        with _as_corpus_error(path):
             files = [stack.enter_context(_partial(target)) for target in paths]
             put, finish = FORMATS[path.suffix.lower()](stack, files, width)
         writer = ResultWriter(path, width, put)
         yield writer
         writer.flush()
-        with _said_plainly(path):
+        with _as_corpus_error(path):
             finish()
             _keep(paths, files)
 
@@ -130,7 +131,8 @@ def result_writer(path: str | Path, *, width: int) -> Iterator[ResultWriter]:
 
 
 @contextmanager
-def _said_plainly(path: Path) -> Iterator[None]:
+def _as_corpus_error(path: Path) -> Iterator[None]:
+    """Turn OSErrors inside the block into a CorpusError."""
     try:
         yield
     except OSError as error:
@@ -142,26 +144,26 @@ def _said_plainly(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _partial(target: Path) -> Iterator[IO[bytes]]:
-    """The empty "<target>.partial", open for writing; at the end closed and, unless renamed, removed."""
+    """Open an empty "<target>.partial" for writing; after the block it is closed and, unless renamed, removed."""
     if target.is_dir():
         raise CorpusError(f"{target} is a folder; give the results a name of their own")
     if not target.parent.is_dir():
         raise CorpusError(f"there is no folder {target.parent} to write {target.name} into; make it first")
     partial = target.with_name(target.name + ".partial")
-    file = _locked(partial)
+    file = _open_locked(partial)
     try:
         yield file
     finally:
         if _is_at(file, partial):
             partial.unlink()
-        with suppress(OSError):  # the disk may be full; what is left in the buffer is not wanted any more
+        with suppress(OSError):  # the disk may be full; the rest of the buffer is not needed
             file.close()
 
 
-def _locked(partial: Path) -> IO[bytes]:
-    """The file, open for writing and locked, of mode 0600 until it is whole. No link is followed.
+def _open_locked(partial: Path) -> IO[bytes]:
+    """Open a file for writing with a lock, with mode 0600 until it is complete. No link is followed.
 
-    Not opened by "wb", which would empty the file of a writer at work. A killed one leaves no lock.
+    open(partial, "wb") would truncate the file of another writer. The lock of a killed writer ends with its process.
     """
     while True:
         file = open(open_plain(partial, os.O_RDWR | os.O_CREAT), "wb")  # noqa: SIM115
@@ -171,14 +173,15 @@ def _locked(partial: Path) -> IO[bytes]:
             file.close()
             raise CorpusError(f"another run is writing {partial}; wait for it, or choose another name") from None
         except OSError:
-            pass  # a file system without locks: two writers of one result are then not told apart
+            pass  # a file system without locks: two writers of one result file are not detected
         if _is_at(file, partial):
             file.truncate(0)
             return file
-        file.close()  # the other writer finished between the two calls, and this is its result now
+        file.close()  # another writer finished between the two calls: this file is now its result
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -186,7 +189,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
-    """Make the files durable and give them their names."""
+    """Make the partial files durable, and rename them to their final paths."""
     for file in files:
         file.flush()
         with suppress(PermissionError):  # a file system without modes
@@ -224,9 +227,9 @@ def _parquet(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put
     absent = ("layer", "source", "similarity", "consensus")
     schema = pa.schema([pa.field(name, kind, nullable=name in absent) for name, kind in kinds.items()])
     parquet = pq.ParquetWriter(files[0], schema, use_dictionary=["tier", "layer"])
-    stack.callback(_close_quietly, parquet)  # else it would write its end into a closed file when collected
+    stack.callback(_close_quietly, parquet)  # otherwise the destructor would write a footer into a closed file
 
-    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+    def put(vectors: Floats32, rows: list[_Provenance]) -> None:
         columns: dict[str, Any] = dict(zip(_Provenance._fields, zip(*rows, strict=True), strict=True))
         columns["output"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
         arrays = [pa.array(columns[name], kind) for name, kind in kinds.items()]
@@ -241,15 +244,15 @@ def _close_quietly(parquet: Any) -> None:
 
 
 def _npy(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Callable[[], None]]:
-    """The header is written twice, because the number of rows is known only at the end."""
+    """Write the header at the start and again at the end, when the number of rows is known."""
     vectors_file, provenance_file = files
     written = 0
 
     def header() -> None:
         facts = {"descr": "<f4", "fortran_order": False, "shape": (written, width)}
-        np.lib.format.write_array_header_1_0(vectors_file, facts)  # padded: as long for any number of rows
+        np.lib.format.write_array_header_1_0(vectors_file, facts)  # padded to the same length for any number
 
-    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+    def put(vectors: Floats32, rows: list[_Provenance]) -> None:
         nonlocal written
         vectors_file.write(vectors.astype("<f4", copy=False).data)
         provenance_file.writelines(_json_line(row._asdict()) for row in rows)
@@ -266,20 +269,20 @@ def _npy(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Ca
 
 
 def _jsonl(stack: ExitStack, files: list[IO[bytes]], width: int) -> tuple[_Put, Callable[[], None]]:
-    def put(vectors: NDArray[np.float32], rows: list[_Provenance]) -> None:
+    def put(vectors: Floats32, rows: list[_Provenance]) -> None:
         for vector, row in zip(vectors, rows, strict=True):
             files[0].write(_json_line(row._asdict() | {"output": vector.tolist()}))
 
     return put, lambda: None
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # made once: json.dumps would make one a row
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps would make an encoder per row
 
 
 def _json_line(row: dict[str, Any]) -> bytes:
     try:
         line = _encode(row)
-    except ValueError:  # JSON has no word for NaN and the infinities
+    except ValueError:  # JSON cannot represent NaN and infinities
         line = json.dumps({name: _finite(value) for name, value in row.items()}, ensure_ascii=False)
     return line.encode() + b"\n"
 

@@ -1,1 +1,1 @@
-"""What a store did and saved, as a page that a browser shows without a network, and as HTML in a notebook."""
+"""Reports: statistics of a cache, the page of `llmcache report`, and HTML for notebooks."""

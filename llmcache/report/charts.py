@@ -1,4 +1,4 @@
-"""Charts as percentages of a plot's area: shapes stretch with the page, texts beside them keep their size."""
+"""Charts in per cent of the plot's area, so that shapes stretch with the page and text keeps its size."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """kind: "line", "area", "bar" or "rule". points: (x, y) in percent, y from below. colour: a class of the page.
+    """Shape of a chart.
 
-    said: what a pointer over it shows.
+    kind: "line", "area", "bar" or "rule". colour: CSS class of the page. points: (x, y) in per cent, y from the bottom.
+    tooltip: text shown under the pointer.
     """
 
     kind: str
     colour: str
     points: list[tuple[float, float]]
-    said: str = ""
+    tooltip: str = ""
 
     @property
     def path(self) -> str:
+        """SVG path through the points; closed for an area."""
         return "M" + "L".join(f"{x:.2f} {100 - y:.2f}" for x, y in self.points) + ("Z" if self.kind == "area" else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A text or dot at a place, in percent. side: where the text stands, "left", "right" or "middle" of it."""
+    """Text or dot at a position in per cent. side: side of the position with the text: "left", "right" or "middle"."""
 
     x: float
     y: float
@@ -37,9 +39,9 @@ class Mark:
 
 @dataclass(slots=True)
 class Chart:
-    """said: what it shows, for those who cannot see it. rows: its numbers as a table, under columns."""
+    """Chart. description: text for screen readers. columns, rows: the numbers as a table."""
 
-    said: str
+    description: str
     shapes: list[Shape] = field(default_factory=list)
     dots: list[Mark] = field(default_factory=list)
     labels: list[Mark] = field(default_factory=list)
@@ -53,7 +55,7 @@ class Chart:
 
 
 def ticks(most: float, wanted: int = 4) -> list[float]:
-    """Round numbers from 0 to the first that is not below `most`."""
+    """Choose about `wanted` round numbers from 0 to the first that is not below `most`."""
     if not most > 0 or not math.isfinite(most):
         return [0.0, 1.0]
     raw = most / wanted
@@ -63,37 +65,37 @@ def ticks(most: float, wanted: int = 4) -> list[float]:
 
 
 def thinned(names: Sequence[str], most: int = 5) -> list[int]:
-    """Places of the names that are written: as many as fit, from the first on, equally far apart."""
+    """Choose the names to write below an axis, evenly spaced from the first on. Returns their indices."""
     return list(range(0, len(names), max(1, math.ceil((len(names) - 1) / (most - 1)))))
 
 
 def columns(
-    chart: Chart, names: Sequence[str], stacks: Sequence[Sequence[float]], colours: Sequence[str], said: Sequence[str],
-    top: float,
+    chart: Chart, names: Sequence[str], stacks: Sequence[Sequence[float]], colours: Sequence[str],
+    tooltips: Sequence[str], top: float,
 ) -> None:  # fmt: skip
-    """Stacked columns. stacks: [columns][parts]. top: the value at the upper edge. said: of each column."""
+    """Add stacked columns and their names. stacks: [columns][parts]. colours: [parts]. top: value at the upper edge."""
     slot = 100 / len(names)
     width = min(0.72 * slot, 9.0)
     for place, parts in enumerate(stacks):
-        left, below = (place + 0.5) * slot - width / 2, 0.0
+        left, bottom = (place + 0.5) * slot - width / 2, 0.0
         for part, colour in zip(parts, colours, strict=True):
             height = 100 * part / top if top else 0.0
             if height > 0:
-                box = [(left, below), (left + width, below + height)]
-                chart.shapes.append(Shape("bar", colour, box, said[place]))
-            below += height
+                box = [(left, bottom), (left + width, bottom + height)]
+                chart.shapes.append(Shape("bar", colour, box, tooltips[place]))
+            bottom += height
     chart.x = [Mark((i + 0.5) * slot, 0, names[i], side=_side(i, len(names), slot)) for i in thinned(names)]
 
 
 def _side(place: int, count: int, slot: float) -> str:
-    """Names at the ends of a dense axis stand inside the plot."""
+    """Choose the side of a name, so that names at the ends of a dense axis stay inside the plot."""
     if slot > 14 or 0 < place < count - 1:
         return "middle"
     return "right" if place == 0 else "left"
 
 
 def scale(chart: Chart, values: Sequence[float], texts: Sequence[str]) -> float:
-    """Lines and texts of the upright axis; the value at its top."""
+    """Add the grid lines and labels of the vertical axis. Returns the value at its top."""
     top = values[-1] or 1.0
     for value, text in zip(values, texts, strict=True):
         chart.shapes.insert(0, Shape("rule", "grid", [(0, 100 * value / top), (100, 100 * value / top)]))

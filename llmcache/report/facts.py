@@ -1,4 +1,4 @@
-"""What a report says: the counters, the record of runs, the calibration and the manifest of a store, put together."""
+"""Facts of a report, from the counters, the history of runs, the calibrations and the manifest of a store."""
 
 from __future__ import annotations
 
@@ -18,71 +18,18 @@ from llmcache.indexes.eviction import budget as eviction
 from llmcache.indexes.stats.runs import BINS, Record
 from llmcache.indexes.store import Store
 from llmcache.report.statistics import Statistics, statistics
+from llmcache.report.totals import TIERS, RunTotals
 
-TIERS = ("same text", "same tokens", "repeated in one call", "near", "computed")
-"""How documents were answered, in the order in which charts stack them."""
 _POINTS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class RunTotals:
-    """Some runs together. tiers: documents by `TIERS`. The rest are seconds, and sums of drift."""
-
-    documents: float
-    tiers: tuple[float, ...]
-    model_seconds: float
-    own_seconds: float
-    saved_seconds: float
-    audits: float
-    drift: float
-    near_asked: float = 0
-    near_taken: float = 0
-
-    @classmethod
-    def of(cls, counters: Mapping[str, float], asked: float = 0, taken: float = 0) -> RunTotals:
-        """counters: as `Counters.as_dict` names them."""
-
-        def get(name: str) -> float:
-            return float(counters.get(name, 0))
-
-        documents, misses, near = get("documents"), get("misses"), get("near")
-        exact = max(0.0, documents - misses - near)
-        text = min(exact, get("exact_text"))
-        tokens = min(exact - text, get("exact_tokens"))
-        return cls(
-            documents, (text, tokens, exact - text - tokens, near, misses), get("model_seconds"),
-            get("overhead_seconds"), get("saved_seconds"), get("audits"), get("audited_drift"), asked, taken,
-        )  # fmt: skip
-
-    @property
-    def hit_rate(self) -> float:
-        return 1 - self.tiers[-1] / self.documents if self.documents else 0.0
-
-    @property
-    def net_seconds(self) -> float:
-        return self.saved_seconds - self.own_seconds
-
-    @property
-    def spent_seconds(self) -> float:
-        return self.model_seconds + self.own_seconds
-
-    @property
-    def times(self) -> float:
-        """How many times as long it would have taken without the cache."""
-        return (self.model_seconds + self.saved_seconds) / self.spent_seconds if self.spent_seconds > 0 else 1.0
-
-    @property
-    def drift_of_all(self) -> float | None:
-        """Expected drift of all results that near reuse was asked for, by the audits; None without one."""
-        if not self.audits:
-            return None
-        served = self.near_taken / self.near_asked if self.near_asked else 1.0
-        return self.drift / self.audits * served
-
-
-@dataclass(frozen=True, slots=True)
 class Period:
-    """A day, or a week or month where there are many. last: its last record's `entries` and `bytes`."""
+    """Totals of a day, week or month.
+
+    begin: first day. layers: hits by layer bank. evicted: evicted entries. entries, bytes: size of the store at the
+    end, None if it was not recorded.
+    """
 
     begin: datetime.date
     tally: RunTotals
@@ -94,31 +41,43 @@ class Period:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
+    """Totals of all runs over one corpus."""
+
     name: str
     runs: int
     tally: RunTotals
 
     @property
     def seconds_per_thousand(self) -> float:
+        """Seconds spent per 1,000 documents."""
         return 1000 * self.tally.spent_seconds / self.tally.documents if self.tally.documents else 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Hits that the most used entries served. bytes: of these entries; hits: share of all; both ascending, [n]."""
+class UsageCurve:
+    """Share of the hits against the size of the most used entries.
+
+    bytes: size of these entries, ascending, [n]. hits: share of all hits that they served, [n]. uses: number of hits.
+    """
 
     bytes: list[float]
     hits: list[float]
     uses: int
 
     def bytes_for(self, share: float) -> float:
-        """Bytes of the entries that served this share of the hits."""
+        """Return the size of the most used entries that served this share of the hits, interpolated."""
         return float(np.interp(share, self.hits, self.bytes))
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A report's content. period: "day", "week" or "month". early: documents from before runs were recorded."""
+    """Content of a report.
+
+    made: time of the report, seconds since the epoch. layers: counters by layer bank. prefix: counters of the prefix
+    cache. period: "day", "week" or "month". asked, near: documents by bin of similarity to their nearest entry, all and
+    those that reused it. calibrations: settings by namespace. forecasts: day, corpus, and forecast against result.
+    early: documents from before runs were recorded. price: price per hour of the machine.
+    """
 
     store: str
     models: list[str]
@@ -134,7 +93,7 @@ class Facts:
     near: list[int]
     calibrations: dict[str, dict[str, Any]]
     forecasts: list[tuple[str, str, dict[str, float]]]
-    kept: Kept | None
+    usage: UsageCurve | None
     evicted: float
     early: float
     price: float | None = None
@@ -143,16 +102,16 @@ class Facts:
 
     @property
     def money(self) -> float | None:
-        """What the seconds saved would have cost; None without a price."""
+        """Price of the net seconds saved; None without a price."""
         return None if self.price is None else self.total.net_seconds / 3600 * self.price
 
     @property
     def entries(self) -> int:
-        """Of all banks but those that hold no documents."""
-        return sum(one.entries for one in self.stats.banks if one.layer != "fitted")
+        """Number of entries in all banks except those without documents."""
+        return sum(bank.entries for bank in self.stats.banks if bank.layer != "fitted")
 
     def summary(self) -> dict[str, Any]:
-        """The totals, for scripts."""
+        """Return the totals as JSON values."""
         total = self.total
         return {
             "store": self.store, "documents": total.documents, "hit_rate": total.hit_rate,
@@ -164,15 +123,18 @@ class Facts:
 
 
 def facts(store: Store, *, price: float | None = None, currency: str = "$") -> Facts:
-    """What is known of an open store. price: of an hour of the machine. ConfigError for one that is none."""
+    """Collect the facts of an open store. price: price of an hour of the machine, in the currency.
+
+    ConfigError for a price out of range, or a currency that is long or not printable.
+    """
     if price is not None and not 0 <= price < 1e9:
         raise ConfigError(f"the price of an hour is a number from 0 on, got {price}")
     if len(currency) > 8 or not currency.isprintable():
-        raise ConfigError(f"a currency is a sign or a short word, got {currency!r:.40}")
+        raise ConfigError(f"a currency is a sign or a short word of at most 8 characters, got {currency!r:.40}")
     stats, runs = statistics(store, Counters()), records(store)
     counted = stats.lifetime
     period = _period(runs)
-    recorded = _added(runs)
+    recorded = _sum_counters(runs)
     if recorded.get("documents", 0) > counted.get("documents", 0):  # the file of a writer's counters was lost
         counted = recorded
     total = RunTotals.of(counted, *map(sum, (_bins(runs, "asked"), _bins(runs, "near"))))
@@ -184,87 +146,90 @@ def facts(store: Store, *, price: float | None = None, currency: str = "$") -> F
         period=period, periods=_periods(runs, period), corpora=_corpora(runs), asked=_bins(runs, "asked"),
         near=_bins(runs, "near"),
         calibrations={
-            name: dict(found) for name, one in sorted(spaces.items())
-            if isinstance(found := one.config.get("calibration"), Mapping) and found
+            name: dict(calibration) for name, space in sorted(spaces.items())
+            if isinstance(calibration := space.config.get("calibration"), Mapping) and calibration
         },
-        forecasts=[(str(one["day"]), str(one.get("corpus", "")), one["forecast"]) for one in runs if "forecast" in one],
-        kept=_kept(store), evicted=sum(float(one.get("evicted_rows", 0)) for one in runs),
+        forecasts=[(str(run["day"]), str(run.get("corpus", "")), run["forecast"]) for run in runs if "forecast" in run],
+        usage=_usage(store), evicted=sum(float(run.get("evicted_rows", 0)) for run in runs),
         early=max(0.0, total.documents - recorded.get("documents", 0)), price=price, currency=currency,
     )  # fmt: skip
 
 
 def _models(store: Store) -> list[str]:
-    names = {str(one.identity.get("name", "")) for one in store.manifest.namespaces.values()}
+    """Return the names of the models, without folders."""
+    names = {str(space.identity.get("name", "")) for space in store.manifest.namespaces.values()}
     return sorted({name.rstrip("/").rpartition("/")[2] or name for name in names if name})
 
 
 def _date(record: Record) -> datetime.date | None:
     try:
         return datetime.date.fromisoformat(record["day"])
-    except ValueError:  # 2026-02-31
+    except ValueError:  # an impossible date, such as 2026-02-31
         return None
 
 
 def _period(runs: Sequence[Record]) -> str:
-    days = [day for one in runs if (day := _date(one))]
+    """Choose the unit of the charts' time axis by the span of the runs."""
+    days = [day for run in runs if (day := _date(run))]
     span = (max(days) - min(days)).days if days else 0
     return "day" if span < 93 else "week" if span < 730 else "month"
 
 
 def _periods(runs: Sequence[Record], period: str) -> list[Period]:
     grouped: dict[datetime.date, list[Record]] = {}
-    for one in runs:
-        day = _date(one)
+    for run in runs:
+        day = _date(run)
         if day is None:
             continue
         if period == "week":
             day -= datetime.timedelta(days=day.weekday())
         elif period == "month":
             day = day.replace(day=1)
-        grouped.setdefault(day, []).append(one)
-    return [_of_period(day, group) for day, group in sorted(grouped.items())]
+        grouped.setdefault(day, []).append(run)
+    return [_period_totals(day, group) for day, group in sorted(grouped.items())]
 
 
-def _of_period(day: datetime.date, group: Sequence[Record]) -> Period:
-    counters = _added(group)
+def _period_totals(day: datetime.date, group: Sequence[Record]) -> Period:
+    counters = _sum_counters(group)
     asked, near = (sum(_bins(group, name)) for name in ("asked", "near"))
-    layers = {name: one["hits"] for name, one in layer_counters(counters).items()}
-    sized = [one for one in group if one.get("entries")]
-    last = max(sized, key=lambda one: float(one.get("end", 0))) if sized else {}
-    evicted = sum(float(one.get("evicted_rows", 0)) for one in group)
+    layers = {name: layer["hits"] for name, layer in layer_counters(counters).items()}
+    sized = [run for run in group if run.get("entries")]
+    last = max(sized, key=lambda run: float(run.get("end", 0))) if sized else {}
+    evicted = sum(float(run.get("evicted_rows", 0)) for run in group)
     return Period(day, RunTotals.of(counters, asked, near), layers, evicted, last.get("entries"), last.get("bytes"))
 
 
-def _added(group: Sequence[Record]) -> dict[str, float]:
+def _sum_counters(group: Sequence[Record]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for one in group:
-        for name, value in one.get("counters", {}).items():
+    for run in group:
+        for name, value in run.get("counters", {}).items():
             total[name] = total.get(name, 0) + value
     return total
 
 
 def _bins(runs: Sequence[Record], name: str) -> list[int]:
+    """Sum the histogram of this name ("asked" or "near") over runs."""
     total = np.zeros(BINS, np.int64)
-    for one in runs:
-        total += np.array(one.get(name, 0), np.int64)
-    return [int(one) for one in total]
+    for run in runs:
+        total += np.array(run.get(name, 0), np.int64)
+    return [int(number) for number in total]
 
 
 def _corpora(runs: Sequence[Record]) -> list[Corpus]:
-    """By the seconds they took in all, slowest first."""
+    """Group runs by corpus. Returns the corpora by their total seconds, slowest first."""
     grouped: dict[str, list[Record]] = {}
-    for one in runs:
-        if one.get("counters", {}).get("documents"):
-            grouped.setdefault(str(one.get("corpus", "")), []).append(one)
-    found = [
-        Corpus(name, int(sum(float(one.get("runs", 1)) for one in group)), RunTotals.of(_added(group)))
+    for run in runs:
+        if run.get("counters", {}).get("documents"):
+            grouped.setdefault(str(run.get("corpus", "")), []).append(run)
+    corpora = [
+        Corpus(name, int(sum(float(run.get("runs", 1)) for run in group)), RunTotals.of(_sum_counters(group)))
         for name, group in grouped.items()
     ]
-    return sorted(found, key=lambda one: -one.tally.spent_seconds)
+    return sorted(corpora, key=lambda corpus: -corpus.tally.spent_seconds)
 
 
-def _kept(store: Store) -> Kept | None:
-    """How many of the hits the most used entries served; None where nothing was read yet."""
+def _usage(store: Store) -> UsageCurve | None:
+    """Compute the share of hits by size of the most used entries; None if no entry was used yet."""
     try:
         usage = eviction.candidates(store.folder, store.manifest).usage
     except (OSError, LLMCacheError):
@@ -273,7 +238,6 @@ def _kept(store: Store) -> Kept | None:
     if not uses.sum():
         return None
     order = np.argsort(-uses / np.maximum(nbytes, 1), kind="stable")
-    places = np.unique(np.linspace(0, len(order), _POINTS).astype(int))
-    heaps = (np.concatenate([[0.0], np.cumsum(one[order])])[places] for one in (nbytes, uses))
-    size, served = heaps
-    return Kept(size.tolist(), (served / uses.sum()).tolist(), int(uses.sum()))
+    points = np.unique(np.linspace(0, len(order), _POINTS).astype(int))
+    size, served = (np.concatenate([[0.0], np.cumsum(values[order])])[points] for values in (nbytes, uses))
+    return UsageCurve(size.tolist(), (served / uses.sum()).tolist(), int(uses.sum()))

@@ -1,4 +1,4 @@
-"""`Statistics` as HTML, for notebooks: a sentence, a bar and a table, in the notebook's own colours."""
+"""HTML of `Statistics` for notebooks: a sentence, a bar and a table, in the notebook's own text colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from llmcache import units as words
-from llmcache.report.facts import TIERS, RunTotals
+from llmcache.report.totals import TIERS, RunTotals
 
 if TYPE_CHECKING:
     from llmcache.report.statistics import Statistics
@@ -15,17 +15,17 @@ _COLOURS = ("#2f6fd0", "#7fb0ee", "#1a9284", "#d0721a", "#8b93a1")  # readable o
 
 
 def as_html(stats: Statistics) -> str:
-    """HTML of what an opening did, and of what its store holds."""
+    """Return HTML of the counters of an opening and of its store, and of the store's banks."""
     now, life = RunTotals.of(stats.counters.as_dict()), RunTotals.of(stats.lifetime)
     parts = [f"<b>{_headline(now)}</b>", _bar(now)]
     if life.documents > now.documents:
         net = words.duration(life.net_seconds)
         parts.append(f"<div>Since the store was made: {_headline(life)} {net} saved, net.</div>")
     rows = "".join(
-        f"<tr><td>{escape(f'{one.namespace} · {one.layer}')}</td><td>{words.count(one.entries)}</td>"
-        f"<td>{words.size(one.bytes)}</td><td>{escape(one.dtype)}[{one.width}]</td>"
-        f"<td>{escape(one.index or 'none')}</td></tr>"
-        for one in stats.banks
+        f"<tr><td>{escape(f'{bank.namespace} · {bank.layer}')}</td><td>{words.count(bank.entries)}</td>"
+        f"<td>{words.size(bank.bytes)}</td><td>{escape(bank.dtype)}[{bank.width}]</td>"
+        f"<td>{escape(bank.index or 'none')}</td></tr>"
+        for bank in stats.banks
     )
     head = "".join(f"<th>{name}</th>" for name in ("bank", "entries", "on disk", "numbers", "index"))
     table = (
@@ -45,12 +45,12 @@ def _headline(tally: RunTotals) -> str:
 def _bar(tally: RunTotals) -> str:
     if not tally.documents:
         return ""
-    shown = [one for one in zip(TIERS, _COLOURS, tally.tiers, strict=True) if one[2]]
+    shown = [tier for tier in zip(TIERS, _COLOURS, tally.tiers, strict=True) if tier[2]]
     boxes = "".join(
         f'<span style="flex:{number / tally.documents:.5f} 1 0;min-width:2px;background:{colour}"></span>'
         for _, colour, number in shown
     )
-    said = " &nbsp; ".join(
+    legend = " &nbsp; ".join(
         f'<span style="white-space:nowrap"><span style="color:{colour}">■</span> {name} '
         f"{words.share(number / tally.documents)}</span>"
         for name, colour, number in shown
@@ -58,5 +58,5 @@ def _bar(tally: RunTotals) -> str:
     times = f"model {words.duration(tally.model_seconds)}, cache {words.duration(tally.own_seconds)}, "
     return (
         f'<div style="display:flex;gap:2px;height:14px;border-radius:4px;overflow:hidden;margin:6px 0">{boxes}</div>'
-        f"<div>{said}</div><div>{times}saved {words.duration(tally.saved_seconds)}</div>"
+        f"<div>{legend}</div><div>{times}saved {words.duration(tally.saved_seconds)}</div>"
     )

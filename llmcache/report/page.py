@@ -1,4 +1,4 @@
-"""A report as one HTML page: no script, nothing fetched, light or dark as the reader has it."""
+"""Report as a self-contained HTML page: no scripts, no requests, light or dark by the reader's setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llmcache import units as words
 from llmcache.errors import CorpusError
 from llmcache.private_files import write_whole
 from llmcache.report import sections
-from llmcache.report.facts import TIERS, Facts
+from llmcache.report.facts import Facts
+from llmcache.report.totals import TIERS
 
 
 @cache
@@ -28,8 +29,9 @@ def _template() -> Template:
 
 
 def rendered(facts: Facts, version: str = "") -> str:
-    """The page as HTML. version: of llmcache, for its last line."""
-    budgets = [float(one["budget"]) for one in facts.calibrations.values() if one.get("budget")]
+    """Render the page as HTML. version: version of LLMCache, for the footer."""
+    calibrations = facts.calibrations.values()
+    budgets = [float(calibration["budget"]) for calibration in calibrations if calibration.get("budget")]
     return _template().render(
         facts=facts, sections=sections, tiers=list(zip(TIERS, sections.COLOURS, facts.total.tiers, strict=True)),
         budget=budgets[0] if len(budgets) == 1 else None, version=version,
@@ -38,7 +40,7 @@ def rendered(facts: Facts, version: str = "") -> str:
 
 
 def write(facts: Facts, path: Path, version: str = "") -> int:
-    """Write the page, whole or not at all; its bytes. CorpusError when it cannot be written there."""
+    """Write the page atomically. Returns its size in bytes. CorpusError when it cannot be written there."""
     data = rendered(facts, version).encode("utf-8", "replace")
     try:
         write_whole(path, data)

@@ -1,4 +1,4 @@
-"""What a cache did and what its store holds. Needs neither torch nor FAISS."""
+"""Statistics of a cache and of its store. This module imports neither torch nor FAISS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmcache.near.status import NearReport, near_reports
 
 @dataclass(frozen=True, slots=True)
 class BankStatistics:
-    """One bank as the manifest has it. bytes are those of the bank's files; payload is activations alone."""
+    """Figures of one bank, from the manifest. bytes: size of the bank's files. payload_bytes: activations alone."""
 
     namespace: str
     layer: str
@@ -31,9 +31,12 @@ class BankStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters, and what the store holds. lifetime: the counters of every opening of the store, this one included.
-    near: of every namespace whose near reuse is calibrated. worth: of every bank that this opening has used, whether
-    reuse from it pays. mismatch: what an audit of exact hits found to differ in this opening, "" for nothing.
+    """Statistics of one opening and its store.
+
+    counters: counters of this opening. lifetime: counters of all openings of the store, this one included.
+    index: kind of the index for near matches. near: report of every namespace with calibrated near reuse. worth: for
+    every bank that this opening has used, the decision whether reuse pays. mismatch: mismatch that an audit of exact
+    hits found in this opening, "" for none.
     """
 
     generation: int
@@ -47,21 +50,22 @@ class Statistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of documents of this opening that cost no model time; 0 before the first one."""
+        """Share of this opening's documents that cost no model time; 0 before the first document."""
         return 1 - self.counters.misses / self.counters.documents if self.counters.documents else 0.0
 
     @property
     def net_seconds(self) -> float:
-        """Seconds saved, less everything the cache itself took."""
+        """Seconds saved minus those of the cache itself."""
         return self.counters.saved_seconds - self.counters.overhead_seconds
 
     def _repr_html_(self) -> str:
-        from llmcache.report.notebook import as_html  # here, since it takes its words from the report
+        from llmcache.report.notebook import as_html  # only notebooks need it
 
         return as_html(self)
 
     def as_dict(self) -> dict[str, Any]:
-        near = [one.as_dict() for one in self.near]
+        """Return everything as JSON values."""
+        near = [report.as_dict() for report in self.near]
         return {**asdict(self), "near": near, "hit_rate": self.hit_rate, "net_seconds": self.net_seconds}
 
 
@@ -74,7 +78,11 @@ def statistics(
     worth: Sequence[Decision] = (),
     mismatch: str = "",
 ) -> Statistics:
-    """Statistics of an open store. opened, states: the namespace in use, and its near reuse, see `near_reports`."""
+    """Collect statistics of an open store.
+
+    counters: counters of this opening. index: kind of the index for near matches. opened, states: the namespace in use
+    and the state of its near reuse, see `near_reports`. worth, mismatch: see `Statistics`.
+    """
     lifetime = store.counters(without=store.writer)
     for name, value in counters.as_dict().items():
         lifetime[name] = combined(name, lifetime.get(name, 0), value)

@@ -1,4 +1,4 @@
-"""Rows in the memory of a device and of the host against plain reads of the same rows."""
+"""Device cache: rows in device and host memory, compared with plain reads of the same rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEVICES = [
 
 
 def values_of(numbers: NDArray[np.int64], dtype: str = "float32") -> NDArray[np.float32]:
-    """What is stored under each number, exact in every dtype but int8."""
+    """Values stored under each row number, exact in every dtype except int8."""
     random = np.random.default_rng(5).integers(-64, 64, (10_000, WIDTH)) / 32
     return np.asarray(random[numbers], np.float32)
 
@@ -50,7 +50,7 @@ def put(bank: Bank, numbers: NDArray[np.int64]) -> None:
 
 
 def opened(folder: Path, count: int = 0, dtype: str = "float32") -> tuple[Store, Bank]:
-    """A store with rows 0 to count - 1, half of them sealed in segments."""
+    """Store with rows 0 to count - 1, half of them sealed in segments."""
     store = Store.open(folder, create=True)
     if store.namespace("n") is None:
         store.declare("n", {}, {}, "")
@@ -133,7 +133,7 @@ def test_rows_are_those_of_a_plain_read_wherever_they_lie(
     levels = DeviceCache(bank, device, device_bytes=on_device * row, pinned_bytes=pinned * row)
     random = np.random.default_rng(1)
     for size in (1, 40, 700, 40, 700, 2000, 300):
-        rows = random.choice(2000, size)  # some more than once
+        rows = random.choice(2000, size)  # with repeats
         found, intact = levels.gather(rows)
         assert intact.all()
         assert found.device.type == device
@@ -192,7 +192,7 @@ def test_what_a_bank_gives_up_is_given_up(tmp_path: Path) -> None:
     put(other.bank("n", "output", lambda: bank.facts, NearChoice()), np.arange(5000, 5100))
     other.commit()
     other.close()
-    store.reload()  # rows may have other numbers now
+    store.reload()  # may renumber rows
     levels.gather(np.arange(3))
     assert len(levels.on_device) == 3
     store.close()
@@ -294,7 +294,7 @@ def test_beginnings_in_memory_are_restored_while_the_files_are_left_alone(
         return plain(self, rows, count=count)
 
     def asked(begin: torch.Tensor) -> int:
-        """Tokens that were restored for a row that begins so; what is given is right."""
+        """Return the number of tokens restored for a prompt with this prefix, after checking the output."""
         ids = torch.cat([begin, torch.randint(100, (1, 9))], 1)
         before = counters.restored
         with torch.no_grad():
@@ -322,7 +322,7 @@ def test_beginnings_in_memory_are_restored_while_the_files_are_left_alone(
 
 
 class Never:
-    """Draws that choose none of the documents which are looked up to see whether it pays again."""
+    """Random generator that selects no document for the look-ups made while the bank is bypassed."""
 
     def random(self, n: int) -> NDArray[np.float64]:
         return np.ones(n)

@@ -1,7 +1,7 @@
-"""Audits of exact hits: models that differ from what filled the store without any trace in their description.
+"""Audits of exact hits: models whose results differ although nothing in their description does.
 
-A fault is put into a function of torch that the model calls, so that weights, settings, code and hooks of the model are
-the same and only its results are others. Expected results are always those of the model without a cache.
+A fault is patched into a torch function that the model calls: weights, settings, code and hooks of the model stay the
+same, and only its results change. Expected results are always those of the model without a cache.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FAULTS = ("linear", "embedding")
 
 @contextmanager
 def fault(name: str, strength: float) -> Iterator[None]:
-    """Inside, this function of torch gives numbers that are a little larger, all of them or every second one."""
+    """Patch a torch function inside the block so that all of its numbers, or every second one, are a little larger."""
     own: Callable[..., torch.Tensor] = getattr(functional, name)
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -59,7 +59,7 @@ def fault(name: str, strength: float) -> Iterator[None]:
         return result
 
     looked = description._replaced_functions
-    vars(description)["_replaced_functions"] = lambda walk, model, facts: None  # which would see it
+    vars(description)["_replaced_functions"] = lambda walk, model, facts: None  # it would detect the patch
     setattr(functional, name, wrong)
     try:
         yield
@@ -69,7 +69,7 @@ def fault(name: str, strength: float) -> Iterator[None]:
 
 
 def drawn_fault(random: np.random.Generator, name: str) -> tuple[str, float]:
-    """A fault for the model of this use: each calls these functions, but for linear layers in GPT-2."""
+    """Choose a fault for the model of this use case: all models call these functions; GPT-2 has no linear layers."""
     functions = ("layer_norm", "scaled_dot_product_attention") if "gpt2" in name else FAULTS
     return str(random.choice(functions)), float(10 ** random.uniform(-3, -0.5))
 
@@ -79,7 +79,7 @@ def drawn_fault(random: np.random.Generator, name: str) -> tuple[str, float]:
 
 @dataclass
 class Use:
-    """One way to ask a cache. answers: of some texts, by a cache, or by the model alone where that is None."""
+    """Use case of a cache. answers: results of texts from a cache, or from the model alone for None."""
 
     model: Any
     answers: Callable[[LLMCache | None, Sequence[str]], Answers]
@@ -90,7 +90,7 @@ class Use:
         return LLMCache.open(store, self.model, tokenizer=self.tokenizer, config=self.settings(**settings))
 
     def tolerance(self, texts: Sequence[str]) -> float:
-        """What re-batching alone changes, with some room."""
+        """Tolerance for the change by another batch shape."""
         together = self.answers(None, texts)
         alone = [self.answers(None, [text])[0] for text in texts]
         scale = max(float(np.abs(one).max(initial=0)) for one in alone)
@@ -98,7 +98,7 @@ class Use:
 
 
 def distance(one: Answers, other: Answers) -> float:
-    """Largest absolute difference; infinite where shapes differ."""
+    """Return the largest absolute difference; infinite for different shapes."""
     if [a.shape for a in one] != [b.shape for b in other]:
         return np.inf
     return max((float(np.abs(a - b).max(initial=0)) for a, b in zip(one, other, strict=True)), default=0.0)
@@ -109,7 +109,7 @@ def texts_of(random: np.random.Generator, count: int, longest: int = 30) -> list
 
 
 def sentences(folder: Path) -> SentenceTransformer:
-    """A small SentenceTransformer whose tokenizer knows the words w0 to w89."""
+    """Make a small SentenceTransformer whose vocabulary is w0 to w89."""
     architectures.model("bert").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     words = Transformer(str(folder), max_seq_length=48)
@@ -117,7 +117,7 @@ def sentences(folder: Path) -> SentenceTransformer:
 
 
 def plain_tokenizer() -> Any:
-    """The same words without special tokens, for decoders."""
+    """Make a tokenizer with the same words and no special tokens, for decoders."""
     made = word_tokenizer()
     made.backend_tokenizer.post_processor = None
     return made
@@ -138,7 +138,7 @@ def decoder(name: str = "llama") -> Any:
 
 
 def states_of(model: Any, tokenizer: Any) -> Callable[[LLMCache | None, Sequence[str]], Answers]:
-    """What a transformers model gives for each token (or its logits), attached where there is a cache."""
+    """Return a transformers model's output for each token (or its logits), attached if there is a cache."""
 
     @torch.inference_mode()
     def answers(cache: LLMCache | None, texts: Sequence[str]) -> Answers:
@@ -316,7 +316,7 @@ def test_what_waits_to_be_committed_is_dropped_when_a_difference_is_found(
     with LLMCache.open(store, small) as cache:
         cache.encode(known)
     with fault("linear", 0.01), LLMCache.open(store, small) as cache:
-        cache.encode_query(new)  # no entry of that role is there to be compared
+        cache.encode_query(new)  # no entry of that role to compare with
         assert len(cache) == 12
         with pytest.raises(ModelMismatch):
             cache.encode(known)
@@ -346,7 +346,7 @@ def test_one_use_that_differs_ends_reuse_for_all_of_them(small: SentenceTransfor
 def test_texts_that_are_tokenised_otherwise_are_a_difference(small: SentenceTransformer, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     known = [*texts_of(random, 6), *texts_of(random, 2, longest=45)]
-    known[-1] = " ".join(f"w{i % 90}" for i in range(60))  # cut by the model's length
+    known[-1] = " ".join(f"w{i % 90}" for i in range(60))  # truncated to the model's maximum length
     with LLMCache.open(tmp_path / "store", small) as cache:
         cache.encode(known)
     own = small.preprocess
@@ -356,7 +356,7 @@ def test_texts_that_are_tokenised_otherwise_are_a_difference(small: SentenceTran
 
     with LLMCache.open(tmp_path / "store", small) as cache, pytest.MonkeyPatch.context() as patch:
         patch.setattr(small, "preprocess", reversed_words)
-        patch.setattr(ModelWatch, "changed", lambda self: False)  # which sees such a method
+        patch.setattr(ModelWatch, "changed", lambda self: False)  # it detects such a method
         with pytest.raises(ModelMismatch, match="token ids"):
             cache.encode(known)
 
@@ -531,7 +531,7 @@ def test_audits_go_on_until_enough_hits_were_seen(small: SentenceTransformer, tm
 
 
 def plenty() -> Counters:
-    """Counters of an opening that has saved, and taken, all the seconds in the world."""
+    """Make counters with unlimited seconds saved and spent, so that audits have any budget."""
     return Counters(saved_seconds=1e12, overhead_seconds=1e12)
 
 
@@ -543,7 +543,7 @@ def test_the_share_of_hits_that_are_audited_is_the_one_asked_for(share: float) -
     count, total = sum(map(len, found)), hits * len(found)
     assert abs(count - share * total) <= 4 * np.sqrt(total * share * (1 - share))
     assert all(len(set(places.tolist())) == len(places) and (places < hits).all() for places in found)
-    if 0 < share < 1:  # all places alike
+    if 0 < share < 1:  # all positions are equally likely
         places = np.concatenate(found) / hits
         assert abs(places.mean() - 0.5) <= 4 * np.sqrt(1 / 12 / count)
 

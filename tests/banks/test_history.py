@@ -1,4 +1,4 @@
-"""The record of runs beside a store: what it says, that it adds up, and that nothing depends on it."""
+"""History of runs: the records are right, they add up, and no result depends on them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_similarities_are_counted_for_those_asked_and_those_reused(store: Path, 
         found = list(cache.run([near, far]))
     assert [one.tier for one in found] == ["near", "miss"]
     (one,) = read(store)
-    assert sum(one["asked"]) == 3  # the first document had nothing to be compared with
+    assert sum(one["asked"]) == 3  # the first document had no entry to compare with
     assert sum(one["near"]) == 1
     assert found[0].similarity is not None
     assert one["near"][int(found[0].similarity * journal.BINS)] == 1

@@ -1,4 +1,4 @@
-"""Namespaces and untrusted stores through the whole cache: who hits, who does not, and who is refused."""
+"""Namespaces and untrusted stores with a whole cache: which calls hit, which miss, and which are refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from llmcache.indexes.store import Store
 A, B = b"a" * 32, b"b" * 32
 KEY = b"k" * 32
 TEXT, SPELT, NEAR = "How do I locate my card?", "HOW DO I  locate my card?", "How do I locate my card??"
-TIERS = {"text": TEXT, "tokens": SPELT, "near": NEAR}  # what is asked for once TEXT was stored
+TIERS = {"text": TEXT, "tokens": SPELT, "near": NEAR}  # queries after TEXT was stored
 
 
 def asked(store: Path, model: SentenceTransformer, text: str, **how: Any) -> tuple[str, dict[str, int]]:
-    """The tier of one text, and how it was found."""
+    """Return the tier of a text and the way it was matched."""
     with LLMCache.open(store, model, tau=0.9, **how) as cache:
         (result,) = cache.run([text])
         counters = cache.stats().counters
@@ -53,7 +53,7 @@ def test_the_rows_of_one_secret_are_not_found_under_another_even_in_one_bank(
     model: SentenceTransformer, store: Path, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked(store, model, TEXT, namespace="team-a", secret=A)
-    monkeypatch.setattr("llmcache.opening.admit", lambda *_: None)  # as if the check at opening were not there
+    monkeypatch.setattr("llmcache.opening.admit", lambda *_: None)  # switch off the check at opening
     for secret in (B, None):
         with LLMCache.open(store, model, namespace="team-a", secret=secret) as cache:
             assert [one.tier for one in cache.run([TIERS[tier]])] == ["miss"]

@@ -1,4 +1,4 @@
-"""Reuse that costs more than the model is left alone, bank by bank, and said so."""
+"""Payoff: banks whose reuse costs more than the model are bypassed, one by one, with a warning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def filled(model: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory)
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Every read of entries takes so much longer, as on a slow disk."""
+    """Delay every read of entries, as on a slow disk."""
     read = Bank.read
 
     def slow(self: Bank, rows: Any, *, count: bool = True) -> Any:
@@ -211,9 +211,9 @@ def test_beside_a_slow_file_what_memory_holds_is_reused_and_nothing_is_read_for_
         assert decision.state == "memory"
         assert decision.held == levels.counters.device
         assert decision.held_saved > decision.held_spent > 0
-        assert any("but for a few documents and what memory holds" in one.message for one in caplog.records)
+        assert any("but for a few documents and entries in memory" in one.message for one in caplog.records)
         before = counters.left_alone
-        cache.encode(TEXTS)  # wants nothing from there
+        cache.encode(TEXTS)  # uses no entry of that bank
         assert (counters.left_alone - before) / len(TEXTS) > 1 - PROBED - 0.04
 
 

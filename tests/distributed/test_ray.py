@@ -1,4 +1,4 @@
-"""Several processes on one store: a local Ray cluster, compared with the single process bit for bit."""
+"""Several processes on one store: a local Ray cluster, compared bit for bit with a single process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One local cluster for all tests here, which starts in seconds, not in no time."""
+    """Local cluster shared by all tests of this module, since starting one takes seconds."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -62,7 +62,7 @@ def facts(results: Sequence[Result]) -> list[tuple[object, ...]]:
 
 
 def keys_of(path: Path) -> list[bytes]:
-    """The key of every live row of a store's output bank, in no order."""
+    """Return the keys of all live rows of a store's output bank, unordered."""
     with closing(Store.open(path)) as store:
         space = store.manifest.namespaces["default"]
         bank = store.bank("default", "output", lambda: space.banks["output"], NearChoice())
@@ -72,7 +72,7 @@ def keys_of(path: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def documents() -> list[dict[str, str]]:
-    """Repeats in one chunk and between chunks, by text and by tokens, and lengths that make uneven batches."""
+    """Documents with repeats in and between windows, by text and by tokens, and of lengths that make uneven batches."""
     texts = [f"note {i}: " + "the parcel is late " * (i % 7) for i in range(240)]
     texts += texts[:60] + [f"{text}  " for text in texts[60:100]] + [texts[5]] * 3
     return [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)]
@@ -89,7 +89,7 @@ def test_two_workers_of_which_one_is_killed_give_what_one_process_gives(
         assert len(set(victims) - {os.getpid()}) == 2
 
         def kill(_: int, computed: int) -> None:
-            if computed and victims:  # while the other shares are computed
+            if computed and victims:  # while the other work items are computed
                 os.kill(victims.pop(), signal.SIGKILL)
                 victims.clear()
 
@@ -100,7 +100,7 @@ def test_two_workers_of_which_one_is_killed_give_what_one_process_gives(
     assert [one[0] for one in first + rest] == [one[0] for one in expected]
     assert counted.misses == 240
     keys = keys_of(tmp_path / "two")
-    assert len(keys) == len(set(keys)) == 240  # commits of both workers, none lost, none twice
+    assert len(keys) == len(set(keys)) == 240  # commits of both workers, none lost or doubled
     assert set(keys) == set(keys_of(tmp_path / "one"))
     with LLMCache.open(
         tmp_path / "two", model_path
@@ -181,7 +181,7 @@ def test_a_share_that_is_done_again_after_a_kill_is_stored_once(
     with LLMCache.open(store, model_path) as cache:
         share = share_of(model, cache, [f"text {i} " * (i + 1) for i in range(10)])
     place = WorkerConfig(str(store), None, 1, {})
-    first = Worker(place, 1).compute(share)  # it committed, and died before anybody heard of it
+    first = Worker(place, 1).compute(share)  # committed, but died before it returned
     second = Worker(place, 1).compute(share)
     assert first.stored
     assert second.stored

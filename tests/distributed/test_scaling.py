@@ -1,4 +1,4 @@
-"""Shards, and the arithmetic of very large stores."""
+"""Shards, and the size calculations of very large stores."""
 
 from __future__ import annotations
 

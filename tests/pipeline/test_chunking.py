@@ -1,4 +1,4 @@
-"""Chunks: they cover the text, keep to the limit, begin where a reader would cut, and an edit touches few of them."""
+"""Chunks cover the text, keep to the limit and begin at headings and paragraphs; an edit changes few of them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def parquet(pairs: list[tuple[str, str]], row_group_size: int = 1000) -> bytes:
 
 
 def write(path: Path, pairs: list[tuple[str, str]]) -> Path:
-    """The pairs in the format of the path's ending."""
+    """Write the pairs in the format of the path's ending."""
     plain = path.name.removesuffix(".gz")
     if plain.endswith("sv"):
         content = table(pairs, "\t" if plain.endswith(".tsv") else ",")
@@ -68,7 +68,7 @@ def pairs_of(found: Iterator[Document]) -> list[tuple[str, str]]:
 
 
 def refusal(path: Path, *, text_field: str = "text", unit: str = "line") -> str:
-    """The message with which the path is refused. With skip_bad the same file must be counted instead."""
+    """Return the error message of a path. With skip_bad the same error must be counted instead."""
     with pytest.raises(CorpusError) as refused:
         list(documents(path, text_field=text_field, unit=unit))
     reading = Reading()
@@ -406,7 +406,7 @@ def test_undecodable_bytes_in_parquet_are_named_by_row(tmp_path: Path) -> None:
     assert [one.text for one in documents(tmp_path / "x.parquet", skip_bad=True)] == ["a", "c"]
 
 
-MANY = [(f"d{i}", Random(i).randbytes(20).hex()) for i in range(5_000)]  # hardly packed by gzip
+MANY = [(f"d{i}", Random(i).randbytes(20).hex()) for i in range(5_000)]  # gzip barely compresses these
 
 
 @pytest.mark.parametrize("keep", [5, 3_000, -4])

@@ -1,4 +1,4 @@
-"""Every input is answered whole or refused by name: nothing is cut, split or dropped in silence, and counts add up."""
+"""Every input is answered in full or refused by name: none is silently cut, split or dropped, and counts add up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(store: Path, model: SentenceTransformer) -> Iterator[LLMCache]:
 
 
 def single_inputs() -> dict[str, Any]:
-    """What is one document, or no document at all, by what it is."""
+    """Single documents, and values that are no documents, by name."""
     return {
         "text": "card",
         "empty text": "",
@@ -87,7 +87,7 @@ def test_records_that_are_no_documents_are_named_with_their_place(
 
 
 def tables(ids: list[Any], texts: list[str]) -> dict[str, Any]:
-    """The same documents in every kind of table that is installed."""
+    """Make the same documents as every kind of table that is installed."""
     pd = pytest.importorskip("pandas", reason="install the extra 'test' for frames")
     pl = pytest.importorskip("polars", reason="install the extra 'test' for frames")
     datasets = pytest.importorskip("datasets", reason="install the extra 'test' for data sets")
@@ -191,7 +191,7 @@ def test_text_that_the_model_cannot_read_whole_however_it_is_cut_is_refused(
 
 
 def windows(text: str, size: int, step: int) -> list[tuple[int, int]]:
-    """Places of overlapping windows, as splitters for retrieval make them."""
+    """Return positions of overlapping windows, like those of text splitters for retrieval."""
     starts = range(0, max(1, len(text) - size + step), step)
     return [(start, min(start + size, len(text))) for start in starts]
 
@@ -199,7 +199,7 @@ def windows(text: str, size: int, step: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("seed", range(40))
 def test_overlapping_chunks_given_as_texts_get_their_places(seed: int) -> None:
     pick = Random(seed)
-    words = [f"w{pick.randrange(10_000)}" for _ in range(pick.randrange(5, 80))]  # hardly any comes twice
+    words = [f"w{pick.randrange(10_000)}" for _ in range(pick.randrange(5, 80))]  # hardly any repeats
     text = " ".join(words)
     size = pick.randrange(20, 60)
     spans = windows(text, size, pick.randrange(3, size + 1))

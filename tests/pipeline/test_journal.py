@@ -1,4 +1,4 @@
-"""The journal of an unfinished run under damage and links: the same results, or one error; nothing else is written."""
+"""Journals with damage and links: a run gives the same results or one error, and writes nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(number: int) -> Result:
 
 
 def begun(out: Path, rows: int = 4, first: int = 0) -> None:
-    """A run that was stopped behind its second checkpoint, with rows behind that."""
+    """Make a run that was stopped after its second checkpoint, with further rows."""
     journal, lock = Journal.open(out, FACTS, WIDTH, resume=True)
     with lock:
         for at in range(0, rows, 2):
@@ -49,7 +49,7 @@ def begun(out: Path, rows: int = 4, first: int = 0) -> None:
 
 
 def finished(out: Path, rows: int = 4) -> bytes:
-    """Resume the run, add a row, write the result; its bytes."""
+    """Resume the run, add a row and write the result file. Returns its bytes."""
     journal, lock = Journal.open(out, FACTS, WIDTH, resume=True)
     with lock:
         try:
@@ -78,7 +78,7 @@ def expected(tmp_path: Path) -> bytes:
 
 
 def each(out: Path, expected: bytes, name: str, damaged: list[bytes]) -> tuple[int, int]:
-    """Resume with each of these contents of one file: how often the result was the same, how often it was refused."""
+    """Resume with each content of one file. Returns how often the result was the same, and how often it was refused."""
     folder, kept = beside(out), out.with_name("kept")
     shutil.copytree(folder, kept)
     same = refused = 0
@@ -117,7 +117,7 @@ def test_a_changed_byte_at_any_place_gives_the_same_result_or_one_error(
     assert same + refused == len(changed)
     if name == "journal.json":
         assert same == 0
-    else:  # rows behind the checkpoint do not count
+    else:  # rows after the checkpoint are ignored
         assert same == sum(at >= len(whole) * 4 // 5 for at in places) or name == "rows.jsonl"
 
 

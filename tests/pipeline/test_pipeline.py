@@ -1,4 +1,4 @@
-"""Pipelines: what they take, what they refuse, what they hold in memory, and what chunks become."""
+"""Pipelines: inputs, refused records, memory, and results of chunks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_results_are_the_models_own_in_order_with_provenance(
 
 
 def records(kind: str) -> Any:
-    """TEXTS with the ids a, b, c, d, in one form."""
+    """Return TEXTS with the ids a, b, c, d, as one kind of records."""
     ids, columns = "abcd", {"id": list("abcd"), "text": TEXTS}
     if kind == "mappings":
         return [{"id": id, "text": text, "more": 1} for id, text in zip(ids, TEXTS, strict=True)]
@@ -356,7 +356,7 @@ def test_a_hundred_thousand_documents_are_never_in_memory_together(cache: LLMCac
     alive = most = 0
 
     class Text(str):
-        """Counts how many of its kind there are."""
+        """Document that counts its living instances."""
 
         def __del__(self) -> None:
             nonlocal alive

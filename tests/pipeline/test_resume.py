@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed: the file is, byte for byte, that of a run that was not."""
+"""Stopped and resumed runs give, byte for byte, the file of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OFTEN = CacheConfig(commit_seconds=0.05)
 
 
 def corpus(count: int, seed: int = 5) -> list[dict[str, Any]]:
-    """Texts of one to 30 words; a third come again, at once or much later; some records are none."""
+    """Make texts of one to 30 words; a third repeat, soon or much later; some records are no documents."""
     chance = random.Random(seed)
     found: list[dict[str, Any]] = []
     for i in range(count):
@@ -217,7 +217,7 @@ def test_a_corpus_that_raises_can_be_resumed_when_it_reads(
 
 @pytest.fixture
 def stopped(tmp_path: Path, model: SentenceTransformer) -> Path:
-    """A folder with a run of 300 documents that was stopped."""
+    """Make a folder with a stopped run of 300 documents."""
     with LLMCache.open(tmp_path / "store", model) as cache:
         pipeline = Pipeline(cache, batch_size=2)
         assert not pipeline.write(corpus(300), tmp_path / "out.npy", resume=True, max_documents=100).finished
@@ -290,7 +290,7 @@ def test_a_run_that_is_not_resumed_begins_anew_and_says_so(
     with LLMCache.open(stopped / "store", model) as cache:
         written = Pipeline(cache, batch_size=2).write(corpus(300), stopped / "out.npy")
     assert (written.finished, written.resumed) == (True, 0)
-    assert "thrown away" in caplog.text
+    assert "is discarded" in caplog.text
     assert not (stopped / "out.unfinished").exists()
 
 

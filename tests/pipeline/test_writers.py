@@ -40,7 +40,7 @@ def answers(count: int, width: int = WIDTH) -> list[Answer]:
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
-    """What a reader of the file finds, in one form for all formats."""
+    """Read a result file back, in the same form for all formats."""
     if path.suffix == ".parquet":
         found: list[dict[str, object]] = pq.read_table(path).to_pylist()
         return found
@@ -157,7 +157,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_older_result(tmp_path: Path
         writer.write(answers(4))
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond this size fails like on a full disk
     try:
         with pytest.raises(CorpusError) as refused, result_writer(path, width=WIDTH) as writer:
             writer.write(answers(3 * CHUNK_ROWS))

@@ -1,4 +1,4 @@
-"""The page of `llmcache report`: its numbers, its words where there are none, and that a browser shows it."""
+"""Page of `llmcache report`: its numbers, its sentences without data, and its display in a browser."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from llmcache.banks.counters import Counters
 from llmcache.indexes.stats import runs as journal
 from llmcache.indexes.store import Store
 from llmcache.report.charts import thinned, ticks
-from llmcache.report.facts import Facts, RunTotals, facts
+from llmcache.report.facts import Facts, facts
 from llmcache.report.page import rendered, write
 from llmcache.report.statistics import BankStatistics, statistics
+from llmcache.report.totals import RunTotals
 from tests.conftest import Command
 from tests.storybook import calibration, filled, told
 
@@ -41,7 +42,7 @@ def report(path: Path, **given: Any) -> Facts:
 
 
 class Page(HTMLParser):
-    """Text and outside references of a page."""
+    """Parser for the text and external references of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def past(store: Path) -> Path:
-    """A store with five weeks of runs and a calibration."""
+    """Store with five weeks of runs and a calibration."""
     opened = filled(store, 400, {"calibration": calibration()})
     told(opened)
     opened.close()
@@ -107,11 +108,12 @@ def test_days_become_weeks_and_months_where_there_are_many(store: Path) -> None:
 
 
 def test_the_most_used_entries_are_counted_before_the_others(past: Path) -> None:
-    kept = report(past).kept
+    kept = report(past).usage
     assert kept is not None
     assert kept.hits[-1] == 1
     assert (np.diff(kept.hits) >= 0).all()
-    assert (np.diff(np.diff(kept.hits) / np.diff(kept.bytes)) <= 1e-9).all()  # what serves most comes first
+    # the entries with most uses per byte come first
+    assert (np.diff(np.diff(kept.hits) / np.diff(kept.bytes)) <= 1e-9).all()
     assert kept.bytes_for(0.5) < 0.5 * kept.bytes[-1]
     # 400 rows of 1536 + 72 + 48 + 8 bytes
     assert kept.bytes[-1] == 400 * (1536 + 72 + 48 + 8)
@@ -279,7 +281,7 @@ def test_reporting_needs_neither_torch_nor_faiss(past: Path, tmp_path: Path) -> 
 
 @pytest.fixture(scope="session")
 def browser() -> str:
-    """A headless Chromium."""
+    """Headless Chromium."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no browser: apt-get install chromium-headless-shell, to see the report as its readers do")
@@ -287,7 +289,7 @@ def browser() -> str:
 
 
 def shown(browser: str, page: Path, folder: Path, width: int, dark: bool, *more: str) -> str:
-    """Let a browser show the page; what it printed. Its requests are in folder/net.json."""
+    """Load the page in a browser. Returns its output; its requests are in folder/net.json."""
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
         "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}",
