@@ -115,7 +115,7 @@ def test_the_table_is_for_people_and_a_failure_leaves_the_other_parts(
     assert done.code == 1
     for name in (
         "device memory",
-        "Nothing known",
+        "Empty cache",
         "matrix product",
         "of the model",
         "prefix: RuntimeError: out of memory",

@@ -87,7 +87,7 @@ def store(records: Records) -> str:
         chosen = [by(record["merges"], row_bytes=size, contender=contender) for size in (large, small)]
         rows.append([text, *(cell for row in chosen for cell in cells(row, f"{row['mib_per_second']:,.0f} MiB/s"))])
     overhead, overhead_small = (by(record["overhead"], row_bytes=size) for size in (large, small))
-    columns = ["", "256 KiB rows", "ratio", "of quickest", "1.5 KiB rows", "ratio", "of quickest"]
+    columns = ["operation; system calls", "256 KiB rows", "ratio", "of quickest", "1.5 KiB rows", "ratio", "of quickest"]
     return "\n\n".join(
         [
             prose(
