@@ -29,11 +29,11 @@ def gpu(
     Each is compared with the model alone. Models have seeded weights of known shapes; nothing is downloaded.
     `python -m llmcache.bench.gpu` does the same without FAISS and the libraries of the command line.
     """
-    from llmcache.bench.gpu.gpu import failed, measured
+    from llmcache.bench.gpu.runner import failed, measured
 
     printing.quiet()
     found = measured(
-        out, minutes=minutes, only=only, device=device, tiny=tiny, said=lambda line: typer.echo(line, err=True)
+        out, minutes=minutes, only=only, device=device, tiny=tiny, say=lambda line: typer.echo(line, err=True)
     )
     if json:
         printing.as_json(found)

@@ -27,7 +27,7 @@ def plan(
 
     printing.quiet()
     rows = measured(
-        demo_model(), data, repeats=repeats, wanted=only, limit=limit, said=lambda line: typer.echo(line, err=True)
+        demo_model(), data, repeats=repeats, wanted=only, limit=limit, say=lambda line: typer.echo(line, err=True)
     )
     if json:
         printing.as_json({**conditions(), "data": data.name, "rows": rows})

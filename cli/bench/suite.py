@@ -78,7 +78,7 @@ def run(
     folders = {str(data): "DATA", str(out): "OUT", str(tokenizer): "TOKENIZER", str(model): "MODEL"}
     command = " ".join(["llmcache", *(folders.get(word, word) for word in sys.argv[1:])])
     failures = 0
-    for one, record in recording.run(wanted, sizes, out, command, again=again, said=_print_line):
+    for one, record in recording.run(wanted, sizes, out, command, again=again, say=_print_line):
         failures += "skipped" in record or "failed" in record
         if json:
             printing.as_json(record)

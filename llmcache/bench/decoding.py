@@ -38,7 +38,7 @@ Clock: TypeAlias = Callable[[], float]
 
 
 @dataclass(slots=True)
-class Contender:
+class TimedRun:
     """Seconds of each batch, and what came out. commit: seconds for all batches together, on top."""
 
     name: str
@@ -47,13 +47,13 @@ class Contender:
     commit: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
 
-    def times(self, base: Contender) -> tuple[float, float]:
+    def times(self, base: TimedRun) -> tuple[float, float]:
         """How many times as fast as `base`: median over the batches, and over all of it with the commit."""
         share = self.commit / max(1, len(self.seconds))
         each = [one / (own + share) for one, own in zip(base.seconds, self.seconds, strict=True)]
         return statistics.median(each), sum(base.seconds) / (sum(self.seconds) + self.commit)
 
-    def report(self, base: Contender) -> dict[str, Any]:
+    def report(self, base: TimedRun) -> dict[str, Any]:
         """Plain numbers for printing and for JSON."""
         median, whole = self.times(base)
         largest = max(float(np.abs(one).max()) for one in base.outputs)
@@ -105,7 +105,7 @@ class _Cached:
         return clock() - began
 
 
-def _timed(to: Contender, clock: Clock, action: Callable[[], NDArray[np.float64]]) -> None:
+def _timed(to: TimedRun, clock: Clock, action: Callable[[], NDArray[np.float64]]) -> None:
     began = clock()
     output = action()
     to.seconds.append(clock() - began)
@@ -122,8 +122,8 @@ def prefill(
     first question, the others ask anew (the first ones are left out for all three). repeated: all prompts are known.
     kept by the caller: transformers' own reuse of a beginning, in memory, with no paragraph kept before and with all.
     """
-    plain, first, known, again = map(Contender, ("plain", "first pass", "known paragraphs", "repeated"))
-    own = [Contender("kept by the caller, first pass"), Contender("kept by the caller, known paragraphs")]
+    plain, first, known, again = map(TimedRun, ("plain", "first pass", "known paragraphs", "repeated"))
+    own = [TimedRun("kept by the caller, first pass"), TimedRun("kept by the caller, known paragraphs")]
     groups = [list(group) for _, group in groupby(requests, key=lambda one: one[0])]
     seen = [group[0] for group in groups]
     asked = [one for group in groups for one in group[1:]]
@@ -166,7 +166,7 @@ def prefill(
     return [one.report(plain) for one in (plain, first, known, again, *own)]
 
 
-def _add(to: Contender, before: dict[str, float], after: dict[str, float]) -> None:
+def _add(to: TimedRun, before: dict[str, float], after: dict[str, float]) -> None:
     for name, value in after.items():
         to.counters[name] = to.counters.get(name, 0) + value - before[name]
 
@@ -180,7 +180,7 @@ def choices(
     clock: Clock = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """Log-likelihoods of the choices of (stem, choices): `score` alone, with an empty store, and with all known."""
-    plain, first, again = map(Contender, ("plain", "first pass", "repeated"))
+    plain, first, again = map(TimedRun, ("plain", "first pass", "repeated"))
     per_batch = max(1, rows // max(len(some) for _, some in questions))
     questions = sorted(questions, key=lambda one: -len(one[0]))  # all contenders get batches of like length
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:

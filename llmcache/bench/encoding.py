@@ -35,7 +35,7 @@ from llmcache.opening import fresh_bank
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Measurement:
     """One contender. seconds: of every repeat. difference: largest, to the model's vectors."""
 
     name: str
@@ -54,7 +54,7 @@ class Row:
         return self.documents / self.median
 
 
-def ratio(base: Row, row: Row) -> float:
+def ratio(base: Measurement, row: Measurement) -> float:
     """How many times the documents per second of `base`: median over the repeats, each against its own base."""
     return statistics.median(
         (one / base.documents) / (other / row.documents) for one, other in zip(base.seconds, row.seconds, strict=True)
@@ -64,7 +64,9 @@ def ratio(base: Row, row: Row) -> float:
 # -- encode -------------------------------------------------------------------------------------------------
 
 
-def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
+def encode(
+    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32
+) -> list[Measurement]:
     """The model alone, and the cache with nothing, everything and half of it known, in turn in one process.
 
     Then every text three times in one call, against the unique ones. Texts that occur twice are left out.
@@ -85,7 +87,7 @@ def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3
     rows = []
     for name, found in seconds.items():
         expected = np.concatenate([alone] * (len(outputs[name]) // len(alone)))
-        rows.append(Row(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
+        rows.append(Measurement(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
     return rows
 
 

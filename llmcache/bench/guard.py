@@ -16,15 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.errors import ConfigError
 from llmcache.near.guard.rules import KINDS, digests, refused
 
-Row: TypeAlias = dict[str, Any]
 Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
 Bools: TypeAlias = NDArray[np.bool_]
 

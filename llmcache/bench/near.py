@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.errors import ConfigError
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.search.projection import fit_pca
@@ -52,7 +53,6 @@ _CONSENSUS = EVIDENCE.index("consensus")
 _QUERIES = 1000
 
 Labels = NDArray[np.generic]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

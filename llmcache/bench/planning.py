@@ -82,7 +82,7 @@ def _lines(path: Path) -> list[str]:
 
 def measured(
     model: SentenceTransformer, data: Path, *, repeats: int = 3, wanted: str = "", limit: int | None = None,
-    said: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per case: medians over the repeats, in each of which all cases come once.
 
@@ -95,7 +95,7 @@ def measured(
         with tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder:
             found = [one for _ in range(repeats) for one in _measured(model, _cut(case, limit), Path(folder), repeats)]
         rows.append(_row(case, found))
-        said(f"{case.name}: {rows[-1]['said']}")
+        say(f"{case.name}: {rows[-1]['said']}")
     return rows
 
 

@@ -6,17 +6,16 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.near import fitted_head, labelled_texts
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.near.calibration.drift import cosine_drift
 
-Row = dict[str, Any]
 BATCH = 64
 
 

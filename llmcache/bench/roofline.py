@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.arrays import Floats32
 from llmcache.cache import LLMCache
 from llmcache.decoders.kv_buffer import KVBuffer, KVLayout
 from llmcache.decoders.prefix_cache import restore
@@ -48,11 +49,9 @@ _SIDE = 2048
 _ROWS = 2048  # of a layer, 472 MB
 _BEGINNINGS = 8  # 315 MB
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RooflineMeasurement:
     """One measurement of one tier. seconds: of each repeat; moved, operations: in one of them; floor: seconds."""
 
     tier: str
@@ -92,7 +91,7 @@ def roofline(
     """All tiers against their floors, and near look-ups against the model. texts: some thousand different documents.
 
     entries: sizes of stores whose near look-up is measured, beside what the model takes for a query of 12 tokens.
-    Returns rows (`Row.as_dict`), near (a row per size) and the limits.
+    Returns rows (`RooflineMeasurement.as_dict`), near (a row per size) and the limits.
     """
     load = [os.getloadavg()[0]]
     rows: dict[str, list[float]] = {}
@@ -114,7 +113,9 @@ def roofline(
         task = tasks[what]
         moving, counting = task.moved / copied, task.operations / multiplied
         bound, floor = ("memory", moving) if moving >= counting else ("arithmetic", counting)
-        row = Row(task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor)
+        row = RooflineMeasurement(
+            task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor
+        )
         found.append(row.as_dict())
     near = [near_look_up(model, size, repeats) for size in entries]
     load.append(os.getloadavg()[0])
@@ -220,7 +221,7 @@ def _searches() -> Iterator[_Task]:
     )  # fmt: skip
 
 
-def _storing(folder: Path, texts: list[str], outputs: Floats) -> Iterator[_Task]:
+def _storing(folder: Path, texts: list[str], outputs: Floats32) -> Iterator[_Task]:
     """Putting and committing vectors; the floor is a copy, the disk adds to it."""
     count = [0]
 
@@ -317,9 +318,9 @@ def _predictor(width: int, out: int) -> Predictor:
     )  # fmt: skip
 
 
-def _normal(random: np.random.Generator, rows: int, columns: int) -> Floats:
+def _normal(random: np.random.Generator, rows: int, columns: int) -> Floats32:
     return random.standard_normal((rows, columns), np.float32)
 
 
-def _units(vectors: NDArray[np.floating]) -> Floats:
+def _units(vectors: NDArray[np.floating]) -> Floats32:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)

@@ -16,7 +16,7 @@ from typing import Any
 from llmcache.bench.store_rows import (
     FEATURES,
     TOKENS,
-    Rows,
+    StoredRows,
     fill,
     reading,
     writing,
@@ -54,7 +54,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-", dir=where) as name:
         folder = Path(name)
         for size in sizes:
-            rows = Rows.drawn(size, payload)
+            rows = StoredRows.drawn(size, payload)
             found = writing(rows, folder, repeats) + reading(rows, folder / "read", repeats)
             rates += [one.as_dict(found) for one in found]
             merges += merging(size, payload // 2, folder / "merge", repeats)
@@ -86,7 +86,7 @@ def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[di
     byte it copies twice over (its checksums). What is copied was in the page cache.
     """
     folder.mkdir(parents=True)
-    rows = Rows.drawn(row_bytes, payload)
+    rows = StoredRows.drawn(row_bytes, payload)
     half, part = len(rows) // 2, len(rows) // 8
     stores = {"a": slice(0, half), "b": slice(half, None), "c": slice(half - part, None)}
     for name, block in stores.items():
@@ -147,7 +147,7 @@ def overhead(row_bytes: int, payload: int, folder: Path) -> dict[str, Any]:
 
     Every entry has one name (its text) and a source id such as "document 12345". There is no index: it is derived.
     """
-    rows = Rows.drawn(row_bytes, payload)
+    rows = StoredRows.drawn(row_bytes, payload)
     fill(folder, rows)
     opened = Folder(folder)
     try:

@@ -87,7 +87,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class StoredRows:
     """What is stored: float32 values [n, width], keys and text keys uint64 [n, 2], features float32 [n, 384]."""
 
     values: NDArray[np.float32]
@@ -98,7 +98,7 @@ class Rows:
     sources: list[str]
 
     @classmethod
-    def drawn(cls, row_bytes: int, payload: int, seed: int = 0) -> Rows:
+    def drawn(cls, row_bytes: int, payload: int, seed: int = 0) -> StoredRows:
         """Random rows of this many bytes, about `payload` bytes in all."""
         random = np.random.default_rng(seed)
         count = max(1, payload // row_bytes)
@@ -123,8 +123,8 @@ class Rows:
         step = max(1, nbytes // self.row_bytes)
         return (slice(start, min(start + step, len(self))) for start in range(0, len(self), step))
 
-    def part(self, chosen: slice) -> Rows:
-        return Rows(
+    def part(self, chosen: slice) -> StoredRows:
+        return StoredRows(
             self.values[chosen],
             self.keys[chosen],
             self.texts[chosen],
@@ -144,7 +144,7 @@ def bank_of(store: Store, row_bytes: int) -> Bank:
     )
 
 
-def fill(folder: Path, rows: Rows) -> None:
+def fill(folder: Path, rows: StoredRows) -> None:
     """Put all rows, about 8 MiB at a time, and commit them, about 64 MiB at a time."""
     with closing(Store.open(folder, create=True)) as store:
         store.declare("default", {"name": "bench"}, {})
@@ -170,7 +170,7 @@ def fill(folder: Path, rows: Rows) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def writing(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
+def writing(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
     """The store, and `pwrite` of the same values with the same number of files, each synced, and its folder."""
     raw = Rate(rows.row_bytes, "write", "", "stored", "pwrite + fsync", "", len(rows))
     mine = Rate(rows.row_bytes, "write", "", "stored", "put + commit", raw.contender, len(rows))
@@ -186,7 +186,7 @@ def writing(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     return [raw, mine]
 
 
-def _raw_written(folder: Path, rows: Rows) -> None:
+def _raw_written(folder: Path, rows: StoredRows) -> None:
     folder.mkdir()
     above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     for number, block in enumerate(rows.blocks(_COMMIT)):
@@ -207,7 +207,7 @@ def _raw_written(folder: Path, rows: Rows) -> None:
 _Opened: TypeAlias = tuple[Callable[[], None], Callable[[], None]]  # reads all rows; closes
 
 
-def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
+def reading(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
     """A filled store, mapped and with `preadv`, against both alone, into new arrays of 16 MiB; cold and warm.
 
     Cold is the first reading after the files were dropped from the page cache, warm the second one in a row. In the
@@ -219,7 +219,7 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     shuffled = np.random.default_rng(1).permutation(len(rows))
     for round_ in range(repeats):
         for order, numbers in (("stored", np.arange(len(rows))), ("shuffled", shuffled)):
-            contenders: list[tuple[str, str, Callable[[Path, Rows, NDArray[np.int64]], _Opened]]] = [
+            contenders: list[tuple[str, str, Callable[[Path, StoredRows, NDArray[np.int64]], _Opened]]] = [
                 ("preadv", "", _raw_preadv),
                 ("memcpy", "", _raw_memcpy),
                 ("store, mmap", "memcpy", partial(_stored, how="mmap")),
@@ -244,11 +244,11 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     return list(rates.values())
 
 
-def _batches(rows: Rows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _batches(rows: StoredRows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [numbers[block] for block in rows.blocks(_BATCH)]
 
 
-def _stored(folder: Path, rows: Rows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]) -> _Opened:
+def _stored(folder: Path, rows: StoredRows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]) -> _Opened:
     store = Store.open(folder, reading=how, uses=False)
     bank = bank_of(store, rows.row_bytes)
     asked = [rows.keys[batch] for batch in _batches(rows, numbers)]
@@ -261,7 +261,9 @@ def _stored(folder: Path, rows: Rows, numbers: NDArray[np.int64], how: Literal["
     return read, store.close
 
 
-def _places(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> tuple[list[Path], list[list[tuple[int, int]]]]:
+def _places(
+    folder: Path, rows: StoredRows, numbers: NDArray[np.int64]
+) -> tuple[list[Path], list[list[tuple[int, int]]]]:
     """The files in the order of the manifest; for each batch the file's number and the offset of each row."""
     with closing(Store.open(folder, uses=False)) as store:
         segments = store.manifest.namespaces[_BANK[0]].banks[_BANK[1]].segments
@@ -274,7 +276,7 @@ def _places(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> tuple[list[
     return [folder / one.file("seg").name for one in segments], found
 
 
-def _raw_preadv(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened:
+def _raw_preadv(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
     files, batches = _places(folder, rows, numbers)
     descriptors = [os.open(one, os.O_RDONLY) for one in files]
 
@@ -291,7 +293,7 @@ def _raw_preadv(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened
     return read, end
 
 
-def _raw_memcpy(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened:
+def _raw_memcpy(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
     files, batches = _places(folder, rows, numbers)
     maps = []
     for path in files:

@@ -52,7 +52,7 @@ def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
             if (dtype, count) != (torch.float32, counts[0]) and device.over:
                 return
             for row in _searched(device, dtype, count, bytes_per_second):
-                device.said(f"{row['queries']} among {count:,}, {row['dtype']}: {row['milliseconds']:.3g} ms")
+                device.say(f"{row['queries']} among {count:,}, {row['dtype']}: {row['milliseconds']:.3g} ms")
                 yield row
 
 

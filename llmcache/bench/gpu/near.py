@@ -52,7 +52,7 @@ def near(device: Device) -> Iterator[dict[str, Any]]:
         if number and device.over:
             return
         for row in _looked_up(Sentences(model), token_embedding(model), drawn, queries, count, device):
-            device.said(f"near look-up of {row['queries']} among {count:,}: {row['of_model']:.1%} of the model's time")
+            device.say(f"near look-up of {row['queries']} among {count:,}: {row['of_model']:.1%} of the model's time")
             yield row
 
 

@@ -55,7 +55,7 @@ def prefixes(device: Device) -> Iterator[dict[str, Any]]:
             if number and device.over:
                 break
             row = _restored(model, made, store, length, device)
-            device.said(
+            device.say(
                 f"beginnings of {length:,} tokens: {row['device memory']['times_as_fast']:.2f} x recomputing them"
             )
             yield row

@@ -50,12 +50,12 @@ def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
         }
         hits = _hits(model, caches, known, batch, device, repeats)
         yield "hits", hits
-        device.said(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
+        device.say(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
         yield "rows", {name: _gathered(cache, batch, device) for name, cache in caches.items()}
         empty = stack.enter_context(LLMCache.open(Path(folder) / "empty", model, config=_config(device)))
         misses = _misses(model, empty, (batches * batch, shape.tokens, batch), device, repeats)
         yield "misses", misses
-        device.said(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
+        device.say(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
 
 
 def _config(device: Device, **settings: int) -> CacheConfig:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.near import Labels
 from llmcache.bench.paper import texts
-from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.records import LABELLED, Work
 from llmcache.bench.paper.texts import Workload, spread
@@ -25,9 +26,6 @@ from llmcache.near.neighbors.gate import LinearHead
 TAUS = (0.82, 0.85, 0.88)
 BUDGET = 0.005
 CONFIDENCE = 0.95
-
-Outputs = NDArray[np.float32]
-Labels = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,12 +39,12 @@ class Task:
     workload: Workload
     metric: str
     head: Any = field(repr=False)
-    answers: Callable[[Outputs], Labels] = field(repr=False)
+    answers: Callable[[Floats32], Labels] = field(repr=False)
     right: Labels = field(repr=False)
 
 
 def accuracy(
-    model: SentenceTransformer, task: Callable[[Outputs], Task], workload: Workload, folder: Path
+    model: SentenceTransformer, task: Callable[[Floats32], Task], workload: Workload, folder: Path
 ) -> list[Row]:
     """One row per method. task: made from the outputs of the known documents.
 
@@ -106,7 +104,7 @@ KNOWN, ASKED = 2000, 600
 def parts() -> dict[str, Callable[[Work], list[Row]]]:
     """One for each corpus."""
 
-    def part(make: Callable[[Work], tuple[Workload, Callable[[Outputs], Task]]]) -> Callable[[Work], list[Row]]:
+    def part(make: Callable[[Work], tuple[Workload, Callable[[Floats32], Task]]]) -> Callable[[Work], list[Row]]:
         def measure(work: Work) -> list[Row]:
             workload, task = make(work)
             with work.folder() as folder:
@@ -118,40 +116,40 @@ def parts() -> dict[str, Callable[[Work], list[Row]]]:
     return {"WikiText-2": part(_wikitext), "SQuAD v2": part(_squad), "OpenBookQA": part(_openbookqa), **named}
 
 
-def with_head(workload: Workload, metric: str) -> Callable[[Outputs], Task]:
+def with_head(workload: Workload, metric: str) -> Callable[[Floats32], Task]:
     """Labels by a logistic head that is fitted to the known documents."""
 
-    def task(known: Outputs) -> Task:
+    def task(known: Floats32) -> Task:
         head = classifier(known, workload.known_labels)
         return Task(workload, metric, head, head.predict, np.array(workload.asked_labels))
 
     return task
 
 
-def _labelled(work: Work, name: str) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _labelled(work: Work, name: str) -> tuple[Workload, Callable[[Floats32], Task]]:
     workload = work.labelled(name, KNOWN, ASKED)
     return workload, with_head(workload, "label, by a logistic head")
 
 
-def _wikitext(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _wikitext(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     workload = texts.wikitext(work.data).whole(work.known(KNOWN), work.asked(ASKED))
     return workload, with_head(workload, "the article a window is from, by a logistic head")
 
 
-def _squad(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _squad(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     every, paragraphs = texts.squad_questions(work.data, max(40, work.known(KNOWN) // 3))
     workload = every.some(work.known(KNOWN), work.asked(ASKED))
     vectors = np.asarray(work.model.encode(paragraphs, batch_size=32), np.float32)
     head = LinearHead(vectors, np.zeros(len(vectors), np.float32))
     right = np.array([int(one) for one in workload.asked_labels])
 
-    def task(known: Outputs) -> Task:
+    def task(known: Floats32) -> Task:
         return Task(workload, "the paragraph a question is about, by the nearest vector", head, _first(head), right)
 
     return workload, task
 
 
-def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _openbookqa(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     """The last two choices of each question are asked; the answer is the choice that is nearest to a fact."""
     questions = texts.openbook_questions(work.data)
     questions = [questions[i] for i in spread(len(questions), max(8, work.known(2 * 250) // 2))]
@@ -165,10 +163,10 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     head = LinearHead(facts, np.zeros(len(facts), np.float32))
     right = np.array([place for *_, place in questions])
 
-    def task(outputs: Outputs) -> Task:
+    def task(outputs: Floats32) -> Task:
         first = (outputs @ facts.T).max(axis=1).reshape(-1, 2)
 
-        def answers(given: Outputs) -> Labels:
+        def answers(given: Floats32) -> Labels:
             scores = np.hstack([first, (given @ facts.T).max(axis=1).reshape(-1, 2)])
             return np.asarray(scores.argmax(axis=1))
 
@@ -177,5 +175,5 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     return workload, task
 
 
-def _first(head: LinearHead) -> Callable[[Outputs], Labels]:
+def _first(head: LinearHead) -> Callable[[Floats32], Labels]:
     return lambda outputs: np.asarray(head(outputs).argmax(axis=1))

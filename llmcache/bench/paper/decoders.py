@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.bench.paper.latency import BATCH, Answered, Row, closed, times, with_commit
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.latency import BATCH, Answered, closed, times, with_commit
 from llmcache.bench.paper.models import Made
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.layer_hits import projection
 from llmcache.bench.paper.memory import folder_bytes
 from llmcache.bench.paper.models import classifier

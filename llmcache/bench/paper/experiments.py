@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper import accuracy, fingerprints, memory
 from llmcache.bench.paper import eviction as evictions
 from llmcache.bench.paper import layer_hits as layerwise
@@ -11,7 +12,7 @@ from llmcache.bench.paper import thresholds as taus
 from llmcache.bench.paper.decoders import decoders
 from llmcache.bench.paper.latency import BATCH, latency
 from llmcache.bench.paper.models import REAL, SHAPES
-from llmcache.bench.paper.records import LABELLED, Experiments, Row, Work
+from llmcache.bench.paper.records import LABELLED, Experiments, Work
 from llmcache.bench.paper.texts import READERS
 
 KNOWN = 528

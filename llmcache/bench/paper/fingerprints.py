@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.layer_hits import LEAST, projection
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload

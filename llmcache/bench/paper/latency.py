@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmcache import snapshot
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -34,21 +35,18 @@ budget of 0.5 % could not be shown to hold: that takes 598 without a single flip
 """
 CONFIDENCE = 0.95
 
-Row = dict[str, Any]
-Outputs = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answered:
     """One round of one contender. tiers, layers: per document, of the cache; "" where nothing was reused."""
 
     seconds: float
-    outputs: Outputs = field(repr=False)
+    outputs: Floats32 = field(repr=False)
     tiers: list[str]
     layers: list[str]
 
 
-class Contender(Protocol):
+class LatencyContender(Protocol):
     """Who answers the documents of a round. note: what is to be said about it, or ""."""
 
     name: str
@@ -121,7 +119,7 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
     try:
         warm_seconds, known = _warm(made, workload.known, folder / "layers")
         head = decisions(made, known)
-        contenders: list[Contender] = [Alone(made), *_caches(made, head, folder)]
+        contenders: list[LatencyContender] = [Alone(made), *_caches(made, head, folder)]
         try:
             size = max(1, min(BATCH, len(workload.asked) // (rounds + 1)))
             batches = [workload.asked[at : at + size] for at in range(0, size * (rounds + 1), size)]
@@ -149,7 +147,7 @@ def check(workload: Workload, rounds: int) -> None:
         )
 
 
-def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Outputs]:
+def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Floats32]:
     """A store with the layers' states and the outputs of the known documents; seconds a document, and the outputs."""
     began = time.perf_counter()
     with LLMCache.open(folder, made.model, config=_rule(made)) as cache:
@@ -181,7 +179,7 @@ def _caches(made: Made, head: LinearHead, folder: Path) -> list[Cached]:
     return found
 
 
-def _round(contenders: Sequence[Contender], texts: Sequence[str], turn: int) -> dict[str, list[Answered]]:
+def _round(contenders: Sequence[LatencyContender], texts: Sequence[str], turn: int) -> dict[str, list[Answered]]:
     """What each contender gave, and gave when it was asked again."""
     found: dict[str, list[Answered]] = {one.name: [] for one in contenders}
     start = turn % len(contenders)

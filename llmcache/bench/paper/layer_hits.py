@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.bench.paper.latency import Row, layer_taus
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.latency import layer_taus
 from llmcache.bench.paper.models import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload
 from llmcache.indexes.search.bank_index import half
@@ -23,8 +25,6 @@ TAU = 0.85
 LEAST = 256
 """Known documents from which on a PCA is fitted."""
 DIM = 128
-
-Floats = NDArray[np.float32]
 
 
 def layer_hits(made: Made, workload: Workload) -> list[Row]:
@@ -60,14 +60,14 @@ def layer_hits(made: Made, workload: Workload) -> list[Row]:
 
 
 @torch.inference_mode()
-def pooled_states(made: Made, texts: Sequence[str], size: int = 32) -> Floats:
+def pooled_states(made: Made, texts: Sequence[str], size: int = 32) -> Floats32:
     """Mean state of each document behind each layer, float32 [layers, n, width]."""
     model = made.model
     trunk = model.transformers_model
     assert trunk is not None
     tokens = tokenise(model, list(texts), None, None)
     order = np.argsort(-tokens.lengths, kind="stable")
-    found: Floats | None = None
+    found: Floats32 | None = None
     for start in range(0, len(order), size):
         chosen = order[start : start + size].tolist()
         inputs = batch(model.tokenizer, model.device, tokens, chosen)
@@ -81,16 +81,16 @@ def pooled_states(made: Made, texts: Sequence[str], size: int = 32) -> Floats:
     return found
 
 
-def _input_features(made: Made, texts: Sequence[str]) -> Floats:
+def _input_features(made: Made, texts: Sequence[str]) -> Floats32:
     return features(token_embedding(made.model), tokenise(made.model, list(texts), None, None).ids, "mean")
 
 
-def projection(known: Floats, dim: int = DIM) -> Projection:
+def projection(known: Floats32, dim: int = DIM) -> Projection:
     """PCA as the banks fit it, or none where there are too few features for one."""
     return fit_pca(known, min(dim, known.shape[1])) if len(known) >= LEAST else Projection.none(known.shape[1])
 
 
-def nearest(known: Floats, asked: Floats) -> tuple[NDArray[np.int64], Floats]:
+def nearest(known: Floats32, asked: Floats32) -> tuple[NDArray[np.int64], Floats32]:
     """Place of the nearest known feature to each one asked, int64 [n], and its similarity; features are rounded as
     banks store them, and compressed by a PCA that is fitted to the known ones.
     """

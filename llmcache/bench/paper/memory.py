@@ -11,7 +11,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig

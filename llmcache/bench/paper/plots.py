@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.paper.records import Row, rows
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.records import rows
 from llmcache.errors import ConfigError
 
 

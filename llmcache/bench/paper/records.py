@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import Made, made
 from llmcache.bench.paper.texts import Workload, labelled
 from llmcache.errors import ConfigError
 
-Row: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]
 LABELLED = {"BANKING77": "cls-banking77", "SST-2": "cls-sst2"}
 

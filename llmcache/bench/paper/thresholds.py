@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.paper.latency import Row
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -21,8 +22,6 @@ from llmcache.config import CacheConfig
 
 TAUS = tuple(round(0.70 + 0.02 * step, 2) for step in range(15))
 BATCH = 64
-
-Outputs = NDArray[np.float32]
 
 
 def taus(
@@ -64,10 +63,10 @@ def _in_turn(
     parts: Sequence[Sequence[int]],
     folder: Path,
     values: Sequence[float],
-) -> tuple[Outputs, list[float], dict[float, tuple[Outputs, NDArray[np.bool_], list[float]]]]:
+) -> tuple[Floats32, list[float], dict[float, tuple[Floats32, NDArray[np.bool_], list[float]]]]:
     """Each part by the model alone, and then by a cache at each tau, all on copies of one store.
 
-    Outputs and seconds of each part alone; by tau the outputs, which of them were near hits, and the seconds.
+    Floats32 and seconds of each part alone; by tau the outputs, which of them were near hits, and the seconds.
     """
     outputs: dict[float, list[NDArray[np.float32]]] = {tau: [] for tau in values}
     near: dict[float, list[bool]] = {tau: [] for tau in values}

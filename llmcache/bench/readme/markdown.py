@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Row = Mapping[str, Any]
+ReadRow = Mapping[str, Any]
+"""One row of a record, only read."""
 
 WIDTH = 125
 
@@ -23,7 +24,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([head.replace("|  |", "| |"), rule.replace(" ", ""), *body])
 
 
-def by(rows: Iterable[Row], **wanted: Any) -> Row:
+def by(rows: Iterable[ReadRow], **wanted: Any) -> ReadRow:
     """Find the first row with these field values. StopIteration when there is none."""
     return next(row for row in rows if all(row[name] == value for name, value in wanted.items()))
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmcache.bench.readme.markdown import (
-    Row,
+    ReadRow,
     by,
     percent,
     prose,
     table,
     times,
 )
-from llmcache.bench.readme.of_texts import (
+from llmcache.bench.readme.text_passages import (
     encode,
     exact,
     off,
@@ -38,10 +38,10 @@ def opening(_: Records) -> str:
 def large_stores(records: Records) -> str:
     small, large = records["open-100000"], records["open-1000000"]
 
-    def seconds(row: Row) -> tuple[str, str]:
+    def seconds(row: ReadRow) -> tuple[str, str]:
         return f"{row['seconds_to_first_hit']:.2f} s", f"{row['further_seconds_to_near_lookup']:.2f} s"
 
-    def memory(row: Row) -> tuple[str, str]:
+    def memory(row: ReadRow) -> tuple[str, str]:
         return f"{row['bytes_per_entry']:.0f}", f"{row['bytes_per_entry_with_index']:.0f}"
 
     (hit, near), (later, nearer) = seconds(small), seconds(large)
@@ -73,7 +73,7 @@ def store(records: Records) -> str:
         ("merged by copies, 1/8 in both stores; `cp -r` + syncfs", "merge, copied, 1/8 in both"),
     )
 
-    def cells(row: Row, value: str) -> list[str]:
+    def cells(row: ReadRow, value: str) -> list[str]:
         return [value, f"{row['ratio']:.2f}", f"{row['ratio_of_best']:.2f}"]
 
     rows = []
@@ -87,7 +87,15 @@ def store(records: Records) -> str:
         chosen = [by(record["merges"], row_bytes=size, contender=contender) for size in (large, small)]
         rows.append([text, *(cell for row in chosen for cell in cells(row, f"{row['mib_per_second']:,.0f} MiB/s"))])
     overhead, overhead_small = (by(record["overhead"], row_bytes=size) for size in (large, small))
-    columns = ["operation; system calls", "256 KiB rows", "ratio", "of quickest", "1.5 KiB rows", "ratio", "of quickest"]
+    columns = [
+        "operation; system calls",
+        "256 KiB rows",
+        "ratio",
+        "of quickest",
+        "1.5 KiB rows",
+        "ratio",
+        "of quickest",
+    ]
     return "\n\n".join(
         [
             prose(
@@ -233,7 +241,7 @@ def _listed(words: Sequence[str]) -> str:
 def reuse(records: Records) -> str:
     free, guarded = (records[name]["rows"][0] for name in ("reuse-banking77-no-guard", "reuse-banking77"))
 
-    def cells(row: Row) -> tuple[str, str, str]:
+    def cells(row: ReadRow) -> tuple[str, str, str]:
         return f"{row['ratio']:.1f} times", percent(row["hits"]), f"{100 * row['accuracy_drop']:.2f}"
 
     (fast, hits, drop), (slower, fewer, less) = cells(free), cells(guarded)

@@ -37,7 +37,7 @@ def measured(
     only: str = "",
     device: str = "cuda",
     tiny: bool = False,
-    said: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run the parts, each within what is left of the minutes, and write the file anew when one is done.
 
@@ -52,11 +52,11 @@ def measured(
     for number, name in enumerate(wanted):
         left = began + 60 * minutes - time.monotonic()
         if left <= 0 and number:
-            said(f"{name}: no time is left")
+            say(f"{name}: no time is left")
             found["parts"][name] = {"skipped": "no time was left"}
             continue
         # a part may take twice its share of what is left: those that need less leave the rest to others
-        place = Device(device, time.monotonic() + 2 * left / (len(wanted) - number), tiny, said)
+        place = Device(device, time.monotonic() + 2 * left / (len(wanted) - number), tiny, say)
         found["parts"][name] = _part(name, place, found["parts"])
         found["seconds"] = time.monotonic() - began
         if out is not None:
@@ -98,7 +98,7 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
                 result[what] = found
     except Exception as error:  # whatever it is, what was measured before it and the parts after it are worth having
         ended["error"] = f"{type(error).__name__}: {error}"
-        device.said(f"{name} failed: {ended['error']}")
+        device.say(f"{name} failed: {ended['error']}")
     finally:
         if device.cuda:
             torch.cuda.empty_cache()
@@ -131,7 +131,7 @@ def main() -> None:
     try:
         found = measured(
             given.out, minutes=given.minutes, only=given.only, device=given.device, tiny=given.tiny,
-            said=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+            say=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )  # fmt: skip
     except LLMCacheError as error:
         sys.exit(f"llmcache: {error}")
