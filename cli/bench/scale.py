@@ -31,4 +31,4 @@ def scale(
 
 
 def _shown(name: str, value: object) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) and value < 1000 else printing.said(value)
+    return f"{value:,.3g}" if isinstance(value, float) and value < 1000 else printing.formatted(value)

@@ -17,7 +17,7 @@ from llmcache.indexes.urls import redacted
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a plain table; columns of numbers are aligned right."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    cells = [[said(cell) for cell in row] for row in rows]
+    cells = [[formatted(cell) for cell in row] for row in rows]
     for place, column in enumerate(columns):
         numbers = all(row[place][:1].isdigit() or row[place][:1] in {"-", ""} for row in cells)
         shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
@@ -28,7 +28,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Print names and values, one pair a line."""
-    listed = [(name, said(value)) for name, value in pairs]
+    listed = [(name, formatted(value)) for name, value in pairs]
     width = max((len(name) for name, _ in listed), default=0)
     for name, value in listed:
         typer.echo(f"{name:<{width}}  {value}")
@@ -39,7 +39,7 @@ def as_json(value: Any) -> None:
     typer.echo(json.dumps(value, default=str))
 
 
-def said(value: object) -> str:
+def formatted(value: object) -> str:
     """Format a value for reading: grouped digits, three figures, yes, no or -."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]

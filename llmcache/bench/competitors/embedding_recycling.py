@@ -41,8 +41,8 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
         state = trunk.embeddings(input_ids=inputs["input_ids"], token_type_ids=inputs.get("token_type_ids"))
         for block in blocks[:cut]:
             state = block(state, hidden)
-        found: torch.Tensor = state
-        return found
+        result: torch.Tensor = state
+        return result
 
     def append(file: Any, texts: Sequence[str], states: torch.Tensor, lengths: Sequence[int]) -> None:
         for text, state, n in zip(texts, states.cpu().numpy(), lengths, strict=True):
@@ -53,7 +53,7 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
     def answer(texts: Sequence[str]) -> Floats32:
         nonlocal computed
         rows = tokenise(task.model, list(texts), None, None)
-        found: Floats32 = np.empty((len(texts), size), np.float32)
+        outputs: Floats32 = np.empty((len(texts), size), np.float32)
         order = np.argsort(-rows.lengths, kind="stable").tolist()
         with path.open("ab") as file:
             for start in range(0, len(order), task.batch_size):
@@ -78,8 +78,8 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
                 inputs["token_embeddings"] = state
                 for module in list(task.model)[1:]:
                     inputs = module(inputs)
-                found[chosen] = inputs["sentence_embedding"].float().cpu().numpy()
-        return found
+                outputs[chosen] = inputs["sentence_embedding"].float().cpu().numpy()
+        return outputs
 
     yield Opened(answer, lambda: computed)
     first, tokens = np.array(list(places.values()), np.int64).reshape(-1, 2).T

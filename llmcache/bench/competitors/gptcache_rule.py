@@ -86,26 +86,26 @@ def _rules(
     texts: tuple[list[str], list[str]],
     budget: float,
 ) -> Iterator[Row]:
-    found = memory.look_up(asked, judge.scores)
-    plain, score = memory.entries.outputs[found.nearest], safety(found.evidence)
+    neighbors = memory.look_up(asked, judge.scores)
+    plain, score = memory.entries.outputs[neighbors.nearest], safety(neighbors.evidence)
     ours = _threshold(held.drift, held.score, budget)
     guard = FieldGuard()
     read, temperature = guard.digests(known_texts), memory.voting.temperature
     of_sample, of_asked = (
         guard.sharing(guard.digests(mine), read[one.neighbours], eligible_sources(one.similarities, temperature))[1]
         >= 0
-        for mine, one in zip(texts, (held.found, found), strict=True)
+        for mine, one in zip(texts, (held.found, neighbors), strict=True)
     )
     guarded = np.where(of_asked, -np.inf, score)
     with_guard = _threshold(held.drift, np.where(of_sample, -np.inf, held.score), budget)
     tau = _threshold(held.drift, held.found.similarity, budget)
-    as_many = float(np.sort(found.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
+    as_many = float(np.sort(neighbors.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
     for name, results, hit in (
-        ("ours: corrected, gate", found.results, score >= ours),
-        ("ours: corrected, gate, field guard", found.results, guarded >= with_guard),
-        (f"fixed {FIXED} on the same fingerprints (GPTCache's rule)", plain, found.similarity >= FIXED),
-        ("final outputs at the same fingerprint and tau", plain, found.similarity >= tau),
-        ("final outputs, as many hits as ours", plain, found.similarity >= as_many),
+        ("ours: corrected, gate", neighbors.results, score >= ours),
+        ("ours: corrected, gate, field guard", neighbors.results, guarded >= with_guard),
+        (f"fixed {FIXED} on the same fingerprints (GPTCache's rule)", plain, neighbors.similarity >= FIXED),
+        ("final outputs at the same fingerprint and tau", plain, neighbors.similarity >= tau),
+        ("final outputs, as many hits as ours", plain, neighbors.similarity >= as_many),
     ):
         wrong = int((judge.drift(asked.outputs, results)[hit] > 0).sum())
         hits = int(hit.sum())

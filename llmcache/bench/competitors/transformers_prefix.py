@@ -48,7 +48,7 @@ class Kept:
         if count < len(tokens):
             values.crop(count - len(tokens))
         values.batch_repeat_interleave(len(rows))
-        found = self._model(
+        output = self._model(
             input_ids=ids,
             attention_mask=whole,
             position_ids=(whole.cumsum(1) - 1).clamp(min=0)[:, count:],
@@ -56,5 +56,5 @@ class Kept:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = found.logits[:, 0]
+        logits: torch.Tensor = output.logits[:, 0]
         return logits
