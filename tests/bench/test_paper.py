@@ -30,7 +30,7 @@ from llmcache.bench.paper import (
 from llmcache.bench.paper import eviction as evictions
 from llmcache.bench.paper import layer_hits as layerwise
 from llmcache.bench.paper import thresholds as taus
-from llmcache.bench.paper.decoders import beginnings, decoders, first_token
+from llmcache.bench.paper.decoders import decoders, first_token, prefix_representatives
 from llmcache.bench.paper.experiments import EXPERIMENTS
 from llmcache.bench.paper.latency import LOWEST, check, latency, layer_taus
 from llmcache.bench.paper.models import (
@@ -194,7 +194,7 @@ def test_a_decoder_with_restored_beginnings_gives_its_own_logits(
 
 def test_beginnings_that_are_asked_come_first_and_once() -> None:
     same = "x" * 60
-    assert beginnings(["a", same + "1", "b", same + "2"], [same + "3"], 2) == [same + "1", "a"]
+    assert prefix_representatives(["a", same + "1", "b", same + "2"], [same + "3"], 2) == [same + "1", "a"]
 
 
 def test_decisions_are_those_of_a_linear_classifier_over_standardised_outputs(made: dict[str, Made]) -> None:

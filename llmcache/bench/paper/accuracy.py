@@ -1,4 +1,4 @@
-"""Accuracy with real weights and right answers: the model alone, the paper's rule at its taus, and ours."""
+"""Accuracy experiment, with real weights and labelled data: the model alone, the paper's rule, and ours."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A question about documents with right answers.
+    """A task with known answers.
 
-    head: decides on one document's output, for `calibrate`. answers: what is answered, from the outputs of all asked
-    documents, [questions]. right: the right ones. metric: what an answer is, for people.
+    head: decides on one document's output, for `calibrate`. answers: maps the outputs of all queries to answers
+    [questions]. right: correct answers. metric: description of an answer, for tables.
     """
 
     workload: Workload
@@ -46,10 +46,11 @@ class Task:
 def accuracy(
     model: SentenceTransformer, task: Callable[[Floats32], Task], workload: Workload, folder: Path
 ) -> list[Row]:
-    """One row per method. task: made from the outputs of the known documents.
+    """Measure all methods on a task. Returns one row per method.
 
-    hits: share of documents that a neighbour answered. flips: share of all answers that differ from the model's own.
-    Every cache begins as a copy of one store that knows the known documents.
+    task: builds the task from the outputs of the known documents. hits: share of documents that a neighbour answered.
+    flips: share of all answers that differ from the model's own. Every cache starts from a copy of one store with the
+    known documents.
     """
     with LLMCache.open(folder / "known", model) as cache:
         known = np.asarray(cache.encode(workload.known, batch_size=64), np.float32)
@@ -65,10 +66,10 @@ def accuracy(
 
     def measured(name: str, cache: LLMCache) -> Row:
         results = list(cache.run(workload.asked, batch_size=64))
-        given = made.answers(np.array([one.output for one in results]))
+        given = made.answers(np.array([result.output for result in results]))
         now = float((given == made.right).mean())
-        near = np.array([one.tier == "near" for one in results])
-        apart = np.abs(np.array([one.output for one in results]) - own)[~near]
+        near = np.array([result.tier == "near" for result in results])
+        apart = np.abs(np.array([result.output for result in results]) - own)[~near]
         return {
             **facts, "method": name, "accuracy": now, "drop": base - now, "flips": float((given != answers).mean()),
             "hits": float(near.mean()),
@@ -102,7 +103,7 @@ KNOWN, ASKED = 2000, 600
 
 
 def parts() -> dict[str, Callable[[Work], list[Row]]]:
-    """One for each corpus."""
+    """Return one part per corpus."""
 
     def part(make: Callable[[Work], tuple[Workload, Callable[[Floats32], Task]]]) -> Callable[[Work], list[Row]]:
         def measure(work: Work) -> list[Row]:
@@ -117,7 +118,7 @@ def parts() -> dict[str, Callable[[Work], list[Row]]]:
 
 
 def with_head(workload: Workload, metric: str) -> Callable[[Floats32], Task]:
-    """Labels by a logistic head that is fitted to the known documents."""
+    """Build a task whose labels come from a logistic head, fitted to the known documents."""
 
     def task(known: Floats32) -> Task:
         head = classifier(known, workload.known_labels)
@@ -141,7 +142,7 @@ def _squad(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     workload = every.some(work.known(KNOWN), work.asked(ASKED))
     vectors = np.asarray(work.model.encode(paragraphs, batch_size=32), np.float32)
     head = LinearHead(vectors, np.zeros(len(vectors), np.float32))
-    right = np.array([int(one) for one in workload.asked_labels])
+    right = np.array([int(label) for label in workload.asked_labels])
 
     def task(known: Floats32) -> Task:
         return Task(workload, "the paragraph a question is about, by the nearest vector", head, _first(head), right)
@@ -150,11 +151,11 @@ def _squad(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
 
 
 def _openbookqa(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
-    """The last two choices of each question are asked; the answer is the choice that is nearest to a fact."""
+    """Build the task of OpenBookQA: the last two choices are queries; the answer is the choice nearest to a fact."""
     questions = texts.openbook_questions(work.data)
     questions = [questions[i] for i in spread(len(questions), max(8, work.known(2 * 250) // 2))]
-    known = [f"{stem} {one}" for stem, choices, _ in questions for one in choices[:2]]
-    asked = [f"{stem} {one}" for stem, choices, _ in questions for one in choices[2:]]
+    known = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[:2]]
+    asked = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[2:]]
     blank = [""] * len(known)
     workload = Workload("OpenBookQA", "the other choices of the same questions", known, asked, blank, [""] * len(asked))
     every = texts.openbook_facts(work.data)

@@ -1,4 +1,4 @@
-"""Which experiments there are, and the parts of each with the sizes they are run at."""
+"""Registry of the experiments, with their parts and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmcache.bench.paper.records import LABELLED, Experiments, Work
 from llmcache.bench.paper.texts import READERS
 
 KNOWN = 528
-"""Documents a cache of the latency tables is warmed with: from 512 on its fingerprints are compressed by a PCA."""
+"""Known documents of the latency experiment: from 512 on fingerprints are compressed by PCA."""
 
 
 def _latency(work: Work, model: str, data: str) -> list[Row]:
