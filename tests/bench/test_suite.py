@@ -182,7 +182,7 @@ def test_a_rival_that_is_not_installed_is_named_and_left_out(model: SentenceTran
     }
     assert "no package of it is on the registry" in found["vCache"]["skipped"]
     assert found[ALONE]["ratio"] == 1
-    with pytest.raises(ConfigError, match="what the others are compared with"):
+    with pytest.raises(ConfigError, match="is the base of the comparison"):
         next(rounds(Task(model, [], [queries[:4]]), [absent, BASE], 1))
 
 

@@ -33,10 +33,12 @@ Way = Callable[[NDArray[np.float32]], Vectors]
 def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 3) -> list[Row]:
     """Measure all fingerprints, fitted on the known documents alone. Returns one row each.
 
-    agreement: share of queries with the label of the nearest known document, both by a logistic head. hits, flips:
-    plain reuse at a tau chosen on one half of the queries, so that at most 0.5 % of their labels change, and reported
-    on the other half; mean of both directions. us: microseconds per document from features to the nearest entry, median of
-    repeats. bytes: size of one fingerprint. ConfigError for too few known documents.
+    agreement: share of queries with the label of the nearest known document, both by a logistic head.
+    hits, flips: plain reuse at a tau chosen on one half of the queries, so that at most 0.5 % of their labels change,
+    and reported on the other half; mean of both directions.
+    us: microseconds per document from features to the nearest entry, median of repeats.
+    bytes: size of one fingerprint.
+    ConfigError for too few known documents.
     """
     if len(workload.known) < LEAST:
         raise ConfigError(f"fingerprints are fitted on {LEAST} documents or more, there are {len(workload.known)}")
