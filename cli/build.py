@@ -1,4 +1,4 @@
-"""`llmcache build`: make a store from corpora."""
+"""`llmcache build`: create a store from corpora."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared.corpora import Sources
-from llmcache.cli.shared.fill import Asked, fill
+from llmcache.cli.shared.fill import FillOptions, fill
 from llmcache.cli.shared.metrics import MetricsFile
 from llmcache.errors import ConfigError
 
@@ -28,11 +28,12 @@ def build(
     projection: Annotated[str, typer.Option(help="pca, simhash or none.")] = "pca",
     dim: Annotated[int, typer.Option(help="Components of the PCA, or bits of the SimHash.")] = 128,
     dtype: Annotated[
-        str, typer.Option(help="How activations are stored: auto, float32, float16, bfloat16, int8.")
+        str, typer.Option(help="Dtype of stored activations: auto, float32, float16, bfloat16, int8.")
     ] = "auto",
-    layers: Annotated[str, typer.Option(help='Layers with banks: "output", "all", or numbers such as 4,8.')] = "output",
+    layers: Annotated[str, typer.Option(help='Layers to store: "output", "all", or numbers such as 4,8.')] = "output",
     reuse: Annotated[
-        str, typer.Option(help="What a near match takes over: deepest, or layer (the paper's rule; needs --layers).")
+        str,
+        typer.Option(help="Activation that a near match reuses: deepest, or layer (the paper's rule; needs --layers)."),
     ] = "deepest",
     text_field: options.TextField = "text",
     id_field: options.IdField = "id",
@@ -48,10 +49,10 @@ def build(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Run corpora through a model once and keep what it gives, with a FAISS index over all of it.
+    """Run corpora through a model once and store the outputs, with a FAISS index over them.
 
-    Stopped in the middle, the same command goes on where it was. On a store that is there already it adds what is
-    missing, like `warm`.
+    After an interruption the same command continues where it stopped. Into an existing store it adds the missing
+    documents, like `warm`.
     """
     settings = {
         "index": index,
@@ -64,14 +65,17 @@ def build(
     }
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
-    fill(Asked(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan, metrics_file), sources)
+    fill(
+        FillOptions(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan, metrics_file),
+        sources,
+    )
 
 
-def layer_numbers(given: str) -> str | tuple[int, ...]:
-    """ "output", "all", or the numbers in "4,8"; ConfigError for anything else."""
-    if given in ("output", "all"):
-        return given
+def layer_numbers(text: str) -> str | tuple[int, ...]:
+    """Parse --layers: "output", "all", or numbers such as "4,8". ConfigError for anything else."""
+    if text in ("output", "all"):
+        return text
     try:
-        return tuple(int(one) for one in given.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise ConfigError(f'--layers is "output", "all" or numbers such as 4,8, got {given!r}') from None
+        raise ConfigError(f'--layers is "output", "all" or numbers such as 4,8, got {text!r}') from None

@@ -1,4 +1,4 @@
-"""`llmcache calibrate`: from a budget to what near matches may be given."""
+"""`llmcache calibrate`: choose the threshold of near reuse for an error budget."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from llmcache.pipeline.files import Reading
 
 def calibrate(
     store: options.StorePath,
-    budget: Annotated[float, typer.Option(help="Highest mean drift of all results: 0.005 is one in 200.")],
+    budget: Annotated[float, typer.Option(help="Highest mean drift over all results: 0.005 is one in 200.")],
     sample: Annotated[
         list[str] | None,
-        typer.Argument(help="Documents the store does not know; without any, its own entries, each against others."),
+        typer.Argument(
+            help="Held-out documents, not in the store; without any, the entries are cross-fitted against each other."
+        ),
     ] = None,
     drift: Annotated[
         str,
@@ -27,16 +29,18 @@ def calibrate(
             help="label (of --head), accuracy (of --head, by --truth), cosine, beyond (1 - cosine above --limit) or kl."
         ),
     ] = "beyond",
-    limit: Annotated[float | None, typer.Option(help="For beyond: 1 - cosine that counts, 0.05; for kl: nats.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Limit of 1 - cosine for beyond (default 0.05), of nats for kl.")
+    ] = None,
     head: Annotated[
         Path | None, typer.Option(help="For label: .npz with weights [classes, width] and offset [classes].")
     ] = None,
     truth: Annotated[
         Path | None,
-        typer.Option(help="For accuracy: the head's right answer to each document of the sample, a number per line."),
+        typer.Option(help="For accuracy: the correct class of each document of the sample, one number per line."),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="With which the bound holds; 0 takes the drift as measured, without a bound.")
+        float, typer.Option(help="Confidence of the bound; 0 uses the measured drift without a bound.")
     ] = 0.95,
     guard: Annotated[
         bool, typer.Option(help="Refuse matches whose numbers, dates, identifiers, quotations or negations differ.")
@@ -46,11 +50,11 @@ def calibrate(
     ] = None,
     guard_pattern: Annotated[
         str,
-        typer.Option(
-            help="A regular expression for fields of your own that have to be the same, in texts stored from now on."
-        ),
+        typer.Option(help="Regular expression for further fields that must be equal, in texts stored from now on."),
     ] = "",
-    plot: Annotated[Path | None, typer.Option(help="Draw the curve into this image (needs matplotlib).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the calibration curve to this image (needs matplotlib).")
+    ] = None,
     namespace: options.Namespace = "default",
     role: options.Role = None,
     text_field: options.TextField = "text",
@@ -61,9 +65,9 @@ def calibrate(
     key_variable: options.KeyVariable = None,
     json: options.Json = False,
 ) -> None:
-    """Choose what near matches may be given, so that the drift of all results stays within a budget.
+    """Choose the threshold of near reuse so that the mean drift over all results stays within a budget.
 
-    The choice is saved with the store, and `run` goes by it; where no threshold is safe, near reuse stays off.
+    The threshold is saved with the store, and `run` uses it. Where no threshold is safe, near reuse stays off.
     """
     from llmcache.cache import LLMCache
     from llmcache.encoding.heads import answers_from_file, head_from_file
@@ -71,38 +75,38 @@ def calibrate(
 
     printing.quiet()
     reading = Reading()
-    right = None if truth is None else answers_from_file(truth)
+    answers = None if truth is None else answers_from_file(truth)
     documents = Sources(sample, text_field, id_field, unit).documents(reading) if sample else None
-    decides, kind = head_from_file(head) if head is not None else None, cast(DriftKind, drift)
+    classifier, kind = head_from_file(head) if head is not None else None, cast(DriftKind, drift)
     access = options.Access(secret_file, key_file, key_variable).keywords()
     with LLMCache.open(store, namespace=namespace, **access) as cache:
-        found = cache.calibrate(
-            documents, budget=budget, drift=kind, head=decides, truth=right, limit=limit,
+        calibration = cache.calibrate(
+            documents, budget=budget, drift=kind, head=classifier, truth=answers, limit=limit,
             confidence=confidence or None, guard_pattern=guard_pattern, role=role,
             guard=tuple(guard_kinds.replace(",", " ").split()) if guard and guard_kinds else guard,
         )  # fmt: skip
     if plot is not None:
         from llmcache.near.calibration.plotting import curve
 
-        curve(found, plot)
+        curve(calibration, plot)
     if json:
-        printing.as_json(found.to_json())
+        printing.as_json(calibration.to_json())
         return
-    shown = found.curve[:: max(1, len(found.curve) // 12)]
+    shown = calibration.curve[:: max(1, len(calibration.curve) // 12)]
     printing.table(
         ["threshold", "hits", "drift", "bound"],
         [[f"{t:.3f}", f"{hits:.1%}", f"{mean:.3%}", f"{bound:.3%}"] for t, hits, mean, bound in shown],
     )
-    on = found.threshold is not None
+    on = calibration.threshold is not None
     printing.facts(
         [
             ("near reuse", "on" if on else "off"),
-            ("because", found.reason),
-            ("documents behind it", found.samples),
-            *([("hits", f"{found.hits:.1%}"), ("drift measured", f"{found.expected:.3%}"),
-               ("upper bound, all results", f"{found.bound:.3%}"),
-               ("upper bound, near hits", f"{found.bound_of_hits:.3%}")] if on else []),
-            *([("documents still needed", found.needed)] if found.needed else []),
+            ("reason", calibration.reason),
+            ("documents measured", calibration.samples),
+            *([("hits", f"{calibration.hits:.1%}"), ("drift measured", f"{calibration.expected:.3%}"),
+               ("upper bound, all results", f"{calibration.bound:.3%}"),
+               ("upper bound, near hits", f"{calibration.bound_of_hits:.3%}")] if on else []),
+            *([("further documents needed", calibration.needed)] if calibration.needed else []),
         ]
     )  # fmt: skip
     warnings(reading)

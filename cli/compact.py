@@ -1,4 +1,4 @@
-"""`llmcache compact`: rewrite segments that are mostly evicted."""
+"""`llmcache compact`: rewrite segments that hold mostly evicted rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from llmcache.indexes.store import Store
 def compact(
     store: options.StoreArgument,
     duplicates: Annotated[
-        bool, typer.Option("--duplicates", help="First drop entries that several writers stored at the same time.")
+        bool,
+        typer.Option("--duplicates", help="First drop duplicate entries that several writers stored at the same time."),
     ] = False,
-    small: Annotated[bool, typer.Option("--small", help="Make one of many small segments, too.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Also join small segments.")] = False,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Rewrite the segments of which less than half is alive. `llmcache gc` then frees their space."""
+    """Rewrite segments with less than half of their rows alive. `llmcache gc` then frees the space."""
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:
         done = compact_segments(opened, duplicates=duplicates, small=small, dry_run=dry_run)
@@ -37,8 +38,8 @@ def compact(
         [
             ("segments to rewrite" if dry_run else "segments rewritten", done.segments),
             ("entries", done.rows),
-            ("damaged, left behind", done.damaged),
-            *([("copies dropped", done.duplicates)] if duplicates else []),
-            ("left for gc", printing.size(done.bytes)),
+            ("damaged entries left out", done.damaged),
+            *([("duplicates dropped", done.duplicates)] if duplicates else []),
+            ("bytes for gc to free", printing.size(done.bytes)),
         ]
     )

@@ -1,4 +1,4 @@
-"""`llmcache evict`: bring a store down to a size."""
+"""`llmcache evict`: shrink a store to a size."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from llmcache.indexes.store import Store
 
 def evict(
     store: options.StoreArgument,
-    max_bytes: Annotated[str, typer.Option("--max-bytes", help="What the store may take up, such as 10GB or 512MiB.")],
-    policy: Annotated[str, typer.Option(help="What goes first: lru, lfu, decay, cost or divergence.")] = "lru",
-    half_life: Annotated[str, typer.Option(help="For decay: when a use counts half, such as 12h or 7d.")] = "7d",
+    max_bytes: Annotated[str, typer.Option("--max-bytes", help="Size limit of the store, such as 10GB or 512MiB.")],
+    policy: Annotated[str, typer.Option(help="Eviction policy: lru, lfu, decay, cost or divergence.")] = "lru",
+    half_life: Annotated[
+        str, typer.Option(help="For decay: age at which a use counts half, such as 12h or 7d.")
+    ] = "7d",
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Evict entries until a store fits, those first that its policy gives up."""
+    """Evict entries in the order of a policy until the store fits the size."""
     most, half = amounts.size(max_bytes), amounts.seconds(half_life)
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
     try:

@@ -1,4 +1,4 @@
-"""`llmcache explain`: how one text would be answered, and what decides."""
+"""`llmcache explain`: the tier and the entries that would answer one text, with the reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcache.cli.shared import output as printing
 
 def explain(
     store: options.StoreArgument,
-    text: Annotated[str, typer.Argument(help="The text to ask about.")],
+    text: Annotated[str, typer.Argument(help="Text to look up.")],
     namespace: options.Namespace = "default",
     role: options.Role = None,
     secret_file: options.SecretFile = None,
@@ -20,30 +20,30 @@ def explain(
     key_variable: options.KeyVariable = None,
     json: options.Json = False,
 ) -> None:
-    """Say how a text would be answered: the tier, the entry at hand, and the gate that decided. Nothing is computed."""
+    """Show the tier that would answer a text, its nearest entries, and the gates passed. The model is not run."""
     from llmcache.cache import LLMCache
 
     printing.quiet()
     access = options.Access(secret_file, key_file, key_variable).keywords()
     with LLMCache.open(store, namespace=namespace, **access) as cache:
-        found = cache.explain(text, role=role)
+        explanation = cache.explain(text, role=role)
     if json:
-        printing.as_json(found.as_dict())
+        printing.as_json(explanation.as_dict())
         return
-    if found.neighbours:
+    if explanation.neighbours:
         printing.table(
             ["similarity", "entry", "text"],
-            [[f"{one.similarity:.4f}", one.source, one.text[:80]] for one in found.neighbours],
+            [[f"{entry.similarity:.4f}", entry.source, entry.text[:80]] for entry in explanation.neighbours],
         )
     printing.facts(
         [
-            ("tier", found.tier),
-            ("because", found.why),
-            *((f"gate: {name}", "open" if passed else "closed") for name, passed in found.gates),
+            ("tier", explanation.tier),
+            ("reason", explanation.why),
+            *((f"gate: {name}", "open" if passed else "closed") for name, passed in explanation.gates),
             *(
                 (name, value)
                 for name in ("consensus", "score", "threshold")
-                if (value := getattr(found, name)) is not None
+                if (value := getattr(explanation, name)) is not None
             ),
         ]
     )

@@ -1,4 +1,4 @@
-"""`llmcache gc`: remove files that no reader needs any more."""
+"""`llmcache gc`: remove files that no reader needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llmcache.indexes.store import Store
 
 def gc(
     store: options.StoreArgument,
-    grace: Annotated[str, typer.Option(help="Leave alone what was needed this recently, such as 1h or 2d.")] = "1h",
+    grace: Annotated[str, typer.Option(help="Keep files that were in use within this time, such as 1h or 2d.")] = "1h",
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Remove superseded manifests, and files that killed writers, evictions and compactions left."""
+    """Remove superseded manifests, and files left by killed writers, evictions and compactions."""
     seconds = amounts.seconds(grace)
     opened = Store.open(store)
     try:
@@ -30,11 +30,14 @@ def gc(
         printing.as_json(asdict(done))
         return
     if done.blocked:
-        typer.echo(f"nothing removed: {', '.join(done.blocked)} damaged, so what they need is not known", err=True)
+        typer.echo(
+            f"nothing removed: {', '.join(done.blocked)} damaged, so the files in use are unknown; run llmcache repair",
+            err=True,
+        )
     printing.facts(
         [
             ("files to remove" if dry_run else "files removed", done.files),
-            ("of these manifests", done.manifests),
+            ("manifests among them", done.manifests),
             ("bytes", printing.size(done.bytes)),
             ("writers' counters folded", done.folded),
         ]

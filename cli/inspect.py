@@ -1,4 +1,4 @@
-"""`llmcache inspect`: whose activations a store holds, and in which files."""
+"""`llmcache inspect`: models, settings and files of a store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(
     allow_untrusted: options.AllowUntrusted = False,
     json: options.Json = False,
 ) -> None:
-    """Show identities, settings and files of a store. Opens the manifest, and no model."""
+    """Show identities, settings and files of a store. Reads the manifest only; loads no model."""
     opened = Store.open(store, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
         manifest = opened.manifest
@@ -46,7 +46,7 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
         layer: {
             "dtype": bank.dtype,
             "width": bank.width,
-            "entries": sum(one.live for one in bank.segments),
+            "entries": sum(segment.live for segment in bank.segments),
             "writers": _writers(bank),
             "index": bank.index.kind if bank.index else None,
             "files": [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in _files(bank)],
@@ -58,11 +58,11 @@ def _space(space: NamespaceFacts) -> dict[str, Any]:
 
 
 def _writers(bank: BankFacts) -> dict[str, int]:
-    """Entries by who stored them, for `llmcache purge --writer`."""
-    found: dict[str, int] = {}
+    """Count the entries of each writer, for `llmcache purge --writer`."""
+    entries: dict[str, int] = {}
     for segment in bank.segments:
-        found[segment.writer] = found.get(segment.writer, 0) + segment.rows
-    return found
+        entries[segment.writer] = entries.get(segment.writer, 0) + segment.rows
+    return entries
 
 
 def _files(bank: BankFacts) -> list[tuple[str, int, str]]:

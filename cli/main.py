@@ -1,4 +1,4 @@
-"""The `llmcache` command. Errors become one line and an exit code here, and nowhere else."""
+"""The `llmcache` command. This module alone turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from llmcache.cli.bench import app as bench
 from llmcache.cli.shared import logs
 from llmcache.errors import ConfigError, LLMCacheError
 
-STOPPED = 130  # what a shell gives to a program that Ctrl-C ended
+STOPPED = 130  # exit code of a program ended by Ctrl-C, as shells report it
 
 app = typer.Typer(
     name="llmcache",
-    help="Cache transformer activations of document corpora: repeats cost a look-up, the rest is computed once.",
+    help="Cache transformer activations of document corpora: repeats are looked up, new documents computed once.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -64,9 +64,9 @@ app.add_typer(bench.app, name="bench")
 
 @app.callback(invoke_without_command=True)
 def options(
-    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
-    log_level: str | None = typer.Option(None, help="debug, info, warning or error; warning unless said."),
-    log_format: str | None = typer.Option(None, help="Lines on standard error: text, or json for machines."),
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+    log_level: str | None = typer.Option(None, help="debug, info, warning (default) or error."),
+    log_format: str | None = typer.Option(None, help="Format of lines on standard error: text, or json."),
 ) -> None:
     logs.choose(log_level, log_format)
     if version:
@@ -77,8 +77,10 @@ def options(
 
 
 def main() -> None:
-    """Exit code 0: done; 1: it could not be done; 2: the command line makes no sense; 3: `run --max-seconds`
-    stopped it, and --resume goes on; 130: stopped with Ctrl-C.
+    """Run the command line and exit.
+
+    Exit code 0: done; 1: failed; 2: wrong command line; 3: stopped by `run --max-seconds`, --resume continues;
+    130: stopped with Ctrl-C.
     """
     with logs.logged():
         _main()
@@ -91,21 +93,21 @@ def _main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(stopped())
     except ConfigError as error:
-        sys.exit(said(error, 2))
+        sys.exit(print_error(error, 2))
     except LLMCacheError as error:
-        sys.exit(said(error, 1))
+        sys.exit(print_error(error, 1))
     except TyperException as error:
-        sys.exit(said(f"{error.format_message()} (llmcache --help says more)", 2))
+        sys.exit(print_error(f"{error.format_message()} (see llmcache --help)", 2))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        sys.exit(said(f"{error.strerror or error}{where}", 1))
+        sys.exit(print_error(f"{error.strerror or error}{where}", 1))
 
 
-def said(error: object, code: int) -> int:
-    """Print one line on standard error and give the exit code back."""
+def print_error(error: object, code: int) -> int:
+    """Print an error as one line on standard error. Returns the exit code."""
     typer.echo(logs.error_line(" ".join(str(error).split()), code), err=True)
     return code
 
 
 def stopped() -> int:
-    return said("stopped; what was committed is kept, and the same command goes on from there", STOPPED)
+    return print_error("stopped; committed results are kept, and the same command continues from there", STOPPED)

@@ -1,4 +1,4 @@
-"""`llmcache plan`: what a run would meet and take, before anything is computed."""
+"""`llmcache plan`: forecast the hits, seconds and bytes of a run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from llmcache.cache import LLMCache
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model, for a store that is not there yet, or not trusted.")
+    str | None, typer.Option("--model", "-m", help="Model, for a store that does not exist yet or is not trusted.")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Keep the plan in this file; run, build and warm take it as --plan.")
+    Path | None, typer.Option("--out", "-o", help="File for the plan; run, build and warm take it as --plan.")
 ]
 
 
@@ -59,18 +59,18 @@ def plan(
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ConfigError(f"{out} cannot be written: give the name of a file in a folder that is there")
+        raise ConfigError(f"{out} cannot be written: give a file name in an existing folder")
     reading = Reading()
     documents = sources.documents(reading)
     printing.quiet()
     with _opened(store, model, namespace, tau, access) as cache:
-        found = cache.plan(documents, role=role, batch_size=batch_size)
+        forecast = cache.plan(documents, role=role, batch_size=batch_size)
     if out is not None:
-        written(found, out)
+        write_plan(forecast, out)
     if json:
-        printing.as_json({**found.to_json(), **counts(reading), "bad": reading.bad})
+        printing.as_json({**forecast.to_json(), **counts(reading), "bad": reading.bad})
     else:
-        show(found)
+        show(forecast)
     warnings(reading)
 
 
@@ -78,7 +78,7 @@ def plan(
 def _opened(
     store: str, model: str | None, namespace: str, tau: float | None, access: options.Access
 ) -> Iterator[LLMCache]:
-    """The cache of a store; of one that is not there yet, an empty one elsewhere, so that none is made."""
+    """Open the cache of a store, or a temporary empty one where the store does not exist, so that none is created."""
     from llmcache.cache import LLMCache
 
     if Path(store, "FORMAT").exists() and (model is None or _has(store, namespace, access)):
@@ -86,7 +86,7 @@ def _opened(
             yield cache
         return
     if model is None:
-        raise ConfigError(f"there is no store in {store} yet; say which model it will be for: --model M")
+        raise ConfigError(f"there is no store in {store} yet; name the model it will be for: --model M")
     with (
         tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder,
         LLMCache.open(Path(folder, "store"), model, namespace=namespace, tau=tau) as cache,
@@ -102,40 +102,40 @@ def _has(store: str, namespace: str, access: options.Access) -> bool:
         opened.close()
 
 
-def written(found: Plan, out: Path) -> None:
+def write_plan(forecast: Plan, out: Path) -> None:
     """Write a plan, whole or not at all."""
     try:
-        write_whole(out, (jsons.dumps(found.to_json(), indent=2) + "\n").encode())
+        write_whole(out, (jsons.dumps(forecast.to_json(), indent=2) + "\n").encode())
     except OSError as error:
-        raise CorpusError(f"{out} cannot be written ({error.strerror or error}); choose another place") from None
+        raise CorpusError(f"{out} cannot be written ({error.strerror or error}); choose another file") from None
 
 
-def show(found: Plan) -> None:
-    """Print a plan for a person."""
-    share = f"{found.hit_rate:.1%}" + (f" ± {100 * found.margin:.1f} points" if found.margin >= 0.0005 else "")
-    times = found.uncached_seconds / found.seconds if found.seconds else 0.0
+def show(forecast: Plan) -> None:
+    """Print a plan as text."""
+    share = f"{forecast.hit_rate:.1%}" + (f" ± {100 * forecast.margin:.1f} points" if forecast.margin >= 0.0005 else "")
+    times = forecast.uncached_seconds / forecast.seconds if forecast.seconds else 0.0
     printing.facts(
         [
-            ("documents", found.documents),
-            ("tokens, about", found.tokens),
-            ("in the store", found.in_store),
-            ("in the store by tokens, about", found.in_store_by_tokens),
-            ("repeats inside the corpus", found.repeats),
-            ("near, about", f"{found.near:,} ({found.near_from})"),
-            *([] if found.drift is None else [("their drift, of all results", _drift(found))]),
-            ("left to compute", found.computed),
+            ("documents", forecast.documents),
+            ("tokens, about", forecast.tokens),
+            ("in the store", forecast.in_store),
+            ("in the store by tokens, about", forecast.in_store_by_tokens),
+            ("repeats inside the corpus", forecast.repeats),
+            ("near, about", f"{forecast.near:,} ({forecast.near_from})"),
+            *([] if forecast.drift is None else [("their drift, of all results", _drift(forecast))]),
+            ("to compute", forecast.computed),
             ("hits", share),
-            ("with the cache", f"{seconds_said(found.seconds)} (cost {found.cost_from})"),
-            ("without", f"{seconds_said(found.uncached_seconds)}, {times:.1f} times as long"),
-            ("bytes to write", printing.size(found.new_bytes)),
-            ("bytes of the store then", printing.size(found.total_bytes)),
-            ("this forecast took", seconds_said(found.pass_seconds)),
+            ("with the cache", f"{seconds_said(forecast.seconds)} (cost {forecast.cost_from})"),
+            ("without the cache", f"{seconds_said(forecast.uncached_seconds)}, {times:.1f} times as long"),
+            ("bytes to write", printing.size(forecast.new_bytes)),
+            ("bytes of the store afterwards", printing.size(forecast.total_bytes)),
+            ("this forecast took", seconds_said(forecast.pass_seconds)),
         ]
     )
     typer.echo()
-    printing.facts((f"advice: {one.about}", f"{one.value} ({one.why})") for one in found.advice)
+    printing.facts((f"advice: {advice.about}", f"{advice.value} ({advice.why})") for advice in forecast.advice)
 
 
-def _drift(found: Plan) -> str:
-    bound = "" if found.bound is None else f", at most {found.bound:.2%} with the calibrated confidence"
-    return f"{found.drift:.2%} expected{bound}"
+def _drift(forecast: Plan) -> str:
+    bound = "" if forecast.bound is None else f", at most {forecast.bound:.2%} with the calibrated confidence"
+    return f"{forecast.drift:.2%} expected{bound}"

@@ -1,4 +1,4 @@
-"""`llmcache purge`: remove entries from a store, with every file that could hold them."""
+"""`llmcache purge`: remove entries from a store, with every file that may contain them."""
 
 from __future__ import annotations
 
@@ -22,29 +22,35 @@ from llmcache.planning.purging import keys_of, reader_of, with_texts
 def purge(
     store: options.StoreArgument,
     namespace: Annotated[
-        str | None, typer.Option(help="Namespace that goes; with another option, where to look for entries.")
+        str | None, typer.Option(help="Namespace to remove; with another option, the namespace to search.")
     ] = None,
-    writer: Annotated[str | None, typer.Option(help="All that this writer stored; llmcache inspect names it.")] = None,
+    writer: Annotated[
+        str | None, typer.Option(help="Everything this writer stored; llmcache inspect lists writers.")
+    ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Entries with this key, 32 hexadecimal digits.")] = None,
     id: Annotated[
         list[str] | None, typer.Option(help="Entries of the document with this id, and of its chunks.")
     ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="Entries of all documents whose ids begin with this, such as a path.")
+        list[str] | None, typer.Option(help="Entries of all documents whose id begins with this, such as a path.")
     ] = None,
     text_file: Annotated[
-        str | None, typer.Option(help="Entries of these documents: .jsonl .csv .tsv .txt .parquet, - for input.")
+        str | None,
+        typer.Option(help="Entries of these documents: .jsonl .csv .tsv .txt .parquet, - for standard input."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt the documents were encoded with, beside those of the model.")
+        list[str] | None,
+        typer.Option(help="A prompt the documents were encoded with, besides the prompts of the model."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Model that reads the texts, to find what heads, layers and decoders stored of them."),
+        typer.Option(
+            help="Model that tokenises the texts, to find the rows that heads, layers and decoders stored for them."
+        ),
     ] = None,
     unfinished: Annotated[
         list[Path] | None,
-        typer.Option(help="Unfinished run (its folder, or its result file) to throw away, if the store is not told."),
+        typer.Option(help="Unfinished run to delete (its folder or result file), if the store has no record of it."),
     ] = None,
     text_field: options.TextField = "text",
     unit: options.Unit = "line",
@@ -55,18 +61,18 @@ def purge(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Remove a namespace, what a writer stored, or single documents, at once and with all old generations.
+    """Remove a namespace, the entries of a writer, or single documents, at once and with all old generations.
 
-    A document goes from every bank of the namespace. Calibrations that it may have gone into are given up, and
-    unfinished runs are thrown away. Stop other writers of the store first. Snapshots, other copies and finished result
-    files are not touched: purge or remove them too.
+    A document is removed from every bank of the namespace. Calibrations that may contain it are dropped, and
+    unfinished runs are deleted. Stop other writers of the store first. Snapshots, other copies and finished result
+    files are not changed: purge or remove them too.
     """
-    if sum(bool(one) for one in (writer, key or id or source, text_file)) > 1:
+    if sum(bool(selection) for selection in (writer, key or id or source, text_file)) > 1:
         raise ConfigError(
             "one purge takes one of --writer, --key and --text-file; run it once for each (--id, --source join --key)"
         )
     if model is not None and text_file is None:
-        raise ConfigError("--model reads the texts of --text-file; give both, or leave it out")
+        raise ConfigError("--model tokenises the texts of --text-file; give both, or neither")
     if text_file is not None:
         namespace = namespace or "default"
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
@@ -89,34 +95,34 @@ def purge(
         return
     printing.facts(
         [
-            ("entries that would go" if dry_run else "entries removed", found.rows),
-            ("other names of entries", found.aliases),
+            ("entries to remove" if dry_run else "entries removed", found.rows),
+            ("further keys of entries", found.aliases),
             ("damaged entries", found.damaged),
             ("segments", found.segments),
             ("files", found.files),
             ("bytes", printing.size(found.bytes)),
-            ("bytes of copies", printing.size(found.written)),
-            ("calibrations given up", found.calibrations),
-            ("unfinished runs thrown away", found.unfinished),
+            ("bytes rewritten", printing.size(found.written)),
+            ("calibrations dropped", found.calibrations),
+            ("unfinished runs deleted", found.unfinished),
         ]
     )
     if not found.rows and not found.damaged:
         typer.echo("llmcache: no entry of the newest generation matches", err=True)
     if found.calibrations:
         typer.echo(
-            "llmcache: near reuse is off where a calibration was given up, which may hold features of what was named; "
-            "llmcache calibrate turns it on again",
+            "llmcache: near reuse is off where a calibration was dropped, since it may contain features of the purged "
+            "documents; llmcache calibrate turns it on again",
             err=True,
         )
     if unread:
         typer.echo(
-            f"llmcache: {', '.join(unread)} was searched for what entries of these texts lead to; --model finds also "
-            "what was stored without such an entry",
+            f"llmcache: {', '.join(unread)} was searched through the entries of these texts only; --model also finds "
+            "rows stored without such an entry",
             err=True,
         )
 
 
 def _not_read(store: Store, doomed: Doomed) -> list[str]:
-    """Banks whose text keys are of other models, or which have none."""
+    """List the banks that have no text keys, or text keys of other models."""
     space = store.latest().namespaces.get(doomed.namespace or "")
     return sorted(name for name in (space.banks if space else ()) if name.startswith(("head-", "layer-", "prefix")))

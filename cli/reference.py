@@ -1,4 +1,4 @@
-"""The manual of the command line, from its own help texts: python -m llmcache.cli.reference > docs/cli.md"""
+"""Reference of the command line, generated from its help texts: python -m llmcache.cli.reference > docs/cli.md"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ WIDTH = 100
 
 _HEAD = """# The command line
 
-Made from the help texts by `python -m llmcache.cli.reference > docs/cli.md`; exit codes, log lines and metrics are in
-[operations.md](operations.md).
+Generated from the help texts by `python -m llmcache.cli.reference > docs/cli.md`. Exit codes, log lines and metrics are
+in [operations.md](operations.md).
 """
 
 
 def reference() -> str:
-    """All commands with their arguments and options, as Markdown."""
+    """Format the help of all commands as Markdown, WIDTH columns wide whatever COLUMNS says."""
     from llmcache.cli.main import app
 
     width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), str(WIDTH)
@@ -37,8 +37,8 @@ def _helps(command: Any, name: str, parent: Any = None) -> Iterator[tuple[str, s
     context = command.context_class(command, info_name=name.rpartition(" ")[2], parent=parent, max_content_width=WIDTH)
     text = "\n".join(line.rstrip() for line in command.get_help(context).strip().splitlines())
     yield name, text
-    for one in sorted(getattr(command, "commands", {})):
-        yield from _helps(command.commands[one], f"{name} {one}", context)
+    for child in sorted(getattr(command, "commands", {})):
+        yield from _helps(command.commands[child], f"{name} {child}", context)
 
 
 if __name__ == "__main__":

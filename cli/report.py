@@ -1,4 +1,4 @@
-"""`llmcache report`: one page that says what a store did and saved."""
+"""`llmcache report`: an HTML page with the hits and savings of a store."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llmcache.indexes.store import Store
 
 def report(
     store: options.StoreArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, .html.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")],
     price_per_hour: Annotated[
-        float | None, typer.Option(help="What an hour of the machine costs; time saved is then money too.")
+        float | None, typer.Option(help="Price of a machine hour, to express saved time as money.")
     ] = None,
-    currency: Annotated[str, typer.Option(help="Sign before amounts of money.")] = "$",
+    currency: Annotated[str, typer.Option(help="Currency sign before amounts.")] = "$",
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
@@ -28,29 +28,29 @@ def report(
 ) -> None:
     """Write one self-contained page: hits by tier, layer and day, time and money saved, drift, memory and evictions.
 
-    It needs no network and no script, and is light or dark as its reader prefers.
+    The page needs no network and no script, and follows the light or dark setting of the browser.
     """
     if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"{out} cannot be written: give the name of a file in a folder that is there")
+        raise ConfigError(f"{out} cannot be written: give a file name in an existing folder")
     from llmcache import __version__
     from llmcache.report.facts import facts
     from llmcache.report.page import rendered, write
 
     opened = Store.open(store, uses=False, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
-        found = facts(opened, price=price_per_hour, currency=currency)
+        collected = facts(opened, price=price_per_hour, currency=currency)
     finally:
         opened.close()
-    size = len(rendered(found, __version__).encode()) if dry_run else write(found, out, __version__)
+    size = len(rendered(collected, __version__).encode()) if dry_run else write(collected, out, __version__)
     if json:
-        printing.as_json({**found.summary(), "out": None if dry_run else str(out), "bytes": size})
+        printing.as_json({**collected.summary(), "out": None if dry_run else str(out), "bytes": size})
         return
     printing.facts(
         [
-            ("documents", int(found.total.documents)),
-            ("hits", f"{found.total.hit_rate:.1%}"),
-            ("net seconds saved", found.total.net_seconds),
-            *([] if found.money is None else [("money saved", f"{currency}{found.money:,.2f}")]),
-            ("would be written to" if dry_run else "written to", f"{out} ({printing.size(size)})"),
+            ("documents", int(collected.total.documents)),
+            ("hits", f"{collected.total.hit_rate:.1%}"),
+            ("net seconds saved", collected.total.net_seconds),
+            *([] if collected.money is None else [("money saved", f"{currency}{collected.money:,.2f}")]),
+            ("to be written to" if dry_run else "written to", f"{out} ({printing.size(size)})"),
         ]
     )

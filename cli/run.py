@@ -1,4 +1,4 @@
-"""`llmcache run`: documents in, vectors and provenance out."""
+"""`llmcache run`: compute or look up a vector for every document, and write them with their provenance."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmcache")
 
-UNFINISHED = 3  # stopped by --max-seconds; --resume goes on
-
-log = logging.getLogger("llmcache")
+UNFINISHED = 3  # exit code when --max-seconds stopped the run; --resume continues
 
 
 def run(
     corpus: options.Corpus,
     store: options.StorePath,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .npy.jsonl) or .jsonl.")
+        Path, typer.Option("--out", "-o", help="Result file: .parquet, .npy (with a .npy.jsonl beside it) or .jsonl.")
     ],
     tau: options.Tau = None,
     namespace: options.Namespace = "default",
@@ -54,12 +52,12 @@ def run(
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model, where the store is not trusted to name it.")
+        str | None, typer.Option("--model", "-m", help="Model, for a store that is not trusted to name it.")
     ] = None,
     head: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FOLDER of a model on the same trunk, as often as you like; each gets a result file OUT.NAME."
+            help="NAME=FOLDER of a model on the same trunk; repeatable. Each head gets a result file OUT.NAME."
         ),
     ] = None,
     engine: Engine = "local",
@@ -71,23 +69,23 @@ def run(
     chunk: Annotated[
         str,
         typer.Option(
-            help="structure: cut at headings, paragraphs and sentences, each part looked up by itself; or none."
+            help="none, or structure: cut at headings, paragraphs and sentences; each chunk is looked up separately."
         ),
     ] = "none",
     per: Annotated[str, typer.Option(help="With --chunk, one row per document or per chunk.")] = "document",
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep unfinished results beside OUT, and go on with those that are there."),
+        typer.Option("--resume", help="Keep unfinished results beside OUT, and continue from existing ones."),
     ] = False,
     max_seconds: Annotated[
-        str | None, typer.Option(help="Stop after this time, such as 90s or 2h, with exit code 3; --resume goes on.")
+        str | None, typer.Option(help="Stop after this time, such as 90s or 2h, with exit code 3; --resume continues.")
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="What the store may take up, such as 10GB; old entries make way for new ones.")
+        str | None, typer.Option(help="Size limit of the store, such as 10GB; old entries are evicted for new ones.")
     ] = None,
     read_only: options.ReadOnly = False,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Take the model from this machine; fetch nothing.")
+        bool, typer.Option("--offline", help="Load the model from this machine; download nothing.")
     ] = False,
     plan: options.PlanFile = None,
     metrics_file: MetricsFile = None,
@@ -96,8 +94,8 @@ def run(
 ) -> None:
     """Write one vector per document, in order, each with its tier, layer, source and similarity.
 
-    What the store has is read, the rest is computed and stored; with --read-only, or where its folder cannot be
-    written, it is computed and not stored.
+    Stored outputs are read, missing ones are computed and stored. With --read-only, or where the folder of the store
+    cannot be written, missing ones are computed and not stored.
     """
     expected = None if plan is None else Plan.read(plan)
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
@@ -111,8 +109,8 @@ def run(
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that read it
     timed = Run("run", metrics_file)
-    if any(out.resolve() == Path(one).resolve() for one in corpus):
-        raise ConfigError(f"{out} is a corpus of this very run; write the results elsewhere")
+    if any(out.resolve() == Path(name).resolve() for name in corpus):
+        raise ConfigError(f"{out} is also a corpus of this run; write the results to another file")
     from llmcache.cache import LLMCache
     from llmcache.pipeline.pipeline import Pipeline
 
@@ -124,7 +122,9 @@ def run(
         settings["read_only"] = True
     if head:
         if resume or limits.seconds is not None or chunk != "none":
-            raise ConfigError("--head goes without --resume, --max-seconds and --chunk; run the heads by themselves")
+            raise ConfigError(
+                "--head does not combine with --resume, --max-seconds or --chunk; run the heads separately"
+            )
         if engine != "local":
             raise ConfigError("--head computes in one process; leave --engine out")
         with LLMCache.open(store, model, **settings) as cache:
@@ -153,7 +153,7 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run may take: seconds of time, and bytes of the store."""
+    """Limits of a run: seconds of time, and bytes of the store."""
 
     seconds: float | None
     nbytes: int | None
@@ -173,19 +173,19 @@ def report(
     forecast: ForecastError | None,
     json: bool,
 ) -> None:
-    """Print what became of the documents, and where the results are."""
+    """Print the counts of a run, and the file of its results."""
     if json:
         shown = {name: getattr(written, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
-        ended: dict[str, Any] = {
+        outcome: dict[str, Any] = {
             **counts(reading),
             "refused": written.refused + reading.bad,
             "resumed": written.resumed,
             "finished": written.finished,
         }
         if forecast is not None:
-            ended["plan"] = forecast.as_dict()
+            outcome["plan"] = forecast.as_dict()
         printing.as_json(
-            {**shown, "out": str(written.path), "bad": reading.bad, **ended, "counters": counters.as_dict()}
+            {**shown, "out": str(written.path), "bad": reading.bad, **outcome, "counters": counters.as_dict()}
         )
     else:
         printing.facts(
@@ -193,14 +193,17 @@ def report(
                 ("records read", reading.documents + reading.bad),
                 ("refused", written.refused + reading.bad),
                 ("documents", written.documents),
-                *([("of these before the stop", written.resumed)] if written.resumed else []),
+                *([("of these in earlier sittings", written.resumed)] if written.resumed else []),
                 ("exact", written.exact),
                 ("near", written.near),
                 ("computed", written.misses),
                 ("model seconds", counters.model_seconds),
                 ("seconds saved", counters.saved_seconds),
                 ("cache seconds", counters.overhead_seconds),
-                ("written to", written.path if written.finished else "nothing yet; the same with --resume goes on"),
+                (
+                    "written to",
+                    written.path if written.finished else "nothing yet; the same command with --resume continues",
+                ),
             ]
         )
         if forecast is not None:

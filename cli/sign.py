@@ -1,4 +1,4 @@
-"""`llmcache sign`: vouch for a store that was written without a key."""
+"""`llmcache sign`: sign a store that was written without a key."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def sign(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Sign a store of your own, whole: segments that were written without a key are written anew.
+    """Sign a whole store of your own: segments written without a key are rewritten.
 
-    From then on everybody who stores something in it needs the key.
+    Afterwards every writer of the store needs the key.
     """
     key = options.signing_key(key_file, key_variable)
     if key is None:
@@ -31,4 +31,4 @@ def sign(
     if json:
         printing.as_json({**found.as_dict(), "dry_run": dry_run})
         return
-    printing.facts([("segments written anew", found.segments), ("damaged entries", found.damaged)])
+    printing.facts([("segments rewritten", found.segments), ("damaged entries", found.damaged)])

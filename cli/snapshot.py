@@ -1,4 +1,4 @@
-"""`llmcache snapshot`: stores as folders to copy, join, compare and check."""
+"""`llmcache snapshot`: save, load, push, pull, merge, compare and verify stores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
 app = typer.Typer(
-    help="Save, load, merge, compare and verify stores. A snapshot is a folder: copy it with cp or rsync.",
+    help="Save, load, push, pull, merge, compare and verify stores. A snapshot is a folder: copy it with cp or rsync.",
     no_args_is_help=True,
 )
 
-Copy = Annotated[bool, typer.Option("--copy", help="Copy files, also where they could share the disk by hard links.")]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy files even where hard links are possible.")]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="Path of a new folder.")]
 
 
@@ -28,8 +28,8 @@ def save(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Make a snapshot of a store: linked on one disk, else copied and checked on the way."""
-    _transferred(snapshot.save(store, target, copy=copy, dry_run=dry_run), json=json)
+    """Make a snapshot of a store: by hard links on one disk, otherwise by checked copies."""
+    _print_snapshot(snapshot.save(store, target, copy=copy, dry_run=dry_run), json=json)
 
 
 @app.command()
@@ -40,69 +40,74 @@ def load(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Make a store from a snapshot, checking every byte."""
-    _transferred(snapshot.load(source, store, copy=copy, dry_run=dry_run), json=json)
+    """Create a store from a snapshot, checking every byte."""
+    _print_snapshot(snapshot.load(source, store, copy=copy, dry_run=dry_run), json=json)
 
 
 @app.command()
 def push(
     store: options.StoreArgument,
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where to: file://, s3://, ... whatever fsspec knows.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Target: file://, s3://, or any other URL that fsspec supports.")
+    ],
     sizes_only: Annotated[
-        bool, typer.Option("--sizes-only", help="Take what is there with the right size for whole; read nothing back.")
+        bool,
+        typer.Option(
+            "--sizes-only", help="Trust files at the URL that have the right size, instead of reading them back."
+        ),
     ] = False,
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Bring a store to a URL, the manifest last. What is there and whole is not sent again."""
+    """Upload a store to a URL, the manifest last. Files that are there and intact are not sent again."""
     key = options.signing_key(key_file, key_variable)
-    _carried(snapshot.push(store, url, key=key, sizes_only=sizes_only, dry_run=dry_run), json=json)
+    _print_transfer(snapshot.push(store, url, key=key, sizes_only=sizes_only, dry_run=dry_run), json=json)
 
 
 @app.command()
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where a store was pushed to; also http:// and https://.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder, or one that was pulled from there.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a pushed store; also http:// and https://.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new folder, or one pulled from this URL before.")],
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Bring a store from a URL into a folder, checking every byte, the manifest last. What is there is not loaded."""
+    """Download a store from a URL, checking every byte, the manifest last. Existing intact files are skipped."""
     key = options.signing_key(key_file, key_variable)
-    _carried(snapshot.pull(url, folder, key=key, dry_run=dry_run), json=json)
+    _print_transfer(snapshot.pull(url, folder, key=key, dry_run=dry_run), json=json)
 
 
-def _carried(done: snapshot.TransferResult, *, json: bool) -> None:
+def _print_transfer(done: snapshot.TransferResult, *, json: bool) -> None:
     if json:
         printing.as_json(asdict(done))
         return
-    over = "would go over" if done.dry_run else "went over"
+    label = "files to transfer" if done.dry_run else "files transferred"
     counts = [("generation", done.generation), ("entries", done.entries), ("files", done.files)]
-    sent = [(f"files that {over}", done.sent), ("of it", printing.size(done.sent_bytes))]
+    sent = [(label, done.sent), ("bytes of these", printing.size(done.sent_bytes))]
     printing.facts([("url", done.url), ("folder", done.path), *counts, ("size", printing.size(done.bytes)), *sent])
 
 
-def _transferred(made: snapshot.Snapshot, *, json: bool) -> None:
+def _print_snapshot(made: snapshot.Snapshot, *, json: bool) -> None:
     if json:
         printing.as_json(asdict(made))
         return
-    sizes = [("size", printing.size(made.bytes)), ("of it linked", printing.size(made.linked))]
+    sizes = [("size", printing.size(made.bytes)), ("bytes linked", printing.size(made.linked))]
     counts = [("generation", made.generation), ("entries", made.entries), ("files", made.files)]
     printing.facts([("folder", made.path), *counts, *sizes])
 
 
 @app.command()
 def merge(
-    sources: Annotated[list[str], typer.Argument(metavar="STORE...", help="Folders of the stores to join.")],
-    into: Annotated[str, typer.Option("--into", help="A new folder, or a store that takes the entries in.")],
+    sources: Annotated[list[str], typer.Argument(metavar="STORE...", help="Folders of the stores to merge.")],
+    into: Annotated[str, typer.Option("--into", help="Target: a new folder, or a store to add the entries to.")],
     copy: Copy = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Join the stores of many workers, without a model and without duplicates."""
+    """Merge the stores of many workers, without a model and without duplicates."""
     merged = snapshot.merge(sources, into, copy=copy, dry_run=dry_run)
     if json:
         printing.as_json({"target": into, "banks": [asdict(one) for one in merged]})
@@ -114,8 +119,8 @@ def merge(
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Folder of one store.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Folder of the other.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of the first store.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder of the second store.")],
     json: options.Json = False,
 ) -> None:
     """Show which entries and settings of two stores differ. Reads keys and checksums only."""
@@ -133,15 +138,16 @@ def diff(
 
 @app.command()
 def verify(store: options.StoreArgument, json: options.Json = False) -> None:
-    """Read every byte of a store and name what is damaged. Exit code 1 when something is."""
+    """Read every byte of a store and list damage. Exit code 1 when there is any."""
     found = snapshot.verify(store)
     if json:
         printing.as_json({**asdict(found), "whole": found.whole})
     else:
         counts = [("generation", found.generation), ("entries", found.entries), ("files", found.files)]
         printing.facts([*counts, ("size", printing.size(found.bytes)), ("other files", printing.size(found.others))])
-        for one in found.findings:
-            typer.echo(f"{'damaged' if one.damage else 'left over'}: {one.file}: {one.what}; lost: {one.lost}")
-        typer.echo("whole" if found.whole else f"damaged; `llmcache repair {store}` sets it aside and keeps the rest")
+        for finding in found.findings:
+            kind = "damaged" if finding.damage else "left over"
+            typer.echo(f"{kind}: {finding.file}: {finding.what}; lost: {finding.lost}")
+        typer.echo("whole" if found.whole else f"damaged; `llmcache repair {store}` moves it aside and keeps the rest")
     if not found.whole:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`llmcache stats`: what a store holds and what it saved."""
+"""`llmcache stats`: contents of a store, hits, and seconds saved."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def stats(
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also measure whether loading each bank's entries pays on this machine.")
+        bool,
+        typer.Option("--profile", help="Also measure for each bank whether loading beats computing on this machine."),
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Show what a store holds, how documents were answered, and what that saved."""
+    """Show the banks of a store, how documents were answered, and the time saved."""
     opened = Store.open(store, **options.Access(None, key_file, key_variable, allow_untrusted).of_store())
     try:
         found = statistics(opened, Counters())
@@ -54,7 +55,7 @@ def stats(
     )  # fmt: skip
     if layers := layer_counters(life):
         printing.table(
-            ["layer's bank", "rows asked", "entered after it", "near", "look-up s", "load s", "s saved"],
+            ["layer", "rows looked up", "hits", "near", "look-up s", "load s", "s saved"],
             [
                 [name, int(one["asked"]), int(one["hits"]), int(one["near"]), one["look_up_seconds"],
                  one["load_seconds"], one["saved_seconds"]]
@@ -65,24 +66,24 @@ def stats(
         _near(one)
     if profiles:
         printing.table(
-            ["bank", "entries tried", "ms to compute", "ms to load", "MiB/s", "reuse"],
+            ["bank", "entries probed", "ms to compute", "ms to load", "MiB/s", "reuse"],
             [
                 [name, one.entries, f"{1e3 * one.compute:.3g}", f"{1e3 * (one.look_up + one.load):.3g}",
                  f"{1 / max(one.load_per_byte, 1e-12) / (1 << 20):,.0f}", "pays" if one.pays else "costs more"]
                 for name, one in profiles.items()
             ],
-            title="by the model's recorded seconds, and entries loaded now",
+            title="recorded seconds of the model against loading measured now",
         )  # fmt: skip
     printing.facts(
         [
-            ("documents asked", int(asked)),
+            ("documents requested", int(asked)),
             ("exact by text", int(life["exact_text"])),
             ("exact by tokens", int(life["exact_tokens"])),
-            ("repeats inside a call", int(life["repeats"])),
+            ("repeats within a call", int(life["repeats"])),
             ("near", int(life["near"])),
             ("computed", int(life["misses"])),
             ("hit rate", f"{100 * hits:.1f} %"),
-            ("left alone, as loading took longer", int(life.get("left_alone", 0))),
+            ("not looked up, loading takes longer", int(life.get("left_alone", 0))),
             ("not stored", int(life["not_stored"])),
             ("at the model's maximum length", int(life.get("at_limit", 0))),
             ("damaged rows", int(life["damaged"])),
@@ -96,19 +97,19 @@ def stats(
 
 
 def _profiles(store: Store, banks: Sequence[BankStatistics]) -> dict[str, Profile]:
-    """Of every bank of activations that has entries, by namespace and name."""
+    """Profile every bank of activations that has entries, by namespace and name."""
     from llmcache.banks.payoff import profiled
 
     choice = CacheConfig().near
     return {
-        f"{one.namespace} {one.layer}": profiled(store.bank(one.namespace, one.layer, _there, choice))
+        f"{one.namespace} {one.layer}": profiled(store.bank(one.namespace, one.layer, _no_new_bank, choice))
         for one in banks
         if one.entries and not one.layer.startswith(("fitted", "distilled-"))
     }
 
 
-def _there() -> BankFacts:
-    raise AssertionError("only banks that are there are profiled")
+def _no_new_bank() -> BankFacts:
+    raise AssertionError("only existing banks are profiled")
 
 
 def _near(one: NearReport) -> None:
@@ -129,18 +130,18 @@ def _near(one: NearReport) -> None:
 
 
 def _exact_audits(life: Mapping[str, float]) -> str:
-    """Audits of exact hits over all openings: how many, in how many seconds, and what they found."""
+    """Summarise the audits of exact hits over all openings: count, seconds, result."""
     mismatches = int(life["exact_mismatches"])
-    found = "no difference but rounding" if not mismatches else f"DIFFERENCES in {mismatches:,} openings"
+    result = "no difference beyond rounding" if not mismatches else f"DIFFERENCES in {mismatches:,} openings"
     return (
-        f"{int(life['exact_audits']):,} in {life['exact_audit_seconds']:.3g} s, {found} (at most "
+        f"{int(life['exact_audits']):,} in {life['exact_audit_seconds']:.3g} s, {result} (at most "
         f"{life['exact_audit_largest']:.2g})"
     )
 
 
 def _net(seconds: float, asked: float) -> str:
     if not asked:
-        return "nothing was asked yet"
+        return "no documents yet"
     return (
         f"{seconds:.3g} seconds saved"
         if seconds >= 0

@@ -1,4 +1,4 @@
-"""`llmcache verify-model`: whether a model gives the same cold and warm."""
+"""`llmcache verify-model`: check that a model gives the same results cold and warm."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from llmcache.pipeline.files import Reading
 
 
 def verify_model(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name or folder of a SentenceTransformer, or any model.")],
-    data: Annotated[list[str], typer.Option("--data", "-d", help="Files with documents, as for `build`.")],
-    layers: Annotated[str, typer.Option(help='Layers with banks: "output", "all", or numbers such as 4,8.')] = "all",
-    limit: Annotated[int, typer.Option(min=1, help="Documents to compare; the first ones are taken.")] = 200,
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Name or folder of a SentenceTransformer, or of any transformers model."),
+    ],
+    data: Annotated[list[str], typer.Option("--data", "-d", help="Corpora, as for `build`.")],
+    layers: Annotated[str, typer.Option(help='Layers to store: "output", "all", or numbers such as 4,8.')] = "all",
+    limit: Annotated[int, typer.Option(min=1, help="Compare at most this many documents, from the first on.")] = 200,
     text_field: options.TextField = "text",
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     batch_size: options.BatchSize = 32,
     json: options.Json = False,
 ) -> None:
-    """Run the same documents uncached, cold, warm, and warm after a reload; exit with 1 when a result differs.
+    """Run the same documents uncached, cold, warm, and warm after a reload. Exit code 1 when a result differs.
 
-    What differs is printed beside the difference that other batch sizes alone make.
+    Differences are printed beside those that other batch sizes alone cause.
     """
     from itertools import islice
 
@@ -41,20 +44,20 @@ def verify_model(
     loaded, tokenizer = load_any(model)
     with TemporaryDirectory() as folder:
         store = Path(folder, "store")
-        found = list(checks(loaded, tokenizer, texts, store, layers=layer_numbers(layers), batch_size=batch_size))
-    failed = [one for one in found if not one.passed]
+        results = list(checks(loaded, tokenizer, texts, store, layers=layer_numbers(layers), batch_size=batch_size))
+    failed = [check for check in results if not check.passed]
     if json:
-        printing.as_json({"checks": [one.as_dict() for one in found], "passed": not failed})
+        printing.as_json({"checks": [check.as_dict() for check in results], "passed": not failed})
     else:
         printing.table(
             ["tier", "run", "documents", "reused", "difference", "allowed", "same bits", ""],
             [
-                [one.tier, one.run, one.documents, one.reused, f"{one.difference:.2e}", f"{one.limit:.2e}",
-                 {None: "", True: "yes", False: "no"}[one.same], "" if one.passed else "DIFFERS"]
-                for one in found
+                [check.tier, check.run, check.documents, check.reused, f"{check.difference:.2e}", f"{check.limit:.2e}",
+                 {None: "", True: "yes", False: "no"}[check.same], "" if check.passed else "DIFFERS"]
+                for check in results
             ],
         )  # fmt: skip
-        if any(one.tier not in ("output", "model") for one in found):
-            printing.facts([("not compared", "positions that the attention mask hides, of which nothing is kept")])
+        if any(check.tier not in ("output", "model") for check in results):
+            printing.facts([("not compared", "positions hidden by the attention mask, which are not stored")])
     if failed:
         raise typer.Exit(1)

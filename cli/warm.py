@@ -1,10 +1,10 @@
-"""`llmcache warm`: add what is missing from a store."""
+"""`llmcache warm`: add missing documents to a store."""
 
 from __future__ import annotations
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared.corpora import Sources
-from llmcache.cli.shared.fill import Asked, fill
+from llmcache.cli.shared.fill import FillOptions, fill
 from llmcache.cli.shared.metrics import MetricsFile
 
 
@@ -27,13 +27,13 @@ def warm(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Add what a store does not have yet of these corpora, and say how many documents were there.
+    """Add the documents of corpora that a store lacks, and print how many it had.
 
-    The model is the one the store was made with.
+    Uses the model that the store was created with.
     """
     sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
     fill(
-        Asked(store, None, namespace, role, batch_size, dry_run, json, {}, access, plan, metrics_file),
+        FillOptions(store, None, namespace, role, batch_size, dry_run, json, {}, access, plan, metrics_file),
         sources,
     )

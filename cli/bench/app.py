@@ -1,4 +1,4 @@
-"""`llmcache bench`: measurements anyone can repeat. The figures of the README come from here."""
+"""`llmcache bench`: repeatable measurements, among them the figures of README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
 app = typer.Typer(
-    help="Measure this machine: medians and ratios, the contenders in turn in one process.",
+    help="Measure on this machine: medians and ratios of contenders that run in turn in one process.",
     no_args_is_help=True,
 )
 
@@ -46,13 +46,13 @@ app.command()(bench_paper.paper)
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")
+    str | None, typer.Option("--model", "-m", help="Model to use instead of all-MiniLM-L6-v2 of the demo extra.")
 ]
 
 
 @app.command()
 def encode(
-    data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; may be given more than once.")],
+    data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; repeatable.")],
     model: Model = None,
     repeats: Repeats = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many documents.")] = None,
@@ -61,7 +61,7 @@ def encode(
     unit: options.Unit = "line",
     json: options.Json = False,
 ) -> None:
-    """The model alone against the cache with nothing, everything and half of the corpus known."""
+    """Compare the model alone with a cache that holds none, all and half of the corpus."""
     from itertools import islice
 
     from sentence_transformers import SentenceTransformer
@@ -72,7 +72,7 @@ def encode(
 
     printing.quiet()
     loaded = SentenceTransformer(model) if model else demo_model()
-    texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
+    texts = [document.text for document in islice(documents(data, text_field=text_field, unit=unit), limit)]
     rows = bench.encode(loaded, texts, repeats=repeats, batch_size=batch_size)
     base = rows[0]
     if json:
@@ -99,12 +99,12 @@ def encode(
 
 @app.command()
 def index(
-    kinds: Annotated[str, typer.Option(help="Index kinds, with commas between.")] = KINDS,
+    kinds: Annotated[str, typer.Option(help="Index kinds, separated by commas.")] = KINDS,
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
     json: options.Json = False,
 ) -> None:
-    """Recall and look-up time of the FAISS indexes on clustered vectors, queries in batches of 64."""
+    """Measure recall and search time of the FAISS indexes on clustered vectors, with queries in batches of 64."""
     from llmcache.bench import encoding as bench
 
     rows = bench.index(kinds.split(","), count=count, dim=dim)
@@ -124,14 +124,14 @@ def index(
 
 @app.command()
 def fingerprint(
-    data: Annotated[str, typer.Option("--data", help="Labelled documents to know.")],
-    asked: Annotated[str, typer.Option("--asked", help="Labelled documents to ask about; nothing is fitted on them.")],
-    label_field: Annotated[str, typer.Option(help="Field or column that holds the label.")] = "label",
+    data: Annotated[str, typer.Option("--data", help="Labelled documents to store.")],
+    asked: Annotated[str, typer.Option("--asked", help="Labelled queries; nothing is fitted on them.")],
+    label_field: Annotated[str, typer.Option(help="Field or column of the label.")] = "label",
     text_field: options.TextField = "text",
     model: Model = None,
     json: options.Json = False,
 ) -> None:
-    """How often the nearest neighbour has the same label, by fingerprint and projection."""
+    """Measure how often the nearest neighbour has the same label, by fingerprint and projection."""
     from sentence_transformers import SentenceTransformer
 
     from llmcache.bench import encoding as bench
@@ -140,7 +140,7 @@ def fingerprint(
 
     printing.quiet()
     loaded = SentenceTransformer(model) if model else demo_model()
-    known, queries = (list(documents(one, text_field=text_field, id_field=label_field)) for one in (data, asked))
+    known, queries = (list(documents(path, text_field=text_field, id_field=label_field)) for path in (data, asked))
     rows = bench.fingerprints(loaded, known, queries)
     if json:
         printing.as_json({**bench.conditions(), "data": data, "asked": asked, "rows": rows})
@@ -152,60 +152,60 @@ def fingerprint(
 
 @app.command()
 def store(
-    payload: Annotated[str, typer.Option(help="Activations in the store of each row size.")] = "1GiB",
-    rows: Annotated[str, typer.Option("--rows", help="Sizes of a row, with commas between.")] = "256KiB,1536",
+    payload: Annotated[str, typer.Option(help="Bytes of activations in the store of each row size.")] = "1GiB",
+    rows: Annotated[str, typer.Option("--rows", help="Row sizes, separated by commas.")] = "256KiB,1536",
     folder: Annotated[
         str | None,
-        typer.Option(help="Folder to make the stores in: the disk to measure. Default: for temporary files."),
+        typer.Option(help="Folder for the stores, on the disk to measure. Default: the folder for temporary files."),
     ] = None,
     repeats: Repeats = 5,
     json: options.Json = False,
 ) -> None:
-    """Rows a store writes, reads and merges per second, against the same bytes without it; and what it adds to them."""
+    """Compare rows written, read and merged per second with bare system calls; measure bytes added per entry."""
     from llmcache.bench.harness.conditions import conditions
     from llmcache.bench.store import measured
     from llmcache.cli.shared import amounts
 
-    sizes = [amounts.size(one) for one in rows.split(",")]
+    sizes = [amounts.size(text) for text in rows.split(",")]
     found = measured(sizes, amounts.size(payload), folder, repeats)
     if json:
         printing.as_json({**conditions(), "payload": payload, **found})
         return
     for size in sizes:
-        mine = {
-            kind: [one for one in found[kind] if one["row_bytes"] == size] for kind in ("rates", "merges", "overhead")
+        tables = {
+            kind: [row for row in found[kind] if row["row_bytes"] == size] for kind in ("rates", "merges", "overhead")
         }
         printing.table(
             ["", "contender", "rows/s", "MiB/s", "x", "best", "of"],
             [
-                [_what(one), one["contender"], f"{one['rows_per_second']:,.0f}", f"{one['mib_per_second']:,.0f}",
-                 _times(one["ratio"]), _times(one["ratio_of_best"]), one["base"]]
-                for one in mine["rates"]
+                [_label(row), row["contender"], f"{row['rows_per_second']:,.0f}", f"{row['mib_per_second']:,.0f}",
+                 _times(row["ratio"]), _times(row["ratio_of_best"]), row["base"]]
+                for row in tables["rates"]
             ]
             + [
-                ["merge", one["contender"], "", f"{one['mib_per_second']:,.0f}", _times(one["ratio"]),
-                 _times(one["ratio_of_best"]), one["base"]]
-                for one in mine["merges"]
+                ["merge", row["contender"], "", f"{row['mib_per_second']:,.0f}", _times(row["ratio"]),
+                 _times(row["ratio_of_best"]), row["base"]]
+                for row in tables["merges"]
             ],
             title=f"{size:,}-byte rows",
         )  # fmt: skip
-        for one in mine["overhead"]:
+        for row in tables["overhead"]:
             typer.echo(
-                f"Beyond activations, fingerprints and token ids: {one['overhead_bytes_per_entry']:.1f} bytes per "
-                f"entry, {one['overhead_share']:.2%}.\n"
+                f"Beyond activations, fingerprints and token ids: {row['overhead_bytes_per_entry']:.1f} bytes per "
+                f"entry, {row['overhead_share']:.2%}.\n"
             )
     typer.echo(found["cold"])
-    typer.echo("x: median of the repeats, each to its own base; best: of the quickest ones.")
+    typer.echo("x: median of the repeats, each against its own base; best: of the quickest repeats.")
     printing.facts(
         [
             ("file system", found["file_system"]),
-            ("load", " to ".join(f"{one:.1f}" for one in found["load"])),
+            ("load", " to ".join(f"{load:.1f}" for load in found["load"])),
             *conditions().items(),
         ]
     )
 
 
-def _what(rate: dict[str, Any]) -> str:
+def _label(rate: dict[str, Any]) -> str:
     return ", ".join(filter(None, (rate["operation"], rate["cache"], rate["cache"] and rate["order"])))
 
 
@@ -220,7 +220,7 @@ def open_(
     repeats: Repeats = 3,
     json: options.Json = False,
 ) -> None:
-    """Time and memory from opening a large store to its first exact and its first near answer."""
+    """Measure time and memory from opening a large store to its first exact and first near answer."""
     from llmcache.bench import encoding as bench
     from llmcache.demo import demo_model_path
 

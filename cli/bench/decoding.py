@@ -1,4 +1,4 @@
-"""`llmcache bench decoding`: prompts that begin alike, and choices for one stem, against the model alone."""
+"""`llmcache bench decoding`: prompts with common prefixes and multiple choice, against the model alone."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ def decoding(
     squad: Annotated[Path | None, typer.Option(help="Folder with SQuAD's dev-v2.0.json.gz.")] = None,
     openbookqa: Annotated[Path | None, typer.Option(help="Folder with OpenBookQA's test_original_form.jsonl.")] = None,
     paragraphs: Annotated[int, typer.Option(min=2, help="Paragraphs of SQuAD.")] = 40,
-    questions: Annotated[int, typer.Option(min=2, help="Questions about each; the first fills the store.")] = 5,
+    questions: Annotated[
+        int, typer.Option(min=2, help="Questions about each paragraph; the first fills the store.")
+    ] = 5,
     asked: Annotated[int, typer.Option(min=2, help="Questions of OpenBookQA.")] = 200,
     rows: Annotated[int, typer.Option(min=1, help="Prompts in a batch of SQuAD.")] = 8,
-    cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="Measure CPU seconds: for a machine that does other things too.")
-    ] = False,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Measure CPU seconds, for a busy machine.")] = False,
     json: options.Json = False,
 ) -> None:
-    """A model of GPT-2-small's shape with seeded weights: prompts until the first token, and four-choice scoring.
+    """Measure prompts until the first token and four-choice scoring with seeded weights of GPT-2-small's shape.
 
-    Ratios to transformers with its own key/value cache for each request; look-up, load, store and commit included.
+    Ratios are to transformers with its own key/value cache for each request, and include look-up, load, store and
+    commit.
     """
     import time
 
@@ -37,7 +38,7 @@ def decoding(
     from llmcache.errors import ConfigError
 
     if squad is None and openbookqa is None:
-        raise ConfigError("there is nothing to measure with; give --squad, --openbookqa, or both")
+        raise ConfigError("there are no data to measure with; give --squad, --openbookqa, or both")
     printing.quiet()
     clock = time.process_time if cpu_time else time.perf_counter
     model, words = gpt2_small(tokenizer)

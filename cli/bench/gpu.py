@@ -1,4 +1,4 @@
-"""`llmcache bench gpu`: everything that is measured on a GPU, in one run."""
+"""`llmcache bench gpu`: all measurements on a GPU, in one run."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from llmcache.cli.shared import output as printing
 
 
 def gpu(
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here, anew after every part.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Parts that would begin after these are left out.")] = 8.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file, rewritten after every part.")] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time limit: parts that would start later are left out.")
+    ] = 8.0,
     only: Annotated[
-        str, typer.Option(help="Of bandwidth, search, minilm, bert-base, llama-1b, near, prefix; with commas between.")
+        str,
+        typer.Option(help="Parts, separated by commas: bandwidth, search, minilm, bert-base, llama-1b, near, prefix."),
     ] = "",
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try it out.")] = "cuda",
-    tiny: Annotated[bool, typer.Option("--tiny", help="Almost nothing of everything, to try it out.")] = False,
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a trial without meaningful times.")] = "cuda",
+    tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, for a trial without meaningful times.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Hits from device memory, pinned memory and disk beside the model alone, misses, near look-ups, long beginnings,
-    and search.
+    """Measure hits from device memory, pinned memory and disk, misses, near look-ups, long prefixes, and search.
 
-    Models have seeded weights of known shapes; nothing is downloaded. `python -m llmcache.bench.gpu` does the same
-    where FAISS and the libraries of the command line are not installed.
+    Each is compared with the model alone. Models have seeded weights of known shapes; nothing is downloaded.
+    `python -m llmcache.bench.gpu` does the same without FAISS and the libraries of the command line.
     """
-    from llmcache.bench.gpu.gpu import failed, measured
+    from llmcache.bench.gpu.runner import failed, measured
 
     printing.quiet()
     found = measured(
-        out, minutes=minutes, only=only, device=device, tiny=tiny, said=lambda line: typer.echo(line, err=True)
+        out, minutes=minutes, only=only, device=device, tiny=tiny, say=lambda line: typer.echo(line, err=True)
     )
     if json:
         printing.as_json(found)
@@ -92,10 +94,10 @@ def _tiers(name: str, found: dict[str, Any]) -> None:
             for what, one in found.get("hits", {}).items()
         ],
     )
-    lost = found.get("misses")
-    if lost is None:
+    misses = found.get("misses")
+    if misses is None:
         return
     typer.echo(
-        f"Nothing known: {lost['overhead']:+.1%} of the model's time, {lost['overhead_with_commit']:+.1%} with the "
-        f"commit; difference {lost['difference']:.1e}.\n"
+        f"Empty cache: {misses['overhead']:+.1%} of the model's time, {misses['overhead_with_commit']:+.1%} with the "
+        f"commit; difference {misses['difference']:.1e}.\n"
     )

@@ -1,4 +1,4 @@
-"""`llmcache bench layers`: attached models, layers that are known, and heads on one trunk."""
+"""`llmcache bench layers`: attached models, stored layers, and heads on one trunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcache.cli.shared import output as printing
 def layers(
     data: Annotated[list[str], typer.Option("--data", help="Paragraphs: a corpus, or a file of SQuAD (.json.gz).")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Another BERT-like model than the demo extra's.")
+        str | None, typer.Option("--model", "-m", help="BERT-like model to use instead of the demo extra's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     limit: Annotated[int, typer.Option(min=64, help="At most this many documents.")] = 256,
@@ -22,7 +22,7 @@ def layers(
     unit: options.Unit = "line",
     json: options.Json = False,
 ) -> None:
-    """A mixed batch, a second head and a corpus of which nothing is known, each against what it should equal."""
+    """Compare a mixed batch, a second head and an attached model with an empty store with their ideal times."""
     from itertools import islice
 
     from sentence_transformers import SentenceTransformer
@@ -37,11 +37,12 @@ def layers(
     if data[0].endswith(".json.gz"):
         texts = measuring.squad_paragraphs(Path(data[0]), limit)
     else:
-        texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
+        texts = [document.text for document in islice(documents(data, text_field=text_field, unit=unit), limit)]
     rows = measuring.layers(loaded, texts, repeats=repeats)
     if json:
-        found = [row.as_dict() for row in rows]
-        printing.as_json({**conditions(), "data": [Path(one).name for one in data], "rows": found})
+        printing.as_json(
+            {**conditions(), "data": [Path(name).name for name in data], "rows": [row.as_dict() for row in rows]}
+        )
         return
     printing.table(
         ["", "against", "docs", "ratio", "seconds", "max diff"],

@@ -1,4 +1,4 @@
-"""`llmcache bench near` and `bench guard`: near reuse within a budget, and what the field guard refuses."""
+"""`llmcache bench near`, `reuse`, `rivals` and `guard`: near reuse within a budget, and the field guard."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Data = Annotated[Path, typer.Option("--data", help="Folder with labelled train a
 
 def near(
     data: Data,
-    seeds: Annotated[int, typer.Option(min=1, help="Foldings and draws.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds and samples.")] = 5,
     budget: Annotated[float, typer.Option(help="Share of all results that may change their label.")] = 0.005,
-    exact: Annotated[bool, typer.Option(help="Also the exact kernel ridge of scikit-learn.")] = False,
+    exact: Annotated[bool, typer.Option(help="Also measure the exact kernel ridge of scikit-learn.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Fit and calibrate on train, report on test: hits, flips, accuracy, and recall over the reused vectors."""
+    """Fit and calibrate on train, report on test: hits, changed labels, accuracy, recall over the reused vectors."""
     from llmcache.bench import near as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model
@@ -45,14 +45,14 @@ def near(
 def reusing(
     data: Data,
     drift: Annotated[str, typer.Option(help="accuracy, or label.")] = "accuracy",
-    budget: Annotated[float, typer.Option(help="Of the mean drift of all results.")] = 0.005,
-    confidence: Annotated[float, typer.Option(help="Of the bound; 0 takes the drift as measured.")] = 0.0,
+    budget: Annotated[float, typer.Option(help="Budget of the mean drift over all results.")] = 0.005,
+    confidence: Annotated[float, typer.Option(help="Confidence of the bound; 0 uses the measured drift.")] = 0.0,
     guard: Annotated[bool, typer.Option(help="Refuse hits whose fields differ.")] = True,
-    seeds: Annotated[int, typer.Option(min=1, help="Foldings.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each run, in turn with the model alone.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each run, in turn with the model alone.")] = 3,
     json: options.Json = False,
 ) -> None:
-    """A cache that knows train and is calibrated on it, run over test, beside the model alone."""
+    """Run a cache that holds train and is calibrated on it over test, beside the model alone."""
     from llmcache.bench import reusing as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model
@@ -89,7 +89,7 @@ def rivals(
     budget: Annotated[float, typer.Option(help="Share of all results that may be wrong.")] = 0.005,
     json: options.Json = False,
 ) -> None:
-    """Hits and wrong hits beside a fixed similarity and a cache of final outputs, on the same fingerprints."""
+    """Count hits and wrong hits beside a fixed similarity and a cache of final outputs, on the same fingerprints."""
     from llmcache.bench.competitors import gptcache_rule as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model
@@ -108,10 +108,10 @@ def rivals(
 
 
 def guarded(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds the pair and revision corpora.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of the pair and revision corpora.")],
     json: options.Json = False,
 ) -> None:
-    """Pairs accepted with and without the field guard, and their precision."""
+    """Count the pairs accepted with and without the field guard, and their precision."""
     from llmcache.bench import guard as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model

@@ -1,4 +1,4 @@
-"""`llmcache bench paper`: the tables and figures of the paper (arXiv 2512.16843), measured here."""
+"""`llmcache bench paper`: the experiments of the paper (arXiv 2512.16843), measured with this implementation."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ def paper(
     data: Annotated[Path, typer.Option(help="Folder of the public data sets.")],
     models: Annotated[Path, typer.Option(help="Folder with tok-bert-base-uncased and tok-gpt2.")],
     only: Annotated[
-        str | None, typer.Option(help="Some of latency,layers,accuracy,memory,tau,fingerprints,eviction.")
+        str | None,
+        typer.Option(
+            help="Experiments, separated by commas: latency, layers, accuracy, memory, tau, fingerprints, eviction."
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=32, help="At most this many known documents; a quarter of it is asked.")
+        int | None, typer.Option(min=32, help="At most this many stored documents; a quarter of it as queries.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of what is timed.")] = 5,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the records and figures; what is there is not made again.")
-    ] = Path("results/paper"),
-    again: Annotated[bool, typer.Option("--again", help="Measure also what is there.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds of timed experiments.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of the records and figures; existing ones are kept.")] = Path(
+        "results/paper"
+    ),
+    again: Annotated[bool, typer.Option("--again", help="Measure existing records again.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Latency, hits per layer, accuracy, memory; ablations of tau, fingerprint and eviction: the paper's tables.
+    """Measure the paper's tables: latency, hits per layer, accuracy, memory; tau, fingerprints, eviction.
 
-    One JSON and one figure each, written part by part: what is interrupted goes on with the same command.
+    Each experiment has one JSON file and one figure, written part by part. After an interruption the same command
+    continues.
     """
     from llmcache.bench.paper import records
     from llmcache.bench.paper.experiments import EXPERIMENTS
@@ -40,12 +44,12 @@ def paper(
     names = records.chosen(EXPERIMENTS, only)
     printing.quiet()
     work = records.Work(data, models, limit, repeats)
-    found = records.run(EXPERIMENTS, names, work, out, again=again, say=_said)
+    found = records.run(EXPERIMENTS, names, work, out, again=again, say=_print_line)
     for record in found:
         try:
             plot(record, out / f"{record['experiment']}.png")
         except ConfigError as error:
-            _said(f"{record['experiment']}: no figure: {error}")
+            _print_line(f"{record['experiment']}: no figure: {error}")
     if json:
         printing.as_json({"out": str(out), "records": found})
         return
@@ -55,5 +59,5 @@ def paper(
             typer.echo(f"left out: {part}: {reason}")
 
 
-def _said(line: str) -> None:
+def _print_line(line: str) -> None:
     typer.echo(line, err=True)

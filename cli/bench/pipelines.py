@@ -1,4 +1,4 @@
-"""`llmcache bench pipeline` and `bench chunks`: long corpora, and documents that are revised."""
+"""`llmcache bench pipeline` and `bench chunks`: long corpora, and revised documents."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llmcache.cli.shared import output as printing
 
 
 def pipeline(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds dup-loghub and cls-banking77.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with dup-loghub and cls-banking77.")],
     documents: Annotated[int, typer.Option(min=2000, help="Documents of the long corpus.")] = 100_000,
-    distinct: Annotated[int, typer.Option(min=100, help="Different texts among them.")] = 10_000,
+    distinct: Annotated[int, typer.Option(min=100, help="Distinct texts among them.")] = 10_000,
     json: options.Json = False,
 ) -> None:
-    """Peak memory and overlap of a pipeline over a long corpus, and over a fifth of it."""
+    """Measure peak memory and overlap of a pipeline over a long corpus, and over a fifth of the corpus."""
     from llmcache.bench import pipelines as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model_path
@@ -32,11 +32,11 @@ def pipeline(
 
 
 def chunks(
-    data: Annotated[Path, typer.Option("--data", help="revisions.jsonl.xz of dup-site-policy-revisions.")],
-    histories: Annotated[int, typer.Option(min=1, help="Documents all of whose revisions are encoded.")] = 6,
+    data: Annotated[Path, typer.Option("--data", help="File revisions.jsonl.xz of dup-site-policy-revisions.")],
+    histories: Annotated[int, typer.Option(min=1, help="Documents of which all revisions are encoded.")] = 6,
     json: options.Json = False,
 ) -> None:
-    """Exact repeats in chunks by structure and in fixed windows; revisions per second with and without the cache."""
+    """Compare exact repeats in chunks by structure and in windows; revisions per second with and without cache."""
     from llmcache.bench import chunks as measuring
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model

@@ -1,4 +1,4 @@
-"""`llmcache bench plan`: what a forecast says, and what came."""
+"""`llmcache bench plan`: forecasts of runs beside the runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from llmcache.cli.shared import output as printing
 
 
 def plan(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds cls-banking77, the policies and the logs.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with cls-banking77, the policies and the logs.")],
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 3,
-    only: Annotated[str, typer.Option(help="Cases whose names hold this.")] = "",
-    limit: Annotated[int | None, typer.Option(min=100, help="At most this many documents known, and asked.")] = None,
+    only: Annotated[str, typer.Option(help="Cases whose names contain this.")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=100, help="At most this many documents stored, and in the run.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """Hits and seconds forecast by `llmcache plan` beside those of the run, and what the forecast cost."""
+    """Compare hits and seconds forecast by `llmcache plan` with those of the run; measure the forecast's time."""
     from llmcache.bench.harness.conditions import conditions
     from llmcache.bench.planning import measured
     from llmcache.demo import demo_model
 
     printing.quiet()
     rows = measured(
-        demo_model(), data, repeats=repeats, wanted=only, limit=limit, said=lambda line: typer.echo(line, err=True)
+        demo_model(), data, repeats=repeats, wanted=only, limit=limit, say=lambda line: typer.echo(line, err=True)
     )
     if json:
         printing.as_json({**conditions(), "data": data.name, "rows": rows})

@@ -1,4 +1,4 @@
-"""`llmcache bench ray`: one process against the workers of a local Ray cluster."""
+"""`llmcache bench ray`: one process against workers of a local Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from llmcache.pipeline.files import documents
 
 
 def ray(
-    data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; may be given more than once.")],
+    data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; repeatable.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")
+        str | None, typer.Option("--model", "-m", help="Model to use instead of all-MiniLM-L6-v2 of the demo extra.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of the cluster.")] = 2,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many documents.")] = None,
     text_field: options.TextField = "text",
     json: options.Json = False,
 ) -> None:
-    """The same job in one process, on workers, and with one of them killed: seconds, and whether all is equal."""
+    """Run one job in one process, on workers, and with a worker killed; compare seconds and results."""
     from llmcache.bench.distributed import spread
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model_path
 
-    texts = [one.text for one in islice(documents(data, text_field=text_field), limit)]
-    rows = [asdict(one) for one in spread(model or str(demo_model_path()), texts, workers)]
+    texts = [document.text for document in islice(documents(data, text_field=text_field), limit)]
+    rows = [asdict(row) for row in spread(model or str(demo_model_path()), texts, workers)]
     if json:
         printing.as_json({**conditions(), "data": data, "rows": rows})
         return
-    printing.table(list(rows[0]), [list(one.values()) for one in rows])
+    printing.table(list(rows[0]), [list(row.values()) for row in rows])
     printing.facts(conditions().items())

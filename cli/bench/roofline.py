@@ -1,4 +1,4 @@
-"""`llmcache bench roofline`: each tier beside what the machine allows."""
+"""`llmcache bench roofline`: each tier beside the limits of the machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llmcache.cli.shared import output as printing
 
 
 def roofline(
-    data: Annotated[list[str], typer.Option("--data", help="Corpus of short documents; may be given more than once.")],
-    entries: Annotated[str, typer.Option(help="Sizes of stores for near look-ups, with commas between.")] = (
+    data: Annotated[list[str], typer.Option("--data", help="Corpus of short documents; repeatable.")],
+    entries: Annotated[str, typer.Option(help="Store sizes for near look-ups, separated by commas.")] = (
         "10000,1000000"
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
@@ -22,7 +22,7 @@ def roofline(
     unit: options.Unit = "line",
     json: options.Json = False,
 ) -> None:
-    """Bytes and operations of each tier against memory copy and matrix product, measured at the same time."""
+    """Compare bytes and operations of each tier with memory copy and matrix product, measured in turn."""
     from llmcache.bench import roofline as bench
     from llmcache.bench.harness.conditions import conditions
     from llmcache.demo import demo_model
@@ -30,13 +30,13 @@ def roofline(
     from llmcache.pipeline.files import documents
 
     try:
-        sizes = [int(one) for one in entries.split(",")]
+        sizes = [int(size) for size in entries.split(",")]
     except ValueError:
-        raise ConfigError(f"--entries are whole numbers with commas between, got {entries!r}") from None
+        raise ConfigError(f"--entries are whole numbers separated by commas, got {entries!r}") from None
     if min(sizes) < 1000:
         raise ConfigError(f"a near look-up is measured among at least 1,000 entries, got {min(sizes):,}")
     printing.quiet()
-    texts = [one.text for one in islice(documents(data, text_field=text_field, unit=unit), limit)]
+    texts = [document.text for document in islice(documents(data, text_field=text_field, unit=unit), limit)]
     found = bench.roofline(demo_model(), texts, repeats=repeats, entries=sizes)
     if json:
         printing.as_json({**conditions(), "data": data, **found})
@@ -62,7 +62,7 @@ def roofline(
         [
             ("memory copy", f"{found['copy_bytes_per_second'] / 1e9:.1f} GB/s"),
             ("matrix product", f"{found['operations_per_second'] / 1e9:.0f} GFLOP/s"),
-            ("load", " to ".join(f"{one:.1f}" for one in found["load"])),
+            ("load", " to ".join(f"{load:.1f}" for load in found["load"])),
             *conditions().items(),
         ]
     )

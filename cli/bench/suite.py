@@ -1,4 +1,4 @@
-"""`llmcache bench list` and `bench run`: named benchmarks, each beside its rivals, into a folder of records."""
+"""`llmcache bench list` and `bench run`: named benchmarks beside rivals, recorded in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
-DATA = "Folder of the data sets; `llmcache bench list --data DIR` says what is missing."
+DATA = "Folder of the data sets; `llmcache bench list --data DIR` shows missing ones."
 
 
 def list_(
@@ -19,7 +19,7 @@ def list_(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of GPT-2's tokenizer, for the decoders.")] = None,
     json: options.Json = False,
 ) -> None:
-    """The named benchmarks of `bench run`, and whether their data and their rivals are there."""
+    """List the benchmarks of `bench run`, with their missing data and rivals."""
     from llmcache.bench.harness.suite import benchmarks, rivals
 
     found = [
@@ -38,26 +38,26 @@ def list_(
 
 
 def _lacking(missing: object) -> str:
-    return f" (cannot be run: {missing})" if missing else ""
+    return f" (cannot run: {missing})" if missing else ""
 
 
 def run(
     names: Annotated[list[str], typer.Argument(help="Names of `bench list`, patterns such as 'hit-*', or all.")],
     data: Annotated[Path, typer.Option("--data", help=DATA)],
-    out: Annotated[Path, typer.Option(help="Folder for one NAME.json and one NAME.png each.")] = Path("results"),
-    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds; seeds where a benchmark has these.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for NAME.json and NAME.png of each benchmark.")] = Path("results"),
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, or seeds where a benchmark has these.")] = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many texts.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of streams and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of streams and samples.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of GPT-2's tokenizer, for the decoders.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Another model than all-MiniLM-L6-v2 of the demo extra.")
+        str | None, typer.Option("--model", "-m", help="Model to use instead of all-MiniLM-L6-v2 of the demo extra.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what the folder has already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure recorded benchmarks again.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Measure, one after the other, and keep each as soon as it is done; Ctrl-C and the same command go on from there.
+    """Measure benchmarks one after the other, and write each record when it is complete.
 
-    Exit code 1: one of them could not be measured.
+    After Ctrl-C the same command continues. Exit code 1 when a benchmark could not be measured.
     """
     from functools import cache
 
@@ -70,26 +70,26 @@ def run(
 
     wanted = chosen(names)
     if not data.is_dir():
-        raise ConfigError(f"{data} is no folder; --data names the one that holds the data sets")
+        raise ConfigError(f"{data} is no folder; --data names the folder of the data sets")
     printing.quiet()
     load = cache(lambda: SentenceTransformer(model) if model else demo_model())
     sizes = Sizes(data, repeats, limit, seed, tokenizer, model=load)
-    # a record is for others: where the folders lie here is of no use to them
+    # records are shared, so paths of this machine are replaced
     folders = {str(data): "DATA", str(out): "OUT", str(tokenizer): "TOKENIZER", str(model): "MODEL"}
-    command = " ".join(["llmcache", *(folders.get(one, one) for one in sys.argv[1:])])
-    undone = 0
-    for one, record in recording.run(wanted, sizes, out, command, again=again, said=_said):
-        undone += "skipped" in record or "failed" in record
+    command = " ".join(["llmcache", *(folders.get(word, word) for word in sys.argv[1:])])
+    failures = 0
+    for one, record in recording.run(wanted, sizes, out, command, again=again, say=_print_line):
+        failures += "skipped" in record or "failed" in record
         if json:
             printing.as_json(record)
         else:
             _show(one.name, record)
-    if undone:
-        typer.echo(f"llmcache: {undone} of {len(wanted)} could not be measured", err=True)
+    if failures:
+        typer.echo(f"llmcache: {failures} of {len(wanted)} could not be measured", err=True)
         raise typer.Exit(1)
 
 
-def _said(line: str) -> None:
+def _print_line(line: str) -> None:
     typer.echo(line, err=True)
 
 
@@ -98,7 +98,9 @@ def _show(name: str, record: dict[str, Any]) -> None:
         typer.echo(f"{name}: not measured: {why}")
         return
     if "kept" in record:
-        typer.echo(f"{name}: kept as it is in {record['kept']}, of commit {record['commit']}; --again measures it anew")
+        typer.echo(
+            f"{name}: recorded already in {record['kept']}, at commit {record['commit']}; --again measures again"
+        )
         return
     rows = record.get("rows")
     if isinstance(rows, list) and "per_second" in rows[0]:
@@ -111,7 +113,7 @@ def _show(name: str, record: dict[str, Any]) -> None:
             if "skipped" in row:
                 typer.echo(f"{row['name']}: {row['skipped']}")
             if "noted" in row:
-                typer.echo(f"{row['name']}: {', '.join(f'{key}: {one}' for key, one in row['noted'].items())}")
+                typer.echo(f"{row['name']}: {', '.join(f'{key}: {value}' for key, value in row['noted'].items())}")
     else:
         typer.echo(f"{name}: measured")
     for target in record.get("targets", ()):
@@ -126,8 +128,8 @@ def _show(name: str, record: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[object]:
-    wide = row["slowest_of_quickest"]
+    spread = row["slowest_of_quickest"]
     return [
         row["name"], row["documents"], f"{row['per_second']:,.0f}", f"{row['ratio']:.2f}",
-        "-" if wide is None else f"{wide:.2f}", row["computed"], f"{row['difference']:.1e}",
+        "-" if spread is None else f"{spread:.2f}", row["computed"], f"{row['difference']:.1e}",
     ]  # fmt: skip

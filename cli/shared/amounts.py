@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them: 10GB, 512MiB, 7d, 1h."""
+"""Parse sizes and durations: 10GB, 512MiB, 7d, 1h."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE | 
 
 
 def size(text: str) -> int:
-    """Bytes: a number, and B, kB, MB, GB, TB (thousands) or KiB, MiB, GiB, TiB (1024). ConfigError otherwise."""
+    """Parse a size into bytes. Units: B, kB, MB, GB, TB (1000) or KiB, MiB, GiB, TiB (1024). ConfigError otherwise."""
     return int(_amount(text, _SIZES, "a size", "10GB or 512MiB"))
 
 
 def seconds(text: str) -> float:
-    """Seconds: a number, and s, m, h, d or w. ConfigError otherwise."""
+    """Parse a duration into seconds. Units: s, m, h, d, w. ConfigError otherwise."""
     return _amount(text, _SECONDS, "a duration", "90s, 1h or 7d")
 
 
-def _amount(text: str, units: dict[str, int], what: str, examples: str) -> float:
+def _amount(text: str, units: dict[str, int], quantity: str, examples: str) -> float:
     match = _AMOUNT.fullmatch(text)
     if not match or match[2].lower() not in units:
-        raise ConfigError(f"{text!r} is not {what}; write a number and a unit, such as {examples}")
+        raise ConfigError(f"{text!r} is not {quantity}; write a number and a unit, such as {examples}")
     value = float(match[1]) * units[match[2].lower()]
     if not math.isfinite(value) or value >= 1 << 62:
-        raise ConfigError(f"{text!r} is more than {what} can be; write something like {examples}")
+        raise ConfigError(f"{text!r} is more than {quantity} can be; write something like {examples}")
     return value

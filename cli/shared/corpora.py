@@ -1,4 +1,4 @@
-"""Documents of the command line's corpora, with progress on standard error."""
+"""Corpora named on the command line, read with a progress bar on standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmcache.pipeline.files import Reading, documents
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Corpora and how to read them, as the options say."""
+    """Corpora and the options for reading them."""
 
     corpora: list[str]
     text_field: str = "text"
@@ -31,13 +31,16 @@ class Sources:
 
     @property
     def name(self) -> str:
-        """What the corpora are called in the record of runs."""
-        names = [Path(one).name or one for one in self.corpora]
+        """Name of the corpora in the record of runs."""
+        names = [Path(corpus).name or corpus for corpus in self.corpora]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
     def documents(self, reading: Reading) -> Iterator[Document]:
-        """The documents; the first is read at once: a corpus that cannot be read fails before anything is made."""
-        found = documents(
+        """Iterate over the documents. Reads the first at once, so an unreadable corpus fails before any work.
+
+        CorpusError when there are no documents.
+        """
+        stream = documents(
             self.corpora,
             text_field=self.text_field,
             id_field=self.id_field,
@@ -46,18 +49,18 @@ class Sources:
             stdin_format=self.stdin_format,
             reading=reading,
         )
-        first = next(found, None)
+        first = next(stream, None)
         if first is None:
             raise CorpusError(f"there are no documents in {', '.join(self.corpora)}; nothing was done")
-        return chain([first], found)
+        return chain([first], stream)
 
 
 @contextmanager
 def progress(reading: Reading, total: int | None) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with documents, documents per second, hit rate and time left; gives what advances it.
+    """Show a progress bar on standard error: documents, documents per second, hit rate, time left.
 
-    reading: what has been read, `total`: bytes of all corpora, None when unknown; both tell how far the documents read
-    so far are from all.
+    reading: counts of the corpus reader. total: bytes of all corpora, None when unknown; with `reading` it gives the
+    estimated number of documents. Yields a function that takes newly answered documents, and those of them computed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
@@ -65,25 +68,25 @@ def progress(reading: Reading, total: int | None) -> Iterator[Callable[[int, int
         began = time.monotonic()
         answered = computed = 0
 
-        def advance(more: int, by_model: int) -> None:
+        def advance(new: int, new_computed: int) -> None:
             nonlocal answered, computed
-            answered, computed = answered + more, computed + by_model
+            answered, computed = answered + new, computed + new_computed
             seconds = time.monotonic() - began
-            everything = reading.documents * total / reading.bytes if total and reading.bytes else None
+            estimated = reading.documents * total / reading.bytes if total and reading.bytes else None
             bar.update(
                 task,
                 description=f"{answered:,} documents, {answered / max(seconds, 1e-9):,.0f}/s, "
                 f"{100 * (1 - computed / max(answered, 1)):.0f} % hits",
-                total=everything,
+                total=estimated,
                 completed=answered,
-                left=f"{seconds * max(0.0, everything / answered - 1):,.0f} s left" if everything and answered else "",
+                left=f"{seconds * max(0.0, estimated / answered - 1):,.0f} s left" if estimated and answered else "",
             )
 
         yield advance
 
 
 def bytes_of(corpora: Iterable[str]) -> int | None:
-    """Bytes of all files of the corpora, None where one of them is standard input."""
+    """Sum the bytes of all files of the corpora. None when one of them is standard input."""
     total = 0
     for corpus in corpora:
         if corpus == "-":

@@ -1,4 +1,4 @@
-"""What computes a run: this process, or the workers of a Ray cluster."""
+"""Engines that compute a run: this process, or workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmcache")
 
-Engine = Annotated[str, typer.Option(help="What computes: local, or ray (needs the extra 'ray').")]
+Engine = Annotated[str, typer.Option(help="Engine that computes: local, or ray (needs the extra 'ray').")]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes of --engine ray, at most; 2 unless said. RAY_ADDRESS names a cluster.")
+    int | None, typer.Option(help="Most processes of --engine ray, default 2. RAY_ADDRESS names a cluster.")
 ]
 
 
 @contextmanager
 def opened(engine: str, workers: int | None, store: str, model: str | None, **keywords: Any) -> Iterator[LLMCache]:
-    """The store with what computes for it. ConfigError for an engine that is not there."""
+    """Open a store with an engine. ConfigError for an unknown engine."""
     if engine == "ray":
         from llmcache.distributed import ray
 
         count = 2 if workers is None else workers
-        # Ray says on standard output that a worker died; that is for results
+        # Ray reports dead workers on standard output, which is for results
         with redirect_stdout(sys.stderr), ray.open(store, model, workers=count, **keywords) as cache:
             yield cache
         return
@@ -46,12 +46,12 @@ def opened(engine: str, workers: int | None, store: str, model: str | None, **ke
 
 
 def committed(cache: LLMCache) -> None:
-    """Commit what a run has computed. Its results are whole without that, so a disk that fails is only a warning."""
+    """Commit the computed rows of a run. The results are complete without them, so a failing disk is only a warning."""
     storing = cache.storing
     try:
         if storing.store.writable:
             cache.commit()
     except StoreFenced as error:
-        log.warning("%s. The results are whole; what was computed since is not kept", error)
+        log.warning("%s. The results are complete; rows computed since are not stored", error)
     if not storing.store.writable and not storing.store.read_only:
         storing.give_up()

@@ -1,4 +1,4 @@
-"""What `build` and `warm` have in common: documents through the cache, and a report of what was there."""
+"""Shared part of `build` and `warm`: bring a store up to date with corpora, and print the counts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ log = logging.getLogger("llmcache")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The options that both commands share. model: None uses the one the store was made with."""
+class FillOptions:
+    """Options that both commands share. model: None uses the model the store was created with."""
 
     store: str
     model: str | None
@@ -39,35 +39,35 @@ class Asked:
     metrics_file: Path | None = None
 
 
-def fill(asked: Asked, sources: Sources) -> None:
-    """Bring a store up to date with the corpora, and print what was there, what was added and what it took."""
-    if asked.dry_run:
-        preview(asked.store, asked.namespace, asked.role, sources, asked.json, asked.access)
+def fill(options: FillOptions, sources: Sources) -> None:
+    """Bring a store up to date with the corpora, and print hits, added entries and seconds."""
+    if options.dry_run:
+        preview(options.store, options.namespace, options.role, sources, options.json, options.access)
         return
-    expected = None if asked.plan is None else Plan.read(asked.plan)
-    timed = Run("build" if asked.model is not None else "warm", asked.metrics_file)
+    expected = None if options.plan is None else Plan.read(options.plan)
+    timed = Run("build" if options.model is not None else "warm", options.metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
 
     printing.quiet()
     reading = Reading()
     documents = sources.documents(reading)
-    config = CacheConfig(**asked.settings) if asked.settings else None
-    access = asked.access.keywords()
-    with LLMCache.open(asked.store, asked.model, config=config, namespace=asked.namespace, **access) as cache:
-        if cache.read_only:  # everything would be computed for nothing
+    config = CacheConfig(**options.settings) if options.settings else None
+    access = options.access.keywords()
+    with LLMCache.open(options.store, options.model, config=config, namespace=options.namespace, **access) as cache:
+        if cache.read_only:  # nothing could be stored, so fail before computing
             cache.storing.store.commit()
         before = len(cache)
         cache.corpus = sources.name
         with progress(reading, bytes_of(sources.corpora)) as advance:
-            tally = cache.warm(documents, role=asked.role, batch_size=asked.batch_size, progress=advance)
-        if asked.model is not None or len(cache) > before:
+            tally = cache.warm(documents, role=options.role, batch_size=options.batch_size, progress=advance)
+        if options.model is not None or len(cache) > before:
             cache.rebuild()
         stats = cache.stats()
         forecast = None if expected is None else cache.compared(expected)
-    timed.ended(asked.namespace, tally, stats)
+    timed.ended(options.namespace, tally, stats)
     report(
-        asked,
+        options,
         reading,
         tally.as_dict(),
         {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()},
@@ -76,24 +76,24 @@ def fill(asked: Asked, sources: Sources) -> None:
 
 
 def report(
-    asked: Asked,
+    options: FillOptions,
     reading: Reading,
     tally: Mapping[str, Any],
     store: Mapping[str, Any],
     forecast: ForecastError | None = None,
 ) -> None:
-    """Print what one run did."""
-    if asked.json:
+    """Print the counts of one run."""
+    if options.json:
         shown = {**tally, **counts(reading), "bad": reading.bad, "duplicate_ids": reading.duplicate_ids, "store": store}
         printing.as_json(shown if forecast is None else {**shown, "plan": forecast.as_dict()})
         return
-    bank = next(one for one in store["banks"] if one["namespace"] == asked.namespace)
+    bank = next(bank for bank in store["banks"] if bank["namespace"] == options.namespace)
     printing.facts(
         [
             ("records read", reading.documents + reading.bad),
             ("refused", reading.bad),
             ("documents", tally["documents"]),
-            ("were there", tally["exact"]),
+            ("already stored", tally["exact"]),
             ("computed", tally["misses"]),
             ("entries in the store", store["entries"]),
             ("added", store["added"]),
@@ -109,7 +109,7 @@ def report(
 
 
 def counts(reading: Reading) -> dict[str, int]:
-    """Records that were read, refused ones among them, and files that were left out, for JSON."""
+    """Count the records read, those refused among them, and the files skipped, for JSON."""
     return {
         "read": reading.documents + reading.bad,
         "refused": reading.bad,
@@ -118,9 +118,9 @@ def counts(reading: Reading) -> dict[str, int]:
 
 
 def warnings(reading: Reading, at_limit: int = 0) -> None:
-    """Report on standard error what of a corpus was not read, and ids that repeat.
+    """Warn of records and files of a corpus that were not read, and of repeated ids.
 
-    at_limit: documents that fill the model's maximum length.
+    at_limit: number of documents that fill the model's maximum length.
     """
     if reading.skipped:
         log.warning("%s", reading.skipped_said)
@@ -137,26 +137,26 @@ def warnings(reading: Reading, at_limit: int = 0) -> None:
 
 
 def preview(store: str, namespace: str, role: str | None, sources: Sources, json: bool, access: Access) -> None:
-    """Count the corpora against the store as it is; nothing is computed or written."""
+    """Count the documents of the corpora that the store has. Computes and writes nothing."""
     from llmcache.planning.preview import forecast_against
 
     reading = Reading()
-    there = Store.open(store, **access.of_store()) if Path(store, "FORMAT").exists() else None
+    existing = Store.open(store, **access.of_store()) if Path(store, "FORMAT").exists() else None
     secret = resolved_secret(None, access.secret_file)
-    found = forecast_against(there, namespace, role, sources.documents(reading), secret)
+    forecast = forecast_against(existing, namespace, role, sources.documents(reading), secret)
     if json:
         printing.as_json(
-            {**counts(reading), "documents": found.documents, "distinct": found.distinct, "known": found.known}
+            {**counts(reading), "documents": forecast.documents, "distinct": forecast.distinct, "known": forecast.known}
         )
         return
     printing.facts(
         [
             ("records read", reading.documents + reading.bad),
             ("refused", reading.bad),
-            ("documents", found.documents),
-            ("distinct texts", found.distinct),
-            ("there already", found.known),
-            ("would be computed, at most", found.distinct - found.known),
+            ("documents", forecast.documents),
+            ("distinct texts", forecast.distinct),
+            ("already stored", forecast.known),
+            ("would be computed, at most", forecast.distinct - forecast.known),
         ]
     )
     warnings(reading)

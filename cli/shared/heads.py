@@ -1,4 +1,4 @@
-"""The heads of `llmcache run --head`: one result file for each."""
+"""`llmcache run --head`: several heads on one trunk, with one result file each."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 
 def run_heads(
-    cache: LLMCache, given: list[str], sources: Sources, out: Path, role: str | None, batch_size: int, json: bool
+    cache: LLMCache, options: list[str], sources: Sources, out: Path, role: str | None, batch_size: int, json: bool
 ) -> None:
-    """Write what every head gives for every document, and print what was shared."""
+    """Write the outputs of every head for every document, and print how many rows reused the trunk.
+
+    options: values of --head, NAME=FOLDER. ConfigError when two heads have the same name.
+    """
     from llmcache.model.loading import load_any
     from llmcache.planning.preview import TierCounts
 
-    folders = dict(named(one) for one in given)
-    if len(folders) < len(given):
-        raise ConfigError("two heads have the same name; give each a name of its own")
+    folders = dict(named(option) for option in options)
+    if len(folders) < len(options):
+        raise ConfigError("two heads have the same name; give each its own name")
     heads = {name: load_any(folder)[0] for name, folder in folders.items()}
     reading = Reading()
     tallies = {name: TierCounts() for name in heads}
@@ -37,7 +40,7 @@ def run_heads(
             sources.documents(reading), heads, role=role, batch_size=batch_size, progress=advance
         ):
             for name, result in row.items():
-                if name not in writers:  # its width is known with its first result
+                if name not in writers:  # the width is known with the first result
                     writer = result_writer(files[name], width=len(result.output))
                     writers[name] = stack.enter_context(writer)
                 writers[name].write(tallies[name].counted([result]))
@@ -60,9 +63,9 @@ def run_heads(
     warnings(reading)
 
 
-def named(given: str) -> tuple[str, str]:
-    """Name and folder of NAME=FOLDER."""
-    name, equals, folder = given.partition("=")
+def named(option: str) -> tuple[str, str]:
+    """Split NAME=FOLDER into name and folder. ConfigError for anything else."""
+    name, equals, folder = option.partition("=")
     if not equals or not name.isidentifier() or not folder:
-        raise ConfigError(f"--head is NAME=FOLDER, where NAME is a word, got {given!r}")
+        raise ConfigError(f"--head is NAME=FOLDER, where NAME is a word, got {option!r}")
     return name, folder

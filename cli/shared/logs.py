@@ -1,4 +1,4 @@
-"""Log lines on standard error: for people, or one JSON object a line with the names of OpenTelemetry's log model."""
+"""Log lines on standard error: text, or one JSON object a line with the field names of OpenTelemetry's log model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("llmcache")
 
 
 class Lines(logging.Formatter):
-    """`llmcache: message` as long as nothing was asked for; `form` is "", "text" or "json"."""
+    """Formatter of log lines. form: "" gives `llmcache: message`, "text" adds time and level, "json" one object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ lines = Lines()
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """While it lasts what is logged goes to standard error, warnings and errors unless `choose` says otherwise."""
+    """Log to standard error inside the block: warnings and errors, unless `choose` sets another level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(lines)
     root, level = logging.getLogger(), log.level
@@ -70,7 +70,7 @@ def logged() -> Iterator[None]:
 
 
 def choose(level: str | None, form: str | None) -> None:
-    """What `--log-level` and `--log-format` say; ConfigError for what they cannot be."""
+    """Apply --log-level and --log-format. ConfigError for unknown values."""
     if level is not None and level not in LEVELS:
         raise ConfigError(f"--log-level is one of {', '.join(LEVELS)}, got {level!r}")
     if form is not None and form not in ("text", "json"):
@@ -81,7 +81,7 @@ def choose(level: str | None, form: str | None) -> None:
 
 
 def error_line(message: str, code: int) -> str:
-    """The line that a command ends with when it fails."""
+    """Format the last line of a failed command."""
     if not lines.form:
         return "llmcache: " + printable(message)
     record = logging.LogRecord("llmcache", logging.ERROR, __file__, 0, "%s", (message,), None)

@@ -1,4 +1,4 @@
-"""Metrics of a run for Prometheus: a file for the textfile collector, written whole or not at all."""
+"""Metrics of a run for Prometheus: a file for the textfile collector, written atomically."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmcache")
 
 MetricsFile = Annotated[
-    Path | None, typer.Option(help="Prometheus text for the textfile collector, after a run that ended well (*.prom).")
+    Path | None, typer.Option(help="File for Prometheus' textfile collector (*.prom), written after a successful run.")
 ]
 
-_TOTALS = {  # counters of all openings of the store
+_TOTALS = {  # counters summed over all openings of the store
     "documents": ("llmcache_documents", "Documents asked for."),
     "misses": ("llmcache_misses", "Documents that the model computed."),
     "near": ("llmcache_near_hits", "Documents answered from a near match."),
@@ -55,21 +55,21 @@ class Counted(Protocol):
 
 
 class Run:
-    """One run of a command, timed from here on."""
+    """One run of a command, timed from its creation."""
 
     def __init__(self, command: str, file: Path | None) -> None:
-        """ConfigError, before any work, for a file that cannot be written."""
-        self._command, self._file, self._began = command, file, time.monotonic()
+        """Start the clock. ConfigError, before any work, for a file that cannot be written."""
+        self._command, self._file, self._started = command, file, time.monotonic()
         if file is None:
             return
         if importlib.util.find_spec("prometheus_client") is None:
             raise ConfigError("--metrics-file needs prometheus_client; pip install 'llmcache[metrics]'")
         if file.is_dir() or not file.absolute().parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: give a file in a folder that is there")
+            raise ConfigError(f"{file} cannot be written: give a file in an existing folder")
 
     def ended(self, namespace: str, tally: Counted, stats: Statistics) -> None:
-        """Log what the run did, and write the file that was asked for. OSError when it cannot be written."""
-        seconds = time.monotonic() - self._began
+        """Log the counts of the run, and write the metrics file. OSError when it cannot be written."""
+        seconds = time.monotonic() - self._started
         log.info(
             "%s is done: %d documents, %d exact, %d near, %d computed, %.1f s",
             self._command, tally.documents, tally.exact, tally.near, tally.misses, seconds,
@@ -82,7 +82,7 @@ class Run:
         if self._file is not None:
             from prometheus_client import generate_latest
 
-            # the library's own function writes to a name that can be foreseen, and follows a link there
+            # prometheus_client's own writer uses a predictable temporary name and follows links there
             write_whole(self._file, generate_latest(_registry(self._command, namespace, seconds, tally, stats)))
 
 
@@ -95,8 +95,8 @@ def _registry(command: str, namespace: str, seconds: float, tally: Counted, stat
 
     def gauge(name: str, text: str, value: float, **more: str) -> None:
         names = {**labels, **more}
-        found = gauges.get(name) or gauges.setdefault(name, Gauge(name, text, list(names), registry=registry))
-        found.labels(**names).set(value)
+        metric = gauges.get(name) or gauges.setdefault(name, Gauge(name, text, list(names), registry=registry))
+        metric.labels(**names).set(value)
 
     gauges: dict[str, Any] = {}
     for tier, count in (("exact", tally.exact), ("near", tally.near), ("miss", tally.misses)):

@@ -1,4 +1,4 @@
-"""Tables for people and JSON for scripts, on standard output."""
+"""Output of the commands on standard output: tables, facts and JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmcache.indexes.urls import redacted
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """A plain table; numbers stand right."""
+    """Print a plain table; columns of numbers are aligned right."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    cells = [[said(cell) for cell in row] for row in rows]
+    cells = [[formatted(cell) for cell in row] for row in rows]
     for place, column in enumerate(columns):
         numbers = all(row[place][:1].isdigit() or row[place][:1] in {"-", ""} for row in cells)
         shown.add_column(column, justify="right" if numbers else "left", overflow="fold")
@@ -27,20 +27,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """Names and values, one pair a line."""
-    listed = [(name, said(value)) for name, value in pairs]
+    """Print names and values, one pair a line."""
+    listed = [(name, formatted(value)) for name, value in pairs]
     width = max((len(name) for name, _ in listed), default=0)
     for name, value in listed:
         typer.echo(f"{name:<{width}}  {value}")
 
 
 def as_json(value: Any) -> None:
-    """One JSON object."""
+    """Print one JSON object."""
     typer.echo(json.dumps(value, default=str))
 
 
-def said(value: object) -> str:
-    """A number as a person reads it."""
+def formatted(value: object) -> str:
+    """Format a value for reading: grouped digits, three figures, yes, no or -."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -51,22 +51,19 @@ def said(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, and a store's author may have written, made visible.
-
-    Credentials of URLs in it are hidden.
-    """
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in redacted(text))
+    """Escape the control characters of a text, which may come from a store's author, and hide credentials of URLs."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in redacted(text))
 
 
 def quiet() -> None:
-    """Leave standard error to this program: no bars of the libraries that load models."""
+    """Disable the progress bars of the libraries that load models."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotation here
 
 
 def size(count: float) -> str:
-    """Bytes, as a person reads them."""
+    """Format bytes with a binary unit."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat; `llmcache bench` prints them."""
+"""Repeatable measurements, printed by `llmcache bench`."""

@@ -1,7 +1,7 @@
-"""Measurements of decoders: prompts with a paragraph before the question, and multiple choice, on real texts.
+"""Measurement of decoders: prompts with a paragraph before the question, and multiple choice, on real texts.
 
-Contenders take turns batch by batch in one process, so that a noisy machine meets them alike; look-up, restoring,
-storing and committing are inside the time.
+Contenders take turns batch by batch in one process, so that a noisy machine affects all alike. Look-up, restoring,
+storing and committing are in the time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 Clock: TypeAlias = Callable[[], float]
-"""Seconds: time.perf_counter, or time.process_time on a machine that others use too (with one thread)."""
+"""Clock in seconds: time.perf_counter, or time.process_time on a busy machine (with one thread)."""
 
 
 @dataclass(slots=True)
-class Contender:
-    """Seconds of each batch, and what came out. commit: seconds for all batches together, on top."""
+class TimedRun:
+    """Times and outputs of one contender. seconds: of each batch. commit: seconds of one commit for all batches."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -47,17 +47,19 @@ class Contender:
     commit: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
 
-    def times(self, base: Contender) -> tuple[float, float]:
-        """How many times as fast as `base`: median over the batches, and over all of it with the commit."""
+    def times(self, base: TimedRun) -> tuple[float, float]:
+        """Return the speed-up over `base`: median over the batches, and over all batches with the commit."""
         share = self.commit / max(1, len(self.seconds))
-        each = [one / (own + share) for one, own in zip(base.seconds, self.seconds, strict=True)]
+        each = [theirs / (own + share) for theirs, own in zip(base.seconds, self.seconds, strict=True)]
         return statistics.median(each), sum(base.seconds) / (sum(self.seconds) + self.commit)
 
-    def report(self, base: Contender) -> dict[str, Any]:
-        """Plain numbers for printing and for JSON."""
+    def report(self, base: TimedRun) -> dict[str, Any]:
+        """Return plain numbers for tables and JSON."""
         median, whole = self.times(base)
-        largest = max(float(np.abs(one).max()) for one in base.outputs)
-        apart = max(float(np.abs(one - other).max()) for one, other in zip(self.outputs, base.outputs, strict=True))
+        largest = max(float(np.abs(output).max()) for output in base.outputs)
+        difference = max(
+            float(np.abs(output - other).max()) for output, other in zip(self.outputs, base.outputs, strict=True)
+        )
         return {
             "name": self.name,
             "batches": len(self.seconds),
@@ -65,14 +67,14 @@ class Contender:
             "commit_seconds": round(self.commit, 3),
             "times_as_fast_median": round(median, 2),
             "times_as_fast_overall": round(whole, 2),
-            "relative_difference": apart / largest,
+            "relative_difference": difference / largest,
             **{name: round(value, 3) for name, value in self.counters.items()},
         }
 
 
 @contextmanager
 def attached(trunk: Any, prefixes: PrefixCache) -> Iterator[None]:
-    """Let the trunk's forward be that of `prefixes`."""
+    """Replace the trunk's forward by that of `prefixes` inside the block."""
     original, names = trunk.forward, tuple(signature(trunk.forward).parameters)
 
     def forward(*args: Any, **call: Any) -> Any:
@@ -86,7 +88,7 @@ def attached(trunk: Any, prefixes: PrefixCache) -> Iterator[None]:
 
 
 class _Cached:
-    """A model with a prefix tier whose store is in a folder."""
+    """A model with a prefix cache whose store is in a folder."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         self._trunk: nn.Module = model.get_decoder()
@@ -105,28 +107,28 @@ class _Cached:
         return clock() - began
 
 
-def _timed(to: Contender, clock: Clock, action: Callable[[], NDArray[np.float64]]) -> None:
+def _time(run: TimedRun, clock: Clock, action: Callable[[], NDArray[np.float64]]) -> None:
     began = clock()
     output = action()
-    to.seconds.append(clock() - began)
-    to.outputs.append(output)
+    run.seconds.append(clock() - began)
+    run.outputs.append(output)
 
 
 def prefill(
     model: Any, tokenizer: Any, requests: Sequence[tuple[str, str]], *, rows: int = 8, clock: Clock = time.perf_counter
 ) -> list[dict[str, Any]]:
-    """Keys, values and next-token logits of (paragraph, question) prompts, until the first token could be written.
+    """Measure prefill of (paragraph, question) prompts: keys, values and next-token logits.
 
-    plain: transformers, with its own key/value cache for each request. first pass: an empty store; questions about one
-    paragraph are in one batch where they fit. known paragraphs: the store, reopened, has each paragraph from its
-    first question, the others ask anew (the first ones are left out for all three). repeated: all prompts are known.
-    kept by the caller: transformers' own reuse of a beginning, in memory, with no paragraph kept before and with all.
+    plain: transformers with its own key/value cache for each request. first pass: an empty store; questions about one
+    paragraph share a batch where they fit. known paragraphs: a reopened store that has each paragraph from its first
+    question; first questions are left out for all contenders. repeated: all prompts are stored. kept by the caller:
+    transformers' own prefix reuse, in memory, with no paragraph stored beforehand and with all.
     """
-    plain, first, known, again = map(Contender, ("plain", "first pass", "known paragraphs", "repeated"))
-    own = [Contender("kept by the caller, first pass"), Contender("kept by the caller, known paragraphs")]
-    groups = [list(group) for _, group in groupby(requests, key=lambda one: one[0])]
+    plain, first, known, again = map(TimedRun, ("plain", "first pass", "known paragraphs", "repeated"))
+    own = [TimedRun("kept by the caller, first pass"), TimedRun("kept by the caller, known paragraphs")]
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: request[0])]
     seen = [group[0] for group in groups]
-    asked = [one for group in groups for one in group[1:]]
+    asked = [request for group in groups for request in group[1:]]
 
     def logits(batch: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
         ids, mask = padded(
@@ -150,25 +152,25 @@ def prefill(
             kept[1].keep(f"{text}\nQuestion:")
         for at in range(0, len(asked), rows):
             batch = asked[at : at + rows]
-            _timed(plain, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
+            _time(plain, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
             prompts = [(f"{text}\nQuestion:", f" {asks}\nAnswer:") for text, asks in batch]
-            for one, keeper in zip(own, kept, strict=True):
-                _timed(one, clock, lambda keeper=keeper: keeper.logits(prompts).double().numpy())  # type: ignore[misc]  # noqa: B023
+            for run, keeper in zip(own, kept, strict=True):
+                _time(run, clock, lambda keeper=keeper: keeper.logits(prompts).double().numpy())  # type: ignore[misc]  # noqa: B023
             for cached, contenders in ((cold, (first,)), (warm, (known, again))):
-                for one in contenders:
+                for run in contenders:
                     with cached.attached():
                         before = asdict(cached.prefixes.counters)
-                        _timed(one, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
-                    _add(one, before, asdict(cached.prefixes.counters))
+                        _time(run, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
+                    _add_counters(run, before, asdict(cached.prefixes.counters))
         first.commit, known.commit = cold.commit(clock), warm.commit(clock)
         cold.store.close()
         warm.store.close()
-    return [one.report(plain) for one in (plain, first, known, again, *own)]
+    return [run.report(plain) for run in (plain, first, known, again, *own)]
 
 
-def _add(to: Contender, before: dict[str, float], after: dict[str, float]) -> None:
+def _add_counters(run: TimedRun, before: dict[str, float], after: dict[str, float]) -> None:
     for name, value in after.items():
-        to.counters[name] = to.counters.get(name, 0) + value - before[name]
+        run.counters[name] = run.counters.get(name, 0) + value - before[name]
 
 
 def choices(
@@ -179,10 +181,12 @@ def choices(
     rows: int = 32,
     clock: Clock = time.perf_counter,
 ) -> list[dict[str, Any]]:
-    """Log-likelihoods of the choices of (stem, choices): `score` alone, with an empty store, and with all known."""
-    plain, first, again = map(Contender, ("plain", "first pass", "repeated"))
+    """Measure log-likelihoods of (stem, choices): `score` alone, with an empty store, and with all stems stored."""
+    plain, first, again = map(TimedRun, ("plain", "first pass", "repeated"))
     per_batch = max(1, rows // max(len(some) for _, some in questions))
-    questions = sorted(questions, key=lambda one: -len(one[0]))  # all contenders get batches of like length
+    questions = sorted(
+        questions, key=lambda question: -len(question[0])
+    )  # so that rows of a batch have similar lengths
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
         cached = _Cached(model, Path(folder) / "choices")
         for at in range(0, len(questions), per_batch):
@@ -191,26 +195,29 @@ def choices(
             def totals(stems: Any = stems, some: Any = some, **more: Any) -> NDArray[np.float64]:
                 return score(model, tokenizer, stems, some, batch_size=rows, **more).total
 
-            _timed(plain, clock, totals)
-            for one in (first, again):
+            _time(plain, clock, totals)
+            for run in (first, again):
                 before = asdict(cached.prefixes.counters)
-                _timed(one, clock, lambda totals=totals: totals(attached=cached.attached))  # type: ignore[misc]
-                _add(one, before, asdict(cached.prefixes.counters))
+                _time(run, clock, lambda totals=totals: totals(attached=cached.attached))  # type: ignore[misc]
+                _add_counters(run, before, asdict(cached.prefixes.counters))
         first.commit = cached.commit(clock)
         cached.store.close()
-    reports = [one.report(plain) for one in (plain, first, again)]
-    chosen = [np.concatenate([one.argmax(1) for one in each.outputs]) for each in (plain, first, again)]
+    reports = [run.report(plain) for run in (plain, first, again)]
+    chosen = [np.concatenate([totals.argmax(1) for totals in run.outputs]) for run in (plain, first, again)]
     for report, mine in zip(reports, chosen, strict=True):
         report["same_choices"] = int((mine == chosen[0]).sum())
         report["questions"] = len(mine)
     return reports
 
 
-# -- real texts, and a model of the right shape -------------------------------------------------------------
+# -- real texts, and a model of GPT-2-small's shape ----------------------------------------------------------
 
 
 def gpt2_small(tokenizer_folder: Path) -> tuple[Any, Any]:
-    """A model of GPT-2-small's shape with seeded weights, for speed and exactness only; and GPT-2's tokenizer."""
+    """Create a model of GPT-2-small's shape with seeded weights, for speed and exactness only; load GPT-2's tokenizer.
+
+    ConfigError when the folder has no tokenizer.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
     torch.manual_seed(0)
@@ -223,21 +230,21 @@ def gpt2_small(tokenizer_folder: Path) -> tuple[Any, Any]:
 
 
 def squad(folder: Path, paragraphs: int, questions: int) -> list[tuple[str, str]]:
-    """(paragraph, question), up to `questions` for each of `paragraphs` that are spread over the file."""
+    """Read (paragraph, question) pairs, up to `questions` for each of `paragraphs` drawn evenly from the file."""
     with gzip.open(folder / "dev-v2.0.json.gz", "rt", encoding="utf-8") as file:
         articles = json.load(file)["data"]
-    every = [one for article in articles for one in article["paragraphs"] if len(one["qas"]) > 1]
+    every = [paragraph for article in articles for paragraph in article["paragraphs"] if len(paragraph["qas"]) > 1]
     chosen = every[:: max(1, len(every) // paragraphs)][:paragraphs]
-    return [(one["context"], asked["question"]) for one in chosen for asked in one["qas"][:questions]]
+    return [(part["context"], asked["question"]) for part in chosen for asked in part["qas"][:questions]]
 
 
 def openbookqa(folder: Path, count: int) -> list[tuple[str, list[str]]]:
-    """(stem, four choices), each with its leading space."""
+    """Read (stem, four choices), each choice with a leading space."""
     lines = (folder / "test_original_form.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line][:count]
     return [
-        (row["question"]["stem"], [f" {one['text']}" for one in row["question"]["choices"]])
+        (row["question"]["stem"], [f" {choice['text']}" for choice in row["question"]["choices"]])
         if isinstance(row.get("question"), dict)
-        else (row["question_stem"], [f" {one}" for one in row["choices"]["text"]])
+        else (row["question_stem"], [f" {choice}" for choice in row["choices"]["text"]])
         for row in rows
     ]

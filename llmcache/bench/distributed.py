@@ -1,4 +1,4 @@
-"""The same job in one process and on the workers of a local Ray cluster, with and without one of them killed."""
+"""Measurement of one job in one process and on workers of a local Ray cluster, with and without a killed worker."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One way of doing the job. seconds: without starting processes. identical: bits and provenance, to the first.
+    """Result of one way to run the job.
 
-    entries, segments: in the store; lost: documents that a later opening does not find; duplicates: stored twice.
+    seconds: without the start of processes. identical: True when bits and provenance equal those of the first way.
+    entries, segments: contents of the store. lost: documents that a later opening misses. duplicates: entries stored
+    twice.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Spread:
 
 
 def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
-    """One process with the threads of a worker, one with all, so many workers, and these with one killed half-way."""
+    """Run the job in one process with a worker's threads, in one with all, on workers, and with one worker killed."""
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // workers)
     before = torch.get_num_threads()
@@ -74,7 +76,7 @@ def _started(cache: SpreadCache, workers: int) -> None:
 
 
 def _job(cache: LLMCache, texts: Sequence[str], victims: Sequence[int] = ()) -> tuple[list[Any], float]:
-    """What the job gives, and seconds. victims: processes that are killed when the first batches are done."""
+    """Run the job. victims: processes to kill after the first batches. Returns results and seconds."""
     doomed = list(victims)
 
     def progress(_: int, computed: int) -> None:
@@ -82,10 +84,12 @@ def _job(cache: LLMCache, texts: Sequence[str], victims: Sequence[int] = ()) -> 
             os.kill(doomed.pop(), signal.SIGKILL)
 
     began = time.perf_counter()
-    found = list(cache.run(texts, batch_size=BATCH, progress=progress))
+    results = list(cache.run(texts, batch_size=BATCH, progress=progress))
     cache.commit()
     seconds = time.perf_counter() - began
-    return [(one.id, one.tier, one.source, one.similarity, one.output.tobytes()) for one in found], seconds
+    return [
+        (result.id, result.tier, result.source, result.similarity, result.output.tobytes()) for result in results
+    ], seconds
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""Measurements in one process, the contenders in turn: medians, ratios, and the difference to the model."""
+"""Measurements of `encode`, indexes, fingerprints and opening: medians, ratios, and differences to the model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from llmcache.opening import fresh_bank
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One contender. seconds: of every repeat. difference: largest, to the model's vectors."""
+class Measurement:
+    """Measurement of one contender. seconds: of every repeat. difference: the largest, to the model's vectors."""
 
     name: str
     documents: int
@@ -50,12 +50,12 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Documents per second at the median."""
+        """Documents per second, from the median."""
         return self.documents / self.median
 
 
-def ratio(base: Row, row: Row) -> float:
-    """How many times the documents per second of `base`: median over the repeats, each against its own base."""
+def ratio(base: Measurement, row: Measurement) -> float:
+    """Return the documents per second over those of `base`: median over the repeats, each against its own base."""
     return statistics.median(
         (one / base.documents) / (other / row.documents) for one, other in zip(base.seconds, row.seconds, strict=True)
     )
@@ -64,15 +64,17 @@ def ratio(base: Row, row: Row) -> float:
 # -- encode -------------------------------------------------------------------------------------------------
 
 
-def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
-    """The model alone, and the cache with nothing, everything and half of it known, in turn in one process.
+def encode(
+    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32
+) -> list[Measurement]:
+    """Measure the model alone and the cache with none, all and half of the texts stored, in turn in one process.
 
-    Then every text three times in one call, against the unique ones. Texts that occur twice are left out.
+    Also measures every text three times in one call. Repeated texts are left out. ConfigError for fewer than 2 texts.
     """
     texts = list(dict.fromkeys(texts))
     if len(texts) < 2:
         raise ConfigError(f"the corpus has {len(texts)} different texts; a measurement needs at least 2")
-    alone = model.encode(texts, batch_size=batch_size)  # warm-up, and what the others are compared with
+    alone = model.encode(texts, batch_size=batch_size)  # warm-up, and the reference
     seconds: dict[str, list[float]] = {}
     outputs: dict[str, NDArray[np.float32]] = {}
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
@@ -85,22 +87,22 @@ def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3
     rows = []
     for name, found in seconds.items():
         expected = np.concatenate([alone] * (len(outputs[name]) // len(alone)))
-        rows.append(Row(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
+        rows.append(Measurement(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
     return rows
 
 
 def _contenders(
     model: SentenceTransformer, texts: Sequence[str], folder: Path, batch_size: int
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """Name and measured action of each contender; what an action needs is prepared before, outside of the time."""
+    """Return name and timed action of each contender; preparations are done here, outside the time."""
     full, half, thrice = (LLMCache.open(folder / name, model) for name in ("full", "half", "thrice"))
     half.encode(texts[::2], batch_size=batch_size)
     half.commit()
 
     def stored(cache: LLMCache, asked: Sequence[str]) -> Any:
-        found = cache.encode(asked, batch_size=batch_size)
+        outputs = cache.encode(asked, batch_size=batch_size)
         cache.commit()
-        return found
+        return outputs
 
     return [
         ("model alone", lambda: model.encode(texts, batch_size=batch_size)),
@@ -116,7 +118,7 @@ def _contenders(
 
 
 def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[np.float32]:
-    """Unit vectors around random centres, like documents around topics; float32 [count, dim]."""
+    """Draw unit vectors around random centres, like documents around topics; float32 [count, dim]."""
     random = np.random.default_rng(seed)
     centres = random.standard_normal((clusters, dim))
     points = centres[random.integers(0, clusters, count)] + 0.6 * random.standard_normal((count, dim))
@@ -125,9 +127,9 @@ def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[
 
 
 def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[dict[str, Any]]:
-    """Recall@1 against exact search and milliseconds per query of some index kinds, on clustered vectors.
+    """Measure recall@1 against exact search, and milliseconds per query, of index kinds on clustered vectors.
 
-    Asked are 1,024 stored vectors with a little noise, as if reworded, and 1,024 fresh ones of the same clusters.
+    Queries are 1,024 stored vectors with a little noise, as if reworded, and 1,024 new ones of the same clusters.
     """
     every = clustered(count + 1024, dim, seed=0)
     vectors, fresh = every[:count], every[count:]
@@ -169,10 +171,10 @@ def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: 
 def fingerprints(
     model: SentenceTransformer, known: Sequence[Document], asked: Sequence[Document], dim: int = 128
 ) -> list[dict[str, Any]]:
-    """How often the nearest known document has the label of the one asked; the labels stand in the ids.
+    """Measure how often the nearest known document has the label of the query. Labels are in the ids of documents.
 
     Projections are fitted on `known` only. coverage: share of `asked` that can be served, nearest first, while at
-    least 99 % (95 %) of them agree with their neighbour.
+    least 99 % (95 %) of these agree with their neighbour.
     """
     embedding = token_embedding(model)
     tokens = [tokenise(model, [one.text for one in part], None, None).ids for part in (known, asked)]
@@ -208,9 +210,9 @@ def fingerprints(
 
 
 def reopen(model_name: str, *, count: int = 100_000, repeats: int = 3) -> dict[str, Any]:
-    """Seconds from opening a store of `count` synthetic entries to its first exact and first near hit, and memory.
+    """Measure seconds from opening a store of `count` synthetic entries to its first exact and near hits, and memory.
 
-    Every opening is a process of its own, which loads the model first; neither that nor the imports are counted.
+    Every opening runs in a new process, which loads the model first; imports and loading are not in the time.
     """
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
         _synthetic(model_name, Path(folder), count)
@@ -254,16 +256,16 @@ def _synthetic(model_name: str, folder: Path, count: int) -> None:
 
 
 def opened(model_name: str, folder: str) -> dict[str, float]:
-    """Open a store, ask an exact and a near question; seconds, and resident bytes per entry. For a fresh process."""
+    """Open a store in a new process and look up one exact and one near text. Returns seconds and bytes per entry."""
     model = SentenceTransformer(model_name)
     model.encode(["warm-up"])
-    identify(model)  # the weights are mapped from their file: reading them all makes them resident, store or not
+    identify(model)  # reading the mapped weights makes them resident before the memory is measured
     before, began = _resident(), time.perf_counter()
     cache = LLMCache.open(folder, model, config=CacheConfig(tau=0.9))
     cache.encode(["document 7"])
     first_hit = time.perf_counter() - began
     if cache.stats().counters.exact_text != 1:
-        raise AssertionError("the synthetic store did not answer a text that it holds")
+        raise AssertionError("the synthetic store missed a stored text")
     exact_bytes, began = _resident() - before, time.perf_counter()
     cache.encode(["something that no document says"])
     near_seconds = time.perf_counter() - began
@@ -276,6 +278,6 @@ def opened(model_name: str, folder: str) -> dict[str, float]:
 
 
 def _resident() -> int:
-    """Resident bytes of this process, mapped files included."""
+    """Return the resident bytes of this process, mapped files included."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE

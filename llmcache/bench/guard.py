@@ -1,7 +1,7 @@
-"""What the field guard refuses, measured on pairs of texts of which it is known whether they say the same.
+"""Measurement of the field guard on pairs of texts that are labelled as the same or different.
 
 `llmcache bench guard --data DATA` prints the rows. DATA holds dup-products, dup-site-policy-revisions, pair-qqp,
-pair-mrpc, pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; what is absent is left out.
+pair-mrpc, pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; missing data sets are left out.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.errors import ConfigError
 from llmcache.near.guard.rules import KINDS, digests, refused
 
-Row: TypeAlias = dict[str, Any]
 Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
 Bools: TypeAlias = NDArray[np.bool_]
 
 QQP_PAIRS = 5000
-# a word with a capital that does not begin a sentence: what a user's own pattern for names could be
+# a capitalised word inside a sentence: an example of a user's pattern for names
 NAMES = re.compile(r"(?<=[\w,;] )(?!I\b)[A-Z]\w+")
 
 
 def measure(data: Path, encode: Encode) -> list[Row]:
-    """One row per data set and threshold of similarity.
+    """Measure the guard. Returns one row per data set and similarity threshold.
 
-    encode: texts to unit vectors, float32 [n, width]; asked for the pairs of QQP and the queries of BANKING77.
-    ConfigError: none of the data sets is there.
+    encode: texts to unit vectors, float32 [n, width]; used where pairs are compared by cosine. ConfigError when
+    `data` has none of the data sets.
     """
     parts: dict[str, Callable[[Path], list[Row]]] = {
         "dup-products": products,
@@ -51,7 +51,7 @@ def measure(data: Path, encode: Encode) -> list[Row]:
     }
     rows = [row for name, part in parts.items() if (data / name).is_dir() for row in part(data / name)]
     if not rows:
-        raise ConfigError(f"{data} has none of {', '.join(parts)}; name the folder that holds them")
+        raise ConfigError(f"{data} has none of {', '.join(parts)}; name the folder of the data sets")
     return rows
 
 
@@ -59,13 +59,13 @@ def measure(data: Path, encode: Encode) -> list[Row]:
 
 
 def products(folder: Path) -> list[Row]:
-    """Products of two shops, the same or not, by the overlap of their words."""
+    """Measure products of two shops, the same or not, by word overlap."""
     with gzip.open(folder / "product_pairs.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
         pairs = [(int(label), one, other) for _, _, label, one, other in map(json.loads, lines)]
     same = np.array([label for label, _, _ in pairs]) == 1
-    found, microseconds = _compared([one for _, one, _ in pairs], [other for _, _, other in pairs])
+    refusals, microseconds = _compared([one for _, one, _ in pairs], [other for _, _, other in pairs])
     overlap = np.array([_overlap(one, other) for _, one, other in pairs])
-    rows = list(_rows("dup-products", "word overlap", overlap, same, found, (0.0, 0.3, 0.4, 0.5, 0.6)))
+    rows = list(_rows("dup-products", "word overlap", overlap, same, refusals, (0.0, 0.3, 0.4, 0.5, 0.6)))
     texts, others = altered([one for _, one, _ in pairs])
     changed, _ = _compared(texts, others)
     row = {"data": "dup-products, one digit of a code changed", "pairs": len(texts), "wrong": int((changed < 0).sum())}
@@ -73,7 +73,7 @@ def products(folder: Path) -> list[Row]:
 
 
 def altered(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The texts with a code of letters and digits, and the same with one digit of one code changed at random."""
+    """Select texts with a code of letters and digits. Returns them, and copies with one digit of a code changed."""
     random = np.random.default_rng(0)
     ones, others = [], []
     for text in texts:
@@ -88,62 +88,66 @@ def altered(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def revisions(folder: Path) -> list[Row]:
-    """Consecutive revisions of policies. changed: pairs whose words with a digit are not the same."""
+    """Measure consecutive revisions of policies. changed: pairs whose words with digits differ."""
     texts: dict[str, list[str]] = {}
     with lzma.open(folder / "revisions.jsonl.xz", "rt", encoding="utf-8", newline="\n") as lines:
         for fact in map(json.loads, lines):
             texts.setdefault(fact["doc"], []).append(fact["text"])
     pairs = [pair for history in texts.values() for pair in pairwise(history)]
-    found, microseconds = _compared([one for one, _ in pairs], [other for _, other in pairs])
+    refusals, microseconds = _compared([one for one, _ in pairs], [other for _, other in pairs])
     words = re.compile(r"\w*\d\w*")
     changed = np.array([Counter(words.findall(one)) != Counter(words.findall(other)) for one, other in pairs])
     return [
         {
             "data": "dup-site-policy-revisions",
             "pairs": len(pairs),
-            "accepted": int((found < 0).sum()),
+            "accepted": int((refusals < 0).sum()),
             "changed": int(changed.sum()),
-            "changed_accepted": int((changed & (found < 0)).sum()),
-            "refused_by": _by_kind(found),
+            "changed_accepted": int((changed & (refusals < 0)).sum()),
+            "refused_by": _by_kind(refusals),
             "microseconds_per_text": microseconds,
         }
     ]
 
 
 def rewordings(folder: Path) -> list[Row]:
-    """Machine-written paraphrases: every refusal is a lost hit."""
+    """Measure machine-written paraphrases: every refusal is a lost hit."""
     path = next(folder.glob("*.json"))
     pairs = json.loads(path.read_text(encoding="utf-8"))
-    found, _ = _compared([pair["origin"] for pair in pairs], [pair["similar"] for pair in pairs])
-    kept = {"accepted": int((found < 0).sum()), "good_kept": float((found < 0).mean()), "refused_by": _by_kind(found)}
+    refusals, _ = _compared([pair["origin"] for pair in pairs], [pair["similar"] for pair in pairs])
+    kept = {
+        "accepted": int((refusals < 0).sum()),
+        "good_kept": float((refusals < 0).mean()),
+        "refused_by": _by_kind(refusals),
+    }
     return [{"data": "pair-gptcache-mock", "pairs": len(pairs), **kept}]
 
 
 def questions(folder: Path, encode: Encode) -> list[Row]:
-    """Pairs of questions, duplicates or not, by cosine; a random sample with a fixed seed."""
+    """Measure pairs of questions, duplicates or not, by cosine; a seeded random sample."""
     with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
         pairs = [json.loads(line) for line in lines]
     pairs = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs))[:QQP_PAIRS]]
     same = np.array([label for label, _, _ in pairs]) == 1
     ones, others = [one for _, one, _ in pairs], [other for _, _, other in pairs]
     similarity = np.sum(encode(ones) * encode(others), axis=1)
-    found, _ = _compared(ones, others)
+    refusals, _ = _compared(ones, others)
     named, _ = _compared(ones, others, NAMES)
     at = (0.8, 0.85, 0.9, 0.95)
     return [
-        *_rows("pair-qqp", "cosine", similarity, same, found, at),
+        *_rows("pair-qqp", "cosine", similarity, same, refusals, at),
         *_rows("pair-qqp, names by pattern", "cosine", similarity, same, named, at),
     ]
 
 
 def queries(folder: Path, encode: Encode) -> list[Row]:
-    """Test queries and their nearest train query; the same when they have one intent."""
+    """Measure test queries with their nearest train query; the same when the intents are equal."""
     known, asked = (_labelled(folder / f"{name}.csv") for name in ("train", "test"))
     return _nearest("cls-banking77", known, asked, encode, (0.7, 0.8, 0.9))
 
 
 def voice_commands(folder: Path, encode: Encode) -> list[Row]:
-    """Voice commands of SNIPS and their nearest among some thousand others; the same when they have one intent."""
+    """Measure SNIPS voice commands with their nearest among 5,000 others; the same when the intents are equal."""
 
     def labelled(name: str) -> list[tuple[str, str]]:
         lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
@@ -153,7 +157,7 @@ def voice_commands(folder: Path, encode: Encode) -> list[Row]:
 
 
 def film_sentences(folder: Path, encode: Encode) -> list[Row]:
-    """Sentences of SST-2 and their nearest among some thousand others; the same when they have one sentiment."""
+    """Measure SST-2 sentences with their nearest among 5,000 others; the same when the sentiments are equal."""
 
     def labelled(name: str) -> list[tuple[str, str]]:
         lines = (folder / f"{name}.txt").read_text(encoding="utf-8").split("\n")
@@ -163,13 +167,13 @@ def film_sentences(folder: Path, encode: Encode) -> list[Row]:
 
 
 def paraphrases(folder: Path) -> list[Row]:
-    """Sentence pairs of MRPC, paraphrases or not."""
+    """Measure sentence pairs of MRPC, paraphrases or not."""
     names = ("train", "val", "test")
     lines = [line for name in names for line in (folder / f"{name}.tsv").read_text(encoding="utf-8-sig").split("\n")]
     pairs = [row for row in (line.rstrip("\r").split("\t") for line in lines) if len(row) == 5 and row[0] in ("0", "1")]
-    found, _ = _compared([row[3] for row in pairs], [row[4] for row in pairs])
+    refusals, _ = _compared([row[3] for row in pairs], [row[4] for row in pairs])
     same = np.array([row[0] == "1" for row in pairs])
-    return list(_rows("pair-mrpc", "label", np.ones(len(pairs)), same, found, (1.0,)))
+    return list(_rows("pair-mrpc", "label", np.ones(len(pairs)), same, refusals, (1.0,)))
 
 
 def _sample(texts: list[tuple[str, str]], count: int = 5000) -> list[tuple[str, str]]:
@@ -183,14 +187,14 @@ def _nearest(
     encode: Encode,
     thresholds: Sequence[float],
 ) -> list[Row]:
-    """Each text that is asked, with its label, beside the most similar known one."""
+    """Compare each query with the most similar known text, by label."""
     entries = encode([text for text, _ in known])
     cosines = [block @ entries.T for block in np.array_split(encode([text for text, _ in asked]), 8)]
     similarity = np.concatenate([block.max(axis=1) for block in cosines])
     nearest = [known[place] for block in cosines for place in block.argmax(axis=1)]
     same = np.array([one[1] == other[1] for one, other in zip(asked, nearest, strict=True)])
-    found, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
-    return list(_rows(data, "cosine", similarity, same, found, thresholds))
+    refusals, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
+    return list(_rows(data, "cosine", similarity, same, refusals, thresholds))
 
 
 def _labelled(path: Path) -> list[tuple[str, str]]:
@@ -204,7 +208,7 @@ def _labelled(path: Path) -> list[tuple[str, str]]:
 def _compared(
     ones: Sequence[str], others: Sequence[str], pattern: re.Pattern[str] | None = None
 ) -> tuple[NDArray[np.int8], float]:
-    """Which kind refuses each pair, -1 for none; and the microseconds that the fields of one text took."""
+    """Return the kind that refuses each pair (-1 for none), and the microseconds per text to read fields."""
     began = time.perf_counter()
     left, right = digests(ones, pattern), digests(others, pattern)
     seconds = time.perf_counter() - began
@@ -221,14 +225,14 @@ def _rows(
     by: str,
     similarity: NDArray[np.floating],
     same: Bools,
-    found: NDArray[np.int8],
+    refusals: NDArray[np.int8],
     thresholds: Sequence[float],
 ) -> Iterator[Row]:
-    """Per threshold: what is accepted with and without the guard, and what a higher threshold alone would give."""
+    """Yield, per threshold, counts with and without the guard, and the precision of a higher threshold alone."""
     ranked = same[np.argsort(-similarity, kind="stable")]
     for threshold in thresholds:
         near = similarity >= threshold
-        accepted = near & (found < 0)
+        accepted = near & (refusals < 0)
         count = int(accepted.sum())
         yield {
             "data": data,
@@ -241,17 +245,17 @@ def _rows(
             "wrong": int((accepted & ~same).sum()),
             "precision": _share(same, accepted),
             "higher_threshold_precision": float(ranked[:count].mean()) if count else None,
-            "good_kept": _share(found < 0, near & same),
-            "wrong_kept": _share(found < 0, near & ~same),
-            "good_refused_by": _by_kind(found[near & same]),
-            "wrong_refused_by": _by_kind(found[near & ~same]),
+            "good_kept": _share(refusals < 0, near & same),
+            "wrong_kept": _share(refusals < 0, near & ~same),
+            "good_refused_by": _by_kind(refusals[near & same]),
+            "wrong_refused_by": _by_kind(refusals[near & ~same]),
         }
 
 
-def _share(what: Bools, among: Bools) -> float | None:
-    return float(what[among].mean()) if among.any() else None
+def _share(chosen: Bools, among: Bools) -> float | None:
+    return float(chosen[among].mean()) if among.any() else None
 
 
-def _by_kind(found: NDArray[np.int8]) -> dict[str, int]:
-    """How many pairs each kind refused first."""
-    return {kind: int((found == place).sum()) for place, kind in enumerate(KINDS) if (found == place).any()}
+def _by_kind(refusals: NDArray[np.int8]) -> dict[str, int]:
+    """Count the pairs that each kind refused first."""
+    return {kind: int((refusals == place).sum()) for place, kind in enumerate(KINDS) if (refusals == place).any()}

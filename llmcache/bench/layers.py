@@ -1,4 +1,4 @@
-"""`llmcache bench layers`: what attached models cost, and what layers that are known save."""
+"""Measurement of attached models, stored layers and shared trunks: `llmcache bench layers`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two ways to one result. seconds, base_seconds: of every round, taken in turn. ratio: the median of base_seconds
-    over seconds, round by round; above 1 is faster. difference: largest, to the uncached model.
+    """Comparison of two ways to compute one result.
+
+    seconds, base_seconds: of every round, taken in turn. ratio: median of base_seconds over seconds, round by round;
+    above 1 is faster. difference: the largest, to the uncached model.
     """
 
     name: str
@@ -45,23 +47,26 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(one / other for one, other in zip(self.base_seconds, self.seconds, strict=True))
+        """Speed-up over the base, median over the rounds."""
+        return statistics.median(base / own for base, own in zip(self.base_seconds, self.seconds, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
 
 
 def squad_paragraphs(path: Path, limit: int) -> list[str]:
-    """The first paragraphs of a file of SQuAD, each once."""
+    """Read the first distinct paragraphs of a SQuAD file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         articles = json.load(file)["data"]
-    every = (one["context"] for article in articles for one in article["paragraphs"])
+    every = (paragraph["context"] for article in articles for paragraph in article["paragraphs"])
     return list(islice(dict.fromkeys(every), limit))
 
 
 def layers(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5) -> list[Comparison]:
-    """A mixed batch, a second head, and a corpus of which nothing is known, each against what it should equal."""
+    """Compare a mixed batch, a second head and an attached model with an empty store with their ideal times.
+
+    ConfigError for fewer than 64 distinct texts.
+    """
     texts = list(dict.fromkeys(texts))
     if len(texts) < BATCH:
         raise ConfigError(f"the corpus has {len(texts)} different texts; a measurement needs at least {BATCH}")
@@ -75,8 +80,8 @@ def layers(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5
 
 def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
-    found = action()
-    return time.perf_counter() - began, found
+    result = action()
+    return time.perf_counter() - began, result
 
 
 def _inputs(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Any]:
@@ -93,9 +98,9 @@ def _tensors(model: SentenceTransformer, rows: TokenRows, chosen: Sequence[int])
 
 
 def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Comparison:
-    """Half of a batch is known at the last layer, a quarter at the middle one, a quarter not at all.
+    """Measure a batch of which half is stored at the last layer, a quarter at the middle one, a quarter not at all.
 
-    The base is the layers alone that are left to compute, on tensors of the sizes that are left: no look-up, no load.
+    The base is the remaining layers alone, on tensors of the remaining sizes: no look-up, no load.
     """
     trunk: Any = model.transformers_model
     inputs = _inputs(model, texts)
@@ -107,12 +112,12 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
     at_output, at_middle, new = order[:half], order[half:three], order[three:]
     expected = trunk(**inputs).last_hidden_state
 
-    def some(rows: NDArray[np.int64]) -> dict[str, Any]:
+    def selected(rows: NDArray[np.int64]) -> dict[str, Any]:
         width = int(lengths[rows].max())
         return {name: value[rows, :width] for name, value in inputs.items()}
 
-    states = {k: trunk.embeddings(some(rows)["input_ids"]) for k, rows in (("new", new), ("middle", at_middle))}
-    masks = {k: attention(some(rows)["attention_mask"], trunk) for k, rows in (("new", new), ("middle", at_middle))}
+    states = {k: trunk.embeddings(selected(rows)["input_ids"]) for k, rows in (("new", new), ("middle", at_middle))}
+    masks = {k: attention(selected(rows)["attention_mask"], trunk) for k, rows in (("new", new), ("middle", at_middle))}
 
     def remaining() -> None:
         for kind, first in (("new", 0), ("middle", middle + 1)):
@@ -124,9 +129,9 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
     for round_ in range(repeats + 1):
         path = folder / str(round_)
         with LLMCache.open(path, model, config=CacheConfig(layers=(middle,))) as cache, cache.attached():
-            trunk(**some(at_middle))
+            trunk(**selected(at_middle))
         with LLMCache.open(path, model, config=CacheConfig(layers=(last,))) as cache, cache.attached():
-            trunk(**some(at_output))
+            trunk(**selected(at_output))
         config = CacheConfig(layers=(middle, last))
         with LLMCache.open(path, model, config=config) as cache, cache.attached() as attachment:
             own, _ = _timed(remaining)
@@ -135,7 +140,7 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
             entered = attachment.entered
         shutil.rmtree(path)
         worst = max(worst, _difference(output.last_hidden_state, expected, lengths))
-        if round_:  # the first one warms up
+        if round_:  # the first round warms up
             seconds.append(took)
             base.append(own)
             model_seconds.append(of_model)
@@ -154,7 +159,7 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
 
 
 def attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
-    """The mask as the layers get it; None where nothing is hidden."""
+    """Expand a mask as BERT's layers expect it; None where nothing is hidden."""
     if bool(mask.all()):
         return None
     seen = mask[:, None, None, :].bool()
@@ -163,16 +168,16 @@ def attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
     return torch.zeros_like(seen, dtype=trunk.dtype).masked_fill(~seen, torch.finfo(trunk.dtype).min)
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor, lengths: torch.Tensor) -> float:
+def _difference(outputs: torch.Tensor, expected: torch.Tensor, lengths: torch.Tensor) -> float:
     seen = torch.arange(expected.shape[1])[None] < lengths[:, None]
-    return float((found - expected)[seen].abs().max())
+    return float((outputs - expected)[seen].abs().max())
 
 
 # -- two heads ----------------------------------------------------------------------------------------------
 
 
 class _Classifier(Module):
-    """A linear classifier on the first token's last state."""
+    """A linear classifier on the last state of the first token."""
 
     def __init__(self, trunk: Module, width: int, classes: int, seed: int) -> None:
         super().__init__()
@@ -189,12 +194,12 @@ class _Classifier(Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         states = self.trunk(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[0]
-        found: torch.Tensor = self.classifier(states[:, 0])
-        return found
+        logits: torch.Tensor = self.classifier(states[:, 0])
+        return logits
 
 
 def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Comparison:
-    """Two classifiers whose trunks differ in the last layer; the base is the second one alone."""
+    """Measure the second of two classifiers whose trunks differ in the last layer; the base is that one alone."""
     trunk: Any = model.transformers_model
     with torch.inference_mode(False):
         other = copy.deepcopy(trunk)
@@ -207,22 +212,22 @@ def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path,
 
     def alone() -> NDArray[np.float32]:
         rows = tokenise(model, texts, None, None)
-        found = np.empty((len(texts), 7), np.float32)
+        outputs = np.empty((len(texts), 7), np.float32)
         order = np.argsort(-rows.lengths, kind="stable")
         for start in range(0, len(order), 32):
             chosen = order[start : start + 32].tolist()
-            found[chosen] = tone(**_tensors(model, rows, chosen)).cpu().numpy()
-        return found
+            outputs[chosen] = tone(**_tensors(model, rows, chosen)).cpu().numpy()
+        return outputs
 
     seconds, base, worst, layer = [], [], 0.0, ""
     for round_ in range(repeats + 1):
         with LLMCache.open(folder / str(round_), model) as cache:
-            # both are named, so that the layer they share is found; the first one's outputs are known then
+            # both heads are named, so that the shared layers are found and stored by the first
             first, _ = _timed(lambda: list(cache.run_heads(texts, {"topic": topic, "tone": _like(tone)})))
             took, results = _timed(lambda: list(cache.run_heads(texts, {"topic": topic, "tone": tone})))
         own, expected = _timed(alone)
         shutil.rmtree(folder / str(round_))
-        worst = max(worst, float(np.abs(np.array([one["tone"].output for one in results]) - expected).max()))
+        worst = max(worst, float(np.abs(np.array([row["tone"].output for row in results]) - expected).max()))
         layer = str(results[0]["tone"].layer)
         if round_:
             seconds.append(took)
@@ -232,18 +237,18 @@ def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path,
 
 
 def _like(head: _Classifier) -> _Classifier:
-    """A head on the same trunk with another classifier, of which no output is stored."""
+    """Create a head on the same trunk with another classifier, whose outputs are not stored."""
     with torch.inference_mode(False):
         return _Classifier(head.trunk, head.classifier.in_features, 2, 3).eval()
 
 
-# -- nothing is known ---------------------------------------------------------------------------------------
+# -- an empty store --------------------------------------------------------------------------------------
 
 
 def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> list[Comparison]:
-    """`model.encode` while attached to an empty store, what is computed being stored, against the model by itself.
+    """Measure `model.encode` while attached to an empty store, storing included, against the model alone.
 
-    With the last output stored, and with the states of all layers, committed in the background and at once.
+    Variants: the last output stored; the states of all layers, committed in the background; and at once.
     """
     ways = {
         "attached, all miss": CacheConfig(),
@@ -257,7 +262,9 @@ def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, re
     worst, size = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
     for round_ in range(repeats + 1):
         turns = [None, *ways.items()]
-        for turn in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:  # what one writes may slow the next
+        for turn in (
+            turns[round_ % len(turns) :] + turns[: round_ % len(turns)]
+        ):  # written pages may slow the next contender
             if turn is None:
                 own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
                 base += [own] if round_ else []
@@ -265,11 +272,11 @@ def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, re
             name, config = turn
             cache = LLMCache.open(folder / name, model, config=config)
             with cache.attached():
-                took, found = _timed(lambda: model.encode(list(texts), batch_size=32))
+                took, outputs = _timed(lambda: model.encode(list(texts), batch_size=32))
             committing, _ = _timed(cache.close)
-            size[name] = sum(one.stat().st_size for one in (folder / name).rglob("*") if one.is_file())
+            size[name] = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
             shutil.rmtree(folder / name)
-            worst[name] = max(worst[name], float(np.abs(found - expected).max()))
+            worst[name] = max(worst[name], float(np.abs(outputs - expected).max()))
             seconds[name] += [took + committing] if round_ else []
     return [
         Comparison(

@@ -1,4 +1,4 @@
-"""Near reuse on labelled documents: everything fitted and calibrated on the known ones, reported on those asked."""
+"""Measurement of near reuse on labelled documents: fitted and calibrated on the known, reported on the queries."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.errors import ConfigError
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.search.projection import fit_pca
@@ -47,18 +48,17 @@ from llmcache.near.neighbors.predictor import (
 )
 
 BUDGETS = (0.001, 0.005, 0.02)
-"""Of the mean 1 - cosine over all results."""
+"""Budgets of the mean 1 - cosine over all results."""
 
 _CONSENSUS = EVIDENCE.index("consensus")
 _QUERIES = 1000
 
 Labels = NDArray[np.generic]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labelled:
-    """Entries, and the right answer to each."""
+    """Entries with the correct label of each."""
 
     entries: Entries = field(repr=False)
     labels: Labels = field(repr=False)
@@ -68,10 +68,10 @@ class Labelled:
 
 
 def labelled_texts(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(text, label) pairs to know and to ask: train.csv, train.tsv or train.txt and test of the same kind.
+    """Read (text, label) pairs of train.csv, train.tsv or train.txt, and of test in the same format.
 
-    csv: columns text and category. tsv: label, text. txt: label, a space, text. Only test.csv.gz (class, title,
-    description): three quarters are known, drawn by chance.
+    csv: columns text and category. tsv: label, text. txt: label, a space, text. With only test.csv.gz (class, title,
+    description), a random three quarters are the train part. ConfigError when a part is missing.
     """
     for ending, read in (("csv", _csv), ("tsv", _tsv), ("txt", _txt)):
         train, test = folder / f"train.{ending}", folder / f"test.{ending}"
@@ -103,7 +103,7 @@ def _txt(path: Path) -> list[tuple[str, str]]:
 
 
 def embedded(model: SentenceTransformer, pairs: Sequence[tuple[str, str]]) -> Labelled:
-    """What a cache would hold of these texts."""
+    """Compute the entries that a cache would have for these texts."""
     texts = [text for text, _ in pairs]
     tokens = tokenise(model, texts, None, None).ids
     raw = half(features(token_embedding(model), tokens, "mean"))
@@ -123,7 +123,7 @@ def near(
     confidence: float = 0.95,
     exact: bool = True,
 ) -> list[Row]:
-    """Rows of `measure` for the labelled texts in a folder."""
+    """Return the rows of `measure` for the labelled texts of a folder."""
     known, asked = (embedded(model, pairs) for pairs in labelled_texts(folder))
     return list(measure(known, asked, seeds=seeds, budget=budget, confidence=confidence, exact=exact))
 
@@ -137,11 +137,11 @@ def measure(
     confidence: float = 0.95,
     exact: bool = True,
 ) -> Iterator[Row]:
-    """One row per seed, method and budget; `summary` gives means.
+    """Yield one row per seed, method and budget; `summary` averages them.
 
-    Cached are `known`, which also calibrate (five-fold cross-fitting, the head fitted again in each). Nothing is fitted
-    on `asked`, but for the method "paper", whose tau is picked there. hits, drift and so on: of `asked`. exact: also
-    with exact kernel ridge, which takes most of the time.
+    The entries are `known`, which also calibrate (five-fold cross-fitting, with the head fitted in each fold). Nothing
+    is fitted on `asked`, except for the method "paper", whose tau is chosen there. hits, drift and so on are those of
+    `asked`. exact: also measure exact kernel ridge, which takes most of the time.
     """
     head = fitted_head(known.entries.outputs, known.labels)
     truth = _Truth(head, asked)
@@ -165,23 +165,23 @@ def measure(
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Per method and budget the mean over the seeds of every measured number, and the largest drift of any seed."""
+    """Average the rows over the seeds, per method and budget, and add the largest drift of any seed."""
     groups: dict[tuple[str, str, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["drift_is"], row["budget"]), []).append(row)
-    found = []
+    summaries = []
     for (method, kind, budget), members in groups.items():
         names = [name for name, value in members[0].items() if isinstance(value, float) and name != "budget"]
         means = {name: float(np.mean([one[name] for one in members if one[name] is not None])) for name in names}
         worst = max(one["drift"] for one in members)
-        found.append(
+        summaries.append(
             {"method": method, "drift_is": kind, "budget": budget, "seeds": len(members), **means, "worst_drift": worst}
         )
-    return found
+    return summaries
 
 
 class _Truth:
-    """What the model and the head give for the documents asked, and how far reuse is from it."""
+    """Outputs of the model and decisions of the head for the queries, and the measures of reuse against them."""
 
     def __init__(self, head: Any, asked: Labelled) -> None:
         self.head, self.outputs, self.right = head, asked.entries.outputs, asked.labels
@@ -195,10 +195,10 @@ class _Truth:
         }  # fmt: skip
 
     def reused(self, results: NDArray[np.float32], hit: NDArray[np.bool_]) -> Row:
-        taken = self.head.predict(results)
-        flips = (taken != self.given) & hit
+        decided = self.head.predict(results)
+        flips = (decided != self.given) & hit
         cosine = cosine_drift(self.outputs, results)[hit]
-        served = np.where(hit, taken, self.given)
+        served = np.where(hit, decided, self.given)
         drop = float((self.given == self.right).mean() - (served == self.right).mean())
         return {
             "hits": float(hit.mean()), "drift": float(flips.mean()),
@@ -215,7 +215,7 @@ def fitted_head(outputs: NDArray[np.float32], labels: Labels) -> Any:
 
 
 def judges(known: Labelled) -> Callable[[NDArray[np.int64]], DriftMeasure]:
-    """Judges whose heads are fitted to the rows they are asked for, each fitted once."""
+    """Return a function that fits a head to rows of the known documents and judges with it; each is fitted once."""
     made: dict[bytes, DriftMeasure] = {}
 
     def judge_of(rows: NDArray[np.int64]) -> DriftMeasure:
@@ -230,14 +230,14 @@ def judges(known: Labelled) -> Callable[[NDArray[np.int64]], DriftMeasure]:
 def _scorings(
     held: CrossFitResult, found: Neighbors
 ) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.floating]]]:
-    """Name, score of the cached entries and of the documents asked, of each way to decide which hits to trust."""
+    """Yield the name, the scores of the entries and of the queries, of each way to decide which hits to trust."""
     yield "corrected, similarity", held.found.similarity, found.similarity
     yield "corrected, consensus", held.found.evidence[:, _CONSENSUS], found.evidence[:, _CONSENSUS]
     yield "corrected, gate", held.score, safety(found.evidence)
 
 
 def _as_measured(known: Labelled, held: CrossFitResult, found: Neighbors, truth: _Truth) -> Row:
-    """The paper's kind of claim: accuracy at most 0.5 points lower on the known documents, a standard error added."""
+    """Measure a claim as in the paper: accuracy at most 0.5 points lower on the known, plus one standard error."""
     lost = np.empty(len(known.labels))
     for number in np.unique(held.fold):
         apart = held.fold == number
@@ -252,7 +252,7 @@ def _as_measured(known: Labelled, held: CrossFitResult, found: Neighbors, truth:
 def _embeddings(
     known: Labelled, asked: Labelled, held: CrossFitResult, found: Neighbors, truth: _Truth, confidence: float
 ) -> Iterator[Row]:
-    """Budgets of the mean 1 - cosine, where no head is known: what is reused is the embedding."""
+    """Measure budgets of the mean 1 - cosine, for reused embeddings without a head."""
     drift = cosine_drift(known.entries.outputs, held.found.results)
     queries = known.entries.outputs[np.random.default_rng(0).permutation(len(known.labels))[:_QUERIES]]
     for budget in BUDGETS:
@@ -269,16 +269,16 @@ def _embeddings(
 
 
 def recall(queries: NDArray[np.float32], served: NDArray[np.float32], true: NDArray[np.float32], k: int = 10) -> float:
-    """Share of the k nearest true vectors that are among the k nearest served ones, by cosine; arrays [n, out]."""
+    """Return the share of the k nearest true vectors among the k nearest served ones, by cosine; arrays [n, out]."""
     best = [np.argpartition(-(units(queries) @ units(vectors).T), k, axis=1)[:, :k] for vectors in (served, true)]
     return float(np.mean([len(np.intersect1d(one, other)) / k for one, other in zip(*best, strict=True)]))
 
 
-# -- what it is compared with -------------------------------------------------------------------------------
+# -- methods to compare with ----------------------------------------------------------------------------
 
 
 def _paper(known: Entries, asked: Entries, truth: _Truth, budget: float) -> Row:
-    """Nearest output by the PCA fingerprint above a tau that is picked on the documents asked."""
+    """Measure the paper's rule: the nearest output by the PCA fingerprint, at a tau chosen on the queries."""
     projection = fit_pca(known.features.astype(np.float32), 128)
     index = VectorIndex.build(projection.apply(known.features), kind="flat")
     rows, similarity = index.nearest(projection.apply(asked.features), 1)
@@ -297,7 +297,7 @@ def _compared(
     budget: float,
     confidence: float,
 ) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
-    """Cross-fits a way to look up (entries, asked -> results, score) and applies it to the documents asked."""
+    """Cross-fit a look-up method (entries, queries -> results, score) and apply it to the queries."""
     fold = np.random.default_rng(seed).permutation(np.arange(len(known.labels)) % 5)
     drift, score = np.empty(len(fold)), np.empty(len(fold))
     for number in range(5):
@@ -309,7 +309,7 @@ def _compared(
 
 
 def _plain(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
-    """The nearest output by the distilled fingerprint (ridge), trusted by similarity and consensus."""
+    """Measure plain reuse: the nearest output by the ridge fingerprint, trusted by similarity and consensus."""
 
     def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         found = HostNeighborIndex(entries, fit(entries.features, entries.outputs, landmarks=0), Voting()).look_up(
@@ -321,7 +321,7 @@ def _plain(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray
 
 
 def _exact(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray[np.float32], NDArray[np.float32]]:
-    """Corrected reuse with scikit-learn's exact kernel ridge at fixed settings, trusted by similarity."""
+    """Measure corrected reuse with scikit-learn's exact kernel ridge at fixed settings, trusted by similarity."""
 
     def looked_up(entries: Entries, others: Entries) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         found = HostNeighborIndex(entries, exact_kernel_ridge(entries), Voting(strength=STRENGTH)).look_up(others)
@@ -331,7 +331,7 @@ def _exact(known: Labelled, asked: Entries, *rest: Any) -> tuple[Choice, NDArray
 
 
 def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2.0) -> Predictor:
-    """scikit-learn's kernel ridge with every entry as a landmark: n^2 memory, n^3 time."""
+    """Fit scikit-learn's kernel ridge with every entry as a landmark: n^2 memory, n^3 time."""
     raw = entries.features.astype(np.float32)
     mean, matrix = components(raw)
     points = projected(raw, mean, matrix)
@@ -349,7 +349,7 @@ def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2
 
 
 def seconds_per_document(memory: HostNeighborIndex, asked: Entries, repeats: int = 5) -> dict[str, float]:
-    """Of each step of a look-up, in batches of 256; the least of some repeats."""
+    """Measure the seconds of each step of a look-up, in batches of 256; the least of the repeats."""
     steps: dict[str, float] = {}
     batches = [asked.take(np.arange(at, min(at + 256, len(asked)))) for at in range(0, len(asked), 256)]
 
@@ -357,12 +357,12 @@ def seconds_per_document(memory: HostNeighborIndex, asked: Entries, repeats: int
         spent = []
         for _ in range(repeats):
             began = time.process_time()
-            for one in batches:
-                action(one)
+            for batch in batches:
+                action(batch)
             spent.append((time.process_time() - began) / len(asked))
         steps[name] = min(spent)
 
-    timed("predict", lambda one: memory.predictor(one.features))
+    timed("predict", lambda batch: memory.predictor(batch.features))
     timed("predict, search, read", memory.neighbours)
     timed("and correct, evidence", memory.look_up)
     return steps

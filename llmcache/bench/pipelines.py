@@ -1,4 +1,4 @@
-"""A long corpus through a pipeline: peak memory against its bound, and how much of reading and look-up is hidden."""
+"""Measurement of a pipeline over a long corpus: peak memory against its bound, overlap of reading and look-up."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ _OF_MEMORY = ("peak_mib", "model_alone_mib", "peak_above_model_mib", "peak_with_
 
 
 def pool(data: Path, distinct: int, seed: int = 0) -> list[str]:
-    """Log lines and bank queries, and variations of them with other numbers and endings, all different."""
-    found: dict[str, None] = {}
+    """Draw distinct texts: log lines and bank queries, and variations with other numbers and endings."""
+    texts: dict[str, None] = {}
     for name in LOGS:
         with gzip.open(data / "dup-loghub" / f"{name}_2k.log.gz", "rt", encoding="utf-8", errors="replace") as lines:
-            found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
+            texts.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
     for name in ("train", "test"):
         with open(data / "cls-banking77" / f"{name}.csv", newline="") as file:
-            found.update(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+            texts.update(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
     chance = random.Random(seed)
-    base = list(found)
-    while len(found) < distinct:
+    base = list(texts)
+    while len(texts) < distinct:
         text = chance.choice(base)
         new = re.sub(r"\d+", lambda number: str(chance.randrange(10 ** len(number[0]))), text)
-        found[
+        texts[
             new if new != text else f"{text} {chance.choice(['Please', 'Thanks', 'Hello'])} {chance.randrange(999)}"
         ] = None
-    return chance.sample(list(found), distinct)
+    return chance.sample(list(texts), distinct)
 
 
 def corpus(path: Path, texts: Sequence[str], count: int, seed: int = 1) -> None:
-    """JSON lines: `count` documents out of these texts, each as likely as the other."""
+    """Write JSON lines with `count` documents drawn uniformly from these texts."""
     chance = random.Random(seed)
     with open(path, "w") as file:
         for i in range(count):
@@ -61,9 +61,10 @@ def corpus(path: Path, texts: Sequence[str], count: int, seed: int = 1) -> None:
 
 
 def measured(model: str, data: Path, counts: Sequence[int], distinct: int) -> list[dict[str, Any]]:
-    """One row per length of the corpus, each measured in two processes of their own: one for the seconds, and one for
-    the memory, in which what is freed goes back to the system. Else the model's buffers, of another size for every
-    batch, leave holes in the heap, and the peak is that of the holes.
+    """Measure one row per length of the corpus, each in two processes: one for the seconds, one for the memory.
+
+    In the second process freed memory returns to the system at once. Otherwise the model's buffers, which differ in
+    size from batch to batch, fragment the heap, and the peak measures the fragmentation.
     """
     texts = pool(data, distinct)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,23 +74,23 @@ def measured(model: str, data: Path, counts: Sequence[int], distinct: int) -> li
             corpus(path, texts, count)
             program = "import sys; from llmcache.bench.pipelines import child; child(*sys.argv[1:])"
             command = [sys.executable, "-c", program, model, str(path), str(Path(folder, f"store{count}"))]
-            found: dict[str, Any] = {}
+            row: dict[str, Any] = {}
             for environment in ({}, _TIDY):
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
                 )
                 now = json.loads(done.stdout.splitlines()[-1])
-                found |= now if not found else {name: now[name] for name in _OF_MEMORY}
+                row |= now if not row else {name: now[name] for name in _OF_MEMORY}
                 shutil.rmtree(Path(folder, f"store{count}"))
-            rows.append({"documents": count, "distinct": distinct, **found})
+            rows.append({"documents": count, "distinct": distinct, **row})
         return rows
 
 
 def child(model_name: str, path: str, store: str) -> None:
-    """Measure one corpus in this process; prints one JSON object.
+    """Measure one corpus in this process and print one JSON object.
 
-    Reading alone, then everything into a result file with an empty store, then reading and look-up alone with all
-    known and no thread for the reading, which is what the overlap hides.
+    Steps: reading alone; the whole pipeline with an empty store; reading and look-up alone, with all texts stored and
+    no reader thread, which is the time that the overlap hides.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -100,11 +101,11 @@ def child(model_name: str, path: str, store: str) -> None:
     began = time.perf_counter()
     longest = 0
     for part in parts(intake(documents(path)), 32 * BATCH, None):
-        longest = max(longest, sum(4 * len(one.text) for one in part.documents))
+        longest = max(longest, sum(4 * len(document.text) for document in part.documents))
     reading = time.perf_counter() - began
     with LLMCache.open(store, model) as cache:
         longest_batch = ["a long text of many words " * 60] * (2 * BATCH)
-        model.encode(longest_batch, batch_size=BATCH)  # what is loaded and made once
+        model.encode(longest_batch, batch_size=BATCH)  # warm-up
         with Peak() as alone:
             model.encode(longest_batch, batch_size=BATCH)
         with Peak() as peak:
@@ -120,7 +121,7 @@ def child(model_name: str, path: str, store: str) -> None:
     waiting = min(COMMIT_BYTES, int(60 / seconds * written.misses) * 4 * cache_width(model))
     writer = CHUNK_ROWS * (4 * cache_width(model) + 512)
     in_flight = writer + (PREFETCH + 2) * min(longest, 4 * CHARACTERS) + 32 * BATCH * (4 * cache_width(model) + 1024)
-    found = {
+    row = {
         "seconds": seconds, "reading_seconds": reading, "reading_and_look_up_seconds": looking_up,
         "model_seconds": compute, "storing_seconds": storing, "over_the_larger": seconds / max(looking_up, compute),
         "hit_rate": written.hit_rate, "entries": entries, "peak_mib": peak.above / _MIB,
@@ -128,18 +129,18 @@ def child(model_name: str, path: str, store: str) -> None:
         "peak_with_mapped_mib": peak.resident_above / _MIB,
         "bound_mib": (in_flight + 3 * waiting + BYTES_PER_ENTRY * entries) / _MIB,
     }  # fmt: skip
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(row) + "\n")
 
 
 def cache_width(model: Any) -> int:
-    """Numbers in a vector of this SentenceTransformer."""
+    """Return the number of components of a vector of this SentenceTransformer."""
     return int(model.get_embedding_dimension())
 
 
 class Peak:
-    """The most memory that a block took, above what the process had before it, looked at every 5 ms, in bytes.
+    """Context manager that measures peak memory above that at its start, sampled every 5 ms, in bytes.
 
-    above: of its own (anonymous) pages. resident_above: with mapped pages of the store, which the kernel takes back.
+    above: anonymous pages. resident_above: with mapped pages of the store, which the kernel can reclaim.
     """
 
     def __enter__(self) -> Peak:

@@ -1,4 +1,4 @@
-"""The forecast of `llmcache plan` beside the run that follows it, and what its pass costs."""
+"""Measurement of forecasts of `llmcache plan` beside the runs that follow, and of the time a forecast takes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from llmcache.cache import LLMCache
 from llmcache.errors import ConfigError
 from llmcache.pipeline.chunking import chunks
 
-_POLICIES = 8  # policies that are cut into chunks; all of them take a quarter of an hour without a cache
+_POLICIES = 8  # policies to cut into chunks; all of them take a quarter of an hour without a cache
 LOGS = ("Apache", "HDFS", "Linux", "Zookeeper")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """known: texts in the store; labels: of these, to calibrate with, None without; asked: texts of the run."""
+    """One case. known: texts in the store. labels: of these, to calibrate with, or None. asked: texts of the run."""
 
     name: str
     known: Sequence[str] = field(repr=False)
@@ -38,7 +38,7 @@ class Case:
 
 
 def cases(data: Path) -> Iterator[Case]:
-    """The corpora below a folder, each with a part of it known."""
+    """Yield the corpora of a data folder, each with a known part."""
     train, test = labelled_texts(data / "cls-banking77")
     yield Case("BANKING77, test, nothing known", [], [text for text, _ in test])
     every = [text for text, _ in (*train, *test)]
@@ -67,12 +67,10 @@ def cases(data: Path) -> Iterator[Case]:
 
 def _revisions(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
-        raise ConfigError(
-            f"the policy revisions are not at {path}; give the folder that holds dup-site-policy-revisions"
-        )
+        raise ConfigError(f"the policy revisions are not at {path}; give the folder with dup-site-policy-revisions")
     with lzma.open(path, "rt", encoding="utf-8") as file:
-        found = [json.loads(line) for line in file]
-    return sorted(found, key=lambda one: str(one["date"]))
+        revisions = [json.loads(line) for line in file]
+    return sorted(revisions, key=lambda revision: str(revision["date"]))
 
 
 def _lines(path: Path) -> list[str]:
@@ -82,20 +80,20 @@ def _lines(path: Path) -> list[str]:
 
 def measured(
     model: SentenceTransformer, data: Path, *, repeats: int = 3, wanted: str = "", limit: int | None = None,
-    said: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per case: medians over the repeats, in each of which all cases come once.
+    """Measure all cases. Returns a row per case, with medians over the repeats.
 
-    wanted: cases whose names hold this. limit: at most so many texts known and asked.
+    wanted: only cases whose names contain this. limit: most texts known, and asked.
     """
     rows = []
     for case in cases(data):
         if wanted not in case.name:
             continue
         with tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder:
-            found = [one for _ in range(repeats) for one in _measured(model, _cut(case, limit), Path(folder), repeats)]
-        rows.append(_row(case, found))
-        said(f"{case.name}: {rows[-1]['said']}")
+            runs = [run for _ in range(repeats) for run in _measured(model, _cut(case, limit), Path(folder), repeats)]
+        rows.append(_row(case, runs))
+        say(f"{case.name}: {rows[-1]['said']}")
     return rows
 
 
@@ -117,7 +115,7 @@ def _measured(model: SentenceTransformer, case: Case, folder: Path, repeats: int
         began = time.perf_counter()
         plan = cache.plan(case.asked)
         passed = time.perf_counter() - began
-        computed = sum(one.tier == "miss" for one in cache.run(case.asked))
+        computed = sum(result.tier == "miss" for result in cache.run(case.asked))
         counters = cache.stats().counters
         compared = plan.compared(len(case.asked), computed, counters.model_seconds + counters.overhead_seconds)
     yield {**compared.as_dict(), "uncached": uncached, "forecast_uncached": plan.uncached_seconds, "pass": passed,
@@ -129,22 +127,22 @@ def _filled(model: SentenceTransformer, case: Case, store: Path) -> None:
     with LLMCache.open(store, model) as cache:
         if not len(case.known):
             return
-        outputs = np.stack([one.output for one in cache.run(case.known)])
+        outputs = np.stack([result.output for result in cache.run(case.known)])
         if case.labels is not None:
             head = LogisticRegression(C=10, max_iter=300).fit(outputs, list(case.labels))
             cache.calibrate(budget=0.005, head=head)
 
 
-def _row(case: Case, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(case: Case, repeats: list[dict[str, Any]]) -> dict[str, Any]:
     def middle(name: str) -> float:
-        return float(median(one[name] for one in found))
+        return float(median(one[name] for one in repeats))
 
     return {
-        "case": case.name, "documents": len(found) and found[0]["documents"], "known": len(case.known),
+        "case": case.name, "documents": len(repeats) and repeats[0]["documents"], "known": len(case.known),
         **{name: middle(name) for name in ("forecast_hit_rate", "hit_rate", "points", "forecast_seconds", "seconds",
                                            "time", "uncached", "forecast_uncached", "pass", "new_bytes")},
-        "pass_share": median(one["pass"] / one["uncached"] for one in found),
-        "uncached_time": median(one["uncached"] / one["forecast_uncached"] for one in found),
-        "cost_from": found[-1]["cost_from"], "near_from": found[-1]["near_from"], "said": found[-1]["said"],
-        "repeats": found,
+        "pass_share": median(one["pass"] / one["uncached"] for one in repeats),
+        "uncached_time": median(one["uncached"] / one["forecast_uncached"] for one in repeats),
+        "cost_from": repeats[-1]["cost_from"], "near_from": repeats[-1]["near_from"], "said": repeats[-1]["said"],
+        "repeats": repeats,
     }  # fmt: skip

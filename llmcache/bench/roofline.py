@@ -1,7 +1,7 @@
-"""How near each tier comes to what the machine allows: the bytes and operations it must move, and the limits measured.
+"""Roofline of the tiers: bytes and operations of each, beside the measured limits of the machine.
 
-Limits and tiers are measured in turn in one process, so that a busy machine slows both. A floor is what a tier would
-take if its bytes moved at the speed of `memcpy`, or its operations ran at that of a large product of matrices.
+Limits and tiers are measured in turn in one process, so that a busy machine slows both. A floor is the time of a tier
+if its bytes moved at the speed of `memcpy`, or its operations ran at that of a large matrix product.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.arrays import Floats32
 from llmcache.cache import LLMCache
 from llmcache.decoders.kv_buffer import KVBuffer, KVLayout
 from llmcache.decoders.prefix_cache import restore
@@ -36,24 +37,25 @@ from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
 from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions
 
 BATCH, TOKENS, WIDTH = 256, 150, 384
-"""Rows that are read together, and what one row of a layer's bank holds: float32 [150, 384]."""
+"""Rows read together, and the shape of one row of a layer's bank: float32 [150, 384]."""
 BEGINNING, BLOCK = 512, 16
-"""Tokens of a decoder's beginning, and of a block of it that is stored as one row."""
+"""Tokens of a decoder's prefix, and of one KV block."""
 QUERY = 12
 """Tokens of a query."""
 HELD = 200_000
-"""Entries that near reuse holds in memory at most (`llmcache.near.neighbors.bank_entries.MOST`)."""
+"""Most entries that near reuse holds in memory (`llmcache.near.neighbors.bank_entries.MOST`)."""
 _COPIED = 256 << 20
 _SIDE = 2048
 _ROWS = 2048  # of a layer, 472 MB
 _BEGINNINGS = 8  # 315 MB
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement of one tier. seconds: of each repeat; moved, operations: in one of them; floor: seconds."""
+class RooflineMeasurement:
+    """Measurement of one tier. seconds: of each repeat. moved, operations: bytes and operations of one repeat.
+
+    floor: seconds at the limit of the machine.
+    """
 
     tier: str
     what: str
@@ -65,8 +67,8 @@ class Row:
     floor: float
 
     def as_dict(self) -> dict[str, Any]:
-        """With medians; share: floor over seconds."""
-        shares = [self.floor / one for one in self.seconds]
+        """Return a row with medians. share: floor over seconds."""
+        shares = [self.floor / seconds for seconds in self.seconds]
         return {
             "tier": self.tier, "what": self.what, "documents": self.documents, "bound": self.bound,
             "bytes": self.moved, "operations": self.operations, "seconds": statistics.median(self.seconds),
@@ -89,10 +91,11 @@ class _Task:
 def roofline(
     model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5, entries: Sequence[int] = (10_000, 1_000_000)
 ) -> dict[str, Any]:
-    """All tiers against their floors, and near look-ups against the model. texts: some thousand different documents.
+    """Measure all tiers against their floors, and near look-ups against the model.
 
-    entries: sizes of stores whose near look-up is measured, beside what the model takes for a query of 12 tokens.
-    Returns rows (`Row.as_dict`), near (a row per size) and the limits.
+    texts: a few thousand distinct documents. entries: store sizes for near look-ups, which are compared with the
+    model's time for a query of 12 tokens.
+    Returns rows (`RooflineMeasurement.as_dict`), near (a row per size) and the limits.
     """
     load = [os.getloadavg()[0]]
     rows: dict[str, list[float]] = {}
@@ -107,19 +110,21 @@ def roofline(
                 task.act()
                 rows.setdefault(task.what, []).append(time.perf_counter() - began)
             tasks[task.what] = task
-    # of all of them: a copy that meets the kernel tidying its pages up is several times as slow as the next one
+    # medians over all repeats: a copy during the kernel's page reclaim is several times as slow as the next
     copied, multiplied = (statistics.median(column) for column in zip(*limits, strict=True))
-    found = []
+    results = []
     for what, seconds in rows.items():
         task = tasks[what]
         moving, counting = task.moved / copied, task.operations / multiplied
         bound, floor = ("memory", moving) if moving >= counting else ("arithmetic", counting)
-        row = Row(task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor)
-        found.append(row.as_dict())
+        row = RooflineMeasurement(
+            task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor
+        )
+        results.append(row.as_dict())
     near = [near_look_up(model, size, repeats) for size in entries]
     load.append(os.getloadavg()[0])
     return {
-        "rows": found, "near": near, "load": load,
+        "rows": results, "near": near, "load": load,
         "copy_bytes_per_second": copied, "operations_per_second": multiplied,
     }  # fmt: skip
 
@@ -128,18 +133,18 @@ def roofline(
 
 
 def _copying() -> float:
-    """Bytes a second of a copy into new memory, as every reading has to make one."""
-    given = np.ones(_COPIED // 8, np.float64)
+    """Measure the bytes per second of a copy into new memory, as every read makes one."""
+    source = np.ones(_COPIED // 8, np.float64)
     began = time.perf_counter()
-    given.copy()
-    return given.nbytes / (time.perf_counter() - began)
+    source.copy()
+    return source.nbytes / (time.perf_counter() - began)
 
 
 def _multiplying() -> float:
-    """Operations a second of a product of large matrices."""
-    one = np.ones((_SIDE, _SIDE), np.float32)
+    """Measure the operations per second of a large matrix product."""
+    square = np.ones((_SIDE, _SIDE), np.float32)
     began = time.perf_counter()
-    one @ one
+    square @ square
     return 2 * _SIDE**3 / (time.perf_counter() - began)
 
 
@@ -154,7 +159,7 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
         size = _ROWS * TOKENS * WIDTH * 4
         yield _Task(
             "exact", f"rows of {TOKENS} x {WIDTH} float32, batches of {BATCH}", _ROWS, size, 0,
-            lambda: [bank.read(bank.find(one)) for one in batches],
+            lambda: [bank.read(bank.find(batch)) for batch in batches],
         )  # fmt: skip
     yield from _beginnings(folder)
     with LLMCache.open(folder / "output", model) as cache:
@@ -185,7 +190,7 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
 
 
 def _beginnings(folder: Path) -> Iterator[_Task]:
-    """Keys, values and states of GPT-2-small's shape, read from blocks and put where a forward goes on from them."""
+    """Restore keys, values and states of GPT-2-small's shape from KV blocks into the layout of a forward."""
     heads, dim, layers = 12, 64, 12
     shape = KVLayout(((heads, dim),) * (2 * layers), heads * dim, torch.float32, True, True, tuple)
     each = BEGINNING // BLOCK
@@ -208,7 +213,7 @@ def _beginnings(folder: Path) -> Iterator[_Task]:
 
 
 def _searches() -> Iterator[_Task]:
-    """A flat index must compare every vector: it is bound by arithmetic in large batches."""
+    """Search a flat index, which compares every vector: bound by arithmetic in large batches."""
     random = np.random.default_rng(2)
     vectors = _units(random.standard_normal((10_000, 64)))
     queries = _units(random.standard_normal((2048, 64)))
@@ -220,8 +225,8 @@ def _searches() -> Iterator[_Task]:
     )  # fmt: skip
 
 
-def _storing(folder: Path, texts: list[str], outputs: Floats) -> Iterator[_Task]:
-    """Putting and committing vectors; the floor is a copy, the disk adds to it."""
+def _storing(folder: Path, texts: list[str], outputs: Floats32) -> Iterator[_Task]:
+    """Put and commit vectors; the floor is a copy, to which the disk adds."""
     count = [0]
 
     def store() -> None:
@@ -263,11 +268,10 @@ def _put(bank: Bank, values: Any, tokens: int = TOKENS) -> NDArray[np.uint64]:
 
 
 def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds per query of 12 tokens: a near look-up among so many entries, corrected results included, and the
-    model.
+    """Measure milliseconds per query of 12 tokens: near look-ups with corrected results, plain look-ups, the model.
 
-    The entries are drawn around centres. Near reuse holds at most 200,000 of them in memory; of the plain rule
-    (`tau`) the index over all of them is asked.
+    Entries are drawn around centres. Near reuse holds at most 200,000 of them in memory; the plain rule (`tau`)
+    searches an index over all of them.
     """
     random = np.random.default_rng(3)
     held = min(entries, HELD)
@@ -307,7 +311,7 @@ def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict
 
 
 def _predictor(width: int, out: int) -> Predictor:
-    """One of the usual size; what it predicts does not matter here."""
+    """Create a random predictor of the usual size; its predictions do not matter here."""
     random = np.random.default_rng(4)
     return Predictor(
         mean=np.zeros(width, np.float32), matrix=_normal(random, width, min(width, 256)),
@@ -317,9 +321,9 @@ def _predictor(width: int, out: int) -> Predictor:
     )  # fmt: skip
 
 
-def _normal(random: np.random.Generator, rows: int, columns: int) -> Floats:
+def _normal(random: np.random.Generator, rows: int, columns: int) -> Floats32:
     return random.standard_normal((rows, columns), np.float32)
 
 
-def _units(vectors: NDArray[np.floating]) -> Floats:
+def _units(vectors: NDArray[np.floating]) -> Floats32:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)

@@ -1,4 +1,4 @@
-"""What a store of very many documents takes, from measured constants. Needs neither torch nor FAISS."""
+"""Estimates for stores of very many documents, from measured constants. Needs neither torch nor FAISS."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from llmcache.indexes.format.manifest import (
 )
 from llmcache.indexes.format.manifest_json import MAX_BYTES, to_bytes
 
-# measured on two cores; where they come from stands in docs/scaling.md
+# measured on two cores; docs/scaling.md names the sources
 OVERHEAD = 118.8  # bytes of an entry beyond output, features and token ids (`bench store`, store.json)
 KEYS = 231.3  # resident bytes of an entry in an open store (`bench open`, open-1000000.json)
 OPENING = 1.104e-6  # seconds an entry (the same)
 INDEX = {"ivf-fp16": 270.6, "ivf-sq8": 142.6, "hnsw": 784.2}  # bytes a vector of 128 components (index-100000.json)
 LOOK_UP = {"ivf-fp16": 31.8e-6, "ivf-sq8": 34.4e-6, "hnsw": 56.9e-6}  # seconds a query among 100,000 (the same)
 HITS = 246_000  # documents a second (`bench encode`, encode-banking77.json)
-COMPUTED = 622  # the same, of short queries that the model computes, on two cores
+COMPUTED = 622  # documents a second computed by the model, short queries, two cores
 SEGMENT = 256 << 20  # bytes of outputs after which a commit is due
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """documents; width: numbers of an output; tokens: of a document; shards, one a machine.
+    """Size of a job.
 
-    memory: bytes of each machine. gigabits: a second, of its network. rate: documents a second that one computes.
+    width: components of an output. tokens: per document. shards: stores, one per machine. memory: bytes per machine.
+    gigabits: network speed of a machine, gigabits per second. rate: documents that a machine computes per second.
     """
 
     documents: float = 1e9
@@ -45,9 +46,12 @@ class Job:
 
 
 def arithmetic(job: Job) -> list[dict[str, Any]]:
-    """Rows of quantity, value in all and value in one shard; both are numbers, in the unit that the name says."""
+    """Estimate all quantities. Returns rows of name, total and value per shard, in the unit given in the name.
+
+    ConfigError for numbers that are not above 0, or an unknown index.
+    """
     if job.index not in INDEX or min(job.documents, job.width, job.tokens, job.shards, job.gigabits, job.rate) <= 0:
-        raise ConfigError(f"all numbers are above 0, and the index is one of {', '.join(INDEX)}")
+        raise ConfigError(f"all numbers have to be above 0, and the index one of {', '.join(INDEX)}")
     entry = 4 * job.width + 2 * job.width + 4 * job.tokens + OVERHEAD
     segments = math.ceil(job.documents * 4 * job.width / SEGMENT)
     per_segment = manifest_bytes_per_segment()
@@ -80,7 +84,7 @@ def arithmetic(job: Job) -> list[dict[str, Any]]:
 
 
 def manifest_bytes_per_segment() -> int:
-    """Bytes that one more segment adds to a manifest, as it is written."""
+    """Compute the bytes that one more segment adds to a written manifest."""
     sizes = []
     for count in (100, 200):
         segments = tuple(_segment(f"{n:032x}") for n in range(count))

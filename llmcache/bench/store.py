@@ -1,4 +1,4 @@
-"""What `llmcache bench store` measures: rows per second, merges against `cp -r`, and what a store adds."""
+"""Measurement of the store without a model: rows per second, merges against `cp -r`, bytes of overhead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from llmcache.bench.store_rows import (
     FEATURES,
     TOKENS,
-    Rows,
+    StoredRows,
     fill,
     reading,
     writing,
@@ -33,11 +33,11 @@ LEAST_ROWS = 16
 
 
 def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int) -> dict[str, Any]:
-    """All figures for stores of about `payload` bytes of activations, by size of a row in bytes.
+    """Measure stores of about `payload` bytes of activations, for each row size in bytes.
 
-    where: folder to make the stores in, which must be there; they are removed again. None: that of temporary files.
-    load: of the result, what ran on the machine, itself included, in the minute before and in the last one.
-    ConfigError when a size is not one of float32 rows, or so large that fewer than 16 rows are left.
+    where: existing folder for the stores, which are removed afterwards; None for the temporary folder. Returns rates,
+    merges and overhead; load: load average of the minute before, and of the last minute. ConfigError when a size is not
+    a multiple of 4 bytes, or so large that fewer than 16 rows fit.
     """
     for size in sizes:
         if size < 4 or size % 4 or payload < LEAST_ROWS * size:
@@ -46,7 +46,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
                 f"of 4 bytes, and {LEAST_ROWS} of them must fit; give other --rows or a larger --payload"
             )
     if where is not None and not Path(where).is_dir():
-        raise ConfigError(f"{where} is no folder; make it, or leave --folder away")
+        raise ConfigError(f"{where} is no folder; create it, or leave --folder out")
     load = [os.getloadavg()[0]]
     rates: list[dict[str, Any]] = []
     merges: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-", dir=where) as name:
         folder = Path(name)
         for size in sizes:
-            rows = Rows.drawn(size, payload)
+            rows = StoredRows.drawn(size, payload)
             found = writing(rows, folder, repeats) + reading(rows, folder / "read", repeats)
             rates += [one.as_dict(found) for one in found]
             merges += merging(size, payload // 2, folder / "merge", repeats)
@@ -80,13 +80,13 @@ def _file_system(folder: Path) -> str:
 
 
 def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Two stores into a new one: linked, copied, and copied where an eighth of the rows are in both.
+    """Measure merges of two stores into a new one: linked, copied, and copied with an eighth of the rows in both.
 
-    Against `cp -r` of the two folders with and without waiting for the disk (syncfs): a merge waits, and reads every
-    byte it copies twice over (its checksums). What is copied was in the page cache.
+    The base is `cp -r` of the two folders, with and without waiting for the disk (syncfs): a merge waits, and reads
+    every copied byte twice, for its checksums. The sources are in the page cache.
     """
     folder.mkdir(parents=True)
-    rows = Rows.drawn(row_bytes, payload)
+    rows = StoredRows.drawn(row_bytes, payload)
     half, part = len(rows) // 2, len(rows) // 8
     stores = {"a": slice(0, half), "b": slice(half, None), "c": slice(half - part, None)}
     for name, block in stores.items():
@@ -139,32 +139,34 @@ def _copied(sources: list[Path], target: Path, *, wait: bool) -> None:
 
 
 def _bytes(path: Path) -> int:
-    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def overhead(row_bytes: int, payload: int, folder: Path) -> dict[str, Any]:
-    """What a store takes up beside activations, fingerprints and token ids: records, names, source ids, manifests.
+    """Measure the bytes of a store beside activations, features and token ids: records, keys, source ids, manifests.
 
-    Every entry has one name (its text) and a source id such as "document 12345". There is no index: it is derived.
+    Every entry has one text key and a source id such as "document 12345". There is no index, since it is derived.
     """
-    rows = Rows.drawn(row_bytes, payload)
+    rows = StoredRows.drawn(row_bytes, payload)
     fill(folder, rows)
     opened = Folder(folder)
     try:
-        every = disk_bytes(opened)
+        total = disk_bytes(opened)
         newest = generations(opened)[0]
         manifest = from_bytes(opened.read(generation_name(newest), 1 << 24), generation_name(newest))
     finally:
         opened.close()
-    segments = [one for space in manifest.namespaces.values() for bank in space.banks.values() for one in bank.segments]
-    count, content = sum(one.rows for one in segments), sum(one.payload for one in segments)
+    segments = [
+        segment for space in manifest.namespaces.values() for bank in space.banks.values() for segment in bank.segments
+    ]
+    count, content = sum(segment.rows for segment in segments), sum(segment.payload for segment in segments)
     features, tokens = count * FEATURES * 2, count * TOKENS * 4
-    rest = every - content - features - tokens
+    rest = total - content - features - tokens
     shutil.rmtree(folder)
     return {
         "row_bytes": row_bytes,
         "entries": count,
-        "disk_bytes": every,
+        "disk_bytes": total,
         "payload_bytes": content,
         "feature_bytes": features,
         "token_bytes": tokens,

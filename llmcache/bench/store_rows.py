@@ -1,6 +1,6 @@
-"""Rows a store writes and reads per second, against the system calls alone on the same bytes.
+"""Measurement of rows written and read per second, against the bare system calls on the same bytes.
 
-All through the public path: `Bank.put` and `Store.commit`; `Bank.find` and `Bank.read`, every checksum compared.
+All calls take the public path: `Bank.put` and `Store.commit`; `Bank.find` and `Bank.read` with every checksum compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
 FEATURES = 384
-"""Width of a fingerprint before its projection, as all-MiniLM-L6-v2 has it."""
+"""Width of the features, as in all-MiniLM-L6-v2."""
 TOKENS = 12
 _COMMIT = 64 << 20
 _PUT = 8 << 20
@@ -40,7 +40,7 @@ _BANK = ("default", "output")
 
 @dataclass(slots=True)
 class Rate:
-    """One contender. base: the contender it is compared with, "" for those that are raw. seconds: of every repeat."""
+    """Rate of one contender. base: contender to compare with, "" for bare system calls. seconds: of every repeat."""
 
     row_bytes: int
     operation: str
@@ -54,21 +54,22 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """Rows per second at the median."""
+        """Rows per second, from the median."""
         return self.rows / statistics.median(self.seconds)
 
     def as_dict(self, others: list[Rate]) -> dict[str, Any]:
-        """For a record; ratio: rows per second over those of the base, median over the repeats, each to its own.
+        """Return a row. ratio: rows per second over the base, median of the repeats, each against its own base.
 
-        ratio_of_best: the same of the quickest repeats, which tell more on a machine that has other work to do.
+        ratio_of_best: the same for the quickest repeats, which say more on a busy machine.
         """
         place = (self.row_bytes, self.operation, self.cache, self.order)
-        found = [
-            one
-            for one in others
-            if (one.row_bytes, one.operation, one.cache, one.order) == place and one.contender == (self.base or None)
+        bases = [
+            other
+            for other in others
+            if (other.row_bytes, other.operation, other.cache, other.order) == place
+            and other.contender == (self.base or None)
         ]
-        ratios = [raw / mine for one in found for raw, mine in zip(one.seconds, self.seconds, strict=True)]
+        ratios = [raw / mine for other in bases for raw, mine in zip(other.seconds, self.seconds, strict=True)]
         return {
             "row_bytes": self.row_bytes,
             "operation": self.operation,
@@ -81,14 +82,14 @@ class Rate:
             "rows_per_second": self.per_second,
             "mib_per_second": self.per_second * self.row_bytes / 2**20,
             "ratio": statistics.median(ratios) if ratios else None,
-            "ratio_of_best": min(found[0].seconds) / min(self.seconds) if found else None,
+            "ratio_of_best": min(bases[0].seconds) / min(self.seconds) if bases else None,
             "resident_before": max(self.resident, default=None),
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """What is stored: float32 values [n, width], keys and text keys uint64 [n, 2], features float32 [n, 384]."""
+class StoredRows:
+    """Rows to store: float32 values [n, width], keys and text keys uint64 [n, 2], features float32 [n, 384]."""
 
     values: NDArray[np.float32]
     keys: Keys
@@ -98,8 +99,8 @@ class Rows:
     sources: list[str]
 
     @classmethod
-    def drawn(cls, row_bytes: int, payload: int, seed: int = 0) -> Rows:
-        """Random rows of this many bytes, about `payload` bytes in all."""
+    def drawn(cls, row_bytes: int, payload: int, seed: int = 0) -> StoredRows:
+        """Draw random rows of `row_bytes`, about `payload` bytes in all."""
         random = np.random.default_rng(seed)
         count = max(1, payload // row_bytes)
         return cls(
@@ -119,12 +120,12 @@ class Rows:
         return int(self.values.shape[1]) * 4
 
     def blocks(self, nbytes: int) -> Iterator[slice]:
-        """Slices of about this many bytes of values."""
+        """Return slices of about `nbytes` of values."""
         step = max(1, nbytes // self.row_bytes)
         return (slice(start, min(start + step, len(self))) for start in range(0, len(self), step))
 
-    def part(self, chosen: slice) -> Rows:
-        return Rows(
+    def part(self, chosen: slice) -> StoredRows:
+        return StoredRows(
             self.values[chosen],
             self.keys[chosen],
             self.texts[chosen],
@@ -138,13 +139,13 @@ class Rows:
 
 
 def bank_of(store: Store, row_bytes: int) -> Bank:
-    """The one bank; it builds no index, which is not what is measured."""
+    """Open the only bank, without an index, which is not measured here."""
     return store.bank(
         *_BANK, lambda: BankFacts("float32", row_bytes // 4, 1, FEATURES), NearChoice(projection="none", index="flat")
     )
 
 
-def fill(folder: Path, rows: Rows) -> None:
+def fill(folder: Path, rows: StoredRows) -> None:
     """Put all rows, about 8 MiB at a time, and commit them, about 64 MiB at a time."""
     with closing(Store.open(folder, create=True)) as store:
         store.declare("default", {"name": "bench"}, {})
@@ -170,23 +171,23 @@ def fill(folder: Path, rows: Rows) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def writing(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
-    """The store, and `pwrite` of the same values with the same number of files, each synced, and its folder."""
+def writing(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
+    """Measure writing by the store, and `pwrite` of the same values into as many files, with fsync of each."""
     raw = Rate(rows.row_bytes, "write", "", "stored", "pwrite + fsync", "", len(rows))
     mine = Rate(rows.row_bytes, "write", "", "stored", "put + commit", raw.contender, len(rows))
     for round_ in range(repeats + 1):
         for rate, action in ((raw, _raw_written), (mine, fill)):
             place = folder / uuid.uuid4().hex
-            os.sync()  # what others left to be written is not on this one's time
+            os.sync()  # dirty pages of others do not count
             began = time.perf_counter()
             action(place, rows)
-            if round_:  # the first round is the machine's: memory that it has not had in use before comes slowly
+            if round_:  # the first round warms up: the kernel hands out new memory slowly
                 rate.seconds.append(time.perf_counter() - began)
             shutil.rmtree(place)
     return [raw, mine]
 
 
-def _raw_written(folder: Path, rows: Rows) -> None:
+def _raw_written(folder: Path, rows: StoredRows) -> None:
     folder.mkdir()
     above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     for number, block in enumerate(rows.blocks(_COMMIT)):
@@ -204,14 +205,14 @@ def _raw_written(folder: Path, rows: Rows) -> None:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-_Opened: TypeAlias = tuple[Callable[[], None], Callable[[], None]]  # reads all rows; closes
+_Opened: TypeAlias = tuple[Callable[[], None], Callable[[], None]]  # functions that read all rows, and close
 
 
-def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
-    """A filled store, mapped and with `preadv`, against both alone, into new arrays of 16 MiB; cold and warm.
+def reading(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
+    """Measure reading a store, mapped and with `preadv`, against bare copies and calls into new arrays of 16 MiB.
 
-    Cold is the first reading after the files were dropped from the page cache, warm the second one in a row. In the
-    order in which rows were stored, and in a random one.
+    Cold is the first read after the files were dropped from the page cache, warm the second in a row. Rows are read in
+    the stored order and in a random one.
     """
     fill(folder, rows)
     files = sorted((folder / "seg").glob("*.seg"))
@@ -219,7 +220,7 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     shuffled = np.random.default_rng(1).permutation(len(rows))
     for round_ in range(repeats):
         for order, numbers in (("stored", np.arange(len(rows))), ("shuffled", shuffled)):
-            contenders: list[tuple[str, str, Callable[[Path, Rows, NDArray[np.int64]], _Opened]]] = [
+            contenders: list[tuple[str, str, Callable[[Path, StoredRows, NDArray[np.int64]], _Opened]]] = [
                 ("preadv", "", _raw_preadv),
                 ("memcpy", "", _raw_memcpy),
                 ("store, mmap", "memcpy", partial(_stored, how="mmap")),
@@ -228,7 +229,7 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
             for name, base, open_ in contenders[round_ % 4 :] + contenders[: round_ % 4]:
                 read, end = open_(folder, rows, numbers)
                 for cache in ("cold", "warm"):
-                    chosen = "preadv" if cache == "cold" and base else base  # what a disk gives at best
+                    chosen = "preadv" if cache == "cold" and base else base  # the best a disk can do
                     rate = rates.setdefault(
                         (cache, order, name), Rate(rows.row_bytes, "read", cache, order, name, chosen, len(rows))
                     )
@@ -244,11 +245,11 @@ def reading(rows: Rows, folder: Path, repeats: int) -> list[Rate]:
     return list(rates.values())
 
 
-def _batches(rows: Rows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _batches(rows: StoredRows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [numbers[block] for block in rows.blocks(_BATCH)]
 
 
-def _stored(folder: Path, rows: Rows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]) -> _Opened:
+def _stored(folder: Path, rows: StoredRows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]) -> _Opened:
     store = Store.open(folder, reading=how, uses=False)
     bank = bank_of(store, rows.row_bytes)
     asked = [rows.keys[batch] for batch in _batches(rows, numbers)]
@@ -261,8 +262,10 @@ def _stored(folder: Path, rows: Rows, numbers: NDArray[np.int64], how: Literal["
     return read, store.close
 
 
-def _places(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> tuple[list[Path], list[list[tuple[int, int]]]]:
-    """The files in the order of the manifest; for each batch the file's number and the offset of each row."""
+def _places(
+    folder: Path, rows: StoredRows, numbers: NDArray[np.int64]
+) -> tuple[list[Path], list[list[tuple[int, int]]]]:
+    """Return the files in the order of the manifest, and for each batch the file number and offset of each row."""
     with closing(Store.open(folder, uses=False)) as store:
         segments = store.manifest.namespaces[_BANK[0]].banks[_BANK[1]].segments
     starts = np.cumsum([0, *(one.rows for one in segments)])
@@ -274,7 +277,7 @@ def _places(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> tuple[list[
     return [folder / one.file("seg").name for one in segments], found
 
 
-def _raw_preadv(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened:
+def _raw_preadv(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
     files, batches = _places(folder, rows, numbers)
     descriptors = [os.open(one, os.O_RDONLY) for one in files]
 
@@ -291,7 +294,7 @@ def _raw_preadv(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened
     return read, end
 
 
-def _raw_memcpy(folder: Path, rows: Rows, numbers: NDArray[np.int64]) -> _Opened:
+def _raw_memcpy(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
     files, batches = _places(folder, rows, numbers)
     maps = []
     for path in files:

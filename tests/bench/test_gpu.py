@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmcache.bench.gpu import gpu as subject
+from llmcache.bench.gpu import runner as subject
 from llmcache.bench.harness.shapes import (
     SHAPES,
     sentences,
@@ -115,7 +115,7 @@ def test_the_table_is_for_people_and_a_failure_leaves_the_other_parts(
     assert done.code == 1
     for name in (
         "device memory",
-        "Nothing known",
+        "Empty cache",
         "matrix product",
         "of the model",
         "prefix: RuntimeError: out of memory",
@@ -127,11 +127,11 @@ def test_the_table_is_for_people_and_a_failure_leaves_the_other_parts(
 
 
 def test_parts_that_no_time_is_left_for_are_left_out_and_said(tmp_path: Path) -> None:
-    said: list[str] = []
-    found = subject.measured(None, minutes=0, only="bandwidth,search", device="cpu", tiny=True, said=said.append)
+    lines: list[str] = []
+    found = subject.measured(None, minutes=0, only="bandwidth,search", device="cpu", tiny=True, say=lines.append)
     assert "result" in found["parts"]["bandwidth"]
     assert found["parts"]["search"] == {"skipped": "no time was left"}
-    assert said == ["search: no time is left"]
+    assert lines == ["search: no time is left"]
 
 
 def test_models_of_a_shape_are_the_same_each_time_and_have_its_layers() -> None:

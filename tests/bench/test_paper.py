@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper import (
     accuracy,
     fingerprints,
@@ -29,7 +30,7 @@ from llmcache.bench.paper import (
 from llmcache.bench.paper import eviction as evictions
 from llmcache.bench.paper import layer_hits as layerwise
 from llmcache.bench.paper import thresholds as taus
-from llmcache.bench.paper.decoders import beginnings, decoders, first_token
+from llmcache.bench.paper.decoders import decoders, first_token, prefix_representatives
 from llmcache.bench.paper.experiments import EXPERIMENTS
 from llmcache.bench.paper.latency import LOWEST, check, latency, layer_taus
 from llmcache.bench.paper.models import (
@@ -193,7 +194,7 @@ def test_a_decoder_with_restored_beginnings_gives_its_own_logits(
 
 def test_beginnings_that_are_asked_come_first_and_once() -> None:
     same = "x" * 60
-    assert beginnings(["a", same + "1", "b", same + "2"], [same + "3"], 2) == [same + "1", "a"]
+    assert prefix_representatives(["a", same + "1", "b", same + "2"], [same + "3"], 2) == [same + "1", "a"]
 
 
 def test_decisions_are_those_of_a_linear_classifier_over_standardised_outputs(made: dict[str, Made]) -> None:
@@ -378,7 +379,7 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def part(name: str) -> records.Part:
-        def measure(work: Work) -> list[records.Row]:
+        def measure(work: Work) -> list[Row]:
             asked.append(name)
             if name == "broken" and len(asked) < 3:
                 raise KeyboardInterrupt
@@ -387,23 +388,23 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path) -> None:
         return measure
 
     experiments = {"one": {name: part(name) for name in ("first", "broken")}}
-    work, said = Work(tmp_path, tmp_path, repeats=1), list[str]()
+    work, lines = Work(tmp_path, tmp_path, repeats=1), list[str]()
     with pytest.raises(KeyboardInterrupt):
-        records.run(experiments, ["one"], work, tmp_path, say=said.append)
+        records.run(experiments, ["one"], work, tmp_path, say=lines.append)
     kept = records.read(tmp_path / "one.json")
     assert kept is not None
     assert (list(kept["parts"]), kept["complete"]) == (["first"], False)
-    records.run(experiments, ["one"], work, tmp_path, say=said.append)
-    (record,) = records.run(experiments, ["one"], work, tmp_path, say=said.append)
+    records.run(experiments, ["one"], work, tmp_path, say=lines.append)
+    (record,) = records.run(experiments, ["one"], work, tmp_path, say=lines.append)
     assert asked == ["first", "broken", "broken"]
     assert record["complete"]
     assert records.rows(record) == [{"name": "first"}, {"name": "broken"}]
-    records.run(experiments, ["one"], work, tmp_path, say=said.append, again=True)
-    records.run(experiments, ["one"], Work(tmp_path, tmp_path, repeats=2), tmp_path, say=said.append)
+    records.run(experiments, ["one"], work, tmp_path, say=lines.append, again=True)
+    records.run(experiments, ["one"], Work(tmp_path, tmp_path, repeats=2), tmp_path, say=lines.append)
     assert asked[3:] == ["first", "broken"] * 2, "asked for, and with other repeats"
     (tmp_path / "one.json").write_text("{")
-    records.run(experiments, ["one"], work, tmp_path, say=said.append)
-    assert any("no record that can be read" in line for line in said)
+    records.run(experiments, ["one"], work, tmp_path, say=lines.append)
+    assert any("no record that can be read" in line for line in lines)
 
 
 def test_a_part_without_data_is_left_out_with_the_reason(llmcache: Command, tmp_path: Path, model_path: str) -> None:
@@ -445,8 +446,8 @@ def test_the_page_is_what_the_records_say() -> None:
     found = page.recorded()
     if not found:
         pytest.skip("no record is in data/bench/paper yet: llmcache bench paper --out data/bench/paper")
-    said: list[str] = []
-    assert page.main(["--check"], said.append) == 0, said
+    lines: list[str] = []
+    assert page.main(["--check"], lines.append) == 0, lines
 
 
 def test_a_page_gets_its_tables_from_records_and_says_what_is_not_recorded() -> None:

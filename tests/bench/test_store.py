@@ -13,7 +13,7 @@ import pytest
 
 from llmcache.bench.harness.page_cache import drop, resident, warm
 from llmcache.bench.store import measured, merging, overhead
-from llmcache.bench.store_rows import Rows, fill
+from llmcache.bench.store_rows import StoredRows, fill
 from llmcache.errors import ConfigError
 from llmcache.indexes.maintenance.verify import verify
 
@@ -59,7 +59,7 @@ def test_the_table_is_for_people(tmp_path: Path) -> None:
 
 
 def test_a_filled_store_is_whole_and_holds_every_row(tmp_path: Path) -> None:
-    rows = Rows.drawn(256, 64 << 10)
+    rows = StoredRows.drawn(256, 64 << 10)
     fill(tmp_path / "store", rows)
     found = verify(tmp_path / "store")
     assert found.whole

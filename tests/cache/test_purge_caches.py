@@ -190,7 +190,7 @@ def test_the_command_purges_by_id_source_and_text_and_says_what_it_gave_up(
         json.loads(llmcache("purge", path, "--source", "d143", "--id", "d144", "--dry-run", "--json").out)["rows"] == 2
     )
     done = llmcache("purge", path, "--source", "d14", "--source", "none of these")
-    assert (done.code, "unfinished runs thrown away" in done.out) == (0, True)
+    assert (done.code, "unfinished runs deleted" in done.out) == (0, True)
     (tmp_path / "t.jsonl").write_text(json.dumps(documents()[0]) + "\n")
     assert llmcache("purge", path, "--text-file", tmp_path / "t.jsonl", "--model", tmp_path / "model").code == 0
     for wrong in (

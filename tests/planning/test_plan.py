@@ -196,7 +196,7 @@ def test_planning_writes_nothing_into_a_store(
     before = files(store)
     done = llmcache("plan", corpus, "-s", store, "--tau", "0.9", "-o", tmp_path / "plan.json")
     assert done.code == 0
-    assert "left to compute" in done.out
+    assert "to compute" in done.out
     assert "advice: tau" in done.out
     assert llmcache("plan", corpus, "-s", store, "-m", model_path, "--namespace", "other").code == 0
     assert files(store) == before
@@ -311,7 +311,7 @@ def test_bad_input_is_one_line(llmcache: Command, store: Path, tmp_path: Path, m
         ((empty, "-s", store, "-m", model_path), 1, "there are no documents"),
         ((tmp_path / "none.jsonl", "-s", store, "-m", model_path), 1, "does not exist"),
         ((broken, "-s", made), 1, "broken.jsonl line 1"),
-        ((corpus, "-s", store), 2, "say which model"),
+        ((corpus, "-s", store), 2, "name the model"),
         ((corpus, "-s", store, "-m", tmp_path / "nowhere"), 2, "cannot be loaded"),
         ((corpus, "-s", made, "-o", tmp_path / "no" / "plan.json"), 2, "cannot be written"),
         ((corpus, "-s", made, "--tau", "7"), 2, "tau is a cosine"),

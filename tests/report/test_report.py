@@ -238,7 +238,7 @@ def test_a_calibration_with_odd_parts_still_has_a_page(store: Path) -> None:
 def test_the_command_writes_the_page_and_says_what_is_in_it(llmcache: Command, past: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     dry = llmcache("report", past, "-o", out, "--dry-run")
-    assert "would be written to" in dry.out
+    assert "to be written to" in dry.out
     assert not out.exists()
     before = sorted((str(one), one.stat().st_mtime_ns) for one in past.rglob("*"))
     said = json.loads(llmcache("report", past, "-o", out, "--price-per-hour", "2", "--json").out)

@@ -1,4 +1,4 @@
-"""Ways to one vector per text that need no other library: the model alone, de-duplication, final outputs, the cache."""
+"""Contenders without other libraries: the model alone, de-duplication, a cache of final outputs, LLMCache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import faiss
 import numpy as np
 
+from llmcache.arrays import Floats32
 from llmcache.bench.harness.rounds import (
     Contender,
-    Floats,
     Opened,
     Row,
     Task,
@@ -25,16 +25,16 @@ from llmcache.model.features import features
 from llmcache.model.tokens import tokenise
 
 ASIDE_BUDGET = 0.001
-"""Mean 1 - cosine over all results."""
+"""Calibration budget of `aside`: mean 1 - cosine over all results."""
 
 
 class Counted:
-    """`SentenceTransformer.encode`, which counts what it computes."""
+    """`SentenceTransformer.encode` with a count of the texts computed."""
 
     def __init__(self, task: Task) -> None:
         self._task, self.texts = task, 0
 
-    def __call__(self, texts: Sequence[str]) -> Floats:
+    def __call__(self, texts: Sequence[str]) -> Floats32:
         self.texts += len(texts)
         return np.asarray(self._task.model.encode(list(texts), batch_size=self._task.batch_size), np.float32)
 
@@ -44,34 +44,34 @@ class Counted:
 
 @contextmanager
 def alone(task: Task, _: Path) -> Iterator[Opened]:
-    """`SentenceTransformer.encode`: its batches are sorted by characters."""
+    """Contender: `SentenceTransformer.encode`, whose batches are sorted by characters."""
     encode = Counted(task)
     yield Opened(encode, encode.computed)
 
 
 @contextmanager
 def by_tokens(task: Task, _: Path) -> Iterator[Opened]:
-    """The same model in batches sorted by tokens, which pad less: the strictest base."""
+    """Contender: the same model in batches sorted by tokens, which pad less: the strictest base."""
     answered, model = 0, Sentences(task.model)
 
-    def answer(texts: Sequence[str]) -> Floats:
+    def answer(texts: Sequence[str]) -> Floats32:
         nonlocal answered
         answered += len(texts)
         rows = tokenise(task.model, list(texts), None, None)
-        found: Floats = np.empty((len(texts), width(task)), np.float32)
-        for one in compute(model, rows, task.batch_size, None):
-            found[one.chosen] = one.outputs
-        return found
+        outputs: Floats32 = np.empty((len(texts), width(task)), np.float32)
+        for batch in compute(model, rows, task.batch_size, None):
+            outputs[batch.chosen] = batch.outputs
+        return outputs
 
     yield Opened(answer, lambda: answered)
 
 
 @contextmanager
 def once_per_call(task: Task, _: Path) -> Iterator[Opened]:
-    """Equal texts of one call are computed once; nothing is kept for the next call."""
+    """Contender: equal texts of one call are computed once; nothing is stored between calls."""
     encode = Counted(task)
 
-    def answer(texts: Sequence[str]) -> Floats:
+    def answer(texts: Sequence[str]) -> Floats32:
         places: dict[str, int] = {}
         of = [places.setdefault(text, len(places)) for text in texts]
         return encode(list(places))[of]
@@ -80,31 +80,34 @@ def once_per_call(task: Task, _: Path) -> Iterator[Opened]:
 
 
 def final_outputs(tau: float) -> Callable[[Task, Path], AbstractContextManager[Opened]]:
-    """The paper's DocCache: final outputs by fingerprint, given from cosine `tau` on; in memory, searched exactly."""
+    """Contender: the paper's DocCache, final outputs reused from cosine `tau` of the fingerprints on.
+
+    Outputs are in memory, and the search is exact.
+    """
 
     @contextmanager
     def opened(task: Task, folder: Path) -> Iterator[Opened]:
         encode, embedding = Counted(task), token_embedding(task.model)
         index = faiss.IndexFlatIP(int(embedding.shape[1]))
-        kept: list[Floats] = []
+        kept: list[Floats32] = []
         if (folder / "kept.npz").exists():
             with np.load(folder / "kept.npz") as file:
                 index.add(file["fingerprints"])
                 kept = list(file["outputs"])
 
-        def answer(texts: Sequence[str]) -> Floats:
+        def answer(texts: Sequence[str]) -> Floats32:
             prints = features(embedding, tokenise(task.model, list(texts), None, None).ids, "mean")
             prints /= np.linalg.norm(prints, axis=1, keepdims=True)
-            similarity, nearest = index.search(prints, 1)  # of an empty index: the least number there is
+            similarity, nearest = index.search(prints, 1)  # an empty index returns the least float
             new = {texts[i]: i for i in np.flatnonzero(similarity[:, 0] < tau).tolist()}
             fresh = dict(zip(new, encode(list(new)), strict=True)) if new else {}
-            found: Floats = np.empty((len(texts), width(task)), np.float32)
+            outputs: Floats32 = np.empty((len(texts), width(task)), np.float32)
             for place, text in enumerate(texts):
-                found[place] = fresh[text] if text in fresh else kept[int(nearest[place, 0])]
+                outputs[place] = fresh[text] if text in fresh else kept[int(nearest[place, 0])]
             if new:
                 index.add(prints[list(new.values())])
                 kept.extend(fresh.values())
-            return found
+            return outputs
 
         yield Opened(answer, encode.computed)
         if kept:
@@ -115,7 +118,7 @@ def final_outputs(tau: float) -> Callable[[Task, Path], AbstractContextManager[O
 
 
 def ours(config: CacheConfig | None = None) -> Callable[[Task, Path], AbstractContextManager[Opened]]:
-    """`LLMCache.encode`, committed."""
+    """Contender: `LLMCache.encode`, committed."""
 
     @contextmanager
     def opened(task: Task, folder: Path) -> Iterator[Opened]:
@@ -131,7 +134,7 @@ def ours(config: CacheConfig | None = None) -> Callable[[Task, Path], AbstractCo
 
 @contextmanager
 def aside(task: Task, folder: Path) -> Iterator[Opened]:
-    """The cache, calibrated on what it knows to a mean 1 - cosine that hardly any neighbour keeps."""
+    """Contender: the cache, calibrated on its entries to a mean 1 - cosine that hardly any neighbour keeps."""
     with LLMCache.open(folder / "store", task.model) as cache:
 
         def answer(texts: Sequence[str]) -> Any:
@@ -156,14 +159,14 @@ def aside(task: Task, folder: Path) -> Iterator[Opened]:
 
 
 def width(task: Task) -> int:
-    """Numbers in a vector."""
-    found = task.model.get_embedding_dimension()
-    assert found is not None
-    return found
+    """Return the number of components of a vector."""
+    dimension = task.model.get_embedding_dimension()
+    assert dimension is not None
+    return dimension
 
 
 def near(tau: float) -> list[Contender]:
-    """The cache and the paper's DocCache at one fingerprint and one tau."""
+    """Return the cache and the paper's DocCache, with the same fingerprint and tau."""
     config = replace(CacheConfig(), tau=tau, projection="none", index="flat")
     return [
         Contender(f"LLMCache, near from {tau}", ours(config)),

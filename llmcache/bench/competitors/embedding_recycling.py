@@ -1,4 +1,4 @@
-"""Embedding recycling as s2re has it: states after one fixed layer are kept on disk, the layers above are computed."""
+"""Embedding recycling as in s2re: states after one fixed layer are stored on disk, the layers above computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmcache.bench.harness.rounds import Floats, Opened, Task
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Opened, Task
 from llmcache.bench.layers import attention
 from llmcache.errors import ConfigError
 from llmcache.model.tokens import batch, tokenise
@@ -18,14 +19,15 @@ from llmcache.model.tokens import batch, tokenise
 
 @contextmanager
 def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
-    """States after the middle layer of a BERT-like model, float32, appended to one file and read from its mapping.
+    """Contender: states after the middle layer of a BERT-like model, float32, appended to one memory-mapped file.
 
-    Known is an equal text. In a batch, what is new runs through the layers below the cut by itself.
+    Equal texts hit. New texts of a batch run through the layers below the cut as a batch of their own. ConfigError for
+    models without BERT's layers.
     """
     trunk: Any = task.model.transformers_model
     blocks = getattr(getattr(trunk, "encoder", None), "layer", None)
     if blocks is None:
-        raise ConfigError(f"a fixed cut layer is written for BERT's layers, and {type(trunk).__name__} has others")
+        raise ConfigError(f"a fixed cut layer needs BERT's layers, and {type(trunk).__name__} has others")
     cut, size = len(blocks) // 2, int(trunk.config.hidden_size)
     path, table = folder / "states.f32", folder / "table.npz"
     path.touch()
@@ -39,8 +41,8 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
         state = trunk.embeddings(input_ids=inputs["input_ids"], token_type_ids=inputs.get("token_type_ids"))
         for block in blocks[:cut]:
             state = block(state, hidden)
-        found: torch.Tensor = state
-        return found
+        result: torch.Tensor = state
+        return result
 
     def append(file: Any, texts: Sequence[str], states: torch.Tensor, lengths: Sequence[int]) -> None:
         for text, state, n in zip(texts, states.cpu().numpy(), lengths, strict=True):
@@ -48,10 +50,10 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
             file.write(np.ascontiguousarray(state[:n], np.float32).data)
 
     @torch.inference_mode()
-    def answer(texts: Sequence[str]) -> Floats:
+    def answer(texts: Sequence[str]) -> Floats32:
         nonlocal computed
         rows = tokenise(task.model, list(texts), None, None)
-        found: Floats = np.empty((len(texts), size), np.float32)
+        outputs: Floats32 = np.empty((len(texts), size), np.float32)
         order = np.argsort(-rows.lengths, kind="stable").tolist()
         with path.open("ab") as file:
             for start in range(0, len(order), task.batch_size):
@@ -76,8 +78,8 @@ def cut_layer(task: Task, folder: Path) -> Iterator[Opened]:
                 inputs["token_embeddings"] = state
                 for module in list(task.model)[1:]:
                     inputs = module(inputs)
-                found[chosen] = inputs["sentence_embedding"].float().cpu().numpy()
-        return found
+                outputs[chosen] = inputs["sentence_embedding"].float().cpu().numpy()
+        return outputs
 
     yield Opened(answer, lambda: computed)
     first, tokens = np.array(list(places.values()), np.int64).reshape(-1, 2).T

@@ -1,7 +1,7 @@
-"""Our near reuse beside a fixed similarity and beside a cache of final outputs, on the same fingerprints.
+"""Comparison of near reuse with GPTCache's rule (fixed similarity) and a cache of final outputs, on one fingerprint.
 
-Wrong is a hit whose result the judge finds to differ from the computed one. Fitted and calibrated on what is known, or
-on a sample of its own, and reported on what is asked.
+A hit is wrong when the judge finds its result to differ from the computed one. Rules are fitted and calibrated on the
+known texts, or on a separate sample, and reported on the queries.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.arrays import Floats
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
 from llmcache.near.calibration.crossfit import CrossFitResult, ask, cross_fit, held_out_voting
 from llmcache.near.calibration.drift import DriftMeasure, beyond, label_drift
@@ -27,23 +27,20 @@ from llmcache.near.neighbors.index import Entries, HostNeighborIndex
 from llmcache.near.neighbors.linear_head import LinearHead
 
 FIXED = 0.8
-"""GPTCache's default threshold of similarity."""
+"""GPTCache's default similarity threshold."""
 PAIRS = 8000
 LIMIT = 0.1
-"""1 - cosine from which on a result of QQP is wrong: no head decides there."""
-
-Row = dict[str, Any]
-Floats = NDArray[np.floating]
+"""1 - cosine from which on a result of QQP is wrong, since no head decides there."""
 
 
 def rivals(model: SentenceTransformer, folder: Path, *, seed: int = 0, budget: float = 0.005) -> list[Row]:
-    """One row per rule, for labelled texts, or for QQP where the folder holds qqp.jsonl.gz."""
+    """Return one row per rule, for labelled texts, or for QQP where the folder holds qqp.jsonl.gz."""
     pairs = folder / "qqp.jsonl.gz"
     return list((questions if pairs.exists() else labelled)(model, folder, seed, budget))
 
 
 def labelled(model: SentenceTransformer, folder: Path, seed: int, budget: float) -> Iterator[Row]:
-    """Wrong is another label by a logistic head; calibrated on the known documents by cross-fitting."""
+    """Measure labelled texts: a changed label of a logistic head is wrong; calibrated by cross-fitting the known."""
     texts = labelled_texts(folder)
     known, asked = (embedded(model, pairs) for pairs in texts)
     head = fitted_head(known.entries.outputs, known.labels)
@@ -57,10 +54,10 @@ def labelled(model: SentenceTransformer, folder: Path, seed: int, budget: float)
 
 
 def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float) -> Iterator[Row]:
-    """The first questions of pairs are known; the second ones of one half calibrate, those of the other are asked.
+    """Measure QQP: first questions are known; second questions of one half calibrate, of the other half are queries.
 
-    labelled_hits, labelled_wrong: of hits that would be given the other question of their own pair, and of these the
-    pairs that annotators call different.
+    labelled_hits: hits whose source is the other question of their pair. labelled_wrong: those of them whose pair
+    annotators call different.
     """
     with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
         every = [json.loads(line) for line in lines]
@@ -90,26 +87,26 @@ def _rules(
     texts: tuple[list[str], list[str]],
     budget: float,
 ) -> Iterator[Row]:
-    found = memory.look_up(asked, judge.scores)
-    plain, score = memory.entries.outputs[found.nearest], safety(found.evidence)
+    neighbors = memory.look_up(asked, judge.scores)
+    plain, score = memory.entries.outputs[neighbors.nearest], safety(neighbors.evidence)
     ours = _threshold(held.drift, held.score, budget)
     guard = FieldGuard()
     read, temperature = guard.digests(known_texts), memory.voting.temperature
     of_sample, of_asked = (
         guard.sharing(guard.digests(mine), read[one.neighbours], eligible_sources(one.similarities, temperature))[1]
         >= 0
-        for mine, one in zip(texts, (held.found, found), strict=True)
+        for mine, one in zip(texts, (held.found, neighbors), strict=True)
     )
     guarded = np.where(of_asked, -np.inf, score)
     with_guard = _threshold(held.drift, np.where(of_sample, -np.inf, held.score), budget)
     tau = _threshold(held.drift, held.found.similarity, budget)
-    as_many = float(np.sort(found.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
+    as_many = float(np.sort(neighbors.similarity)[::-1][max(0, int((score >= ours).sum()) - 1)])
     for name, results, hit in (
-        ("ours: corrected, gate", found.results, score >= ours),
-        ("ours: corrected, gate, field guard", found.results, guarded >= with_guard),
-        (f"fixed {FIXED} on the same fingerprints (GPTCache's rule)", plain, found.similarity >= FIXED),
-        ("final outputs at the same fingerprint and tau", plain, found.similarity >= tau),
-        ("final outputs, as many hits as ours", plain, found.similarity >= as_many),
+        ("ours: corrected, gate", neighbors.results, score >= ours),
+        ("ours: corrected, gate, field guard", neighbors.results, guarded >= with_guard),
+        (f"fixed {FIXED} on the same fingerprints (GPTCache's rule)", plain, neighbors.similarity >= FIXED),
+        ("final outputs at the same fingerprint and tau", plain, neighbors.similarity >= tau),
+        ("final outputs, as many hits as ours", plain, neighbors.similarity >= as_many),
     ):
         wrong = int((judge.drift(asked.outputs, results)[hit] > 0).sum())
         hits = int(hit.sum())

@@ -1,4 +1,4 @@
-"""Names of contenders, as records and tables have them; apart, so that reading a record loads no model's libraries."""
+"""Names of contenders in records and tables. A separate module, so that reading records imports no model library."""
 
 ALONE = "model alone"
 SORTED = "model alone, sorted by tokens"

@@ -1,6 +1,6 @@
-"""Other libraries as contenders (the extra "rivals"), each set up in its own favour, and a fixed cut layer.
+"""Contenders from other libraries (the extra "rivals"), each configured in its favour, and a fixed cut layer.
 
-A library that is not installed is named and left out. Nothing here is a copy of their code, and nothing is installed.
+A library that is not installed is named and left out. No code of these libraries is copied, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 
+from llmcache.arrays import Floats32
 from llmcache.bench.competitors.baselines import Counted, width
 from llmcache.bench.competitors.embedding_recycling import cut_layer
 from llmcache.bench.competitors.names import (
@@ -27,7 +28,6 @@ from llmcache.bench.competitors.names import (
 )
 from llmcache.bench.harness.rounds import (
     Contender,
-    Floats,
     Opened,
     Task,
 )
@@ -37,22 +37,22 @@ from llmcache.model.features import features
 from llmcache.model.tokens import tokenise
 
 GPTCACHE_SHARE = 256
-"""Texts that GPTCache is asked: it answers one text a call, with a commit of SQLite for each."""
+"""Most texts for GPTCache, which answers one text per call with one SQLite commit each."""
 NEARLY_ONE = 0.99999
-"""Of GPTCache's similarity, 1 - squared distance / 4. Its default, 0.8, is a cosine of 0.6: other queries' vectors."""
+"""Threshold on GPTCache's similarity, 1 - squared distance / 4. Its default, 0.8, is a cosine of 0.6: other queries."""
 SEMHASH_THRESHOLD = 0.9
-"""SemHash's own default."""
+"""SemHash's default threshold."""
 
 
 @contextmanager
 def on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
-    """Text to vector as its manual has it, `cache[text] = vector`, which it pickles; new ones in one transaction."""
+    """Contender: diskcache as in its manual, `cache[text] = vector` (pickled); new vectors in one transaction."""
     from diskcache import Cache
 
     encode = Counted(task)
     with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
 
-        def answer(texts: Sequence[str]) -> Floats:
+        def answer(texts: Sequence[str]) -> Floats32:
             found = [cache.get(text) for text in texts]
             new = list(dict.fromkeys(text for text, one in zip(texts, found, strict=True) if one is None))
             fresh = dict(zip(new, encode(new), strict=True)) if new else {}
@@ -66,16 +66,16 @@ def on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
 
 @contextmanager
 def raw_on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
-    """The same, tuned: the vector's bytes, not pickled, put together at once where all is known.
+    """Contender: diskcache, tuned: raw bytes instead of pickles, joined in one step where all texts hit.
 
-    It is read text by text: its transactions take the lock of writers, and were no faster.
+    Texts are read one by one: transactions take the writers' lock, and were no faster.
     """
     from diskcache import Cache
 
     encode, dim = Counted(task), width(task)
     with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
 
-        def answer(texts: Sequence[str]) -> Floats:
+        def answer(texts: Sequence[str]) -> Floats32:
             raw = [cache.get(text) for text in texts]
             new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
             fresh = dict(zip(new, encode(new), strict=True)) if new else {}
@@ -93,27 +93,27 @@ def raw_on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
 
 
 def _refuse(command: object, **_: object) -> None:
-    raise LLMCacheError(f"GPTCache wanted to run {command!r}; a benchmark installs nothing: install llmcache[rivals]")
+    raise LLMCacheError(f"GPTCache tried to run {command!r}; a benchmark installs nothing: install llmcache[rivals]")
 
 
 @contextmanager
 def in_gptcache(task: Task, folder: Path) -> Iterator[Opened]:
-    """Its own door, text by text: `get` of its adapter, and what it misses is computed together and put in as a batch.
+    """Contender: GPTCache through `get` of its adapter, text by text; misses are computed and imported as one batch.
 
-    Embeddings are means of token embeddings, which cost no layer of the model; answers are the vectors in base64. Only
-    equal embeddings are let through, which texts of the same tokens in another order have too. Nothing is evicted.
+    Embeddings are means of token embeddings, which need no layer of the model; answers are the vectors in base64. Only
+    equal embeddings hit, which texts with the same tokens in another order have too. Nothing is evicted.
     """
     encode, embedding = Counted(task), token_embedding(task.model)
 
-    def fingerprints(texts: Sequence[str]) -> Floats:
+    def fingerprints(texts: Sequence[str]) -> Floats32:
         return features(embedding, tokenise(task.model, list(texts), None, None).ids, "mean")
 
-    # it offers to install what it misses, by subprocess.check_call, also while it is imported
+    # GPTCache installs missing packages by subprocess.check_call, also at import
     with mock.patch.object(subprocess, "check_call", _refuse), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside of it
+        warnings.simplefilter("ignore")  # deprecations inside GPTCache
         get, manager = _gptcache(folder / "gptcache", int(embedding.shape[1]), lambda text: fingerprints([text])[0])
 
-        def answer(texts: Sequence[str]) -> Floats:
+        def answer(texts: Sequence[str]) -> Floats32:
             raw = [get(text) for text in texts]
             new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
             fresh = dict(zip(new, encode(new), strict=True)) if new else {}
@@ -131,11 +131,11 @@ def in_gptcache(task: Task, folder: Path) -> Iterator[Opened]:
             yield Opened(answer, encode.computed, manager.flush)
         finally:
             manager.close()
-            manager.s._engine.dispose()  # its close leaves the file of SQLite open
+            manager.s._engine.dispose()  # close() leaves the SQLite file open
 
 
-def _gptcache(folder: Path, dim: int, embed: Callable[[str], Floats]) -> tuple[Callable[[str], Any], Any]:
-    """Its look-up of one text, None for a miss, and its data manager."""
+def _gptcache(folder: Path, dim: int, embed: Callable[[str], Floats32]) -> tuple[Callable[[str], Any], Any]:
+    """Set up GPTCache. Returns the look-up of one text (None for a miss), and the data manager."""
     import gptcache
     from gptcache.adapter.api import get
     from gptcache.manager import manager_factory
@@ -149,7 +149,7 @@ def _gptcache(folder: Path, dim: int, embed: Callable[[str], Floats]) -> tuple[C
         eviction_params={"max_size": 1 << 30},
     )
     cache = gptcache.Cache()
-    with mock.patch("gptcache.core.atexit"):  # it would write its index when Python ends, into a folder that is gone
+    with mock.patch("gptcache.core.atexit"):  # its exit handler would write the index into a removed folder
         cache.init(
             pre_embedding_func=get_prompt,
             embedding_func=lambda text, **_: embed(text),
@@ -162,19 +162,19 @@ def _gptcache(folder: Path, dim: int, embed: Callable[[str], Floats]) -> tuple[C
 
 @contextmanager
 def after_semhash(task: Task, _: Path) -> Iterator[Opened]:
-    """Near-duplicates within a call are dropped, the others encoded; what was dropped gets the vector of what was kept.
+    """Contender: SemHash drops near-duplicates of a call; they get the vector of the text they duplicate.
 
-    Its encoder is the mean of the model's own token embeddings, a static one as is its default, which is a download.
+    Its encoder is the mean of the model's token embeddings: static like SemHash's default, which is a download.
     """
     from semhash import SemHash
 
     encode, embedding = Counted(task), token_embedding(task.model)
 
     class Static:
-        def encode(self, inputs: Any, **_: Any) -> Floats:
+        def encode(self, inputs: Any, **_: Any) -> Floats32:
             return features(embedding, tokenise(task.model, list(inputs), None, None).ids, "mean")
 
-    def answer(texts: Sequence[str]) -> Floats:
+    def answer(texts: Sequence[str]) -> Floats32:
         found = SemHash.from_records(list(texts), model=Static()).self_deduplicate(SEMHASH_THRESHOLD)
         kept = dict(zip(found.selected, encode(found.selected), strict=True))
         of = {one.record: one.duplicate_of for one in found.filtered}
@@ -183,7 +183,7 @@ def after_semhash(task: Task, _: Path) -> Iterator[Opened]:
     yield Opened(answer, encode.computed)
 
 
-# -- who takes part ---------------------------------------------------------------------------------------------
+# -- the contenders --------------------------------------------------------------------------------------------
 
 _NOT_ON_REGISTRY = "not installed: {}; no package of it is on the registry"
 

@@ -1,4 +1,4 @@
-"""transformers' own reuse of a beginning: its keys and values are kept by the caller, who has to know where it ends."""
+"""transformers' own prefix reuse: the caller keeps keys and values, and has to know where the prefix ends."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from llmcache.decoders.generation import padded
 
 
 class Kept:
-    """Keys and values of beginnings, in memory, by the beginning's text."""
+    """Prefix cache in memory: keys and values by the text of the prefix."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._kept: dict[str, tuple[list[int], Any]] = {}
 
     @torch.inference_mode()
-    def keep(self, beginning: str) -> tuple[list[int], Any]:
-        """Tokens of the beginning, and its keys and values for one row; computed when it is asked for first."""
-        if beginning not in self._kept:
-            ids = self._tokenizer(beginning)["input_ids"]
+    def keep(self, prefix: str) -> tuple[list[int], Any]:
+        """Return the tokens of a prefix, and its keys and values for one row; computed at first use."""
+        if prefix not in self._kept:
+            ids = self._tokenizer(prefix)["input_ids"]
             values = self._model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values
-            self._kept[beginning] = (ids, values)
-        return self._kept[beginning]
+            self._kept[prefix] = (ids, values)
+        return self._kept[prefix]
 
     def logits(self, prompts: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """Of the token after each (beginning, rest), [n, vocabulary]; rows that begin alike in a pass of their own."""
+        """Compute the next-token logits of (prefix, rest) prompts, [n, vocabulary], one pass per prefix."""
         parts = []
-        for beginning, group in groupby(prompts, key=lambda one: one[0]):
-            parts.append(self._group(beginning, [rest for _, rest in group]))
+        for prefix, group in groupby(prompts, key=lambda prompt: prompt[0]):
+            parts.append(self._group(prefix, [rest for _, rest in group]))
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def _group(self, beginning: str, rests: Sequence[str]) -> torch.Tensor:
-        tokens, values = self.keep(beginning)
-        rows = [self._tokenizer(beginning + rest)["input_ids"] for rest in rests]
+    def _group(self, prefix: str, rests: Sequence[str]) -> torch.Tensor:
+        tokens, values = self.keep(prefix)
+        rows = [self._tokenizer(prefix + rest)["input_ids"] for rest in rests]
         shortest = min(len(tokens), *(len(row) - 1 for row in rows))
-        # its last token may be another where a text follows
+        # the last tokens of a prefix may differ where a text follows
         count = next((i for i in range(shortest) if any(row[i] != tokens[i] for row in rows)), shortest)
         ids, mask = padded([row[count:] for row in rows], 0, "cpu")
         whole = torch.cat([torch.ones(len(rows), count, dtype=mask.dtype), mask], dim=1)
-        values = copy.deepcopy(values)  # a pass adds to what it is given
+        values = copy.deepcopy(values)  # a pass extends its key/value cache in place
         if count < len(tokens):
             values.crop(count - len(tokens))
         values.batch_repeat_interleave(len(rows))
-        found = self._model(
+        output = self._model(
             input_ids=ids,
             attention_mask=whole,
             position_ids=(whole.cumsum(1) - 1).clamp(min=0)[:, count:],
@@ -56,5 +56,5 @@ class Kept:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = found.logits[:, 0]
+        logits: torch.Tensor = output.logits[:, 0]
         return logits

@@ -1,6 +1,6 @@
-"""`python -m llmcache.bench.gpu`: `llmcache bench gpu` where the command line's libraries are not installed."""
+"""`python -m llmcache.bench.gpu`: `llmcache bench gpu` without the libraries of the command line."""
 
-from llmcache.bench.gpu.gpu import main
+from llmcache.bench.gpu.runner import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What a GPU's memory, its copies and the search over fingerprints do: bytes per second, and times to the floor."""
+"""Measurement of a GPU's memory, copies and fingerprint search: bytes per second, and times beside their floor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _PART = 1 << 20
 
 
 def bandwidth(device: Device) -> dict[str, Any]:
-    """Bytes per second: memory of the device (read and written), both ways over the bus, a copy on the host; and
-    the operations per second of a bfloat16 matrix product.
+    """Measure bytes per second of device memory (read and written), of the bus both ways, and of host memory.
+
+    Also measures the operations per second of a bfloat16 matrix product.
     """
     size = (1 << 20) if device.tiny else (1 << 30)
     here = torch.ones(size, dtype=torch.uint8, device=device.name)
@@ -32,19 +33,19 @@ def bandwidth(device: Device) -> dict[str, Any]:
         "on the host": lambda: other.copy_(plain),
         "matrix product": lambda: square @ square,
     }
-    found = device.rounds(actions, 3 if device.tiny else 20, warm=3)
+    seconds = device.rounds(actions, 3 if device.tiny else 20, warm=3)
     amounts = {name: 2 * size if name in ("memory", "on the host") else size for name in actions}
     amounts["matrix product"] = 2 * side**3
     return {
-        name: {**spread(each), "per_second": amounts[name] / spread(each)["median"]} for name, each in found.items()
+        name: {**spread(each), "per_second": amounts[name] / spread(each)["median"]} for name, each in seconds.items()
     }
 
 
 def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
-    """Exact search for the 8 nearest among 1 and 10 million fingerprints, beside the time that reading them once takes.
+    """Measure exact search for the 8 nearest of 1 and 10 million fingerprints, beside the time to read them once.
 
-    bytes_per_second: of the device's memory, measured in the same run. difference: of the similarities of 8 queries to
-    those in float64.
+    bytes_per_second: bandwidth of device memory, measured in the same run. difference: the largest, of the similarities
+    of 8 queries to those in float64.
     """
     counts = (2_000, 5_000) if device.tiny else (1_000_000, 10_000_000)
     for dtype in (torch.float32, torch.float16):
@@ -52,7 +53,7 @@ def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
             if (dtype, count) != (torch.float32, counts[0]) and device.over:
                 return
             for row in _searched(device, dtype, count, bytes_per_second):
-                device.said(f"{row['queries']} among {count:,}, {row['dtype']}: {row['milliseconds']:.3g} ms")
+                device.say(f"{row['queries']} among {count:,}, {row['dtype']}: {row['milliseconds']:.3g} ms")
                 yield row
 
 
@@ -63,18 +64,18 @@ def _searched(device: Device, dtype: torch.dtype, count: int, bytes_per_second: 
         index.add(_units(min(_PART, count - start), device, random))
     queries = _units(256, device, random)
     floor = count * _DIM * dtype.itemsize / bytes_per_second
-    found, apart = [], _difference(index, queries[:8])
+    rows, difference = [], _difference(index, queries[:8])
     for batch in (1, 32, 256):
         each = device.rounds({"": lambda batch=batch: index.search_on(queries[:batch], 8)}, 10, warm=2)[""]  # type: ignore[misc]
         median = spread(each)["median"]
-        found.append(
+        rows.append(
             {
                 "rows": count, "dtype": str(dtype).removeprefix("torch."), "queries": batch, "seconds": spread(each),
                 "milliseconds": 1000 * median, "floor_milliseconds": 1000 * floor, "of_floor": floor / median,
-                "difference": apart,
+                "difference": difference,
             }
         )  # fmt: skip
-    return found
+    return rows
 
 
 def _units(count: int, device: Device, random: torch.Generator) -> torch.Tensor:

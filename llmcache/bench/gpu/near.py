@@ -1,4 +1,4 @@
-"""Calibrated near look-ups on a device, beside the same on the host and beside the model."""
+"""Measurement of calibrated near look-ups on a device, beside those on the host and beside the model."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from llmcache.near.neighbors.predictor import (
 
 _TOKENS = 12  # of a query
 _BATCHES = (1, 32, 256)
-_CLASSES = 77  # of the head whose decisions the results are for
+_CLASSES = 77  # of the linear head
 
 
 def near(device: Device) -> Iterator[dict[str, Any]]:
-    """Queries of 12 tokens on MiniLM's shape, among 20,000 and 200,000 entries: features, predictions, neighbours,
-    corrected results and evidence, on the device and on the host; and the model alone in the same rounds.
+    """Measure queries of 12 tokens on MiniLM's shape among 20,000 and 200,000 entries, on the device and on the host.
 
-    The entries lie around other queries, each with an output of its own. Milliseconds are of one query. difference: of
-    the results on the device to those of the host, the largest; same_neighbours: share of queries with equal ones.
+    A look-up computes features, predictions, neighbours, corrected results and evidence. The model alone is measured in
+    the same rounds. Entries lie around other queries, with random outputs. Milliseconds are per query. difference: the
+    largest, of the device's results to the host's. same_neighbours: share of queries with equal neighbours.
     """
     shape = replace(tiny(SHAPES["minilm"]) if device.tiny else SHAPES["minilm"], tokens=_TOKENS)
     model = sentences(shape, device.name, device.dtype)
@@ -52,7 +52,7 @@ def near(device: Device) -> Iterator[dict[str, Any]]:
         if number and device.over:
             return
         for row in _looked_up(Sentences(model), token_embedding(model), drawn, queries, count, device):
-            device.said(f"near look-up of {row['queries']} among {count:,}: {row['of_model']:.1%} of the model's time")
+            device.say(f"near look-up of {row['queries']} among {count:,}: {row['of_model']:.1%} of the model's time")
             yield row
 
 
@@ -102,7 +102,7 @@ def _looked_up(
 
 
 def _predictor(raw: NDArray[np.float32], out: int) -> Predictor:
-    """A kernel of the usual size on the features of these documents, with weights drawn by chance."""
+    """Create a kernel predictor of the usual size on the features of these documents, with random weights."""
     random, width = np.random.default_rng(4), raw.shape[1]
     matrix = random.standard_normal((width, min(width, 256)), np.float32)
     mean = raw.mean(axis=0)

@@ -1,4 +1,4 @@
-"""Long beginnings on a device: restored from a store, or computed again."""
+"""Measurement of long prefixes on a device: restored from a store, or recomputed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 
-_ASKED = 64  # tokens behind the beginning, new in each call
-_BLOCK = 16  # tokens of a stored block
+_ASKED = 64  # new tokens after the prefix, in each call
+_BLOCK = 16  # tokens of a KV block
 
 
 def prefixes(device: Device) -> Iterator[dict[str, Any]]:
-    """The 1B-class Llama shape: keys, values and states of one row of 1 to 8 thousand known tokens and 64 new ones.
+    """Measure one row of 1 to 8 thousand known tokens and 64 new ones, on the 1B-class Llama shape.
 
-    recompute: the model alone. disk: the beginning from the store's files, in the page cache, checksums compared.
-    pinned memory, device memory: its blocks from there.
+    recompute: the model alone. disk: the prefix from the store's files in the page cache, checksums compared. pinned
+    memory, device memory: its KV blocks from that level.
     """
     shape = tiny(SHAPES["llama-1b"]) if device.tiny else SHAPES["llama-1b"]
     lengths = (64, 128) if device.tiny else (1024, 2048, 4096, 8192)
@@ -55,9 +55,7 @@ def prefixes(device: Device) -> Iterator[dict[str, Any]]:
             if number and device.over:
                 break
             row = _restored(model, made, store, length, device)
-            device.said(
-                f"beginnings of {length:,} tokens: {row['device memory']['times_as_fast']:.2f} x recomputing them"
-            )
+            device.say(f"prefixes of {length:,} tokens: {row['device memory']['times_as_fast']:.2f} x recomputing them")
             yield row
         store.close()
 
@@ -69,14 +67,14 @@ def _restored(model: Any, made: Mapping[str, PrefixCache], store: Store, length:
 
     def run(name: str, ids: torch.Tensor) -> None:
         with attached(model, made[name]) if name in made else nullcontext(), torch.inference_mode():
-            found = model(input_ids=ids, use_cache=True)
-        states[name] = found.last_hidden_state[:, -1].float()
+            output = model(input_ids=ids, use_cache=True)
+        states[name] = output.last_hidden_state[:, -1].float()
 
     def asked() -> torch.Tensor:
         new = torch.randint(4, WORDS, (1, _ASKED), generator=random)
         return torch.cat([begin, new], 1).to(device.name)
 
-    run("disk", asked())  # computes and stores the beginning
+    run("disk", asked())  # computes and stores the prefix
     store.commit()
     seconds: dict[str, list[float]] = {name: [] for name in ("recompute", *made)}
     before, apart = {name: one.counters.restored for name, one in made.items()}, dict.fromkeys(made, 0.0)
@@ -85,9 +83,9 @@ def _restored(model: Any, made: Mapping[str, PrefixCache], store: Store, length:
         if number > 1 and device.over:
             break
         for name, each in seconds.items():
-            ids = asked()  # new for each: what one has stored the next would know
+            ids = asked()  # new tokens for each, since the store keeps those of the previous one
             took = device.seconds(lambda name=name, ids=ids: run(name, ids))  # type: ignore[misc]
-            if number:  # the first round is to warm up
+            if number:  # the first round warms up
                 each.append(took)
             if name in made and number == rounds - 1:
                 run("recompute", ids)

@@ -1,4 +1,4 @@
-"""A model on a device alone, and with its outputs known in the device's memory, in page-locked memory or on disk."""
+"""Measurement of a model on a device, alone and with outputs stored in device memory, pinned memory and on disk."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LEVELS = {"device memory": {"device_bytes": 1 << 28}, "pinned memory": {"pinned
 
 
 def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
-    """All documents known, level by level, and none known, each beside the model alone in the same rounds, by name.
+    """Yield results by name: all documents stored, level by level, and none, each beside the model in the same rounds.
 
-    documents: in calls of 8 batches; `encode(convert_to_tensor=True)`, so that results are on the device. disk: the
-    store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.
+    Documents come in calls of 8 batches to `encode(convert_to_tensor=True)`, so that results are on the device. disk:
+    the store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.
     """
     shape, batches, repeats = (tiny(shape), 1, 2) if device.tiny else (shape, 8, 7)
     batch = 16 if device.tiny else _BATCH
@@ -50,16 +50,16 @@ def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
         }
         hits = _hits(model, caches, known, batch, device, repeats)
         yield "hits", hits
-        device.said(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
+        device.say(f"{shape.name}: device memory gives {hits['device memory']['times_as_fast']:,.1f} x the model")
         yield "rows", {name: _gathered(cache, batch, device) for name, cache in caches.items()}
         empty = stack.enter_context(LLMCache.open(Path(folder) / "empty", model, config=_config(device)))
         misses = _misses(model, empty, (batches * batch, shape.tokens, batch), device, repeats)
         yield "misses", misses
-        device.said(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
+        device.say(f"{shape.name}: all misses take {misses['overhead']:+.1%} of the model's time more")
 
 
 def _config(device: Device, **settings: int) -> CacheConfig:
-    # whatever a level takes is to be seen, also where it does not pay
+    # measure every level, also where it does not pay
     return CacheConfig(index="torch", device="cuda" if device.cuda else "cpu", stand_aside=False, **settings)  # type: ignore[arg-type]
 
 
@@ -75,13 +75,13 @@ def _hits(
         return lambda: by.encode(known, batch_size=batch, convert_to_tensor=True)
 
     actions = {"model alone": encoded(model), **{name: encoded(cache) for name, cache in caches.items()}}
-    found, alone = device.rounds(actions, repeats, warm=2), actions["model alone"]()
+    seconds, alone = device.rounds(actions, repeats, warm=2), actions["model alone"]()
     rows = {}
-    for name, each in found.items():
-        apart = float((actions[name]().float() - alone.float()).abs().max())
+    for name, each in seconds.items():
+        difference = float((actions[name]().float() - alone.float()).abs().max())
         rows[name] = {
             **spread(each), "documents_per_second": len(known) / spread(each)["median"],
-            "times_as_fast": against(found["model alone"], each), "difference": apart,
+            "times_as_fast": against(seconds["model alone"], each), "difference": difference,
         }  # fmt: skip
     for name, cache in caches.items():
         counters = cache.levels.counters if cache.levels else None
@@ -90,7 +90,7 @@ def _hits(
 
 
 def _gathered(cache: LLMCache, batch: int, device: Device) -> dict[str, Any]:
-    """One batch of stored rows, from where they are to a tensor on the device."""
+    """Measure one batch of stored rows, from their level to a tensor on the device."""
     bank, random = cache._bank, np.random.default_rng(0)
     rows = random.permutation(bank.pieces.rows)[:batch]
     take: Callable[[], Any]
@@ -107,33 +107,33 @@ def _gathered(cache: LLMCache, batch: int, device: Device) -> dict[str, Any]:
 def _misses(
     model: SentenceTransformer, cache: LLMCache, sizes: tuple[int, int, int], device: Device, repeats: int
 ) -> dict[str, Any]:
-    """Documents that nobody knows, new ones in each round. The model alone comes first and last by turns."""
+    """Measure new documents in each round. The model alone comes first or last in turn."""
     count, tokens, batch = sizes
-    alone, cached, commits, apart = [], [], [], 0.0
+    alone, cached, commits, difference = [], [], [], 0.0
     for number in range(repeats + 1):
         if number > 1 and device.over:
             break
         fresh = texts(count, tokens, seed=100 + number)
-        found: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
 
-        def by(who: Any, fresh: Sequence[str] = fresh, found: dict[int, torch.Tensor] = found) -> float:
+        def by(who: Any, fresh: Sequence[str] = fresh, outputs: dict[int, torch.Tensor] = outputs) -> float:
             def encode() -> None:
-                found[id(who)] = who.encode(fresh, batch_size=batch, convert_to_tensor=True)
+                outputs[id(who)] = who.encode(fresh, batch_size=batch, convert_to_tensor=True)
 
             return device.seconds(encode)
 
         order = (model, cache) if number % 2 else (cache, model)
         seconds = {id(one): by(one) for one in order}
         commit = device.seconds(cache.commit)
-        if number:  # the first round is to warm up
+        if number:  # the first round warms up
             alone.append(seconds[id(model)])
             cached.append(seconds[id(cache)])
             commits.append(commit)
-            apart = max(apart, float((found[id(model)].float() - found[id(cache)].float()).abs().max()))
+            difference = max(difference, float((outputs[id(model)].float() - outputs[id(cache)].float()).abs().max()))
     whole = [one + other for one, other in zip(cached, commits, strict=True)]
     counters = cache.stats().counters
     return {
         "model alone": spread(alone), "cache": spread(cached), "commit": spread(commits),
         "overhead": 1 / against(alone, cached) - 1, "overhead_with_commit": 1 / against(alone, whole) - 1,
-        "difference": apart, "model_seconds": counters.model_seconds, "cache_seconds": counters.overhead_seconds,
+        "difference": difference, "model_seconds": counters.model_seconds, "cache_seconds": counters.overhead_seconds,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What has to be known of a machine to read a measurement made on it."""
+"""Conditions of a measurement: versions, commit and processors of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcache import __version__
 
 
 def conditions() -> dict[str, Any]:
-    """Versions, commit and processors; for a record beside the figures."""
+    """Return versions, commit and processors, for a record."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,

@@ -1,4 +1,4 @@
-"""Timing on a device: what is asked for has to be done before the clock is read."""
+"""Timing on a device: queued work is finished before the clock is read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 @dataclass(slots=True)
 class Device:
-    """Where a measurement runs, and until when. name: "cuda" or "cpu". until: seconds of `time.monotonic`."""
+    """Device of a measurement, and its time limit. name: "cuda" or "cpu". until: seconds of `time.monotonic`."""
 
     name: str
     until: float
     tiny: bool = False
-    said: Callable[[str], None] = field(default=lambda _: None)
+    say: Callable[[str], None] = field(default=lambda _: None)
 
     @property
     def cuda(self) -> bool:
@@ -26,7 +26,7 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the models: bfloat16 where it is fast."""
+        """Dtype of the models: bfloat16 where it is fast."""
         return torch.bfloat16 if self.cuda else torch.float32
 
     @property
@@ -34,7 +34,7 @@ class Device:
         return time.monotonic() > self.until
 
     def settle(self) -> None:
-        """Wait for everything that was queued."""
+        """Wait for all queued work."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -48,26 +48,26 @@ class Device:
     def rounds(
         self, actions: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1
     ) -> dict[str, list[float]]:
-        """Seconds of each action by name, round after round in turn; fewer rounds when the time is over."""
+        """Time each action, in turn in every round; fewer rounds when the time is over. Returns seconds by name."""
         for _ in range(warm):
             for action in actions.values():
                 action()
-        found: dict[str, list[float]] = {name: [] for name in actions}
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
         for number in range(repeats):
             if number and self.over:
                 break
             for name, action in actions.items():
-                found[name].append(self.seconds(action))
-        return found
+                seconds[name].append(self.seconds(action))
+        return seconds
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
-    """Median, least and most, and how many."""
+    """Return median, least and most seconds, and the number of repeats."""
     return {
         "median": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "repeats": len(seconds)
     }  # fmt: skip
 
 
 def against(base: list[float], seconds: list[float]) -> float:
-    """How many times as fast as the base: median over the rounds, each against the base of the same round."""
+    """Return the speed-up over the base: median over the rounds, each against the base of the same round."""
     return statistics.median(one / other for one, other in zip(base, seconds, strict=True))

@@ -1,4 +1,4 @@
-"""A record of the suite as an image, with matplotlib (the extra "plot")."""
+"""Plots of suite records, with matplotlib (the extra "plot")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcache.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """One bar for each row of a record. rows: their name in the record; label, value: fields of a row."""
+    """Bar chart of a record, one bar per row. rows: their name in the record. label, value: fields of a row."""
 
     rows: str
     label: tuple[str, ...]
@@ -21,20 +21,20 @@ class Bars:
     logarithmic: bool = False
 
     def of(self, record: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
-        """Label, value, least and greatest, of rows that have a value."""
-        found = []
+        """Return label, value, least and greatest value of each row that has a value."""
+        bars = []
         for row in record.get(self.rows, []):
             value = row.get(self.value)
             if isinstance(value, (int, float)):
                 label = ", ".join(str(row[name]) for name in self.label if row.get(name) not in (None, ""))
                 quick, slow = row.get("quickest"), row.get("slowest")
                 spread = (quick and row["documents"] / slow, slow and row["documents"] / quick) if quick else ()
-                found.append((label, float(value), *(spread or (float(value), float(value)))))
-        return found
+                bars.append((label, float(value), *(spread or (float(value), float(value)))))
+        return bars
 
 
 def draw(record: Mapping[str, Any], bars: Bars, path: Path) -> None:
-    """Bars with their spread, from the record alone. ConfigError without matplotlib, or where it cannot be written."""
+    """Draw bars with their spread, from the record alone. ConfigError without matplotlib, or when writing fails."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

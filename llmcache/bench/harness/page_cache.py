@@ -1,4 +1,4 @@
-"""The kernel's page cache: dropping a file from it, and looking how much of a file is in it. For measurements."""
+"""The kernel's page cache: drop files from it, load files into it, and count their resident pages."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 def drop(paths: Iterable[Path]) -> float:
-    """Ask the kernel to forget these files' pages (fsync, then POSIX_FADV_DONTNEED); the share it still has, 0 to 1.
+    """Drop the pages of files from the page cache (fsync, then POSIX_FADV_DONTNEED). Returns the share left, 0 to 1.
 
-    A file system in memory keeps everything, and so does a page that some process has mapped and touched.
+    A file system in memory keeps all pages, and pages that a process has mapped and touched stay too.
     """
     known = list(paths)
     for path in known:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # a page that is not on the disk yet cannot be forgotten
+            os.fsync(descriptor)  # dirty pages cannot be dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -34,7 +34,7 @@ def drop(paths: Iterable[Path]) -> float:
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Read these files, so that their pages are in the cache."""
+    """Read files, so that their pages are in the page cache."""
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             while file.read(8 << 20):
@@ -42,8 +42,8 @@ def warm(paths: Iterable[Path]) -> None:
 
 
 def resident(paths: Iterable[Path]) -> float:
-    """Share of the files' pages that are in the page cache, by mincore(2), which does not load any."""
-    held = every = 0
+    """Return the share of the files' pages in the page cache, by mincore(2), which loads none."""
+    cached = total = 0
     for path in paths:
         size = path.stat().st_size
         if not size:
@@ -61,5 +61,5 @@ def resident(paths: Iterable[Path]) -> float:
                 raise OSError(code, f"mincore failed for {path}")
         finally:
             os.close(descriptor)
-        held, every = held + int((pages & 1).sum()), every + len(pages)
-    return held / every if every else 0.0
+        cached, total = cached + int((pages & 1).sum()), total + len(pages)
+    return cached / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Runs benchmarks of the suite into a folder: one record and one plot each, whole or not there."""
+"""Run benchmarks of the suite into a folder: one record and one plot each, written atomically."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from llmcache.bench.harness.suite import Benchmark, Record, Sizes
 from llmcache.errors import ConfigError, LLMCacheError
 
 NOISE = 1.25
-"""Slowest over quickest repeat from which on a record says that its machine was not quiet."""
+"""Ratio of slowest to quickest repeat from which on a record notes that the machine was not quiet."""
 
 BUSY = 0.1
-"""Processors that other processes kept busy, on the mean, from which on a record says so."""
+"""Mean number of processors busy with other processes from which on a record notes them."""
 
-Said = Callable[[str], None]
+Say = Callable[[str], None]
+"""Function that prints a line of progress."""
 
 
 def run(
@@ -31,39 +32,39 @@ def run(
     command: str,
     *,
     again: bool = False,
-    said: Said = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Iterator[tuple[Benchmark, Record]]:
-    """Each benchmark with its record as soon as it is written; one that cannot be run has `skipped` or `failed`.
+    """Yield each benchmark with its record once written; the record has `skipped` or `failed` when it could not run.
 
-    A record that is there already is kept, `kept` in what is given, unless `again`. After every round what is done so
-    far stands in NAME.partial.json.
+    An existing record is yielded unchanged, with its path under `kept`, unless `again`. After every round the results
+    so far are written to NAME.partial.json. ConfigError when `out` cannot be created, or a record has other settings.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}; name another folder with --out") from None
-    for one in chosen:
-        path = out / f"{one.name}.json"
+        raise ConfigError(f"{out} cannot be created: {error.strerror}; name another folder with --out") from None
+    for benchmark in chosen:
+        path = out / f"{benchmark.name}.json"
         if path.exists() and not again:
-            yield one, {**_kept(path, sizes), "kept": str(path)}
+            yield benchmark, {**_kept(path, sizes), "kept": str(path)}
             continue
-        if missing := one.missing(sizes.data, sizes.tokenizer):
-            yield one, {"benchmark": one.name, "skipped": missing}
+        if missing := benchmark.missing(sizes.data, sizes.tokenizer):
+            yield benchmark, {"benchmark": benchmark.name, "skipped": missing}
             continue
-        said(f"{one.name}: {one.about}")
+        say(f"{benchmark.name}: {benchmark.about}")
         try:
-            yield one, _run(one, sizes, path, command, said)
+            yield benchmark, _run(benchmark, sizes, path, command, say)
         except LLMCacheError as error:
-            yield one, {"benchmark": one.name, "failed": str(error)}
+            yield benchmark, {"benchmark": benchmark.name, "failed": str(error)}
 
 
-def _run(one: Benchmark, sizes: Sizes, path: Path, command: str, said: Said) -> Record:
+def _run(benchmark: Benchmark, sizes: Sizes, path: Path, command: str, say: Say) -> Record:
     partial, before, at = path.with_suffix(".partial.json"), load(), moment()
     record: Record = {}
-    for measured in one.run(sizes):
+    for measured in benchmark.run(sizes):
         record = {
-            "benchmark": one.name,
-            "about": one.about,
+            "benchmark": benchmark.name,
+            "about": benchmark.about,
             **conditions(),
             "processors": len(os.sched_getaffinity(0)),
             "command": command,
@@ -76,11 +77,11 @@ def _run(one: Benchmark, sizes: Sizes, path: Path, command: str, said: Said) -> 
             **measured,
         }
         write(partial, record)
-        said(f"{one.name}: {moment()[0] - at[0]:.0f} s{_rounds(measured, sizes)}")
+        say(f"{benchmark.name}: {moment()[0] - at[0]:.0f} s{_rounds(measured, sizes)}")
     record["notes"] = notes(record)
     write(path, record)
     partial.unlink()
-    plotted(one, record, path, said)
+    plotted(benchmark, record, path, say)
     return record
 
 
@@ -89,35 +90,35 @@ def _rounds(measured: Mapping[str, Any], sizes: Sizes) -> str:
 
 
 def _kept(path: Path, sizes: Sizes) -> Record:
-    """A record of an earlier run; ConfigError when it is none, or one of other sizes."""
+    """Read the record of an earlier run. ConfigError when it is no record, or has other settings."""
     try:
-        found = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or "benchmark" not in found:
-        raise ConfigError(f"{path} is no record of a benchmark; remove it, or give --again to write it anew")
-    if tuple(found.get(name) for name in ("repeats", "limit", "seed")) != (sizes.repeats, sizes.limit, sizes.seed):
+        record = None
+    if not isinstance(record, dict) or "benchmark" not in record:
+        raise ConfigError(f"{path} is no record of a benchmark; remove it, or give --again to replace it")
+    if tuple(record.get(name) for name in ("repeats", "limit", "seed")) != (sizes.repeats, sizes.limit, sizes.seed):
         raise ConfigError(
-            f"{path} was measured with --repeats {found.get('repeats')}, --limit {found.get('limit')} and --seed "
-            f"{found.get('seed')}; give these, another --out, or --again to measure it anew"
+            f"{path} was measured with --repeats {record.get('repeats')}, --limit {record.get('limit')} and --seed "
+            f"{record.get('seed')}; give these, another --out, or --again to measure again"
         )
-    return found
+    return record
 
 
-def plotted(one: Benchmark, record: Record, path: Path, said: Said) -> None:
-    """NAME.png beside the record; without matplotlib, one line that says so."""
-    if one.bars is None:
+def plotted(benchmark: Benchmark, record: Record, path: Path, say: Say) -> None:
+    """Draw NAME.png beside the record. Without matplotlib, print one line instead."""
+    if benchmark.bars is None:
         return
     partial = path.with_suffix(".png.partial")
     try:
-        draw(record, one.bars, partial)
+        draw(record, benchmark.bars, partial)
         os.replace(partial, path.with_suffix(".png"))
     except ConfigError as error:
-        said(f"{one.name}: no plot; {error}")
+        say(f"{benchmark.name}: no plot; {error}")
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """The record as JSON, moved into place when it is whole and on the disk."""
+    """Write a record as JSON, atomically and durably."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(record, file, indent=1, default=_plain)
@@ -128,14 +129,14 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's."""
+    """Convert NumPy numbers to Python's, for JSON."""
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} in a record is no JSON")
 
 
 def moment() -> tuple[float, float, float]:
-    """Seconds of a clock, processor seconds of all processes, and those of this one and of its children that ended."""
+    """Read wall-clock seconds, processor seconds of all processes, and those of this one with its ended children."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
     own = os.times()
@@ -144,24 +145,24 @@ def moment() -> tuple[float, float, float]:
 
 
 def others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
-    """How many processors other processes kept busy between two moments, on the mean; the kernel's own work too."""
+    """Return the mean number of processors busy with other processes (and the kernel) between two moments."""
     seconds, everybody, own = (later - earlier for earlier, later in zip(before, after, strict=True))
     return max(0.0, everybody - own) / max(seconds, 1e-3)
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of the machine: other load, spread between repeats, or no spread at all."""
-    found = []
+    """List what a reader has to know of the machine: load of other processes, spread between repeats, or one repeat."""
+    lines = []
     if record["processors_of_others"] > BUSY:
-        found.append(
+        lines.append(
             f"other processes kept {record['processors_of_others']:.1f} of {record['processors']} processors busy; "
             f"the load average was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after"
         )
     if record["repeats"] == 1:
-        found.append("one repeat: nothing is known of the spread")
+        lines.append("one repeat: nothing is known of the spread")
     rows = record.get("rows")
     for row in rows if isinstance(rows, list) else []:
-        wide = row.get("slowest_of_quickest")
-        if wide is not None and wide > NOISE:
-            found.append(f"{row['name']}: the slowest repeat took {wide:.2f} times the quickest")
-    return found
+        spread = row.get("slowest_of_quickest")
+        if spread is not None and spread > NOISE:
+            lines.append(f"{row['name']}: the slowest repeat took {spread:.2f} times the quickest")
+    return lines

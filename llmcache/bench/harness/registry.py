@@ -1,4 +1,4 @@
-"""Benchmarks of the suite that are measured by modules of their own, under the names of their records."""
+"""Benchmarks of the suite that have modules of their own, under the names of their records."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _SQUAD, _POLICIES = WORKLOADS["squad"].path, WORKLOADS["policies"].path
 
 
 def linked() -> Iterator[Benchmark]:
-    """In the order in which `llmcache bench list` names them."""
+    """Yield these benchmarks in the order of `llmcache bench list`."""
     yield Benchmark(
-        "encode-banking77", "the cache with nothing, half and all of the queries known", ("cls-banking77/test.csv",),
+        "encode-banking77", "the cache with none, half and all of the queries stored", ("cls-banking77/test.csv",),
         _encode, Bars("rows", ("name",), "rate", "texts per second"),
     )  # fmt: skip
     yield Benchmark(
-        "layers-minilm", "mixed batches and second heads, beside the layers that are left to compute", (_SQUAD,),
+        "layers-minilm", "mixed batches and second heads, beside the remaining layers alone", (_SQUAD,),
         _layers, Bars("rows", ("name",), "ratio", "times as fast as what it is compared with"),
     )  # fmt: skip
     yield Benchmark(
-        "decoding-gpt2-small", "beginnings and choices, beside transformers' key/value cache per request", _PREFIX,
+        "decoding-gpt2-small", "common prefixes and choices, beside transformers' key/value cache per request", _PREFIX,
         _decoding, Bars("squad", ("name",), "times_as_fast_median", "times as fast as transformers"), True,
     )  # fmt: skip
     for name, folder in _LABELLED.items():
@@ -67,17 +67,17 @@ def linked() -> Iterator[Benchmark]:
         Bars("rows", ("index",), "ms_per_query", "milliseconds per query"),
     )  # fmt: skip
     yield Benchmark(
-        "store", "the store without a model, beside the system calls alone", (), _store,
+        "store", "the store without a model, beside the bare system calls", (), _store,
         Bars("rates", ("row_bytes", "operation", "cache", "contender"), "mib_per_second", "MiB per second"),
     )  # fmt: skip
-    yield Benchmark("open-100000", "from opening a large store to its first answers", (), _open, None)
+    yield Benchmark("open-100000", "opening a large store, until its first hits", (), _open, None)
 
 
 _LABELLED = {"banking77": "cls-banking77", "snips": "cls-snips", "agnews": "cls-agnews-test", "sst2": "cls-sst2"}
 _REUSED = (("banking77", True, "accuracy"), ("banking77", False, "accuracy"), ("sst2", True, "label"))
 
 
-# -- each module's own door -------------------------------------------------------------------------------------
+# -- one function per module ---------------------------------------------------------------------------------------
 
 
 def _encode(sizes: Sizes) -> Iterator[Record]:
@@ -187,7 +187,7 @@ def _open(sizes: Sizes) -> Iterator[Record]:
 
 @contextmanager
 def labelled(sizes: Sizes, folder: str) -> Iterator[Path]:
-    """The folder of labelled texts; with a limit, one with so many of both parts, drawn by the seed."""
+    """Yield the folder of labelled texts; with a limit, a temporary one with random samples of both parts."""
     from llmcache.bench.near import labelled_texts
 
     if sizes.limit is None:

@@ -1,4 +1,4 @@
-"""Contenders in turn in one process: the same calls to each; medians, spread, ratios, differences to the model."""
+"""Measurement of contenders that take turns in one process: medians, spread, ratios, differences to the model."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
 
-Row = dict[str, Any]
-Floats = NDArray[np.float32]
+Row: TypeAlias = dict[str, Any]
+"""One row of a record: names and plain values, as JSON has them."""
 
 WARM = 256
-"""Texts of the round that warms up."""
+"""Most texts of the warm-up round."""
 LEAST_SECONDS = 0.2
-"""What only reads is asked again until this time has passed: one answer alone would be shorter than the noise."""
+"""Least time of a measurement that only reads: calls are repeated until it has passed, since one is below the noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What every contender is given. known: texts it has answered, once. calls: texts of each call, in each round.
+    """Work of a measurement, the same for every contender.
 
-    before: texts of calls that a contender which keeps something answers in each round before the time begins.
+    known: texts answered once beforehand. calls: texts of each timed call, repeated in each round. before: texts of
+    calls that contenders with memory answer in each round before the clock starts.
     """
 
     model: SentenceTransformer
@@ -43,7 +44,7 @@ class Task:
     before: Sequence[Sequence[str]] = ()
 
     def first(self, share: int | None) -> Task:
-        """The same, for a contender that is asked no more than this many texts."""
+        """Cut the calls to this many texts in all, for a contender that is too slow for more."""
         if share is None or sum(map(len, self.calls)) <= share:
             return self
         calls, left = [], share
@@ -57,14 +58,16 @@ class Task:
 
     @property
     def only_reads(self) -> bool:
-        """Whether all that is asked is known."""
+        """True when every text of every call is known, so that nothing is computed."""
         known = set(self.known)
         return bool(known) and all(text in known for call in self.calls for text in call)
 
 
 class Opened(NamedTuple):
-    """A contender at work. answer: texts to vectors, float32 [n, width]. computed: how many the model had to compute so
-    far. commit: makes what was stored last. noted: what else is to be said of it; whole numbers are counts so far.
+    """An opened contender.
+
+    answer: texts to vectors, float32 [n, width]. computed: number of texts that the model computed so far. commit:
+    makes stored vectors durable. noted: further facts for the record; whole numbers are counts so far.
     """
 
     answer: Callable[[Sequence[str]], Any]
@@ -75,10 +78,11 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to the vectors. opened: with its data in a folder, a context that gives `Opened`, or why it cannot be.
+    """One way to compute the vectors.
 
-    package: what has to be installed for it. share: texts it is asked at most, when it is too slow for all of them;
-    rates and ratios are per text, so that they stay comparable. keeps: whether it remembers anything from call to call.
+    opened: context manager that yields `Opened` for data in a folder, or the reason why the contender is unavailable.
+    package: library that has to be installed. share: most texts per round, for contenders that are too slow for all;
+    rates and ratios are per text, so they stay comparable. keeps: True when the contender has memory between calls.
     """
 
     name: str
@@ -89,7 +93,7 @@ class Contender:
 
     @property
     def missing(self) -> str:
-        """Why it cannot take part; empty when it can."""
+        """Reason why the contender cannot take part; empty when it can."""
         if isinstance(self.opened, str):
             return self.opened
         if self.package and find_spec(self.package) is None:
@@ -99,24 +103,25 @@ class Contender:
 
 @dataclass(slots=True)
 class Taken:
-    """What one contender gave. seconds: of all its texts, one value a round. The others are of the last round."""
+    """Results of one contender. seconds: time for all its texts, one value per round; the rest is of the last round."""
 
     documents: int = 0
     seconds: list[float] = field(default_factory=list)
     computed: int = 0
-    outputs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    outputs: Floats32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     noted: Row = field(default_factory=dict)
 
 
 def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
-    """Rows after each round, one per contender; ratios are to the first, which is the model alone.
+    """Yield rows after each round, one per contender; ratios are to the first contender, the model alone.
 
-    A first round, of at most `WARM` new texts, warms up and is not counted. Who begins changes from round to round.
-    What a contender has to know is answered by it once, before, and each round works on a copy of that.
+    A warm-up round of at most `WARM` new texts is not counted. The contender that starts changes from round to round.
+    Each contender answers the known texts once beforehand; each round works on a copy of the resulting folder.
+    ConfigError when the first contender cannot take part.
     """
     able = [one for one in contenders if not one.missing]
     if not able or able[0] is not contenders[0]:
-        raise ConfigError(f"{contenders[0].name} is what the others are compared with, and it cannot take part")
+        raise ConfigError(f"{contenders[0].name} is the base of the comparison, and it cannot take part")
     texts = list(dict.fromkeys(text for call in task.calls for text in call))
     places = {text: place for place, text in enumerate(texts)}
     expected = np.asarray(task.model.encode(texts, batch_size=task.batch_size), np.float32)
@@ -159,7 +164,7 @@ def _measure(one: Contender, task: Task, folder: Path, taken: Taken, *, counted:
         while not seconds or (reads and sum(seconds) < LEAST_SECONDS):
             began = time.perf_counter()
             outputs = [opened.answer(call) for call in task.calls]
-            if not reads:  # otherwise there is nothing to make last
+            if not reads:  # otherwise nothing was stored
                 opened.commit()
             seconds.append(time.perf_counter() - began)
         computed = (opened.computed() - before) // len(seconds)
@@ -178,7 +183,7 @@ def _since(before: Any, value: Any) -> Any:
 
 
 def _row(
-    one: Contender, task: Task, base: Contender, taken: dict[str, Taken], right: tuple[dict[str, int], Floats]
+    one: Contender, task: Task, base: Contender, taken: dict[str, Taken], right: tuple[dict[str, int], Floats32]
 ) -> Row:
     if one.missing:
         return {"name": one.name, "skipped": one.missing}
@@ -204,7 +209,7 @@ def _row(
 
 
 def spread(seconds: Sequence[float]) -> Row:
-    """Median, quickest and slowest; slowest_of_quickest is None after one repeat, which has no spread."""
+    """Return median, quickest and slowest seconds, and slowest over quickest (None after a single repeat)."""
     least, most = min(seconds), max(seconds)
     return {
         "median": statistics.median(seconds),
@@ -215,7 +220,7 @@ def spread(seconds: Sequence[float]) -> Row:
 
 
 def ratios(mine: Taken, base: Taken) -> Row:
-    """Texts per second as a multiple of the base's, round by round, and their median."""
+    """Return the texts per second as a multiple of the base's, round by round, and the median of these."""
     each = [
         (other / base.documents) / (own / mine.documents) for own, other in zip(mine.seconds, base.seconds, strict=True)
     ]
@@ -223,14 +228,14 @@ def ratios(mine: Taken, base: Taken) -> Row:
 
 
 def times(rows: Sequence[Row], name: str, other: str) -> float | None:
-    """How many times the texts per second of `other` the contender `name` has, the median over the rounds."""
-    found = {row["name"]: row for row in rows if "ratios" in row}
-    if name not in found or other not in found:
+    """Return the texts per second of `name` over those of `other`, median over the rounds; None when one is missing."""
+    measured = {row["name"]: row for row in rows if "ratios" in row}
+    if name not in measured or other not in measured:
         return None
-    mine, theirs = found[name]["ratios"], found[other]["ratios"]
+    mine, theirs = measured[name]["ratios"], measured[other]["ratios"]
     return float(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)))
 
 
 def load() -> float:
-    """Processes that ran or waited for a processor, the mean of the last minute."""
+    """Return the load average of the last minute."""
     return os.getloadavg()[0]

@@ -1,6 +1,6 @@
-"""Models of well-known shapes with seeded weights, and texts for them: for speed and exactness, never for accuracy.
+"""Models of well-known shapes with seeded weights, and texts for them: for speed and exactness, not for accuracy.
 
-Nothing is downloaded and no file is needed: the tokenizer is made here too.
+Nothing is downloaded and no file is needed; the tokenizer is created here too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's shape, and the tokens of a document to try it with. family: "bert" or "llama"; sizes: of its config."""
+    """Shape of a model. family: "bert" or "llama". sizes: of its config. tokens: length of the documents to measure."""
 
     name: str
     family: str
@@ -53,7 +53,7 @@ SHAPES = {
 
 
 def tiny(shape: Shape) -> Shape:
-    """The same family with almost nothing in it, to try a measurement out."""
+    """Return a tiny shape of the same family, to test a measurement."""
     sizes = {"vocab_size": WORDS + 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
              "intermediate_size": 64, "max_position_embeddings": 1024}  # fmt: skip
     more = {"num_key_value_heads": 2} if shape.family == "llama" else {}
@@ -61,7 +61,7 @@ def tiny(shape: Shape) -> Shape:
 
 
 def trunk(shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of this shape, its weights drawn on the device, the same each time on the same machine."""
+    """Create a model of this shape with seeded weights, drawn on the device."""
     torch.manual_seed(0)
     with _made(device, dtype):
         kind: Any = BertModel if shape.family == "bert" else LlamaModel
@@ -81,21 +81,21 @@ def _made(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, of 8,000 words."""
+    """Create a tokenizer of 8,000 words, one token per word."""
     vocabulary = {word: number for number, word in enumerate([*_SPECIAL, *(f"w{i}" for i in range(WORDS))])}
     plain = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     plain.pre_tokenizer = WhitespaceSplit()
     marks = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), _SPECIAL, strict=True))
-    made: Any = PreTrainedTokenizerFast  # which transformers gives no types
-    found: PreTrainedTokenizerFast = made(tokenizer_object=plain, **marks)
-    return found
+    made: Any = PreTrainedTokenizerFast  # transformers has no types for it
+    tokenizer: PreTrainedTokenizerFast = made(tokenizer_object=plain, **marks)
+    return tokenizer
 
 
 def sentences(shape: Shape, device: str, dtype: torch.dtype) -> SentenceTransformer:
-    """A SentenceTransformer on such a trunk: the mean of the last states."""
+    """Create a SentenceTransformer on such a trunk, with mean pooling."""
     model = trunk(shape, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmcache-shape-") as folder:
-        # a module is read from files; what is read is one layer, and the model takes its place
+        # a Transformer module is loaded from files: load one layer, then put the model in its place
         small = Shape(shape.name, shape.family, {**tiny(shape).sizes, "num_hidden_layers": 1}, 1)
         trunk(small, "cpu", dtype).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
@@ -105,6 +105,6 @@ def sentences(shape: Shape, device: str, dtype: torch.dtype) -> SentenceTransfor
 
 
 def texts(count: int, tokens: int, seed: int) -> list[str]:
-    """Documents of so many words, no two of them alike."""
+    """Draw `count` random documents of `tokens` words."""
     numbers = np.random.default_rng(seed).integers(0, WORDS, (count, tokens))
     return [" ".join(f"w{number}" for number in row) for row in numbers.tolist()]

@@ -1,4 +1,4 @@
-"""The named benchmarks of `llmcache bench run`: what each compares, what it needs, and its record."""
+"""Named benchmarks of `llmcache bench run`: contenders, data and targets of each."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from llmcache.errors import ConfigError
 Record = dict[str, Any]
 
 CALL = 256
-"""Texts of one call in a stream."""
+"""Texts per call of a stream."""
 STREAM = 4096
-"""Texts of a stream, drawn from a quarter as many."""
-_KNOWN, _BEFORE = 3584, 1280  # of `off-sst2`: texts to calibrate on, and texts after which it is seen what that pays
-_LEAST = 192  # texts that a calibration needs, and some
+"""Texts of a stream, drawn from a pool of a quarter as many."""
+_KNOWN, _BEFORE = 3584, 1280  # of `off-sst2`: texts to calibrate on, and texts that show whether near reuse pays
+_LEAST = 192  # texts that a calibration needs, with a margin
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a run was asked for. limit: at most this many texts (questions, documents). tokenizer: folder of GPT-2's."""
+    """Settings of a run. limit: most texts (questions, documents). tokenizer: folder of GPT-2's tokenizer."""
 
     data: Path
     repeats: int = 3
@@ -57,14 +57,14 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one contender should reach beside another, as a multiple of its texts per second."""
+    """Target of a contender: a multiple of the texts per second of another."""
 
     name: str
     base: str
     at_least: float
 
     def found(self, rows: Sequence[Row]) -> Row:
-        """The target with what was measured, None where one of the two did not take part."""
+        """Return the target with the measured value, None where one of the two did not take part."""
         value = times(rows, self.name, self.base)
         return {
             "contender": self.name,
@@ -77,9 +77,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One name of the suite. needs: paths below the data folder. run: gives records, each more complete than the last.
+    """One benchmark of the suite.
 
-    bars: how a record is drawn, None where there is nothing to draw.
+    needs: paths below the data folder. run: yields records, each more complete than the last. bars: drawing of a
+    record, None for none.
     """
 
     name: str
@@ -90,8 +91,8 @@ class Benchmark:
     wants_tokenizer: bool = False
 
     def missing(self, data: Path, tokenizer: Path | None) -> str:
-        """Why it cannot be run; empty when it can."""
-        lacking = [one for one in self.needs if not (data / one).exists()]
+        """Return the reason why the benchmark cannot run; empty when it can."""
+        lacking = [path for path in self.needs if not (data / path).exists()]
         if lacking:
             return f"{data} has no {' and no '.join(lacking)}"
         if self.wants_tokenizer and tokenizer is None:
@@ -128,7 +129,7 @@ def _measured(
 
 
 def _unknown(workload: str) -> Callable[[Sizes], Iterator[Record]]:
-    """Everything is new and is stored, durably, within the time."""
+    """Measure new texts; storing them durably is in the time."""
 
     def run(sizes: Sizes) -> Iterator[Record]:
         texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
@@ -141,7 +142,7 @@ def _unknown(workload: str) -> Callable[[Sizes], Iterator[Record]]:
 
 
 def _known(workload: str, times_the_model: float) -> Callable[[Sizes], Iterator[Record]]:
-    """Everything is known, from a store that was closed and opened again."""
+    """Measure known texts, from a store that was closed and opened again."""
 
     def run(sizes: Sizes) -> Iterator[Record]:
         texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
@@ -157,7 +158,7 @@ def _known(workload: str, times_the_model: float) -> Callable[[Sizes], Iterator[
 
 
 def _off(sizes: Sizes) -> Iterator[Record]:
-    """New texts for a cache whose near reuse does not pay with what it knows, and has noticed that."""
+    """Measure new texts with a cache whose near reuse does not pay, after it has detected that."""
     texts = list(dict.fromkeys(read(sizes.data, "sst2")))
     known, before, asked = texts[:_KNOWN], texts[_KNOWN : _KNOWN + _BEFORE], texts[_KNOWN + _BEFORE :]
     if sizes.limit is not None:
@@ -171,7 +172,7 @@ def _off(sizes: Sizes) -> Iterator[Record]:
 
 
 def _corpus(workload: str) -> Callable[[Sizes], Iterator[Record]]:
-    """A corpus in its own order, in calls, from an empty store: its own redundancy decides."""
+    """Measure a corpus in its own order, in calls, from an empty store: its own redundancy decides."""
 
     def run(sizes: Sizes) -> Iterator[Record]:
         texts = read(sizes.data, workload, sizes.limit or STREAM)
@@ -181,7 +182,7 @@ def _corpus(workload: str) -> Callable[[Sizes], Iterator[Record]]:
 
 
 def _stream(kind: str) -> Callable[[Sizes], Iterator[Record]]:
-    """Texts drawn from a pool of bank queries, in calls, from an empty store."""
+    """Measure texts drawn from a pool of bank queries, in calls, from an empty store."""
 
     def run(sizes: Sizes) -> Iterator[Record]:
         length = sizes.limit or STREAM
@@ -207,43 +208,47 @@ def _redundancy(texts: Sequence[str]) -> dict[str, Any]:
 _BARS = Bars("rows", ("name",), "per_second", "texts per second", logarithmic=True)
 
 
-def _of_texts() -> Iterator[Benchmark]:
-    known = "all known: hits per second beside other caches"
-    new = "nothing known, storing included"
+def _text_benchmarks() -> Iterator[Benchmark]:
+    known = "all texts stored: hits per second beside other caches"
+    new = "an empty store, storing included"
     for name, times_the_model in (("banking77", 200), ("squad", 1000)):
         needs = (WORKLOADS[name].path,)
         yield Benchmark(f"miss-{name}", f"{new}: {WORKLOADS[name].about}", needs, _unknown(name), _BARS)
         yield Benchmark(f"hit-{name}", f"{known}: {WORKLOADS[name].about}", needs, _known(name, times_the_model), _BARS)
     yield Benchmark(
-        "off-sst2", "near reuse that does not pay and has gone off by itself, storing included: film sentences",
+        "off-sst2", "near reuse that does not pay and is suspended, storing included: film sentences",
         (WORKLOADS["sst2"].path,), _off, _BARS,
     )  # fmt: skip
     for kind in STREAMS:
         about = f"bank queries drawn again and again, {kind}"
         yield Benchmark(f"stream-{kind}", about, (WORKLOADS["banking77"].path,), _stream(kind), _BARS)
     for name, workload in WORKLOADS.items():
-        if name in ("banking77", "squad"):  # nothing repeats in these: they are those above
+        if name in ("banking77", "squad"):  # nothing repeats in these: `miss-*` covers them
             continue
         about = f"from an empty store: {workload.about}"
         yield Benchmark(f"corpus-{name}", about, (workload.path,), _corpus(name), _BARS)
 
 
 def rivals() -> list[Contender]:
-    """All that take part in a benchmark of texts, whether they can or not."""
+    """Return all contenders of the benchmarks of texts, available or not."""
     return list(_STREAM)
 
 
 def benchmarks() -> dict[str, Benchmark]:
-    """All of them, by name."""
+    """Return all benchmarks by name."""
     from llmcache.bench.harness.registry import linked
 
-    return {one.name: one for one in [*_of_texts(), *linked()]}
+    return {benchmark.name: benchmark for benchmark in [*_text_benchmarks(), *linked()]}
 
 
 def chosen(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks by name or by pattern (hit-*, all), in the order of the registry. ConfigError: a name that is none."""
+    """Select benchmarks by names or patterns (hit-*, all), in the order of the registry. ConfigError: unknown name."""
     every = benchmarks()
     for name in names:
-        if name != "all" and not any(fnmatchcase(one, name) for one in every):
+        if name != "all" and not any(fnmatchcase(known, name) for known in every):
             raise ConfigError(f"no benchmark is called {name!r}; `llmcache bench list` names them")
-    return [one for one in every.values() if any(name == "all" or fnmatchcase(one.name, name) for name in names)]
+    return [
+        benchmark
+        for benchmark in every.values()
+        if any(name == "all" or fnmatchcase(benchmark.name, name) for name in names)
+    ]

@@ -1,4 +1,4 @@
-"""Texts to measure with, from a folder of public data sets; and streams that draw from them, given by a seed."""
+"""Workloads: texts from a folder of public data sets, and seeded streams that draw from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A corpus under its file's name below the data folder. texts: in the order of the file, repeats included."""
+    """A corpus. path: file below the data folder. texts: reads the texts in the order of the file, with repeats."""
 
     path: str
     about: str
@@ -33,22 +33,22 @@ class Workload:
 
 
 def read(data: Path, name: str, limit: int | None = None) -> list[str]:
-    """The first texts of a workload that are not empty. ConfigError: its file is not below `data`, or has none."""
+    """Read the first non-empty texts of a workload. ConfigError when its file is missing, or has no text."""
     workload = WORKLOADS[name]
     path = data / workload.path
     if not path.exists():
         raise ConfigError(f"{data} has no {workload.path}; --data names the folder that holds it")
-    found = list(islice((text for text in workload.texts(path) if text.strip()), limit))
-    if not found:
-        raise ConfigError(f"{path} holds no text; fetch it again")
-    return found
+    texts = list(islice((text for text in workload.texts(path) if text.strip()), limit))
+    if not texts:
+        raise ConfigError(f"{path} holds no text; download it again")
+    return texts
 
 
 # -- files ----------------------------------------------------------------------------------------------------
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, as it is or compressed, cut at newlines only."""
+    """Iterate over the lines of a text file, plain or compressed, split at newlines only."""
     opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
@@ -70,7 +70,7 @@ def _agnews(path: Path) -> Iterator[str]:
 
 
 def _after(mark: str) -> Callable[[Path], Iterator[str]]:
-    """What stands after a label and this mark."""
+    """Read the text after a label and this separator."""
     return lambda path: (line.partition(mark)[2] for line in _lines(path))
 
 
@@ -80,25 +80,25 @@ def _questions(path: Path) -> Iterator[str]:
 
 
 def _logs(path: Path) -> Iterator[str]:
-    """Of all systems, their lines by turns, as a collector of logs meets them."""
-    files = [list(_lines(one)) for one in sorted(path.glob("*_2k.log.gz"))]
+    """Read the lines of all systems in turn, as a log collector receives them."""
+    files = [list(_lines(file)) for file in sorted(path.glob("*_2k.log.gz"))]
     for at in range(max(map(len, files), default=0)):
         yield from (lines[at] for lines in files if at < len(lines))
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """Of all revisions, in their order: what an edit leaves alone comes again."""
+    """Read the paragraphs of all revisions in order; unchanged paragraphs repeat."""
     for revision in _objects(path):
         yield from (part.strip() for part in revision["text"].split("\n\n"))
 
 
 def _squad(path: Path) -> Iterator[str]:
     articles = json.loads("\n".join(_lines(path)))["data"]
-    yield from (one["context"] for article in articles for one in article["paragraphs"])
+    yield from (paragraph["context"] for article in articles for paragraph in article["paragraphs"])
 
 
 def _openbookqa(path: Path) -> Iterator[str]:
-    """Each stem with each of its choices."""
+    """Read each stem with each of its choices."""
     for row in _objects(path):
         asked = row["question"]
         yield from (f"{asked['stem']} {choice['text']}" for choice in asked["choices"])
@@ -138,12 +138,12 @@ def _field(path: Path, name: str) -> Iterator[str]:
 
 
 def uniform(pool: int, length: int, seed: int) -> Places:
-    """Places in a pool of texts, each as likely as the other; int64 [length]."""
+    """Draw indices into a pool of texts uniformly; int64 [length]."""
     return np.random.default_rng(seed).integers(0, pool, length)
 
 
 def zipf(pool: int, length: int, seed: int, exponent: float = 1.0) -> Places:
-    """Places of which a few come again and again: the k-th most frequent with a weight of k ** -exponent."""
+    """Draw indices by Zipf's law: the k-th most frequent has a weight of k ** -exponent."""
     random = np.random.default_rng(seed)
     weights = np.arange(1, pool + 1, dtype=np.float64) ** -exponent
     ranks = random.choice(pool, length, p=weights / weights.sum())
@@ -151,7 +151,7 @@ def zipf(pool: int, length: int, seed: int, exponent: float = 1.0) -> Places:
 
 
 def drifting(pool: int, length: int, seed: int, window: float = 0.1) -> Places:
-    """Places out of a window, of this share of the pool, that moves from its first texts to its last ones."""
+    """Draw indices from a window of this share of the pool, which moves from the first texts to the last."""
     random = np.random.default_rng(seed)
     width = max(1, int(window * pool))
     starts = np.linspace(0, pool - width, length).astype(np.int64)

@@ -1,1 +1,1 @@
-"""The experiments of the paper (arXiv 2512.16843), run again: `llmcache bench paper`."""
+"""The experiments of the paper (arXiv 2512.16843), measured with this implementation: `llmcache bench paper`."""

@@ -1,4 +1,4 @@
-"""Accuracy with real weights and right answers: the model alone, the paper's rule at its taus, and ours."""
+"""Accuracy experiment, with real weights and labelled data: the model alone, the paper's rule, and ours."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.near import Labels
 from llmcache.bench.paper import texts
-from llmcache.bench.paper.latency import Row
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.records import LABELLED, Work
 from llmcache.bench.paper.texts import Workload, spread
@@ -26,32 +27,30 @@ TAUS = (0.82, 0.85, 0.88)
 BUDGET = 0.005
 CONFIDENCE = 0.95
 
-Outputs = NDArray[np.float32]
-Labels = NDArray[np.generic]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A question about documents with right answers.
+    """A task with known answers.
 
-    head: decides on one document's output, for `calibrate`. answers: what is answered, from the outputs of all asked
-    documents, [questions]. right: the right ones. metric: what an answer is, for people.
+    head: decides on one document's output, for `calibrate`. answers: maps the outputs of all queries to answers
+    [questions]. right: correct answers. metric: description of an answer, for tables.
     """
 
     workload: Workload
     metric: str
     head: Any = field(repr=False)
-    answers: Callable[[Outputs], Labels] = field(repr=False)
+    answers: Callable[[Floats32], Labels] = field(repr=False)
     right: Labels = field(repr=False)
 
 
 def accuracy(
-    model: SentenceTransformer, task: Callable[[Outputs], Task], workload: Workload, folder: Path
+    model: SentenceTransformer, task: Callable[[Floats32], Task], workload: Workload, folder: Path
 ) -> list[Row]:
-    """One row per method. task: made from the outputs of the known documents.
+    """Measure all methods on a task. Returns one row per method.
 
-    hits: share of documents that a neighbour answered. flips: share of all answers that differ from the model's own.
-    Every cache begins as a copy of one store that knows the known documents.
+    task: builds the task from the outputs of the known documents. hits: share of documents that a neighbour answered.
+    flips: share of all answers that differ from the model's own. Every cache starts from a copy of one store with the
+    known documents.
     """
     with LLMCache.open(folder / "known", model) as cache:
         known = np.asarray(cache.encode(workload.known, batch_size=64), np.float32)
@@ -67,10 +66,10 @@ def accuracy(
 
     def measured(name: str, cache: LLMCache) -> Row:
         results = list(cache.run(workload.asked, batch_size=64))
-        given = made.answers(np.array([one.output for one in results]))
+        given = made.answers(np.array([result.output for result in results]))
         now = float((given == made.right).mean())
-        near = np.array([one.tier == "near" for one in results])
-        apart = np.abs(np.array([one.output for one in results]) - own)[~near]
+        near = np.array([result.tier == "near" for result in results])
+        apart = np.abs(np.array([result.output for result in results]) - own)[~near]
         return {
             **facts, "method": name, "accuracy": now, "drop": base - now, "flips": float((given != answers).mean()),
             "hits": float(near.mean()),
@@ -104,9 +103,9 @@ KNOWN, ASKED = 2000, 600
 
 
 def parts() -> dict[str, Callable[[Work], list[Row]]]:
-    """One for each corpus."""
+    """Return one part per corpus."""
 
-    def part(make: Callable[[Work], tuple[Workload, Callable[[Outputs], Task]]]) -> Callable[[Work], list[Row]]:
+    def part(make: Callable[[Work], tuple[Workload, Callable[[Floats32], Task]]]) -> Callable[[Work], list[Row]]:
         def measure(work: Work) -> list[Row]:
             workload, task = make(work)
             with work.folder() as folder:
@@ -118,45 +117,45 @@ def parts() -> dict[str, Callable[[Work], list[Row]]]:
     return {"WikiText-2": part(_wikitext), "SQuAD v2": part(_squad), "OpenBookQA": part(_openbookqa), **named}
 
 
-def with_head(workload: Workload, metric: str) -> Callable[[Outputs], Task]:
-    """Labels by a logistic head that is fitted to the known documents."""
+def with_head(workload: Workload, metric: str) -> Callable[[Floats32], Task]:
+    """Build a task whose labels come from a logistic head, fitted to the known documents."""
 
-    def task(known: Outputs) -> Task:
+    def task(known: Floats32) -> Task:
         head = classifier(known, workload.known_labels)
         return Task(workload, metric, head, head.predict, np.array(workload.asked_labels))
 
     return task
 
 
-def _labelled(work: Work, name: str) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _labelled(work: Work, name: str) -> tuple[Workload, Callable[[Floats32], Task]]:
     workload = work.labelled(name, KNOWN, ASKED)
     return workload, with_head(workload, "label, by a logistic head")
 
 
-def _wikitext(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _wikitext(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     workload = texts.wikitext(work.data).whole(work.known(KNOWN), work.asked(ASKED))
     return workload, with_head(workload, "the article a window is from, by a logistic head")
 
 
-def _squad(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
+def _squad(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     every, paragraphs = texts.squad_questions(work.data, max(40, work.known(KNOWN) // 3))
     workload = every.some(work.known(KNOWN), work.asked(ASKED))
     vectors = np.asarray(work.model.encode(paragraphs, batch_size=32), np.float32)
     head = LinearHead(vectors, np.zeros(len(vectors), np.float32))
-    right = np.array([int(one) for one in workload.asked_labels])
+    right = np.array([int(label) for label in workload.asked_labels])
 
-    def task(known: Outputs) -> Task:
+    def task(known: Floats32) -> Task:
         return Task(workload, "the paragraph a question is about, by the nearest vector", head, _first(head), right)
 
     return workload, task
 
 
-def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
-    """The last two choices of each question are asked; the answer is the choice that is nearest to a fact."""
+def _openbookqa(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
+    """Build the task of OpenBookQA: the last two choices are queries; the answer is the choice nearest to a fact."""
     questions = texts.openbook_questions(work.data)
     questions = [questions[i] for i in spread(len(questions), max(8, work.known(2 * 250) // 2))]
-    known = [f"{stem} {one}" for stem, choices, _ in questions for one in choices[:2]]
-    asked = [f"{stem} {one}" for stem, choices, _ in questions for one in choices[2:]]
+    known = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[:2]]
+    asked = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[2:]]
     blank = [""] * len(known)
     workload = Workload("OpenBookQA", "the other choices of the same questions", known, asked, blank, [""] * len(asked))
     every = texts.openbook_facts(work.data)
@@ -165,10 +164,10 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     head = LinearHead(facts, np.zeros(len(facts), np.float32))
     right = np.array([place for *_, place in questions])
 
-    def task(outputs: Outputs) -> Task:
+    def task(outputs: Floats32) -> Task:
         first = (outputs @ facts.T).max(axis=1).reshape(-1, 2)
 
-        def answers(given: Outputs) -> Labels:
+        def answers(given: Floats32) -> Labels:
             scores = np.hstack([first, (given @ facts.T).max(axis=1).reshape(-1, 2)])
             return np.asarray(scores.argmax(axis=1))
 
@@ -177,5 +176,5 @@ def _openbookqa(work: Work) -> tuple[Workload, Callable[[Outputs], Task]]:
     return workload, task
 
 
-def _first(head: LinearHead) -> Callable[[Outputs], Labels]:
+def _first(head: LinearHead) -> Callable[[Floats32], Labels]:
     return lambda outputs: np.asarray(head(outputs).argmax(axis=1))

@@ -1,4 +1,4 @@
-"""Latency of decoders: transformers' keys and values within a request, and ours, restored from other requests."""
+"""Latency of decoders: transformers' key/value cache within a request, and prefixes restored from other requests."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.bench.paper.latency import BATCH, Answered, Row, closed, times, with_commit
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.latency import BATCH, Answered, closed, times, with_commit
 from llmcache.bench.paper.models import Made
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.decoders.generation import padded
 
 WRITTEN = 8
-"""Tokens that are written for the row of keys and values; before the first one they save nothing."""
+"""Tokens generated for the row KV-Cache, which saves nothing before the first token."""
 FEW = 4
-"""Prompts of a round of it, since without keys and values each token costs a whole pass."""
-BEGINNINGS = 96
-"""Known prompts whose keys and values are stored: one for each beginning."""
-_ALIKE = 60  # characters that two prompts share when they begin alike
+"""Prompts per round of KV-Cache, since without keys and values each token costs a whole pass."""
+PREFIXES = 96
+"""Most known prompts whose keys and values are stored: one per prefix."""
+_PREFIX = 60  # leading characters that identify a prefix
 
 
 def decoders(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> list[Row]:
-    """Rows "KV-Cache" and "LLMCache, ours", each with a base of its own in the same rounds."""
+    """Measure the rows "KV-Cache" and "LLMCache, ours", each with its own base in the same rounds."""
     tokenizer: Any = made.model.tokenizer
     asked = [tokenizer(text)["input_ids"] for text in workload.asked]
-    known = [tokenizer(text)["input_ids"] for text in beginnings(workload.known, workload.asked)]
+    known = [tokenizer(text)["input_ids"] for text in prefix_representatives(workload.known, workload.asked)]
     facts = {
         "model": made.name, "weights": made.weights, "data": workload.name,
         "tokens": float(np.mean([len(one) for one in asked])),
@@ -44,28 +45,28 @@ def decoders(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> l
     return [{**facts, **one} for one in rows]
 
 
-def beginnings(known: Sequence[str], asked: Sequence[str], most: int = BEGINNINGS) -> list[str]:
-    """One known text for each beginning, at most so many; those that an asked text begins with come first."""
-    wanted = {text[:_ALIKE] for text in asked}
+def prefix_representatives(known: Sequence[str], asked: Sequence[str], most: int = PREFIXES) -> list[str]:
+    """Select one known text per prefix, at most `most`; prefixes of queries come first."""
+    wanted = {text[:_PREFIX] for text in asked}
     first: dict[str, str] = {}
     for text in known:
-        first.setdefault(text[:_ALIKE], text)
-    return sorted(first.values(), key=lambda text: text[:_ALIKE] not in wanted)[:most]
+        first.setdefault(text[:_PREFIX], text)
+    return sorted(first.values(), key=lambda text: text[:_PREFIX] not in wanted)[:most]
 
 
 def _keys_and_values(decoder: Any, asked: Sequence[list[int]], rounds: int) -> Row:
-    """Greedy writing with and without keys and values of the request's own tokens."""
+    """Measure greedy generation with and without the request's own key/value cache."""
 
     def written(rows: Sequence[list[int]], use: bool) -> Answered:
         ids, mask = padded(rows, 0, "cpu")
         began = time.perf_counter()
         with torch.inference_mode():
-            found = decoder.generate(
+            tokens = decoder.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False,
                 use_cache=use, pad_token_id=0,
             )  # fmt: skip
         seconds = time.perf_counter() - began
-        return Answered(seconds, found[:, ids.shape[1] :].numpy(), [""] * len(rows), [""] * len(rows))
+        return Answered(seconds, tokens[:, ids.shape[1] :].numpy(), [""] * len(rows), [""] * len(rows))
 
     size = max(1, min(FEW, len(asked) // (rounds + 1)))
     plain, kept = _in_turn([lambda rows: written(rows, False), lambda rows: written(rows, True)], asked, size, rounds)
@@ -78,7 +79,7 @@ def _keys_and_values(decoder: Any, asked: Sequence[list[int]], rounds: int) -> R
 
 
 def _ours(made: Made, known: Sequence[list[int]], asked: Sequence[list[int]], folder: Path, rounds: int) -> Row:
-    """Until the first token, with the keys and values of known beginnings restored."""
+    """Measure the time until the first token, with stored prefixes restored."""
     decoder = made.decoder
     size = max(1, min(BATCH, len(asked) // (rounds + 1)))
     cache = LLMCache.open(folder, decoder, tokenizer=made.model.tokenizer)
@@ -116,28 +117,28 @@ def _ours(made: Made, known: Sequence[list[int]], asked: Sequence[list[int]], fo
 def _in_turn(
     actions: Sequence[Callable[[Sequence[list[int]]], Answered]], asked: Sequence[list[int]], size: int, rounds: int
 ) -> list[list[Answered]]:
-    """What each action gave in each round; the first batch of `asked` warms up and is left out."""
-    found: list[list[Answered]] = [[] for _ in actions]
+    """Run the actions in turn. Returns their results per round; the first batch of `asked` warms up."""
+    answers: list[list[Answered]] = [[] for _ in actions]
     for turn in range(rounds + 1):
         batch = asked[turn * size : (turn + 1) * size]
         for place, action in enumerate(actions):
             answered = action(batch)
             if turn:
-                found[place].append(answered)
-    return found
+                answers[place].append(answered)
+    return answers
 
 
 def first_token(decoder: Any, rows: Sequence[list[int]], *, use_cache: bool) -> NDArray[np.float32]:
-    """Logits of the token that comes next, float32 [n, vocabulary]; rows are padded on the left."""
+    """Compute next-token logits, float32 [n, vocabulary]; rows are padded on the left."""
     ids, mask = padded(rows, 0, "cpu")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
-        found = decoder(
+        output = decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=use_cache, logits_to_keep=1
         )
-    logits: NDArray[np.float32] = found.logits[:, 0].float().numpy()
+    logits: NDArray[np.float32] = output.logits[:, 0].float().numpy()
     return logits
 
 
 def _milliseconds(part: Sequence[Answered]) -> float:
-    return 1e3 * statistics.median(one.seconds / len(one.tiers) for one in part)
+    return 1e3 * statistics.median(answered.seconds / len(answered.tiers) for answered in part)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.layer_hits import projection
 from llmcache.bench.paper.memory import folder_bytes
 from llmcache.bench.paper.models import classifier
@@ -32,21 +32,21 @@ from llmcache.model.tokens import tokenise
 EXPONENT = 1.0
 REQUESTS = 10_000
 SECONDS = 60
-"""Between two requests of the stream, by the clock that policies see; there is no waiting."""
+"""Simulated seconds between two requests, as policies see them."""
 HALF_LIFE = 86_400.0
 AUDITED = 0.1
-"""Share of near hits that are recomputed, whose drift the policies then know."""
+"""Share of near hits that are audited, so that policies know their drift."""
 ROOM = (0.1, 0.25, 0.5)
-"""Shares of the bytes of all documents that may be stored."""
+"""Byte budgets, as shares of the bytes of all documents."""
 TAU = 0.85
-FREED = 0.02  # of the budget, at a time
+FREED = 0.02  # share of the budget freed per eviction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Documents:
-    """What the replay knows of each. nbytes: in the store. cost: seconds of the model.
+    """Documents of a replay. nbytes: bytes in the store. cost: seconds of the model.
 
-    similarity: float32 [n, n], of the fingerprints, 0 on the diagonal. wrong: bool [n, n], whether taking over the
+    similarity: float32 [n, n], of the fingerprints, 0 on the diagonal. wrong: bool [n, n], True where reusing the
     column's output changes the row's label. drift: float32 [n, n], 1 - cosine of the outputs.
     """
 
@@ -61,7 +61,7 @@ class Documents:
 
 
 def stream(n: int, requests: int, exponent: float = EXPONENT, seed: int = 0) -> NDArray[np.int64]:
-    """Requests for n documents by Zipf's law; halfway which of them are popular changes. int64 [requests]."""
+    """Draw requests for n documents by Zipf's law; the popular documents change halfway. Returns int64 [requests]."""
     random = np.random.default_rng(seed)
     shares = 1 / np.arange(1, n + 1) ** exponent
     ranks = random.choice(n, requests, p=shares / shares.sum())
@@ -70,7 +70,7 @@ def stream(n: int, requests: int, exponent: float = EXPONENT, seed: int = 0) -> 
 
 
 def documents(model: SentenceTransformer, workload: Workload) -> Documents:
-    """Of the known documents of a labelled workload; bytes as the store has them, seconds measured, by their tokens."""
+    """Prepare the known documents of a labelled workload: bytes as in a store, measured seconds shared by tokens."""
     tokens = tokenise(model, workload.known, None, None)
     began = time.perf_counter()
     outputs = np.asarray(model.encode(workload.known, batch_size=64), np.float32)
@@ -81,40 +81,40 @@ def documents(model: SentenceTransformer, workload: Workload) -> Documents:
     similarity = prints @ prints.T
     np.fill_diagonal(similarity, 0)
     unit = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
-    # output, feature in float16, token ids, and about what a store adds to an entry
+    # output, features in float16, token ids, and about the overhead of an entry
     nbytes = (4 * outputs.shape[1] + 2 * raw.shape[1] + 4 * tokens.lengths + 120).astype(np.int64)
-    cost = (seconds / float(tokens.lengths.sum())) * tokens.lengths.astype(
-        np.float64
-    )  # its time is nearly linear in its tokens
+    # the model's time is nearly linear in the tokens
+    cost = (seconds / float(tokens.lengths.sum())) * tokens.lengths.astype(np.float64)
     return Documents(nbytes, cost, similarity, decided[:, None] != decided[None], (1 - unit @ unit.T).clip(0))
 
 
 def replay(
     docs: Documents, requests: NDArray[np.int64], policy: str, budget: int, tau: float | None = None, seed: int = 0
 ) -> Row:
-    """Requests in their order against a store that evicts by this policy whenever it is above its budget in bytes.
+    """Replay requests in order against a store that evicts by a policy whenever it exceeds its byte budget.
 
-    A document that is stored is a hit. With tau so is one whose nearest stored neighbour is as similar: it takes over
-    that one's output, and is not stored itself. What is evicted is what `choose` says, every row a segment of its own.
+    A stored document is a hit. With `tau`, a document whose nearest stored neighbour is at least that similar is a near
+    hit: it reuses the neighbour's output, and is not stored. `choose` selects the evicted rows, with one row a segment.
+    Returns a row.
     """
     random = np.random.default_rng(seed)
     here = np.zeros(len(docs), np.bool_)
     used, created, uses = (np.zeros(len(docs), np.int64) for _ in range(3))
     drift, stored, exact, near, wrong, saved, evicted = np.full(len(docs), np.nan), 0, 0, 0, 0, 0.0, 0
-    for tick, one in enumerate(requests.tolist()):
+    for tick, document in enumerate(requests.tolist()):
         now = (tick + 1) * SECONDS
-        source = one if here[one] else _neighbour(docs, here, one, tau)
+        source = document if here[document] else _neighbour(docs, here, document, tau)
         if source >= 0:
             used[source], uses[source] = now, uses[source] + 1
-            saved += docs.cost[one]
-            exact += source == one
-            if source != one:
-                near, wrong = near + 1, wrong + int(docs.wrong[one, source])
+            saved += docs.cost[document]
+            exact += source == document
+            if source != document:
+                near, wrong = near + 1, wrong + int(docs.wrong[document, source])
                 if random.random() < AUDITED:
-                    drift[source] = docs.drift[one, source]
+                    drift[source] = docs.drift[document, source]
             continue
-        here[one], used[one], created[one], uses[one], drift[one] = True, 0, now, 0, np.nan
-        stored += int(docs.nbytes[one])
+        here[document], used[document], created[document], uses[document], drift[document] = True, 0, now, 0, np.nan
+        stored += int(docs.nbytes[document])
         if stored > budget:
             rows = np.flatnonzero(here)
             usage = Usage(
@@ -133,19 +133,19 @@ def replay(
     }  # fmt: skip
 
 
-def _neighbour(docs: Documents, here: NDArray[np.bool_], one: int, tau: float | None) -> int:
-    """The nearest stored document at similarity >= tau, -1 without one."""
+def _neighbour(docs: Documents, here: NDArray[np.bool_], document: int, tau: float | None) -> int:
+    """Find the nearest stored document at similarity >= tau, -1 without one."""
     if tau is None:
         return -1
-    similarity = np.where(here, docs.similarity[one], -1)
+    similarity = np.where(here, docs.similarity[document], -1)
     best = int(similarity.argmax())
     return best if similarity[best] >= tau else -1
 
 
 def best_possible(docs: Documents, requests: NDArray[np.int64], budget: int) -> float:
-    """Hit rate of evicting what is needed furthest in the future (Belady), by whole documents of a mean size.
+    """Compute the hit rate of evicting the document with the furthest next use (Belady), with documents of mean size.
 
-    An upper bound for repeats alone, up to the differences in size.
+    This is an upper bound for repeats alone, up to differences in size.
     """
     room = max(1, budget // int(docs.nbytes.mean()))
     later = np.full(len(requests), len(requests))
@@ -155,16 +155,16 @@ def best_possible(docs: Documents, requests: NDArray[np.int64], budget: int) -> 
         last[int(requests[place])] = place
     next_use: dict[int, int] = {}
     hits = 0
-    for place, one in enumerate(requests.tolist()):
-        hits += one in next_use
-        next_use[one] = int(later[place])
+    for place, document in enumerate(requests.tolist()):
+        hits += document in next_use
+        next_use[document] = int(later[place])
         if len(next_use) > room:
             del next_use[max(next_use, key=next_use.__getitem__)]
     return hits / len(requests)
 
 
 def evictions(docs: Documents, requests: int = REQUESTS) -> list[Row]:
-    """One row per policy and budget, for repeats alone and with near hits."""
+    """Replay every policy and budget, for repeats alone and with near hits. Returns one row each."""
     asked = stream(len(docs), requests)
     rows = []
     for share in ROOM:
@@ -172,9 +172,9 @@ def evictions(docs: Documents, requests: int = REQUESTS) -> list[Row]:
         bound = best_possible(docs, asked, budget)
         for tau in (None, TAU):
             for policy in POLICIES:
-                found = replay(docs, asked, policy, budget, tau)
+                row = replay(docs, asked, policy, budget, tau)
                 rows.append(
-                    {"kind": "replay", "documents": len(docs), "room": share, "tau": tau, "bound": bound, **found}
+                    {"kind": "replay", "documents": len(docs), "room": share, "tau": tau, "bound": bound, **row}
                 )
     return rows
 
@@ -182,9 +182,9 @@ def evictions(docs: Documents, requests: int = REQUESTS) -> list[Row]:
 def in_a_store(
     model: SentenceTransformer, workload: Workload, folder: Path, requests: int, max_bytes: int, call: int = 256
 ) -> list[Row]:
-    """The same kind of stream through a cache with this byte budget, whose policies drop whole segments.
+    """Run such a stream through caches with a byte budget, whose policies drop whole segments. Returns one row each.
 
-    largest: bytes of the store's folder at any commit; the budget is never exceeded.
+    largest: most bytes of the store's folder at any commit; the budget is never exceeded.
     """
     asked = stream(len(workload.known), requests)
     rows = []
@@ -206,7 +206,7 @@ def in_a_store(
 
 
 def policies(rows: Sequence[Row], tau: float | None, room: float) -> dict[str, float]:
-    """Hit rate of each policy in a replay."""
+    """Return the hit rate of each policy in a replay."""
     return {
         row["policy"]: row["hits"]
         for row in rows

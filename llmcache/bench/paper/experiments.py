@@ -1,9 +1,10 @@
-"""Which experiments there are, and the parts of each with the sizes they are run at."""
+"""Registry of the experiments, with their parts and sizes."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper import accuracy, fingerprints, memory
 from llmcache.bench.paper import eviction as evictions
 from llmcache.bench.paper import layer_hits as layerwise
@@ -11,11 +12,11 @@ from llmcache.bench.paper import thresholds as taus
 from llmcache.bench.paper.decoders import decoders
 from llmcache.bench.paper.latency import BATCH, latency
 from llmcache.bench.paper.models import REAL, SHAPES
-from llmcache.bench.paper.records import LABELLED, Experiments, Row, Work
+from llmcache.bench.paper.records import LABELLED, Experiments, Work
 from llmcache.bench.paper.texts import READERS
 
 KNOWN = 528
-"""Documents a cache of the latency tables is warmed with: from 512 on its fingerprints are compressed by a PCA."""
+"""Known documents of the latency experiment: from 512 on fingerprints are compressed by PCA."""
 
 
 def _latency(work: Work, model: str, data: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Fingerprint ablation: PCA, SimHash, attention statistics, none, and the distilled one, on the same documents."""
+"""Fingerprint ablation: PCA, SimHash, attention statistics, no projection, and predicted outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.layer_hits import LEAST, projection
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
@@ -31,12 +31,14 @@ Way = Callable[[NDArray[np.float32]], Vectors]
 
 
 def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 3) -> list[Row]:
-    """One row per fingerprint, all fitted on the known documents alone.
+    """Measure all fingerprints, fitted on the known documents alone. Returns one row each.
 
-    agreement: share of documents asked that have the label of the nearest known one, by a logistic head on both.
-    hits, flips: plain reuse at a tau that is picked on one half of the documents asked, so that at most 0.5 % of its
-    labels change, and reported on the other half; the mean of both ways round. us: microseconds a document from
-    features to the nearest entry, median of repeats. bytes: of one fingerprint.
+    agreement: share of queries with the label of the nearest known document, both by a logistic head.
+    hits, flips: plain reuse at a tau chosen on one half of the queries, so that at most 0.5 % of their labels change,
+    and reported on the other half; mean of both directions.
+    us: microseconds per document from features to the nearest entry, median of repeats.
+    bytes: size of one fingerprint.
+    ConfigError for too few known documents.
     """
     if len(workload.known) < LEAST:
         raise ConfigError(f"fingerprints are fitted on {LEAST} documents or more, there are {len(workload.known)}")
@@ -70,23 +72,23 @@ def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 
 
 
 def _ways(kind: str, known: NDArray[np.float32], outputs: NDArray[np.float32]) -> list[tuple[str, Way]]:
-    """Names of the fingerprints on these features, and how each is made."""
+    """List the fingerprints of these features by name, with the function of each."""
     pca, simhash = projection(known), fit_simhash(known, BITS)
-    found: list[tuple[str, Way]] = [
+    ways: list[tuple[str, Way]] = [
         (f"PCA {pca.dim}, {kind}", pca.apply), (f"SimHash {BITS}, {kind}", simhash.apply),
     ]  # fmt: skip
     if kind == "mean":
         predictor = fit(known, outputs)
         none = projection(known[:1])
-        found += [
+        ways += [
             (f"none, {kind}", none.apply),
-            (f"distilled ({predictor.kind})", lambda one: predictor.fingerprints(predictor(one))),
+            (f"distilled ({predictor.kind})", lambda raw: predictor.fingerprints(predictor(raw))),
         ]
-    return found
+    return ways
 
 
 def held_out(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: float = FLIPS) -> Row:
-    """hits, flips: shares of all, at a tau picked on every other document and counted on the others, both ways."""
+    """Choose tau on every other document and count on the rest, both ways. hits, flips: shares of all."""
     hits, flips, taus = [], [], []
     halves = np.arange(len(wrong)) % 2 == 0
     for picked in (halves, ~halves):
@@ -95,7 +97,7 @@ def held_out(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: 
         hits.append(float(hit.mean()))
         flips.append(float((hit & wrong[~picked]).mean()))
         taus.append(tau)
-    finite = [one for one in taus if np.isfinite(one)]
+    finite = [tau_of_half for tau_of_half in taus if np.isfinite(tau_of_half)]
     return {
         "hits": float(np.mean(hits)),
         "flips": float(np.mean(flips)),
@@ -104,7 +106,7 @@ def held_out(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: 
 
 
 def lowest_tau(similarity: NDArray[np.float32], wrong: NDArray[np.bool_], budget: float) -> float:
-    """Lowest similarity from which on at most this share of all documents is answered wrongly; inf: there is none."""
+    """Return the lowest similarity from which on at most `budget` of all documents is wrong; inf when there is none."""
     order = np.argsort(-similarity, kind="stable")
     within = np.flatnonzero(np.cumsum(wrong[order]) <= budget * len(wrong))
     # of equal similarities all are answered or none

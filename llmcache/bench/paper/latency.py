@@ -1,4 +1,4 @@
-"""Latency: each model on each corpus without a cache, with a cache of final outputs, and with layers or ours."""
+"""Latency experiment: each model on each corpus, alone, with a cache of final outputs, the paper's rule, and ours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmcache import snapshot
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -25,31 +26,28 @@ from llmcache.near.calibration.drift import cosine_drift
 from llmcache.near.neighbors.linear_head import LinearHead
 
 BATCH = 16
-"""Documents of a round, which are asked in one call."""
+"""Documents of a round, in one call."""
 LOWEST, HIGHEST = 0.82, 0.88
-"""The paper's range of tau: that of the lowest layer, and that of the deepest."""
+"""The paper's range of tau: for the lowest and the deepest layer."""
 BUDGET = 0.02
-"""Share of all results that may be decided otherwise, for ours. With some 500 known documents and at confidence 0.95 a
-budget of 0.5 % could not be shown to hold: that takes 598 without a single flip.
+"""Share of all results whose decision may change, for ours. With some 500 known documents and confidence 0.95, a budget
+of 0.5 % cannot be shown to hold: that takes 598 documents without a single change.
 """
 CONFIDENCE = 0.95
-
-Row = dict[str, Any]
-Outputs = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answered:
-    """One round of one contender. tiers, layers: per document, of the cache; "" where nothing was reused."""
+    """Results of one contender in one round. tiers, layers: per document; "" where nothing was reused."""
 
     seconds: float
-    outputs: Outputs = field(repr=False)
+    outputs: Floats32 = field(repr=False)
     tiers: list[str]
     layers: list[str]
 
 
-class Contender(Protocol):
-    """Who answers the documents of a round. note: what is to be said about it, or ""."""
+class LatencyContender(Protocol):
+    """Interface of a contender, which answers the documents of a round. note: remark for the record, or ""."""
 
     name: str
     note: str
@@ -57,7 +55,7 @@ class Contender(Protocol):
     def ask(self, texts: Sequence[str]) -> Answered: ...
 
     def close(self) -> float:
-        """Seconds of the commit of all that was computed."""
+        """Close. Returns the seconds of the final commit."""
         ...
 
 
@@ -89,15 +87,17 @@ class Cached:
         began = time.perf_counter()
         results = list(self.cache.run(list(texts), batch_size=BATCH))
         seconds = time.perf_counter() - began
-        tiers = ["" if one.tier == "miss" else one.tier for one in results]
-        return Answered(seconds, np.array([one.output for one in results]), tiers, [one.layer or "" for one in results])
+        tiers = ["" if result.tier == "miss" else result.tier for result in results]
+        return Answered(
+            seconds, np.array([result.output for result in results]), tiers, [result.layer or "" for result in results]
+        )
 
     def close(self) -> float:
         return closed(self.cache)
 
 
 def closed(cache: LLMCache) -> float:
-    """Close a cache; seconds of its commit."""
+    """Commit and close a cache. Returns the seconds of the commit."""
     began = time.perf_counter()
     cache.commit()
     seconds = time.perf_counter() - began
@@ -106,30 +106,30 @@ def closed(cache: LLMCache) -> float:
 
 
 def layer_taus(layers: Sequence[int], lowest: float = LOWEST, highest: float = HIGHEST) -> dict[int, float]:
-    """A tau for each layer, rising evenly from the lowest to the deepest."""
+    """Return a tau per layer, rising evenly from the lowest to the deepest."""
     return dict(zip(layers, np.linspace(lowest, highest, len(layers)).round(4).tolist(), strict=True))
 
 
 def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> list[Row]:
-    """One row per contender. workload: asked has a warm-up and `rounds` batches; what is over is left out.
+    """Measure all contenders on a workload. Returns one row each.
 
-    Each round is asked of every contender in turn, whose order turns too, and then a second time ("again"). Ratios are
-    to the model alone on the same documents in the same round; storing is in the time, and of the commit, which comes
-    once at the end as it does in a pipeline, each round has its share.
+    workload: its queries are cut into a warm-up and `rounds` batches. Each contender answers each round in turn, in
+    rotating order, and then a second time ("again"). Ratios are to the model alone on the same documents in the same
+    round. Storing is in the time; the commit, which comes once at the end as in a pipeline, is shared by the rounds.
     """
     check(workload, rounds)
     try:
         warm_seconds, known = _warm(made, workload.known, folder / "layers")
         head = decisions(made, known)
-        contenders: list[Contender] = [Alone(made), *_caches(made, head, folder)]
+        contenders: list[LatencyContender] = [Alone(made), *_caches(made, head, folder)]
         try:
             size = max(1, min(BATCH, len(workload.asked) // (rounds + 1)))
             batches = [workload.asked[at : at + size] for at in range(0, size * (rounds + 1), size)]
-            for one in contenders:  # loads indexes and code
-                one.ask(batches[0])
+            for contender in contenders:  # warm-up: loads indexes and code
+                contender.ask(batches[0])
             played = [_round(contenders, batch, turn) for turn, batch in enumerate(batches[1:])]
         finally:
-            commits = {one.name: one.close() for one in contenders}
+            commits = {contender.name: contender.close() for contender in contenders}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     tokens = float(tokenise(made.model, workload.asked, None, None).lengths.mean())
@@ -137,11 +137,14 @@ def latency(made: Made, workload: Workload, folder: Path, rounds: int = 5) -> li
         "model": made.name, "weights": made.weights, "data": workload.name, "known": len(workload.known),
         "tokens": tokens, "documents": size * rounds, "rounds": rounds, "warm_ms": 1e3 * warm_seconds,
     }  # fmt: skip
-    return [{**facts, "note": one.note, **_row(one.name, played, head, commits[one.name])} for one in contenders]
+    return [
+        {**facts, "note": contender.note, **_row(contender.name, played, head, commits[contender.name])}
+        for contender in contenders
+    ]
 
 
 def check(workload: Workload, rounds: int) -> None:
-    """ConfigError: there are too few documents for so many rounds and a warm-up."""
+    """Raise ConfigError when there are too few documents for the rounds and a warm-up."""
     if len(workload.asked) <= rounds:
         raise ConfigError(
             f"{len(workload.asked)} documents to ask are too few for a warm-up and {rounds} rounds; raise --limit or "
@@ -149,8 +152,8 @@ def check(workload: Workload, rounds: int) -> None:
         )
 
 
-def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Outputs]:
-    """A store with the layers' states and the outputs of the known documents; seconds a document, and the outputs."""
+def _warm(made: Made, known: Sequence[str], folder: Path) -> tuple[float, Floats32]:
+    """Fill a store with states and outputs of the known documents. Returns seconds per document, and the outputs."""
     began = time.perf_counter()
     with LLMCache.open(folder, made.model, config=_rule(made)) as cache:
         outputs = np.asarray(cache.encode(list(known), batch_size=2 * BATCH), np.float32)
@@ -162,33 +165,33 @@ def _rule(made: Made) -> CacheConfig:
 
 
 def _caches(made: Made, head: LinearHead, folder: Path) -> list[Cached]:
-    """On copies of one warm store. DocCache at the lowest tau gives the outputs that the layers' rule ends in.
+    """Open the caches on copies of one warm store. DocCache uses the lowest tau, so its outputs equal the rule's.
 
-    Only ours stands aside where reuse does not pay: the paper's rule has no such thing.
+    Only ours suspends reuse that does not pay; the paper's rule does not.
     """
     for name in ("outputs", "ours"):
         snapshot.save(folder / "layers", folder / name)
     fixed = LLMCache.open(folder / "outputs", made.model, config=CacheConfig(tau=LOWEST, stand_aside=False))
     rule = LLMCache.open(folder / "layers", made.model, config=_rule(made))
-    found = [Cached("DocCache", fixed), Cached("LLMCache, the paper's rule", rule)]
+    caches = [Cached("DocCache", fixed), Cached("LLMCache, the paper's rule", rule)]
     if made.decoder is None:
         ours = LLMCache.open(folder / "ours", made.model, config=CacheConfig(recalibrate=False))
         try:
             note = ours.calibrate(budget=BUDGET, confidence=CONFIDENCE, head=head).reason
         except ConfigError as error:  # too few documents: near reuse stays off
             note = str(error)
-        found.append(Cached("LLMCache, ours", ours, note))
-    return found
+        caches.append(Cached("LLMCache, ours", ours, note))
+    return caches
 
 
-def _round(contenders: Sequence[Contender], texts: Sequence[str], turn: int) -> dict[str, list[Answered]]:
-    """What each contender gave, and gave when it was asked again."""
-    found: dict[str, list[Answered]] = {one.name: [] for one in contenders}
+def _round(contenders: Sequence[LatencyContender], texts: Sequence[str], turn: int) -> dict[str, list[Answered]]:
+    """Run one round, twice. Returns the two results of each contender."""
+    answers: dict[str, list[Answered]] = {contender.name: [] for contender in contenders}
     start = turn % len(contenders)
     for _ in range(2):
-        for one in [*contenders[start:], *contenders[:start]]:
-            found[one.name].append(one.ask(texts))
-    return found
+        for contender in [*contenders[start:], *contenders[:start]]:
+            answers[contender.name].append(contender.ask(texts))
+    return answers
 
 
 def _row(name: str, played: Sequence[dict[str, list[Answered]]], head: LinearHead, commit: float) -> Row:
@@ -214,12 +217,12 @@ def _row(name: str, played: Sequence[dict[str, list[Answered]]], head: LinearHea
 
 
 def with_commit(part: Sequence[Answered], seconds: float) -> list[Answered]:
-    """The rounds, each with its share of the commit."""
-    return [replace(one, seconds=one.seconds + seconds / len(part)) for one in part]
+    """Add to each round its share of the commit's seconds."""
+    return [replace(answered, seconds=answered.seconds + seconds / len(part)) for answered in part]
 
 
 def times(kind: str, mine: Sequence[Answered], base: Sequence[Answered]) -> Row:
-    """How many times as fast as the base: median over the rounds, the least and the most, each in its own round."""
+    """Return the speed-up over the base: median, least and most over the rounds, each within its round."""
     ratios = [one.seconds / other.seconds for one, other in zip(base, mine, strict=True)]
     return {
         f"{kind}ratio": statistics.median(ratios), f"{kind}ratio_least": min(ratios), f"{kind}ratio_most": max(ratios),

@@ -1,4 +1,4 @@
-"""Memory against hit rate: what a store takes on the disk as it grows, by what it keeps of each document."""
+"""Memory experiment: bytes of a growing store against hit rate, by the activations stored per document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.paper.latency import Row
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
@@ -32,17 +32,17 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 
 
 def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list[Row]:
-    """One row per kind of store and number of known documents, which are added in their order.
+    """Measure each kind of store at growing numbers of known documents. Returns one row each.
 
-    bytes: of all files of its newest generation, as in a snapshot. hits: share of documents asked whose nearest entry
-    is at similarity >= tau; how many documents are known decides it, what is kept of them does not. difference:
-    largest, of stored outputs read back, to the model's.
+    bytes: all files of the newest generation, as in a snapshot. hits: share of queries whose nearest entry is at
+    similarity >= tau, which depends on the number of known documents only. difference: the largest, of outputs read
+    back, to the model's.
     """
     counts = [max(1, int(len(workload.known) * share)) for share in SHARES]
     tokens = tokenise(model, workload.asked, None, None).ids
     asked = features(token_embedding(model), tokens, "mean")
-    some = workload.known[:64]
-    own = np.asarray(model.encode(some, batch_size=64), np.float32)
+    sample = workload.known[:64]
+    own = np.asarray(model.encode(sample, batch_size=64), np.float32)
     rows = []
     for name, settings in KEPT:
         with LLMCache.open(folder / "store", model, config=CacheConfig(**settings, stand_aside=False)) as cache:
@@ -51,15 +51,15 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
                 cache.commit()
                 bank = cache.storing.store.bank(cache.namespace, "output", _never, cache.config.near)
                 nearest, similarity = bank.nearest(asked, 1)
-                found = np.where(similarity[:, 0] >= TAU, nearest[:, 0], -1)
-                cache.commit()  # the index, once it was asked for
+                sources = np.where(similarity[:, 0] >= TAU, nearest[:, 0], -1)
+                cache.commit()  # the index, which the look-up built
                 size = _size(folder)
                 rows.append({
                     "data": workload.name, "model": "MiniLM", "weights": "real", "kept": name, "known": count,
-                    "asked": len(asked), "tau": TAU, "hits": float((found >= 0).mean()),
+                    "asked": len(asked), "tau": TAU, "hits": float((sources >= 0).mean()),
                     "bytes": size, "bytes_per_document": size / count,
                 })  # fmt: skip
-            read = np.asarray(cache.encode(some[: counts[-1]], batch_size=64), np.float32)
+            read = np.asarray(cache.encode(sample[: counts[-1]], batch_size=64), np.float32)
         for row in rows[-len(counts) :]:
             row["difference"] = float(np.abs(read - own[: len(read)]).max())
         shutil.rmtree(folder / "store")
@@ -67,7 +67,7 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the store without what is superseded, which the next `gc` takes away."""
+    """Measure the bytes of a store without superseded files, which `gc` would remove."""
     snapshot.save(folder / "store", folder / "newest")
     size = folder_bytes(folder / "newest")
     shutil.rmtree(folder / "newest")
@@ -75,16 +75,16 @@ def _size(folder: Path) -> int:
 
 
 def _never() -> Any:
-    raise AssertionError("the output bank is there since the cache was opened")
+    raise AssertionError("the output bank exists since the cache was opened")
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files below it."""
+    """Sum the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def bytes_for(rows: Sequence[Row], hits: float) -> dict[str, float | None]:
-    """Fewest bytes of each kind of store that reach this hit rate, None where none of them does."""
+    """Return the fewest bytes of each kind of store that reach a hit rate, None where none does."""
     kinds = dict.fromkeys(row["kept"] for row in rows)
     return {
         kind: min((row["bytes"] for row in rows if row["kept"] == kind and row["hits"] >= hits), default=None)

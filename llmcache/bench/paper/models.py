@@ -1,4 +1,4 @@
-"""The paper's models: seeded weights of their shapes, and all-MiniLM-L6-v2 with its real ones."""
+"""Models of the experiments: seeded weights of the paper's shapes, and all-MiniLM-L6-v2 with real weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from llmcache.near.neighbors.linear_head import LinearHead
 
 REAL = "MiniLM"
 LENGTH = 192
-"""Tokens after which a document is cut. None of the workloads is that long."""
+"""Maximum length in tokens. No document of the workloads is longer."""
 CLASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model to be made from a seed. options: of its configuration; the defaults are those of the name."""
+    """Shape of a seeded model. options: of its configuration; the defaults are those of the named model."""
 
     name: str
     config: str
@@ -42,7 +42,7 @@ class Shape:
         return self.pooling == "lasttoken"
 
     def smaller(self, **options: Any) -> Shape:
-        """The same with other options."""
+        """Return the same shape with other options."""
         return replace(self, options=options)
 
 
@@ -58,7 +58,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """model: gives one vector per document. decoder: for "lasttoken", the same weights as they write texts."""
+    """A loaded model. model: one vector per document. decoder: for "lasttoken", the same weights with their head."""
 
     name: str
     weights: str
@@ -72,24 +72,27 @@ class Made:
 
     @property
     def banked(self) -> tuple[int, ...]:
-        """Layers that get a bank: four of twelve, three of six, the last among them."""
+        """Layers with a bank: four of twelve, three of six, the last among them."""
         step = max(1, -(-self.layers // 4))
         return tuple(sorted(range(self.layers - 1, -1, -step)))
 
 
 def made(name: str, models: Path, folder: Path) -> Made:
-    """One of the shapes, or the real model; files go below `folder`."""
+    """Create one of the shapes, or load the real model; files go below `folder`."""
     return Made(REAL, "real", demo_model()) if name == REAL else seeded(SHAPES[name], models, folder)
 
 
 def seeded(shape: Shape, models: Path, folder: Path) -> Made:
-    """The shape with weights from seed 0, for speed and for agreement with itself; never for a claim about accuracy."""
+    """Create a model of this shape with weights from seed 0, for speed and self-agreement, never for accuracy.
+
+    ConfigError when its tokenizer is missing.
+    """
     import transformers
 
     hf: Any = transformers
     where = models / shape.folder
     if not where.is_dir():
-        raise ConfigError(f"{models} has no {shape.folder}; --models names the folder that holds the tokenizers")
+        raise ConfigError(f"{models} has no {shape.folder}; --models names the folder of the tokenizers")
     tokenizer = getattr(hf, shape.tokenizer).from_pretrained(where)
     torch.manual_seed(0)
     own = getattr(hf, shape.model)(getattr(hf, shape.config)(**shape.options)).eval()
@@ -107,16 +110,16 @@ def seeded(shape: Shape, models: Path, folder: Path) -> Made:
 
 
 def classifier(outputs: NDArray[np.float32], labels: Sequence[str]) -> Any:
-    """A logistic head, fitted to the labels of these outputs."""
-    with warnings.catch_warnings():  # few documents of many classes: said by the sizes in every row
+    """Fit a logistic head to the labels of outputs."""
+    with warnings.catch_warnings():  # few documents of many classes; the sizes are in every row
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         return fitted_head(outputs, np.array(labels))
 
 
 def decisions(made: Made, outputs: NDArray[np.float32]) -> LinearHead:
-    """What decides on the model's outputs: a seeded linear classifier of eight classes over standardised outputs.
+    """Create a seeded linear classifier of eight classes over standardised outputs.
 
-    outputs: float32 [n, out], of known documents. Without labels for it, it can only agree or disagree with itself.
+    outputs: float32 [n, out], of known documents. There are no labels, so only agreement with itself is measured.
     """
     mean, scale = outputs.mean(axis=0), outputs.std(axis=0) + 1e-9
     matrix = np.random.default_rng(0).standard_normal((CLASSES, outputs.shape[1])) / scale
@@ -124,5 +127,5 @@ def decisions(made: Made, outputs: NDArray[np.float32]) -> LinearHead:
 
 
 def agreement(head: LinearHead, computed: NDArray[np.float32], given: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which outputs are decided alike, bool [n]."""
+    """Compare the decisions on two sets of outputs; bool [n], True where equal."""
     return np.asarray(head(computed).argmax(axis=1) == head(given).argmax(axis=1))

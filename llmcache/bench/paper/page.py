@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md, made from the records: `python -m llmcache.bench.paper.page [--check]`."""
+"""Tables of docs/paper.md, generated from the records: `python -m llmcache.bench.paper.page [--check]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.paper.records import Row, read, rows
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.records import read, rows
 from llmcache.bench.paper.tables import BLOCKS, claims
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -18,7 +19,7 @@ _BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
 def filled(page: str, records: Mapping[str, Row]) -> str:
-    """The page with every marked block made anew from the records, by the name of the experiment."""
+    """Regenerate every marked block of the page from the records, by the name of the experiment."""
 
     def block(found: re.Match[str]) -> str:
         return f"{found[1]}{_table(found[2], records)}\n{found[3]}"
@@ -28,7 +29,7 @@ def filled(page: str, records: Mapping[str, Row]) -> str:
 
 def _table(name: str, records: Mapping[str, Row]) -> str:
     if name == "claims":
-        return claims({one: rows(record) for one, record in records.items()})
+        return claims({experiment: rows(record) for experiment, record in records.items()})
     if name == "conditions":
         return conditions(records)
     if name not in records:
@@ -37,14 +38,14 @@ def _table(name: str, records: Mapping[str, Row]) -> str:
 
 
 def conditions(records: Mapping[str, Row]) -> str:
-    """Where, when and how the records were made: one line for each experiment."""
+    """Format the conditions of the records: one line for each experiment."""
     lines = ["| experiment | commit | torch | threads | load before, after | seconds | limit, repeats |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, record in records.items():
         parts = list(record["parts"].values())
         if not parts:
             continue
-        loads = [one for part in parts for one in part["load"]]
+        loads = [load for part in parts for load in part["load"]]
         lines.append(
             f"| {name} | {_each(part['conditions']['commit'] for part in parts)} "
             f"| {_each(part['conditions']['torch'] for part in parts)} "
@@ -56,17 +57,17 @@ def conditions(records: Mapping[str, Row]) -> str:
 
 
 def _each(values: Any) -> str:
-    return ", ".join(dict.fromkeys(str(one) for one in values))
+    return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
 def recorded(folder: Path = RECORDS) -> dict[str, Row]:
-    """The records in a folder, by name, in the order of the experiments."""
-    found = {name: read(folder / f"{name}.json") for name in BLOCKS}
-    return {name: record for name, record in found.items() if record is not None and record["parts"]}
+    """Read the records of a folder, by name, in the order of the experiments."""
+    records = {name: read(folder / f"{name}.json") for name in BLOCKS}
+    return {name: record for name, record in records.items() if record is not None and record["parts"]}
 
 
 def main(arguments: Sequence[str], say: Callable[[str], object] = lambda line: sys.stderr.write(f"{line}\n")) -> int:
-    """Write the page; with --check only see whether it is as the records say: exit code 1 where it is not."""
+    """Write the page; with --check only compare it with the records. Returns exit code 1 when they differ."""
     before = PAGE.read_text(encoding="utf-8")
     after = filled(before, recorded())
     if "--check" in arguments:

@@ -1,4 +1,4 @@
-"""One figure for each experiment, with matplotlib (the extra "plot")."""
+"""Figures of the experiments, with matplotlib (the extra "plot")."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.paper.records import Row, rows
+from llmcache.bench.harness.rounds import Row
+from llmcache.bench.paper.records import rows
 from llmcache.errors import ConfigError
 
 
 def plot(record: Row, path: Path) -> None:
-    """Draw a record into a file. ConfigError without matplotlib, or where it cannot be written."""
+    """Draw a record into a file. ConfigError without matplotlib, or when writing fails."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -28,16 +29,16 @@ def plot(record: Row, path: Path) -> None:
 
 
 def _groups(every: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in every:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
-    return found
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 def _latency(figure: Any, every: Sequence[Row]) -> None:
     axes = figure.add_subplot(ylabel="times as fast as the model alone", yscale="log")
     groups = list(_groups(every, "model", "data"))
-    methods = [one for one in dict.fromkeys(row["method"] for row in every) if one != "NoCache"]
+    methods = [name for name in dict.fromkeys(row["method"] for row in every) if name != "NoCache"]
     for place, method in enumerate(methods):
         mine = [row for row in every if row["method"] == method]
         at = [groups.index((row["model"], row["data"])) + (place - len(methods) / 2) * 0.18 for row in mine]

@@ -1,4 +1,4 @@
-"""Experiments in parts, each written to its record as soon as it is complete, and not measured again."""
+"""Records of the experiments: each part is written when complete, and not measured again."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import Made, made
 from llmcache.bench.paper.texts import Workload, labelled
 from llmcache.errors import ConfigError
 
-Row: TypeAlias = dict[str, Any]
 Say: TypeAlias = Callable[[str], None]
 LABELLED = {"BANKING77": "cls-banking77", "SST-2": "cls-sst2"}
 
 
 @dataclass
 class Work:
-    """What the parts of the experiments work with. limit: at most so many known documents; a quarter of it is asked.
+    """Settings, models and texts of the experiments.
 
-    repeats: rounds of what is timed. Models and texts are loaded when they are first needed.
+    limit: most known documents; a quarter of it as queries. repeats: rounds of timed parts. Models and texts are
+    loaded at first use.
     """
 
     data: Path
@@ -39,33 +40,33 @@ class Work:
     _made: dict[str, Made] = field(default_factory=dict)
 
     def known(self, most: int) -> int:
-        """Documents to know, of at most so many."""
+        """Number of known documents, at most `most`."""
         return most if self.limit is None else min(most, self.limit)
 
     def asked(self, most: int) -> int:
-        """Documents to ask, of at most so many."""
+        """Number of queries, at most `most`."""
         return most if self.limit is None else min(most, max(8, self.limit // 4))
 
     def made(self, name: str) -> Made:
-        """A model, by its name; one at a time is held, and the real one always."""
+        """Return a model by name. One seeded model is in memory at a time, besides the real one."""
         if name not in self._made:
-            self._made = {kept: one for kept, one in self._made.items() if one.weights == "real"}
+            self._made = {other: model for other, model in self._made.items() if model.weights == "real"}
             with self.folder() as folder:
                 self._made[name] = made(name, self.models, folder)
         return self._made[name]
 
     @cached_property
     def model(self) -> SentenceTransformer:
-        """The real one."""
+        """The model with real weights."""
         return self.made("MiniLM").model
 
     def labelled(self, name: str, known: int, asked: int) -> Workload:
-        """BANKING77 or SST-2."""
+        """Read BANKING77 or SST-2."""
         return labelled(self.data, LABELLED[name], name).some(self.known(known), self.asked(asked))
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """An empty one for stores, removed afterwards."""
+        """Yield an empty temporary folder for stores."""
         with tempfile.TemporaryDirectory(prefix="llmcache-paper-") as name:
             yield Path(name)
 
@@ -75,9 +76,9 @@ Experiments: TypeAlias = Mapping[str, Mapping[str, Part]]
 
 
 def chosen(experiments: Experiments, only: str | None) -> list[str]:
-    """Names of experiments, of a list with commas between; all without one. ConfigError: there is none of a name."""
-    names = [one.strip() for one in only.split(",") if one.strip()] if only else list(experiments)
-    if unknown := [one for one in names if one not in experiments]:
+    """Parse a comma-separated list of experiments; all for None. ConfigError for an unknown name."""
+    names = [name.strip() for name in only.split(",") if name.strip()] if only else list(experiments)
+    if unknown := [name for name in names if name not in experiments]:
         raise ConfigError(f"there is no experiment {unknown[0]!r}; there are: {', '.join(experiments)}")
     return names
 
@@ -85,16 +86,16 @@ def chosen(experiments: Experiments, only: str | None) -> list[str]:
 def run(
     experiments: Experiments, names: Sequence[str], work: Work, out: Path, *, say: Say, again: bool = False
 ) -> list[Row]:
-    """Measure what is missing below `out`, and give the records, in order.
+    """Measure the missing parts below `out`. Returns the records, in order.
 
-    again: also what is there. A part that is there counts as missing when it was measured with another limit or other
-    repeats. A part whose data or model is absent is left out, with the reason in the record.
+    again: measure existing parts too. A part that was measured with another limit or other repeats counts as missing. A
+    part whose data or model is missing is left out, with the reason in the record.
     """
     out.mkdir(parents=True, exist_ok=True)
     records = []
     for name in names:
         path = out / f"{name}.json"
-        record = {**_begun(name), "parts": {} if again else _kept(path, work, say)}
+        record = {**_new_record(name), "parts": {} if again else _existing_parts(path, work, say)}
         for part, measure in experiments[name].items():
             if part in record["parts"]:
                 say(f"{name}: {part} is there")
@@ -108,7 +109,7 @@ def run(
     return records
 
 
-def _begun(name: str) -> Row:
+def _new_record(name: str) -> Row:
     command = f"llmcache bench paper --data DATA --models MODELS --only {name}"
     return {"experiment": name, "command": command, "complete": False, "parts": {}, "skipped": {}}
 
@@ -119,7 +120,7 @@ def _measured(record: Row, part: str, measure: Part, work: Work, say: Say) -> No
     began, load = time.perf_counter(), os.getloadavg()[0]
     try:
         rows = measure(work)
-    except ConfigError as error:  # data or a model is absent, or there is too little of it
+    except ConfigError as error:  # data or a model is missing, or too small
         record["skipped"][part] = str(error)
         say(f"{name}: {part} is left out: {error}")
         return
@@ -131,35 +132,35 @@ def _measured(record: Row, part: str, measure: Part, work: Work, say: Say) -> No
     say(f"{name}: {part} took {seconds:.0f} s")
 
 
-def _kept(path: Path, work: Work, say: Say) -> Row:
-    """Parts of an earlier record that were measured with the same settings."""
-    found = read(path)
-    if found is None:
+def _existing_parts(path: Path, work: Work, say: Say) -> Row:
+    """Read the parts of an earlier record that were measured with the same settings."""
+    record = read(path)
+    if record is None:
         if path.exists():
             say(f"{path} is no record that can be read; it is made again")
         return {}
     return {
-        part: one for part, one in found["parts"].items()
-        if (one.get("limit"), one.get("repeats")) == (work.limit, work.repeats)
+        part: result for part, result in record["parts"].items()
+        if (result.get("limit"), result.get("repeats")) == (work.limit, work.repeats)
     }  # fmt: skip
 
 
 def read(path: Path) -> Row | None:
-    """A record, None where there is none or it is damaged."""
+    """Read a record. None when it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("parts"), dict) else None
 
 
 def rows(record: Row) -> list[Row]:
-    """The rows of all parts, in order."""
+    """Return the rows of all parts, in order."""
     return [row for part in record["parts"].values() for row in part["rows"]]
 
 
 def write(path: Path, record: Row) -> None:
-    """Whole or not at all."""
+    """Write a record atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,17 +1,17 @@
-"""Records as Markdown tables: one function for each experiment, and what is claimed beside what was measured."""
+"""Markdown tables of the records: one function per experiment, and the paper's claims beside the measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from llmcache.bench.paper.records import Row
+from llmcache.bench.harness.rounds import Row
 
 RULE = "LLMCache, the paper's rule"
 WORDS = {"seeded": "seeded weights", "real": "real weights"}
 
 
 def table(columns: Sequence[str], body: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in body)])
 
@@ -21,7 +21,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of shares, in points of a hundred."""
+    """Format a difference of shares in percentage points."""
     return f"{100 * value:+.1f}"
 
 
@@ -38,7 +38,7 @@ def _agreed(row: Row) -> str:
 
 
 def latency(rows: Sequence[Row]) -> str:
-    """Method by method, for each model and corpus."""
+    """Format latency by model, corpus and method."""
     columns = [
         "model", "corpus, tokens", "method", "ms a document", "times the model alone", "the same again", "hits",
         "agreement, of hits", "difference of what was computed",
@@ -57,7 +57,7 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 def layers(rows: Sequence[Row]) -> str:
-    """Hits and wrong hits of each layer, in both readings."""
+    """Format hits and wrong hits of each layer, in both readings."""
     columns = [
         "model, corpus", "layer", "tau", "hits by the input", "wrong of these", "hits by its state",
         "wrong of these", "similarity of states, median",
@@ -73,7 +73,7 @@ def layers(rows: Sequence[Row]) -> str:
 
 
 def accuracy(rows: Sequence[Row]) -> str:
-    """By right answers, with real weights."""
+    """Format accuracy with real weights."""
     columns = ["corpus: what is answered", "method", "accuracy", "lost, points", "answers changed", "near hits"]
     return table(columns, [
         [
@@ -85,7 +85,7 @@ def accuracy(rows: Sequence[Row]) -> str:
 
 
 def memory(rows: Sequence[Row]) -> str:
-    """Bytes of the store by what is kept, against hits by how many are known."""
+    """Format bytes by kind of store, beside hits by number of known documents."""
     counts = list(dict.fromkeys(row["known"] for row in rows))
     hits = {row["known"]: row["hits"] for row in rows}
     by = {(row["kept"], row["known"]): row for row in rows}
@@ -102,7 +102,7 @@ def memory(rows: Sequence[Row]) -> str:
 
 
 def tau(rows: Sequence[Row]) -> str:
-    """Per tau, the corpora side by side."""
+    """Format one line per tau, with the corpora side by side."""
     sets = list(dict.fromkeys(row["data"] for row in rows))
     by = {(row["data"], row["tau"]): row for row in rows}
     names = ["hits", "answers changed", "wrong of hits", "accuracy lost, points", "times the model alone"]
@@ -121,7 +121,7 @@ def tau(rows: Sequence[Row]) -> str:
 
 
 def fingerprints(rows: Sequence[Row]) -> str:
-    """Per fingerprint and corpus."""
+    """Format one line per fingerprint and corpus."""
     columns = [
         "corpus",
         "fingerprint",
@@ -142,7 +142,7 @@ def fingerprints(rows: Sequence[Row]) -> str:
 
 
 def eviction(rows: Sequence[Row]) -> str:
-    """Per policy: hits by room, repeats alone and with near hits; and in a real store."""
+    """Format one line per policy: hits by budget, for repeats alone and with near hits, and in a real store."""
     replays = [row for row in rows if row["kind"] == "replay"]
     rooms = list(dict.fromkeys(row["room"] for row in replays))
     by = {(row["policy"], row["room"], row["tau"]): row for row in replays}
@@ -158,8 +158,8 @@ def eviction(rows: Sequence[Row]) -> str:
             cells += [percent(by[policy, share, None]["hits"]) for share in rooms]
             with_near = [by[policy, share, near] for share in rooms]
             cells += [f"{percent(row['hits'])} ({percent(row['wrong_of_near'])})" for row in with_near]
-        one = kept.get(policy)
-        cells.append("-" if one is None else f"{percent(one['hits'])} ({one['largest'] / one['budget']:.1%})")
+        row = kept.get(policy)
+        cells.append("-" if row is None else f"{percent(row['hits'])} ({row['largest'] / row['budget']:.1%})")
         body.append(cells)
     if replays:
         bound = {row["room"]: row["bound"] for row in replays}
@@ -173,13 +173,13 @@ BLOCKS: Mapping[str, Callable[[Sequence[Row]], str]] = {
 }  # fmt: skip
 
 
-# -- what is claimed ----------------------------------------------------------------------------------------
+# -- the claims ---------------------------------------------------------------------------------------
 
 Measured = Mapping[str, Sequence[Row]]
 
 
-def claims(found: Measured) -> str:
-    """What the paper says beside what was measured; "not recorded" where there is no record."""
+def claims(measured: Measured) -> str:
+    """Format the paper's claims beside the measurements; "not recorded" where there is no record."""
     return table(
         [
             "claimed",
@@ -187,16 +187,22 @@ def claims(found: Measured) -> str:
             "the same results from a cache of final outputs",
             "measured by ours",
         ],
-        [_fastest(found, None), _fastest(found, "BERT-base"), _lower_layers(found), _loss(found), _range(found)],
+        [
+            _fastest(measured, None),
+            _fastest(measured, "BERT-base"),
+            _lower_layers(measured),
+            _loss(measured),
+            _range(measured),
+        ],
     )
 
 
-def _fastest(found: Measured, model: str | None) -> list[str]:
-    """The best speed-up of a first pass, over the corpora, and with how much agreement it came."""
-    said = "2.4 times as fast on BERT-base" if model else "up to 3.1 times as fast"
+def _fastest(measured: Measured, model: str | None) -> list[str]:
+    """Return the best speed-up of a first pass over the corpora, with its agreement."""
+    claim = "2.4 times as fast on BERT-base" if model else "up to 3.1 times as fast"
     cells = []
     for method in (RULE, "DocCache", "LLMCache, ours"):
-        mine = [row for row in found.get("latency", ()) if row["method"] == method and model in (None, row["model"])]
+        mine = [row for row in measured.get("latency", ()) if row["method"] == method and model in (None, row["model"])]
         if not mine:
             cells.append("not recorded")
             continue
@@ -207,12 +213,12 @@ def _fastest(found: Measured, model: str | None) -> list[str]:
             f"{best['ratio']:.1f} ({best['model']}, {best['data']}), {percent(changed)} of the decisions changed; "
             f"elsewhere down to {slowest:.2f}"
         )
-    return [said, *cells]
+    return [claim, *cells]
 
 
-def _lower_layers(found: Measured) -> list[str]:
-    """Hits in the lowest third of the layers, from the corpus with fewest to that with most."""
-    mine = [row for row in found.get("layers", ()) if row["layer"] < max(1, row["of"] // 3)]
+def _lower_layers(measured: Measured) -> list[str]:
+    """Return the hits in the lowest third of the layers, from the corpus with fewest to that with most."""
+    mine = [row for row in measured.get("layers", ()) if row["layer"] < max(1, row["of"] // 3)]
     if not mine:
         return ["92 % hits in lower layers", *["not recorded"] * 3]
     spans = []
@@ -223,11 +229,11 @@ def _lower_layers(found: Measured) -> list[str]:
     return ["92 % hits in lower layers", text, "the same hits, by the input", "see the accuracy table"]
 
 
-def _loss(found: Measured) -> list[str]:
-    """Accuracy lost, from the least to the most of the corpora."""
+def _loss(measured: Measured) -> list[str]:
+    """Return the accuracy lost, from the least to the most over the corpora."""
     cells = []
     for kind in ("the paper's rule", "ours, calibrated"):
-        mine = [row for row in found.get("accuracy", ()) if row["method"].startswith(kind)]
+        mine = [row for row in measured.get("accuracy", ()) if row["method"].startswith(kind)]
         if not mine:
             cells.append("not recorded")
             continue
@@ -237,11 +243,11 @@ def _loss(found: Measured) -> list[str]:
     return ["less than 0.5 % of accuracy lost", cells[0], "the same", cells[1]]
 
 
-def _range(found: Measured) -> list[str]:
-    """The lowest tau of each corpus from which on no more than half a point of accuracy is lost."""
+def _range(measured: Measured) -> list[str]:
+    """Return the lowest tau of each corpus from which on at most half a point of accuracy is lost."""
     cells = []
-    for data in dict.fromkeys(row["data"] for row in found.get("tau", ())):
-        mine = sorted((row for row in found["tau"] if row["data"] == data), key=lambda row: -row["tau"])
+    for data in dict.fromkeys(row["data"] for row in measured.get("tau", ())):
+        mine = sorted((row for row in measured["tau"] if row["data"] == data), key=lambda row: -row["tau"])
         safe = None
         for row in mine:
             if row["drop"] > 0.005:

@@ -1,4 +1,4 @@
-"""Tau ablation: hits, wrong hits, accuracy and speed of the paper's rule as tau goes from 0.70 to 0.98."""
+"""Tau ablation: hits, wrong hits, accuracy and speed of the paper's rule for tau from 0.70 to 0.98."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.paper.latency import Row
+from llmcache.arrays import Floats32
+from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -22,17 +23,15 @@ from llmcache.config import CacheConfig
 TAUS = tuple(round(0.70 + 0.02 * step, 2) for step in range(15))
 BATCH = 64
 
-Outputs = NDArray[np.float32]
-
 
 def taus(
     model: SentenceTransformer, workload: Workload, folder: Path, rounds: int = 3, values: Sequence[float] = TAUS
 ) -> list[Row]:
-    """One row per tau: the nearest neighbour's output by the PCA fingerprint, from that similarity on.
+    """Measure reuse of the nearest neighbour's output by the PCA fingerprint. Returns one row per tau.
 
-    hits: share of documents asked. flips: share of all whose label by a logistic head changes. drop: of accuracy, in
-    shares. ratio: times as fast as the model alone, median of rounds over parts of the documents, each in its own
-    round; look-up and storing of what is computed included, opening and the commit at the end not.
+    hits: share of queries. flips: share of all queries whose label by a logistic head changes. drop: of accuracy, as
+    a share. ratio: speed-up over the model alone, median over rounds with different parts of the queries, each within
+    its round; look-up and storing are in the time, opening and the final commit are not.
     """
     with LLMCache.open(folder / "known", model) as cache:
         known = np.asarray(cache.encode(workload.known, batch_size=BATCH), np.float32)
@@ -64,10 +63,10 @@ def _in_turn(
     parts: Sequence[Sequence[int]],
     folder: Path,
     values: Sequence[float],
-) -> tuple[Outputs, list[float], dict[float, tuple[Outputs, NDArray[np.bool_], list[float]]]]:
-    """Each part by the model alone, and then by a cache at each tau, all on copies of one store.
+) -> tuple[Floats32, list[float], dict[float, tuple[Floats32, NDArray[np.bool_], list[float]]]]:
+    """Run each part by the model alone, and then by a cache at each tau, all on copies of one store.
 
-    Outputs and seconds of each part alone; by tau the outputs, which of them were near hits, and the seconds.
+    Returns outputs and seconds of the model alone, and by tau outputs, near hits (bool), and seconds.
     """
     outputs: dict[float, list[NDArray[np.float32]]] = {tau: [] for tau in values}
     near: dict[float, list[bool]] = {tau: [] for tau in values}
@@ -77,7 +76,7 @@ def _in_turn(
         caches = {tau: stack.enter_context(_copy(model, folder, tau)) for tau in values}
         model.encode(workload.asked[:BATCH], batch_size=BATCH)  # warms up
         for cache in caches.values():
-            cache.explain(workload.asked[0])  # loads what a look-up needs
+            cache.explain(workload.asked[0])  # loads the entries
         for part in parts:
             texts = [workload.asked[i] for i in part]
             began = time.perf_counter()
@@ -87,8 +86,8 @@ def _in_turn(
                 began = time.perf_counter()
                 results = list(cache.run(texts, batch_size=BATCH))
                 seconds[tau].append(time.perf_counter() - began)
-                outputs[tau] += [one.output for one in results]
-                near[tau] += [one.tier == "near" for one in results]
+                outputs[tau] += [result.output for result in results]
+                near[tau] += [result.tier == "near" for result in results]
     return (
         np.concatenate(own),
         alone,

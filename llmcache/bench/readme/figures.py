@@ -1,7 +1,7 @@
-"""The figures of README.md, made from the recorded runs so that the two cannot disagree.
+"""The figures of README.md, generated from the recorded runs so that the two cannot disagree.
 
-`python -m llmcache.bench.readme.figures` writes what stands between the two markers; `--check` only says whether it
-is what the records give, and a test calls that.
+`python -m llmcache.bench.readme.figures` writes the text between the two markers. `--check` only compares that text
+with the records; a test calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ END = "<!-- the end of what is made -->"
 
 
 class Records(Mapping[str, Any]):
-    """Recorded runs of a folder by name, each read when it is asked for."""
+    """Recorded runs of a folder by name, each read at first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -46,7 +46,7 @@ class Records(Mapping[str, Any]):
 
 
 def section(records: Mapping[str, Any]) -> str:
-    """All passages whose records are there. ConfigError: a record lacks what its passage says."""
+    """Join all passages whose records exist. ConfigError when a record lacks a field that its passage needs."""
     parts = []
     for names, passage in PASSAGES:
         if any(name not in records for name in names):
@@ -62,7 +62,7 @@ def section(records: Mapping[str, Any]) -> str:
 
 
 def replaced(text: str, made: str) -> str:
-    """The text with this between its markers. ConfigError: it does not have each of them once, in order."""
+    """Put `made` between the markers of a text. ConfigError unless the text has each marker once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ConfigError(f"README.md needs the lines {BEGIN!r} and {END!r}, once each, around its figures")
     before, rest = text.split(BEGIN)
@@ -70,7 +70,7 @@ def replaced(text: str, made: str) -> str:
 
 
 def main() -> int:
-    """Exit code 0: README is as the records say, or is now; 1: it is not (--check), or it cannot be made."""
+    """Write or check README.md. Returns exit code 0 when it agrees with the records, else 1."""
     parser = argparse.ArgumentParser(prog="python -m llmcache.bench.readme.figures", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README.md would change")
     parser.add_argument("--records", type=Path, default=Path("data/bench"), help="folder of recorded runs")

@@ -1,4 +1,4 @@
-"""What README.md says about the recorded runs: a passage for each, in order, with its numbers from the record."""
+"""Passages of README.md about the recorded runs, in order. Each takes its numbers from its record."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmcache.bench.readme.markdown import (
-    Row,
+    ReadRow,
     by,
     percent,
     prose,
     table,
     times,
 )
-from llmcache.bench.readme.of_texts import (
+from llmcache.bench.readme.text_passages import (
     encode,
     exact,
     off,
@@ -28,9 +28,9 @@ Records = Mapping[str, Any]
 
 def opening(_: Records) -> str:
     return prose(
-        """On two cores of an x86 server, torch 2.13 on the CPU, all-MiniLM-L6-v2 with its real weights, the
-        contenders in turn in one process, medians; from the recorded runs in `data/bench/`. Ratios carry over to
-        other machines better than seconds do. `llmcache bench run` measures it on yours:
+        """Medians of the recorded runs in `data/bench/`: two cores of an x86 server, torch 2.13 on the CPU,
+        all-MiniLM-L6-v2 with its real weights, the contenders in turn in one process. Ratios carry over to
+        other machines better than seconds do. `llmcache bench run` measures them on yours:
         [docs/benchmarks.md](docs/benchmarks.md)."""
     )
 
@@ -38,19 +38,19 @@ def opening(_: Records) -> str:
 def large_stores(records: Records) -> str:
     small, large = records["open-100000"], records["open-1000000"]
 
-    def seconds(row: Row) -> tuple[str, str]:
+    def seconds(row: ReadRow) -> tuple[str, str]:
         return f"{row['seconds_to_first_hit']:.2f} s", f"{row['further_seconds_to_near_lookup']:.2f} s"
 
-    def memory(row: Row) -> tuple[str, str]:
+    def memory(row: ReadRow) -> tuple[str, str]:
         return f"{row['bytes_per_entry']:.0f}", f"{row['bytes_per_entry_with_index']:.0f}"
 
     (hit, near), (later, nearer) = seconds(small), seconds(large)
-    (held, indexed), (holds, with_index) = memory(small), memory(large)
+    (bare, indexed), (bare_large, indexed_large) = memory(small), memory(large)
     return prose(
-        f"""A store of {small["entries"]:,} entries (`llmcache bench open`; `open-100000.json`) gives its first hit
-        {hit} after opening and is ready for near matches {near} later; it adds {held} bytes of resident memory an
-        entry, {indexed} with the index loaded. With {large["entries"]:,} entries (`open-1000000.json`) it is {later}
-        and {nearer} more, {holds} and {with_index} bytes."""
+        f"""A store of {small["entries"]:,} entries (`llmcache bench open`; `open-100000.json`) serves its first hit
+        {hit} after opening and is ready for near matches {near} later. It adds {bare} bytes of resident memory an
+        entry, {indexed} with the index loaded. With {large["entries"]:,} entries (`open-1000000.json`) these are
+        {later}, {nearer}, {bare_large} and {indexed_large} bytes."""
     )
 
 
@@ -58,49 +58,57 @@ def large_stores(records: Records) -> str:
 
 
 def store(records: Records) -> str:
-    found = records["store"]
+    record = records["store"]
     large, small = 262144, 1536
     reads = (
-        ("written, of `pwrite` + fsync", "write", "", "put + commit"),
-        ("read cold, mapped, of `preadv`", "read", "cold", "store, mmap"),
-        ("read cold, `preadv`, of `preadv`", "read", "cold", "store, preadv"),
-        ("read warm, mapped, of memcpy", "read", "warm", "store, mmap"),
-        ("read warm, `preadv`, of `preadv`", "read", "warm", "store, preadv"),
+        ("written; `pwrite` + fsync", "write", "", "put + commit"),
+        ("read cold, mapped; `preadv`", "read", "cold", "store, mmap"),
+        ("read cold, `preadv`; `preadv`", "read", "cold", "store, preadv"),
+        ("read warm, mapped; memcpy", "read", "warm", "store, mmap"),
+        ("read warm, `preadv`; `preadv`", "read", "warm", "store, preadv"),
     )
     merges = (
-        ("merged by links, of `cp -r` + syncfs", "merge, linked"),
-        ("merged by copies, of `cp -r` + syncfs", "merge, copied"),
-        ("merged by copies, 1/8 in both", "merge, copied, 1/8 in both"),
+        ("merged by links; `cp -r` + syncfs", "merge, linked"),
+        ("merged by copies; `cp -r` + syncfs", "merge, copied"),
+        ("merged by copies, 1/8 in both stores; `cp -r` + syncfs", "merge, copied, 1/8 in both"),
     )
 
-    def of(row: Row, value: str) -> list[str]:
+    def cells(row: ReadRow, value: str) -> list[str]:
         return [value, f"{row['ratio']:.2f}", f"{row['ratio_of_best']:.2f}"]
 
     rows = []
     for text, operation, cache, contender in reads:
         chosen = [
-            by(found["rates"], row_bytes=size, operation=operation, cache=cache, order="stored", contender=contender)
+            by(record["rates"], row_bytes=size, operation=operation, cache=cache, order="stored", contender=contender)
             for size in (large, small)
         ]
-        rows.append([text, *(cell for row in chosen for cell in of(row, f"{row['rows_per_second']:,.0f} rows/s"))])
+        rows.append([text, *(cell for row in chosen for cell in cells(row, f"{row['rows_per_second']:,.0f} rows/s"))])
     for text, contender in merges:
-        chosen = [by(found["merges"], row_bytes=size, contender=contender) for size in (large, small)]
-        rows.append([text, *(cell for row in chosen for cell in of(row, f"{row['mib_per_second']:,.0f} MiB/s"))])
-    added, others = (by(found["overhead"], row_bytes=size) for size in (large, small))
-    columns = ["", "256 KiB rows", "of the base", "quickest", "1.5 KiB rows", "of the base", "quickest"]
+        chosen = [by(record["merges"], row_bytes=size, contender=contender) for size in (large, small)]
+        rows.append([text, *(cell for row in chosen for cell in cells(row, f"{row['mib_per_second']:,.0f} MiB/s"))])
+    overhead, overhead_small = (by(record["overhead"], row_bytes=size) for size in (large, small))
+    columns = [
+        "operation; system calls",
+        "256 KiB rows",
+        "ratio",
+        "of quickest",
+        "1.5 KiB rows",
+        "ratio",
+        "of quickest",
+    ]
     return "\n\n".join(
         [
             prose(
-                f"""The store without a model, beside the system calls alone on the same bytes in the same run,
-                checksums compared on every read (`llmcache bench store --payload {found["payload"]}`; `store.json`,
-                on an {found["file_system"]} disk; float32 rows with fingerprint, token ids, source and text key).
-                Medians, and beside the median ratio that of the quickest repeats:"""
+                f"""The store without a model, beside the bare system calls on the same bytes in the same run,
+                checksums compared on every read (`llmcache bench store --payload {record["payload"]}`; `store.json`,
+                on an {record["file_system"]} disk; float32 rows with fingerprint, token ids, source and text key).
+                Medians; the ratio to the system calls is given as the median and for the quickest repeats:"""
             ),
             table(columns, rows),
             prose(
-                f"""A store adds {added["overhead_bytes_per_entry"]:.0f} bytes an entry
-                ({percent(added["overhead_share"], 2)}) to activations, fingerprints and token ids with 256 KiB rows,
-                and {others["overhead_bytes_per_entry"]:.0f} with 1.5 KiB rows."""
+                f"""A store adds {overhead["overhead_bytes_per_entry"]:.0f} bytes an entry
+                ({percent(overhead["overhead_share"], 2)}) to activations, fingerprints and token ids with 256 KiB
+                rows, and {overhead_small["overhead_bytes_per_entry"]:.0f} with 1.5 KiB rows."""
             ),
         ]
     )
@@ -116,7 +124,7 @@ def layers(records: Records) -> str:
     facts = mixed["facts"]
     entered = facts["entered"]
     known = (
-        f"mixed batch of {mixed['documents']}: {entered['6']} known at the output, {entered['3']} after layer 2, "
+        f"mixed batch of {mixed['documents']}: {entered['6']} stored at the output, {entered['3']} after layer 2, "
         f"{entered['0']} new; model time"
     )
     left = f"the remaining {facts['layer_rows']} of {facts['layer_rows_of_the_model']} layer-rows computed alone"
@@ -128,12 +136,12 @@ def layers(records: Records) -> str:
             f"{second['ratio']:.2f}",
             f"{second['difference']:.1e}",
         ],
-        ["attached, nothing known; throughput", "the plain model", f"{new['ratio']:.2f}", f"{new['difference']:.1g}"],
+        ["attached, empty store; throughput", "the plain model", f"{new['ratio']:.2f}", f"{new['difference']:.1g}"],
         [
-            "the same, the states of all layers stored "
+            "the same, storing the states of all layers "
             f"({every['facts']['store_bytes'] / every['documents'] / 2**20:.1f} MiB a document)",
             "the plain model",
-            f"{every['ratio']:.2f}, without a thread that writes {at_once['ratio']:.2f}",
+            f"{every['ratio']:.2f}, without the background writer {at_once['ratio']:.2f}",
             f"{every['difference']:.1g}",
         ],
     ]
@@ -149,22 +157,22 @@ def layers(records: Records) -> str:
 
 
 def decoding(records: Records) -> str:
-    found = records["decoding-gpt2-small"]
+    record = records["decoding-gpt2-small"]
     shown = (
-        ("SQuAD prompts until the first token, nothing known (5 questions a paragraph)", "squad", "first pass"),
-        ("the same, paragraphs known from another question", "squad", "known paragraphs"),
-        ("OpenBookQA, 200 questions with four choices, nothing known", "openbookqa", "first pass"),
+        ("SQuAD prompts until the first token, empty store (5 questions a paragraph)", "squad", "first pass"),
+        ("the same, paragraphs stored by another question", "squad", "known paragraphs"),
+        ("OpenBookQA, 200 questions with four choices, empty store", "openbookqa", "first pass"),
         ("the same again", "openbookqa", "repeated"),
     )
-    rows = [(text, by(found[task], name=name)) for text, task, name in shown]
+    rows = [(text, by(record[task], name=name)) for text, task, name in shown]
     again = rows[-1][1]
     return "\n\n".join(
         [
             prose(
-                """Decoders: a model of GPT-2-small's shape with seeded weights and GPT-2's tokens, times as fast as
-                transformers with its own key/value cache for each request; look-up, loading, storing and committing
-                included (`llmcache bench decoding`; `decoding-gpt2-small.json`); median over the batches, and over
-                all of it:"""
+                """Decoders: a model of GPT-2-small's shape with seeded weights and GPT-2's tokenizer. Speed-up over
+                transformers with its own key/value cache for each request, with look-up, loading, storing and
+                committing in the time (`llmcache bench decoding`; `decoding-gpt2-small.json`), as the median over the
+                batches and over all batches together:"""
             ),
             table(
                 ["", "median", "overall", "largest relative difference"],
@@ -178,7 +186,7 @@ def decoding(records: Records) -> str:
                     for text, row in rows
                 ),
             ),
-            f"{again['same_choices']} of {again['questions']} choices are those of the model alone.",
+            f"{again['same_choices']} of {again['questions']} answers chosen are those of the model alone.",
         ]
     )
 
@@ -187,39 +195,40 @@ def decoding(records: Records) -> str:
 
 
 def near(records: Records) -> str:
-    found = records["near-banking77"]
+    record = records["near-banking77"]
     shown = {
-        "paper: PCA, tau picked on test": "the paper's rule: PCA, plain reuse, tau picked on the test queries",
+        "paper: PCA, tau picked on test": "the paper's rule: PCA, plain reuse, tau chosen on the test queries",
         "plain, consensus": "plain reuse, ridge fingerprint, similarity and consensus",
         "exact kernel ridge": "corrected, exact kernel ridge, similarity",
         "corrected, similarity": "corrected, similarity",
-        "corrected, gate": "corrected, a gate that was fitted, of an earlier commit",
+        "corrected, gate": "corrected, a fitted gate (an earlier commit)",
     }
 
     def cells(method: str, text: str) -> list[str]:
-        row = by(found["summary"], method=method, drift_is="label")
+        row = by(record["summary"], method=method, drift_is="label")
         drift = f"{percent(row['drift'], 2)} ({percent(row['worst_drift'], 2)})"
         return [text, percent(row["hits"]), drift, "-" if row["seeds"] == 1 else str(row["seeds"])]
 
-    cosine = [row for row in found["summary"] if row["drift_is"] == "cosine"]
+    cosine = [row for row in record["summary"] if row["drift_is"] == "cosine"]
     budgets = _listed([f"{row['budget']:g}" for row in cosine])
     recall = ", ".join(f"{row['recall_at_10']:.3f}" for row in cosine)
     return "\n\n".join(
         [
             prose(
-                f"""Near matches within a budget of 0.5 % of all results changing their label, at confidence 0.95:
-                calibrated on the training queries of BANKING77, reported on its test queries (`llmcache bench near
-                --data cls-banking77 --seeds {found["seeds"]} --exact`; `near-banking77.json`):"""
+                f"""Near matches with a budget of 0.5 % of all results changing their label, at confidence 0.95,
+                calibrated on the training queries of BANKING77 and reported on its test queries (`llmcache bench near
+                --data cls-banking77 --seeds {record["seeds"]} --exact`; `near-banking77.json`):"""
             ),
             table(
                 ["", "near hits", "labels changed, of all (worst seed)", "seeds"],
                 (cells(method, text) for method, text in shown.items()),
             ),
             prose(
-                f"""For retrieval: within a mean 1 - cosine of {budgets} over all results there are
-                {", ".join(percent(row["hits"]) for row in cosine)} near hits, and recall@10 over the vectors given is
-                {recall}. All of this is of an earlier commit, whose gate was fitted to the drift that its bound was
-                computed on; the score that took its place is fitted to nothing: `docs/near.md` says what that costs."""
+                f"""For retrieval: with budgets of {budgets} for the mean 1 - cosine over all results, near hits are
+                {", ".join(percent(row["hits"]) for row in cosine)}, and recall@10 over the returned vectors is
+                {recall}. All these numbers come from an earlier commit, whose gate was fitted to the drift that its
+                bound was computed on. The score that replaced it has no fitted parameters; `docs/near.md` compares
+                the two."""
             ),
         ]
     )
@@ -232,30 +241,31 @@ def _listed(words: Sequence[str]) -> str:
 def reuse(records: Records) -> str:
     free, guarded = (records[name]["rows"][0] for name in ("reuse-banking77-no-guard", "reuse-banking77"))
 
-    def said(row: Row) -> tuple[str, str, str]:
+    def cells(row: ReadRow) -> tuple[str, str, str]:
         return f"{row['ratio']:.1f} times", percent(row["hits"]), f"{100 * row['accuracy_drop']:.2f}"
 
-    (fast, hits, drop), (slower, fewer, less) = said(free), said(guarded)
+    (fast, hits, drop), (slower, fewer, less) = cells(free), cells(guarded)
     return prose(
-        f"""End to end, with a budget of half a point of accuracy as measured and audits on, a cache that knows the
-        training queries answers the test queries {fast} as fast as the model alone at {hits} near hits and {drop}
-        points of accuracy lost without the field guard, and {slower} at {fewer} and {less} points with it (`llmcache
+        f"""End to end, with a budget of half a point of accuracy as measured and audits on, a cache that holds the
+        training queries answers the test queries {fast} as fast as the model alone, with {hits} near hits and {drop}
+        points of accuracy lost without the field guard; with the guard {slower}, {fewer} and {less} points (`llmcache
         bench reuse --data cls-banking77`, `--no-guard`; `reuse-banking77.json`, `reuse-banking77-no-guard.json`;
         one seed)."""
     )
 
 
 def rivals(records: Records) -> str:
-    def said(name: str) -> list[str]:
+    def counts(name: str) -> list[str]:
         rows = records[name]["rows"]
         ours, fixed = rows[0], next(row for row in rows if "GPTCache" in row["method"])
         return [f"{number:,}" for row in (ours, fixed) for number in (row["hits"], row["wrong"])]
 
-    (hits, wrong, many, often), (pairs, off, more, worse) = said("rivals-banking77"), said("rivals-qqp")
+    (hits, wrong, many, often), (pairs, off, more, worse) = counts("rivals-banking77"), counts("rivals-qqp")
     return prose(
-        f"""Beside GPTCache's rule (nearest output at a fixed similarity of 0.8, on the same fingerprints) on the same
-        queries: {hits} hits of which {wrong} are wrong, against {many} and {often}; on pairs of QQP {pairs} and {off}
-        against {more} and {worse} (`llmcache bench rivals`; `rivals-banking77.json`, `rivals-qqp.json`)."""
+        f"""Compared with GPTCache's rule (nearest output at a fixed similarity of 0.8) on the same fingerprints and
+        queries: {hits} hits of which {wrong} are wrong, against {many} hits of which {often} are wrong; on pairs of
+        QQP {pairs} and {off} against {more} and {worse} (`llmcache bench rivals`; `rivals-banking77.json`,
+        `rivals-qqp.json`)."""
     )
 
 
@@ -265,11 +275,11 @@ def rivals(records: Records) -> str:
 def pipeline(records: Records) -> str:
     short, long = records["pipeline"]["rows"]
     return prose(
-        f"""A pipeline that reads {long["documents"]:,} documents of {long["distinct"]:,} different texts, looks up,
-        computes, stores and writes the results takes {times(long["over_the_larger"])} times what the model
-        takes for those that it computes ({times(short["over_the_larger"])} with {short["documents"]:,}), and
-        {long["peak_mib"]:.0f} MiB of memory, {short["peak_mib"]:.0f} with {short["documents"]:,}; the model
-        alone takes {long["model_alone_mib"]:.0f} in a batch of its longest texts (`llmcache bench pipeline
+        f"""A pipeline over {long["documents"]:,} documents with {long["distinct"]:,} distinct texts, from reading to
+        the result file, takes {times(long["over_the_larger"])} times the seconds of the model for the documents
+        computed ({times(short["over_the_larger"])} with {short["documents"]:,} documents). It takes
+        {long["peak_mib"]:.0f} MiB of memory ({short["peak_mib"]:.0f} with {short["documents"]:,}); the model alone
+        takes {long["model_alone_mib"]:.0f} in a batch of the longest texts (`llmcache bench pipeline
         --data DATA`; `pipeline.json`)."""
     )
 
@@ -278,10 +288,9 @@ def chunked(records: Records) -> str:
     record = records["chunks"]
     ours, words = (by(record["rows"], chunks_are=name) for name in ("structure", "windows of 180 words"))
     return prose(
-        f"""Of revised policies, cut by their structure into chunks of {ours["mean_characters"]:.0f} characters on
-        average, {percent(ours["repeated"])} of the text lies in chunks that are known from earlier revisions;
-        in windows of 180 words {percent(words["repeated"])} (`llmcache bench chunks
-        --histories 1`; `chunks.json`)."""
+        f"""Of revised policies, cut by structure into chunks of {ours["mean_characters"]:.0f} characters on
+        average, {percent(ours["repeated"])} of the text lies in chunks of earlier revisions; with windows of 180
+        words it is {percent(words["repeated"])} (`llmcache bench chunks --histories 1`; `chunks.json`)."""
     )
 
 
@@ -291,9 +300,9 @@ def plans(records: Records) -> str:
     off = max(max(row["time"], 1 / row["time"]) - 1 for row in rows)
     costs = sorted(row["pass_share"] for row in rows)
     return prose(
-        f"""The forecast of `llmcache plan` was at most {points:.1f} points of hits and {percent(off, 0)} of the
-        seconds off, over {len(rows)} runs of bank queries, policies and logs, and took {percent(costs[0])} to
-        {percent(costs[-1])} of what the model alone takes for the corpus (`llmcache bench
+        f"""The forecast of `llmcache plan`, over {len(rows)} runs of bank queries, policies and logs, was off by at
+        most {points:.1f} points of hits and {percent(off, 0)} of the seconds. It took {percent(costs[0])} to
+        {percent(costs[-1])} of the seconds of the model alone for the corpus (`llmcache bench
         plan --data DATA --repeats 1`; `plan.json`)."""
     )
 
@@ -317,11 +326,11 @@ def index(records: Records) -> str:
     return "\n\n".join(
         [
             prose(
-                f"""FAISS indexes on {rows[0]["vectors"]:,} clustered vectors of {rows[0]["dim"]} components, asked
-                in batches of 64 (`llmcache bench index`; `index-100000.json`), recall@1 for slightly changed copies
-                of stored vectors and for fresh vectors of the same clusters:"""
+                f"""FAISS indexes over {rows[0]["vectors"]:,} clustered vectors of {rows[0]["dim"]} components, queried
+                in batches of 64 (`llmcache bench index`; `index-100000.json`). Recall@1 for slightly changed copies
+                of stored vectors and for new vectors of the same clusters:"""
             ),
-            table(["index", "copies", "fresh", "ms per query", "seconds to build", "bytes a vector"], cells),
+            table(["index", "copies", "new", "ms per query", "seconds to build", "bytes a vector"], cells),
         ]
     )
 

@@ -404,8 +404,8 @@ def test_the_commands_push_and_pull_and_say_what_went_over(llmcache: Command, fi
     url, back = f"file://{tmp_path}/far", tmp_path / "back"
     dry = json.loads(llmcache("snapshot", "push", filled, url, "--dry-run", "--json").out)
     assert (dry["sent"], dry["dry_run"], (tmp_path / "far").exists()) == (10, True, False)
-    assert "went over" in llmcache("snapshot", "push", filled, url).out
-    assert "would go over" in llmcache("snapshot", "pull", url, back, "--dry-run").out
+    assert "files transferred" in llmcache("snapshot", "push", filled, url).out
+    assert "files to transfer" in llmcache("snapshot", "pull", url, back, "--dry-run").out
     assert not back.exists()
     done = json.loads(llmcache("snapshot", "pull", url, back, "--json").out)
     assert (done["sent"], done["entries"]) == (10, 40)

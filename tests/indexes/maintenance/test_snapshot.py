@@ -805,7 +805,7 @@ def test_verify_ends_with_1_when_there_is_damage_and_repair_names_what_it_moves(
     code, out, _ = llmcache("snapshot", "verify", store, "--json")
     assert (code, json.loads(out)["whole"], len(json.loads(out)["findings"])) == (1, False, 1)
     before = everything_in(store)
-    assert "would be set aside: seg/" in llmcache("repair", store, "--dry-run")[1]
+    assert "to quarantine: seg/" in llmcache("repair", store, "--dry-run")[1]
     assert everything_in(store) == before
     code, out, _ = llmcache("repair", store, "--json")
     assert (code, json.loads(out)["lost"]) == (0, 1)

@@ -1,7 +1,7 @@
-"""Everything that is measured on a GPU, in one run of minutes, into one JSON file: `llmcache bench gpu`.
+"""All measurements on a GPU, in one run of minutes, into one JSON file: `llmcache bench gpu`.
 
-`python -m llmcache.bench.gpu` is the same where the command line's libraries are not installed: it needs torch,
-transformers, sentence-transformers, scipy and xxhash, and no FAISS, no data and no downloaded weights.
+`python -m llmcache.bench.gpu` does the same without the libraries of the command line. It needs torch, transformers,
+sentence-transformers, scipy and xxhash, and no FAISS, no data and no downloaded weights.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ def measured(
     only: str = "",
     device: str = "cuda",
     tiny: bool = False,
-    said: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run the parts, each within what is left of the minutes, and write the file anew when one is done.
+    """Run the parts within the time limit, and rewrite the file after each part.
 
-    only: parts, with commas between. A part that fails is recorded with the reason, and the next one runs.
-    LLMCacheError: there is no such device. ConfigError: no such part.
+    only: parts, separated by commas. A part that fails is recorded with the reason, and the next one runs. Returns the
+    record. LLMCacheError when the device is missing, ConfigError for an unknown part.
     """
     wanted = _wanted(only)
     if device == "cuda" and not torch.cuda.is_available():
-        raise LLMCacheError("torch sees no CUDA device here; give --device cpu --tiny to try the benchmark out")
+        raise LLMCacheError("torch sees no CUDA device here; give --device cpu --tiny for a trial")
     began = time.monotonic()
-    found: dict[str, Any] = {**conditions(), **_machine(device), "tiny": tiny, "minutes": minutes, "parts": {}}
+    record: dict[str, Any] = {**conditions(), **_machine(device), "tiny": tiny, "minutes": minutes, "parts": {}}
     for number, name in enumerate(wanted):
         left = began + 60 * minutes - time.monotonic()
         if left <= 0 and number:
-            said(f"{name}: no time is left")
-            found["parts"][name] = {"skipped": "no time was left"}
+            say(f"{name}: no time is left")
+            record["parts"][name] = {"skipped": "no time was left"}
             continue
-        # a part may take twice its share of what is left: those that need less leave the rest to others
-        place = Device(device, time.monotonic() + 2 * left / (len(wanted) - number), tiny, said)
-        found["parts"][name] = _part(name, place, found["parts"])
-        found["seconds"] = time.monotonic() - began
+        # a part may take twice its share of the remaining time, since others take less
+        place = Device(device, time.monotonic() + 2 * left / (len(wanted) - number), tiny, say)
+        record["parts"][name] = _part(name, place, record["parts"])
+        record["seconds"] = time.monotonic() - began
         if out is not None:
-            _written(out, found)
-    return found
+            _written(out, record)
+    return record
 
 
 def _wanted(only: str) -> list[str]:
-    names = [one.strip() for one in only.split(",") if one.strip()] or list(PARTS)
+    names = [name.strip() for name in only.split(",") if name.strip()] or list(PARTS)
     if unknown := sorted(set(names) - set(PARTS)):
         raise ConfigError(f"there is no part {', '.join(unknown)}; choose of: {', '.join(PARTS)}")
-    return [one for one in PARTS if one in names]
+    return [name for name in PARTS if name in names]
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _machine(device: str) -> dict[str, Any]:
 def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     result: Any = [] if name in ("search", "near", "prefix") else {}
-    ended: dict[str, Any] = {}
+    failure: dict[str, Any] = {}
     try:
         if name == "bandwidth":
             result = bandwidth(device)
@@ -96,45 +96,45 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
         else:
             for what, found in tiers(SHAPES[name], device):
                 result[what] = found
-    except Exception as error:  # whatever it is, what was measured before it and the parts after it are worth having
-        ended["error"] = f"{type(error).__name__}: {error}"
-        device.said(f"{name} failed: {ended['error']}")
+    except Exception as error:  # results before the error and the parts after it are kept
+        failure["error"] = f"{type(error).__name__}: {error}"
+        device.say(f"{name} failed: {failure['error']}")
     finally:
         if device.cuda:
             torch.cuda.empty_cache()
-    return {"result": result, **ended, "seconds": time.monotonic() - began}
+    return {"result": result, **failure, "seconds": time.monotonic() - began}
 
 
-def _written(out: Path, found: dict[str, Any]) -> None:
+def _written(out: Path, record: dict[str, Any]) -> None:
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, out)
 
 
-def failed(found: dict[str, Any]) -> list[str]:
-    """Parts that ended with an error."""
-    return [name for name, part in found["parts"].items() if "error" in part]
+def failed(record: dict[str, Any]) -> list[str]:
+    """List the parts that ended with an error."""
+    return [name for name, part in record["parts"].items() if "error" in part]
 
 
 def main() -> None:
-    """The command without the command line's libraries."""
+    """Run the command without the libraries of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m llmcache.bench.gpu", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, help="Write the JSON here, anew after every part.")
+    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every part.")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", default="", help=f"Parts, with commas between: {', '.join(PARTS)}.")
+    parser.add_argument("--only", default="", help=f"Parts, separated by commas: {', '.join(PARTS)}.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="Almost nothing of everything, to try it out.")
-    given = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="Tiny sizes, for a trial without meaningful times.")
+    options = parser.parse_args()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types for it
     try:
-        found = measured(
-            given.out, minutes=given.minutes, only=given.only, device=given.device, tiny=given.tiny,
-            said=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+        record = measured(
+            options.out, minutes=options.minutes, only=options.only, device=options.device, tiny=options.tiny,
+            say=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )  # fmt: skip
     except LLMCacheError as error:
         sys.exit(f"llmcache: {error}")
-    if given.out is None:
-        print(json.dumps(found, indent=1))  # noqa: T201
-    sys.exit(1 if failed(found) else 0)
+    if options.out is None:
+        print(json.dumps(record, indent=1))  # noqa: T201
+    sys.exit(1 if failed(record) else 0)
