@@ -183,6 +183,16 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
         self._check_open()
         return self._storing
 
+    def __repr__(self) -> str:
+        if not self._opened:
+            state = "closed"
+        elif self._encoding is None:
+            state = "for attached models and decoders"
+        else:
+            state = f"{len(self._encoding.bank):,} entries" + (", read-only" if self._store.read_only else "")
+        path = str(self._store.folder.path)
+        return f"LLMCache({path!r}, model={self.identity.name!r}, namespace={self.namespace!r}: {state})"
+
     def __bool__(self) -> bool:
         """Return True, also for an empty cache, whose `len` is 0."""
         return True

@@ -56,6 +56,11 @@ class Explanation:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "similarity": self.similarity}
 
+    def __repr__(self) -> str:
+        shown = [f"{one.similarity:.3f} {one.source!r} {one.text[:60]!r}" for one in self.neighbours[:3]]
+        more = [f"and {len(self.neighbours) - 3} more neighbours"] if len(self.neighbours) > 3 else []
+        return "\n    ".join([f"Explanation({self.tier}: {self.why})", *shown, *more])
+
 
 def explain(execution: Executor, text: str, prompt: str | None, role: str | None, decode: Decode) -> Explanation:
     """Look up a text as a call would, without running the model or storing anything."""

@@ -24,8 +24,8 @@ from llmcache.encoding.near_layers import asked_with, near_layers
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model
 from llmcache.near.matcher import NearMatcher
-from llmcache.near.neighbors.near_matches import TAKEN, NearMatches
 from llmcache.near.neighbors.index_torch import place_of
+from llmcache.near.neighbors.near_matches import TAKEN, NearMatches
 from llmcache.near.repeats import NearAnswers
 
 

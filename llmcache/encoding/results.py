@@ -45,6 +45,13 @@ class Result:
     audited: bool = False
     consensus: float | None = None
 
+    def __repr__(self) -> str:
+        origin = "" if self.source is None else f", source={self.source!r}, similarity={self.similarity:.4g}"
+        layer = "" if self.layer in (None, "output") else f", layer={self.layer!r}"
+        audited = ", audited=True" if self.audited else ""
+        values = f"{self.output.dtype}{list(self.output.shape)}"
+        return f"Result(id={self.id!r}, tier={self.tier!r}{origin}{layer}{audited}, output={values})"
+
 
 def results(
     documents: Iterable[Source],

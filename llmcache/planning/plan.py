@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llmcache import units
 from llmcache.errors import ConfigError
 from llmcache.planning.advice import Advice
 
@@ -52,6 +53,18 @@ class Plan:
     created: float = 0.0
     advice: tuple[Advice, ...] = field(default=())
     version: int = VERSION
+
+    def __repr__(self) -> str:
+        hits = self.documents - self.computed
+        return "\n    ".join(
+            [
+                f"Plan({units.count(self.documents)} documents: {units.count(hits)} hits ({self.hit_rate:.1%}), "
+                f"{units.count(self.computed)} to compute)",
+                f"{units.duration(self.seconds)}, without the cache {units.duration(self.uncached_seconds)}",
+                f"{units.size(self.new_bytes)} to write, {units.size(self.total_bytes)} in the store afterwards",
+                "advice: " + ", ".join(f"{advice.about} {advice.value}" for advice in self.advice),
+            ][: 4 if self.advice else 3]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llmcache import units
 from llmcache.banks.break_even import Decision
 from llmcache.banks.counters import Counters
 from llmcache.indexes.format.manifest import BankFacts
@@ -57,6 +58,18 @@ class Statistics:
     def net_seconds(self) -> float:
         """Seconds saved minus those of the cache itself."""
         return self.counters.saved_seconds - self.counters.overhead_seconds
+
+    def __repr__(self) -> str:
+        asked, entries = self.counters, sum(bank.entries for bank in self.banks)
+        lines = [
+            f"Statistics({units.count(asked.documents)} documents: {units.count(asked.misses)} computed, "
+            f"{units.count(asked.near)} near, hit rate {self.hit_rate:.1%})",
+            f"model {units.duration(asked.model_seconds)}, cache {units.duration(asked.overhead_seconds)}, "
+            f"saved {units.duration(asked.saved_seconds)}",
+            f"store: {units.count(entries)} entries in {len(self.banks)} banks, "
+            f"{units.size(sum(bank.bytes for bank in self.banks))}, generation {self.generation}",
+        ]
+        return "\n    ".join([*lines, self.mismatch] if self.mismatch else lines)
 
     def _repr_html_(self) -> str:
         from llmcache.report.notebook import as_html  # only notebooks need it

@@ -178,7 +178,7 @@ def _read(path: Path) -> None:
 def in_little_memory(path: Path, prepare: str) -> None:
     """Run every command in a process with limited memory and time."""
     code = (
-        "import logging, resource, sys; from pathlib import Path; from tests import test_odd_files as odd\n"
+        "import logging, resource, sys; from pathlib import Path; from tests.indexes import test_odd_files as odd\n"
         "logging.disable(logging.CRITICAL); path = Path(sys.argv[1]); odd.every_command(path.with_name('warm'))\n"
         f"odd.limit()\n{prepare}\n"
         "failures = odd.every_command(path); sys.stdout.write('\\n'.join(failures)); sys.exit(bool(failures))"
