@@ -26,7 +26,11 @@ def nightly(name: str) -> bool:
     return name not in ALWAYS and zlib.crc32(name.encode()) % 6 != 0
 
 
-CHOSEN = [one for one in EVERY if os.environ.get("LLMCACHE_FUZZ") == "all" or not nightly(one[0])]
+CHOSEN = [
+    one
+    for one in EVERY
+    if os.environ.get("LLMCACHE_NIGHTLY") or os.environ.get("LLMCACHE_FUZZ") == "all" or not nightly(one[0])
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "model_type", "class_name"), CHOSEN, ids=[one[0] for one in CHOSEN])

@@ -587,7 +587,7 @@ def clean_attention() -> Iterator[None]:
 
 def drawn(changes: dict[str, Change], calls: Sequence[str]) -> pytest.MarkDecorator:
     """Return pairs of a change and a call: one call for each change, or all where LLMCACHE_ALL_CHANGES is set."""
-    every = os.environ.get("LLMCACHE_ALL_CHANGES")
+    every = os.environ.get("LLMCACHE_ALL_CHANGES") or os.environ.get("LLMCACHE_NIGHTLY")
     pairs = [(name, call) for name in changes for call in calls]
     some = [(name, calls[place % len(calls)]) for place, name in enumerate(changes)]
     return pytest.mark.parametrize(("change", "call"), pairs if every else some)
