@@ -100,7 +100,7 @@ def _stream(documents: Any, wanted: FieldSpec) -> Iterator[Taken]:
             yield _document(place, id, text, wanted)
         return
     if not isinstance(documents, Iterable):
-        raise ConfigError(f"documents are an iterable or a frame, got a {type(documents).__name__}")
+        raise ConfigError(f"documents must be an iterable or a frame, got a {type(documents).__name__}")
     for record in documents:
         if isinstance(record, str):  # most are
             yield _document(place, None, record, wanted)

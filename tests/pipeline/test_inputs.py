@@ -54,7 +54,7 @@ def single_inputs() -> dict[str, Any]:
 
 def calibrated_with(cache: LLMCache, given: Any) -> None:
     if given is None:  # means the entries themselves
-        raise ConfigError("documents are many")
+        raise ConfigError("documents must be a collection")
     cache.calibrate(given, budget=0.1, drift="cosine")
 
 
@@ -70,7 +70,7 @@ WAYS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", single_inputs())
 @pytest.mark.parametrize("way", WAYS)
 def test_one_input_where_many_are_meant_is_refused_by_name(cache: LLMCache, kind: str, way: str) -> None:
-    with pytest.raises(LLMCacheError, match=r"documents are") as refused:
+    with pytest.raises(LLMCacheError, match=r"documents (are|must be)") as refused:
         WAYS[way](cache, single_inputs()[kind])
     assert "\n" not in str(refused.value)
     assert len(cache) == 0, "no letter, key or column name was taken for a document"
