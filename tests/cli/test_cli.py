@@ -325,12 +325,12 @@ def started(*arguments: object, first: str = "") -> Iterator[subprocess.Popen[st
 
 SAYS_WHEN_IT_STORES = """
 import sys
-from llmcache.storing import Storing
-put = Storing.put
+from llmcache.banks.writer import BankWriter
+put = BankWriter.put
 def noted(*arguments, **entry):
     put(*arguments, **entry)
     print("stored a batch", file=sys.stderr, flush=True)
-Storing.put = noted
+BankWriter.put = noted
 """
 
 
