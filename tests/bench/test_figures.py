@@ -1,4 +1,4 @@
-"""README's figures are what the recorded runs give."""
+"""The figures of README.md and docs/benchmarks.md are what the recorded runs give."""
 
 from __future__ import annotations
 
@@ -35,30 +35,32 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_readme_says_what_the_records_say() -> None:
+def test_the_pages_say_what_the_records_say() -> None:
     done = run("--check")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_record_that_changes_changes_its_table_and_nothing_else(tmp_path: Path) -> None:
-    readme, records = tmp_path / "README.md", tmp_path / "bench"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme.write_text(text, encoding="utf-8")
+    page, records = tmp_path / "benchmarks.md", tmp_path / "bench"
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     records.mkdir()
     for path in (ROOT / "data" / "bench").glob("*.json"):
         (records / path.name).write_bytes(path.read_bytes())
     record = json.loads((records / "index-100000.json").read_bytes())
     record["rows"][-1]["recall_noisy"] = 0.123
     (records / "index-100000.json").write_text(json.dumps(record))
-    arguments = ("--records", records, "--readme", readme)
+    arguments = ("--records", records, "--readme", readme, "--benchmarks", page)
     checked = run("--check", *arguments)
     assert (checked.returncode, checked.stderr.count("\n")) == (1, 1)
     assert "is not what" in checked.stderr
-    assert readme.read_text(encoding="utf-8") == text, "a check changes nothing"
+    assert page.read_text(encoding="utf-8") == text, "a check changes nothing"
     assert run(*arguments).returncode == 0
     changed = [
         (one, other)
-        for one, other in zip(text.splitlines(), readme.read_text(encoding="utf-8").splitlines(), strict=True)
+        for one, other in zip(text.splitlines(), page.read_text(encoding="utf-8").splitlines(), strict=True)
         if one != other
     ]
     assert len(changed) == 1
@@ -68,10 +70,11 @@ def test_a_record_that_changes_changes_its_table_and_nothing_else(tmp_path: Path
 
 def test_every_table_of_the_figures_is_made() -> None:
     """No table stands under "Figures" outside of the markers."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    under = text.partition("\n## Figures\n")[2].partition("\n## ")[0]
-    assert under.strip().startswith(BEGIN)
-    assert under.strip().endswith(END)
+    for page in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        under = text.partition("\n## Figures\n")[2].partition("\n## ")[0]
+        assert under.strip().startswith(BEGIN)
+        assert under.strip().endswith(END)
 
 
 def test_a_passage_without_its_records_is_left_out(tmp_path: Path) -> None:

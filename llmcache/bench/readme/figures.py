@@ -1,7 +1,7 @@
-"""The figures of README.md, generated from the recorded runs so that the two cannot disagree.
+"""The figures of README.md and docs/benchmarks.md, generated from the recorded runs so that they cannot disagree.
 
-`python -m llmcache.bench.readme.figures` writes the text between the two markers. `--check` only compares that text
-with the records; a test calls it.
+`python -m llmcache.bench.readme.figures` writes the text between the two markers of each page. `--check` only compares
+that text with the records; a test calls it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.readme.passages import PASSAGES
+from llmcache.bench.readme.passages import PASSAGES, SUMMARY, Passages
 from llmcache.errors import ConfigError, LLMCacheError
 
 BEGIN = "<!-- made by `python -m llmcache.bench.readme.figures`; write in llmcache/bench/readme/passages.py -->"
@@ -45,10 +45,10 @@ class Records(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def section(records: Mapping[str, Any]) -> str:
-    """Join all passages whose records exist. ConfigError when a record lacks a field that its passage needs."""
+def section(records: Mapping[str, Any], passages: Passages = PASSAGES) -> str:
+    """Join the passages whose records exist. ConfigError when a record lacks a field that its passage needs."""
     parts = []
-    for names, passage in PASSAGES:
+    for names, passage in passages:
         if any(name not in records for name in names):
             continue
         try:
@@ -64,30 +64,34 @@ def section(records: Mapping[str, Any]) -> str:
 def replaced(text: str, made: str) -> str:
     """Put `made` between the markers of a text. ConfigError unless the text has each marker once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"README.md needs the lines {BEGIN!r} and {END!r}, once each, around its figures")
+        raise ConfigError(f"the page needs the lines {BEGIN!r} and {END!r}, once each, around its figures")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    """Write or check README.md. Returns exit code 0 when it agrees with the records, else 1."""
+    """Write or check both pages. Returns exit code 0 when they agree with the records, else 1."""
     parser = argparse.ArgumentParser(prog="python -m llmcache.bench.readme.figures", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README.md would change")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page would change")
     parser.add_argument("--records", type=Path, default=Path("data/bench"), help="folder of recorded runs")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="page with the summary")
+    parser.add_argument("--benchmarks", type=Path, default=Path("docs/benchmarks.md"), help="page with all figures")
     options = parser.parse_args()
+    records = Records(options.records)
+    pages = {options.readme: SUMMARY, options.benchmarks: PASSAGES}
     try:
-        text = options.readme.read_text(encoding="utf-8")
-        made = replaced(text, section(Records(options.records)))
+        texts = {page: page.read_text(encoding="utf-8") for page in pages}
+        made = {page: replaced(text, section(records, pages[page])) for page, text in texts.items()}
     except (LLMCacheError, OSError) as error:
         sys.stderr.write(f"figures: {error}\n")
         return 1
-    if options.check:
-        if made != text:
-            sys.stderr.write(f"figures: {options.readme} is not what {options.records} gives; run {parser.prog}\n")
-        return int(made != text)
-    options.readme.write_text(made, encoding="utf-8")
-    return 0
+    changed = [page for page in pages if made[page] != texts[page]]
+    for page in changed:
+        if options.check:
+            sys.stderr.write(f"figures: {page} is not what {options.records} gives; run {parser.prog}\n")
+        else:
+            page.write_text(made[page], encoding="utf-8")
+    return int(bool(options.check and changed))
 
 
 if __name__ == "__main__":
