@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.readme.passages import PASSAGES, SUMMARY, Passages
+from llmcache.bench.readme.passages import PASSAGES, Passages
+from llmcache.bench.readme.summary import SUMMARY
 from llmcache.errors import ConfigError, LLMCacheError
 
 BEGIN = "<!-- made by `python -m llmcache.bench.readme.figures`; write in llmcache/bench/readme/passages.py -->"

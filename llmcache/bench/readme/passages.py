@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcache.bench.competitors.names import OURS
 from llmcache.bench.readme.markdown import (
     ReadRow,
     by,
@@ -335,52 +334,8 @@ def index(records: Records) -> str:
     )
 
 
-# -- the summary ------------------------------------------------------------------------------------------------
-
-
-def summary(records: Records) -> str:
-    """Return the table of README.md: five jobs, each with its speed-up and the command that measures it."""
-
-    def ratio(name: str) -> str:
-        return times(by(records[name]["rows"], name=OURS)["ratio"])
-
-    reused = records["reuse-banking77-no-guard"]["rows"][0]
-    prompts = by(records["decoding-gpt2-small"]["squad"], name="known paragraphs")
-    lost = f"{100 * reused['accuracy_drop']:.2f} points of accuracy lost, 0.5 allowed"
-    return "\n\n".join(
-        [
-            table(
-                ["job", "times the model alone", "measured by"],
-                [
-                    ["new bank queries, stored durably", ratio("miss-banking77"), "`bench run miss-banking77`"],
-                    ["the same, stored before", ratio("hit-banking77"), "`bench run hit-banking77`"],
-                    ["paragraphs of 155 tokens, stored before", ratio("hit-squad"), "`bench run hit-squad`"],
-                    [f"new queries by near matches ({lost})", f"{reused['ratio']:.1f}", "`bench reuse --no-guard`"],
-                    [
-                        "new questions about stored paragraphs, until the first token",
-                        f"{prompts['times_as_fast_median']:.1f}",
-                        "`bench decoding`",
-                    ],
-                ],
-            ),
-            prose(
-                """Medians of recorded runs on two cores of an x86 server; commands begin with `llmcache`. "The model
-                alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache. Conditions, rivals
-                and everything else that was measured: [docs/benchmarks.md](docs/benchmarks.md)."""
-            ),
-        ]
-    )
-
-
 Passages = Sequence[tuple[tuple[str, ...], Callable[[Records], str]]]
 
-SUMMARY: Passages = (
-    (
-        ("miss-banking77", "hit-banking77", "hit-squad", "reuse-banking77-no-guard", "decoding-gpt2-small"),
-        summary,
-    ),
-)
-"""The passages of README.md."""
 PASSAGES: Passages = (
     ((), opening),
     (("encode-banking77",), encode),
