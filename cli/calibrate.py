@@ -11,7 +11,7 @@ from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources
 from llmcache.cli.shared.fill import warnings
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 
 
 def calibrate(
@@ -74,7 +74,7 @@ def calibrate(
     from llmcache.near.calibration.drift import DriftKind
 
     printing.quiet()
-    reading = Reading()
+    reading = CorpusReading()
     answers = None if truth is None else answers_from_file(truth)
     documents = Sources(sample, text_field, id_field, unit).documents(reading) if sample else None
     classifier, kind = head_from_file(head) if head is not None else None, cast(DriftKind, drift)

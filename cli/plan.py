@@ -17,7 +17,7 @@ from llmcache.cli.shared.corpora import Sources
 from llmcache.cli.shared.fill import counts, warnings
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.store import Store
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import Plan, seconds_said
 from llmcache.private_files import write_whole
 
@@ -60,7 +60,7 @@ def plan(
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"{out} cannot be written: give a file name in an existing folder")
-    reading = Reading()
+    reading = CorpusReading()
     documents = sources.documents(reading)
     printing.quiet()
     with _opened(store, model, namespace, tau, access) as cache:

@@ -15,7 +15,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.maintenance.purge import Doomed
 from llmcache.indexes.maintenance.purge import purge as purged
 from llmcache.indexes.store import Store
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.purging import keys_of, reader_of, with_texts
 
 
@@ -82,7 +82,7 @@ def purge(
         )
         if text_file is not None:
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
-            texts = [document.text for document in sources.documents(Reading())]
+            texts = [document.text for document in sources.documents(CorpusReading())]
             reader = None if model is None else reader_of(model)
             secret = resolved_secret(None, secret_file)
             doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompt or [], reader=reader)

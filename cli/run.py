@@ -23,7 +23,7 @@ from llmcache.cli.shared.fill import counts, preview, warnings
 from llmcache.cli.shared.heads import run_heads
 from llmcache.cli.shared.metrics import MetricsFile, Run
 from llmcache.errors import ConfigError
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import ForecastError, Plan
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run(
             run_heads(cache, head, sources, out, role, batch_size, json)
             committed(cache)
         return
-    reading = Reading()
+    reading = CorpusReading()
     documents = sources.documents(reading)
     with opened(engine, workers, store, model, **settings) as cache, progress(reading, bytes_of(corpus)) as advance:
         cache.corpus = sources.name
@@ -167,7 +167,7 @@ class Limits:
 
 def report(
     written: Written,
-    reading: Reading,
+    reading: CorpusReading,
     errors: list[RejectedRecord],
     counters: Counters,
     forecast: ForecastError | None,

@@ -11,7 +11,7 @@ import typer
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 
 
 def verify_model(
@@ -39,7 +39,7 @@ def verify_model(
     from llmcache.verification import verify_model as checks
 
     printing.quiet()
-    documents = Sources(data, text_field, id_field, unit, False, "jsonl").documents(Reading())
+    documents = Sources(data, text_field, id_field, unit, False, "jsonl").documents(CorpusReading())
     texts = [document.text for document in islice(documents, limit)]
     loaded, tokenizer = load_any(model)
     with TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -45,6 +46,8 @@ FLOORS = [
 """Packages and modules from the top of the project to its ground. A line may import those below it, and itself."""
 NEAR = ["", ".matcher", ".calibration", ".neighbors", ".monitoring", ".marks", ".guard"]
 """The same inside `llmcache.near`, whose other modules belong to the first line."""
+TYPES = r"(NDArray|Callable|Sequence|Mapping|tuple|list|dict|Literal|Annotated|Union)\["
+"""Beginning of the value of a type alias."""
 
 
 def source_files() -> Iterator[Path]:
@@ -141,3 +144,33 @@ def test_no_folder_has_more_modules_than_one_can_take_in() -> None:
 @pytest.mark.parametrize("path", [pytest.param(path, id=module_name(path)) for path in source_files()])
 def test_no_module_is_longer_than_one_can_read(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").split("\n")) - 1 <= MOST_LINES
+
+
+def test_no_class_or_type_has_the_name_of_two_others() -> None:
+    modules: dict[str, list[str]] = {}
+    for path in source_files():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                modules.setdefault(node.name, []).append(module_name(path))
+            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
+                modules.setdefault(ast.unparse(node.target), []).append(module_name(path))
+            elif isinstance(node, ast.Assign) and re.match(TYPES, ast.unparse(node.value)):
+                modules.setdefault(ast.unparse(node.targets[0]), []).append(module_name(path))
+    assert not {name: where for name, where in modules.items() if len(where) > 2}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_the_pages_name_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", text))
+    tops = ["", "llmcache/", "llmcache/near/"]
+    known = ("llmcache/", "indexes/", "cli/", "tests/", *(f"{path.name}/" for path in (ROOT / "llmcache").iterdir()))
+    missing = [
+        name
+        for name in named
+        if name.startswith(known)
+        and not any((ROOT / f"{top}{name}{end}").exists() for top in tops for end in ("", ".py"))
+    ]
+    assert not missing, f"{page} names files that do not exist"

@@ -45,7 +45,7 @@ app.command()(bench_paper.paper)
 
 KINDS = "flat,ivf-flat,ivf-fp16,ivf-sq8,ivf-pq,hnsw"
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
-Model = Annotated[
+BenchModel = Annotated[
     str | None, typer.Option("--model", "-m", help="Model to use instead of all-MiniLM-L6-v2 of the demo extra.")
 ]
 
@@ -53,7 +53,7 @@ Model = Annotated[
 @app.command()
 def encode(
     data: Annotated[list[str], typer.Option("--data", help="Corpus to encode; repeatable.")],
-    model: Model = None,
+    model: BenchModel = None,
     repeats: Repeats = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many documents.")] = None,
     batch_size: options.BatchSize = 32,
@@ -128,7 +128,7 @@ def fingerprint(
     asked: Annotated[str, typer.Option("--asked", help="Labelled queries; nothing is fitted on them.")],
     label_field: Annotated[str, typer.Option(help="Field or column of the label.")] = "label",
     text_field: options.TextField = "text",
-    model: Model = None,
+    model: BenchModel = None,
     json: options.Json = False,
 ) -> None:
     """Measure how often the nearest neighbour has the same label, by fingerprint and projection."""
@@ -215,7 +215,7 @@ def _times(ratio: float | None) -> str:
 
 @app.command(name="open")
 def open_(
-    model: Model = None,
+    model: BenchModel = None,
     count: Annotated[int, typer.Option(min=1000, help="Synthetic entries in the store.")] = 100_000,
     repeats: Repeats = 3,
     json: options.Json = False,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from llmcache.document import Document
 from llmcache.errors import CorpusError
-from llmcache.pipeline.files import Reading, documents
+from llmcache.pipeline.files import CorpusReading, documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Sources:
         names = [Path(corpus).name or corpus for corpus in self.corpora]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
-    def documents(self, reading: Reading) -> Iterator[Document]:
+    def documents(self, reading: CorpusReading) -> Iterator[Document]:
         """Iterate over the documents. Reads the first at once, so an unreadable corpus fails before any work.
 
         CorpusError when there are no documents.
@@ -56,7 +56,7 @@ class Sources:
 
 
 @contextmanager
-def progress(reading: Reading, total: int | None) -> Iterator[Callable[[int, int], None]]:
+def progress(reading: CorpusReading, total: int | None) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on standard error: documents, documents per second, hit rate, time left.
 
     reading: counts of the corpus reader. total: bytes of all corpora, None when unknown; with `reading` it gives the

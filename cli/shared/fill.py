@@ -16,7 +16,7 @@ from llmcache.cli.shared.corpora import Sources, bytes_of, progress
 from llmcache.cli.shared.metrics import Run
 from llmcache.cli.shared.options import Access
 from llmcache.indexes.store import Store
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import ForecastError, Plan
 
 log = logging.getLogger("llmcache")
@@ -50,7 +50,7 @@ def fill(options: FillOptions, sources: Sources) -> None:
     from llmcache.config import CacheConfig
 
     printing.quiet()
-    reading = Reading()
+    reading = CorpusReading()
     documents = sources.documents(reading)
     config = CacheConfig(**options.settings) if options.settings else None
     access = options.access.keywords()
@@ -77,7 +77,7 @@ def fill(options: FillOptions, sources: Sources) -> None:
 
 def report(
     options: FillOptions,
-    reading: Reading,
+    reading: CorpusReading,
     tally: Mapping[str, Any],
     store: Mapping[str, Any],
     forecast: ForecastError | None = None,
@@ -108,7 +108,7 @@ def report(
     warnings(reading, store["counters"].get("at_limit", 0))
 
 
-def counts(reading: Reading) -> dict[str, int]:
+def counts(reading: CorpusReading) -> dict[str, int]:
     """Count the records read, those refused among them, and the files skipped, for JSON."""
     return {
         "read": reading.documents + reading.bad,
@@ -117,7 +117,7 @@ def counts(reading: Reading) -> dict[str, int]:
     }
 
 
-def warnings(reading: Reading, at_limit: int = 0) -> None:
+def warnings(reading: CorpusReading, at_limit: int = 0) -> None:
     """Warn of records and files of a corpus that were not read, and of repeated ids.
 
     at_limit: number of documents that fill the model's maximum length.
@@ -140,7 +140,7 @@ def preview(store: str, namespace: str, role: str | None, sources: Sources, json
     """Count the documents of the corpora that the store has. Computes and writes nothing."""
     from llmcache.planning.preview import forecast_against
 
-    reading = Reading()
+    reading = CorpusReading()
     existing = Store.open(store, **access.of_store()) if Path(store, "FORMAT").exists() else None
     secret = resolved_secret(None, access.secret_file)
     forecast = forecast_against(existing, namespace, role, sources.documents(reading), secret)

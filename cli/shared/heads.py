@@ -10,7 +10,7 @@ from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources, bytes_of, progress
 from llmcache.cli.shared.fill import counts, warnings
 from llmcache.errors import ConfigError
-from llmcache.pipeline.files import Reading
+from llmcache.pipeline.files import CorpusReading
 from llmcache.pipeline.writers import ResultWriter, result_writer
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run_heads(
     if len(folders) < len(options):
         raise ConfigError("two heads have the same name; give each its own name")
     heads = {name: load_any(folder)[0] for name, folder in folders.items()}
-    reading = Reading()
+    reading = CorpusReading()
     tallies = {name: TierCounts() for name in heads}
     files = {name: out.with_name(f"{out.stem}.{name}{out.suffix}") for name in heads}
     with ExitStack() as stack, progress(reading, bytes_of(sources.corpora)) as advance:

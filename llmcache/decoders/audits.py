@@ -16,7 +16,7 @@ from llmcache.banks.agreement import (
     other_kernels,
 )
 from llmcache.banks.audits import Evidence
-from llmcache.decoders.block_store import BlockStore, Records
+from llmcache.decoders.block_store import BlockRecords, BlockStore
 from llmcache.decoders.kv_buffer import KVLayout
 from llmcache.decoders.schedule import TokenSequence
 
@@ -29,7 +29,7 @@ class Recomputed(Protocol):
 
 def audit_prefixes(
     rows: Sequence[TokenSequence],
-    records: Records,
+    records: BlockRecords,
     evidence: Evidence,
     trunk: nn.Module,
     shape: KVLayout,
@@ -67,7 +67,7 @@ def audit_sample(
     places = evidence.spread(np.ones(len(rows), np.bool_), lambda: np.arange(len(rows)))
     rows = [rows[place] for place in places.tolist()]
     reading = store.bank.read(np.array([row.chain[0] for row in rows], np.int64), count=False)
-    records: Records = {
+    records: BlockRecords = {
         row.chain[0]: values for row, values, intact in zip(rows, reading.values, reading.intact, strict=True) if intact
     }
     if records:
@@ -76,7 +76,7 @@ def audit_sample(
 
 def _audit(
     audited: Sequence[TokenSequence],
-    records: Records,
+    records: BlockRecords,
     evidence: Evidence,
     trunk: nn.Module,
     shape: KVLayout,
@@ -104,7 +104,7 @@ def _audit(
         evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
 
 
-def _stored(row: TokenSequence, records: Records) -> Floats32:
+def _stored(row: TokenSequence, records: BlockRecords) -> Floats32:
     """Return the stored records of the known tokens of a row, float32 [known, record]."""
     blocks = [records[number] for number in row.chain]
     arrays = [block if isinstance(block, np.ndarray) else block.float().cpu().numpy() for block in blocks]

@@ -22,7 +22,7 @@ from llmcache.model.keys import Seed
 _SHORTEST = 4
 """Tokens after the last full KV block from which a shorter entry is stored where two rows diverge."""
 
-Records = dict[int, Floats32 | Tensor]
+BlockRecords = dict[int, Floats32 | Tensor]
 """Contents of KV blocks by row number of the bank: float32 [tokens, record], on the host or the device."""
 
 
@@ -55,7 +55,7 @@ class BlockStore:
 
     # -- look-up --------------------------------------------------------------------------------------------
 
-    def look_up(self, rows: Sequence[TokenSequence]) -> Records:
+    def look_up(self, rows: Sequence[TokenSequence]) -> BlockRecords:
         """Look up the prefixes of rows. Sets their keys, missing, chain and known; returns the contents of KV blocks.
 
         Token ids and checksums of an entry are compared before it is used.
@@ -146,7 +146,7 @@ class BlockStore:
             tokens[number] = self.bank.tokens(number).tobytes()
         return tokens[number] == row.ids[at : at + length].tobytes()
 
-    def _read(self, rows: Sequence[TokenSequence]) -> Records:
+    def _read(self, rows: Sequence[TokenSequence]) -> BlockRecords:
         """Return the contents of the rows' KV blocks. Shortens a row's chain at the first block that is damaged."""
         numbers = sorted({number for row in rows for number in row.chain})
         if not numbers:
@@ -167,7 +167,7 @@ class BlockStore:
                     break
         return records
 
-    def _gathered(self, numbers: Rows) -> Records:
+    def _gathered(self, numbers: Rows) -> BlockRecords:
         """Return full KV blocks on the device, read through the memory levels."""
         if self.levels is None or not len(numbers):
             return {}

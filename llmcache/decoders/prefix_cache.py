@@ -19,7 +19,7 @@ from llmcache.banks.counters import PrefixCounters
 from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.payoff import Payoff
 from llmcache.decoders.audits import audit_prefixes, audit_sample
-from llmcache.decoders.block_store import BlockStore, Records
+from llmcache.decoders.block_store import BlockRecords, BlockStore
 from llmcache.decoders.kv_buffer import (
     Forward,
     KVBuffer,
@@ -51,7 +51,7 @@ class _Work:
 
     original: Forward
     waves: PrefixSchedule
-    records: Records
+    records: BlockRecords
     ids: Tensor
     places: dict[TokenSequence, tuple[KVBuffer, int]]
 

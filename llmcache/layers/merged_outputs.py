@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcache.indexes.format.rows import Rows
-from llmcache.layers.partial_forward import Place, TrunkSpec, parts_of
+from llmcache.layers.partial_forward import LayerPlace, TrunkSpec, parts_of
 from llmcache.model.inputs import InputRows
 
 
@@ -26,7 +26,7 @@ def merged(parts: list[tuple[Rows, Any]], first: Rows, rows: InputRows, spec: Tr
         tokens = {place: part for place, part in parts_of(output).items() if spec.fields.get(place) == "tokens"}
         if columns is None or all(part.shape[1] == columns for part in tokens.values()):
             return output
-    whole: dict[Place, Any] = {}
+    whole: dict[LayerPlace, Any] = {}
     for place, example in parts_of(output).items():
         kind = spec.fields.get(place)
         if kind is None:

@@ -20,7 +20,7 @@ from llmcache.errors import ConfigError
 from llmcache.model.forward_patch import StandIn, install, remove
 from llmcache.model.trial import Reach
 
-Place: TypeAlias = int | str
+LayerPlace: TypeAlias = int | str
 """Position or name of an argument, or of a part of an output."""
 
 
@@ -56,9 +56,9 @@ class LayerSignature:
     one_row: True if no such tensor has one entry per row; then the block runs on one row.
     """
 
-    state: Place
+    state: LayerPlace
     single: bool
-    others: tuple[Place | None, ...] = ()
+    others: tuple[LayerPlace | None, ...] = ()
     constants: tuple[Any, ...] = ()
     made: bool = False
     one_row: bool = False
@@ -160,7 +160,7 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
     ConfigError when the state is not a tensor [rows, tokens, width].
     """
     state = state_of(result)
-    places: list[Place] = [*range(len(args)), *kwargs]
+    places: list[LayerPlace] = [*range(len(args)), *kwargs]
     if not isinstance(state, Tensor) or state.is_nested or state.ndim != 3 or len(state) != rows:
         shape = "nested" if getattr(state, "is_nested", False) else list(getattr(state, "shape", ()))
         raise ConfigError(
@@ -183,7 +183,7 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, rows:
     return LayerSignature(into, False, tuple(others), tuple(constants), made, one_row)
 
 
-def _at(place: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _at(place: LayerPlace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if isinstance(place, int):
         return args[place] if place < len(args) else None
     return kwargs.get(place)
@@ -210,7 +210,7 @@ class TrunkSpec:
     width: int
     dtype: torch.dtype
     decodes: bool
-    fields: Mapping[Place, str]
+    fields: Mapping[LayerPlace, str]
     reach: Reach = field(default_factory=Reach)
 
 
@@ -265,7 +265,7 @@ def examine(
     return TrunkSpec(len(blocks.forms), width, dtype, decodes, fields)
 
 
-def parts_of(output: Any) -> dict[Place, Any]:
+def parts_of(output: Any) -> dict[LayerPlace, Any]:
     """Return the parts of a trunk's output (a ModelOutput, a tuple, or a tensor) by name or position."""
     if isinstance(output, Tensor):
         return {0: output}
@@ -315,9 +315,9 @@ def _cut_short(blocks: LayerStack, forward: Callable[..., Any], call: dict[str, 
     return short
 
 
-def _fields(output: Any, short: Any, rows: int) -> dict[Place, str]:
+def _fields(output: Any, short: Any, rows: int) -> dict[LayerPlace, str]:
     """Return the kind of each part of an output, see `TrunkSpec`. short: the output for fewer tokens."""
-    fields: dict[Place, str] = {}
+    fields: dict[LayerPlace, str] = {}
     shorter = parts_of(short)
     for place, part in parts_of(output).items():
         if part is None:

@@ -16,7 +16,7 @@ from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.rows import Keys, Rows
 from llmcache.layers.layer_banks import LayerMatches
-from llmcache.layers.partial_forward import Place, parts_of
+from llmcache.layers.partial_forward import LayerPlace, parts_of
 from llmcache.model.inputs import Call, InputRows
 from llmcache.model.restoring import without_trace
 from llmcache.model.trial import (
@@ -97,7 +97,7 @@ class LayerTrial:
         call: Mapping[str, Any],
         main: str,
         layers: Sequence[int],
-        fields: Mapping[Place, str],
+        fields: Mapping[LayerPlace, str],
         takes: Callable[[str], bool],
     ) -> None:
         self._forward, self._answer, self._main, self._layers = forward, answer, main, layers

@@ -21,7 +21,7 @@ Cut = Callable[[list[Document]], list[list[Chunk] | str]]
 
 
 @dataclass(slots=True)
-class Part:
+class DocumentBatch:
     """Consecutive documents of the stream, which are answered together.
 
     chunks: chunks of each document, None if texts are not cut. refused: records of the part that are no documents.
@@ -37,16 +37,16 @@ class Part:
     error: BaseException | None = None
 
 
-def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool = False) -> Iterator[Part]:
+def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool = False) -> Iterator[DocumentBatch]:
     """Split the stream into parts of `most` documents, fewer where their texts reach 262,144 characters.
 
-    cut: cuts documents into chunks; None leaves texts whole. digests: fill in `Part.digest`.
+    cut: cuts documents into chunks; None leaves texts whole. digests: fill in `DocumentBatch.digest`.
     The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
-    part, characters, end, digest = Part(), 0, 0, b""
+    part, characters, end, digest = DocumentBatch(), 0, 0, b""
     places: list[int] = []
 
-    def finished() -> Part:
+    def finished() -> DocumentBatch:
         nonlocal digest
         part.end = end
         if digests:
@@ -66,14 +66,14 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
             end += 1
             if len(part.documents) >= most or characters >= CHARACTERS or len(part.refused) >= most:
                 yield finished()
-                part, characters, places = Part(), 0, []
+                part, characters, places = DocumentBatch(), 0, []
     except Exception as error:  # raised later, where results are taken: the records before it are answered first
         part.error = error
     if part.documents or part.refused or part.error:
         yield finished()
 
 
-def _digest(before: bytes, part: Part) -> bytes:
+def _digest(before: bytes, part: DocumentBatch) -> bytes:
     sha256 = hashlib.sha256(before)
     for document in part.documents:
         sha256.update(framed(document.id.encode(), document.text.encode()))
@@ -82,7 +82,7 @@ def _digest(before: bytes, part: Part) -> bytes:
     return sha256.digest()
 
 
-def _cut(part: Part, places: list[int], cut: Cut) -> None:
+def _cut(part: DocumentBatch, places: list[int], cut: Cut) -> None:
     """Fill in the part's chunks; a document that cannot be cut moves to the refused records."""
     results = cut(part.documents)
     reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
@@ -91,7 +91,7 @@ def _cut(part: Part, places: list[int], cut: Cut) -> None:
     part.chunks = [result for result in results if not isinstance(result, str)]
 
 
-def ahead(stream: Iterator[Part], count: int) -> Generator[Part]:
+def ahead(stream: Iterator[DocumentBatch], count: int) -> Generator[DocumentBatch]:
     """Prefetch up to `count` parts in a thread; 0 reads in the caller's thread. Yields the same parts.
 
     Closing the generator ends the thread. If the thread waits inside the caller's iterator, it ends when that returns.
@@ -99,7 +99,7 @@ def ahead(stream: Iterator[Part], count: int) -> Generator[Part]:
     if count == 0:
         yield from stream
         return
-    waiting: queue.Queue[Part | None] = queue.Queue(count)
+    waiting: queue.Queue[DocumentBatch | None] = queue.Queue(count)
     stopped = threading.Event()
 
     def read() -> None:
@@ -110,7 +110,7 @@ def ahead(stream: Iterator[Part], count: int) -> Generator[Part]:
                 if stopped.is_set():
                     return
         except BaseException as error:  # such as SystemExit in the iterator; a silent end would look like the last part
-            waiting.put(Part(error=error))
+            waiting.put(DocumentBatch(error=error))
         finally:
             if not stopped.is_set():
                 waiting.put(None)

@@ -19,7 +19,7 @@ from llmcache.banks.writer import BankWriter
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
 from llmcache.indexes.stats import unfinished
-from llmcache.pipeline.batches import Part
+from llmcache.pipeline.batches import DocumentBatch
 from llmcache.pipeline.journal import Journal
 from llmcache.pipeline.writers import FORMATS, result_writer
 
@@ -95,7 +95,7 @@ class Resumption:
         position = self._complete[0]
         return {"exact": position.exact, "near": position.near, "miss": position.misses}
 
-    def skip(self, part: Part) -> bool:
+    def skip(self, part: DocumentBatch) -> bool:
         """Return True if the part lies before the checkpoint `start`. CorpusError when its records differ."""
         before, self._place, self._digest = self._place, part.end, part.digest.hex()
         if before >= self.start.place:
@@ -110,7 +110,7 @@ class Resumption:
             f"{self._journal.folder} answered; give it the same corpus, or remove that folder to begin anew"
         )
 
-    def take(self, part: Part, results: Sequence[Result]) -> None:
+    def take(self, part: DocumentBatch, results: Sequence[Result]) -> None:
         """Write the results of a complete part to the journal, with a checkpoint when one is due."""
         self._journal.add(clipped(result) for result in results)
         with self._storing.lock:

@@ -27,7 +27,7 @@ FOREIGN = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "
 
 
 @dataclass(slots=True)
-class Reading:
+class CorpusReading:
     """Counters of `documents`, updated while that is iterated.
 
     files: files opened so far. documents: documents yielded. duplicate_ids: documents whose id occurred before.
@@ -76,7 +76,7 @@ def documents(
     unit: str = "line",
     stdin_format: str = "jsonl",
     skip_bad: bool = False,
-    reading: Reading | None = None,
+    reading: CorpusReading | None = None,
 ) -> Iterator[Document]:
     """Read documents from all sources. Yields them in the order of the sources.
 
@@ -98,11 +98,11 @@ def documents(
             raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
     paths = [sources] if isinstance(sources, str | Path) else sources
     fields = Fields(text_field, id_field, unit)
-    return _documents(paths, fields, stdin_format, skip_bad, Reading() if reading is None else reading)
+    return _documents(paths, fields, stdin_format, skip_bad, CorpusReading() if reading is None else reading)
 
 
 def _documents(
-    sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: Reading
+    sources: Iterable[str | Path], fields: Fields, stdin_format: str, skip_bad: bool, reading: CorpusReading
 ) -> Iterator[Document]:
     # all paths are checked first, so that a mistyped one fails before hours of work on the others
     for file in [file for source in sources for file in _files(source, stdin_format, reading)]:
@@ -117,7 +117,7 @@ def _documents(
                     raise record
 
 
-def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File]:
+def _files(source: str | Path, stdin_format: str, reading: CorpusReading) -> list[File]:
     if str(source) == "-":
         return [File(None, "stdin", "standard input", stdin_format)]
     path, title = Path(source), _shown(source)
@@ -131,7 +131,7 @@ def _files(source: str | Path, stdin_format: str, reading: Reading) -> list[File
     return [File(path, _shown(path.name), title, format)]
 
 
-def _folder(folder: Path, reading: Reading) -> list[File]:
+def _folder(folder: Path, reading: CorpusReading) -> list[File]:
     files = []
     for root, folders, names in os.walk(folder, onerror=_raise_unlisted):  # does not follow links: no loops
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -164,7 +164,7 @@ def _shown(path: str | Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
+def _read(file: File, fields: Fields, reading: CorpusReading) -> Iterator[Found]:
     """Yield documents and errors in the order of the file; a file that cannot be read further ends with an error."""
     try:
         with _opened(file, reading) as stream:
@@ -178,7 +178,7 @@ def _read(file: File, fields: Fields, reading: Reading) -> Iterator[Found]:
 
 
 @contextmanager
-def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
+def _opened(file: File, reading: CorpusReading) -> Iterator[IO[bytes]]:
     """Open the file as a stream of bytes, decompressed."""
     with ExitStack() as stack:
         source: Any = stack.enter_context(open(file.path, "rb")) if file.path else sys.stdin.buffer
@@ -195,7 +195,7 @@ def _opened(file: File, reading: Reading) -> Iterator[IO[bytes]]:
 class _Counted(io.RawIOBase):
     """Stream that counts the bytes read from another stream. Closing it leaves the other stream open."""
 
-    def __init__(self, stream: io.BufferedReader, reading: Reading) -> None:
+    def __init__(self, stream: io.BufferedReader, reading: CorpusReading) -> None:
         self._stream, self._reading = stream, reading
 
     def readable(self) -> bool:

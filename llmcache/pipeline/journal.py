@@ -30,7 +30,7 @@ from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats.unfinished import FILES, beside
 from llmcache.private_files import PrivateFolder
 
-__all__ = ["Checkpoint", "Journal", "Row", "beside", "discard"]
+__all__ = ["Checkpoint", "Journal", "JournalRow", "beside", "discard"]
 
 log = logging.getLogger("llmcache")
 
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class JournalRow:
     """Result read from a journal, with the fields of a Result. output: float32 [width]."""
 
     id: str
@@ -199,7 +199,7 @@ class Journal:
             f"{self.folder} and run again; the computed results are in the store"
         )
 
-    def results(self) -> Iterator[Row]:
+    def results(self) -> Iterator[JournalRow]:
         """Read all rows, one at a time. CorpusError, at the latest after the last, when a checksum does not match."""
         for file in (self._vectors, self._text):
             file.flush()
@@ -214,7 +214,7 @@ class Journal:
                 checks[1].update(line)
                 try:
                     id, *provenance = json.loads(line)
-                    row = Row(id, np.frombuffer(vector, "<f4"), *provenance)
+                    row = JournalRow(id, np.frombuffer(vector, "<f4"), *provenance)
                 except (ValueError, TypeError):
                     raise self._damage(_TEXT) from None
                 if len(row.output) != self.width:

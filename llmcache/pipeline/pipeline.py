@@ -17,7 +17,7 @@ from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats import unfinished
 from llmcache.model.prompts import resolve
-from llmcache.pipeline.batches import Part, ahead, parts
+from llmcache.pipeline.batches import DocumentBatch, ahead, parts
 from llmcache.pipeline.checkpoints import (
     Written,
     check_target,
@@ -203,11 +203,11 @@ class Pipeline:
             resumption.finish(path)
             return Written.of(path, resumption.tiers, self.refused - before, start.rows)
 
-    def _parts(self, documents: Any, *, digests: bool = False) -> Generator[Part]:
+    def _parts(self, documents: Any, *, digests: bool = False) -> Generator[DocumentBatch]:
         records = intake(documents, self._fields)
         return ahead(parts(records, self._part_documents, self._cut, digests=digests), self._prefetch)
 
-    def _answer(self, part: Part) -> list[Result]:
+    def _answer(self, part: DocumentBatch) -> list[Result]:
         """Compute the results of a part, after its refused records were collected."""
         self._collect(part.refused)
         inputs = part.documents

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ChartShape:
     """Shape of a chart.
 
     kind: "line", "area", "bar" or "rule". colour: CSS class of the page. points: (x, y) in per cent, y from the bottom.
@@ -42,7 +42,7 @@ class Chart:
     """Chart. description: text for screen readers. columns, rows: the numbers as a table."""
 
     description: str
-    shapes: list[Shape] = field(default_factory=list)
+    shapes: list[ChartShape] = field(default_factory=list)
     dots: list[Mark] = field(default_factory=list)
     labels: list[Mark] = field(default_factory=list)
     x: list[Mark] = field(default_factory=list)
@@ -82,7 +82,7 @@ def columns(
             height = 100 * part / top if top else 0.0
             if height > 0:
                 box = [(left, bottom), (left + width, bottom + height)]
-                chart.shapes.append(Shape("bar", colour, box, tooltips[place]))
+                chart.shapes.append(ChartShape("bar", colour, box, tooltips[place]))
             bottom += height
     chart.x = [Mark((i + 0.5) * slot, 0, names[i], side=_side(i, len(names), slot)) for i in thinned(names)]
 
@@ -98,6 +98,6 @@ def scale(chart: Chart, values: Sequence[float], texts: Sequence[str]) -> float:
     """Add the grid lines and labels of the vertical axis. Returns the value at its top."""
     top = values[-1] or 1.0
     for value, text in zip(values, texts, strict=True):
-        chart.shapes.insert(0, Shape("rule", "grid", [(0, 100 * value / top), (100, 100 * value / top)]))
+        chart.shapes.insert(0, ChartShape("rule", "grid", [(0, 100 * value / top), (100, 100 * value / top)]))
         chart.y.append(Mark(0, 100 * value / top, text))
     return top

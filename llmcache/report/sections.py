@@ -8,7 +8,7 @@ from typing import Any
 
 from llmcache import units as words
 from llmcache.indexes.stats.runs import BINS
-from llmcache.report.charts import Chart, Mark, Shape, columns, scale, ticks
+from llmcache.report.charts import Chart, ChartShape, Mark, columns, scale, ticks
 from llmcache.report.facts import Facts, Period
 from llmcache.report.totals import TIERS
 
@@ -57,8 +57,8 @@ def hit_rates(facts: Facts) -> Chart | None:
     chart = Chart("Hit rate over time", y_name="hits")
     scale(chart, [0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     points = _over_time(chart, facts, periods, [100 * period.tally.hit_rate for period in periods])
-    chart.shapes.append(Shape("area", "exact wash", [(points[0][0], 0), *points, (points[-1][0], 0)]))
-    chart.shapes.append(Shape("line", "exact", points))
+    chart.shapes.append(ChartShape("area", "exact wash", [(points[0][0], 0), *points, (points[-1][0], 0)]))
+    chart.shapes.append(ChartShape("line", "exact", points))
     _last(chart, points[-1], words.share(periods[-1].tally.hit_rate), "exact")
     chart.columns = [facts.period, "documents", "hits"]
     chart.rows = [
@@ -140,8 +140,8 @@ def tau_curve(calibration: Mapping[str, Any]) -> Chart | None:
     if not drift:
         return None
     chart.shapes += [
-        Shape("rule", "budget", [(0, 100 * budget / top), (100, 100 * budget / top)]),
-        Shape("line", "near thin", limit), Shape("line", "near", drift),
+        ChartShape("rule", "budget", [(0, 100 * budget / top), (100, 100 * budget / top)]),
+        ChartShape("line", "near thin", limit), ChartShape("line", "near", drift),
     ]  # fmt: skip
     chart.labels.append(Mark(1, 100 * budget / top, f"budget {words.share(budget)}", "budget", "right"))
     chart.legend = [("near", "drift measured"), ("near thin", f"upper bound{_confidence(calibration)}")]
@@ -180,9 +180,9 @@ def audits(facts: Facts, budget: float | None) -> Chart | None:
     top = scale(chart, values, [words.share(value) for value in values])
     points = _over_time(chart, facts, periods, [100 * drift / top for drift in drifts])
     if budget:
-        chart.shapes.append(Shape("rule", "budget", [(0, 100 * budget / top), (100, 100 * budget / top)]))
+        chart.shapes.append(ChartShape("rule", "budget", [(0, 100 * budget / top), (100, 100 * budget / top)]))
         chart.labels.append(Mark(1, 100 * budget / top, f"budget {words.share(budget)}", "budget", "right"))
-    chart.shapes.append(Shape("line", "near", points))
+    chart.shapes.append(ChartShape("line", "near", points))
     chart.dots = [Mark(*point, words.share(drift), "near") for point, drift in zip(points, drifts, strict=True)]
     chart.columns = [facts.period, "near matches recomputed", "their drift", "drift of all results"]
     chart.rows = [
@@ -210,10 +210,10 @@ def similarities(facts: Facts) -> Chart | None:
         left, right = i * slot + 0.12 * slot, (i + 1) * slot - 0.12 * slot
         taken = min(taken, all_)
         if taken:
-            chart.shapes.append(Shape("bar", "near", [(left, 0), (right, 100 * taken / top)], tooltip))
+            chart.shapes.append(ChartShape("bar", "near", [(left, 0), (right, 100 * taken / top)], tooltip))
         if all_ > taken:
             box = [(left, 100 * taken / top), (right, 100 * all_ / top)]
-            chart.shapes.append(Shape("bar", "computed", box, tooltip))
+            chart.shapes.append(ChartShape("bar", "computed", box, tooltip))
     marks = [tick / 10 for tick in range(0, 11, 2 if first < 0.4 * BINS else 1) if tick / 10 >= first / BINS - 1e-9]
     chart.x = [
         Mark((value * BINS - first) * slot, 0, f"{value:.1f}", side=_edge(i, marks)) for i, value in enumerate(marks)
@@ -238,11 +238,11 @@ def memory(facts: Facts) -> Chart | None:
     top = values[-1]
     chart.x = [Mark(100 * value / top, 0, words.size(value), side=_edge(i, values)) for i, value in enumerate(values)]
     points = [(100 * size / top, 100 * hits) for size, hits in zip(usage.bytes, usage.hits, strict=True)]
-    chart.shapes.append(Shape("area", "exact wash", [*points, (points[-1][0], 0), (0, 0)]))
-    chart.shapes.append(Shape("line", "exact", points))
+    chart.shapes.append(ChartShape("area", "exact wash", [*points, (points[-1][0], 0), (0, 0)]))
+    chart.shapes.append(ChartShape("line", "exact", points))
     at = usage.bytes_for(0.9)
     chart.dots.append(Mark(100 * at / top, 90, "90 % of the hits", "exact"))
-    chart.shapes.append(Shape("line", "exact thin", [(100 * at / top, 0), (100 * at / top, 90)]))
+    chart.shapes.append(ChartShape("line", "exact thin", [(100 * at / top, 0), (100 * at / top, 90)]))
     side = "right" if at < 0.55 * top else "left"
     chart.labels.append(Mark(100 * at / top, 7, f"90 %: {words.size(at)}", "exact", side))
     chart.columns = ["most used entries", "share of hits"]
@@ -260,8 +260,8 @@ def growth(facts: Facts) -> Chart | None:
     chart = Chart("Bytes of the store over time", y_name="bytes")
     top = scale(chart, values, [words.size(value) for value in values])
     points = _over_time(chart, facts, periods, [100 * size / top for size in sizes])
-    chart.shapes.append(Shape("area", "own wash", [(points[0][0], 0), *points, (points[-1][0], 0)]))
-    chart.shapes.append(Shape("line", "own", points))
+    chart.shapes.append(ChartShape("area", "own wash", [(points[0][0], 0), *points, (points[-1][0], 0)]))
+    chart.shapes.append(ChartShape("line", "own", points))
     _last(chart, points[-1], words.size(sizes[-1]), "own")
     chart.columns = [facts.period, "bytes", "entries"]
     chart.rows = [

@@ -20,7 +20,7 @@ from llmcache.bench.readme import figures
 from llmcache.bench.readme.figures import (
     BEGIN,
     END,
-    Records,
+    RecordFolder,
     replaced,
     section,
 )
@@ -78,19 +78,19 @@ def test_every_table_of_the_figures_is_made() -> None:
 
 
 def test_a_passage_without_its_records_is_left_out(tmp_path: Path) -> None:
-    made = section(Records(tmp_path))
+    made = section(RecordFolder(tmp_path))
     assert "FAISS indexes" not in made
     assert "Ratios carry over" in made
-    assert "FAISS indexes" in section(Records(ROOT / "data" / "bench"))
+    assert "FAISS indexes" in section(RecordFolder(ROOT / "data" / "bench"))
 
 
 def test_a_record_that_does_not_fit_its_passage_is_named(tmp_path: Path) -> None:
     (tmp_path / "index-100000.json").write_text('{"rows": [{"index": "flat"}]}')
     with pytest.raises(ConfigError, match="the passage on index-100000 does not fit its record"):
-        section(Records(tmp_path))
+        section(RecordFolder(tmp_path))
     (tmp_path / "index-100000.json").write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):
-        section(Records(tmp_path))
+        section(RecordFolder(tmp_path))
 
 
 def test_hits_of_rivals_are_shown_as_they_are_recorded() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmcache.document import Document
 from llmcache.errors import ConfigError, CorpusError
-from llmcache.pipeline.files import Reading, documents
+from llmcache.pipeline.files import CorpusReading, documents
 
 PAIRS = [
     ("a", "first"),
@@ -71,7 +71,7 @@ def refusal(path: Path, *, text_field: str = "text", unit: str = "line") -> str:
     """Return the error message of a path. With skip_bad the same error must be counted instead."""
     with pytest.raises(CorpusError) as refused:
         list(documents(path, text_field=text_field, unit=unit))
-    reading = Reading()
+    reading = CorpusReading()
     list(documents(path, text_field=text_field, unit=unit, skip_bad=True, reading=reading))
     assert reading.bad == 1
     assert reading.errors == [str(refused.value)]
@@ -198,7 +198,7 @@ def test_any_documents_survive_json_lines(
     lines = [json.dumps({"id": id, "text": text}, ensure_ascii=escaped) for id, text in pairs]
     content = "".join(line + "\n" for line in lines).encode()
     path = put(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    reading = Reading()
+    reading = CorpusReading()
     assert pairs_of(documents(path, reading=reading)) == pairs
     assert (reading.documents, reading.bad) == (len(pairs), 0)
     assert reading.duplicate_ids == len(pairs) - len({id for id, _ in pairs})
@@ -251,11 +251,11 @@ def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path: Path, name: 
 
 
 def test_a_missing_path_is_reported_before_anything_is_read(tmp_path: Path) -> None:
-    reading = Reading()
+    reading = CorpusReading()
     found = documents([put(tmp_path / "a.txt", "a"), tmp_path / "b.txt"], skip_bad=True, reading=reading)
     with pytest.raises(CorpusError, match=r"b\.txt does not exist"):
         next(found)
-    assert reading == Reading()
+    assert reading == CorpusReading()
 
 
 def test_nothing_is_opened_before_the_first_document_is_asked_for(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_reading_counts_what_was_read(tmp_path: Path) -> None:
         '{"id": "x", "text": "1"}\n{"id": "y", "text": "2"}\nno\n{"id": "x", "text": "3"}\n',
     )
     two = put(tmp_path / "b.jsonl", '{"id": "y", "text": "4"}\n' + "no\n" * 9)
-    reading = Reading()
+    reading = CorpusReading()
     assert [document.text for document in documents([one, two], skip_bad=True, reading=reading)] == [
         "1",
         "2",
@@ -482,7 +482,7 @@ def test_a_reading_counts_what_was_read(tmp_path: Path) -> None:
 
 
 def test_a_refused_record_is_counted_too(tmp_path: Path) -> None:
-    reading = Reading()
+    reading = CorpusReading()
     with pytest.raises(CorpusError):
         list(documents(put(tmp_path / "x.jsonl", '"a"\nno\n'), reading=reading))
     assert (reading.documents, reading.bad) == (1, 1)

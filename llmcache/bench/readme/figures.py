@@ -21,7 +21,7 @@ BEGIN = "<!-- made by `python -m llmcache.bench.readme.figures`; write in llmcac
 END = "<!-- the end of what is made -->"
 
 
-class Records(Mapping[str, Any]):
+class RecordFolder(Mapping[str, Any]):
     """Recorded runs of a folder by name, each read at first use."""
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="page with the summary")
     parser.add_argument("--benchmarks", type=Path, default=Path("docs/benchmarks.md"), help="page with all figures")
     options = parser.parse_args()
-    records = Records(options.records)
+    records = RecordFolder(options.records)
     pages = {options.readme: SUMMARY, options.benchmarks: PASSAGES}
     try:
         texts = {page: page.read_text(encoding="utf-8") for page in pages}
