@@ -65,8 +65,8 @@ def check_age(folder: Folder, manifest: Manifest, least: int) -> None:
     """Check that the store is at generation `least` or later. UntrustedSnapshot when it is older."""
     if manifest.generation < least:
         raise UntrustedSnapshot(
-            f"{folder.path} is at generation {manifest.generation}, at least {least} was required: it was rolled back, "
-            "or is another store; get a newer copy"
+            f"{folder.path} is at generation {manifest.generation}, at least {least} was asked for: it was rolled "
+            "back, or is another store; get a newer copy"
         )
 
 

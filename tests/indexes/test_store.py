@@ -755,7 +755,7 @@ def test_counters_that_cannot_be_kept_are_no_error(
                 store.write_counters({"hits": 2 + at})
             assert store.counters() == {"hits": 1}
             assert store.writable
-        assert "counters were not kept" in caplog.text
+        assert "counters were not written" in caplog.text
         store.commit()
         shutil.rmtree(path / "stat")
         store.write_counters({"hits": 9})

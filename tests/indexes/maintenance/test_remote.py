@@ -291,7 +291,7 @@ def test_a_damaged_manifest_at_the_url_gives_the_generation_before(filled: Path,
     newest.write_bytes(newest.read_bytes()[:-20])
     assert snapshot.pull(f"file://{far}", tmp_path / "back").entries == 40
     sorted(far.glob("m-*"))[0].write_bytes(b"nothing")
-    with pytest.raises(SnapshotDamaged, match="none of its 2 manifests is whole"):
+    with pytest.raises(SnapshotDamaged, match="none of its 2 manifests is intact"):
         snapshot.pull(f"file://{far}", tmp_path / "other")
     (far / "FORMAT").unlink()
     with pytest.raises(SnapshotDamaged, match="no FORMAT file; push"):

@@ -82,7 +82,7 @@ def test_too_few_features_for_a_pca_say_how_many_there_are_and_are_needed() -> N
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
 def test_features_that_are_all_alike_have_no_components(value: float) -> None:
-    with pytest.raises(ConfigError, match="alike"):
+    with pytest.raises(ConfigError, match="are equal"):
         fit_pca(np.full((300, 16), value, np.float32), 8)
 
 
