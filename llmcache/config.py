@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from llmcache.indexes.errors import ConfigError
@@ -46,32 +46,36 @@ HIGHEST_TAU = 0.9999
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Settings that affect the answers of a cache and how it stores them.
+    """Settings that affect the answers of a cache and how it stores them. All have defaults that need no change.
+
+    The settings that most users meet.
 
     tau: lowest cosine similarity at which a neighbour's output is served for a new document, in (0, 0.9999]. None
         disables near matches without calibration: only repeats are reused, and results are the model's own.
-    fingerprint: features of an input: "mean", the mean of its token embeddings, or "mean+attention", the same plus
-        the mean with each token weighted by the attention it receives (see llmcache.model.features).
-    projection: compression of fingerprints: "pca" (half-whitened), "simhash" (bits), or "none".
-    dim: components of the PCA, or bits of the SimHash.
-    index: FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no FAISS.
-        "auto" chooses by the number of entries, and "torch" on a GPU that FAISS does not support.
+    layers: layers with banks: "output", the model's final output only; "all"; or numbers of layers, from 0. A bank
+        stores the states of its layer, float [tokens, width] per document, which is large.
     dtype: storage type of activations; "auto" is the model's own, which is lossless. float16 and int8 take less space
         and round the outputs of hits.
     device: device of the index search, "cpu" or "cuda".
-    device_bytes, pinned_bytes: sizes of the caches of outputs in the memory of the model's GPU and in page-locked host
-        memory, from which `encode(convert_to_tensor=True)` gathers hits on the device. 0: none.
-    reading: access to stored activations: "mmap" shares them between processes; "pread" is safe when other processes
-        truncate files, and on network disks; "auto" maps on local disks.
+    max_bytes: largest size of the store's folder on disk; None: no limit. Whole segments are evicted from a full store;
+        entries that cannot fit are computed and not stored.
+
+    Storage and memory.
+
+    policy: eviction policy, a name in llmcache.indexes.eviction.policies.POLICIES.
     commit_seconds: longest time that entries wait to be committed; 256 MiB of waiting entries are committed earlier.
     background: True lets a thread write the commits that are due during a call, while the model goes on; this needs
         memory for two batches of 256 MiB. A store with max_bytes commits synchronously, since it must evict first.
-    layers: layers with banks: "output", the model's final output only; "all"; or numbers of layers, from 0. A bank
-        stores the states of its layer, float [tokens, width] per document, which is large.
-    reuse: activation that a near match reuses: "deepest", the deepest one stored for the neighbour; or "layer", the
-        state of the deepest layer whose own tau is reached, computing the later layers (the paper's rule; both give the
-        neighbour's output). "exact" turns near matches off, also in a calibrated store.
-    layer_tau: tau of single layers, by number, for reuse="layer"; other layers use `tau`.
+    reading: access to stored activations: "mmap" shares them between processes; "pread" is safe when other processes
+        truncate files, and on network disks; "auto" maps on local disks.
+    device_bytes, pinned_bytes: sizes of the caches of outputs in the memory of the model's GPU and in page-locked host
+        memory, from which `encode(convert_to_tensor=True)` gathers hits on the device. 0: none.
+    stand_aside: True stops reusing a bank while loading its entries takes longer than computing them; a few lookups go
+        on to notice a change. False: stored entries are always reused.
+    prefix_block: tokens per KV block, for decoders; 0 stores none.
+
+    Calibrated near reuse.
+
     near_repeats: number of requests for one document that calibrated near reuse answers in one opening, at least 1.
         After that the document is computed and stored. With 1 the calibrated bound over distinct documents also holds
         over requests, however often documents repeat. None: no limit; the bound holds over distinct documents only.
@@ -79,6 +83,10 @@ class CacheConfig:
         a shift of the traffic indicate more drift. 0: none.
     audit_time: time limit of audits, as a share of the seconds that near hits have saved; above it the share does not
         rise above audit_share.
+    recalibrate: True repeats a calibration in the background when the cache has doubled.
+
+    Audits of exact hits.
+
     exact_audits: number of exact hits, per bank and model, on entries of earlier openings that are recomputed and
         compared before other hits are trusted. 0: none.
     exact_audit_share: largest share of later exact hits that are recomputed at random. 0: none.
@@ -87,13 +95,19 @@ class CacheConfig:
     on_mismatch: reaction to an exact hit whose recomputed output differs: "error" raises ModelMismatch in this and all
         later calls; "bypass" warns once, and the model answers everything. In both cases nothing is reused or stored
         any more in this opening.
-    recalibrate: True repeats a calibration in the background when the cache has doubled.
-    stand_aside: True stops reusing a bank while loading its entries takes longer than computing them; a few lookups go
-        on to notice a change. False: stored entries are always reused.
-    prefix_block: tokens per KV block, for decoders; 0 stores none.
-    max_bytes: largest size of the store's folder on disk; None: no limit. Whole segments are evicted from a full store;
-        entries that cannot fit are computed and not stored.
-    policy: eviction policy, a name in llmcache.indexes.eviction.policies.POLICIES.
+
+    Advanced: look-up of near matches, with the variants of the paper.
+
+    index: FAISS index over the fingerprints, or "torch" or "torch-fp16", an exact search in torch that needs no FAISS.
+        "auto" chooses by the number of entries, and "torch" on a GPU that FAISS does not support.
+    fingerprint: features of an input: "mean", the mean of its token embeddings, or "mean+attention", the same plus
+        the mean with each token weighted by the attention it receives (see llmcache.model.features).
+    projection: compression of fingerprints: "pca" (half-whitened), "simhash" (bits), or "none".
+    dim: components of the PCA, or bits of the SimHash.
+    reuse: activation that a near match reuses: "deepest", the deepest one stored for the neighbour; or "layer", the
+        state of the deepest layer whose own tau is reached, computing the later layers (the paper's rule; both give the
+        neighbour's output). "exact" turns near matches off, also in a calibrated store.
+    layer_tau: tau of single layers, by number, for reuse="layer"; other layers use `tau`.
     """
 
     tau: float | None = None
@@ -123,6 +137,10 @@ class CacheConfig:
     background: bool = True
     max_bytes: int | None = None
     policy: Policy = "lru"
+
+    def __repr__(self) -> str:
+        changed = (one for one in fields(self) if getattr(self, one.name) != _default(one))
+        return f"CacheConfig({', '.join(f'{one.name}={getattr(self, one.name)!r}' for one in changed)})"
 
     def __post_init__(self) -> None:
         for tau in (self.tau, *self.layer_tau.values()):
@@ -223,3 +241,8 @@ class CacheConfig:
 def _are_layers(numbers: object) -> bool:
     """Return True for a tuple of layer numbers."""
     return isinstance(numbers, tuple) and all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _default(setting: Field[Any]) -> object:
+    """Return the default value of a setting."""
+    return setting.default if setting.default is not MISSING else {}

@@ -51,3 +51,10 @@ def test_plans_statistics_and_explanations_take_at_most_five_lines(tmp_path: Pat
     for shown in (plan, statistics, known, new):
         assert 1 <= len(repr(shown).split("\n")) <= 5
         assert "array(" not in repr(shown)
+
+
+def test_settings_show_what_differs_from_the_defaults() -> None:
+    assert repr(CacheConfig()) == "CacheConfig()"
+    assert repr(CacheConfig(tau=0.9, max_bytes=1 << 30)) == "CacheConfig(tau=0.9, max_bytes=1073741824)"
+    paper = CacheConfig(layers=(1, 2), reuse="layer", layer_tau={1: 0.95})
+    assert repr(paper) == "CacheConfig(layers=(1, 2), reuse='layer', layer_tau={1: 0.95})"
