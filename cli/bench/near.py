@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,6 +107,13 @@ def rivals(
     printing.facts([("asked", rows[0]["asked"]), *conditions().items()])
 
 
+def _cell(value: Any) -> Any:
+    """Return a cell of a table: counts by kind as text, everything else as it is."""
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} {count:,}" for kind, count in value.items()) or "none"
+    return value
+
+
 def guarded(
     data: Annotated[Path, typer.Option("--data", help="Folder of the pair and revision corpora.")],
     json: options.Json = False,
@@ -121,6 +128,9 @@ def guarded(
     if json:
         printing.as_json({**conditions(), "rows": rows})
         return
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    printing.table(names, [[row.get(name) for name in names] for row in rows])
+    by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_columns.setdefault(tuple(row), []).append(row)
+    for names, some in by_columns.items():
+        printing.table([name.replace("_", " ") for name in names], [list(map(_cell, row.values())) for row in some])
     printing.facts(conditions().items())

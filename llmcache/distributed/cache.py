@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from llmcache.banks.writer import BankWriter
 from llmcache.cache import LLMCache
+from llmcache.calls.base import LAYER
 from llmcache.config import CacheConfig
 from llmcache.distributed.workers import (
     WorkerConfig,
@@ -28,6 +29,7 @@ from llmcache.distributed.workers import (
     library,
 )
 from llmcache.encoding.answers import Answers
+from llmcache.encoding.calibrations import Calibrations
 from llmcache.encoding.call import EncodeCall, Misses
 from llmcache.encoding.executor import Executor
 from llmcache.errors import ConfigError, ForkedStoreError
@@ -225,6 +227,9 @@ class SpreadCache(LLMCache):
         execution.reuse, execution.fields = old.reuse, old.fields
         execution.workers = self.workers = Workers(config, *resources)
         self._encoding = execution
+        # calibrations are saved by the writer that workers share, and act on the executor in use
+        self._calibrations = Calibrations(store, self.namespace, self.config, self._drift, self._storing.commit)
+        self._calibrations.follow(LAYER, execution)
 
     def _reopen(self) -> None:
         raise ForkedStoreError(

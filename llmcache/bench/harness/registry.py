@@ -74,7 +74,6 @@ def linked() -> Iterator[Benchmark]:
 
 
 _LABELLED = {"banking77": "cls-banking77", "snips": "cls-snips", "agnews": "cls-agnews-test", "sst2": "cls-sst2"}
-_REUSED = (("banking77", True, "accuracy"), ("banking77", False, "accuracy"), ("sst2", True, "label"))
 
 
 # -- one function per module ---------------------------------------------------------------------------------------

@@ -282,11 +282,6 @@ def number_words() -> frozenset[str]:
     return frozenset((*cardinals(), *ordinals(), *multipliers(), "one", _spelling("साढ़े"), *signs))
 
 
-def may_be_number(word: str) -> bool:
-    """Return True if a long word is a German, Dutch or Italian number in one word, such as zweitausendfünf."""
-    return joined_number(word) is not None
-
-
 def joined_number(word: str) -> Decimal | None:
     """Return the value of a one-word number with a thousand in it, or None for any other word."""
     for thousand in ("tausend", "duizend", "mila", "mille"):
