@@ -150,7 +150,7 @@ def test_a_frame_without_the_column_says_which_there_are(cache: LLMCache) -> Non
 
 @pytest.mark.parametrize("one", ["a text", b"bytes", {"text": "a"}])
 def test_one_document_instead_of_many_is_an_error(cache: LLMCache, one: Any) -> None:
-    with pytest.raises(ConfigError, match="many"):
+    with pytest.raises(ConfigError, match="must be a collection"):
         list(Pipeline(cache).run(one))
 
 
