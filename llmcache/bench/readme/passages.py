@@ -285,9 +285,9 @@ def chunked(records: Records) -> str:
     record = records["chunks"]
     ours, words = (by(record["rows"], chunks_are=name) for name in ("structure", "windows of 180 words"))
     return prose(
-        f"""Of revised policies, cut by structure into chunks of {ours["mean_characters"]:.0f} characters on
-        average, {percent(ours["repeated"])} of the text lies in chunks of earlier revisions; with windows of 180
-        words it is {percent(words["repeated"])} (`llmcache bench chunks --histories 1`; `chunks.json`)."""
+        f"""Revised policies were cut by structure into chunks of {ours["mean_characters"]:.0f} characters on average.
+        Chunks of earlier revisions hold {percent(ours["repeated"])} of the text; with windows of 180 words it is
+        {percent(words["repeated"])} (`llmcache bench chunks --histories 1`; `chunks.json`)."""
     )
 
 
