@@ -91,9 +91,12 @@ class DistributionShift:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> DistributionShift:
-        """Rebuild a monitor from its `state`."""
+        """Rebuild a monitor from its `state`. ConfigError when its parts do not fit each other."""
         shift = cls(np.asarray(state["borders"], np.float64), ChangeDetector.restored(state["alarm"]))
         shift._below = np.asarray(state["below"], np.int64)
+        expected = (len(_FAR),)
+        if (shift.borders.shape, shift._below.shape, np.shape(shift._alarm.limits)) != (expected,) * 3:
+            raise ConfigError("the saved monitor of distribution shift does not fit itself; calibrate again")
         return shift
 
 
