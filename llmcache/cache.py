@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache import opening
@@ -15,10 +16,11 @@ from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.writer import BankWriter
-from llmcache.calls.base import LAYER, log
+from llmcache.calls.base import LAYER, TOKENS, log
 from llmcache.calls.encoding import EncodeMethods
 from llmcache.calls.models import ModelMethods
 from llmcache.calls.near import NearMethods
+from llmcache.calls.pairs import PairMethods
 from llmcache.concurrency import at_exit as leaving
 from llmcache.concurrency.calls import Calls, WorkerCommits, call
 from llmcache.concurrency.reopening import Opening, reopened
@@ -29,8 +31,9 @@ from llmcache.errors import ForkedStoreError, LLMCacheError
 from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.store import Store
 from llmcache.layers.registry import Layers
-from llmcache.model.batching import Sentences
+from llmcache.model.batching import Model
 from llmcache.model.description.watch import ModelWatch
+from llmcache.model.encoders import ENCODERS, TokenVectors, encoder
 from llmcache.model.identity import Identity
 from llmcache.model.locks import lock_of
 from llmcache.model.private_tokenizer import PrivateCopy
@@ -38,7 +41,7 @@ from llmcache.near.calibration.drift import Drift
 from llmcache.report.statistics import Statistics, statistics
 
 
-class LLMCache(EncodeMethods, NearMethods, ModelMethods):
+class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
     """A model with a store: documents are computed once and stored; repeats cost a lookup.
 
     Threads may share a cache, and caches may share a model: calls of one model wait for each other. In a forked child
@@ -85,12 +88,10 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
         self._layers = Layers(config, namespace, self._storing, secret, self._calls.lock, lambda: self.is_open)
         self._calibrations = Calibrations(store, namespace, config, self._drift, self._storing.commit)
         self._encoding: Executor | None = None
-        if isinstance(model, SentenceTransformer):
-            bank = store.bank(namespace, LAYER, lambda: opening.fresh_bank(model, config), config.near)
-            if store.trust != "own":
-                opening.check_width(bank.facts, opening.fresh_bank(model, config))
+        self._token_states: Executor | None = None
+        if isinstance(model, ENCODERS):
             inside = nullcontext if config.layers == "output" else self.attached
-            self._encoding = Executor(Sentences(model), identity.digest, config, self._storing, bank, secret, inside)
+            self._encoding = self._executor(LAYER, encoder(model), inside)
             self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
         leaving.opened(self)
@@ -98,12 +99,29 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
         self._planned_at: dict[str, float] = {}
         self._reasons: set[str] = set()
 
+    def _executor(
+        self, bank_name: str, runner: Model, inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> Executor:
+        """Return an executor on a bank for the outputs of the cache's model; the bank is made if there is none."""
+        facts = partial(opening.fresh_bank, cast(Any, self.model), runner, self.config)
+        bank = self._store.bank(self.namespace, bank_name, facts, self.config.near)
+        if self._store.trust != "own":
+            opening.check_width(bank.facts, facts())
+        return Executor(runner, self.identity.digest, self.config, self._storing, bank, self._salt, inside, bank_name)
+
+    def _token_execution(self) -> Executor:
+        """Executor of the bank of a SentenceTransformer's token embeddings."""
+        if self._token_states is None:
+            self._token_states = self._executor(TOKENS, TokenVectors(cast(Any, self.model)))
+        return self._token_states
+
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
         model: Module | str | os.PathLike[str] | None = None,
         *,
+        kind: str | None = None,
         tokenizer: Any = None,
         config: CacheConfig | None = None,
         namespace: str = "default",
@@ -121,9 +139,12 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
     ) -> Self:
         """Open the store in this folder for this model; create the store if there is none.
 
-        model: a SentenceTransformer, or its name or path; None loads the model that the store was made with. Any other
-            transformers model, or a module with a list of layers, is used through `attached`, `generate` and `score`.
-        tokenizer: of a transformers model, for `generate` and `score`; a SentenceTransformer has its own.
+        model: a SentenceTransformer, CrossEncoder, SparseEncoder or MultiVectorEncoder, or its name or path; None loads
+            the model that the store was made with. Any other transformers model, or a module with a list of layers, is
+            used through `attached`, `generate` and `score`.
+        kind: of a model given by name: "sentence-transformer", "cross-encoder", "sparse-encoder" or
+            "multi-vector-encoder"; None for the kind that its folder names.
+        tokenizer: of a transformers model, for `generate` and `score`; one of sentence-transformers has its own.
         config: settings, saved with a new namespace. For an existing namespace, settings given here hold for this
             opening only; `fingerprint` and `dtype` cannot change.
         namespace: entries of different models live in different namespaces of one store.
@@ -139,7 +160,7 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
         settings; UntrustedSnapshot when the store cannot be authenticated.
         """
         parts = opening.open_parts(
-            path, model, tokenizer=tokenizer, config=config, namespace=namespace, tau=tau, drift=drift,
+            path, model, kind=kind, tokenizer=tokenizer, config=config, namespace=namespace, tau=tau, drift=drift,
             max_bytes=max_bytes, secret=secret, secret_file=secret_file, trust=trust, key=key, key_file=key_file,
             min_generation=min_generation, allow_untrusted=allow_untrusted, read_only=read_only,
         )  # fmt: skip

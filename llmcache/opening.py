@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.banks.namespaces import admit, checked_name, resolved_secret, secret_check
@@ -19,11 +19,12 @@ from llmcache.indexes.commits.signatures import secret_from_file
 from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
-from llmcache.model.batching import Sentences, compute, token_embedding
+from llmcache.model.batching import Model, compute, token_embedding
 from llmcache.model.compiled import refuse_compiled
+from llmcache.model.encoders import ENCODERS, PairScores, SparseVectors
 from llmcache.model.features import feature_width
 from llmcache.model.identity import Identity, identify, load, mismatch
-from llmcache.model.loading import packaged_model
+from llmcache.model.loading import KINDS, packaged_model
 from llmcache.model.tokens import check_inputs
 from llmcache.near.calibration.drift import Drift
 
@@ -46,6 +47,7 @@ def open_parts(
     path: str | os.PathLike[str],
     model: Module | str | os.PathLike[str] | None,
     *,
+    kind: str | None,
     tokenizer: Any,
     config: CacheConfig | None,
     namespace: str,
@@ -69,7 +71,7 @@ def open_parts(
     if key is None and key_file is not None:
         key = secret_from_file(key_file, "the key that signs a store")
     # load the model first, so that no store is created for a model that cannot be loaded
-    model_and_identity = None if model is None else loaded(model, tokenizer)
+    model_and_identity = None if model is None else loaded(model, tokenizer, kind)
     store = Store.open(
         path,
         create=model_and_identity is not None and not allow_untrusted and not read_only,
@@ -86,7 +88,7 @@ def open_parts(
         space = store.namespace(namespace)
         if space is not None:  # check the secret before a model is loaded
             admit(space, namespace, salt)
-        module, identity = model_and_identity or loaded(model_name(store, namespace))
+        module, identity = model_and_identity or loaded(*model_name(store, namespace))
         settings = settled(store, namespace, identity, config, module, salt)
         _check_faiss(settings)
         if tau is not None:
@@ -100,6 +102,7 @@ def open_parts(
         arguments = Opening(
             path=os.path.abspath(path),
             model=module if isinstance(model, Module) else identity.name if model is None else os.fspath(model),
+            kind=kind,
             tokenizer=tokenizer,
             config=settings,
             namespace=namespace,
@@ -124,35 +127,45 @@ def _check_faiss(config: CacheConfig) -> None:
         raise FaissMissing
 
 
-def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tuple[Module, Identity]:
-    """Load a model of this name or path, and return it with its identity. ConfigError when it cannot be loaded."""
+def loaded(
+    model: Module | str | os.PathLike[str], tokenizer: Any = None, kind: str | None = None
+) -> tuple[Module, Identity]:
+    """Load a model of this name or path, and return it with its identity. ConfigError when it cannot be loaded.
+
+    kind: see `llmcache.model.loading.encoder_class`.
+    """
     if isinstance(model, Module):
+        model = getattr(model, "uncached_model", model)  # of a drop-in
         refuse_compiled(model)
-        if isinstance(model, SentenceTransformer):
+        if isinstance(model, ENCODERS):
             check_inputs(model)
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
     try:
-        module, identity = load(name)
+        module, identity = load(name, kind)
     except (OSError, ValueError, ImportError) as error:
         folder = packaged_model(name)
         if folder is None:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
-        module, identity = load(folder)  # without network, from an installed package that contains the model
+        module, identity = load(folder, kind)  # without network, from an installed package that contains the model
     check_inputs(module)
     return module, replace(identity, name=name)
 
 
-def model_name(store: Store, namespace: str) -> str:
-    """Return the name or path of a namespace's model. UntrustedSnapshot or ConfigError if it is not known."""
+def model_name(store: Store, namespace: str) -> tuple[str, None, str | None]:
+    """Return the name or path of a namespace's model, no tokenizer, and the model's kind, as arguments of `loaded`.
+
+    UntrustedSnapshot or ConfigError if the model is not known.
+    """
     if store.trust == "untrusted":
         raise UntrustedSnapshot(f"{store.folder.path} is not trusted to say which model to load; give the model")
     space = store.namespace(namespace)
     if space is None:
         known = ", ".join(sorted(store.manifest.namespaces)) or "none"
         raise ConfigError(f"the store has no namespace {namespace!r} (it has {known}); say which model to use")
-    return Identity.from_json(space.identity).name
+    identity = Identity.from_json(space.identity)
+    return identity.name, None, next((kind for kind, name in KINDS.items() if name == identity.encoder), None)
 
 
 def settled(
@@ -202,10 +215,12 @@ def check_width(stored: BankFacts, fresh: BankFacts) -> None:
         )
 
 
-def fresh_bank(model: SentenceTransformer, config: CacheConfig) -> BankFacts:
-    """Return the facts of an empty output bank for this model, with the width and dtype of a computed vector."""
-    sentences = Sentences(model)
-    probe = next(compute(sentences, sentences.tokenise(["a"], None, None), 1, None))
+def fresh_bank(model: BaseModel, runner: Model, config: CacheConfig) -> BankFacts:
+    """Return the facts of an empty bank for the outputs of this model, with the width and dtype of a computed one."""
+    text: Any = ("a", "b") if isinstance(runner, PairScores) else "a"
+    probe = next(compute(runner, runner.tokenise([text], None, None), 1, None))
     dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    if isinstance(runner, SparseVectors):
+        dtype = "float32"  # other types would round the dimensions
     width = feature_width(token_embedding(model), config.fingerprint)
-    return BankFacts(dtype, probe.outputs.shape[1], 1, width)
+    return BankFacts(dtype, probe.outputs[0].shape[-1], 2 if runner.matrices else 1, width)

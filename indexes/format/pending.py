@@ -36,10 +36,10 @@ def encode_rows(
 ) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
     """Encode the rows that `dtype` can represent.
 
-    values: float32 [n, width], or n arrays [tokens, width]. place: allocates uint8 [rows, bytes].
+    values: float32 [n, width], or n arrays [tokens, width], also as an array of objects. place: allocates uint8 [rows, bytes].
     Returns which rows are encoded, bool [n], their bytes, and their scales, float32 [rows encoded].
     """
-    if isinstance(values, np.ndarray):
+    if isinstance(values, np.ndarray) and values.dtype != object:
         return codec.kept(values, dtype, place)
     flat = [states.reshape(1, -1) for states in values]
     fits = np.array([bool(codec.representable(states, dtype)[0]) for states in flat], np.bool_)

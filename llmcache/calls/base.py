@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
-from sentence_transformers import SentenceTransformer
 from torch.nn import Module
+from tqdm.auto import tqdm
 
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.banks.writer import BankWriter
 from llmcache.concurrency.calls import Calls
 from llmcache.config import CacheConfig
+from llmcache.encoding.answers import Answers
 from llmcache.encoding.calibrations import Calibrations
+from llmcache.encoding.call import EncodeCall, Text
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.heads import Heads
 from llmcache.errors import ConfigError, LLMCacheError
@@ -22,6 +26,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.store import Store
 from llmcache.layers.registry import Layers
 from llmcache.model.description.watch import ModelWatch
+from llmcache.model.encoders import ENCODERS
 from llmcache.model.identity import Identity, mismatch
 from llmcache.model.private_tokenizer import PrivateCopy
 from llmcache.model.prompts import resolve
@@ -29,7 +34,9 @@ from llmcache.model.prompts import resolve
 log = logging.getLogger("llmcache")
 
 LAYER = "output"
-"""Name of the bank of embeddings."""
+"""Name of the bank of embeddings, or of the scores of pairs."""
+TOKENS = "tokens"
+"""Name of the bank of a SentenceTransformer's token embeddings."""
 
 
 class CacheParts:
@@ -48,6 +55,9 @@ class CacheParts:
     _layers: Layers
     _calibrations: Calibrations
     _encoding: Executor | None
+    _token_states: Executor | None
+    _reasons: set[str]
+    """Reasons for bypassing the cache that were already logged."""
     _tokenizer_copy: PrivateCopy
     _watch: ModelWatch
     _current: Identity
@@ -55,18 +65,29 @@ class CacheParts:
 
     @property
     def _execution(self) -> Executor:
-        """Executor of the output bank. ConfigError when the model is not a SentenceTransformer."""
+        """Executor of the output bank. ConfigError when the model is not one of sentence-transformers."""
         if self._encoding is None:
             raise ConfigError(
-                f"embeddings come from a SentenceTransformer; this cache has a {type(self.model).__name__}: use "
-                "attached(), generate() or score()"
+                f"embeddings come from a model of sentence-transformers; this cache has a {type(self.model).__name__}: "
+                "use attached(), generate() or score()"
             )
         return self._encoding
 
     @property
     def _bank(self) -> Bank:
-        """The output bank. ConfigError when the model is not a SentenceTransformer."""
+        """The output bank. ConfigError when the model is not one of sentence-transformers."""
         return self._execution.bank
+
+    def _token_execution(self) -> Executor:
+        """Executor of the bank of token embeddings; see `LLMCache`."""
+        raise NotImplementedError
+
+    def _bypass(self, reason: str | None, documents: int) -> None:
+        """Count documents that the model answers without the cache, and log each reason once."""
+        self._counters.bypassed += documents
+        if reason is not None and reason not in self._reasons:
+            self._reasons.add(reason)
+            log.warning("a call goes past the cache: %s", reason)
 
     def _check_open(self) -> None:
         """LLMCacheError when the cache is closed."""
@@ -93,11 +114,44 @@ class CacheParts:
         )
 
     def _check_tokens(self) -> None:
-        """ModelMismatch when a SentenceTransformer has changed, so that texts may get other token ids."""
-        if isinstance(self.model, SentenceTransformer):
+        """ModelMismatch when the model has changed, so that texts may get other token ids."""
+        if isinstance(self.model, ENCODERS):
             self._check_model()
 
+    def _answered(
+        self,
+        texts: Sequence[Text],
+        prompt_name: str | None,
+        prompt: str | None,
+        role: str | None,
+        batch_size: int,
+        show_progress_bar: bool | None,
+        device: Any,
+        tensor: bool = False,
+        executor: Executor | None = None,
+    ) -> Answers:
+        """Return the answers of a call, with arguments as in sentence-transformers.
+
+        tensor: True for outputs on the model's device. executor: None for that of the output bank.
+        ConfigError for a batch size below 1.
+        """
+        if device is not None:
+            cast(Any, self.model).to(device)  # as sentence-transformers does
+        if batch_size <= 0:
+            raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
+        resolved = self._prompt(role, prompt_name, prompt)
+        executor = self._execution if executor is None else executor
+        with tqdm(total=len(texts), desc="Documents") if show_progress_bar else nullcontext() as bar:
+
+            def advance(answered: int, _: int) -> None:
+                if bar is not None:
+                    bar.update(answered)
+
+            answers = executor.answers(EncodeCall(texts, None, resolved, role, batch_size, advance, tensor))
+        self._watch.rested_at = time.perf_counter()
+        return answers
+
     def _prompt(self, role: str | None, name: str | None, prompt: str | None) -> str | None:
-        """Return the prompt that `SentenceTransformer.encode` would use; None for none."""
+        """Return the prompt that the model's `encode` or `predict` would use; None for none."""
         model: Any = self.model
         return resolve(model.prompts, model.default_prompt_name, role=role, name=name, prompt=prompt)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
-from tqdm.auto import tqdm
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
-from llmcache.calls.base import LAYER, CacheParts, log
+from llmcache.calls.base import LAYER, CacheParts
+from llmcache.calls.drop_in import drop_in
 from llmcache.concurrency.calls import call
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.call import EncodeCall, Progress, bypass_reason, nothing, texts_argument
+from llmcache.encoding.call import EncodeCall, GivenTexts, Progress, bypass_reason, nothing, texts_argument
 from llmcache.encoding.device_answers import DeviceAnswers
-from llmcache.encoding.postprocess import finished
+from llmcache.encoding.postprocess import finished, sparse_vectors, token_vectors
 from llmcache.encoding.results import Result, Source, results
 from llmcache.errors import ConfigError
+from llmcache.model.encoders import limits_inside
 from llmcache.model.prompts import ROLES
 from llmcache.planning.forecast import planned
 from llmcache.planning.plan import ForecastError, Plan
@@ -32,11 +32,28 @@ class EncodeMethods(CacheParts):
 
     _planned_at: dict[str, float]
     """Counters at the last call of `plan`."""
-    _reasons: set[str]
-    """Reasons for bypassing the cache that were already logged."""
 
     @call
-    def encode(
+    def encode(self, inputs: Any = None, *arguments: Any, **settings: Any) -> Any:
+        """Embed texts as `encode` of the cache's model does, with the same arguments, result type and order.
+
+        The model answers directly, without the cache, when a bank cannot hold the results: inputs that are not texts,
+        `output_value=None`, a list of devices, a `pool`, and unknown keywords. Such documents are counted in
+        `stats().counters.bypassed`, and each reason is logged once as a warning.
+        Returns what `encode` of a SentenceTransformer, SparseEncoder or MultiVectorEncoder returns. ConfigError for a
+        CrossEncoder, which scores pairs (`predict`), and for a data frame or table; give one column.
+        """
+        self._check_open()
+        self._execution  # noqa: B018  # raises ConfigError for a model without embeddings
+        self._check_model()
+        if isinstance(self.model, CrossEncoder):
+            raise ConfigError("a CrossEncoder scores pairs of texts and has no embeddings; use predict or rank")
+        kind = self._encode_sparse if isinstance(self.model, SparseEncoder) else self._encode_vectors
+        if isinstance(self.model, MultiVectorEncoder):
+            kind = self._encode_tokens
+        return kind(inputs, *arguments, **settings)
+
+    def _encode_vectors(
         self,
         inputs: Any = None,
         prompt_name: str | None = None,
@@ -54,55 +71,47 @@ class EncodeMethods(CacheParts):
         chunk_size: int | None = None,
         **others: Any,
     ) -> Any:
-        """Embed texts as `SentenceTransformer.encode` does, with the same arguments, result type and order.
-
-        The model answers directly, without the cache, when the output bank cannot hold the results: inputs that are not
-        texts, `output_value` other than "sentence_embedding", a list of devices, a `pool`, and unknown keywords. Such
-        documents are counted in `stats().counters.bypassed`, and each reason is logged once as a warning.
-        Returns embeddings as `SentenceTransformer.encode`. ConfigError for a data frame or table; give one column.
-        """
-        self._check_open()
-        execution, model = self._execution, cast(Any, self.model)
-        self._check_model()
-        inputs = texts_argument(inputs, others)
-        if is_table(inputs):
-            raise ConfigError(f"encode takes texts, got a {type(inputs).__name__}; give one of its columns, as a list")
-        single = model.is_singular_input(inputs)
-        texts = [inputs] if single else inputs if isinstance(inputs, list) else list(inputs)
+        """Embed texts as `SentenceTransformer.encode` does."""
+        model = cast(Any, self.model)
+        given = self._texts(inputs, others)
+        given_settings = {
+            "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "output_value": output_value,
+            "show_progress_bar": show_progress_bar, "precision": precision, "convert_to_numpy": convert_to_numpy,
+            "convert_to_tensor": convert_to_tensor, "device": device, "normalize_embeddings": normalize_embeddings,
+            "truncate_dim": truncate_dim, "pool": pool, "chunk_size": chunk_size,
+        }  # fmt: skip
         role = others.pop("task", None)
-        reason = bypass_reason(texts, role, device, output_value, pool, others)
-        if reason is not None or not texts:
-            self._bypass(reason, len(texts))
-            task = {} if role is None else {"task": role}
-            if role in ROLES:  # the prompt that `encode_query` and `encode_document` choose
-                prompt_name, prompt = None, self._prompt(role, prompt_name, prompt)
-            # the method of the class, since users may set `model.encode = cache.encode`
-            return type(model).encode(
-                model, inputs if single else texts, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size,
-                output_value=output_value, show_progress_bar=show_progress_bar, precision=precision,
-                convert_to_numpy=convert_to_numpy, convert_to_tensor=convert_to_tensor, device=device,
-                normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim, pool=pool, chunk_size=chunk_size,
-                **task, **others,
-            )  # fmt: skip
-        if device is not None:
-            model.to(device)  # as `SentenceTransformer.encode` does
-        if batch_size <= 0:
-            raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
-        resolved = self._prompt(role, prompt_name, prompt)
-        tensor = convert_to_tensor and precision == "float32"
-        with tqdm(total=len(texts), desc="Documents") if show_progress_bar else nullcontext() as bar:
-
-            def advance(answered: int, _: int) -> None:
-                if bar is not None:
-                    bar.update(answered)
-
-            answers = execution.answers(EncodeCall(texts, None, resolved, role, batch_size, advance, tensor))
+        reason = bypass_reason(given.texts, role, device, output_value, pool, others)
+        if reason is not None or not given.texts:
+            return self._by_model(given, reason, role, **given_settings, **others)
+        tokens = output_value == "token_embeddings"
+        tensor = convert_to_tensor and precision == "float32" and not tokens
+        executor = self._token_execution() if tokens else self._execution
+        answers = self._answered(
+            given.texts, prompt_name, prompt, role, batch_size, show_progress_bar, device, tensor, executor
+        )
+        if tokens:
+            return token_vectors(answers.outputs, model, single=given.single)
         outputs = answers.vectors() if isinstance(answers, DeviceAnswers) else answers.outputs
-        self._watch.rested_at = time.perf_counter()
         return finished(
-            outputs, model, single=single, precision=precision, convert_to_numpy=convert_to_numpy,
+            outputs, model, single=given.single, precision=precision, convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor, normalize=normalize_embeddings, truncate_dim=truncate_dim,
         )  # fmt: skip
+
+    def as_sentence_transformer(self) -> SentenceTransformer:
+        """Return the model as a SentenceTransformer whose `encode` goes through this cache, for other libraries.
+
+        It shares all attributes with the model: settings, modules, device. ConfigError for another kind of model.
+        """
+        return cast(SentenceTransformer, drop_in(cast(Any, self), SentenceTransformer))
+
+    def as_sparse_encoder(self) -> SparseEncoder:
+        """Return the model as a SparseEncoder whose `encode` goes through this cache."""
+        return cast(SparseEncoder, drop_in(cast(Any, self), SparseEncoder))
+
+    def as_multi_vector_encoder(self) -> MultiVectorEncoder:
+        """Return the model as a MultiVectorEncoder whose `encode` goes through this cache."""
+        return cast(MultiVectorEncoder, drop_in(cast(Any, self), MultiVectorEncoder))
 
     def encode_query(self, *arguments: Any, **settings: Any) -> Any:
         """Embed queries as `SentenceTransformer.encode_query`. A text as query and as document has two entries."""
@@ -112,12 +121,99 @@ class EncodeMethods(CacheParts):
         """Embed documents as `SentenceTransformer.encode_document`. A text as query and as document has two entries."""
         return self.encode(*arguments, **{**settings, "task": "document"})
 
-    def _bypass(self, reason: str | None, documents: int) -> None:
-        """Count documents that the model answers without the cache, and log each reason once."""
-        self._counters.bypassed += documents
-        if reason is not None and reason not in self._reasons:
-            self._reasons.add(reason)
-            log.warning("encode goes past the cache: %s", reason)
+    def _encode_sparse(
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = True,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
+        device: Any = None,
+        max_active_dims: int | None = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """Embed texts as `SparseEncoder.encode` does."""
+        model = cast(Any, self.model)
+        given = self._texts(inputs, others)
+        given_settings = {
+            "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size,
+            "show_progress_bar": show_progress_bar, "convert_to_tensor": convert_to_tensor,
+            "convert_to_sparse_tensor": convert_to_sparse_tensor, "save_to_cpu": save_to_cpu, "device": device,
+            "max_active_dims": max_active_dims, "pool": pool, "chunk_size": chunk_size,
+        }  # fmt: skip
+        role = others.pop("task", None)
+        reason = bypass_reason(given.texts, role, device, "sentence_embedding", pool, others)
+        if reason is None and max_active_dims not in (None, model.max_active_dims) and limits_inside(model):
+            reason = "this model computes other values for another max_active_dims"
+        if reason is not None or not given.texts:
+            return self._by_model(given, reason, role, **given_settings, **others)
+        answers = self._answered(given.texts, prompt_name, prompt, role, batch_size, show_progress_bar, device)
+        return sparse_vectors(
+            answers.outputs, model, single=given.single, convert_to_tensor=convert_to_tensor,
+            convert_to_sparse_tensor=convert_to_sparse_tensor, save_to_cpu=save_to_cpu,
+            max_active_dims=max_active_dims if max_active_dims is not None else model.max_active_dims,
+        )  # fmt: skip
+
+    def _encode_tokens(
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "token_embeddings",
+        convert_to_numpy: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool = False,
+        pool: Any = None,
+        chunk_size: int | None = None,
+        token_pooling: Any = None,
+        task: str | None = None,
+        **others: Any,
+    ) -> Any:
+        """Embed texts as `MultiVectorEncoder.encode` does."""
+        given = self._texts(inputs, others)
+        given_settings = {
+            "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size,
+            "show_progress_bar": show_progress_bar, "output_value": output_value,
+            "convert_to_numpy": convert_to_numpy, "device": device, "normalize_embeddings": normalize_embeddings,
+            "pool": pool, "chunk_size": chunk_size, "token_pooling": token_pooling,
+        }  # fmt: skip
+        wanted = "sentence_embedding" if output_value == "token_embeddings" else output_value
+        reason = bypass_reason(given.texts, task, device, wanted, pool, others)
+        if reason is not None or not given.texts:
+            return self._by_model(given, reason, task, **given_settings, **others)
+        answers = self._answered(given.texts, prompt_name, prompt, task, batch_size, show_progress_bar, device)
+        return token_vectors(
+            answers.outputs, cast(Any, self.model), single=given.single, convert_to_numpy=convert_to_numpy,
+            normalize=normalize_embeddings, pooling=token_pooling, task=task,
+        )  # fmt: skip
+
+    def _texts(self, inputs: Any, others: dict[str, Any]) -> GivenTexts:
+        """Return the inputs of an `encode` call. TypeError for none, ConfigError for a table."""
+        inputs = texts_argument(inputs, others)
+        if is_table(inputs):
+            raise ConfigError(f"encode takes texts, got a {type(inputs).__name__}; give one of its columns, as a list")
+        if cast(Any, self.model).is_singular_input(inputs):
+            return GivenTexts([inputs], True, inputs)
+        texts = inputs if isinstance(inputs, list) else list(inputs)
+        return GivenTexts(texts, False, texts)
+
+    def _by_model(self, given: GivenTexts, reason: str | None, role: Any, **settings: Any) -> Any:
+        """Return what `encode` of the model itself returns. reason: for bypassing the cache; None without texts."""
+        self._bypass(reason, len(given.texts))
+        if role is not None:
+            settings["task"] = role
+        if role in ROLES:  # the prompt that `encode_query` and `encode_document` choose
+            settings["prompt"] = self._prompt(role, settings["prompt_name"], settings["prompt"])
+            settings["prompt_name"] = None
+        # the method of the class, since users may set `model.encode = cache.encode`
+        return type(cast(Any, self.model)).encode(self.model, given.inputs, **settings)
 
     def run(
         self,

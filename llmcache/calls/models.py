@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.calls.base import CacheParts
@@ -54,7 +54,7 @@ class ModelMethods(CacheParts):
         with self._calls:
             self._check_open()
             runner, storing = self._heads(heads), self._storing
-        resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, SentenceTransformer) else prompt
+        resolved = self._prompt(role, prompt_name, prompt) if isinstance(self.model, BaseModel) else prompt
 
         @contextmanager
         def answering() -> Iterator[None]:
@@ -106,7 +106,7 @@ class ModelMethods(CacheParts):
         """Return the model and a private copy of its tokenizer. ConfigError when the model cannot do this."""
         self._check_open()
         not_causal = causal and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if not_causal or not hasattr(self.model, "generate") or isinstance(self.model, SentenceTransformer):
+        if not_causal or not hasattr(self.model, "generate") or isinstance(self.model, BaseModel):
             raise ConfigError(f"a {type(self.model).__name__} cannot do this; open the cache with a causal model")
         if self.tokenizer is None:
             raise ConfigError("prompts need a tokenizer; open the cache with tokenizer=...")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.calls.base import LAYER, CacheParts
@@ -76,7 +76,7 @@ class NearMethods(CacheParts):
             raise ConfigError(
                 "a calibration is saved with its store, and this store is read-only; open it with write access"
             )
-        if isinstance(self.model, SentenceTransformer):
+        if isinstance(self.model, BaseModel):
             prompt = self._prompt(role, prompt_name, prompt)
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
         return self._calibrations.calibrate(
@@ -125,6 +125,6 @@ class NearMethods(CacheParts):
     def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
         """Return the texts of some token ids."""
         rows = [ids.tolist() for ids in tokens]
-        with private_copy(self.model if isinstance(self.model, SentenceTransformer) else self.tokenizer) as copy:
+        with private_copy(self.model if isinstance(self.model, BaseModel) else self.tokenizer) as copy:
             texts: list[str] = getattr(copy, "tokenizer", copy).batch_decode(rows, skip_special_tokens=True)
         return texts

@@ -28,8 +28,9 @@ _MOST = 4  # unpickled caches that a worker process keeps open for later tasks w
 class Opening:
     """Arguments of `LLMCache.open` that are needed to open the store again.
 
-    model: the name or path passed to `open`, else the model itself. secret_in_memory: name of the argument that passed
-    a secret as bytes; "" for none. pid: process of the first opening. id: of this opening.
+    model: the name or path passed to `open`, else the model itself. kind: of a model that is loaded by name.
+    secret_in_memory: name of the argument that passed a secret as bytes; "" for none. pid: process of the first
+    opening. id: of this opening.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Opening:
     tokenizer: Any
     config: CacheConfig
     namespace: str
+    kind: str | None = None
     drift: Drift | None = None
     secret_file: str | None = None
     trust: Trust = "auto"
@@ -86,6 +88,7 @@ def reopened(kind: type[LLMCache], opening: Opening) -> LLMCache:
     cache = kind.open(
         opening.path,
         opening.model,
+        kind=opening.kind,
         tokenizer=opening.tokenizer,
         config=opening.config,
         namespace=opening.namespace,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.arrays import Floats32
+from llmcache.arrays import Floats32, objects
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Rows
 
 if TYPE_CHECKING:
@@ -25,14 +26,15 @@ TIERS = ("miss", "exact", "near")
 class Answers:
     """Outputs and provenance of the documents of one call. Every array has one element or row per document.
 
-    outputs: float32 [n, width]. tier: int8. similarity: float32, 1 for exact hits, NaN for misses. consensus: float32,
-    mean cosine of the other neighbours' outputs to the nearest one's; NaN except for calibrated near hits. row: int64,
-    bank row that served the document, -1 for misses. duplicate_of: int64, for a repeat in the call the place of its
-    first occurrence, else -1. layer: int64, layer whose state was reused, -1 for an output or a miss; entry: key of
-    that state by place. audited: bool, True for documents computed for an audit although they had a near match.
+    outputs: float32 [n, width]; of a model with matrices an array of n objects, each float32 [rows, width]. tier: int8.
+    similarity: float32, 1 for exact hits, NaN for misses. consensus: float32, mean cosine of the other neighbours'
+    outputs to the nearest one's; NaN except for calibrated near hits. row: int64, bank row that served the document,
+    -1 for misses. duplicate_of: int64, for a repeat in the call the place of its first occurrence, else -1. layer:
+    int64, layer whose state was reused, -1 for an output or a miss; entry: key of that state by place. audited: bool,
+    True for documents computed for an audit although they had a near match.
     """
 
-    outputs: Floats32
+    outputs: NDArray[Any]
     tier: NDArray[np.int8]
     similarity: Floats32
     consensus: Floats32
@@ -43,10 +45,11 @@ class Answers:
     entry: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, n: int, width: int) -> Answers:
-        """Return answers for n documents, all of them misses with zero outputs."""
+    def empty(cls, n: int, facts: BankFacts) -> Answers:
+        """Return answers for n documents, all of them misses with zero or empty outputs. facts: of the bank."""
+        nothing = np.zeros((0, facts.width), np.float32)
         return cls(
-            np.zeros((n, width), np.float32),
+            np.zeros((n, facts.width), np.float32) if facts.rank == 1 else objects([nothing] * n),
             np.full(n, MISS, np.int8),
             np.full(n, np.nan, np.float32),
             np.full(n, np.nan, np.float32),
@@ -88,7 +91,7 @@ class Answers:
     def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
         """Copy outputs from bank rows. Returns bool [n], False for rows that could not be read."""
         reading = bank.read(rows)
-        values = np.asarray(reading.values)
+        values = reading.values if isinstance(reading.values, np.ndarray) else objects(reading.values)
         if not reading.intact.all():
             self.outputs[places[reading.intact]] = values[reading.intact]
         elif len(places) == len(self.outputs) and (places == np.arange(len(places))).all():
@@ -97,7 +100,7 @@ class Answers:
             self.outputs[places] = values
         return reading.intact
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
+    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
         """Keep the model's own tensor for these places, [n, width]. Does nothing for answers on the host."""
 
     def set_from_neighbour(
@@ -111,8 +114,8 @@ class Answers:
         self.computed(places, outputs, entered, entries)
         self.tier[places] = NEAR
 
-    def given(self, places: Rows) -> Floats32:
-        """Return the outputs of these places as the caller gets them, float32 [n, width], on the host."""
+    def given(self, places: Rows) -> NDArray[Any]:
+        """Return the outputs of these places as the caller gets them, on the host, in the form of `outputs`."""
         return self.outputs[places]
 
     def repeat(self, places: Rows, first: Rows) -> None:

@@ -22,6 +22,20 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Callback with the number of documents answered since the last one, and how many of these the model computed."""
 
 
+Text: TypeAlias = str | tuple[str, str]
+"""Document of a call; for a CrossEncoder an ordered pair of texts."""
+
+
+def characters(text: Text) -> int:
+    """Return the number of characters of a text, or of both texts of a pair."""
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def as_text(text: Text) -> str:
+    """Return a text, or both texts of a pair as one, for the guard, which compares the fields of texts."""
+    return text if isinstance(text, str) else "\n".join(text)
+
+
 def nothing(answered: int, computed: int) -> None:
     """No-op progress callback."""
 
@@ -34,7 +48,7 @@ class EncodeCall:
     tensor on the model's device. wanted: False if the call only fills the store; its hits then count as no saving.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[Text]
     ids: Sequence[str] | None = None
     prompt: str | None = None
     role: str | None = None
@@ -81,6 +95,15 @@ class Misses:
     features: Floats32
 
 
+@dataclass(frozen=True, slots=True)
+class GivenTexts:
+    """Inputs of a call as given. texts: as a list. single: True if one text was given. inputs: for the model itself."""
+
+    texts: list[Any]
+    single: bool
+    inputs: Any
+
+
 def texts_argument(inputs: Any, others: dict[str, Any]) -> Any:
     """Return the texts of an `encode` call, which sentence-transformers also accepts as `sentences` (removed here).
 
@@ -105,7 +128,7 @@ def bypass_reason(
     """Return why the output bank cannot answer an `encode` call; None if it can."""
     if pool is not None or isinstance(device, list):
         return "it computes in a pool of processes"
-    if output_value != "sentence_embedding":
+    if output_value not in ("sentence_embedding", "token_embeddings"):
         return f"output_value={output_value!r} is not kept"
     if role is not None and role not in ROLES:
         return f"task={role!r} is not known"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.arrays import Floats32
 from llmcache.banks.device_cache import DeviceCache, dtype_of, numbers_on
 from llmcache.encoding.answers import Answers
 from llmcache.indexes.bank import Bank
@@ -35,7 +35,7 @@ class DeviceAnswers(Answers):
 
         The dtype is the wider one of the model's and the bank's, so that computed outputs are not rounded.
         """
-        plain = Answers.empty(n, facts.width)
+        plain = Answers.empty(n, facts)
         answers = cls(*(getattr(plain, name) for name in Answers.__slots__))
         answers.levels, answers.there = levels, np.zeros(n, np.bool_)
         dtype = torch.promote_types(like.dtype, dtype_of(facts))
@@ -52,10 +52,11 @@ class DeviceAnswers(Answers):
             self._set(places[readable], values if len(readable) == len(rows) else values[self._on_device(readable)])
         return intact
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
-        self._set(places, vectors.detach())
+    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
+        if vectors is not None:
+            self._set(places, vectors.detach())
 
-    def given(self, places: Rows) -> Floats32:
+    def given(self, places: Rows) -> NDArray[Any]:
         if not self.there[places].all():
             return Answers.given(self, places)
         return self.tensor[self._on_device(places)].float().cpu().numpy()

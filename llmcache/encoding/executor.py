@@ -19,7 +19,7 @@ from llmcache.banks.payoff import sample
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
-from llmcache.encoding.call import EncodeCall, Misses, OpenDocuments, Places
+from llmcache.encoding.call import EncodeCall, Misses, OpenDocuments, Places, Text, as_text, characters
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.hit_audits import AuditedHits, Window
 from llmcache.encoding.near_layers import asked_with
@@ -33,7 +33,7 @@ from llmcache.model.batching import Model, compute
 from llmcache.model.description.process_settings import running_mode
 from llmcache.model.digests import sha
 from llmcache.model.features import features_on
-from llmcache.model.keys import Seed, key_seed, text_keys, token_keys
+from llmcache.model.keys import Seed, key_seed, token_keys
 from llmcache.model.tokens import TokenRows
 from llmcache.near.marks import FieldDigests, scope_of
 from llmcache.near.matcher import NearMatcher
@@ -112,7 +112,7 @@ class Executor:
         """Answer a call through the cache: distinct texts first, then their repeats."""
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = self._empty(call)
-        keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
+        keys = self._model.keys(self._seed("text", call), call.texts)
         distinct, first = first_occurrences(keys)
         tried = distinct[self._tried(answers, keys[distinct])]
         rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
@@ -122,7 +122,7 @@ class Executor:
         answer_by_model(answers, call, skipped, self._model, self.counters)
         self.counters.left_alone += len(skipped)
         if len(rest):
-            rest = rest[np.argsort([-len(call.texts[i]) for i in rest], kind="stable")]
+            rest = rest[np.argsort([-characters(call.texts[i]) for i in rest], kind="stable")]
             copies = np.bincount(first, minlength=len(first))
             for window, tokens in self._windows(call, rest):
                 self._answer_new_texts(answers, call, window, keys[window], tokens, copies[window])
@@ -133,8 +133,8 @@ class Executor:
 
     def _uncached(self, call: EncodeCall) -> Answers:
         """Answer all texts of the call by the model alone; each distinct text is computed once."""
-        answers = Answers.empty(len(call.texts), self.bank.facts.width)
-        distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
+        answers = Answers.empty(len(call.texts), self.bank.facts)
+        distinct, first = first_occurrences(self._model.keys(self._seed("text", call), call.texts))
         answer_by_model(answers, call, distinct, self._model, self.counters)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
@@ -145,13 +145,13 @@ class Executor:
     def _empty(self, call: EncodeCall) -> Answers:
         """Return empty answers, on the device if the call wants a tensor and there is a device cache or index."""
         if not call.tensor:
-            return Answers.empty(len(call.texts), self.bank.facts.width)
+            return Answers.empty(len(call.texts), self.bank.facts)
         embedding = self._model.token_embedding()
         if self._levels_for != embedding.device:
             self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
         near_on_device = self.reuse is not None and self.reuse.place is not None
         if self.levels is None and not near_on_device:
-            return Answers.empty(len(call.texts), self.bank.facts.width)
+            return Answers.empty(len(call.texts), self.bank.facts)
         return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
 
     def _seed(self, kind: str, call: EncodeCall) -> Seed:
@@ -183,16 +183,16 @@ class Executor:
         """Return the guard marks to store with these documents; None if nothing is stored, or without features."""
         if not self._storing.store.writable or not self.bank.facts.feature_width:
             return None
-        return self.fields.marks(self.scope(call), [call.texts[i] for i in places.tolist()])
+        return self.fields.marks(self.scope(call), [as_text(call.texts[i]) for i in places.tolist()])
 
-    def keys_of(self, text: str, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
+    def keys_of(self, text: Text, prompt: str | None, role: str | None) -> tuple[Keys, Keys, TokenRows]:
         """Return the text key and the token key of one text, each uint64 [1, 2], and its tokens."""
         call = EncodeCall([text], None, prompt, role)
         tokens = self._model.tokenise([text], prompt, role)
-        by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
+        by_text = self._model.keys(self._seed("text", call), [text])
         return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
 
-    def rows(self, texts: Sequence[str], call: EncodeCall) -> Places:
+    def rows(self, texts: Sequence[Text], call: EncodeCall) -> Places:
         """Return the bank rows of texts under the role and prompt of a call, int64 [n]; -1 for a text not stored."""
         tokens = self._model.tokenise(texts, call.prompt, call.role)
         seed = self._seed("tokens", call)

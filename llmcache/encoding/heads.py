@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
+from llmcache.arrays import Floats32
 from llmcache.config import CacheConfig
 from llmcache.encoding.call import EncodeCall, Progress
 from llmcache.encoding.executor import Executor
@@ -28,6 +29,7 @@ from llmcache.encoding.results import (
 from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
+from llmcache.indexes.format.rows import Keys
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.registry import Layers
 from llmcache.model.architecture import find_trunk
@@ -39,6 +41,7 @@ from llmcache.model.batching import (
 )
 from llmcache.model.features import feature_width
 from llmcache.model.identity import Identity
+from llmcache.model.keys import Seed, text_keys
 from llmcache.model.tokens import (
     TokenRows,
     batch,
@@ -54,6 +57,8 @@ _WINDOW = 512  # documents that all heads answer before the next ones, so that l
 
 class Head:
     """A transformers model whose output is one vector per document, on token ids of the cache's tokenizer."""
+
+    matrices = False
 
     def __init__(self, model: Module, source: Module, tokenizer: Any) -> None:
         """source: the cache's own model, which determines tokenisation."""
@@ -82,6 +87,12 @@ class Head:
             return longest
         limit = getattr(self._tokenizer, "model_max_length", None)
         return limit if limit and limit < 1 << 30 else None
+
+    def keys(self, seed: Seed, texts: Sequence[str]) -> Keys:
+        return text_keys(seed, texts).view(np.uint64)
+
+    def comparable(self, outputs: list[Floats32]) -> list[Floats32]:
+        return outputs
 
     def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
         self._model.eval()

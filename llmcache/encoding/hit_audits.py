@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.arrays import Floats32
+from llmcache.arrays import Floats32, objects
 from llmcache.banks.agreement import (
     Agreement,
     compared,
@@ -18,7 +18,7 @@ from llmcache.banks.agreement import (
 )
 from llmcache.banks.audits import Evidence
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.call import EncodeCall, Text, characters
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys, Rows
@@ -54,7 +54,7 @@ class AuditedHits:
         if not len(chosen):
             return
         few = places[:64].tolist()
-        companions = (pick(few, key=lambda place: len(texts[place])) for pick in (max, min))
+        companions = (pick(few, key=lambda place: characters(texts[place])) for pick in (max, min))
         audited = [*places[chosen].tolist(), *companions]
         with self._evidence.recompute():
             if isinstance(window, float):
@@ -91,12 +91,13 @@ class AuditedHits:
             if not len(chosen):
                 return
             reading = self._bank.read(rows[chosen], count=False)
-            chosen, stored = chosen[reading.intact], np.asarray(reading.values)[reading.intact]
+            values = reading.values if isinstance(reading.values, np.ndarray) else objects(reading.values)
+            chosen, stored = chosen[reading.intact], values[reading.intact]
             if len(chosen):
                 companions = [int(lengths.argmax()), int(np.where(lengths > 0, lengths, lengths.max() + 1).argmin())]
                 self._conclude(rows[chosen], stored, tokens.take([*chosen.tolist(), *companions]), role)
 
-    def _conclude(self, rows: Rows, stored: Floats32, tokens: TokenRows, role: str | None) -> None:
+    def _conclude(self, rows: Rows, stored: NDArray[Any], tokens: TokenRows, role: str | None) -> None:
         """Recompute rows and compare. tokens: of these rows, followed by companions that share their batches."""
         count = len(rows)
         for place, ids in enumerate(self._bank.tokens_of(rows)):
@@ -104,18 +105,18 @@ class AuditedHits:
                 self._evidence.conclude(rows, Agreement(place, np.inf, 0.0, 0.0, _OTHER_TOKENS))
 
         def run(places: Sequence[int], size: int) -> list[Floats32]:
-            outputs = np.zeros((len(places), stored.shape[1]), np.float32)
+            outputs = [stored[0]] * len(places)
             for done in compute(self._model, tokens.take(places), size, role):
-                if done.outputs.shape[1] != stored.shape[1]:  # a module was added or removed
-                    return list(np.full_like(outputs, np.nan))
-                outputs[done.chosen] = done.outputs
-            return list(outputs)
+                for place, output in zip(done.chosen, done.outputs, strict=True):
+                    outputs[place] = output
+            return self._model.comparable(outputs)
 
         epsilon = machine_epsilon(self._model.module, self._model.token_embedding().device)
         recomputed = shapes(count, len(tokens.ids) - count, run)
-        self._evidence.conclude(rows, compared(list(stored), recomputed, epsilon, self._bank.facts.dtype))
+        expected = self._model.comparable(list(stored))
+        self._evidence.conclude(rows, compared(expected, recomputed, epsilon, self._bank.facts.dtype))
 
 
-def _lengths(texts: Sequence[str], places: Rows) -> NDArray[np.int64]:
+def _lengths(texts: Sequence[Text], places: Rows) -> NDArray[np.int64]:
     """Return the number of characters of the texts at these places."""
-    return np.fromiter((len(texts[place]) for place in places.tolist()), np.int64, len(places))
+    return np.fromiter((characters(texts[place]) for place in places.tolist()), np.int64, len(places))

@@ -18,7 +18,7 @@ from llmcache.banks.pace import Pace
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import NEAR, Answers
-from llmcache.encoding.call import EncodeCall, OpenDocuments, Places
+from llmcache.encoding.call import EncodeCall, OpenDocuments, Places, as_text
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.near_layers import asked_with, near_layers
 from llmcache.indexes.bank import Bank
@@ -132,7 +132,7 @@ class NearTier:
         """Serve the matches that pass all gates, less a share that is audited. Returns as `answer`."""
         places, keys, copies = documents.places, documents.keys, documents.copies
         features = documents.raw if matcher.place is None else documents.drawn
-        tokens, texts = documents.token_ids(), [call.texts[i] for i in places.tolist()]
+        tokens, texts = documents.token_ids(), [as_text(call.texts[i]) for i in places.tolist()]
         tried = matcher.select_for_lookup(len(places))
         tried = tried[self.near_answers.allowed(keys[tried], copies[tried])]
         if not len(tried):

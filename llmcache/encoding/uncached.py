@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from llmcache.banks.counters import Counters
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.call import EncodeCall
+from llmcache.encoding.call import EncodeCall, characters
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model, compute
@@ -22,7 +22,7 @@ def answer_by_model(
     """Compute the documents at these places of a call, and set their outputs. places: int64 [n]."""
     for start in range(0, len(places), _WINDOW):
         part = places[start : start + _WINDOW]
-        part = part[np.argsort([-len(call.texts[i]) for i in part], kind="stable")]
+        part = part[np.argsort([-characters(call.texts[i]) for i in part], kind="stable")]
         tokens = model.tokenise([call.texts[i] for i in part], call.prompt, call.role)
         counters.at_limit += at_limit(model, tokens)
         for done in compute(model, tokens, call.batch_size, call.role):

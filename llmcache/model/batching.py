@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
+from llmcache.arrays import Floats32, objects
+from llmcache.indexes.format.rows import Keys
 from llmcache.model.async_batch import AsyncBatch
+from llmcache.model.keys import Seed, text_keys
 from llmcache.model.tokens import TokenRows, batch, tokenise
 
 _TOKENS = 2048
@@ -28,28 +31,40 @@ of 128 tokens: 12.0 in batches of 16, 13.3 in batches of 32.
 class Computed:
     """One computed batch.
 
-    chosen: numbers of its token rows. outputs: float32 [n, width], on the host. seconds: of the model.
-    vectors: the model's own output, [n, width], on its device.
+    chosen: numbers of its token rows. outputs: on the host, float32 [n, width]; of a model with matrices an array of n
+    objects, each float32 [rows, width]. seconds: of the model. vectors: the model's own output, [n, width], on its
+    device; None for matrices.
     """
 
     chosen: list[int]
-    outputs: NDArray[np.float32]
+    outputs: NDArray[Any]
     seconds: float
-    vectors: torch.Tensor
+    vectors: torch.Tensor | None
 
 
 class Model(Protocol):
-    """Interface of a model that computes one vector per document."""
+    """Interface of a model that computes one vector, or one matrix with any number of rows, per document."""
+
+    matrices: bool
+    """True if the outputs are matrices."""
 
     @property
     def module(self) -> Module:
         """The torch module that computes."""
         ...
 
-    def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows: ...
+    def tokenise(self, texts: Sequence[Any], prompt: str | None, role: str | None) -> TokenRows: ...
 
-    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
-        """Compute the vectors of the chosen rows, [chosen, width], on the model's device."""
+    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor | list[torch.Tensor]:
+        """Compute the outputs of the chosen rows on the model's device: [chosen, width], or a matrix for each."""
+        ...
+
+    def keys(self, seed: Seed, texts: Sequence[Any]) -> Keys:
+        """Return the text keys of documents, uint64 [n, 2]. seed: of the call."""
+        ...
+
+    def comparable(self, outputs: list[Any]) -> list[Floats32]:
+        """Return outputs in a form in which equal outputs differ by rounding alone."""
         ...
 
     def token_embedding(self) -> torch.Tensor:
@@ -59,6 +74,8 @@ class Model(Protocol):
 
 class Sentences:
     """A SentenceTransformer, whose vectors are sentence embeddings."""
+
+    matrices = False
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
@@ -75,6 +92,12 @@ class Sentences:
         inputs = batch(self._model.tokenizer, self._model.device, rows, chosen)
         vectors: torch.Tensor = self._model(inputs, **({"task": role} if role else {}))["sentence_embedding"]
         return vectors
+
+    def keys(self, seed: Seed, texts: Sequence[str]) -> Keys:
+        return text_keys(seed, texts).view(np.uint64)
+
+    def comparable(self, outputs: list[Floats32]) -> list[Floats32]:
+        return outputs
 
     def token_embedding(self) -> torch.Tensor:
         return token_embedding(self._model)
@@ -98,15 +121,19 @@ def compute(
     started: AsyncBatch | None = None
     on_cpu = model.token_embedding().device.type == "cpu"
     for chosen in batches(rows.lengths, batch_size, _TOKENS if on_cpu else None):
-        if ahead and model.token_embedding().device.type == "cuda":
+        if ahead and not model.matrices and model.token_embedding().device.type == "cuda":
             last, started = started, AsyncBatch(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
             if last is not None:
                 yield Computed(last.chosen, *last.wait())
             continue
         began = time.perf_counter()
         vectors = model.vectors(rows, chosen, role)
-        outputs = vectors.float().cpu().numpy()
-        yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
+        if isinstance(vectors, torch.Tensor):
+            outputs = vectors.float().cpu().numpy()
+            yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
+        else:
+            matrices = objects([matrix.float().cpu().numpy() for matrix in vectors])
+            yield Computed(chosen, matrices, time.perf_counter() - began, None)
     if started is not None:
         yield Computed(started.chosen, *started.wait())
 

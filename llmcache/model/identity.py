@@ -30,10 +30,10 @@ from llmcache.model.digests import (
 )
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
     from torch.nn import Module
 
     from llmcache.model.description.describe import Description
+    from llmcache.model.encoders import Encoder
 
 _DIGESTS = ("config", "embeddings", "head", "tokenizer")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -63,7 +63,8 @@ class Identity:
     prompts, default_prompt_name: of a SentenceTransformer; prompts as pairs of name and text.
     dtype, attention: of the weights, and attention implementation; "none" where there is none.
     form: version of the set of facts that the digests cover.
-    name, revision, versions: origin of the model and versions of packages. They are shown, never compared.
+    name, revision, versions: origin of the model, and versions of packages with the class of sentence-transformers.
+    They are shown, never compared.
     """
 
     model_class: str
@@ -94,6 +95,11 @@ class Identity:
         texts = (self.layers[layer], self.dtype, self.attention)
         return sha(b"layer %d" % self.form, *(text.encode() for text in texts))
 
+    @property
+    def encoder(self) -> str:
+        """Name of the model's class in sentence-transformers; "" for other models, or if it was not recorded."""
+        return dict(self.versions).get(CLASS, "")
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as str, int, None and lists."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -114,6 +120,8 @@ class Identity:
         return cls(**{**raw, **pairs, "layers": tuple(raw["layers"])})
 
 
+CLASS = "class"
+"""Name among `versions` of the class of sentence-transformers."""
 _COMPARED = tuple(each.name for each in fields(Identity) if each.compare)
 """Names of the fields that are compared."""
 
@@ -166,6 +174,12 @@ def mismatch(stored: Identity, given: Identity, changes: str = "") -> ModelMisma
             "undo the change, or open a cache for the model as it is now, with a namespace of its own "
             '(namespace="..." in Python, --namespace on the command line)'
         )
+    if stored.encoder and given.encoder and stored.encoder != given.encoder:
+        return ModelMismatch(
+            f"the entries were made with a {stored.encoder} ({stored.name!r}), the model given is a {given.encoder}; "
+            'open them with a model of the same kind, or start a fresh namespace (namespace="..." in Python, '
+            "--namespace on the command line)"
+        )
     parts = "; ".join(f"{name}: stored {old}, given {new}" for name, old, new in difference(stored, given))
     return ModelMismatch(
         f"the entries were made with {_title(stored)}, the model given is {_title(given)}; different are "
@@ -200,16 +214,17 @@ def _title(identity: Identity) -> str:
     return f"{identity.name!r} ({identity.digest.hex()[:8]})"
 
 
-def load(name_or_path: str | os.PathLike[str], **arguments: Any) -> tuple[SentenceTransformer, Identity]:
-    """Load a SentenceTransformer; returns it with its identity. Weights that were hashed before are not hashed again.
+def load(name_or_path: str | os.PathLike[str], kind: str | None = None, **arguments: Any) -> tuple[Encoder, Identity]:
+    """Load a model of sentence-transformers, with its identity. Weights that were hashed before are not hashed again.
 
-    arguments: for SentenceTransformer. The identity is that of `identify(model)`, with the given name.
+    kind: see `llmcache.model.loading.encoder_class`. arguments: for the model's class.
+    The identity is that of `identify(model)`, with the given name.
     """
-    from sentence_transformers import SentenceTransformer
+    from llmcache.model.loading import encoder_class
 
     name = os.fspath(name_or_path)
     before = model_files(name, arguments)
-    model = SentenceTransformer(name, **arguments)
+    model = encoder_class(name, kind)(name, **arguments)
     # same files before and after: no file was changed, and no newer revision arrived, while they were read
     unchanged = before is not None and before == model_files(name, arguments)
     return model, replace(identify(model, files=before if unchanged else None), name=name)
@@ -261,8 +276,17 @@ def identity_of(description: Description, digests: Mapping[str, str]) -> Identit
         attention=description.attention,
         name=str(getattr(config, "_name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
-        versions=tuple((package, package_version(package)) for package in PACKAGES),
+        versions=(
+            *((package, package_version(package)) for package in PACKAGES),
+            *((CLASS, name) for name in [_encoder_name(model)] if name),
+        ),
     )
+
+
+def _encoder_name(model: Module) -> str:
+    """Return the name of a model's class in sentence-transformers, or of the class it extends; "" for other models."""
+    names = (kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("sentence_transformers."))
+    return next(names, "")
 
 
 def _parts(description: Description, digests: Mapping[str, str]) -> dict[str, Any]:

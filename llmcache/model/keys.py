@@ -69,6 +69,18 @@ def text_keys(seed: Seed, texts: Sequence[str]) -> NDArray[np.uint8]:
         return _keys(seed, (text.encode("utf-8", "surrogatepass") for text in texts))
 
 
+def pair_keys(seed: Seed, pairs: Sequence[tuple[str, str]]) -> NDArray[np.uint8]:
+    """Return a key per ordered pair of texts, uint8 [n, 16]. Each distinct text is hashed once."""
+    digests: dict[str, bytes] = {}
+    rows = []
+    for pair in pairs:
+        for text in pair:
+            if text not in digests:
+                digests[text] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        rows.append(digests[pair[0]] + digests[pair[1]])
+    return _keys(seed, rows)
+
+
 def token_keys(seed: Seed, rows: Sequence[bytes]) -> NDArray[np.uint8]:
     """Return a key per row, uint8 [n, 16]. rows: bytes of token ids and of the other model inputs."""
     return _keys(seed, rows)

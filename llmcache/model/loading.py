@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.errors import ConfigError
@@ -26,16 +25,61 @@ def packaged_model(name: str) -> str | None:
     return str(importlib.import_module(package).get_model_path())
 
 
+KINDS = {
+    "sentence-transformer": "SentenceTransformer",
+    "cross-encoder": "CrossEncoder",
+    "sparse-encoder": "SparseEncoder",
+    "multi-vector-encoder": "MultiVectorEncoder",
+}
+"""Kinds of models of sentence-transformers, and their classes."""
+
+
+def encoder_class(name_or_path: str, kind: str | None = None) -> Any:
+    """Return the class of sentence-transformers that loads a model.
+
+    kind: a name in `KINDS`; None for the class that the model's folder names, or CrossEncoder for a plain transformers
+    model that classifies sequences, or else SentenceTransformer. ConfigError for an unknown kind.
+    """
+    import sentence_transformers
+
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"the kind of a model is one of {', '.join(KINDS)}; got {kind!r}")
+    named = KINDS[kind] if kind is not None else _class_in(Path(name_or_path))
+    return getattr(sentence_transformers, named)
+
+
+def _class_in(folder: Path) -> str:
+    """Return the name of the class that the files in a model's folder name; SentenceTransformer if they name none."""
+    settings = _json(folder / "config_sentence_transformers.json")
+    named = settings.get("model_type")
+    if named in KINDS.values():
+        return str(named)
+    if settings or (folder / "modules.json").exists():
+        return "SentenceTransformer"
+    architectures = _json(folder / "config.json").get("architectures") or [""]
+    return "CrossEncoder" if str(architectures[0]).endswith("ForSequenceClassification") else "SentenceTransformer"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
     """Load a model and its tokenizer (None where there is none); ConfigError when the model cannot be loaded.
 
-    A folder with a modules.json is loaded as a SentenceTransformer. Otherwise config.json names the transformers class.
+    A folder with a modules.json is loaded by sentence-transformers, see `encoder_class`. Otherwise config.json names
+    the transformers class.
     """
     name = os.fspath(name_or_path)
     if not Path(name).exists():
         name = packaged_model(name) or name
     if Path(name, "modules.json").exists():
-        sentences = SentenceTransformer(name)
+        sentences = encoder_class(name)(name)
         return sentences, sentences.tokenizer
     import transformers
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -33,7 +33,7 @@ _OF_MODEL = (
 
 
 class PrivateCopy:
-    """A copy of a tokenizer, or of the tokenising part of a SentenceTransformer, renewed when the settings change.
+    """A copy of a tokenizer, or of the tokenising part of a sentence-transformers model, renewed after changes.
 
     lock: to be acquired while the copy is used; no other lock may be acquired meanwhile.
     """
@@ -46,10 +46,10 @@ class PrivateCopy:
     def of(self, source: Any) -> Any:
         """Return the copy of `source`, renewed if the settings of `source` have changed.
 
-        source: a tokenizer of transformers or a SentenceTransformer. ConfigError when it cannot be copied.
+        source: a tokenizer of transformers or a model of sentence-transformers. ConfigError when it cannot be copied.
         """
         if self._copy is None or self._settings is None or not self._settings.hold(source):
-            self._copy = _reader(source) if isinstance(source, SentenceTransformer) else _copied(source)
+            self._copy = _reader(source) if isinstance(source, BaseModel) else _copied(source)
             self._settings = Settings(source)
         return self._copy
 
@@ -64,7 +64,7 @@ _guard = threading.Lock()
 
 @contextmanager
 def private_copy(source: Any) -> Iterator[Any]:
-    """Lock and yield the shared private copy of a tokenizer or SentenceTransformer."""
+    """Lock and yield the shared private copy of a tokenizer or model of sentence-transformers."""
     with _guard:
         shared = _copies.get(source)
         if shared is None:
@@ -74,7 +74,7 @@ def private_copy(source: Any) -> Iterator[Any]:
 
 
 def forget_copy(source: Any) -> None:
-    """Drop the private copy of a tokenizer or SentenceTransformer, after something in the source changed in place."""
+    """Drop the private copy of a tokenizer or sentence-transformers model, after a change of the source in place."""
     with _guard:
         shared = _copies.get(source)
     if shared is not None:
@@ -97,7 +97,7 @@ after_fork(_forget_all)
 
 
 class Settings:
-    """Snapshot of the settings that decide how a tokenizer or SentenceTransformer tokenises.
+    """Snapshot of the settings that decide how a tokenizer or model of sentence-transformers tokenises.
 
     It has the attributes of tokenizers and of the objects around them, containers among these, and the rules of fast
     tokenizers, but not the padding and truncation of the last call. Large containers, such as a vocabulary, are
@@ -105,7 +105,7 @@ class Settings:
     """
 
     def __init__(self, source: Any) -> None:
-        """Take a snapshot. source: a tokenizer of transformers or a SentenceTransformer."""
+        """Take a snapshot. source: a tokenizer of transformers or a model of sentence-transformers."""
         self._source = ref(source)
         self._attributes: list[tuple[dict[str, Any], int, list[str], list[Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -113,7 +113,7 @@ class Settings:
         self._backends: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
         self._functions = _functions(source)
-        if isinstance(source, SentenceTransformer):
+        if isinstance(source, BaseModel):
             self._containers.append((source._modules, dict(source._modules)))
             for module in list(source.children())[:1]:
                 self._watch(module, _DEEPEST)
@@ -170,8 +170,8 @@ class Settings:
 
 
 def _functions(source: Any) -> dict[str, int]:
-    """Return ids of functions that replace methods of a SentenceTransformer; references would keep the model alive."""
-    if not isinstance(source, SentenceTransformer):
+    """Return ids of functions that replace methods of a model; references would keep the model alive."""
+    if not isinstance(source, BaseModel):
         return {}
     return {name: id(value) for name, value in vars(source).items() if callable(value)}
 
@@ -216,9 +216,9 @@ def _uncopyable(tokenizer: Any, error: Exception) -> ConfigError:
     )
 
 
-def _reader(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a SentenceTransformer that tokenises as `model` does, with a tokenizer of its own and shared weights."""
-    reader: SentenceTransformer = copy.copy(model)
+def _reader(model: BaseModel) -> BaseModel:
+    """Return a model that tokenises as `model` does, with a tokenizer of its own and shared weights."""
+    reader: BaseModel = copy.copy(model)
     # the card refers to the model, which would then never be garbage collected
     reader.__dict__.pop("model_card_data", None)
     modules = dict(model._modules)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 
 from llmcache.errors import ConfigError
@@ -73,7 +74,7 @@ class TokenRows:
         return TokenRows({name: [rows[i] for i in chosen] for name, rows in self.fields.items()}, self.shared)
 
 
-def check_inputs(model: SentenceTransformer) -> None:
+def check_inputs(model: BaseModel) -> None:
     """Raise ConfigError unless a transformers tokenizer turns each text into one row of token ids and a mask."""
     first = type(model[0]).__name__
     if not hasattr(model.tokenizer, "init_kwargs"):
@@ -99,7 +100,7 @@ def check_inputs(model: SentenceTransformer) -> None:
         )
 
 
-def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+def tokenise(model: BaseModel, texts: Sequence[Any], prompt: str | None, role: str | None) -> TokenRows:
     """Return the token rows of texts, in their order. Texts of similar length should be neighbours: they share padding.
 
     The rows are those of the model's own `preprocess`, run with a private copy of the tokenizer, so that other users of
@@ -111,7 +112,7 @@ def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str | Non
         return _tokenised(reader, texts, prompt, role)
 
 
-def _tokenised(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+def _tokenised(model: BaseModel, texts: Sequence[Any], prompt: str | None, role: str | None) -> TokenRows:
     """Tokenise with a model that no other thread uses at the moment; see `tokenise`."""
     by_library = len(texts) > _COMPARED and not (prompt or role) and _reads_text(model)
     first = _preprocessed(model, texts[:_COMPARED] if by_library else texts, prompt, role)
@@ -133,7 +134,7 @@ def _tokenised(model: SentenceTransformer, texts: Sequence[str], prompt: str | N
     return TokenRows(fields, first.shared)
 
 
-def _preprocessed(model: SentenceTransformer, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
+def _preprocessed(model: BaseModel, texts: Sequence[Any], prompt: str | None, role: str | None) -> TokenRows:
     """Return the token rows of texts as the model's `preprocess` makes them."""
     fields: dict[str, list[NDArray[np.int32]]] = {}
     shared: dict[str, Any] = {}
@@ -149,8 +150,10 @@ _MAYBE_MEDIA = re.compile(r"://|^data:|\.[a-z0-9]{2,4}$", re.IGNORECASE).search
 """Find texts that `preprocess` may take for an address of an image, sound or video."""
 
 
-def _reads_text(model: SentenceTransformer) -> bool:
+def _reads_text(model: BaseModel) -> bool:
     """Return whether the `tokenizers` library may replace the model's `preprocess`."""
+    if not isinstance(model, (SentenceTransformer, SparseEncoder)):  # pairs, or token vectors by task
+        return False
     first = model[0]
     fast = bool(getattr(model.tokenizer, "is_fast", False))
     return type(first) is Transformer and fast and not getattr(first, "do_lower_case", False)

@@ -121,14 +121,14 @@ def tokens_of_texts(
 ) -> list[NDArray[np.int32]]:
     """Return the token ids of each text with each prompt, to find states whose entry was removed.
 
-    reader: a SentenceTransformer, which truncates texts as in `encode`, or a transformers tokenizer, whose ids are
-    returned with and without special tokens. Returns distinct int32 [tokens] arrays.
+    reader: a model of sentence-transformers, which truncates texts as in `encode`, or a transformers tokenizer, whose
+    ids are returned with and without special tokens. Returns distinct int32 [tokens] arrays.
     """
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
     distinct: dict[bytes, NDArray[np.int32]] = {}
     for prompt in prompts:
-        if isinstance(reader, SentenceTransformer):
+        if isinstance(reader, BaseModel):
             from llmcache.model.tokens import tokenise
 
             rows = [ids for role in (None, *ROLES) for ids in tokenise(reader, texts, prompt, role).ids]

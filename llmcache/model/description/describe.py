@@ -52,7 +52,7 @@ _OF_PRETRAINED = re.compile(
 _OF_SENTENCES = re.compile(
     r"encode.*|prompts|default_prompt_name|_?similarity.*|truncate_dim|trust_remote_code|.*model_card.*|_model_config|"
     r"_device_map|_modules_placed|_accelerate_placement_hook|is_hpu_graph_enabled|_target_device|module_kwargs|revision|"
-    r"local_files_only|cache_folder|token|model_name_or_path"
+    r"local_files_only|cache_folder|token|model_name_or_path|activation_fn"
 )
 # caches that the modules of a SentenceTransformer keep between calls
 _MEMORIES = re.compile(r"_.*_cache|_prompt_length_mapping|_declared_forward_params|input_formatter")
@@ -201,6 +201,8 @@ def _excluded(module: Module) -> list[re.Pattern[str]]:
         patterns.append(_OF_PRETRAINED)
     if hasattr(type(module), "transformers_model"):
         patterns.append(_OF_SENTENCES)
+        if "max_active_dims" not in getattr(module, "get_model_kwargs", list)():
+            patterns.append(re.compile("max_active_dims"))  # only cuts finished vectors
     if library and hasattr(module, "get_config_dict"):
         patterns.append(_MEMORIES)
         settings = pooling_settings(module)
