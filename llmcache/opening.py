@@ -132,6 +132,8 @@ def loaded(model: Module | str | os.PathLike[str], tokenizer: Any = None) -> tup
             check_inputs(model)
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
+    if not name:
+        raise ConfigError("the name of the model is empty; give the name or path of a model")
     try:
         module, identity = load(name)
     except (OSError, ValueError, ImportError) as error:
