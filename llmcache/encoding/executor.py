@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmcache.banks.device_cache import DeviceCache, levels_of
-from llmcache.banks.lookup import exact_by_tokens, first_occurrences
+from llmcache.banks.device_cache import levels_of
+from llmcache.banks.lookup import first_occurrences
 from llmcache.banks.pace import Pace
 from llmcache.banks.payoff import sample
+from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
@@ -67,15 +68,14 @@ class Executor:
         self._storing, self.bank, self._inside = storing, bank, inside
         self.embedding = model.token_embedding()
         self.counters = storing.counters
-        self._payoff = storing.worth(bank, name, partial(seconds_again, model, bank))
+        self.reader = BankReader(bank, storing.worth(bank, name, partial(seconds_again, model, bank)))
+        """Reader of the bank; it has a device cache from the first call for a tensor on, where the settings ask."""
         self._exact_audits = storing.exact_audits
         self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
         self._pace = Pace(self._probe)
-        self.near_tier = NearTier(model, config, storing, bank, inside, self._pace, self.scope)
+        self.near_tier = NearTier(model, config, storing, self.reader, inside, self._pace, self.scope)
         self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
         """Digests of the fields that the guard compares, of stored and of requested texts."""
-        self.levels: DeviceCache | None = None
-        """Device memory and page-locked memory above the bank's files; None before the first call for a tensor."""
         self._levels_for: torch.device | None = None
 
     @property
@@ -114,7 +114,7 @@ class Executor:
         answers = self._empty(call)
         keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        tried = distinct[self._tried(answers, keys[distinct])]
+        tried = distinct[self._tried(call, keys[distinct])]
         rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
         self.counters.exact_text += len(tried) - len(rest)
         skipped = distinct[:0] if len(tried) == len(distinct) else np.setdiff1d(distinct, tried)
@@ -148,11 +148,12 @@ class Executor:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         embedding = self._model.token_embedding()
         if self._levels_for != embedding.device:
-            self.levels, self._levels_for = levels_of(self.bank, embedding.device, self.config), embedding.device
+            self.reader.levels = levels_of(self.bank, embedding.device, self.config)
+            self._levels_for = embedding.device
         near_on_device = self.reuse is not None and self.reuse.place is not None
-        if self.levels is None and not near_on_device:
+        if self.reader.levels is None and not near_on_device:
             return Answers.empty(len(call.texts), self.bank.facts.width)
-        return DeviceAnswers.on(embedding, self.bank.facts, self.levels, len(call.texts))
+        return DeviceAnswers.on(embedding, self.bank.facts, len(call.texts))
 
     def _seed(self, kind: str, call: EncodeCall) -> Seed:
         """Return the seed of all keys of a call. Model, process mode, role, prompt and secret enter keys only here."""
@@ -196,15 +197,12 @@ class Executor:
         """Return the bank rows of texts under the role and prompt of a call, int64 [n]; -1 for a text not stored."""
         tokens = self._model.tokenise(texts, call.prompt, call.role)
         seed = self._seed("tokens", call)
-        return exact_by_tokens(self.bank, token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
+        return self.reader.lookup(token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
 
-    def _tried(self, answers: Answers, keys: Keys) -> Places:
-        """Return the documents to look up, int64, in order: all, or a few while loading takes longer than computing."""
-        levels = _levels(answers)
-        selected = self._payoff.select_for_lookup(len(keys), memory=levels is not None)
-        if len(selected) == len(keys) or levels is None:
-            return selected
-        return self._payoff.with_memory(selected, levels, lambda: self.bank.find_text(keys))
+    def _tried(self, call: EncodeCall, keys: Keys) -> Places:
+        """Return the texts to look up, indices into their keys, int64, in order."""
+        selected, in_memory = self.reader.select(len(keys), keys if call.tensor else None, texts=True)
+        return np.union1d(selected, in_memory) if len(in_memory) else selected
 
     def _exact(
         self, answers: Answers, call: EncodeCall, places: Places, rows: Places, window: Window | float
@@ -213,12 +211,11 @@ class Executor:
 
         Returns the places without a readable row, in order. ModelMismatch when an audit fails.
         """
-        hit = rows >= 0
-        with self._payoff.loading(rows[hit], _levels(answers)):
-            lost = answers.serve(places[hit], rows[hit], self.bank, EXACT)
-        served = places[hit] if not len(lost) else np.delete(places[hit], lost)
-        self._hits.audit(answers, served, call, window)
-        return places[~hit | np.isin(places, places[hit][lost])] if len(lost) else places[~hit]
+        hit = np.flatnonzero(rows >= 0)
+        values, intact = self.reader.load(rows[hit], on_device=call.tensor)
+        answers.serve(places[hit], rows[hit], values, intact, EXACT)
+        self._hits.audit(answers, places[hit[intact]], call, window)
+        return np.delete(places, hit[intact])
 
     def _probe(self) -> tuple[int, float]:
         """Compute a few documents of the bank again. Returns their number of tokens, and the seconds of the model."""
@@ -251,7 +248,7 @@ class Executor:
         self.counters.at_limit += at_limit(self._model, tokens)
         keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
         distinct, first = first_occurrences(keys)
-        rows = exact_by_tokens(self.bank, keys[distinct], [tokens.ids[i] for i in distinct])
+        rows = self.reader.lookup(keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows, (places, tokens)))]
         if len(todo):  # a changed model must neither serve near matches nor store new entries
             self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
@@ -318,8 +315,3 @@ class Executor:
         of_computed = int(np.count_nonzero((answers.duplicate_of >= 0) & (answers.row < 0)))
         if counters.misses:
             counters.saved_seconds += of_computed * counters.model_seconds / counters.misses
-
-
-def _levels(answers: Answers) -> DeviceCache | None:
-    """Return the device cache that a call's hits come from; None if they come from the files."""
-    return answers.levels if isinstance(answers, DeviceAnswers) else None

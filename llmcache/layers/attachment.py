@@ -33,6 +33,7 @@ from llmcache.layers.partial_forward import (
 )
 from llmcache.layers.prefix_caches import PrefixCaches
 from llmcache.layers.trial import LayerTrial, MemoryBanks
+from llmcache.layers.trunk_identity import TrunkIdentity
 from llmcache.model.architecture import Trunk
 from llmcache.model.compiled import not_compiled, refuse_compiled
 from llmcache.model.description.process_settings import running_mode
@@ -65,7 +66,7 @@ class Attachment:
         trunk: Trunk,
         banks: Callable[[TrunkSpec], LayerBanks],
         choose: Callable[[int], Sequence[int]],
-        changed: Callable[[], None],
+        identity: TrunkIdentity,
         prefixes: Callable[[str], PrefixCache | None],
         counters: Counters,
         exact_audits: ExactAudits,
@@ -79,14 +80,14 @@ class Attachment:
 
         banks: opens the layer banks for a trunk of this structure.
         choose: returns the layers that have banks, given the number of layers; ConfigError for a layer that is missing.
-        changed: called before the next forward when the model has changed since the last one.
+        identity: of the trunk; renewed before the next forward when the model has changed since the last one.
         watch: detects changes of the trunk's module.
         prefixes: makes a decoder's prefix cache for a running mode; returns None when prefix caching is off.
         lock: of the cache. is_open: returns True while the cache is open; otherwise the model computes by itself.
         states_only: use the layer banks for a decoder's calls that do not request keys and values.
         """
         self.trunk = trunk
-        self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
+        self._open_banks, self._choose, self._identity, self._counters = banks, choose, identity, counters
         self._states_only, self._exact_audits = states_only, exact_audits
         self._blocks = LayerStack(trunk.blocks)
         self._parameters = ForwardSignature(trunk.module)
@@ -232,7 +233,7 @@ class Attachment:
         if not training and self._watch.changed():
             if self.trunk.replaced:
                 raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
-            self._changed()
+            self._identity.renew()
             self._specs.clear()
             self._prefixes.clear()
             self._decodes = None
