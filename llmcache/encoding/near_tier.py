@@ -116,7 +116,7 @@ class NearTier:
         self._counters.audited_drift += float(drift.sum())
 
     def _by_tau(self, answers: Answers, call: EncodeCall, places: Places, features: Floats32 | torch.Tensor) -> Places:
-        """Serve the nearest entries of the call's scope above `tau`; returns the indices into `places` that stay open."""
+        """Serve the nearest entries of this scope above `tau`. Returns the indices into `places` that stay open."""
         if self._config.tau is None:
             return np.arange(len(places))
         rows, similarity = near(self._bank, features, self._config.tau, self._scope(call))
