@@ -15,7 +15,6 @@ import torch
 from llmcache.banks.device_cache import levels_of
 from llmcache.banks.lookup import first_occurrences
 from llmcache.banks.pace import Pace
-from llmcache.banks.payoff import sample
 from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
@@ -25,7 +24,7 @@ from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.hit_audits import AuditedHits, Window
 from llmcache.encoding.near_layers import asked_with
 from llmcache.encoding.near_tier import NearTier
-from llmcache.encoding.uncached import answer_by_model, at_limit, seconds_again
+from llmcache.encoding.uncached import answer_by_model, at_limit, seconds_again, tokens_and_seconds_again
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.rows import Keys
@@ -42,7 +41,6 @@ from llmcache.near.matcher import NearMatcher
 _WINDOW = 8192  # documents that are tokenised, looked up and sorted by length together
 _AHEAD = ("cuda",)  # device types for which the host tokenises the next window while the device computes
 _BATCHES = 4  # batches in a window on these devices
-_PROBED = 16  # documents computed again to measure the model's speed, where nothing was computed yet
 
 
 class Executor:
@@ -72,8 +70,8 @@ class Executor:
         """Reader of the bank; it has a device cache from the first call for a tensor on, where the settings ask."""
         self._exact_audits = storing.exact_audits
         self._hits = AuditedHits(model, bank, storing.exact_audits.evidence(bank, name, model.module, digest))
-        self._pace = Pace(self._probe)
-        self.near_tier = NearTier(model, config, storing, self.reader, inside, self._pace, self.scope)
+        self._pace = Pace(partial(tokens_and_seconds_again, model, bank))
+        self.near_tier = NearTier(model, config, storing, self.reader, inside, self._pace)
         self.fields = FieldDigests(secret, lambda: getattr(model, "limit", None))
         """Digests of the fields that the guard compares, of stored and of requested texts."""
         self._levels_for: torch.device | None = None
@@ -112,7 +110,7 @@ class Executor:
         """Answer a call through the cache: distinct texts first, then their repeats."""
         before, began = self.counters.model_seconds, time.perf_counter()
         answers = self._empty(call)
-        keys = text_keys(self._seed("text", call), call.texts).view(np.uint64)
+        keys = text_keys(self.seed("text", call), call.texts).view(np.uint64)
         distinct, first = first_occurrences(keys)
         tried = distinct[self._tried(call, keys[distinct])]
         rest = self._exact(answers, call, tried, self.bank.find_text(keys[tried]), began)
@@ -134,7 +132,7 @@ class Executor:
     def _uncached(self, call: EncodeCall) -> Answers:
         """Answer all texts of the call by the model alone; each distinct text is computed once."""
         answers = Answers.empty(len(call.texts), self.bank.facts.width)
-        distinct, first = first_occurrences(text_keys(self._seed("text", call), call.texts).view(np.uint64))
+        distinct, first = first_occurrences(text_keys(self.seed("text", call), call.texts).view(np.uint64))
         answer_by_model(answers, call, distinct, self._model, self.counters)
         repeats = np.flatnonzero(first != np.arange(len(first)))
         answers.repeat(repeats, first[repeats])
@@ -155,10 +153,6 @@ class Executor:
             return Answers.empty(len(call.texts), self.bank.facts.width)
         return DeviceAnswers.on(embedding, self.bank.facts, len(call.texts))
 
-    def _seed(self, kind: str, call: EncodeCall) -> Seed:
-        """Return the seed of all keys of a call. Model, process mode, role, prompt and secret enter keys only here."""
-        return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
-
     def digest(self) -> bytes:
         """Return 32 bytes that identify the model and the process settings that change outputs, such as autocast."""
         mode = running_mode(self.embedding.device.type)
@@ -170,15 +164,22 @@ class Executor:
         return self._model
 
     def seed(self, kind: str, call: EncodeCall) -> Seed:
-        """Return the hash seed of this call's keys. kind: "text" or "tokens"."""
-        return self._seed(kind, call)
+        """Return the hash seed of this call's keys. Model, process mode, role, prompt and secret enter keys only here.
+
+        kind: "text", "tokens", or "scope" for `scope`.
+        """
+        return key_seed(self.digest(), kind, call.role, call.prompt, self._secret)
 
     def scope(self, call: EncodeCall) -> int:
         """Return the near scope of a call, uint64: only entries stored with the same scope can be its near matches.
 
         The scope is hashed from the same seed as the keys, so near matches are restricted just as exact ones are.
         """
-        return scope_of(self._seed("scope", call))
+        return scope_of(self.seed("scope", call))
+
+    def _token_keys(self, call: EncodeCall, tokens: TokenRows) -> Keys:
+        """Return the keys of tokenised documents of a call, uint64 [n, 2]."""
+        return token_keys(self.seed("tokens", call), tokens.key_bytes()).view(np.uint64)
 
     def marks(self, call: EncodeCall, places: Places) -> Marks | None:
         """Return the guard marks to store with these documents; None if nothing is stored, or without features."""
@@ -190,14 +191,13 @@ class Executor:
         """Return the text key and the token key of one text, each uint64 [1, 2], and its tokens."""
         call = EncodeCall([text], None, prompt, role)
         tokens = self._model.tokenise([text], prompt, role)
-        by_text = text_keys(self._seed("text", call), [text]).view(np.uint64)
-        return by_text, token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64), tokens
+        by_text = text_keys(self.seed("text", call), [text]).view(np.uint64)
+        return by_text, self._token_keys(call, tokens), tokens
 
     def rows(self, texts: Sequence[str], call: EncodeCall) -> Places:
         """Return the bank rows of texts under the role and prompt of a call, int64 [n]; -1 for a text not stored."""
         tokens = self._model.tokenise(texts, call.prompt, call.role)
-        seed = self._seed("tokens", call)
-        return self.reader.lookup(token_keys(seed, tokens.key_bytes()).view(np.uint64), tokens.ids)
+        return self.reader.lookup(self._token_keys(call, tokens), tokens.ids)
 
     def _tried(self, call: EncodeCall, keys: Keys) -> Places:
         """Return the texts to look up, indices into their keys, int64, in order."""
@@ -216,12 +216,6 @@ class Executor:
         answers.serve(places[hit], rows[hit], values, intact, EXACT)
         self._hits.audit(answers, places[hit[intact]], call, window)
         return np.delete(places, hit[intact])
-
-    def _probe(self) -> tuple[int, float]:
-        """Compute a few documents of the bank again. Returns their number of tokens, and the seconds of the model."""
-        rows = sample(self.bank)[:_PROBED]
-        tokens = sum(len(ids) for ids in self.bank.tokens_of(rows))
-        return tokens, seconds_again(self._model, self.bank, rows)
 
     def _windows(self, call: EncodeCall, places: Places) -> Iterator[tuple[Places, TokenRows]]:
         """Split a call into windows: documents that are tokenised, looked up and sorted by length together.
@@ -246,18 +240,18 @@ class Executor:
         copies: int64 [n], number of times that the call has each text.
         """
         self.counters.at_limit += at_limit(self._model, tokens)
-        keys = token_keys(self._seed("tokens", call), tokens.key_bytes()).view(np.uint64)
+        keys = self._token_keys(call, tokens)
         distinct, first = first_occurrences(keys)
         rows = self.reader.lookup(keys[distinct], [tokens.ids[i] for i in distinct])
         todo = distinct[np.isin(places[distinct], self._exact(answers, call, places[distinct], rows, (places, tokens)))]
         if len(todo):  # a changed model must neither serve near matches nor store new entries
-            self._hits.audit_sample(tokens, self._seed("tokens", call), call.role)
+            self._hits.audit_sample(tokens, self.seed("tokens", call), call.role)
         self.counters.exact_tokens += len(distinct) - len(todo)
         call.progress(len(places) - len(todo), 0)
         drawn = features_on(self.embedding, [tokens.ids[i] for i in todo], self.config.fingerprint)
         raw = drawn.cpu().numpy()
         requests = np.bincount(first, copies, minlength=len(first)).astype(np.int64)[todo]
-        documents = OpenDocuments(places[todo], keys[todo], requests, tokens, todo, drawn, raw)
+        documents = OpenDocuments(places[todo], keys[todo], requests, tokens, todo, drawn, raw, self.scope(call))
         open_, looked_up = self.near_tier.answer(answers, call, documents)
         if len(open_) < len(todo):
             todo, raw = todo[open_], raw[open_]

@@ -52,12 +52,11 @@ class NearTier:
         reader: BankReader,
         inside: Callable[[], AbstractContextManager[Any]],
         pace: Pace,
-        scope: Callable[[EncodeCall], int],
     ) -> None:
-        """inside: context that the model runs in. pace: speed of the model. scope: gives the near scope of a call."""
+        """reader: of the bank. inside: context that the model runs in. pace: speed of the model."""
         self._model, self._config, self._storing = model, config, storing
         self._reader, self._bank = reader, reader.bank
-        self._inside, self._pace, self._scope = inside, pace, scope
+        self._inside, self._pace = inside, pace
         self._embedding, self._counters = model.token_embedding(), storing.counters
         self._matcher: NearMatcher | None = None
         self.near_answers = NearAnswers(config.near_repeats)
@@ -87,7 +86,7 @@ class NearTier:
         if not count:
             return everything, None
         if matcher is not None:
-            if matcher.scope != self._scope(call):
+            if matcher.scope != documents.scope:
                 matcher.foreign += count
                 return everything, None
             open_, looked_up = self._by_calibration(answers, call, documents, matcher)
@@ -98,7 +97,7 @@ class NearTier:
                 open_ = near_layers(attachment, self._model, config, self._counters, answers, call, documents)
         else:
             features = documents.drawn if self._bank.near.takes_tensors else documents.raw
-            open_ = self._by_tau(answers, call, documents.places, features)
+            open_ = self._by_tau(answers, documents, features, on_device=call.tensor)
         call.progress(count - len(open_), 0)
         return open_, looked_up
 
@@ -115,14 +114,17 @@ class NearTier:
         self._counters.audits += len(drift)
         self._counters.audited_drift += float(drift.sum())
 
-    def _by_tau(self, answers: Answers, call: EncodeCall, places: Places, features: Floats32 | torch.Tensor) -> Places:
-        """Serve the nearest entries of this scope above `tau`. Returns the indices into `places` that stay open."""
+    def _by_tau(
+        self, answers: Answers, documents: OpenDocuments, features: Floats32 | torch.Tensor, *, on_device: bool
+    ) -> Places:
+        """Serve the nearest entries above `tau`. Returns the indices into `documents` that stay open."""
+        places = documents.places
         if self._config.tau is None:
             return np.arange(len(places))
-        rows, similarity = near(self._bank, features, self._config.tau, self._scope(call))
+        rows, similarity = near(self._bank, features, self._config.tau, documents.scope)
         self._storing.history.similar(similarity, rows >= 0)
         hits = np.flatnonzero(rows >= 0)
-        values, intact = self._reader.load(rows[hits], on_device=call.tensor, counted=False)
+        values, intact = self._reader.load(rows[hits], on_device=on_device, counted=False)
         answers.serve(places[hits], rows[hits], values, intact, NEAR)
         served = hits[intact]
         answers.similarity[places[served]] = similarity[served]

@@ -20,7 +20,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.layer_banks import LayerBanks, bank_name
-from llmcache.layers.partial_forward import NoSuchLayer, TrunkSpec
+from llmcache.layers.partial_forward import TrunkSpec, chosen_layers
 from llmcache.layers.trunk_identity import TrunkIdentity
 from llmcache.model.architecture import Trunk, find_trunk
 from llmcache.model.batching import token_embedding
@@ -101,7 +101,7 @@ class Layers:
         return Attachment(
             trunk,
             lambda spec: self._open_banks(trunk.module, identity, chosen_layers(layers, spec.layers), spec),
-            lambda count: chosen_layers(layers, count),
+            layers,
             identity,
             lambda mode: self._open_prefixes(trunk.module, identity, mode),
             self.storing.counters,
@@ -171,17 +171,3 @@ def _checked_bank(bank: Bank, facts: BankFacts, layer: int) -> Bank:
         f"features, this model's would be {facts.dtype} of width {facts.width} with {facts.feature_width}; use "
         "another namespace"
     )
-
-
-def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return the numbers of the layers that have banks, of `count` layers.
-
-    layers: "output" for the last one, "all", or numbers. `NoSuchLayer` (a ConfigError) for a number that is too large.
-    """
-    if layers == "output":
-        return (count - 1,)
-    if isinstance(layers, str):
-        return tuple(range(count))
-    if wrong := [layer for layer in layers if layer >= count]:
-        raise NoSuchLayer(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
-    return tuple(sorted(set(layers)))
