@@ -123,9 +123,8 @@ class BlockStore:
             return {}
         rows = sorted(numbers)
         values, intact = self._reader.load(np.array(rows, np.int64), on_device=on_device)
-        if isinstance(values, Tensor):
-            values = values.view(len(rows), self.block, -1).unbind(0)
-        return {row: record for row, record, good in zip(rows, values, intact.tolist(), strict=True) if good}
+        records: Any = values.view(len(rows), self.block, -1).unbind(0) if isinstance(values, Tensor) else values
+        return {row: record for row, record, good in zip(rows, records, intact.tolist(), strict=True) if good}
 
     # -- storing --------------------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class LayerBanks:
             if not len(known):
                 continue
             states, intact = reader.load(at[known])
+            assert not isinstance(states, Tensor), "layer banks have no device cache"
             known = known[intact]
             served, at = tried[known], at[known]
             for place, row, state in zip(served.tolist(), at.tolist(), compress(states, intact), strict=True):
