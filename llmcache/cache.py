@@ -245,7 +245,7 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
     @call
     def levels(self) -> DeviceCache | None:
         """Entries in device memory and in page-locked memory; None before the first call for a tensor."""
-        return self._execution.levels
+        return self._execution.reader.levels
 
     @property
     @call

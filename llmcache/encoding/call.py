@@ -50,7 +50,8 @@ class OpenDocuments:
 
     places: int64 [n], positions in the call. keys: token keys, uint64 [n, 2]. copies: int64 [n], requests of the call
     that each document answers. window: tokens of the whole window; chosen: int64 [n], indices of the documents in the
-    window. drawn: features, float32 [n, width], on the model's device; raw: the same on the host.
+    window. drawn: features, float32 [n, width], on the model's device; raw: the same on the host. scope: near scope of
+    the call, uint64; see `Executor.scope`.
     """
 
     places: Places
@@ -60,6 +61,7 @@ class OpenDocuments:
     chosen: Places
     drawn: torch.Tensor
     raw: Floats32
+    scope: int
 
     def token_ids(self) -> list[NDArray[np.int32]]:
         """Return the token ids of each document."""
