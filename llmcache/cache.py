@@ -178,7 +178,7 @@ class LLMCache(EncodeMethods, NearMethods, ModelMethods):
     @property
     @call
     def bank(self) -> Bank:
-        """Bank of the embeddings, for workers that store batches of their own. ConfigError without embeddings."""
+        """The bank of embeddings, for code that looks up or stores batches itself. ConfigError without embeddings."""
         return self._bank
 
     @property

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
@@ -44,8 +43,8 @@ class RayCompute:
 
     def batches(self, misses: Misses, call: EncodeCall) -> Generator[ComputedMisses]:
         """Compute all misses, longest documents first. Yields parts of whole batches, in this order."""
-        order = np.argsort(-misses.tokens.lengths, kind="stable")
-        parts = [part.tolist() for part in _parts(order, call.batch_size, self._workers.count)]
+        order = np.argsort(-misses.tokens.lengths, kind="stable").tolist()
+        parts = _parts(order, call.batch_size, self._workers.count)
         settings = EncodeCall([], None, None, call.role, call.batch_size)
         began = time.perf_counter()
         for part, done in zip(parts, self._workers.computed(map(misses.take, parts), settings), strict=True):
@@ -57,8 +56,8 @@ class RayCompute:
         self._workers.close()
 
 
-def _parts(order: NDArray[np.int64], batch_size: int, workers: int) -> list[NDArray[np.int64]]:
-    """Split the order of documents into parts of whole batches, some parts per worker. order: int64 [n]."""
+def _parts(order: list[int], batch_size: int, workers: int) -> list[list[int]]:
+    """Split documents into parts of whole batches, some parts per worker. order: their indices, in order."""
     batches = -(-len(order) // batch_size)
     size = batch_size * max(1, -(-batches // (_PER_WORKER * workers)))
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -21,11 +21,11 @@ from llmcache.model.batching import Model, compute
 class ComputedMisses:
     """Some of the misses, computed together.
 
-    chosen: indices into the misses. outputs: float32 [n, width], on the host. cost: seconds of the model for each,
-    float32 [n]. seconds: time that the caller waited. vectors: the model's own output, [n, width], on its device; None
-    if another process computed. layers: layers that were skipped, int64 [n], and keys of the states that the documents
-    resumed from; None without reuse of layers, else the reuse also counts the seconds. stored: True if another process
-    has committed the entries, False if it could not; None if the caller has to store them.
+    chosen: indices into the misses. outputs: float32 [n, width], on the host. cost: seconds of the model for each
+    document, float32 [n]. seconds: time that the caller waited. vectors: the model's own output, [n, width], on its
+    device; None if another process computed. layers: numbers of layers that an attached model skipped, int64 [n], and
+    keys of the states that it resumed from; None if it was not attached. An attachment counts the seconds itself.
+    stored: True if another process has committed the entries, False if it could not; None if the caller stores them.
     """
 
     chosen: list[int]
@@ -48,11 +48,11 @@ class Compute(Protocol):
     def check(self, device: torch.device) -> None:
         """Check the settings of this process before a call. ConfigError when the backend does not compute under them.
 
-        device: of the model of this process.
+        device: device of the model in this process, since autocast is a setting of each kind of device.
         """
 
     def batches(self, misses: Misses, call: EncodeCall) -> Generator[ComputedMisses]:
-        """Compute all misses of a window. Yields them in batches; the caller closes the generator."""
+        """Compute all misses of a window, and yield them in batches. The caller closes the generator."""
         ...
 
     def close(self) -> None:
