@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from llmcache.cache import LLMCache
-from llmcache.distributed.cache import SpreadCache
-from llmcache.distributed.ray import open as open_on_ray
+from llmcache.distributed.compute import open_with_workers
 from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.store import Store
 
@@ -60,16 +59,17 @@ def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
                 expected = expected or facts
                 rows.append(_row(name, 1, count, base / name, texts, seconds, facts == expected))
             for name, killing in ((f"{workers} workers", False), (f"{workers} workers, one killed", True)):
-                with open_on_ray(base / name, model, workers=workers, threads=threads) as many:
-                    _started(many, workers)
-                    facts, seconds = _job(many, texts, many.workers.pids()[:1] if killing else [])
+                cache, started = open_with_workers(base / name, model, workers, threads)
+                with cache:
+                    _warm_up(cache, workers)
+                    facts, seconds = _job(cache, texts, started.pids()[:1] if killing else [])
                 rows.append(_row(name, workers, threads, base / name, texts, seconds, facts == expected))
             return rows
         finally:
             torch.set_num_threads(before)
 
 
-def _started(cache: SpreadCache, workers: int) -> None:
+def _warm_up(cache: LLMCache, workers: int) -> None:
     """Let the workers load the model before the clock runs."""
     for _ in cache.run([f"warm up {i}" for i in range(BATCH * workers)], batch_size=BATCH):
         continue

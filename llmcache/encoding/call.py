@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
+from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.prompts import ROLES
 from llmcache.model.tokens import TokenRows
@@ -74,13 +75,36 @@ class OpenDocuments:
 
 @dataclass(frozen=True, slots=True)
 class Misses:
-    """Documents that the model has to compute. Every array has one row per document."""
+    """Documents that the model has to compute, and what is stored with them. Every array has one row per document.
+
+    places: int64 [n], positions in the call. text_keys, keys: uint64 [n, 2]. sources: ids. features: float32
+    [n, feature width]. marks: marks for near reuse; None for none, or where they are made batch by batch.
+    """
 
     places: Places
     text_keys: Keys
     keys: Keys
     tokens: TokenRows
+    sources: list[str]
     features: Floats32
+    marks: Marks | None = None
+
+    def take(self, chosen: Sequence[int]) -> Misses:
+        """Return some of the documents, by their indices."""
+        entry = self.entry(chosen)
+        return Misses(
+            self.places[chosen], self.text_keys[chosen], self.keys[chosen], self.tokens.take(chosen),
+            entry["sources"], entry["features"], entry["marks"],
+        )  # fmt: skip
+
+    def entry(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """Return arguments of `Bank.put` for some of the documents, by their indices: all but keys, values and cost."""
+        return {
+            "tokens": [self.tokens.ids[i] for i in chosen],
+            "sources": [self.sources[i] for i in chosen],
+            "features": self.features[chosen],
+            "marks": None if self.marks is None else self.marks[chosen],
+        }
 
 
 def texts_argument(inputs: Any, others: dict[str, Any]) -> Any:

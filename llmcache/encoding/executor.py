@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,16 +20,16 @@ from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
 from llmcache.encoding.call import EncodeCall, Misses, OpenDocuments, Places
+from llmcache.encoding.compute import Compute, ComputedMisses, LocalCompute
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.hit_audits import AuditedHits, Window
-from llmcache.encoding.near_layers import asked_with
 from llmcache.encoding.near_tier import NearTier
 from llmcache.encoding.uncached import answer_by_model, at_limit, seconds_again, tokens_and_seconds_again
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.async_batch import one_ahead
-from llmcache.model.batching import Model, compute
+from llmcache.model.batching import Model
 from llmcache.model.description.process_settings import running_mode
 from llmcache.model.digests import sha
 from llmcache.model.features import features_on
@@ -56,14 +56,16 @@ class Executor:
         secret: bytes,
         inside: Callable[[], AbstractContextManager[Any]],
         name: str = "output",
+        backend: Compute | None = None,
     ) -> None:
         """digest: of the model's identity. secret: of the namespace, b"" for none. Both enter every key.
 
-        inside: context that the model runs in. name: of the bank.
+        inside: context that the model runs in. name: of the bank. backend: computes the misses; None: this model does.
         """
+        self._backend = LocalCompute(model, inside) if backend is None else backend
         self._model, self._digest, self._secret = model, digest, secret
         self.config = config
-        self._storing, self.bank, self._inside = storing, bank, inside
+        self._storing, self.bank = storing, bank
         self.embedding = model.token_embedding()
         self.counters = storing.counters
         self.reader = BankReader(bank, storing.worth(bank, name, partial(seconds_again, model, bank)))
@@ -90,7 +92,10 @@ class Executor:
 
         An interrupted call counts the documents that were answered until then. ModelMismatch when an audit finds that
         stored outputs are not those of the model; with `on_mismatch="bypass"` all documents are computed instead.
+        ConfigError when the backend does not compute under the settings of this process.
         """
+        self._backend.check(self.embedding.device)
+        self._storing.release()
         counters, answered, computed = self.counters, 0, 0
 
         def advance(more: int, by_model: int) -> None:
@@ -255,7 +260,9 @@ class Executor:
         open_, looked_up = self.near_tier.answer(answers, call, documents)
         if len(open_) < len(todo):
             todo, raw = todo[open_], raw[open_]
-        misses = Misses(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), raw)
+        sources = [call.ids[i] if call.ids else "" for i in places[todo]]
+        marks = self.marks(call, places[todo]) if self._backend.stores else None
+        misses = Misses(places[todo], text_keys[todo], keys[todo], tokens.take(todo.tolist()), sources, raw, marks)
         self._compute(answers, call, misses)
         if looked_up is not None:
             self.near_tier.audit(answers, len(places), looked_up)
@@ -264,35 +271,39 @@ class Executor:
         others = np.setdiff1d(np.arange(len(places)), todo)
         self._storing.alias(self.bank, text_keys[others], keys[others])
 
-    def _compute(self, answers: Answers, call: EncodeCall, unknown: Misses) -> None:
-        """Compute the misses in batches sorted by length, fill in their outputs, and store them."""
-        tokens, lengths = unknown.tokens, unknown.tokens.lengths.astype(np.float32)
-        with self._inside() as attachment, asked_with(attachment, call):
-            for done in compute(self._model, tokens, call.batch_size, call.role, ahead=attachment is None):
-                chosen, where = done.chosen, unknown.places[done.chosen]
-                answers.set_device_outputs(where, done.vectors)
-                layer_hits = None if attachment is None else attachment.last_pass()
-                if layer_hits is None:
+    def _compute(self, answers: Answers, call: EncodeCall, misses: Misses) -> None:
+        """Compute the misses, fill in their outputs, and store them."""
+        lengths = misses.tokens.lengths
+        # closed here, since the generator of an interrupted call would leave the model attached
+        with closing(self._backend.batches(misses, call)) as batches:
+            for done in batches:
+                chosen, where = done.chosen, misses.places[done.chosen]
+                if done.vectors is not None:
+                    answers.set_device_outputs(where, done.vectors)
+                if done.layers is not None:
+                    answers.computed(where, done.outputs, *done.layers)
+                else:
                     answers.outputs[where] = done.outputs
                     self.counters.model_seconds += done.seconds
-                    self._pace.observe(len(chosen), int(lengths[chosen].sum()), done.seconds)
-                else:  # the attachment counts the seconds itself
-                    answers.computed(where, done.outputs, *layer_hits)
+                    if done.stored is None:
+                        self._pace.observe(len(chosen), int(lengths[chosen].sum()), done.seconds)
                 try:
-                    self._storing.put(
-                        self.bank,
-                        unknown.keys[chosen],
-                        done.outputs,
-                        unknown.text_keys[chosen],
-                        tokens=[tokens.ids[i] for i in chosen],
-                        sources=[call.ids[i] if call.ids else "" for i in where],
-                        features=unknown.features[chosen],
-                        cost=lengths[chosen] * np.float32(done.seconds / max(1.0, lengths[chosen].sum())),
-                        marks=self.marks(call, where),
-                    )
-                    self._hits.computed(unknown.keys[chosen])
+                    self._store(call, misses, done)
                 finally:  # after Ctrl-C during `put` the documents count as computed
                     call.progress(len(chosen), len(chosen))
+
+    def _store(self, call: EncodeCall, misses: Misses, done: ComputedMisses) -> None:
+        """Store computed misses, unless the backend has stored them, or could not."""
+        chosen = done.chosen
+        keys, text_keys, entry = misses.keys[chosen], misses.text_keys[chosen], misses.entry(chosen)
+        if done.stored is None:
+            entry["marks"] = self.marks(call, misses.places[chosen])
+            self._storing.put(self.bank, keys, done.outputs, text_keys, cost=done.cost, **entry)
+            self._hits.computed(keys)
+        elif done.stored:
+            self._storing.remember(self.bank, keys, done.outputs, text_keys, cost=done.cost, **entry)
+        else:
+            self.counters.not_stored += len(chosen)
 
     def _count(self, call: EncodeCall, answers: Answers, repeats: int, seconds: float) -> None:
         """Add a finished call to the counters. seconds: of the call without those of the model."""
