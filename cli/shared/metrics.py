@@ -12,7 +12,7 @@ import typer
 
 from llmcache import __version__
 from llmcache.errors import ConfigError
-from llmcache.private_files import write_whole
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 if TYPE_CHECKING:
     from llmcache.report.statistics import Statistics
@@ -83,7 +83,8 @@ class Run:
             from prometheus_client import generate_latest
 
             # prometheus_client's own writer uses a predictable temporary name and follows links there
-            write_whole(self._file, generate_latest(_registry(self._command, namespace, seconds, tally, stats)))
+            data = generate_latest(_registry(self._command, namespace, seconds, tally, stats))
+            write_atomically(self._file, data, mode=ordinary_mode())
 
 
 def _registry(command: str, namespace: str, seconds: float, tally: Counted, stats: Statistics) -> Any:
