@@ -32,7 +32,7 @@ from llmcache.near.neighbors.index import Entries, Matches, Scores, Stored, Toke
 from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import Predictor
 
-_DEVICES = ("cuda",)  # elsewhere NumPy and FAISS are as fast
+_DEVICES = ("cuda",)  # elsewhere NumPy and FAISS are faster
 _BLOCK = 4096  # entries per block while they are copied
 _QUERIES = {
     "cpu": 512,
