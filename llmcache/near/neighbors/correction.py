@@ -80,7 +80,8 @@ def units(vectors: Tensor) -> Tensor: ...
 def units(vectors: Floats | Tensor) -> Floats32 | Tensor:
     """Return a float32 copy with unit L2 norm along the last axis. Zero vectors stay zero."""
     xp = namespace(vectors)
-    return single(vectors / xp.clip(xp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30, None))
+    unit: Floats32 | Tensor = single(vectors / xp.clip(xp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30, None))
+    return unit
 
 
 def weights(similarity: Array, temperature: float = TEMPERATURE) -> Array:
@@ -92,7 +93,8 @@ def weights(similarity: Array, temperature: float = TEMPERATURE) -> Array:
     with np.errstate(invalid="ignore"):
         raw = xp.exp((similarity - xp.amax(similarity, axis=1, keepdims=True)) / temperature)
     raw = xp.where(xp.isneginf(similarity), 0.0, raw)
-    return single(raw / xp.clip(raw.sum(axis=1, keepdims=True), 1e-30, None))
+    weight: Array = single(raw / xp.clip(raw.sum(axis=1, keepdims=True), 1e-30, None))
+    return weight
 
 
 def eligible_sources(similarity: Floats32, temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
@@ -191,7 +193,7 @@ def evidence_of_vectors(
     columns = [
         xp.log(xp.clip(1 - similarity[:, 0], 0, None) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
-        xp.log(xp.clip(1 - similarity.mean(axis=1), 0, None) + _TINY),
+        xp.log(xp.clip(1 - xp.mean(similarity, axis=1), 0, None) + _TINY),
         agreement.mean(axis=1),
         xp.amin(agreement, axis=1),
         xp.sqrt(inner(agreed, agreed)),
@@ -202,18 +204,21 @@ def evidence_of_vectors(
     if scores is not None:
         gap = decided(scores)
         columns += [gap, xp.log(gap + 0.05), gap / xp.sqrt(residual + _TINY)]
-    return single(xp.stack(columns, axis=1))
+    described: Array = single(xp.stack(columns, axis=1))
+    return described
 
 
 def _mixed(weight: Array, vectors: Array) -> Array:
     """Return weighted sums [n, out] of vectors [n, k, out] with weights [n, k]."""
-    return single(namespace(vectors).matmul(weight[:, None], vectors)[:, 0])
+    sums: Array = single(namespace(vectors).matmul(weight[:, None], vectors)[:, 0])
+    return sums
 
 
 def inner(one: Array, other: Array) -> Array:
     """Return inner products along the last axis."""
     if isinstance(one, np.ndarray):  # without a temporary array as large as the vectors
-        return single(np.einsum("...i,...i->...", one, other))
+        products: Array = single(np.einsum("...i,...i->...", one, other))
+        return products
     return (one * other).sum(-1)
 
 
