@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,7 @@ def evidence(
     predictions: Floats32,
     similarity: Floats32,
     tokens: tuple[Tokens, Tokens],
-    scores: Floats32 | None = None,
+    scores: Floats | None = None,
     temperature: float = TEMPERATURE,
     mixed: Mixed[Floats32] | None = None,
 ) -> Floats32:
@@ -159,7 +159,8 @@ def evidence(
     Returns float32 [n, columns], columns as in `EVIDENCE`, then `DECIDED` if scores are given. Quantities without a
     natural scale are logarithms. A row with a missing neighbour is not finite, so that no gate accepts it.
     """
-    columns = evidence_of_vectors(predicted, outputs, predictions, similarity, scores, temperature, mixed)
+    logits: Any = scores  # of any floating dtype, so that a small gap of float64 is not rounded away
+    columns = evidence_of_vectors(predicted, outputs, predictions, similarity, logits, temperature, mixed)
     return with_likeness(columns, *tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,8 @@ def rounded(predictions: Floats32) -> Floats32:
     return half(predictions).astype(np.float32)
 
 
-class Stored(NamedTuple, Generic[Array]):
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored(Generic[Array]):
     """Vectors of the entries that results are made of, on the host or on one device, by position of the entry.
 
     outputs: [entries, out]. predictions: `rounded`, [entries, out]. norms: of the predictions, float32 [entries];
@@ -221,7 +222,7 @@ class HostNeighborIndex:
         mixed = mixtures(outputs, predictions, similarity, temperature)
         results = corrected(*near, temperature, strength, unit=self._unit, mixed=mixed)
         token_pairs = (tokens, [self.entries.tokens[row] for row in rows[:, 0].tolist()])
-        logits = None if scores is None else single(scores(results))
+        logits = None if scores is None else scores(results)
         return results, rows, similarity, evidence(*near, token_pairs, logits, temperature, mixed)
 
 

@@ -81,8 +81,11 @@ class Regression(Generic[Array]):
         """Copy the arrays to a device."""
         import torch
 
-        arrays = (self.mean, self.matrix, self.exponents, self.weights, self.offset, self.basis)
-        return Regression(*(None if array is None else torch.tensor(array, device=place) for array in arrays))
+        names = ("mean", "matrix", "exponents", "weights", "offset", "basis")
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return Regression(
+            **{name: None if each is None else torch.tensor(each, device=place) for name, each in arrays.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
