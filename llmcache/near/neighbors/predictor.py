@@ -82,10 +82,11 @@ class Regression(Generic[Array]):
         import torch
 
         names = ("mean", "matrix", "exponents", "weights", "offset", "basis")
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return Regression(
-            **{name: None if each is None else torch.tensor(each, device=place) for name, each in arrays.items()}
-        )
+        given = {name: getattr(self, name) for name in names}
+        there: dict[str, Any] = {
+            name: None if array is None else torch.tensor(array, device=place) for name, array in given.items()
+        }
+        return Regression(**there)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
