@@ -26,6 +26,7 @@ from llmcache.bench.harness.conditions import conditions
 from llmcache.bench.harness.device import Device
 from llmcache.bench.harness.shapes import SHAPES
 from llmcache.errors import ConfigError, LLMCacheError
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 PARTS = ("bandwidth", "search", *SHAPES, "near", "prefix")
 
@@ -106,9 +107,7 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written(out: Path, record: dict[str, Any]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out)
+    write_atomically(out, (json.dumps(record, indent=1) + "\n").encode(), mode=ordinary_mode())
 
 
 def failed(record: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from llmcache.bench.harness.drawing import draw
 from llmcache.bench.harness.rounds import load
 from llmcache.bench.harness.suite import Benchmark, Record, Sizes
 from llmcache.errors import ConfigError, LLMCacheError
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 NOISE = 1.25
 """Ratio of slowest to quickest repeat from which on a record notes that the machine was not quiet."""
@@ -109,23 +110,16 @@ def plotted(benchmark: Benchmark, record: Record, path: Path, say: Say) -> None:
     """Draw NAME.png beside the record. Without matplotlib, print one line instead."""
     if benchmark.bars is None:
         return
-    partial = path.with_suffix(".png.partial")
     try:
-        draw(record, benchmark.bars, partial)
-        os.replace(partial, path.with_suffix(".png"))
+        draw(record, benchmark.bars, path.with_suffix(".png"))
     except ConfigError as error:
         say(f"{benchmark.name}: no plot; {error}")
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, atomically and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = json.dumps(record, indent=1, default=_plain) + "\n"
+    write_atomically(path, text.encode(), mode=ordinary_mode(), durable=True)
 
 
 def _plain(value: Any) -> Any:

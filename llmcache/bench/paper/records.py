@@ -20,6 +20,7 @@ from llmcache.bench.harness.rounds import Row
 from llmcache.bench.paper.models import Made, made
 from llmcache.bench.paper.texts import Workload, labelled
 from llmcache.errors import ConfigError
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 Say: TypeAlias = Callable[[str], None]
 LABELLED = {"BANKING77": "cls-banking77", "SST-2": "cls-sst2"}
@@ -161,6 +162,4 @@ def rows(record: Row) -> list[Row]:
 
 def write(path: Path, record: Row) -> None:
     """Write a record atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, (json.dumps(record, indent=1, default=float) + "\n").encode(), mode=ordinary_mode())
