@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcache.bench.readme.markdown import (
+from tests.readme_figures.markdown import (
     ReadRow,
     by,
     percent,
@@ -13,7 +13,7 @@ from llmcache.bench.readme.markdown import (
     table,
     times,
 )
-from llmcache.bench.readme.text_passages import (
+from tests.readme_figures.text_passages import (
     encode,
     exact,
     off,

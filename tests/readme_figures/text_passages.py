@@ -15,7 +15,7 @@ from llmcache.bench.competitors.names import (
     OURS,
     SORTED,
 )
-from llmcache.bench.readme.markdown import (
+from tests.readme_figures.markdown import (
     by,
     percent,
     prose,

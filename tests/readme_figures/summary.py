@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llmcache.bench.competitors.names import OURS
-from llmcache.bench.readme.markdown import by, prose, table, times
-from llmcache.bench.readme.passages import Passages, Records
+from tests.readme_figures.markdown import by, prose, table, times
+from tests.readme_figures.passages import Passages, Records
 
 
 def summary(records: Records) -> str:
