@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llmcache.cli.bench.command import say
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
@@ -44,12 +45,12 @@ def paper(
     names = records.chosen(EXPERIMENTS, only)
     printing.quiet()
     work = records.Work(data, models, limit, repeats)
-    found = records.run(EXPERIMENTS, names, work, out, again=again, say=_print_line)
+    found = records.run(EXPERIMENTS, names, work, out, again=again, say=say)
     for record in found:
         try:
             plot(record, out / f"{record['experiment']}.png")
         except ConfigError as error:
-            _print_line(f"{record['experiment']}: no figure: {error}")
+            say(f"{record['experiment']}: no figure: {error}")
     if json:
         printing.as_json({"out": str(out), "records": found})
         return
@@ -57,7 +58,3 @@ def paper(
         typer.echo(f"\n{record['experiment']}\n\n{BLOCKS[record['experiment']](records.rows(record))}")
         for part, reason in record["skipped"].items():
             typer.echo(f"left out: {part}: {reason}")
-
-
-def _print_line(line: str) -> None:
-    typer.echo(line, err=True)

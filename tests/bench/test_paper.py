@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper import (
     accuracy,
     fingerprints,

@@ -12,12 +12,8 @@ import faiss
 import numpy as np
 
 from llmcache.arrays import Floats32
-from llmcache.bench.harness.rounds import (
-    Contender,
-    Opened,
-    Row,
-    Task,
-)
+from llmcache.bench.harness.rounds import Contender, Opened, Task
+from llmcache.bench.harness.turns import Row
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.model.batching import Sentences, compute, token_embedding

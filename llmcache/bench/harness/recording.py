@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.harness.conditions import conditions, load
 from llmcache.bench.harness.drawing import draw
-from llmcache.bench.harness.rounds import load
+from llmcache.bench.harness.files import write
 from llmcache.bench.harness.suite import Benchmark, Record, Sizes
 from llmcache.errors import ConfigError, LLMCacheError
 
@@ -115,24 +115,6 @@ def plotted(benchmark: Benchmark, record: Record, path: Path, say: Say) -> None:
         os.replace(partial, path.with_suffix(".png"))
     except ConfigError as error:
         say(f"{benchmark.name}: no plot; {error}")
-
-
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, atomically and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _plain(value: Any) -> Any:
-    """Convert NumPy numbers to Python's, for JSON."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} in a record is no JSON")
 
 
 def moment() -> tuple[float, float, float]:

@@ -12,24 +12,10 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.competitors import baselines as own
 from llmcache.bench.competitors import others
-from llmcache.bench.competitors.names import (
-    ALONE,
-    ASIDE,
-    DISKCACHE,
-    DISKCACHE_RAW,
-    GPTCACHE,
-    ONCE,
-    OURS,
-    SORTED,
-)
+from llmcache.bench.competitors.names import ALONE, ASIDE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, ONCE, OURS, SORTED
 from llmcache.bench.harness.drawing import Bars
-from llmcache.bench.harness.rounds import (
-    Contender,
-    Row,
-    Task,
-    rounds,
-    times,
-)
+from llmcache.bench.harness.rounds import Contender, Task, rounds, times
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.harness.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError
 
@@ -53,6 +39,10 @@ class Sizes:
     seed: int = 0
     tokenizer: Path | None = None
     model: Callable[[], SentenceTransformer] = field(kw_only=True)
+
+    def at_most(self, count: int) -> int:
+        """Return a number of texts, at most the limit."""
+        return count if self.limit is None else min(count, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +107,10 @@ def _measured(
 ) -> Iterator[Record]:
     for rows in rounds(task, taking_part, sizes.repeats):
         yield {
-            **facts,
-            "texts": sum(map(len, task.calls)),
-            "calls": len(task.calls),
-            "known": len(task.known),
-            "batch_size": task.batch_size,
-            "rounds": len(rows[0]["seconds"]),
-            "rows": rows,
+            **facts, "texts": sum(map(len, task.calls)), "calls": len(task.calls), "known": len(task.known),
+            "batch_size": task.batch_size, "rounds": len(rows[0]["seconds"]), "rows": rows,
             "targets": [target.found(rows) for target in targets],
-        }
+        }  # fmt: skip
 
 
 def _unknown(workload: str) -> Callable[[Sizes], Iterator[Record]]:

@@ -11,19 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.layer_hits import projection
-from llmcache.bench.paper.memory import folder_bytes
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.indexes.eviction.policies import (
-    POLICIES,
-    Terms,
-    Usage,
-    choose,
-)
+from llmcache.indexes.eviction.policies import POLICIES, Terms, Usage, choose
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features

@@ -11,7 +11,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
@@ -76,11 +77,6 @@ def _size(folder: Path) -> int:
 
 def _never() -> Any:
     raise AssertionError("the output bank exists since the cache was opened")
-
-
-def folder_bytes(folder: Path) -> int:
-    """Sum the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def bytes_for(rows: Sequence[Row], hits: float) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.records import read, rows
 from llmcache.bench.paper.tables import BLOCKS, claims
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 
 RULE = "LLMCache, the paper's rule"
 WORDS = {"seeded": "seeded weights", "real": "real weights"}
