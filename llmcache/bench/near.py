@@ -30,14 +30,7 @@ from llmcache.near.neighbors.correction import EVIDENCE, STRENGTH, Voting, units
 from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors
 from llmcache.near.neighbors.linear_head import LinearHead
-from llmcache.near.neighbors.predictor import (
-    Predictor,
-    components,
-    directions,
-    fit,
-    median_square,
-    projected,
-)
+from llmcache.near.neighbors.predictor import Predictor, components, directions, fit, median_square, projected
 
 BUDGETS = (0.001, 0.005, 0.02)
 """Budgets of the mean 1 - cosine over all results."""

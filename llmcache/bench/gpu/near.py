@@ -20,12 +20,7 @@ from llmcache.near.neighbors.correction import Voting, units
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.linear_head import LinearHead
-from llmcache.near.neighbors.predictor import (
-    LANDMARKS,
-    Predictor,
-    directions,
-    median_square,
-)
+from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions, median_square
 
 _TOKENS = 12  # of a query
 _BATCHES = (1, 32, 256)
