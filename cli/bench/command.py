@@ -60,7 +60,7 @@ class Command:
 
     run: measures and returns a record; its parameters are the options, and its docstring is the help. tables: of the
     record. show: prints what no table has. facts: pairs printed before the conditions. conditions: False for a record
-    that has its own, or depends on none.
+    that has its own, or depends on none. failed: True for a record with which the command ends with exit code 1.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Command:
     show: Callable[[Record], None] | None = None
     facts: Callable[[Record], Iterable[tuple[str, object]]] = lambda _: ()
     conditions: bool = True
+    failed: Callable[[Record], object] = lambda _: False
 
     def add_to(self, app: typer.Typer) -> None:
         """Add the command to a Typer application, with the option --json."""
@@ -97,12 +98,14 @@ class Command:
         where = conditions() if self.conditions else {}
         if json:
             printing.as_json({**where, **record})
-            return
-        for one in self.tables:
-            one.show(record)
-        if self.show is not None:
-            self.show(record)
-        printing.facts([*self.facts(record), *where.items()])
+        else:
+            for one in self.tables:
+                one.show(record)
+            if self.show is not None:
+                self.show(record)
+            printing.facts([*self.facts(record), *where.items()])
+        if self.failed(record):
+            raise typer.Exit(1)
 
 
 def say(line: str) -> None:

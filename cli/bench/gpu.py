@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from llmcache.cli.bench.command import Columns, Record, say
-from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
 
@@ -23,24 +22,23 @@ def gpu(
     ] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial without meaningful times.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, for a trial without meaningful times.")] = False,
-    json: options.Json = False,
-) -> None:
+) -> Record:
     """Measure hits from device memory, pinned memory and disk, misses, near look-ups, long prefixes, and search.
 
     Each is compared with the model alone. Models have seeded weights of known shapes; nothing is downloaded.
     `python -m llmcache.bench.gpu` does the same without FAISS and the libraries of the command line.
     """
-    from llmcache.bench.gpu.runner import failed, measured
+    from llmcache.bench.gpu.runner import measured
 
     printing.quiet()
-    found = measured(out, minutes=minutes, only=only, device=device, tiny=tiny, say=say)
-    if json:
-        printing.as_json(found)
-    else:
-        _tables(found["parts"])
-        printing.facts([(name, value) for name, value in found.items() if name != "parts"])
-    if failed(found):
-        raise typer.Exit(1)
+    return measured(out, minutes=minutes, only=only, device=device, tiny=tiny, say=say)
+
+
+def failed(record: Record) -> list[str]:
+    """List the parts that ended with an error."""
+    from llmcache.bench.gpu.runner import failed
+
+    return failed(record)
 
 
 _TABLES = {
@@ -62,8 +60,9 @@ _TABLES = {
 _HITS = {"docs/s": "documents_per_second:,.0f", "x model": "times_as_fast:.2f", "difference": "difference:.1e"}
 
 
-def _tables(parts: Record) -> None:
-    for name, part in parts.items():
+def show(record: Record) -> None:
+    """Print a table for each part, and the reason for a part without results."""
+    for name, part in record["parts"].items():
         if problem := part.get("error") or part.get("skipped"):
             typer.echo(f"{name}: {problem}\n")
         found = part.get("result")

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.bench.command import say
-from llmcache.cli.shared import options
+from llmcache.cli.bench.command import Record, say
 from llmcache.cli.shared import output as printing
 
 
@@ -29,8 +28,7 @@ def paper(
         "results/paper"
     ),
     again: Annotated[bool, typer.Option("--again", help="Measure existing records again.")] = False,
-    json: options.Json = False,
-) -> None:
+) -> Record:
     """Measure the paper's tables: latency, hits per layer, accuracy, memory; tau, fingerprints, eviction.
 
     Each experiment has one JSON file and one figure, written part by part. After an interruption the same command
@@ -39,7 +37,6 @@ def paper(
     from llmcache.bench.paper import records
     from llmcache.bench.paper.experiments import EXPERIMENTS
     from llmcache.bench.paper.plots import plot
-    from llmcache.bench.paper.tables import BLOCKS
     from llmcache.errors import ConfigError
 
     names = records.chosen(EXPERIMENTS, only)
@@ -51,10 +48,15 @@ def paper(
             plot(record, out / f"{record['experiment']}.png")
         except ConfigError as error:
             say(f"{record['experiment']}: no figure: {error}")
-    if json:
-        printing.as_json({"out": str(out), "records": found})
-        return
-    for record in found:
-        typer.echo(f"\n{record['experiment']}\n\n{BLOCKS[record['experiment']](records.rows(record))}")
-        for part, reason in record["skipped"].items():
+    return {"out": str(out), "records": found}
+
+
+def show(record: Record) -> None:
+    """Print the table of each experiment, and the parts left out."""
+    from llmcache.bench.paper.records import rows
+    from llmcache.bench.paper.tables import BLOCKS
+
+    for one in record["records"]:
+        typer.echo(f"\n{one['experiment']}\n\n{BLOCKS[one['experiment']](rows(one))}")
+        for part, reason in one["skipped"].items():
             typer.echo(f"left out: {part}: {reason}")

@@ -468,12 +468,7 @@ def test_a_page_gets_its_tables_from_records_and_says_what_is_not_recorded() -> 
 def test_every_experiment_has_a_table_a_figure_and_its_place_on_the_page() -> None:
     from llmcache.bench.paper.plots import DRAWN
 
-    marked = set(
-        paper_page._BLOCK.sub(lambda found: found[0], paper_page.PAGE.read_text(encoding="utf-8")).split("<!-- begin ")[
-            1:
-        ]
-    )
-    names = {one.partition(" ")[0] for one in marked}
+    names = {found[2] for found in paper_page._BLOCK.finditer(paper_page.PAGE.read_text(encoding="utf-8"))}
     assert set(EXPERIMENTS) == set(tables.BLOCKS) == set(DRAWN) == names - {"claims", "conditions"}
 
 
