@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.bench.harness.datasets import OPENBOOKQA, openbook_questions
 from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper import (
     accuracy,
@@ -265,7 +266,7 @@ def test_choices_of_openbookqa_are_scored_by_their_nearest_fact(model: SentenceT
     work = Work(data, MODELS, limit=32, repeats=1)
     work._made[REAL] = Made(REAL, "real", model)
     rows = accuracy.parts()["OpenBookQA"](work)
-    questions = texts.openbook_questions(data)
+    questions = openbook_questions(data / OPENBOOKQA)
     questions = [questions[i] for i in texts.spread(len(questions), 16)]
     every = texts.openbook_facts(data)
     facts = model.encode([every[i] for i in texts.spread(len(every), 64)])

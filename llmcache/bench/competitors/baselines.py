@@ -76,9 +76,9 @@ def once_per_call(task: Task, _: Path) -> Iterator[Opened]:
 
 
 def final_outputs(tau: float) -> Callable[[Task, Path], AbstractContextManager[Opened]]:
-    """Contender: the paper's DocCache, final outputs reused from cosine `tau` of the fingerprints on.
+    """Contender: the paper's DocCache, which reuses final outputs of neighbours.
 
-    Outputs are in memory, and the search is exact.
+    The cosine of the fingerprints is at least `tau`. Outputs are in memory, and the search is exact.
     """
 
     @contextmanager

@@ -29,7 +29,7 @@ FIXED = 0.8
 """GPTCache's default similarity threshold."""
 PAIRS = 8000
 LIMIT = 0.1
-"""1 - cosine from which on a result of QQP is wrong, since no head decides there."""
+"""Least 1 - cosine of a wrong result on QQP, where there are no labels to decide."""
 
 
 def rivals(model: SentenceTransformer, folder: Path, *, seed: int = 0, budget: float = 0.005) -> list[Row]:

@@ -25,7 +25,7 @@ _LEVELS = {"device memory": {"device_bytes": 1 << 28}, "pinned memory": {"pinned
 
 
 def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
-    """Yield results by name: all documents stored, level by level, and none, each beside the model in the same rounds.
+    """Yield results by name: with all documents stored, for each level, and with none stored, beside the model alone.
 
     Documents come in calls of 8 batches to `encode(convert_to_tensor=True)`, so that results are on the device. disk:
     the store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.

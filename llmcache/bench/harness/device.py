@@ -24,6 +24,7 @@ class Device:
 
     @property
     def cuda(self) -> bool:
+        """True on a GPU."""
         return self.name == "cuda"
 
     @property
@@ -33,6 +34,7 @@ class Device:
 
     @property
     def over(self) -> bool:
+        """True when the time limit has passed."""
         return time.monotonic() > self.until
 
     def settle(self) -> None:

@@ -16,10 +16,10 @@ from llmcache.bench.harness.suite import Benchmark, Record, Sizes
 from llmcache.errors import ConfigError, LLMCacheError
 
 NOISE = 1.25
-"""Ratio of slowest to quickest repeat from which on a record notes that the machine was not quiet."""
+"""Least ratio of the slowest to the quickest repeat that a record notes, since the machine was not quiet."""
 
 BUSY = 0.1
-"""Mean number of processors busy with other processes from which on a record notes them."""
+"""Least mean number of processors busy with other processes that a record notes."""
 
 Say = Callable[[str], None]
 """Function that prints a line of progress."""

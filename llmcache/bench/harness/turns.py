@@ -54,6 +54,7 @@ class Measurement:
 
     @property
     def base_seconds(self) -> list[float]:
+        """Seconds of the base in each round."""
         return self.against.seconds if self.against else []
 
     @property

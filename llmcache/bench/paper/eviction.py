@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,12 +197,3 @@ def in_a_store(
             "requests": len(asked), "hits": 1 - misses / len(asked), "largest": largest,
         })  # fmt: skip
     return rows
-
-
-def policies(rows: Sequence[Row], tau: float | None, room: float) -> dict[str, float]:
-    """Return the hit rate of each policy in a replay."""
-    return {
-        row["policy"]: row["hits"]
-        for row in rows
-        if row["kind"] == "replay" and row["tau"] == tau and row["room"] == room
-    }

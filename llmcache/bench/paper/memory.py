@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +76,3 @@ def _size(folder: Path) -> int:
 
 def _never() -> Any:
     raise AssertionError("the output bank exists since the cache was opened")
-
-
-def bytes_for(rows: Sequence[Row], hits: float) -> dict[str, float | None]:
-    """Return the fewest bytes of each kind of store that reach a hit rate, None where none does."""
-    kinds = dict.fromkeys(row["kept"] for row in rows)
-    return {
-        kind: min((row["bytes"] for row in rows if row["kept"] == kind and row["hits"] >= hits), default=None)
-        for kind in kinds
-    }
