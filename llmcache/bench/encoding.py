@@ -49,18 +49,18 @@ def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3
     vectors = model.encode(texts, batch_size=batch_size)  # warm-up, and the reference
     other, count = max(1, batch_size // 2 - 1), len(texts)
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
-        folder = Path(name)
-        for kind, known in (("full", texts), ("half", texts[::2])):
+        folder, stored = Path(name), {"full": texts, "half": texts[::2]}
+        for kind, known in stored.items():
             with LLMCache.open(folder / kind, model) as cache:
                 cache.encode(known, batch_size=batch_size)
 
         @contextmanager
         def cached(kind: str, asked: Sequence[str], _: int) -> Iterator[Action]:
-            if kind != "new":
+            if kind in stored:
                 shutil.copytree(folder / kind, folder / "work")
             with LLMCache.open(folder / "work", model) as cache:
-                if kind == "full":
-                    cache.encode(texts, batch_size=batch_size)  # the files are mapped and read
+                if kind in stored:  # maps the files, and audits the first hits
+                    cache.encode(stored[kind], batch_size=batch_size)
 
                 def encoded() -> Any:
                     outputs = cache.encode(asked, batch_size=batch_size)
@@ -83,9 +83,10 @@ def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3
             ],
             repeats,
             warm=0,
+            keep=1,
         )
     for row in made.values():
-        row.compare([np.concatenate([vectors] * (len(row.outputs[0]) // count))] * repeats)
+        row.compare([np.concatenate([vectors] * (len(row.outputs[-1]) // count))])
     return [row.row("name", "documents", "seconds", "rate", "ratio", "difference") for row in made.values()]
 
 
