@@ -50,8 +50,10 @@ def _cell(row: Record, cell: Cell) -> object:
     if not isinstance(cell, str):
         return cell(row)
     name, _, form = cell.partition(":")
-    value = row.get(name, "")
-    return format(value, form) if form and value is not None else "" if value is None else value
+    value = row.get(name)
+    if value is None:
+        return ""
+    return format(value, form) if form else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,10 @@ def summary(records: Records) -> str:
                 ],
             ),
             prose(
-                """Medians of recorded runs on two cores of an x86 server; commands begin with `llmcache`. Each record
-                in `data/bench/` names its commit: runs of near matches and decoders are of earlier ones. "The model
-                alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache. Conditions,
-                rivals and everything else that was measured: [docs/benchmarks.md](docs/benchmarks.md)."""
+                """Medians of recorded runs on two cores of an x86 server; all commands begin with `llmcache`. Each
+                record in `data/bench/` names its commit; near matches and decoders were measured at earlier commits.
+                "The model alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache.
+                Conditions, rivals and all other measurements are in [docs/benchmarks.md](docs/benchmarks.md)."""
             ),
         ]
     )

@@ -89,14 +89,11 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
             result = bandwidth(device)
         elif name == "search":
             memory = before.get("bandwidth", {}).get("result") or bandwidth(device)
-            for row in search(device, memory["memory"]["per_second"]):
-                result.append(row)
+            result.extend(search(device, memory["memory"]["per_second"]))
         elif name in ("near", "prefix"):
-            for row in (near if name == "near" else prefixes)(device):
-                result.append(row)
+            result.extend((near if name == "near" else prefixes)(device))
         else:
-            for what, found in tiers(SHAPES[name], device):
-                result[what] = found
+            result.update(tiers(SHAPES[name], device))
     except Exception as error:  # results before the error and the parts after it are kept
         failure["error"] = f"{type(error).__name__}: {error}"
         device.say(f"{name} failed: {failure['error']}")
