@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from inspect import signature
@@ -137,7 +137,7 @@ def prefill(
             kept["known paragraphs"].keep(f"{text}\nQuestion:")
         batches = [asked[at : at + rows] for at in range(0, len(asked), rows)]
 
-        def by_caller(name: str, number: int) -> Any:
+        def by_caller(name: str, number: int) -> AbstractContextManager[Action]:
             prompts = [(f"{text}\nQuestion:", f" {asks}\nAnswer:") for text, asks in batches[number]]
             return nullcontext(lambda: kept[name].logits(prompts).double().numpy())
 
@@ -175,14 +175,14 @@ def choices(
 
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
         cached = _Cached(model, Path(folder) / "choices")
+
+        def by_cache(facts: Row, number: int) -> AbstractContextManager[Action]:
+            return cached.counted(facts, lambda: totals(number, attached=cached.attached))
+
         turns = [Turn("plain", size, lambda number: nullcontext(lambda: totals(number)))]
         for name in ("first pass", "repeated"):
             facts: Row = {}
-            turns.append(Turn(
-                name, size, lambda number, facts=facts: cached.counted(  # type: ignore[misc]
-                    facts, lambda: totals(number, attached=cached.attached)
-                ), facts=facts,
-            ))  # fmt: skip
+            turns.append(Turn(name, size, partial(by_cache, facts), facts=facts))
         made = in_turn(turns, len(batches), warm=0, rotating=False, clock=clock)
         commits = {"first pass": cached.close(clock)}
     chosen = {name: np.concatenate([output.argmax(1) for output in run.outputs]) for name, run in made.items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -119,22 +118,23 @@ def ours(config: CacheConfig | None = None) -> Callable[[Task, Path], AbstractCo
     @contextmanager
     def opened(task: Task, folder: Path) -> Iterator[Opened]:
         with LLMCache.open(folder / "store", task.model, config=config) as cache:
-
-            def answer(texts: Sequence[str]) -> Any:
-                return cache.encode(texts, batch_size=task.batch_size)
-
-            yield Opened(answer, lambda: cache.stats().counters.misses, cache.commit)
+            yield _cached(task, cache)
 
     return opened
+
+
+def _cached(task: Task, cache: LLMCache) -> Opened:
+    return Opened(
+        lambda texts: cache.encode(texts, batch_size=task.batch_size),
+        lambda: cache.stats().counters.misses,
+        cache.commit,
+    )
 
 
 @contextmanager
 def aside(task: Task, folder: Path) -> Iterator[Opened]:
     """Contender: the cache, calibrated on its entries to a mean 1 - cosine that hardly any neighbour keeps."""
     with LLMCache.open(folder / "store", task.model) as cache:
-
-        def answer(texts: Sequence[str]) -> Any:
-            return cache.encode(texts, batch_size=task.batch_size)
 
         def commit() -> None:
             cache.commit()
@@ -145,13 +145,11 @@ def aside(task: Task, folder: Path) -> Iterator[Opened]:
         def noted() -> Row:
             counters = cache.stats().counters
             return {
-                "off": cache.near_is_off,
-                "asked": counters.documents,
-                "looked_up": counters.near_asked,
+                "off": cache.near_is_off, "asked": counters.documents, "looked_up": counters.near_asked,
                 "near": counters.near,
-            }
+            }  # fmt: skip
 
-        yield Opened(answer, lambda: cache.stats().counters.misses, commit, noted)
+        yield _cached(task, cache)._replace(commit=commit, noted=noted)
 
 
 def width(task: Task) -> int:
