@@ -17,11 +17,11 @@ from llmcache.cli.shared import output as printing
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Record: TypeAlias = dict[str, Any]
-Cell: TypeAlias = str | Callable[[Record], object]
+BenchRecord: TypeAlias = dict[str, Any]
+Cell: TypeAlias = str | Callable[[BenchRecord], object]
 """Content of a cell: a field of the row ("name"), one with a format ("ratio:.2f"), or a function of the row."""
 
-Corpus = Annotated[list[str], typer.Option("--data", help="Corpus to encode; repeatable.")]
+BenchCorpus = Annotated[list[str], typer.Option("--data", help="Corpus to encode; repeatable.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
 Limit = Annotated[int | None, typer.Option(min=2, help="At most this many documents.")]
 ModelName = Annotated[
@@ -38,7 +38,7 @@ class Columns:
     rows: str = "rows"
     title: str | None = None
 
-    def show(self, record: Record) -> None:
+    def show(self, record: BenchRecord) -> None:
         """Print the table."""
         rows = record.get(self.rows)
         if rows:
@@ -46,7 +46,7 @@ class Columns:
             printing.table(list(self.cells), cells, title=self.title)
 
 
-def _cell(row: Record, cell: Cell) -> object:
+def _cell(row: BenchRecord, cell: Cell) -> object:
     if not isinstance(cell, str):
         return cell(row)
     name, _, form = cell.partition(":")
@@ -66,12 +66,12 @@ class Command:
     """
 
     name: str
-    run: Callable[..., Record]
+    run: Callable[..., BenchRecord]
     tables: Sequence[Columns] = ()
-    show: Callable[[Record], None] | None = None
-    facts: Callable[[Record], Iterable[tuple[str, object]]] = lambda _: ()
+    show: Callable[[BenchRecord], None] | None = None
+    facts: Callable[[BenchRecord], Iterable[tuple[str, object]]] = lambda _: ()
     conditions: bool = True
-    failed: Callable[[Record], object] = lambda _: False
+    failed: Callable[[BenchRecord], object] = lambda _: False
 
     def add_to(self, app: typer.Typer) -> None:
         """Add the command to a Typer application, with the option --json."""
@@ -132,6 +132,6 @@ def texts(data: Sequence[str], limit: int | None, text_field: str = "text", unit
     return [document.text for document in islice(documents(data, text_field=text_field, unit=unit), limit)]
 
 
-def seconds(row: Record) -> str:
+def seconds(row: BenchRecord) -> str:
     """Format the quickest and the slowest round."""
     return f"{min(row['seconds']):.3f}-{max(row['seconds']):.3f}"

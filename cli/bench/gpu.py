@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.bench.command import Columns, Record, say
+from llmcache.cli.bench.command import BenchRecord, Columns, say
 from llmcache.cli.shared import output as printing
 
 
@@ -22,7 +22,7 @@ def gpu(
     ] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial without meaningful times.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, for a trial without meaningful times.")] = False,
-) -> Record:
+) -> BenchRecord:
     """Measure hits from device memory, pinned memory and disk, misses, near look-ups, long prefixes, and search.
 
     Each is compared with the model alone. Models have seeded weights of known shapes; nothing is downloaded.
@@ -34,7 +34,7 @@ def gpu(
     return measured(out, minutes=minutes, only=only, device=device, tiny=tiny, say=say)
 
 
-def failed(record: Record) -> list[str]:
+def failed(record: BenchRecord) -> list[str]:
     """List the parts that ended with an error."""
     from llmcache.bench.gpu.runner import failed
 
@@ -60,7 +60,7 @@ _TABLES = {
 _HITS = {"docs/s": "documents_per_second:,.0f", "x model": "times_as_fast:.2f", "difference": "difference:.1e"}
 
 
-def show(record: Record) -> None:
+def show(record: BenchRecord) -> None:
     """Print a table for each part, and the reason for a part without results."""
     for name, part in record["parts"].items():
         if problem := part.get("error") or part.get("skipped"):

@@ -7,20 +7,20 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.bench.command import Corpus, Limit, ModelName, Record, Repeats, loaded, say, texts
+from llmcache.cli.bench.command import BenchCorpus, BenchRecord, Limit, ModelName, Repeats, loaded, say, texts
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
 
 def encode(
-    data: Corpus,
+    data: BenchCorpus,
     model: ModelName = None,
     repeats: Repeats = 3,
     limit: Limit = None,
     batch_size: options.BatchSize = 32,
     text_field: options.TextField = "text",
     unit: options.Unit = "line",
-) -> Record:
+) -> BenchRecord:
     """Compare the model alone with a cache that holds none, all and half of the corpus."""
     from llmcache.bench.encoding import encode
 
@@ -28,7 +28,7 @@ def encode(
     return {"data": data, "batch_size": batch_size, "rows": found}
 
 
-def show_encode(record: Record) -> None:
+def show_encode(record: BenchRecord) -> None:
     """Print what repeats within one call cost."""
     by_name = {row["name"]: row for row in record["rows"]}
     thrice, once = (by_name[name]["documents"] / by_name[name]["rate"] for name in ("each text 3 times", "all miss"))
@@ -41,7 +41,7 @@ def fingerprint(
     label_field: Annotated[str, typer.Option(help="Field or column of the label.")] = "label",
     text_field: options.TextField = "text",
     model: ModelName = None,
-) -> Record:
+) -> BenchRecord:
     """Measure how often the nearest neighbour has the same label, by fingerprint and projection."""
     from llmcache.bench.encoding import fingerprints
     from llmcache.pipeline.files import documents
@@ -59,7 +59,7 @@ def layers(
     limit: Annotated[int, typer.Option(min=64, help="At most this many documents.")] = 256,
     text_field: options.TextField = "text",
     unit: options.Unit = "line",
-) -> Record:
+) -> BenchRecord:
     """Compare a mixed batch, a second head and an attached model with an empty store with their ideal times."""
     from llmcache.bench.harness.datasets import squad_contexts
     from llmcache.bench.layers import layers
@@ -69,7 +69,7 @@ def layers(
     return {"data": [Path(name).name for name in data], "rows": layers(loaded(model), paragraphs, repeats=repeats)}
 
 
-def show_layers(record: Record) -> None:
+def show_layers(record: BenchRecord) -> None:
     """Print the facts of each row."""
     for row in record["rows"]:
         printing.facts((f"{row['name']}: {name.replace('_', ' ')}", value) for name, value in row["facts"].items())
@@ -86,7 +86,7 @@ def decoding(
     asked: Annotated[int, typer.Option(min=2, help="Questions of OpenBookQA.")] = 200,
     rows: Annotated[int, typer.Option(min=1, help="Prompts in a batch of SQuAD.")] = 8,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Measure CPU seconds, for a busy machine.")] = False,
-) -> Record:
+) -> BenchRecord:
     """Measure prompts until the first token and four-choice scoring with seeded weights of GPT-2-small's shape.
 
     Ratios are to transformers with its own key/value cache for each request, and include look-up, load, store and
@@ -105,7 +105,7 @@ def decoding(
     printing.quiet()
     clock = time.process_time if cpu_time else time.perf_counter
     model, words = gpt2_small(tokenizer)
-    found: Record = {"clock": clock.__name__, "rows": rows}
+    found: BenchRecord = {"clock": clock.__name__, "rows": rows}
     if squad is not None:
         requests = reads(squad / SQUAD.name, paragraphs, questions)
         found["squad"] = prefill(model, words, requests, rows=rows, clock=clock)
@@ -115,12 +115,12 @@ def decoding(
 
 
 def ray(
-    data: Corpus,
+    data: BenchCorpus,
     model: ModelName = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of the cluster.")] = 2,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many documents.")] = None,
     text_field: options.TextField = "text",
-) -> Record:
+) -> BenchRecord:
     """Run one job in one process, on workers, and with a worker killed; compare seconds and results."""
     from llmcache.bench.distributed import spread
     from llmcache.demo import demo_model_path
@@ -132,7 +132,7 @@ def pipeline(
     data: Annotated[Path, typer.Option("--data", help="Folder with dup-loghub and cls-banking77.")],
     documents: Annotated[int, typer.Option(min=2000, help="Documents of the long corpus.")] = 100_000,
     distinct: Annotated[int, typer.Option(min=100, help="Distinct texts among them.")] = 10_000,
-) -> Record:
+) -> BenchRecord:
     """Measure peak memory and overlap of a pipeline over a long corpus, and over a fifth of the corpus."""
     from llmcache.bench.pipelines import measured
     from llmcache.demo import demo_model_path
@@ -140,7 +140,7 @@ def pipeline(
     return {"rows": measured(str(demo_model_path()), data, (documents // 5, documents), distinct)}
 
 
-def show_pipeline(record: Record) -> None:
+def show_pipeline(record: BenchRecord) -> None:
     """Print the rows one below the other."""
     for row in record["rows"]:
         printing.facts([*row.items(), ("", "")])
@@ -149,7 +149,7 @@ def show_pipeline(record: Record) -> None:
 def chunks(
     data: Annotated[Path, typer.Option("--data", help="File revisions.jsonl.xz of dup-site-policy-revisions.")],
     histories: Annotated[int, typer.Option(min=1, help="Documents of which all revisions are encoded.")] = 6,
-) -> Record:
+) -> BenchRecord:
     """Compare exact repeats in chunks by structure and in windows; revisions per second with and without cache."""
     from llmcache.bench.chunks import measured
 
@@ -163,7 +163,7 @@ def plan(
     limit: Annotated[
         int | None, typer.Option(min=100, help="At most this many documents stored, and in the run.")
     ] = None,
-) -> Record:
+) -> BenchRecord:
     """Compare hits and seconds forecast by `llmcache plan` with those of the run; measure the forecast's time."""
     from llmcache.bench.planning import measured
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli.bench.command import Record, loaded
+from llmcache.cli.bench.command import BenchRecord, loaded
 from llmcache.cli.shared import output as printing
 
 Data = Annotated[Path, typer.Option("--data", help="Folder with labelled train and test as .csv, .tsv or .txt.")]
@@ -18,7 +18,7 @@ def near(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds and samples.")] = 5,
     budget: Annotated[float, typer.Option(help="Share of all results that may change their label.")] = 0.005,
     exact: Annotated[bool, typer.Option(help="Also measure the exact kernel ridge of scikit-learn.")] = False,
-) -> Record:
+) -> BenchRecord:
     """Fit and calibrate on train, report on test: hits, changed labels, accuracy, recall over the reused vectors."""
     from llmcache.bench.near import near
 
@@ -33,7 +33,7 @@ def reusing(
     guard: Annotated[bool, typer.Option(help="Refuse hits whose fields differ.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each run, in turn with the model alone.")] = 3,
-) -> Record:
+) -> BenchRecord:
     """Run a cache that holds train and is calibrated on it over test, beside the model alone."""
     from llmcache.bench.reusing import reusing
 
@@ -41,7 +41,7 @@ def reusing(
     return {"data": data.name, "rows": reusing(loaded(), data, **settings, seeds=seeds, repeats=repeats)}
 
 
-def show_reusing(record: Record) -> None:
+def show_reusing(record: BenchRecord) -> None:
     """Print the reason of each threshold, and the state of near reuse."""
     for row in record["rows"]:
         typer.echo(f"seed {row['seed']}: {row['reason']}; near reuse was {row['state'][0]}")
@@ -50,14 +50,14 @@ def show_reusing(record: Record) -> None:
 def rivals(
     data: Data,
     budget: Annotated[float, typer.Option(help="Share of all results that may be wrong.")] = 0.005,
-) -> Record:
+) -> BenchRecord:
     """Count hits and wrong hits beside a fixed similarity and a cache of final outputs, on the same fingerprints."""
     from llmcache.bench.competitors.gptcache_rule import rivals
 
     return {"data": data.name, "rows": rivals(loaded(), data, budget=budget)}
 
 
-def show_rivals(record: Record) -> None:
+def show_rivals(record: BenchRecord) -> None:
     """Print the rules, with the labels of pairs where the data have them."""
     rows = record["rows"]
     names = [name for name in ("method", "hits", "wrong", "labelled_hits", "labelled_wrong") if name in rows[0]]
@@ -67,16 +67,18 @@ def show_rivals(record: Record) -> None:
     )
 
 
-def guarded(data: Annotated[Path, typer.Option("--data", help="Folder of the pair and revision corpora.")]) -> Record:
+def guarded(
+    data: Annotated[Path, typer.Option("--data", help="Folder of the pair and revision corpora.")],
+) -> BenchRecord:
     """Count the pairs accepted with and without the field guard, and their precision."""
     from llmcache.bench.guard import measure
 
     return {"rows": measure(data, loaded().encode)}
 
 
-def show_guarded(record: Record) -> None:
+def show_guarded(record: BenchRecord) -> None:
     """Print one table for all rows of the same columns."""
-    by_columns: dict[tuple[str, ...], list[Record]] = {}
+    by_columns: dict[tuple[str, ...], list[BenchRecord]] = {}
     for row in record["rows"]:
         by_columns.setdefault(tuple(row), []).append(row)
     for names, some in by_columns.items():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.bench.command import Record, say
+from llmcache.cli.bench.command import BenchRecord, say
 from llmcache.cli.shared import output as printing
 
 
@@ -28,7 +28,7 @@ def paper(
         "results/paper"
     ),
     again: Annotated[bool, typer.Option("--again", help="Measure existing records again.")] = False,
-) -> Record:
+) -> BenchRecord:
     """Measure the paper's tables: latency, hits per layer, accuracy, memory; tau, fingerprints, eviction.
 
     Each experiment has one JSON file and one figure, written part by part. After an interruption the same command
@@ -51,7 +51,7 @@ def paper(
     return {"out": str(out), "records": found}
 
 
-def show(record: Record) -> None:
+def show(record: BenchRecord) -> None:
     """Print the table of each experiment, and the parts left out."""
     from llmcache.bench.paper.records import rows
     from llmcache.bench.paper.tables import BLOCKS

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmcache.bench.scale import COMPUTED, Job, arithmetic
-from llmcache.cli.bench.command import Limit, ModelName, Record, Repeats, loaded, texts
+from llmcache.cli.bench.command import BenchRecord, Limit, ModelName, Repeats, loaded, texts
 from llmcache.cli.shared import amounts, options
 from llmcache.cli.shared import output as printing
 
@@ -20,7 +20,7 @@ def index(
     kinds: Annotated[str, typer.Option(help="Index kinds, separated by commas.")] = KINDS,
     count: Annotated[int, typer.Option(min=1000, help="Vectors.")] = 100_000,
     dim: Annotated[int, typer.Option(min=8, help="Components of a vector.")] = 128,
-) -> Record:
+) -> BenchRecord:
     """Measure recall and search time of the FAISS indexes on clustered vectors, with queries in batches of 64."""
     from llmcache.bench.encoding import index
 
@@ -31,7 +31,7 @@ def open_(
     model: ModelName = None,
     count: Annotated[int, typer.Option(min=1000, help="Synthetic entries in the store.")] = 100_000,
     repeats: Repeats = 3,
-) -> Record:
+) -> BenchRecord:
     """Measure time and memory from opening a large store to its first exact and first near answer."""
     from llmcache.bench.encoding import reopen
     from llmcache.demo import demo_model_path
@@ -47,7 +47,7 @@ def store(
         typer.Option(help="Folder for the stores, on the disk to measure. Default: the folder for temporary files."),
     ] = None,
     repeats: Repeats = 5,
-) -> Record:
+) -> BenchRecord:
     """Compare rows written, read and merged per second with bare system calls; measure bytes added per entry."""
     from llmcache.bench.store import measured
 
@@ -55,7 +55,7 @@ def store(
     return {"payload": payload, **measured(sizes, amounts.size(payload), folder, repeats)}
 
 
-def show_store(record: Record) -> None:
+def show_store(record: BenchRecord) -> None:
     """Print a table of rates and merges, and the bytes added, for each row size."""
     for added in record["overhead"]:
         size = added["row_bytes"]
@@ -72,21 +72,21 @@ def show_store(record: Record) -> None:
     typer.echo("x: median of the repeats, each against its own base; best: of the quickest repeats.")
 
 
-def _operation(rate: Record) -> str:
+def _operation(rate: BenchRecord) -> str:
     return ", ".join(filter(None, (rate["operation"], rate["cache"], rate["cache"] and rate["order"])))
 
 
-def _ratios(row: Record) -> list[str]:
+def _ratios(row: BenchRecord) -> list[str]:
     ratios = ["" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio", "ratio_of_best")]
     return [f"{row['mib_per_second']:,.0f}", *ratios, row["base"]]
 
 
-def place(record: Record) -> Iterable[tuple[str, object]]:
+def place(record: BenchRecord) -> Iterable[tuple[str, object]]:
     """Return the file system of the stores, and the load of the machine."""
     return [("file system", record["file_system"]), _load(record)]
 
 
-def _load(record: Record) -> tuple[str, str]:
+def _load(record: BenchRecord) -> tuple[str, str]:
     return "load", " to ".join(f"{load:.1f}" for load in record["load"])
 
 
@@ -99,7 +99,7 @@ def roofline(
     limit: Limit = 3000,
     text_field: options.TextField = "text",
     unit: options.Unit = "line",
-) -> Record:
+) -> BenchRecord:
     """Compare bytes and operations of each tier with memory copy and matrix product, measured in turn."""
     from llmcache.errors import ConfigError
 
@@ -115,7 +115,7 @@ def roofline(
     return {"data": data, **found}
 
 
-def limits(record: Record) -> Iterable[tuple[str, object]]:
+def limits(record: BenchRecord) -> Iterable[tuple[str, object]]:
     """Return the limits of the machine, and its load."""
     return [
         ("memory copy", f"{record['copy_bytes_per_second'] / 1e9:.1f} GB/s"),
@@ -133,7 +133,7 @@ def scale(
     gigabits: Annotated[float, typer.Option(help="Network speed of a machine, gigabits per second.")] = 10,
     rate: Annotated[float, typer.Option(help="Documents that one machine computes per second.")] = COMPUTED,
     index: Annotated[str, typer.Option(help="ivf-sq8, ivf-fp16 or hnsw.")] = "ivf-sq8",
-) -> Record:
+) -> BenchRecord:
     """Estimate disk, memory, network and time for a corpus, from constants measured on two cores."""
     return {"rows": arithmetic(Job(documents, width, tokens, shards, amounts.size(memory), gigabits, rate, index))}
 

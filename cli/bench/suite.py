@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.bench.command import Cell, Columns, Gpt2Folder, ModelName, Record, loaded, say
+from llmcache.cli.bench.command import BenchRecord, Cell, Columns, Gpt2Folder, ModelName, loaded, say
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
@@ -22,7 +22,7 @@ _COLUMNS: dict[str, Cell] = {
 
 def list_(
     data: Annotated[Path | None, typer.Option("--data", help=DATA)] = None, tokenizer: Gpt2Folder = None
-) -> Record:
+) -> BenchRecord:
     """List the benchmarks of `bench run`, with their missing data and rivals."""
     from llmcache.bench.harness.suite import benchmarks, rivals
 
@@ -34,7 +34,7 @@ def list_(
     return {"benchmarks": found, "rivals_left_out": {one.name: one.missing for one in rivals() if one.missing}}
 
 
-def show_list(record: Record) -> None:
+def show_list(record: BenchRecord) -> None:
     """Print each benchmark with the reason why it cannot run, and the rivals that cannot take part."""
     printing.facts(
         (one["name"], one["about"] + (f" (cannot run: {one['missing']})" if one["missing"] else ""))
@@ -86,7 +86,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _show(name: str, record: Record) -> None:
+def _show(name: str, record: BenchRecord) -> None:
     if why := record.get("skipped") or record.get("failed"):
         typer.echo(f"{name}: not measured: {why}")
         return
