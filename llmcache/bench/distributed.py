@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmcache.bench.harness.turns import Row
 from llmcache.cache import LLMCache
 from llmcache.distributed.compute import open_with_workers
 from llmcache.indexes.maintenance.compact import compact
@@ -22,29 +22,13 @@ from llmcache.indexes.store import Store
 BATCH = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Result of one way to run the job.
+def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Row]:
+    """Run the job in one process with a worker's threads, in one with all, on workers, and with one worker killed.
 
-    seconds: without the start of processes. identical: True when bits and provenance equal those of the first way.
-    entries, segments: contents of the store. lost: documents that a later opening misses. duplicates: entries stored
-    twice.
+    Returns one row each. seconds: without the start of processes. identical: True when bits and provenance equal those
+    of the first way. entries, segments: contents of the store. lost: documents that a later opening misses. duplicates:
+    entries stored twice.
     """
-
-    name: str
-    workers: int
-    threads: int
-    documents: int
-    seconds: float
-    identical: bool
-    entries: int
-    segments: int
-    lost: int
-    duplicates: int
-
-
-def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
-    """Run the job in one process with a worker's threads, in one with all, on workers, and with one worker killed."""
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // workers)
     before = torch.get_num_threads()
@@ -94,11 +78,14 @@ def _job(cache: LLMCache, texts: Sequence[str], victims: Sequence[int] = ()) -> 
 
 def _row(
     name: str, workers: int, threads: int, path: Path, texts: Sequence[str], seconds: float, identical: bool
-) -> Spread:
+) -> Row:
     with LLMCache.open(path) as cache:
         lost = sum(one.tier != "exact" for one in cache.run(texts))
     with closing(Store.open(path)) as store:
         segments = store.manifest.namespaces["default"].banks["output"].segments
         twice = compact(store, duplicates=True, dry_run=True).duplicates
-    rows = sum(one.live for one in segments)
-    return Spread(name, workers, threads, len(texts), seconds, identical, rows, len(segments), lost, twice)
+    return {
+        "name": name, "workers": workers, "threads": threads, "documents": len(texts), "seconds": seconds,
+        "identical": identical, "entries": sum(one.live for one in segments), "segments": len(segments), "lost": lost,
+        "duplicates": twice,
+    }  # fmt: skip
