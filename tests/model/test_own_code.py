@@ -98,7 +98,7 @@ class WithCachedProperty(Own):
         return 1.0
 
     def work(self, x: Tensor) -> Tensor:
-        return x * type(self).scale.func(self)  # type: ignore[attr-defined]
+        return x * type(self).scale.func(self)  # type: ignore[attr-defined,no-any-return]
 
 
 def replaced(owner: Any, name: str, value: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
@@ -116,7 +116,7 @@ def turned(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 Change = Callable[[Any, pytest.MonkeyPatch], Any]
-CHANGES: dict[str, tuple[Own, Change]] = {
+CHANGES: dict[str, tuple[Own | type[Own], Change]] = {
     "True to 1": (own(lambda self, x: x if self.value is True else -x)(True), became(1)),
     "2 to 2.0": (own(lambda self, x: x * isinstance(self.value, int))(2), became(2.0)),
     "0.0 to -0.0": (own(lambda self, x: x * math.copysign(1, self.value))(0.0), became(-0.0)),
@@ -146,7 +146,7 @@ CHANGES: dict[str, tuple[Own, Change]] = {
     ),
     "a keyword default in place": (
         own(lambda self, x: by_keyword(x)),
-        lambda _, patch: patch.setitem(by_keyword.__kwdefaults__, "scale", 2.0),
+        lambda _, patch: patch.setitem(by_keyword.__kwdefaults__ or {}, "scale", 2.0),
     ),
     "a default of a library's function": (
         own(lambda self, x: nn.functional.normalize(x)),

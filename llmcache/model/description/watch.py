@@ -218,7 +218,7 @@ class ModelWatch:
         self._copies = [container.copy for container in self._watched]
         # computed now: the forward behind a stand-in is looked up in its module, which may have another one later
         self._plain = [_KINDS[each.kind](each.copy) if each.kind in _KINDS else None for each in self._watched]
-        self._numbers = [
+        self._numbers: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = [
             (itemgetter(*names, names[0]), each.live)
             for each in self._watched
             if each.own and isinstance(each.live, Mapping)
