@@ -16,10 +16,10 @@ from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources
 from llmcache.cli.shared.fill import counts, warnings
 from llmcache.errors import ConfigError, CorpusError
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import Plan, seconds_said
-from llmcache.private_files import write_whole
 
 if TYPE_CHECKING:
     from llmcache.cache import LLMCache
@@ -105,7 +105,7 @@ def _has(store: str, namespace: str, access: options.Access) -> bool:
 def write_plan(forecast: Plan, out: Path) -> None:
     """Write a plan, whole or not at all."""
     try:
-        write_whole(out, (jsons.dumps(forecast.to_json(), indent=2) + "\n").encode())
+        write_atomically(out, (jsons.dumps(forecast.to_json(), indent=2) + "\n").encode(), mode=ordinary_mode())
     except OSError as error:
         raise CorpusError(f"{out} cannot be written ({error.strerror or error}); choose another file") from None
 

@@ -175,7 +175,6 @@ def report(
 ) -> None:
     """Print the counts of a run, and the file of its results."""
     if json:
-        shown = {name: getattr(written, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
         outcome: dict[str, Any] = {
             **counts(reading),
             "refused": written.refused + reading.bad,
@@ -185,7 +184,13 @@ def report(
         if forecast is not None:
             outcome["plan"] = forecast.as_dict()
         printing.as_json(
-            {**shown, "out": str(written.path), "bad": reading.bad, **outcome, "counters": counters.as_dict()}
+            {
+                **written.as_dict(),
+                "out": str(written.path),
+                "bad": reading.bad,
+                **outcome,
+                "counters": counters.as_dict(),
+            }
         )
     else:
         printing.facts(

@@ -341,13 +341,17 @@ class Bank:
         self._rows.add(entries.keys, rows)
         return kept
 
-    def alias(self, text_keys: Keys, keys: Keys) -> None:
-        """Let text keys find the rows of these keys. Keys without a row are skipped. Both uint64 [n, 2]."""
+    def alias(self, text_keys: Keys, keys: Keys, *, stored: bool = False) -> None:
+        """Let text keys find the rows of these keys. Keys without a row are skipped. Both uint64 [n, 2].
+
+        stored: True if another process has committed them, so that `seal` must not write them.
+        """
         rows = self.find(keys)
         existing = rows >= 0
         if existing.any():
             self._texts.add(text_keys[existing], rows[existing])
-            self._aliases.append((text_keys[existing], keys[existing]))
+            if not stored:
+                self._aliases.append((text_keys[existing], keys[existing]))
 
     def flush_batches(self) -> list[FlushBatch]:
         """Split the pending rows into batches of consecutive row numbers, one per future segment."""

@@ -23,18 +23,19 @@ from llmcache.calls.near import NearMethods
 from llmcache.calls.pairs import PairMethods
 from llmcache.concurrency import at_exit as leaving
 from llmcache.concurrency.calls import Calls, WorkerCommits, call
-from llmcache.concurrency.reopening import Opening, reopened
+from llmcache.concurrency.reopening import reopened
 from llmcache.config import CacheConfig
 from llmcache.encoding.calibrations import Calibrations
+from llmcache.encoding.compute import Compute
 from llmcache.encoding.executor import Executor
-from llmcache.errors import ForkedStoreError, LLMCacheError
+from llmcache.errors import ConfigError, ForkedStoreError, LLMCacheError
+from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.trust import Trust
 from llmcache.indexes.store import Store
 from llmcache.layers.registry import Layers
 from llmcache.model.batching import Model
 from llmcache.model.description.watch import ModelWatch
 from llmcache.model.encoders import ENCODERS, TokenVectors, encoder
-from llmcache.model.identity import Identity
 from llmcache.model.locks import lock_of
 from llmcache.model.private_tokenizer import PrivateCopy
 from llmcache.near.calibration.drift import Drift
@@ -48,30 +49,26 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
     the first call opens the store again. A pickle holds the arguments of `open`; loading it opens the store.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        model: Module,
-        identity: Identity,
-        config: CacheConfig,
-        namespace: str,
-        secret: bytes = b"",
-        drift: Drift | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        """Make a cache of opened parts; use `LLMCache.open` instead."""
+    def __init__(self, parts: opening.OpenedParts, backend: Compute | None = None) -> None:
+        """Make a cache of opened parts; use `LLMCache.open` instead.
+
+        backend: computes the misses, and is closed with the cache; None: this process computes. A cache with a backend
+        can neither be forked nor pickled.
+        """
+        model, identity, self._opening = parts.model, parts.identity, parts.arguments
         self.model = model
+        tokenizer = self._opening.tokenizer
         self.tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         self.identity = identity
-        self.config = config
-        self.namespace = namespace
-        self._salt, self._drift = secret, drift
-        self._opening: Opening | None = None
+        self.config = parts.config
+        self.namespace = self._opening.namespace
+        self._salt, self._drift = parts.secret, self._opening.drift
+        self._backend = backend
         self._worker_commits = WorkerCommits()
         self._calls = Calls(lock_of(model), self._reopen, lambda: self._worker_commits.commit(self._storing))
         self._tokenizer_copy = PrivateCopy()
         self._watch, self._current = ModelWatch(model, self.tokenizer, name=identity.name), identity
-        self._begin(store)
+        self._begin(parts.store)
 
     def _begin(self, store: Store) -> None:
         """Set up everything that depends on a store opened in this process."""
@@ -91,7 +88,7 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         self._token_states: Executor | None = None
         if isinstance(model, ENCODERS):
             inside = nullcontext if config.layers == "output" else self.attached
-            self._encoding = self._executor(LAYER, encoder(model), inside)
+            self._encoding = self._executor(LAYER, encoder(model), inside, self._backend)
             self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
         leaving.opened(self)
@@ -100,14 +97,20 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         self._reasons: set[str] = set()
 
     def _executor(
-        self, bank_name: str, runner: Model, inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        bank_name: str,
+        runner: Model,
+        inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        backend: Compute | None = None,
     ) -> Executor:
         """Return an executor on a bank for the outputs of the cache's model; the bank is made if there is none."""
         facts = partial(opening.fresh_bank, cast(Any, self.model), runner, self.config)
         bank = self._store.bank(self.namespace, bank_name, facts, self.config.near)
         if self._store.trust != "own":
             opening.check_width(bank.facts, facts())
-        return Executor(runner, self.identity.digest, self.config, self._storing, bank, self._salt, inside, bank_name)
+        return Executor(
+            runner, self.identity.digest, self.config, self._storing, bank, self._salt, inside, bank_name, backend
+        )
 
     def _token_execution(self) -> Executor:
         """Executor of the bank of a SentenceTransformer's token embeddings."""
@@ -165,21 +168,19 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
             min_generation=min_generation, allow_untrusted=allow_untrusted, read_only=read_only,
         )  # fmt: skip
         try:
-            cache = cls(
-                parts.store, parts.model, parts.identity, parts.config, namespace, parts.secret, drift, tokenizer
-            )
+            return cls(parts)
         except BaseException:
             parts.store.close()
             raise
-        cache._opening = parts.arguments
-        return cache
 
     # -- other processes ------------------------------------------------------------------------------------
 
     def _reopen(self) -> None:
         """Open the store again in a forked child. Entries that the parent has not committed are left to the parent."""
-        if self._opening is None:
-            raise ForkedStoreError("this cache was opened by the process that forked this one; open it in the child")
+        if self._backend is not None:
+            raise ForkedStoreError(
+                "a cache with workers was used by a child of the process that opened it; open the store in the child"
+            )
         if not self._opened:
             return
         inherited = self._store
@@ -191,11 +192,19 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         self._calls.worker = True
 
     def __reduce__(self) -> Any:
-        if not self._opened or self._opening is None:
+        if self._backend is not None:
+            raise ConfigError("a cache with workers cannot be pickled; open the store where it is needed")
+        if not self._opened:
             raise LLMCacheError("a closed cache cannot be pickled or copied; open it again with LLMCache.open")
         return reopened, (type(self), self._opening)
 
     # -- the store ------------------------------------------------------------------------------------------
+
+    @property
+    @call
+    def bank(self) -> Bank:
+        """The bank of embeddings, for code that looks up or stores batches itself. ConfigError without embeddings."""
+        return self._bank
 
     @property
     @call
@@ -246,7 +255,7 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         ModelMismatch when the namespace now belongs to another model.
         """
         self._check_open()
-        self._store.reload()
+        self._storing.reload()
         self._calibrations.forget()
 
     @call
@@ -266,7 +275,7 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
     @call
     def levels(self) -> DeviceCache | None:
         """Entries in device memory and in page-locked memory; None before the first call for a tensor."""
-        return self._execution.levels
+        return self._execution.reader.levels
 
     @property
     @call
@@ -317,7 +326,11 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
                 self._last = self._statistics()
             finally:
                 self._opened = False
-                self._store.close()
+                try:
+                    self._store.close()
+                finally:
+                    if self._backend is not None:
+                        self._backend.close()
 
     @property
     def is_open(self) -> bool:

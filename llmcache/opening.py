@@ -45,23 +45,23 @@ class OpenedParts:
 
 def open_parts(
     path: str | os.PathLike[str],
-    model: Module | str | os.PathLike[str] | None,
+    model: Module | str | os.PathLike[str] | None = None,
     *,
-    kind: str | None,
-    tokenizer: Any,
-    config: CacheConfig | None,
-    namespace: str,
-    tau: float | None,
-    drift: Drift | None,
-    max_bytes: int | None,
-    secret: bytes | None,
-    secret_file: str | os.PathLike[str] | None,
-    trust: Trust,
-    key: bytes | None,
-    key_file: str | os.PathLike[str] | None,
-    min_generation: int,
-    allow_untrusted: bool,
-    read_only: bool,
+    kind: str | None = None,
+    tokenizer: Any = None,
+    config: CacheConfig | None = None,
+    namespace: str = "default",
+    tau: float | None = None,
+    drift: Drift | None = None,
+    max_bytes: int | None = None,
+    secret: bytes | None = None,
+    secret_file: str | os.PathLike[str] | None = None,
+    trust: Trust = "auto",
+    key: bytes | None = None,
+    key_file: str | os.PathLike[str] | None = None,
+    min_generation: int = 0,
+    allow_untrusted: bool = False,
+    read_only: bool = False,
 ) -> OpenedParts:
     """Open or create the store and load the model. Arguments and errors are those of `LLMCache.open`."""
     if config is not None or not os.path.exists(path):  # else the settings are those saved with the store
@@ -141,6 +141,8 @@ def loaded(
             check_inputs(model)
         return model, identify(model, tokenizer=tokenizer)
     name = os.fspath(model)
+    if not name:
+        raise ConfigError("the name of the model is empty; give the name or path of a model")
     try:
         module, identity = load(name, kind)
     except (OSError, ValueError, ImportError) as error:

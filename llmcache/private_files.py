@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from llmcache.errors import CorpusError
+from llmcache.indexes.files import locks
+from llmcache.indexes.files.atomic_write import set_mode, write_atomically
 from llmcache.indexes.files.durable import FOLDER
 
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -77,8 +77,7 @@ class PrivateFolder:
             self.close()
             raise _refusal(path, f"belongs to the user with the number {facts.st_uid}")
         if facts.st_mode & 0o077:  # made by an earlier version, or by hand
-            with suppress(PermissionError):  # a file system without modes
-                os.fchmod(self._descriptor, 0o700)
+            set_mode(self._descriptor, 0o700)
 
     def close(self) -> None:
         """Close the descriptor of the folder."""
@@ -93,8 +92,7 @@ class PrivateFolder:
         except CorpusError as error:
             raise CorpusError(f"{self.path}/{error}") from None
         if os.fstat(descriptor).st_mode & 0o077:
-            with suppress(PermissionError):
-                os.fchmod(descriptor, 0o600)
+            set_mode(descriptor, 0o600)
         return descriptor
 
     def has(self, name: str) -> bool:
@@ -115,14 +113,7 @@ class PrivateFolder:
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file atomically and durably, by way of "<name>.partial"."""
-        temporary = f"{name}.partial"
-        self.remove(temporary)
-        with os.fdopen(self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
-        os.fsync(self._descriptor)
+        write_atomically(name, data, durable=True, partial=f"{name}.partial", folder=self._descriptor)
 
     def remove(self, name: str) -> None:
         """Remove a file or link, if there is one. OSError when it is a folder."""
@@ -132,39 +123,7 @@ class PrivateFolder:
     def lock(self, name: str) -> IO[bytes] | None:
         """Lock a lock file. Returns the file, which has the lock until it is closed; None if another process has it."""
         file = os.fdopen(self.open(name, os.O_RDWR | os.O_CREAT), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.take(file.fileno()):
             file.close()
             return None
-        except OSError:
-            pass  # a file system without locks
         return file
-
-
-def ordinary_mode() -> int:
-    """Return the mode of new files of this process: 0666 minus the bits of the umask."""
-    try:
-        with open("/proc/self/status") as file:
-            mask = next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
-    except (OSError, StopIteration, ValueError):
-        mask = os.umask(0o077)  # a file that another thread makes in between is private to this user
-        os.umask(mask)
-    return 0o666 & ~mask
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically, by way of a temporary file with a random name; a link at `path` is replaced.
-
-    OSError when writing fails; the temporary file is then removed.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), ordinary_mode())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -147,7 +147,8 @@ def corpus(folder: Path, name: str) -> Draw:
 
 def embed(data: Path, folder: Path, name: str) -> None:
     """Write features, outputs, labels and tokens of a labelled corpus to an .npz file, unless it is there."""
-    from llmcache.bench.near import embedded, labelled_texts
+    from llmcache.bench.harness.datasets import labelled_texts
+    from llmcache.bench.near import embedded
     from llmcache.demo import demo_model
 
     if (folder / f"{name}.npz").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,14 @@ def test_the_public_door_is_what_it_says() -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     assert f'version = "{llmcache.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"[{llmcache.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_imports_what_exists(page: str) -> None:
+    for line in (ROOT / page).read_text("utf-8").split("\n"):
+        found = re.fullmatch(r"\s*(from llmcache[\w.]* import [\w, ]+|import llmcache[\w.]*)\s*(#.*)?", line)
+        if found:
+            exec(found[1], {})

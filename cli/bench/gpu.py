@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llmcache.cli.shared import options
+from llmcache.cli.bench.command import BenchRecord, Columns, say
 from llmcache.cli.shared import output as printing
 
 
@@ -22,82 +22,68 @@ def gpu(
     ] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial without meaningful times.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, for a trial without meaningful times.")] = False,
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Measure hits from device memory, pinned memory and disk, misses, near look-ups, long prefixes, and search.
 
     Each is compared with the model alone. Models have seeded weights of known shapes; nothing is downloaded.
     `python -m llmcache.bench.gpu` does the same without FAISS and the libraries of the command line.
     """
-    from llmcache.bench.gpu.runner import failed, measured
+    from llmcache.bench.gpu.runner import measured
 
     printing.quiet()
-    found = measured(
-        out, minutes=minutes, only=only, device=device, tiny=tiny, say=lambda line: typer.echo(line, err=True)
-    )
-    if json:
-        printing.as_json(found)
-    else:
-        _tables(found["parts"])
-        printing.facts([(name, value) for name, value in found.items() if name != "parts"])
-    if failed(found):
-        raise typer.Exit(1)
+    return measured(out, minutes=minutes, only=only, device=device, tiny=tiny, say=say)
 
 
-def _tables(parts: dict[str, Any]) -> None:
-    for name, part in parts.items():
+def failed(record: BenchRecord) -> list[str]:
+    """List the parts that ended with an error."""
+    from llmcache.bench.gpu.runner import failed
+
+    return failed(record)
+
+
+_TABLES = {
+    "search": {
+        "fingerprints": "rows", "dtype": "dtype", "queries": "queries", "ms": "milliseconds:.3g",
+        "ms to read them": "floor_milliseconds:.3g", "of that floor": "of_floor:.2f", "difference": "difference:.1e",
+    },
+    "near": {
+        "entries": "entries", "queries": "queries", "ms each": "device_milliseconds:.3g",
+        "ms on the host": "host_milliseconds:.3g", "ms of the model": "model_milliseconds:.3g",
+        "of the model": "of_model:.1%", "difference": "difference:.1e",
+    },
+    "prefix": {
+        "tokens known": "tokens", "recompute s": "recompute:.3g", "from": "level", "s": "median:.3g",
+        "x": "times_as_fast:.2f", "difference": "relative_difference:.1e",
+    },
+    "bandwidth": {"": "name", "per second": "per_second:.3g"},
+}  # fmt: skip
+_HITS = {"docs/s": "documents_per_second:,.0f", "x model": "times_as_fast:.2f", "difference": "difference:.1e"}
+
+
+def show(record: BenchRecord) -> None:
+    """Print a table for each part, and the reason for a part without results."""
+    for name, part in record["parts"].items():
         if problem := part.get("error") or part.get("skipped"):
             typer.echo(f"{name}: {problem}\n")
         found = part.get("result")
         if not found:
             continue
         if name == "bandwidth":
-            printing.table(["", "per second"], [[what, f"{one['per_second']:.3g}"] for what, one in found.items()])
-        elif name == "search":
-            printing.table(
-                ["fingerprints", "dtype", "queries", "ms", "ms to read them", "of that floor", "difference"],
-                [
-                    [one["rows"], one["dtype"], one["queries"], f"{one['milliseconds']:.3g}",
-                     f"{one['floor_milliseconds']:.3g}", f"{one['of_floor']:.2f}", f"{one['difference']:.1e}"]
-                    for one in found
-                ],
-            )  # fmt: skip
-        elif name == "near":
-            printing.table(
-                ["entries", "queries", "ms each", "ms on the host", "ms of the model", "of the model", "difference"],
-                [
-                    [one["entries"], one["queries"],
-                     *(f"{one[f'{what}_milliseconds']:.3g}" for what in ("device", "host", "model")),
-                     f"{one['of_model']:.1%}", f"{one['difference']:.1e}"]
-                    for one in found
-                ],
-            )  # fmt: skip
+            found = [{"name": what, **one} for what, one in found.items()]
         elif name == "prefix":
-            printing.table(
-                ["tokens known", "recompute s", "from", "s", "x", "difference"],
-                [
-                    [one["tokens"], f"{one['recompute']['median']:.3g}", level, f"{one[level]['median']:.3g}",
-                     f"{one[level]['times_as_fast']:.2f}", f"{one[level]['relative_difference']:.1e}"]
-                    for one in found
-                    for level in ("disk", "pinned memory", "device memory")
-                ],
-            )  # fmt: skip
-        else:
-            _tiers(name, found)
-
-
-def _tiers(name: str, found: dict[str, Any]) -> None:
-    printing.table(
-        [name, "docs/s", "x model", "difference"],
-        [
-            [what, f"{one['documents_per_second']:,.0f}", f"{one['times_as_fast']:.2f}", f"{one['difference']:.1e}"]
-            for what, one in found.get("hits", {}).items()
-        ],
-    )
-    misses = found.get("misses")
-    if misses is None:
-        return
-    typer.echo(
-        f"Empty cache: {misses['overhead']:+.1%} of the model's time, {misses['overhead_with_commit']:+.1%} with the "
-        f"commit; difference {misses['difference']:.1e}.\n"
-    )
+            levels = ("disk", "pinned memory", "device memory")
+            found = [
+                {**one[level], "tokens": one["tokens"], "recompute": one["recompute"]["median"], "level": level}
+                for one in found
+                for level in levels
+            ]
+        if name in _TABLES:
+            Columns(_TABLES[name]).show({"rows": found})
+            continue
+        hits = [{"name": what, **one} for what, one in found.get("hits", {}).items()]
+        Columns({name: "name", **_HITS}).show({"rows": hits})
+        if misses := found.get("misses"):
+            typer.echo(
+                f"Empty cache: {misses['overhead']:+.1%} of the model's time, "
+                f"{misses['overhead_with_commit']:+.1%} with the commit; difference {misses['difference']:.1e}.\n"
+            )

@@ -1,4 +1,4 @@
-"""`llmcache bench near`, `reuse`, `rivals` and `guard`: near reuse within a budget, and the field guard."""
+"""Benchmarks of near reuse within a budget, and of the field guard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcache.cli.shared import options
+from llmcache.cli.bench.command import BenchRecord, loaded
 from llmcache.cli.shared import output as printing
 
 Data = Annotated[Path, typer.Option("--data", help="Folder with labelled train and test as .csv, .tsv or .txt.")]
@@ -18,28 +18,11 @@ def near(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds and samples.")] = 5,
     budget: Annotated[float, typer.Option(help="Share of all results that may change their label.")] = 0.005,
     exact: Annotated[bool, typer.Option(help="Also measure the exact kernel ridge of scikit-learn.")] = False,
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Fit and calibrate on train, report on test: hits, changed labels, accuracy, recall over the reused vectors."""
-    from llmcache.bench import near as measuring
-    from llmcache.bench.harness.conditions import conditions
-    from llmcache.demo import demo_model
+    from llmcache.bench.near import near
 
-    printing.quiet()
-    rows = measuring.near(demo_model(), data, seeds=seeds, budget=budget, exact=exact)
-    found = measuring.summary(rows)
-    if json:
-        printing.as_json({**conditions(), "data": data.name, "seeds": seeds, "summary": found, "rows": rows})
-        return
-    printing.table(
-        ["method", "drift of", "budget", "hits", "drift", "worst", "accuracy drop"],
-        [
-            [one["method"], one["drift_is"], one["budget"], f"{one['hits']:.1%}", f"{one['drift']:.3%}",
-             f"{one['worst_drift']:.3%}", f"{one['accuracy_drop']:.2%}"]
-            for one in found
-        ],
-    )  # fmt: skip
-    printing.facts(conditions().items())
+    return {"data": data.name, **near(loaded(), data, seeds=seeds, budget=budget, exact=exact)}
 
 
 def reusing(
@@ -50,87 +33,60 @@ def reusing(
     guard: Annotated[bool, typer.Option(help="Refuse hits whose fields differ.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of cross-fitting folds.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each run, in turn with the model alone.")] = 3,
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Run a cache that holds train and is calibrated on it over test, beside the model alone."""
-    from llmcache.bench import reusing as measuring
-    from llmcache.bench.harness.conditions import conditions
-    from llmcache.demo import demo_model
+    from llmcache.bench.reusing import reusing
 
-    printing.quiet()
-    rows = measuring.reusing(
-        demo_model(),
-        data,
-        drift=drift,
-        budget=budget,
-        confidence=confidence or None,
-        guard=guard,
-        seeds=seeds,
-        repeats=repeats,
-    )
-    if json:
-        printing.as_json({**conditions(), "data": data.name, "rows": rows})
-        return
-    printing.table(
-        ["seed", "hits", "flips", "accuracy drop", "times the model alone", "with loading", "look-up ms", "audits"],
-        [
-            [one["seed"], f"{one['hits']:.1%}", f"{one['flips']:.2%}", f"{one['accuracy_drop']:.2%}",
-             f"{one['ratio']:.2f}", f"{one['with_first']:.2f}", f"{one['look_up_milliseconds']:.3f}", one["audits"][0]]
-            for one in rows
-        ],
-    )  # fmt: skip
-    for one in rows:
-        typer.echo(f"seed {one['seed']}: {one['reason']}; near reuse was {one['state'][0]}")
-    printing.facts(conditions().items())
+    settings: dict[str, Any] = {"drift": drift, "budget": budget, "confidence": confidence or None, "guard": guard}
+    return {"data": data.name, "rows": reusing(loaded(), data, **settings, seeds=seeds, repeats=repeats)}
+
+
+def show_reusing(record: BenchRecord) -> None:
+    """Print the reason of each threshold, and the state of near reuse."""
+    for row in record["rows"]:
+        typer.echo(f"seed {row['seed']}: {row['reason']}; near reuse was {row['state'][0]}")
 
 
 def rivals(
     data: Data,
     budget: Annotated[float, typer.Option(help="Share of all results that may be wrong.")] = 0.005,
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Count hits and wrong hits beside a fixed similarity and a cache of final outputs, on the same fingerprints."""
-    from llmcache.bench.competitors import gptcache_rule as measuring
-    from llmcache.bench.harness.conditions import conditions
-    from llmcache.demo import demo_model
+    from llmcache.bench.competitors.gptcache_rule import rivals
 
-    printing.quiet()
-    rows = measuring.rivals(demo_model(), data, budget=budget)
-    if json:
-        printing.as_json({**conditions(), "data": data.name, "rows": rows})
-        return
-    names = [name for name in rows[0] if name not in ("asked", "hit_rate", "wrong_of_hits", "wrong_of_all", "budget")]
+    return {"data": data.name, "rows": rivals(loaded(), data, budget=budget)}
+
+
+def show_rivals(record: BenchRecord) -> None:
+    """Print the rules, with the labels of pairs where the data have them."""
+    rows = record["rows"]
+    names = [name for name in ("method", "hits", "wrong", "labelled_hits", "labelled_wrong") if name in rows[0]]
     printing.table(
         [*names, "hit rate", "wrong, of hits"],
-        [[*(one[name] for name in names), f"{one['hit_rate']:.1%}", f"{one['wrong_of_hits']:.1%}"] for one in rows],
+        [[*(row[name] for name in names), f"{row['hit_rate']:.1%}", f"{row['wrong_of_hits']:.1%}"] for row in rows],
     )
-    printing.facts([("asked", rows[0]["asked"]), *conditions().items()])
-
-
-def _cell(value: Any) -> Any:
-    """Return a cell of a table: counts by kind as text, everything else as it is."""
-    if isinstance(value, dict):
-        return ", ".join(f"{kind} {count:,}" for kind, count in value.items()) or "none"
-    return value
 
 
 def guarded(
     data: Annotated[Path, typer.Option("--data", help="Folder of the pair and revision corpora.")],
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Count the pairs accepted with and without the field guard, and their precision."""
-    from llmcache.bench import guard as measuring
-    from llmcache.bench.harness.conditions import conditions
-    from llmcache.demo import demo_model
+    from llmcache.bench.guard import measure
 
-    printing.quiet()
-    rows = measuring.measure(data, demo_model().encode)
-    if json:
-        printing.as_json({**conditions(), "rows": rows})
-        return
-    by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
+    return {"rows": measure(data, loaded().encode)}
+
+
+def show_guarded(record: BenchRecord) -> None:
+    """Print one table for all rows of the same columns."""
+    by_columns: dict[tuple[str, ...], list[BenchRecord]] = {}
+    for row in record["rows"]:
         by_columns.setdefault(tuple(row), []).append(row)
     for names, some in by_columns.items():
-        printing.table([name.replace("_", " ") for name in names], [list(map(_cell, row.values())) for row in some])
-    printing.facts(conditions().items())
+        printing.table([name.replace("_", " ") for name in names], [list(map(_counts, row.values())) for row in some])
+
+
+def _counts(value: Any) -> Any:
+    """Format counts by kind as text; other values stay."""
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} {count:,}" for kind, count in value.items()) or "none"
+    return value

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmcache.cli.shared import options
+from llmcache.cli.bench.command import BenchRecord, say
 from llmcache.cli.shared import output as printing
 
 
@@ -28,8 +28,7 @@ def paper(
         "results/paper"
     ),
     again: Annotated[bool, typer.Option("--again", help="Measure existing records again.")] = False,
-    json: options.Json = False,
-) -> None:
+) -> BenchRecord:
     """Measure the paper's tables: latency, hits per layer, accuracy, memory; tau, fingerprints, eviction.
 
     Each experiment has one JSON file and one figure, written part by part. After an interruption the same command
@@ -38,26 +37,26 @@ def paper(
     from llmcache.bench.paper import records
     from llmcache.bench.paper.experiments import EXPERIMENTS
     from llmcache.bench.paper.plots import plot
-    from llmcache.bench.paper.tables import BLOCKS
     from llmcache.errors import ConfigError
 
     names = records.chosen(EXPERIMENTS, only)
     printing.quiet()
     work = records.Work(data, models, limit, repeats)
-    found = records.run(EXPERIMENTS, names, work, out, again=again, say=_print_line)
+    found = records.run(EXPERIMENTS, names, work, out, again=again, say=say)
     for record in found:
         try:
             plot(record, out / f"{record['experiment']}.png")
         except ConfigError as error:
-            _print_line(f"{record['experiment']}: no figure: {error}")
-    if json:
-        printing.as_json({"out": str(out), "records": found})
-        return
-    for record in found:
-        typer.echo(f"\n{record['experiment']}\n\n{BLOCKS[record['experiment']](records.rows(record))}")
-        for part, reason in record["skipped"].items():
+            say(f"{record['experiment']}: no figure: {error}")
+    return {"out": str(out), "records": found}
+
+
+def show(record: BenchRecord) -> None:
+    """Print the table of each experiment, and the parts left out."""
+    from llmcache.bench.paper.records import rows
+    from llmcache.bench.paper.tables import BLOCKS
+
+    for one in record["records"]:
+        typer.echo(f"\n{one['experiment']}\n\n{BLOCKS[one['experiment']](rows(one))}")
+        for part, reason in one["skipped"].items():
             typer.echo(f"left out: {part}: {reason}")
-
-
-def _print_line(line: str) -> None:
-    typer.echo(line, err=True)

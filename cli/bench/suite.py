@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from llmcache.cli.bench.command import BenchRecord, Cell, Columns, Gpt2Folder, ModelName, loaded, say
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 
 DATA = "Folder of the data sets; `llmcache bench list --data DIR` shows missing ones."
+_COLUMNS: dict[str, Cell] = {
+    "": "name", "texts": "documents", "per second": "per_second:,.0f", "x model": "ratio:.2f",
+    "slowest/quickest": lambda row: _spread(row["slowest_of_quickest"]), "computed": "computed",
+    "max diff": "difference:.1e",
+}  # fmt: skip
 
 
 def list_(
-    data: Annotated[Path | None, typer.Option("--data", help=DATA)] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of GPT-2's tokenizer, for the decoders.")] = None,
-    json: options.Json = False,
-) -> None:
+    data: Annotated[Path | None, typer.Option("--data", help=DATA)] = None, tokenizer: Gpt2Folder = None
+) -> BenchRecord:
     """List the benchmarks of `bench run`, with their missing data and rivals."""
     from llmcache.bench.harness.suite import benchmarks, rivals
 
@@ -27,18 +31,18 @@ def list_(
          "missing": None if data is None else one.missing(data, tokenizer) or None}
         for one in benchmarks().values()
     ]  # fmt: skip
-    absent = {one.name: one.missing for one in rivals() if one.missing}
-    if json:
-        printing.as_json({"benchmarks": found, "rivals_left_out": absent})
-        return
-    printing.facts((str(one["name"]), f"{one['about']}{_lacking(one['missing'])}") for one in found)
+    return {"benchmarks": found, "rivals_left_out": {one.name: one.missing for one in rivals() if one.missing}}
+
+
+def show_list(record: BenchRecord) -> None:
+    """Print each benchmark with the reason why it cannot run, and the rivals that cannot take part."""
+    printing.facts(
+        (one["name"], one["about"] + (f" (cannot run: {one['missing']})" if one["missing"] else ""))
+        for one in record["benchmarks"]
+    )
     typer.echo()
-    for name, why in absent.items():
+    for name, why in record["rivals_left_out"].items():
         typer.echo(f"{name}: {why}")
-
-
-def _lacking(missing: object) -> str:
-    return f" (cannot run: {missing})" if missing else ""
 
 
 def run(
@@ -48,10 +52,8 @@ def run(
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, or seeds where a benchmark has these.")] = 3,
     limit: Annotated[int | None, typer.Option(min=2, help="At most this many texts.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of streams and samples.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of GPT-2's tokenizer, for the decoders.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model to use instead of all-MiniLM-L6-v2 of the demo extra.")
-    ] = None,
+    tokenizer: Gpt2Folder = None,
+    model: ModelName = None,
     again: Annotated[bool, typer.Option("--again", help="Measure recorded benchmarks again.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -61,24 +63,19 @@ def run(
     """
     from functools import cache
 
-    from sentence_transformers import SentenceTransformer
-
     from llmcache.bench.harness import recording
     from llmcache.bench.harness.suite import Sizes, chosen
-    from llmcache.demo import demo_model
     from llmcache.errors import ConfigError
 
     wanted = chosen(names)
     if not data.is_dir():
         raise ConfigError(f"{data} is no folder; --data names the folder of the data sets")
-    printing.quiet()
-    load = cache(lambda: SentenceTransformer(model) if model else demo_model())
-    sizes = Sizes(data, repeats, limit, seed, tokenizer, model=load)
+    sizes = Sizes(data, repeats, limit, seed, tokenizer, model=cache(lambda: loaded(model)))
     # records are shared, so paths of this machine are replaced
     folders = {str(data): "DATA", str(out): "OUT", str(tokenizer): "TOKENIZER", str(model): "MODEL"}
     command = " ".join(["llmcache", *(folders.get(word, word) for word in sys.argv[1:])])
     failures = 0
-    for one, record in recording.run(wanted, sizes, out, command, again=again, say=_print_line):
+    for one, record in recording.run(wanted, sizes, out, command, again=again, say=say):
         failures += "skipped" in record or "failed" in record
         if json:
             printing.as_json(record)
@@ -89,11 +86,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _print_line(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _show(name: str, record: dict[str, Any]) -> None:
+def _show(name: str, record: BenchRecord) -> None:
     if why := record.get("skipped") or record.get("failed"):
         typer.echo(f"{name}: not measured: {why}")
         return
@@ -104,11 +97,8 @@ def _show(name: str, record: dict[str, Any]) -> None:
         return
     rows = record.get("rows")
     if isinstance(rows, list) and "per_second" in rows[0]:
-        printing.table(
-            ["", "texts", "per second", "x model", "slowest/quickest", "computed", "max diff"],
-            [_cells(row) for row in rows if "skipped" not in row],
-            title=f"{name}: {record['about']}",
-        )
+        measured = [row for row in rows if "skipped" not in row]
+        Columns(_COLUMNS, title=f"{name}: {record['about']}").show({"rows": measured})
         for row in rows:
             if "skipped" in row:
                 typer.echo(f"{row['name']}: {row['skipped']}")
@@ -127,9 +117,5 @@ def _show(name: str, record: dict[str, Any]) -> None:
         typer.echo(f"note: {note}")
 
 
-def _cells(row: dict[str, Any]) -> list[object]:
-    spread = row["slowest_of_quickest"]
-    return [
-        row["name"], row["documents"], f"{row['per_second']:,.0f}", f"{row['ratio']:.2f}",
-        "-" if spread is None else f"{spread:.2f}", row["computed"], f"{row['difference']:.1e}",
-    ]  # fmt: skip
+def _spread(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +25,15 @@ def run_heads(
 
     options: values of --head, NAME=FOLDER. ConfigError when two heads have the same name.
     """
+    from llmcache.encoding.results import TierCounts
     from llmcache.model.loading import load_any
-    from llmcache.planning.preview import TierCounts
 
     folders = dict(named(option) for option in options)
     if len(folders) < len(options):
         raise ConfigError("two heads have the same name; give each its own name")
     heads = {name: load_any(folder)[0] for name, folder in folders.items()}
     reading = CorpusReading()
-    tallies = {name: TierCounts() for name in heads}
+    tiers = {name: Counter[str]() for name in heads}
     files = {name: out.with_name(f"{out.stem}.{name}{out.suffix}") for name in heads}
     with ExitStack() as stack, progress(reading, bytes_of(sources.corpora)) as advance:
         writers: dict[str, ResultWriter] = {}
@@ -43,7 +44,9 @@ def run_heads(
                 if name not in writers:  # the width is known with the first result
                     writer = result_writer(files[name], width=len(result.output))
                     writers[name] = stack.enter_context(writer)
-                writers[name].write(tallies[name].counted([result]))
+                writers[name].write([result])
+                tiers[name][result.tier] += 1
+    tallies = {name: TierCounts.of(counted) for name, counted in tiers.items()}
     layers = {
         name: {"asked": one.asked, "hits": one.hits, "saved_seconds": one.saved_seconds}
         for name, one in cache.stats().counters.layers.items()

@@ -6,15 +6,16 @@ import importlib.util
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmcache import __version__
 from llmcache.errors import ConfigError
-from llmcache.private_files import write_whole
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 if TYPE_CHECKING:
+    from llmcache.encoding.results import TierCounts
     from llmcache.report.statistics import Statistics
 
 log = logging.getLogger("llmcache")
@@ -41,19 +42,6 @@ _TOTALS = {  # counters summed over all openings of the store
 }
 
 
-class Counted(Protocol):
-    """Documents of a run, by tier."""
-
-    @property
-    def documents(self) -> int: ...
-    @property
-    def exact(self) -> int: ...
-    @property
-    def near(self) -> int: ...
-    @property
-    def misses(self) -> int: ...
-
-
 class Run:
     """One run of a command, timed from its creation."""
 
@@ -67,7 +55,7 @@ class Run:
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: give a file in an existing folder")
 
-    def ended(self, namespace: str, tally: Counted, stats: Statistics) -> None:
+    def ended(self, namespace: str, tally: TierCounts, stats: Statistics) -> None:
         """Log the counts of the run, and write the metrics file. OSError when it cannot be written."""
         seconds = time.monotonic() - self._started
         log.info(
@@ -83,10 +71,11 @@ class Run:
             from prometheus_client import generate_latest
 
             # prometheus_client's own writer uses a predictable temporary name and follows links there
-            write_whole(self._file, generate_latest(_registry(self._command, namespace, seconds, tally, stats)))
+            data = generate_latest(_registry(self._command, namespace, seconds, tally, stats))
+            write_atomically(self._file, data, mode=ordinary_mode())
 
 
-def _registry(command: str, namespace: str, seconds: float, tally: Counted, stats: Statistics) -> Any:
+def _registry(command: str, namespace: str, seconds: float, tally: TierCounts, stats: Statistics) -> Any:
     from prometheus_client import CollectorRegistry, Counter, Gauge
 
     registry = CollectorRegistry()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmcache.indexes.files import locks
 from llmcache.indexes.files.durable import FOLDER, make_durably
 from llmcache.indexes.files.folder import Folder
 
@@ -73,9 +73,8 @@ def _locked(path: Path) -> int | None:
         descriptor = os.open(path, FOLDER)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    with suppress(OSError):
+        if locks.take(descriptor, supported=True):
+            return descriptor
+    os.close(descriptor)
+    return None

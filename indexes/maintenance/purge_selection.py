@@ -64,6 +64,9 @@ class Doomed:
     unfinished: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
+        for name in ("ids", "sources"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is a list of texts, got one text: {getattr(self, name)!r:.60}; give [...]")
         if self.writer == "" or (self.namespace is None and self.writer is None and not self.names_documents):
             raise ConfigError("say what to purge: a namespace, a writer, keys, texts, ids or sources")
         if "" in self.ids or "" in self.sources:

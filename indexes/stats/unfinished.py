@@ -6,7 +6,6 @@ removed when the run's results are complete or discarded.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmcache.indexes.errors import Busy, ConfigError, SnapshotDamaged
+from llmcache.indexes.files import locks
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest_json import strict_json
 from llmcache.indexes.format.write_once import write_whole
@@ -133,11 +133,8 @@ def _empty_folder(run: Run) -> bool:
         with suppress(FileNotFoundError):
             lock = os.open("lock", _LOCK, dir_fd=descriptor)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(f"the run in {run.folder} is active; stop it, and purge again") from None
-            except OSError:
-                pass  # a file system without locks
+                if not locks.take(lock):
+                    raise Busy(f"the run in {run.folder} is active; stop it, and purge again")
             finally:
                 os.close(lock)
         for name in FILES:
@@ -160,10 +157,9 @@ def _remove_partial(path: Path) -> bool:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return False
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not locks.take(descriptor):
+            raise Busy(f"a run is writing {path}; stop it, and purge again")
         os.unlink(path)
         return True
-    except BlockingIOError:
-        raise Busy(f"a run is writing {path}; stop it, and purge again") from None
     finally:
         os.close(descriptor)

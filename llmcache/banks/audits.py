@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +29,6 @@ from llmcache.indexes.format.rows import Keys, Rows
 log = logging.getLogger("llmcache")
 
 Result = TypeVar("Result")
-Put = TypeVar("Put")
 
 _SHARE_OF_CALLS = 0.02
 """Largest share of the calls' seconds that random audits take. Hits are so fast that recomputing one in 2,000 would
@@ -268,16 +267,6 @@ class Evidence:
     def saved(self, rows: Rows) -> None:
         """Record hits on these rows, whose saved seconds no counter includes."""
         self._audits.saved(self.bank.cost(rows))
-
-    def verifying(self, put: Callable[..., Put]) -> Callable[..., Put]:
-        """Wrap `put(bank, keys, ...)` so that the entries it stores are marked as verified."""
-
-        def put_and_mark(bank: Bank, keys: Keys, *values: Any, **entry: Any) -> Put:
-            result = put(bank, keys, *values, **entry)
-            self.computed(keys)
-            return result
-
-        return put_and_mark
 
     def _mark(self, rows: Rows) -> None:
         if len(rows) and rows.max() >= len(self._verified):

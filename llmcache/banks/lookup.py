@@ -1,8 +1,7 @@
-"""Look-ups in a bank: first occurrences in a call, exact match by tokens, nearest neighbour at similarity tau."""
+"""Look-ups in a bank: first occurrences in a call, nearest neighbour at similarity tau."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,18 +31,6 @@ def first_occurrences(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     seen: dict[bytes, int] = {}
     first = np.fromiter((seen.setdefault(raw[16 * i : 16 * i + 16], i) for i in range(len(keys))), np.int64, len(keys))
     return np.flatnonzero(first == np.arange(len(keys))), first
-
-
-def exact_by_tokens(bank: Bank, keys: Keys, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
-    """Find rows by key, and verify their token ids. keys: uint64 [n, 2]; tokens: int32 [length] each.
-
-    Returns row numbers, int64 [n]; -1 where the key is missing or the stored token ids differ.
-    """
-    rows = bank.find(keys)
-    for i in np.flatnonzero(rows >= 0).tolist():
-        if not np.array_equal(bank.tokens(int(rows[i])), tokens[i]):
-            rows[i] = -1
-    return rows
 
 
 def near(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +21,6 @@ from llmcache.banks.break_even import (
 )
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Rows
-
-if TYPE_CHECKING:
-    from llmcache.banks.device_cache import DeviceCache
 
 log = logging.getLogger("llmcache")
 
@@ -65,7 +60,7 @@ class Payoff:
     def select_for_lookup(self, n: int, *, memory: bool = False) -> Rows:
         """Choose the documents to look up. Returns ascending indices in [0, n), int64.
 
-        memory: True if the bank has a device cache; the caller then calls `with_memory`.
+        memory: True if the bank has a device cache.
         """
         self._has_memory |= memory
         if not self._on:
@@ -74,31 +69,14 @@ class Payoff:
             self._decide_by_profile()
         return self._balance.select_for_lookup(n)
 
-    def with_memory(self, some: Rows, levels: DeviceCache, rows: Callable[[], Rows]) -> Rows:
-        """Add the documents whose rows are in the device cache. Returns ascending indices, int64.
+    @property
+    def memory_pays(self) -> bool:
+        """True if entries in the device cache are reused although the bank is bypassed."""
+        return self._memory.pays
 
-        some: indices from `select_for_lookup`. rows: returns the row of each document, -1 for none; its time is counted
-        as spent.
-        """
-        if not self._memory.pays:  # these documents suffice to notice when memory pays again
-            return some
-        began = time.perf_counter()
-        in_memory = np.flatnonzero(levels.holds(rows()))
-        self._memory.observe(0, 0.0, time.perf_counter() - began)
-        return np.union1d(some, in_memory)
-
-    @contextmanager
-    def loading(self, rows: Rows, levels: DeviceCache | None = None) -> Iterator[None]:
-        """Time the block, in which these entries are loaded from the files or through the device cache."""
-        in_memory = None if levels is None else levels.holds(rows)
-        reading_before = 0.0 if levels is None else levels.counters.seconds
-        began = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - began
-        if levels is None or in_memory is None:
-            self.served(rows, seconds)
-        else:
-            self.gathered(rows, in_memory, seconds, levels.counters.seconds - reading_before)
+    def searched_memory(self, seconds: float) -> None:
+        """Record the seconds of a search for entries in the device cache, as spent."""
+        self._memory.observe(0, 0.0, seconds)
 
     def gathered(self, rows: Rows, held: NDArray[np.bool_], seconds: float, reading: float) -> None:
         """Record entries loaded through the device cache. held: bool [n], entries that were in memory before.

@@ -26,6 +26,7 @@ from llmcache.model.description.watch import ModelWatch
 log = logging.getLogger("llmcache")
 
 _COMMIT_BYTES = 256 << 20
+_REMEMBERED_BYTES = 64 << 20  # of entries that other processes have committed, kept in memory until a reload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class BankWriter:
         self._may_bypass, self._in_background = config.stand_aside, config.background
         self.worths: dict[str, Payoff] = {}
         """Payoff of reuse from each bank in use, by name of the bank."""
+        self._remembered: dict[int, Bank] = {}  # banks whose pending rows other processes have committed, by `id`
         self._puts = 0
         self._verifications: dict[int, _Verification] = {}
 
@@ -158,7 +160,47 @@ class BankWriter:
                 log.warning("%s. Going on without storing", error)
         self.counters.store_seconds += time.perf_counter() - began
 
+    def remember(self, bank: Bank, keys: Keys, values: Any, text_keys: Keys, **entry: Any) -> None:
+        """Keep a batch in memory that another process has computed and committed; arguments as for `put`.
+
+        A reload of the store puts the committed rows in its place. A bank gets its batches from `put` or from here.
+        """
+        if self.exact_audits.mismatch:
+            self.counters.not_stored += len(keys)
+            return
+        accepted = bank.put(keys, values, **entry)
+        bank.alias(text_keys, keys, stored=True)
+        self.counters.not_stored += int((~accepted).sum())
+        self._remembered[id(bank)] = bank
+
+    def release(self) -> None:
+        """Reload the store and commit if many remembered entries are in memory.
+
+        Called between calls of the cache, since rows get other numbers. A failure to write is logged. Errors as
+        `Store.reload`.
+        """
+        if not self._remembered or self.store.pending_bytes <= _REMEMBERED_BYTES:
+            return
+        self.reload()
+        try:
+            self.commit()
+        except LLMCacheError as error:
+            log.warning("%s. Going on without storing", error)
+
+    def reload(self) -> None:
+        """Move to the newest generation of the store, see `Store.reload`. Remembered entries are read from there."""
+        self._drop_remembered()
+        self.store.reload()
+
+    def _drop_remembered(self) -> None:
+        """Drop the remembered entries from memory. Aliases that this process has to commit stay."""
+        for bank in self._remembered.values():
+            bank.drop_pending((0, bank.pending[1]))
+        self._remembered = {}
+
     def _commit_if_due(self) -> None:
+        if self._remembered:  # a commit now would reload and renumber rows during a call
+            return
         if self.due and not self._in_background:
             self.commit()
         elif self.due:
@@ -175,13 +217,17 @@ class BankWriter:
 
     def discard(self) -> None:
         """Drop the uncommitted entries, and count them as not stored."""
+        self._drop_remembered()
         self.counters.not_stored += self.store.discard()
 
     def commit(self) -> None:
         """Commit all entries; does nothing in a read-only store. StoreFull or StoreFenced when a write fails.
 
-        Entries that a changed model may have computed are dropped first, with a warning.
+        Entries that a changed model may have computed are dropped first, with a warning. With remembered entries the
+        store is reloaded first, and rows get other numbers.
         """
+        if self._remembered:
+            self.reload()
         if self.store.read_only:
             return
         self._committed_at = time.monotonic()
@@ -191,6 +237,7 @@ class BankWriter:
 
     def give_up(self) -> None:
         """Drop uncommitted entries that cannot be committed any more, and count them as not stored."""
+        self._drop_remembered()
         self.counters.not_stored += self.store.drop_pending({})
 
     def _commit_step(self, step: Callable[[], Manifest]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from llmcache.bench.harness.datasets import objects
+from llmcache.bench.harness.turns import Turn, in_turn, steady
 from llmcache.cache import LLMCache
 from llmcache.document import Document
 from llmcache.pipeline.chunked import STRUCTURE, Chunked, cut_by
@@ -23,8 +23,7 @@ Revision = tuple[str, str]  # name of the document, text
 
 def revisions(path: Path) -> list[Revision]:
     """Read revisions in the order of a file of JSON lines with "doc" and "text", compressed with xz."""
-    with lzma.open(path, "rt", encoding="utf-8", newline="\n") as lines:
-        return [(fact["doc"], fact["text"]) for fact in map(json.loads, lines)]
+    return [(fact["doc"], fact["text"]) for fact in objects(path)]
 
 
 def repeats(history: Sequence[Revision], chunks: Callable[[str], Iterable[str]]) -> dict[str, Any]:
@@ -91,26 +90,24 @@ def rates(model: SentenceTransformer, texts: Sequence[str], cut: Callable[[str],
     The encoder alone gets all chunks in one call, which the library sorts by length: its best case.
     """
     model.encode(list(texts[:2]))
-    began = time.perf_counter()
-    plain = model.encode([chunk for text in texts for chunk in cut(text)])
-    rows = [_rate("encoding every revision", len(texts), time.perf_counter() - began, None)]
+    plain = "encoding every revision"
     with tempfile.TemporaryDirectory() as folder, LLMCache.open(folder, model) as cache:
-        for name in ("cache, nothing known", "cache, all known"):
+
+        def run() -> Any:
             before = cache.stats().counters.misses
-            began = time.perf_counter()
             results = [item for item in Pipeline(cache, chunk=STRUCTURE).run(texts) if isinstance(item, Chunked)]
-            seconds = time.perf_counter() - began
-            vectors = np.concatenate([result.vectors for result in results])
-            rows.append(_rate(name, len(texts), seconds, float(np.abs(vectors - plain).max())))
-            rows[-1]["computed_chunks"] = cache.stats().counters.misses - before
-            rows[-1]["chunks"] = len(vectors)
-    for row in rows:
-        row["times"] = rows[0]["seconds"] / row["seconds"]
-    return rows
+            return [result.vectors for result in results], cache.stats().counters.misses - before
 
-
-def _rate(name: str, documents: int, seconds: float, difference: float | None) -> dict[str, Any]:
-    return {
-        "name": name, "documents": documents, "seconds": seconds, "documents_per_second": documents / seconds,
-        "difference": difference,
-    }  # fmt: skip
+        turns = [Turn(plain, len(texts), steady(lambda: model.encode([*chain.from_iterable(map(cut, texts))])), plain)]
+        turns += [Turn(f"cache, {known} known", len(texts), steady(run), plain) for known in ("nothing", "all")]
+        made = in_turn(turns, 1, warm=0)
+    expected = made[plain].outputs[0]
+    for row in list(made.values())[1:]:
+        ((vectors, computed),) = row.outputs
+        row.outputs, row.facts = [np.concatenate(vectors)], {"computed_chunks": computed, "chunks": len(expected)}
+        row.compare([expected])
+    return [
+        {"name": row.name, "documents": row.documents, "seconds": row.median, "documents_per_second": row.rate,
+         "difference": row.difference, **row.facts, "times": row.ratio}
+        for row in made.values()
+    ]  # fmt: skip

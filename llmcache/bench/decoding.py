@@ -6,14 +6,12 @@ storing and committing are in the time.
 
 from __future__ import annotations
 
-import gzip
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +23,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llmcache.bench.competitors.transformers_prefix import Kept
+from llmcache.bench.harness.datasets import openbook_questions, squad_paragraphs
+from llmcache.bench.harness.turns import Action, Measurement, Row, Turn, in_turn, speed_up
 from llmcache.decoders.generation import padded, score
 from llmcache.decoders.kv_buffer import shape_of
 from llmcache.decoders.prefix_cache import PrefixCache
@@ -35,41 +35,6 @@ from llmcache.indexes.store import Store
 
 Clock: TypeAlias = Callable[[], float]
 """Clock in seconds: time.perf_counter, or time.process_time on a busy machine (with one thread)."""
-
-
-@dataclass(slots=True)
-class TimedRun:
-    """Times and outputs of one contender. seconds: of each batch. commit: seconds of one commit for all batches."""
-
-    name: str
-    seconds: list[float] = field(default_factory=list)
-    outputs: list[NDArray[np.float64]] = field(default_factory=list)
-    commit: float = 0.0
-    counters: dict[str, float] = field(default_factory=dict)
-
-    def times(self, base: TimedRun) -> tuple[float, float]:
-        """Return the speed-up over `base`: median over the batches, and over all batches with the commit."""
-        share = self.commit / max(1, len(self.seconds))
-        each = [theirs / (own + share) for theirs, own in zip(base.seconds, self.seconds, strict=True)]
-        return statistics.median(each), sum(base.seconds) / (sum(self.seconds) + self.commit)
-
-    def report(self, base: TimedRun) -> dict[str, Any]:
-        """Return plain numbers for tables and JSON."""
-        median, whole = self.times(base)
-        largest = max(float(np.abs(output).max()) for output in base.outputs)
-        difference = max(
-            float(np.abs(output - other).max()) for output, other in zip(self.outputs, base.outputs, strict=True)
-        )
-        return {
-            "name": self.name,
-            "batches": len(self.seconds),
-            "seconds": round(sum(self.seconds) + self.commit, 3),
-            "commit_seconds": round(self.commit, 3),
-            "times_as_fast_median": round(median, 2),
-            "times_as_fast_overall": round(whole, 2),
-            "relative_difference": difference / largest,
-            **{name: round(value, 3) for name, value in self.counters.items()},
-        }
 
 
 @contextmanager
@@ -101,22 +66,45 @@ class _Cached:
     def attached(self) -> Any:
         return attached(self._trunk, self.prefixes)
 
-    def commit(self, clock: Clock) -> float:
+    @contextmanager
+    def counted(self, facts: Row, action: Action) -> Iterator[Action]:
+        """Add what the prefix cache counts during an action to the facts."""
+        before = asdict(self.prefixes.counters)
+        yield action
+        for name, value in asdict(self.prefixes.counters).items():
+            facts[name] = facts.get(name, 0) + value - before[name]
+
+    def close(self, clock: Clock) -> float:
+        """Commit and close the store. Returns the seconds of the commit."""
         began = clock()
         self.store.commit()
-        return clock() - began
+        seconds = clock() - began
+        self.store.close()
+        return seconds
 
 
-def _time(run: TimedRun, clock: Clock, action: Callable[[], NDArray[np.float64]]) -> None:
-    began = clock()
-    output = action()
-    run.seconds.append(clock() - began)
-    run.outputs.append(output)
+def _report(run: Measurement, base: Measurement, commit: float = 0.0) -> Row:
+    """Return the row of one contender over all batches.
+
+    commit: seconds of one commit for all batches, of which each batch gets an equal share.
+    """
+    largest = max(float(np.abs(output).max()) for output in base.outputs)
+    run.compare(base.outputs)
+    run.add(commit)
+    assert run.difference is not None
+    return {
+        "name": run.name, "batches": len(run.seconds), "seconds": round(sum(run.seconds), 3),
+        "commit_seconds": round(commit, 3),
+        "times_as_fast_median": round(speed_up(run, base), 2),
+        "times_as_fast_overall": round(sum(base.seconds) / sum(run.seconds), 2),
+        "relative_difference": run.difference / largest,
+        **{name: round(value, 3) for name, value in run.facts.items()},
+    }  # fmt: skip
 
 
 def prefill(
     model: Any, tokenizer: Any, requests: Sequence[tuple[str, str]], *, rows: int = 8, clock: Clock = time.perf_counter
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure prefill of (paragraph, question) prompts: keys, values and next-token logits.
 
     plain: transformers with its own key/value cache for each request. first pass: an empty store; questions about one
@@ -124,8 +112,6 @@ def prefill(
     question; first questions are left out for all contenders. repeated: all prompts are stored. kept by the caller:
     transformers' own prefix reuse, in memory, with no paragraph stored beforehand and with all.
     """
-    plain, first, known, again = map(TimedRun, ("plain", "first pass", "known paragraphs", "repeated"))
-    own = [TimedRun("kept by the caller, first pass"), TimedRun("kept by the caller, known paragraphs")]
     groups = [list(group) for _, group in groupby(requests, key=lambda request: request[0])]
     seen = [group[0] for group in groups]
     asked = [request for group in groups for request in group[1:]]
@@ -144,33 +130,30 @@ def prefill(
         for at in range(0, len(seen), rows):
             with warm.attached():
                 logits(seen[at : at + rows])
-        warm.store.commit()
-        warm.store.close()
+        warm.close(clock)
         warm = _Cached(model, Path(folder) / "warm")
-        kept = [Kept(model, tokenizer), Kept(model, tokenizer)]
+        kept = {name: Kept(model, tokenizer) for name in ("first pass", "known paragraphs")}
         for text, _ in seen:
-            kept[1].keep(f"{text}\nQuestion:")
-        for at in range(0, len(asked), rows):
-            batch = asked[at : at + rows]
-            _time(plain, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
-            prompts = [(f"{text}\nQuestion:", f" {asks}\nAnswer:") for text, asks in batch]
-            for run, keeper in zip(own, kept, strict=True):
-                _time(run, clock, lambda keeper=keeper: keeper.logits(prompts).double().numpy())  # type: ignore[misc]  # noqa: B023
-            for cached, contenders in ((cold, (first,)), (warm, (known, again))):
-                for run in contenders:
-                    with cached.attached():
-                        before = asdict(cached.prefixes.counters)
-                        _time(run, clock, lambda batch=batch: logits(batch))  # type: ignore[misc]
-                    _add_counters(run, before, asdict(cached.prefixes.counters))
-        first.commit, known.commit = cold.commit(clock), warm.commit(clock)
-        cold.store.close()
-        warm.store.close()
-    return [run.report(plain) for run in (plain, first, known, again, *own)]
+            kept["known paragraphs"].keep(f"{text}\nQuestion:")
+        batches = [asked[at : at + rows] for at in range(0, len(asked), rows)]
 
+        def by_caller(name: str, number: int) -> AbstractContextManager[Action]:
+            prompts = [(f"{text}\nQuestion:", f" {asks}\nAnswer:") for text, asks in batches[number]]
+            return nullcontext(lambda: kept[name].logits(prompts).double().numpy())
 
-def _add_counters(run: TimedRun, before: dict[str, float], after: dict[str, float]) -> None:
-    for name, value in after.items():
-        run.counters[name] = run.counters.get(name, 0) + value - before[name]
+        @contextmanager
+        def by_cache(cached: _Cached, facts: Row, number: int) -> Iterator[Action]:
+            with cached.attached(), cached.counted(facts, lambda: logits(batches[number])) as action:
+                yield action
+
+        turns = [Turn("plain", rows, lambda number: nullcontext(lambda: logits(batches[number])))]
+        for name, cached in (("first pass", cold), ("known paragraphs", warm), ("repeated", warm)):
+            facts: Row = {}
+            turns.append(Turn(name, rows, partial(by_cache, cached, facts), facts=facts))
+        turns += [Turn(f"kept by the caller, {name}", rows, partial(by_caller, name)) for name in kept]
+        made = in_turn(turns, len(batches), warm=0, rotating=False, clock=clock)
+        commits = {"first pass": cold.close(clock), "known paragraphs": warm.close(clock)}
+    return [_report(run, made["plain"], commits.get(name, 0.0)) for name, run in made.items()]
 
 
 def choices(
@@ -180,34 +163,34 @@ def choices(
     *,
     rows: int = 32,
     clock: Clock = time.perf_counter,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure log-likelihoods of (stem, choices): `score` alone, with an empty store, and with all stems stored."""
-    plain, first, again = map(TimedRun, ("plain", "first pass", "repeated"))
-    per_batch = max(1, rows // max(len(some) for _, some in questions))
-    questions = sorted(
-        questions, key=lambda question: -len(question[0])
-    )  # so that rows of a batch have similar lengths
+    size = max(1, rows // max(len(some) for _, some in questions))
+    ordered = sorted(questions, key=lambda question: -len(question[0]))  # rows of a batch have similar lengths
+    batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+    def totals(number: int, **more: Any) -> NDArray[np.float64]:
+        stems, some = zip(*batches[number], strict=True)
+        return score(model, tokenizer, stems, some, batch_size=rows, **more).total
+
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
         cached = _Cached(model, Path(folder) / "choices")
-        for at in range(0, len(questions), per_batch):
-            stems, some = zip(*questions[at : at + per_batch], strict=True)
 
-            def totals(stems: Any = stems, some: Any = some, **more: Any) -> NDArray[np.float64]:
-                return score(model, tokenizer, stems, some, batch_size=rows, **more).total
+        def by_cache(facts: Row, number: int) -> AbstractContextManager[Action]:
+            return cached.counted(facts, lambda: totals(number, attached=cached.attached))
 
-            _time(plain, clock, totals)
-            for run in (first, again):
-                before = asdict(cached.prefixes.counters)
-                _time(run, clock, lambda totals=totals: totals(attached=cached.attached))  # type: ignore[misc]
-                _add_counters(run, before, asdict(cached.prefixes.counters))
-        first.commit = cached.commit(clock)
-        cached.store.close()
-    reports = [run.report(plain) for run in (plain, first, again)]
-    chosen = [np.concatenate([totals.argmax(1) for totals in run.outputs]) for run in (plain, first, again)]
-    for report, mine in zip(reports, chosen, strict=True):
-        report["same_choices"] = int((mine == chosen[0]).sum())
-        report["questions"] = len(mine)
-    return reports
+        turns = [Turn("plain", size, lambda number: nullcontext(lambda: totals(number)))]
+        for name in ("first pass", "repeated"):
+            facts: Row = {}
+            turns.append(Turn(name, size, partial(by_cache, facts), facts=facts))
+        made = in_turn(turns, len(batches), warm=0, rotating=False, clock=clock)
+        commits = {"first pass": cached.close(clock)}
+    chosen = {name: np.concatenate([output.argmax(1) for output in run.outputs]) for name, run in made.items()}
+    return [
+        _report(run, made["plain"], commits.get(name, 0.0))
+        | {"same_choices": int((chosen[name] == chosen["plain"]).sum()), "questions": len(questions)}
+        for name, run in made.items()
+    ]
 
 
 # -- real texts, and a model of GPT-2-small's shape ----------------------------------------------------------
@@ -229,22 +212,13 @@ def gpt2_small(tokenizer_folder: Path) -> tuple[Any, Any]:
     return model.eval(), GPT2Tokenizer.from_pretrained(tokenizer_folder)
 
 
-def squad(folder: Path, paragraphs: int, questions: int) -> list[tuple[str, str]]:
+def squad(path: Path, paragraphs: int, questions: int) -> list[tuple[str, str]]:
     """Read (paragraph, question) pairs, up to `questions` for each of `paragraphs` drawn evenly from the file."""
-    with gzip.open(folder / "dev-v2.0.json.gz", "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
-    every = [paragraph for article in articles for paragraph in article["paragraphs"] if len(paragraph["qas"]) > 1]
+    every = [paragraph for paragraph in squad_paragraphs(path) if len(paragraph["qas"]) > 1]
     chosen = every[:: max(1, len(every) // paragraphs)][:paragraphs]
     return [(part["context"], asked["question"]) for part in chosen for asked in part["qas"][:questions]]
 
 
-def openbookqa(folder: Path, count: int) -> list[tuple[str, list[str]]]:
+def openbookqa(path: Path, count: int) -> list[tuple[str, list[str]]]:
     """Read (stem, four choices), each choice with a leading space."""
-    lines = (folder / "test_original_form.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line][:count]
-    return [
-        (row["question"]["stem"], [f" {choice['text']}" for choice in row["question"]["choices"]])
-        if isinstance(row.get("question"), dict)
-        else (row["question_stem"], [f" {choice}" for choice in row["choices"]["text"]])
-        for row in rows
-    ]
+    return [(stem, [f" {choice}" for choice in choices]) for stem, choices, _ in openbook_questions(path)[:count]]

@@ -8,44 +8,27 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmcache.bench.harness.turns import Row
 from llmcache.cache import LLMCache
-from llmcache.distributed.cache import SpreadCache
-from llmcache.distributed.ray import open as open_on_ray
+from llmcache.distributed.compute import open_with_workers
 from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.store import Store
 
 BATCH = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Result of one way to run the job.
+def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Row]:
+    """Run the job in one process with a worker's threads, in one with all, on workers, and with one worker killed.
 
-    seconds: without the start of processes. identical: True when bits and provenance equal those of the first way.
-    entries, segments: contents of the store. lost: documents that a later opening misses. duplicates: entries stored
-    twice.
+    Returns one row each. seconds: without the start of processes. identical: True when bits and provenance equal those
+    of the first way. entries, segments: contents of the store. lost: documents that a later opening misses. duplicates:
+    entries stored twice.
     """
-
-    name: str
-    workers: int
-    threads: int
-    documents: int
-    seconds: float
-    identical: bool
-    entries: int
-    segments: int
-    lost: int
-    duplicates: int
-
-
-def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
-    """Run the job in one process with a worker's threads, in one with all, on workers, and with one worker killed."""
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // workers)
     before = torch.get_num_threads()
@@ -60,16 +43,17 @@ def spread(model: str, texts: Sequence[str], workers: int = 2) -> list[Spread]:
                 expected = expected or facts
                 rows.append(_row(name, 1, count, base / name, texts, seconds, facts == expected))
             for name, killing in ((f"{workers} workers", False), (f"{workers} workers, one killed", True)):
-                with open_on_ray(base / name, model, workers=workers, threads=threads) as many:
-                    _started(many, workers)
-                    facts, seconds = _job(many, texts, many.workers.pids()[:1] if killing else [])
+                cache, started = open_with_workers(base / name, model, workers, threads)
+                with cache:
+                    _warm_up(cache, workers)
+                    facts, seconds = _job(cache, texts, started.pids()[:1] if killing else [])
                 rows.append(_row(name, workers, threads, base / name, texts, seconds, facts == expected))
             return rows
         finally:
             torch.set_num_threads(before)
 
 
-def _started(cache: SpreadCache, workers: int) -> None:
+def _warm_up(cache: LLMCache, workers: int) -> None:
     """Let the workers load the model before the clock runs."""
     for _ in cache.run([f"warm up {i}" for i in range(BATCH * workers)], batch_size=BATCH):
         continue
@@ -94,11 +78,14 @@ def _job(cache: LLMCache, texts: Sequence[str], victims: Sequence[int] = ()) -> 
 
 def _row(
     name: str, workers: int, threads: int, path: Path, texts: Sequence[str], seconds: float, identical: bool
-) -> Spread:
+) -> Row:
     with LLMCache.open(path) as cache:
         lost = sum(one.tier != "exact" for one in cache.run(texts))
     with closing(Store.open(path)) as store:
         segments = store.manifest.namespaces["default"].banks["output"].segments
         twice = compact(store, duplicates=True, dry_run=True).duplicates
-    rows = sum(one.live for one in segments)
-    return Spread(name, workers, threads, len(texts), seconds, identical, rows, len(segments), lost, twice)
+    return {
+        "name": name, "workers": workers, "threads": threads, "documents": len(texts), "seconds": seconds,
+        "identical": identical, "entries": sum(one.live for one in segments), "segments": len(segments), "lost": lost,
+        "duplicates": twice,
+    }  # fmt: skip

@@ -7,9 +7,10 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.conditions import conditions as conditions
+from llmcache.bench.harness.turns import Action, Row, Turn, in_turn, steady
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.document import Document
@@ -33,85 +34,60 @@ from llmcache.model.keys import key, key_seed, text_keys
 from llmcache.model.tokens import tokenise
 from llmcache.opening import fresh_bank
 
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Measurement of one contender. seconds: of every repeat. difference: the largest, to the model's vectors."""
-
-    name: str
-    documents: int
-    seconds: tuple[float, ...]
-    difference: float | None = None
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a repeat."""
-        return statistics.median(self.seconds)
-
-    @property
-    def rate(self) -> float:
-        """Documents per second, from the median."""
-        return self.documents / self.median
-
-
-def ratio(base: Measurement, row: Measurement) -> float:
-    """Return the documents per second over those of `base`: median over the repeats, each against its own base."""
-    return statistics.median(
-        (one / base.documents) / (other / row.documents) for one, other in zip(base.seconds, row.seconds, strict=True)
-    )
-
-
 # -- encode -------------------------------------------------------------------------------------------------
 
 
-def encode(
-    model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32
-) -> list[Measurement]:
-    """Measure the model alone and the cache with none, all and half of the texts stored, in turn in one process.
+def encode(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 3, batch_size: int = 32) -> list[Row]:
+    """Measure the model alone and the cache with none, all and half of the texts stored. Returns one row each.
 
-    Also measures every text three times in one call. Repeated texts are left out. ConfigError for fewer than 2 texts.
+    Also measures every text three times in one call. Repeated texts are left out. difference: the largest, to the
+    model's vectors. ConfigError for fewer than 2 texts.
     """
     texts = list(dict.fromkeys(texts))
     if len(texts) < 2:
         raise ConfigError(f"the corpus has {len(texts)} different texts; a measurement needs at least 2")
-    alone = model.encode(texts, batch_size=batch_size)  # warm-up, and the reference
-    seconds: dict[str, list[float]] = {}
-    outputs: dict[str, NDArray[np.float32]] = {}
-    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
-        for round_ in range(repeats):
-            for name, contender in _contenders(model, texts, Path(folder) / str(round_), batch_size):
-                began = time.perf_counter()
-                outputs[name] = contender()
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-            shutil.rmtree(Path(folder) / str(round_))
-    rows = []
-    for name, found in seconds.items():
-        expected = np.concatenate([alone] * (len(outputs[name]) // len(alone)))
-        rows.append(Measurement(name, len(expected), tuple(found), float(np.abs(outputs[name] - expected).max())))
-    return rows
+    vectors = model.encode(texts, batch_size=batch_size)  # warm-up, and the reference
+    other, count = max(1, batch_size // 2 - 1), len(texts)
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
+        folder, stored = Path(name), {"full": texts, "half": texts[::2]}
+        for kind, known in stored.items():
+            with LLMCache.open(folder / kind, model) as cache:
+                cache.encode(known, batch_size=batch_size)
 
+        @contextmanager
+        def cached(kind: str, asked: Sequence[str], _: int) -> Iterator[Action]:
+            if kind in stored:
+                shutil.copytree(folder / kind, folder / "work")
+            with LLMCache.open(folder / "work", model) as cache:
+                if kind in stored:  # maps the files, and audits the first hits
+                    cache.encode(stored[kind], batch_size=batch_size)
 
-def _contenders(
-    model: SentenceTransformer, texts: Sequence[str], folder: Path, batch_size: int
-) -> list[tuple[str, Callable[[], Any]]]:
-    """Return name and timed action of each contender; preparations are done here, outside the time."""
-    full, half, thrice = (LLMCache.open(folder / name, model) for name in ("full", "half", "thrice"))
-    half.encode(texts[::2], batch_size=batch_size)
-    half.commit()
+                def encoded() -> Any:
+                    outputs = cache.encode(asked, batch_size=batch_size)
+                    if kind != "full":
+                        cache.commit()
+                    return outputs
 
-    def stored(cache: LLMCache, asked: Sequence[str]) -> Any:
-        outputs = cache.encode(asked, batch_size=batch_size)
-        cache.commit()
-        return outputs
+                yield encoded
+            shutil.rmtree(folder / "work")
 
-    return [
-        ("model alone", lambda: model.encode(texts, batch_size=batch_size)),
-        ("other batch size", lambda: model.encode(texts, batch_size=max(1, batch_size // 2 - 1))),
-        ("all miss", lambda: stored(full, texts)),
-        ("all hit", lambda: full.encode(texts, batch_size=batch_size)),
-        ("half hit", lambda: stored(half, texts)),
-        ("each text 3 times", lambda: stored(thrice, [*texts] * 3)),
-    ]
+        base = "model alone"
+        made = in_turn(
+            [
+                Turn(base, count, steady(lambda: model.encode(texts, batch_size=batch_size)), base),
+                Turn("other batch size", count, steady(lambda: model.encode(texts, batch_size=other)), base),
+                Turn("all miss", count, partial(cached, "new", texts), base),
+                Turn("all hit", count, partial(cached, "full", texts), base),
+                Turn("half hit", count, partial(cached, "half", texts), base),
+                Turn("each text 3 times", 3 * count, partial(cached, "new", [*texts] * 3), base),
+            ],
+            repeats,
+            warm=0,
+            keep=1,
+        )
+    for row in made.values():
+        row.compare([np.concatenate([vectors] * (len(row.outputs[-1]) // count))])
+    return [row.row("name", "documents", "seconds", "rate", "ratio", "difference") for row in made.values()]
 
 
 # -- index --------------------------------------------------------------------------------------------------
@@ -126,7 +102,7 @@ def clustered(count: int, dim: int, seed: int, clusters: int = 2000) -> NDArray[
     return points.astype(np.float32)
 
 
-def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[dict[str, Any]]:
+def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: int = 64) -> list[Row]:
     """Measure recall@1 against exact search, and milliseconds per query, of index kinds on clustered vectors.
 
     Queries are 1,024 stored vectors with a little noise, as if reworded, and 1,024 new ones of the same clusters.
@@ -143,25 +119,17 @@ def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: 
         built = VectorIndex.build(vectors, kind=kind)
         build_seconds = time.perf_counter() - began
         built.nearest(queries[:batch], 1)
-        times, found = [], []
-        for start in range(0, len(queries), batch):
-            began = time.perf_counter()
-            ids, _ = built.nearest(queries[start : start + batch], 1)
-            times.append(time.perf_counter() - began)
-            found.append(ids[:, 0])
-        right = np.concatenate(found) == best
-        rows.append(
-            {
-                "index": kind,
-                "vectors": count,
-                "dim": dim,
-                "build_seconds": build_seconds,
-                "recall_noisy": float(right[:1024].mean()),
-                "recall_fresh": float(right[1024:].mean()),
-                "ms_per_query": 1e3 * statistics.median(times) / batch,
-                "bytes_per_vector": len(built.to_bytes()) / count,
-            }
-        )
+
+        def searched(number: int, built: VectorIndex = built) -> AbstractContextManager[Action]:
+            return nullcontext(lambda: built.nearest(queries[number * batch : (number + 1) * batch], 1)[0][:, 0])
+
+        search = in_turn([Turn(kind, batch, searched)], -(-len(queries) // batch), warm=0)[kind]
+        right = np.concatenate(search.outputs) == best
+        rows.append({
+            "index": kind, "vectors": count, "dim": dim, "build_seconds": build_seconds,
+            "recall_noisy": float(right[:1024].mean()), "recall_fresh": float(right[1024:].mean()),
+            "ms_per_query": 1e3 * search.median / batch, "bytes_per_vector": len(built.to_bytes()) / count,
+        })  # fmt: skip
     return rows
 
 
@@ -170,7 +138,7 @@ def index(kinds: Sequence[str], *, count: int = 100_000, dim: int = 128, batch: 
 
 def fingerprints(
     model: SentenceTransformer, known: Sequence[Document], asked: Sequence[Document], dim: int = 128
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure how often the nearest known document has the label of the query. Labels are in the ids of documents.
 
     Projections are fitted on `known` only. coverage: share of `asked` that can be served, nearest first, while at
@@ -194,22 +162,17 @@ def fingerprints(
             agrees = (labels[ids[:, 0]] == wanted)[np.argsort(-similarity[:, 0], kind="stable")]
             share = np.cumsum(agrees) / np.arange(1, len(agrees) + 1)
             reach = {at: np.flatnonzero(share >= at).max(initial=-1) + 1 for at in (0.99, 0.95)}
-            rows.append(
-                {
-                    "fingerprint": fingerprint,
-                    "projection": name,
-                    "agreement": float(agrees.mean()),
-                    "coverage_at_99": float(reach[0.99] / len(agrees)),
-                    "coverage_at_95": float(reach[0.95] / len(agrees)),
-                }
-            )
+            rows.append({
+                "fingerprint": fingerprint, "projection": name, "agreement": float(agrees.mean()),
+                "coverage_at_99": float(reach[0.99] / len(agrees)), "coverage_at_95": float(reach[0.95] / len(agrees)),
+            })  # fmt: skip
     return rows
 
 
 # -- open ---------------------------------------------------------------------------------------------------
 
 
-def reopen(model_name: str, *, count: int = 100_000, repeats: int = 3) -> dict[str, Any]:
+def reopen(model_name: str, *, count: int = 100_000, repeats: int = 3) -> Row:
     """Measure seconds from opening a store of `count` synthetic entries to its first exact and near hits, and memory.
 
     Every opening runs in a new process, which loads the model first; imports and loading are not in the time.
@@ -220,10 +183,7 @@ def reopen(model_name: str, *, count: int = 100_000, repeats: int = 3) -> dict[s
         for _ in range(repeats):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 runs.append(process.submit(opened, model_name, folder).result())
-    return {
-        "entries": count,
-        **{name: statistics.median(run[name] for run in runs) for name in runs[0]},
-    }
+    return {"entries": count, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}}
 
 
 def _synthetic(model_name: str, folder: Path, count: int) -> None:

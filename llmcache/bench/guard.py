@@ -6,10 +6,7 @@ pair-mrpc, pair-gptcache-mock, cls-banking77, cls-snips and cls-sst2; missing da
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import lzma
 import re
 import time
 from collections import Counter
@@ -21,7 +18,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.datasets import POLICIES, QQP, Pairs, labelled_texts, lines, objects
+from llmcache.bench.harness.turns import Row
 from llmcache.errors import ConfigError
 from llmcache.near.guard.rules import KINDS, digests, refused
 
@@ -45,9 +43,9 @@ def measure(data: Path, encode: Encode) -> list[Row]:
         "pair-gptcache-mock": rewordings,
         "pair-qqp": lambda folder: questions(folder, encode),
         "pair-mrpc": paraphrases,
-        "cls-banking77": lambda folder: queries(folder, encode),
-        "cls-snips": lambda folder: voice_commands(folder, encode),
-        "cls-sst2": lambda folder: film_sentences(folder, encode),
+        "cls-banking77": lambda folder: _nearest(*labelled_texts(folder), "cls-banking77", encode, (0.7, 0.8, 0.9)),
+        "cls-snips": lambda folder: _nearest(*_samples(folder), "cls-snips", encode, (0.7, 0.8)),
+        "cls-sst2": lambda folder: _nearest(*_samples(folder), "cls-sst2", encode, (0.5, 0.6)),
     }
     rows = [row for name, part in parts.items() if (data / name).is_dir() for row in part(data / name)]
     if not rows:
@@ -60,8 +58,8 @@ def measure(data: Path, encode: Encode) -> list[Row]:
 
 def products(folder: Path) -> list[Row]:
     """Measure products of two shops, the same or not, by word overlap."""
-    with gzip.open(folder / "product_pairs.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
-        pairs = [(int(label), one, other) for _, _, label, one, other in map(json.loads, lines)]
+    every = objects(folder / "product_pairs.jsonl.gz")
+    pairs = [(int(label), one, other) for _, _, label, one, other in every]
     same = np.array([label for label, _, _ in pairs]) == 1
     refusals, microseconds = _compared([one for _, one, _ in pairs], [other for _, _, other in pairs])
     overlap = np.array([_overlap(one, other) for _, one, other in pairs])
@@ -90,9 +88,8 @@ def altered(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 def revisions(folder: Path) -> list[Row]:
     """Measure consecutive revisions of policies. changed: pairs whose words with digits differ."""
     texts: dict[str, list[str]] = {}
-    with lzma.open(folder / "revisions.jsonl.xz", "rt", encoding="utf-8", newline="\n") as lines:
-        for fact in map(json.loads, lines):
-            texts.setdefault(fact["doc"], []).append(fact["text"])
+    for fact in objects(folder / POLICIES.name):
+        texts.setdefault(fact["doc"], []).append(fact["text"])
     pairs = [pair for history in texts.values() for pair in pairwise(history)]
     refusals, microseconds = _compared([one for one, _ in pairs], [other for _, other in pairs])
     words = re.compile(r"\w*\d\w*")
@@ -125,8 +122,7 @@ def rewordings(folder: Path) -> list[Row]:
 
 def questions(folder: Path, encode: Encode) -> list[Row]:
     """Measure pairs of questions, duplicates or not, by cosine; a seeded random sample."""
-    with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
-        pairs = [json.loads(line) for line in lines]
+    pairs = list(objects(folder / QQP.name))
     pairs = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs))[:QQP_PAIRS]]
     same = np.array([label for label, _, _ in pairs]) == 1
     ones, others = [one for _, one, _ in pairs], [other for _, _, other in pairs]
@@ -140,54 +136,27 @@ def questions(folder: Path, encode: Encode) -> list[Row]:
     ]
 
 
-def queries(folder: Path, encode: Encode) -> list[Row]:
-    """Measure test queries with their nearest train query; the same when the intents are equal."""
-    known, asked = (_labelled(folder / f"{name}.csv") for name in ("train", "test"))
-    return _nearest("cls-banking77", known, asked, encode, (0.7, 0.8, 0.9))
-
-
-def voice_commands(folder: Path, encode: Encode) -> list[Row]:
-    """Measure SNIPS voice commands with their nearest among 5,000 others; the same when the intents are equal."""
-
-    def labelled(name: str) -> list[tuple[str, str]]:
-        lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").split("\n")
-        return [(text, label) for label, text in (line.split("\t", 1) for line in lines if line)]
-
-    return _nearest("cls-snips", _sample(labelled("train")), _sample(labelled("test"), 1000), encode, (0.7, 0.8))
-
-
-def film_sentences(folder: Path, encode: Encode) -> list[Row]:
-    """Measure SST-2 sentences with their nearest among 5,000 others; the same when the sentiments are equal."""
-
-    def labelled(name: str) -> list[tuple[str, str]]:
-        lines = (folder / f"{name}.txt").read_text(encoding="utf-8").split("\n")
-        return [(text, label) for label, text in (line.split(" ", 1) for line in lines if line)]
-
-    return _nearest("cls-sst2", _sample(labelled("train")), _sample(labelled("test"), 1000), encode, (0.5, 0.6))
-
-
 def paraphrases(folder: Path) -> list[Row]:
     """Measure sentence pairs of MRPC, paraphrases or not."""
     names = ("train", "val", "test")
-    lines = [line for name in names for line in (folder / f"{name}.tsv").read_text(encoding="utf-8-sig").split("\n")]
-    pairs = [row for row in (line.rstrip("\r").split("\t") for line in lines) if len(row) == 5 and row[0] in ("0", "1")]
+    every = [line.split("\t") for name in names for line in lines(folder / f"{name}.tsv", "utf-8-sig")]
+    pairs = [row for row in every if len(row) == 5 and row[0] in ("0", "1")]
     refusals, _ = _compared([row[3] for row in pairs], [row[4] for row in pairs])
     same = np.array([row[0] == "1" for row in pairs])
     return list(_rows("pair-mrpc", "label", np.ones(len(pairs)), same, refusals, (1.0,)))
 
 
-def _sample(texts: list[tuple[str, str]], count: int = 5000) -> list[tuple[str, str]]:
-    return [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[:count]]
+def _samples(folder: Path) -> tuple[Pairs, Pairs]:
+    """Draw 5,000 known texts and 1,000 queries, each with its label."""
+    known, asked = (
+        [some[place] for place in np.random.default_rng(0).permutation(len(some))[:count]]
+        for some, count in zip(labelled_texts(folder), (5000, 1000), strict=True)
+    )
+    return known, asked
 
 
-def _nearest(
-    data: str,
-    known: Sequence[tuple[str, str]],
-    asked: Sequence[tuple[str, str]],
-    encode: Encode,
-    thresholds: Sequence[float],
-) -> list[Row]:
-    """Compare each query with the most similar known text, by label."""
+def _nearest(known: Pairs, asked: Pairs, data: str, encode: Encode, thresholds: Sequence[float]) -> list[Row]:
+    """Measure queries with their most similar known text; the same when the labels are equal."""
     entries = encode([text for text, _ in known])
     cosines = [block @ entries.T for block in np.array_split(encode([text for text, _ in asked]), 8)]
     similarity = np.concatenate([block.max(axis=1) for block in cosines])
@@ -195,11 +164,6 @@ def _nearest(
     same = np.array([one[1] == other[1] for one, other in zip(asked, nearest, strict=True)])
     refusals, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
     return list(_rows(data, "cosine", similarity, same, refusals, thresholds))
-
-
-def _labelled(path: Path) -> list[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(row["text"], row["category"]) for row in csv.DictReader(file)]
 
 
 # -- comparing ------------------------------------------------------------------------------------------------

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gzip
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Measurement, Row, Turn, in_turn, steady
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError
@@ -29,59 +30,23 @@ from llmcache.model.tokens import TokenRows, batch, tokenise
 BATCH = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Comparison of two ways to compute one result.
-
-    seconds, base_seconds: of every round, taken in turn. ratio: median of base_seconds over seconds, round by round;
-    above 1 is faster. difference: the largest, to the uncached model.
-    """
-
-    name: str
-    base: str
-    documents: int
-    seconds: tuple[float, ...]
-    base_seconds: tuple[float, ...]
-    difference: float
-    facts: dict[str, Any]
-
-    @property
-    def ratio(self) -> float:
-        """Speed-up over the base, median over the rounds."""
-        return statistics.median(base / own for base, own in zip(self.base_seconds, self.seconds, strict=True))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio}
-
-
-def squad_paragraphs(path: Path, limit: int) -> list[str]:
-    """Read the first distinct paragraphs of a SQuAD file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
-    every = (paragraph["context"] for article in articles for paragraph in article["paragraphs"])
-    return list(islice(dict.fromkeys(every), limit))
-
-
-def layers(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5) -> list[Comparison]:
+def layers(model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5) -> list[Row]:
     """Compare a mixed batch, a second head and an attached model with an empty store with their ideal times.
 
-    ConfigError for fewer than 64 distinct texts.
+    Returns one row each. ratio: speed-up over the base; above 1 is faster. ConfigError for fewer than 64 distinct
+    texts.
     """
     texts = list(dict.fromkeys(texts))
     if len(texts) < BATCH:
         raise ConfigError(f"the corpus has {len(texts)} different texts; a measurement needs at least {BATCH}")
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder, torch.inference_mode():
-        return [
+        measured = [
             _mixed(model, texts[:BATCH], Path(folder) / "mixed", repeats),
             _second_head(model, texts, Path(folder) / "heads", repeats),
             *_all_miss(model, texts, Path(folder) / "miss", repeats),
         ]
-
-
-def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = action()
-    return time.perf_counter() - began, result
+    names = ("name", "base", "documents", "seconds", "base_seconds", "difference", "facts", "ratio")
+    return [one.row(*names) for one in measured]
 
 
 def _inputs(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +62,7 @@ def _tensors(model: SentenceTransformer, rows: TokenRows, chosen: Sequence[int])
 # -- a mixed batch ------------------------------------------------------------------------------------------
 
 
-def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Comparison:
+def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Measurement:
     """Measure a batch of which half is stored at the last layer, a quarter at the middle one, a quarter not at all.
 
     The base is the remaining layers alone, on tensors of the remaining sizes: no look-up, no load.
@@ -125,37 +90,45 @@ def _mixed(model: SentenceTransformer, texts: Sequence[str], folder: Path, repea
             for block in blocks[first:]:
                 state = block(state, masks[kind])
 
-    seconds, base, model_seconds, worst = [], [], [], 0.0
-    for round_ in range(repeats + 1):
-        path = folder / str(round_)
+    facts: Row = {}
+    model_seconds: list[float] = []
+
+    @contextmanager
+    def stored(number: int) -> Iterator[Callable[[], Any]]:
+        path = folder / str(number)
         with LLMCache.open(path, model, config=CacheConfig(layers=(middle,))) as cache, cache.attached():
             trunk(**selected(at_middle))
         with LLMCache.open(path, model, config=CacheConfig(layers=(last,))) as cache, cache.attached():
             trunk(**selected(at_output))
         config = CacheConfig(layers=(middle, last))
         with LLMCache.open(path, model, config=config) as cache, cache.attached() as attachment:
-            own, _ = _timed(remaining)
-            took, output = _timed(lambda: trunk(**inputs))
-            of_model = cache.stats().counters.model_seconds
+            yield lambda: trunk(**inputs)
+            model_seconds.append(cache.stats().counters.model_seconds)
             entered = attachment.entered
+        facts["entered"] = {str(layer): int((entered == layer).sum()) for layer in np.unique(entered).tolist()}
+        facts["layer_rows"] = int((last + 1 - entered).sum())
         shutil.rmtree(path)
-        worst = max(worst, _difference(output.last_hidden_state, expected, lengths))
-        if round_:  # the first round warms up
-            seconds.append(took)
-            base.append(own)
-            model_seconds.append(of_model)
-    rows = int((last + 1 - entered).sum())
-    padded = BATCH * (last + 1)
-    plain = [_timed(lambda: trunk(**inputs))[0] for _ in range(repeats)]
-    facts = {
-        "entered": {str(layer): int((entered == layer).sum()) for layer in np.unique(entered).tolist()},
-        "layer_rows": rows,
-        "layer_rows_of_the_model": padded,
-        "model_seconds": model_seconds,
-        "model_seconds_to_base": statistics.median(a / b for a, b in zip(model_seconds, base, strict=True)),
-        "plain_seconds": plain,
+
+    base = "remaining layers alone"
+    made = in_turn(
+        [
+            Turn(base, BATCH, steady(remaining)),
+            Turn("mixed batch", BATCH, stored, base, facts=facts),
+            Turn("plain", BATCH, steady(lambda: trunk(**inputs))),
+        ],
+        repeats,
+    )
+    mixed = made["mixed batch"]
+    seen = torch.arange(expected.shape[1])[None] < lengths[:, None]
+    mixed.outputs = [output.last_hidden_state[seen].cpu() for output in mixed.outputs]
+    mixed.compare([expected[seen].cpu()] * repeats)
+    facts |= {
+        "layer_rows_of_the_model": BATCH * (last + 1),
+        "model_seconds": model_seconds[1:],  # without the round that warms up
+        "model_seconds_to_base": statistics.median(map(truediv, model_seconds[1:], mixed.base_seconds)),
+        "plain_seconds": made["plain"].seconds,
     }
-    return Comparison("mixed batch", "remaining layers alone", BATCH, tuple(seconds), tuple(base), worst, facts)
+    return mixed
 
 
 def attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
@@ -166,11 +139,6 @@ def attention(mask: torch.Tensor, trunk: Any) -> torch.Tensor | None:
     if getattr(trunk.config, "_attn_implementation", "") == "sdpa":
         return seen.expand(-1, 1, mask.shape[1], -1)
     return torch.zeros_like(seen, dtype=trunk.dtype).masked_fill(~seen, torch.finfo(trunk.dtype).min)
-
-
-def _difference(outputs: torch.Tensor, expected: torch.Tensor, lengths: torch.Tensor) -> float:
-    seen = torch.arange(expected.shape[1])[None] < lengths[:, None]
-    return float((outputs - expected)[seen].abs().max())
 
 
 # -- two heads ----------------------------------------------------------------------------------------------
@@ -198,7 +166,7 @@ class _Classifier(Module):
         return logits
 
 
-def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Comparison:
+def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> Measurement:
     """Measure the second of two classifiers whose trunks differ in the last layer; the base is that one alone."""
     trunk: Any = model.transformers_model
     with torch.inference_mode(False):
@@ -219,21 +187,26 @@ def _second_head(model: SentenceTransformer, texts: Sequence[str], folder: Path,
             outputs[chosen] = tone(**_tensors(model, rows, chosen)).cpu().numpy()
         return outputs
 
-    seconds, base, worst, layer = [], [], 0.0, ""
-    for round_ in range(repeats + 1):
-        with LLMCache.open(folder / str(round_), model) as cache:
+    facts: Row = {}
+
+    @contextmanager
+    def shared(number: int) -> Iterator[Callable[[], Any]]:
+        with LLMCache.open(folder / str(number), model) as cache:
             # both heads are named, so that the shared layers are found and stored by the first
-            first, _ = _timed(lambda: list(cache.run_heads(texts, {"topic": topic, "tone": _like(tone)})))
-            took, results = _timed(lambda: list(cache.run_heads(texts, {"topic": topic, "tone": tone})))
-        own, expected = _timed(alone)
-        shutil.rmtree(folder / str(round_))
-        worst = max(worst, float(np.abs(np.array([row["tone"].output for row in results]) - expected).max()))
-        layer = str(results[0]["tone"].layer)
-        if round_:
-            seconds.append(took)
-            base.append(own)
-    facts = {"entered_after": layer, "first_run_of_both_seconds": first}
-    return Comparison("second head", "second head alone", len(texts), tuple(seconds), tuple(base), worst, facts)
+            began = time.perf_counter()
+            list(cache.run_heads(texts, {"topic": topic, "tone": _like(tone)}))
+            facts["first_run_of_both_seconds"] = time.perf_counter() - began
+            yield lambda: list(cache.run_heads(texts, {"topic": topic, "tone": tone}))
+        shutil.rmtree(folder / str(number))
+
+    base = "second head alone"
+    turns = [Turn(base, len(texts), steady(alone)), Turn("second head", len(texts), shared, base, facts=facts)]
+    made = in_turn(turns, repeats)
+    second = made["second head"]
+    facts["entered_after"] = str(second.outputs[-1][0]["tone"].layer)
+    second.outputs = [np.array([row["tone"].output for row in results]) for results in second.outputs]
+    second.compare(made[base].outputs)
+    return second
 
 
 def _like(head: _Classifier) -> _Classifier:
@@ -245,7 +218,7 @@ def _like(head: _Classifier) -> _Classifier:
 # -- an empty store --------------------------------------------------------------------------------------
 
 
-def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> list[Comparison]:
+def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, repeats: int) -> list[Measurement]:
     """Measure `model.encode` while attached to an empty store, storing included, against the model alone.
 
     Variants: the last output stored; the states of all layers, committed in the background; and at once.
@@ -257,31 +230,29 @@ def _all_miss(model: SentenceTransformer, texts: Sequence[str], folder: Path, re
     }
     expected = model.encode(list(texts), batch_size=32)
     lengths = tokenise(model, list(texts), None, None).lengths
-    base: list[float] = []
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    worst, size = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
-    for round_ in range(repeats + 1):
-        turns = [None, *ways.items()]
-        for turn in (
-            turns[round_ % len(turns) :] + turns[: round_ % len(turns)]
-        ):  # written pages may slow the next contender
-            if turn is None:
-                own, _ = _timed(lambda: model.encode(list(texts), batch_size=32))
-                base += [own] if round_ else []
-                continue
-            name, config = turn
-            cache = LLMCache.open(folder / name, model, config=config)
-            with cache.attached():
-                took, outputs = _timed(lambda: model.encode(list(texts), batch_size=32))
-            committing, _ = _timed(cache.close)
-            size[name] = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-            shutil.rmtree(folder / name)
-            worst[name] = max(worst[name], float(np.abs(outputs - expected).max()))
-            seconds[name] += [took + committing] if round_ else []
-    return [
-        Comparison(
-            name, "plain model", len(texts), tuple(seconds[name]), tuple(base), worst[name],
-            {"tokens": float(lengths.mean()), "store_bytes": size[name]},
-        )
-        for name in ways
-    ]  # fmt: skip
+    base = "plain model"
+    turns = [Turn(base, len(texts), steady(lambda: model.encode(list(texts), batch_size=32)))]
+    for name, config in ways.items():
+        facts: Row = {"tokens": float(lengths.mean())}
+        prepared = partial(_attached, model, texts, folder / name, config, facts)
+        turns.append(Turn(name, len(texts), prepared, base, facts=facts))
+    made = in_turn(turns, repeats)
+    for row in made.values():
+        row.compare([expected] * repeats)
+    return [made[name] for name in ways]
+
+
+@contextmanager
+def _attached(
+    model: SentenceTransformer, texts: Sequence[str], folder: Path, config: CacheConfig, facts: Row, _: int
+) -> Iterator[Callable[[], Any]]:
+    with LLMCache.open(folder, model, config=config) as cache, cache.attached():
+
+        def encode() -> Any:
+            outputs = model.encode(list(texts), batch_size=32)
+            cache.commit()
+            return outputs
+
+        yield encode
+    facts["store_bytes"] = folder_bytes(folder)
+    shutil.rmtree(folder)

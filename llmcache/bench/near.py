@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.bench.harness.rounds import Row
-from llmcache.errors import ConfigError
+from llmcache.bench.harness.datasets import Pairs, labelled_texts
+from llmcache.bench.harness.turns import Row
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.search.projection import fit_pca
 from llmcache.indexes.search.vector_index import VectorIndex
@@ -29,23 +26,11 @@ from llmcache.model.tokens import tokenise
 from llmcache.near.calibration.crossfit import CrossFitResult, cross_fit, held_out_voting
 from llmcache.near.calibration.drift import DriftMeasure, cosine_drift, label_drift
 from llmcache.near.calibration.risk_control import Choice, choose
-from llmcache.near.neighbors.correction import (
-    EVIDENCE,
-    STRENGTH,
-    Voting,
-    units,
-)
+from llmcache.near.neighbors.correction import EVIDENCE, STRENGTH, Voting, units
 from llmcache.near.neighbors.gate import safety
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, Neighbors
 from llmcache.near.neighbors.linear_head import LinearHead
-from llmcache.near.neighbors.predictor import (
-    Predictor,
-    components,
-    directions,
-    fit,
-    median_square,
-    projected,
-)
+from llmcache.near.neighbors.predictor import Predictor, components, directions, fit, median_square, projected
 
 BUDGETS = (0.001, 0.005, 0.02)
 """Budgets of the mean 1 - cosine over all results."""
@@ -67,42 +52,7 @@ class Labelled:
 # -- documents ----------------------------------------------------------------------------------------------
 
 
-def labelled_texts(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Read (text, label) pairs of train.csv, train.tsv or train.txt, and of test in the same format.
-
-    csv: columns text and category. tsv: label, text. txt: label, a space, text. With only test.csv.gz (class, title,
-    description), a random three quarters are the train part. ConfigError when a part is missing.
-    """
-    for ending, read in (("csv", _csv), ("tsv", _tsv), ("txt", _txt)):
-        train, test = folder / f"train.{ending}", folder / f"test.{ending}"
-        if train.exists() and test.exists():
-            return read(train), read(test)
-    packed = folder / "test.csv.gz"
-    if not packed.exists():
-        raise ConfigError(f"{folder} has no train and test as .csv, .tsv or .txt, and no test.csv.gz")
-    with gzip.open(packed, "rt", encoding="utf-8") as file:
-        every = [(f"{title}. {text}", label) for label, title, text in csv.reader(file)]
-    order = np.random.default_rng(0).permutation(len(every)).tolist()
-    cut = len(every) * 3 // 4
-    return [every[i] for i in order[:cut]], [every[i] for i in order[cut:]]
-
-
-def _csv(path: Path) -> list[tuple[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(row["text"], row["category"]) for row in csv.DictReader(file)]
-
-
-def _tsv(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [(text, label) for label, _, text in (line.partition("\t") for line in lines if line)]
-
-
-def _txt(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [(text, label) for label, _, text in (line.partition(" ") for line in lines if line)]
-
-
-def embedded(model: SentenceTransformer, pairs: Sequence[tuple[str, str]]) -> Labelled:
+def embedded(model: SentenceTransformer, pairs: Pairs) -> Labelled:
     """Compute the entries that a cache would have for these texts."""
     texts = [text for text, _ in pairs]
     tokens = tokenise(model, texts, None, None).ids
@@ -114,18 +64,11 @@ def embedded(model: SentenceTransformer, pairs: Sequence[tuple[str, str]]) -> La
 # -- the measurement ----------------------------------------------------------------------------------------
 
 
-def near(
-    model: SentenceTransformer,
-    folder: Path,
-    *,
-    seeds: int = 5,
-    budget: float = 0.005,
-    confidence: float = 0.95,
-    exact: bool = True,
-) -> list[Row]:
-    """Return the rows of `measure` for the labelled texts of a folder."""
+def near(model: SentenceTransformer, folder: Path, *, seeds: int = 5, budget: float = 0.005, exact: bool = True) -> Row:
+    """Measure the labelled texts of a folder. Returns a record with the rows of `measure` and of `summary`."""
     known, asked = (embedded(model, pairs) for pairs in labelled_texts(folder))
-    return list(measure(known, asked, seeds=seeds, budget=budget, confidence=confidence, exact=exact))
+    rows = list(measure(known, asked, seeds=seeds, budget=budget, exact=exact))
+    return {"seeds": seeds, "summary": summary(rows), "rows": rows}
 
 
 def measure(
@@ -343,26 +286,3 @@ def exact_kernel_ridge(entries: Entries, penalty: float = 0.05, width: float = 2
         basis=directions(entries.outputs),
         gamma=gamma, penalty=penalty, entries=len(entries), held_out=0.0,
     )  # fmt: skip
-
-
-# -- time ---------------------------------------------------------------------------------------------------
-
-
-def seconds_per_document(memory: HostNeighborIndex, asked: Entries, repeats: int = 5) -> dict[str, float]:
-    """Measure the seconds of each step of a look-up, in batches of 256; the least of the repeats."""
-    steps: dict[str, float] = {}
-    batches = [asked.take(np.arange(at, min(at + 256, len(asked)))) for at in range(0, len(asked), 256)]
-
-    def timed(name: str, action: Callable[[Entries], Any]) -> None:
-        spent = []
-        for _ in range(repeats):
-            began = time.process_time()
-            for batch in batches:
-                action(batch)
-            spent.append((time.process_time() - began) / len(asked))
-        steps[name] = min(spent)
-
-    timed("predict", lambda batch: memory.predictor(batch.features))
-    timed("predict, search, read", memory.neighbours)
-    timed("and correct, evidence", memory.look_up)
-    return steps

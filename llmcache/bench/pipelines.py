@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import os
 import random
@@ -18,16 +16,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcache.bench.harness.datasets import BANKING77, LOGS, labelled_texts, lines
 from llmcache.pipeline.batches import CHARACTERS, parts
 from llmcache.pipeline.files import documents
 from llmcache.pipeline.writers import CHUNK_ROWS
 from llmcache.records import intake
 
 _MIB = 1 << 20
-LOGS = ("HDFS", "Linux", "Apache", "Zookeeper")
+SYSTEMS = ("HDFS", "Linux", "Apache", "Zookeeper")
 BATCH, PREFETCH, BYTES_PER_ENTRY, COMMIT_BYTES = 32, 2, 300, 256 << 20
-
-
 _TIDY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _OF_MEMORY = ("peak_mib", "model_alone_mib", "peak_above_model_mib", "peak_with_mapped_mib", "bound_mib")
 
@@ -35,12 +32,11 @@ _OF_MEMORY = ("peak_mib", "model_alone_mib", "peak_above_model_mib", "peak_with_
 def pool(data: Path, distinct: int, seed: int = 0) -> list[str]:
     """Draw distinct texts: log lines and bank queries, and variations with other numbers and endings."""
     texts: dict[str, None] = {}
-    for name in LOGS:
-        with gzip.open(data / "dup-loghub" / f"{name}_2k.log.gz", "rt", encoding="utf-8", errors="replace") as lines:
-            texts.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    for name in ("train", "test"):
-        with open(data / "cls-banking77" / f"{name}.csv", newline="") as file:
-            texts.update(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+    for name in SYSTEMS:
+        path = data / LOGS / f"{name}_2k.log.gz"
+        texts.update(dict.fromkeys(line.strip() for line in lines(path) if line.strip()))
+    for pairs in labelled_texts(data / BANKING77):
+        texts.update(dict.fromkeys(text for text, _ in pairs))
     chance = random.Random(seed)
     base = list(texts)
     while len(texts) < distinct:

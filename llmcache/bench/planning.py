@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
-from llmcache.bench.near import labelled_texts
+from llmcache.bench.harness.datasets import BANKING77, LOGS, POLICIES, labelled_texts, log_lines, objects
+from llmcache.bench.harness.turns import Action, Row, Turn, in_turn, steady
 from llmcache.cache import LLMCache
-from llmcache.errors import ConfigError
 from llmcache.pipeline.chunking import chunks
 
 _POLICIES = 8  # policies to cut into chunks; all of them take a quarter of an hour without a cache
-LOGS = ("Apache", "HDFS", "Linux", "Zookeeper")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +34,7 @@ class Case:
 
 def cases(data: Path) -> Iterator[Case]:
     """Yield the corpora of a data folder, each with a known part."""
-    train, test = labelled_texts(data / "cls-banking77")
+    train, test = labelled_texts(data / BANKING77)
     yield Case("BANKING77, test, nothing known", [], [text for text, _ in test])
     every = [text for text, _ in (*train, *test)]
     order = np.random.default_rng(0).permutation(len(every)).tolist()
@@ -48,7 +43,7 @@ def cases(data: Path) -> Iterator[Case]:
         "BANKING77, train known, calibrated", [text for text, _ in train], [text for text, _ in test],
         [label for _, label in train],
     )  # fmt: skip
-    revisions = _revisions(data / "dup-site-policy-revisions" / "revisions.jsonl.xz")
+    revisions = sorted(objects(data / POLICIES), key=lambda revision: str(revision["date"]))
     middle = len(revisions) // 2
     texts = [one["text"] for one in revisions]
     yield Case("policies, nothing known", [], texts)
@@ -58,69 +53,60 @@ def cases(data: Path) -> Iterator[Case]:
     half = len(cut) // 2
     parts = [[text for one in side for text in one] for side in (cut[:half], cut[half:])]
     yield Case("policies in chunks, older half known", parts[0], parts[1])
-    logs = [_lines(data / "dup-loghub" / f"{name}_2k.log.gz") for name in LOGS]
+    logs = [[line for line in some if line.strip()] for some in log_lines(data / LOGS)]
     yield Case("logs, nothing known", [], [line for one in logs for line in one])
     yield Case(
         "logs, half known", [line for one in logs for line in one[:1000]], [line for one in logs for line in one]
     )
 
 
-def _revisions(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise ConfigError(f"the policy revisions are not at {path}; give the folder with dup-site-policy-revisions")
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        revisions = [json.loads(line) for line in file]
-    return sorted(revisions, key=lambda revision: str(revision["date"]))
-
-
-def _lines(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-        return [line.rstrip("\r\n") for line in file if line.strip()]
-
-
 def measured(
     model: SentenceTransformer, data: Path, *, repeats: int = 3, wanted: str = "", limit: int | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Measure all cases. Returns a row per case, with medians over the repeats.
 
     wanted: only cases whose names contain this. limit: most texts known, and asked.
     """
     rows = []
     for case in cases(data):
-        if wanted not in case.name:
-            continue
-        with tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder:
-            runs = [run for _ in range(repeats) for run in _measured(model, _cut(case, limit), Path(folder), repeats)]
-        rows.append(_row(case, runs))
-        say(f"{case.name}: {rows[-1]['said']}")
+        if wanted in case.name:
+            asked, labels = case.asked[:limit], case.labels and case.labels[:limit]
+            rows.append(_measured(model, Case(case.name, case.known[:limit], asked, labels), repeats))
+            say(f"{case.name}: {rows[-1]['said']}")
     return rows
 
 
-def _cut(case: Case, limit: int | None) -> Case:
-    return Case(case.name, case.known[:limit], case.asked[:limit], case.labels and case.labels[:limit])
-
-
-def _measured(model: SentenceTransformer, case: Case, folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
-    known = folder / "known"
-    if not known.exists():
+def _measured(model: SentenceTransformer, case: Case, repeats: int) -> Row:
+    runs: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="llmcache-plan-") as name:
+        known, store = Path(name) / "known", Path(name) / "store"
         _filled(model, case, known)
-    store = folder / "store"
-    shutil.rmtree(store, ignore_errors=True)
-    shutil.copytree(known, store)
-    began = time.perf_counter()
-    model.encode(list(case.asked), batch_size=32)
-    uncached = time.perf_counter() - began
-    with LLMCache.open(store, model) as cache:
-        began = time.perf_counter()
-        plan = cache.plan(case.asked)
-        passed = time.perf_counter() - began
-        computed = sum(result.tier == "miss" for result in cache.run(case.asked))
-        counters = cache.stats().counters
-        compared = plan.compared(len(case.asked), computed, counters.model_seconds + counters.overhead_seconds)
-    yield {**compared.as_dict(), "uncached": uncached, "forecast_uncached": plan.uncached_seconds, "pass": passed,
-           "cost_from": plan.cost_from, "near_from": plan.near_from, "new_bytes": plan.new_bytes,
-           "said": str(compared)}  # fmt: skip
+
+        @contextmanager
+        def forecast(_: int) -> Iterator[Action]:
+            shutil.copytree(known, store)
+            plans = []
+            with LLMCache.open(store, model) as cache:
+                yield lambda: plans.append(cache.plan(case.asked))
+                computed = sum(result.tier == "miss" for result in cache.run(case.asked))
+                counters = cache.stats().counters
+            plan = plans[-1]
+            compared = plan.compared(len(case.asked), computed, counters.model_seconds + counters.overhead_seconds)
+            runs.append({
+                **compared.as_dict(), "forecast_uncached": plan.uncached_seconds, "cost_from": plan.cost_from,
+                "near_from": plan.near_from, "new_bytes": plan.new_bytes, "said": str(compared),
+            })  # fmt: skip
+            shutil.rmtree(store)
+
+        count = len(case.asked)
+        turns = [
+            Turn("uncached", count, steady(lambda: model.encode(list(case.asked), batch_size=32))),
+            Turn("pass", count, forecast, "uncached"),
+        ]
+        made = in_turn(turns, repeats, warm=0, rotating=False)
+    times = zip(runs, *(made[kind].seconds for kind in ("uncached", "pass")), strict=True)
+    return _row(case, [{**run, "uncached": uncached, "pass": passed} for run, uncached, passed in times])
 
 
 def _filled(model: SentenceTransformer, case: Case, store: Path) -> None:
@@ -133,7 +119,7 @@ def _filled(model: SentenceTransformer, case: Case, store: Path) -> None:
             cache.calibrate(budget=0.005, head=head)
 
 
-def _row(case: Case, repeats: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(case: Case, repeats: list[Row]) -> Row:
     def middle(name: str) -> float:
         return float(median(one[name] for one in repeats))
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.rounds import Row
-from llmcache.bench.near import fitted_head, labelled_texts
+from llmcache.bench.harness.datasets import labelled_texts
+from llmcache.bench.harness.turns import Action, Row, Turn, in_turn, steady
+from llmcache.bench.near import fitted_head
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.near.calibration.drift import cosine_drift
@@ -56,11 +62,23 @@ def reusing(
                     budget=budget, drift=drift, head=head, confidence=confidence, guard=guard, seed=seed,  # type: ignore[arg-type]
                 )  # fmt: skip
                 calibrating = time.perf_counter() - began
-            runs = [_run(store, Path(name) / "copy", model, texts) for _ in range(repeats)]
-            first, plain = runs[0], np.asarray(model.encode(texts, batch_size=BATCH))
-            near = first["near"]
-            given, was = head.predict(first["outputs"]), head.predict(plain)
-            cosine = cosine_drift(plain, first["outputs"])[near]
+            facts: dict[str, list[Any]] = {"first": [], "look_up": [], "audits": [], "state": []}
+            cached_by = partial(_cached, store, Path(name) / "copy", model, texts, facts)
+            made = in_turn(
+                [
+                    Turn("model", len(texts), steady(lambda: model.encode(texts, batch_size=BATCH))),
+                    Turn("cache", len(texts), cached_by, "model"),
+                ],
+                repeats,
+                warm=0,
+            )
+            alone, cached = made["model"], made["cache"]
+            plain, results = np.asarray(alone.outputs[0]), cached.outputs[0]
+            reused = np.array([result.output for result in results])
+            near = np.array([result.tier == "near" for result in results])
+            given, was = head.predict(reused), head.predict(plain)
+            cosine = cosine_drift(plain, reused)[near]
+            times = zip(alone.seconds, cached.seconds, facts["first"], strict=True)
             rows.append({
                 "seed": seed, "drift": drift, "budget": budget, "confidence": confidence, "guard": guard,
                 "threshold": calibration.threshold, "reason": calibration.reason, "calibrating_seconds": calibrating,
@@ -68,37 +86,28 @@ def reusing(
                 "hits": float(near.mean()), "flips": float((given != was).mean()),
                 "accuracy_drop": float((was == right).mean() - (given == right).mean()),
                 "cosine_mean": float(cosine.mean()) if len(cosine) else 0.0,
-                "largest_difference_of_computed": float(np.abs(plain - first["outputs"])[~near].max(initial=0)),
-                "audits": [run["audits"] for run in runs], "state": [run["state"] for run in runs],
-                "uncached_per_second": len(texts) / float(np.median([run["uncached"] for run in runs])),
-                "ratio": float(np.median([run["uncached"] / run["cached"] for run in runs])),
-                "ratios": [run["uncached"] / run["cached"] for run in runs],
-                "with_first": float(np.median([run["uncached"] / (run["cached"] + run["first"]) for run in runs])),
-                "look_up_milliseconds": float(np.median([run["look_up"] for run in runs])),
-                "loading_seconds": float(np.median([run["first"] for run in runs])),
+                "largest_difference_of_computed": float(np.abs(plain - reused)[~near].max(initial=0)),
+                "audits": facts["audits"], "state": facts["state"], "uncached_per_second": alone.rate,
+                "ratio": cached.ratio, "ratios": cached.ratios,
+                "with_first": median(uncached / (own + first) for uncached, own, first in times),
+                "look_up_milliseconds": median(facts["look_up"]), "loading_seconds": median(facts["first"]),
             })  # fmt: skip
     return rows
 
 
-def _run(store: Path, copy: Path, model: SentenceTransformer, texts: list[str]) -> Row:
-    """Time the model alone, and then a cache on a copy of the store."""
-    began = time.perf_counter()
-    model.encode(texts, batch_size=BATCH)
-    uncached = time.perf_counter() - began
-    shutil.rmtree(copy, ignore_errors=True)
+@contextmanager
+def _cached(
+    store: Path, copy: Path, model: SentenceTransformer, texts: list[str], facts: dict[str, list[Any]], _: int
+) -> Iterator[Action]:
+    """Open a copy of the store and load the entries for near reuse."""
     shutil.copytree(store, copy)
     with LLMCache.open(copy, model, config=CacheConfig(recalibrate=False)) as cache:
         began = time.perf_counter()
-        cache.explain(texts[0])  # loads the entries for near reuse
-        first = time.perf_counter() - began
-        began = time.perf_counter()
-        results = list(cache.run(texts, batch_size=BATCH))
-        cached = time.perf_counter() - began
-        counters = cache.stats().counters
-        state = cache.stats().near[0]
-    return {
-        "uncached": uncached, "cached": cached, "first": first, "state": f"{state.state} {state.why}".strip(),
-        "near": np.array([result.tier == "near" for result in results]), "audits": counters.audits,
-        "outputs": np.array([result.output for result in results]),
-        "look_up": 1e3 * counters.near_seconds / max(1, counters.near_asked),
-    }  # fmt: skip
+        cache.explain(texts[0])  # loads the entries
+        facts["first"].append(time.perf_counter() - began)
+        yield lambda: list(cache.run(texts, batch_size=BATCH))
+        counters, state = cache.stats().counters, cache.stats().near[0]
+    facts["audits"].append(counters.audits)
+    facts["state"].append(f"{state.state} {state.why}".strip())
+    facts["look_up"].append(1e3 * counters.near_seconds / max(1, counters.near_asked))
+    shutil.rmtree(copy)

@@ -6,10 +6,8 @@ if its bytes moved at the speed of `memcpy`, or its operations ran at that of a 
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llmcache.arrays import Floats32
+from llmcache.bench.harness.conditions import load
+from llmcache.bench.harness.turns import Measurement, Row, Turn, freed, in_turn, steady
 from llmcache.cache import LLMCache
 from llmcache.decoders.kv_buffer import KVBuffer, KVLayout
 from llmcache.decoders.prefix_cache import restore
@@ -51,34 +51,6 @@ _BEGINNINGS = 8  # 315 MB
 
 
 @dataclass(frozen=True, slots=True)
-class RooflineMeasurement:
-    """Measurement of one tier. seconds: of each repeat. moved, operations: bytes and operations of one repeat.
-
-    floor: seconds at the limit of the machine.
-    """
-
-    tier: str
-    what: str
-    documents: int
-    bound: str
-    moved: float
-    operations: float
-    seconds: tuple[float, ...]
-    floor: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a row with medians. share: floor over seconds."""
-        shares = [self.floor / seconds for seconds in self.seconds]
-        return {
-            "tier": self.tier, "what": self.what, "documents": self.documents, "bound": self.bound,
-            "bytes": self.moved, "operations": self.operations, "seconds": statistics.median(self.seconds),
-            "microseconds_per_document": 1e6 * statistics.median(self.seconds) / self.documents,
-            "floor_seconds": self.floor, "share": statistics.median(shares),
-            "shares": shares,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
 class _Task:
     tier: str
     what: str
@@ -90,62 +62,51 @@ class _Task:
 
 def roofline(
     model: SentenceTransformer, texts: Sequence[str], *, repeats: int = 5, entries: Sequence[int] = (10_000, 1_000_000)
-) -> dict[str, Any]:
+) -> Row:
     """Measure all tiers against their floors, and near look-ups against the model.
 
     texts: a few thousand distinct documents. entries: store sizes for near look-ups, which are compared with the
     model's time for a query of 12 tokens.
-    Returns rows (`RooflineMeasurement.as_dict`), near (a row per size) and the limits.
+    Returns rows, near (a row per size) and the limits. Of a row, seconds and share (floor over seconds) are medians;
+    bytes and operations are those of one repeat.
     """
-    load = [os.getloadavg()[0]]
-    rows: dict[str, list[float]] = {}
-    tasks: dict[str, _Task] = {}
-    limits: list[tuple[float, float]] = []
+    before = load()
+    found: list[tuple[_Task, Measurement]] = []
+    copies, products = [], []
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
         for task in _tasks(model, list(dict.fromkeys(texts)), Path(name)):
-            task.act()
-            for _ in range(repeats):
-                limits.append((_copying(), _multiplying()))
-                began = time.perf_counter()
-                task.act()
-                rows.setdefault(task.what, []).append(time.perf_counter() - began)
-            tasks[task.what] = task
+            made = in_turn([*_limits(), Turn(task.what, task.documents, steady(task.act))], repeats)
+            copies += [_COPIED / seconds for seconds in made["copy"].seconds]
+            products += [2 * _SIDE**3 / seconds for seconds in made["product"].seconds]
+            found.append((task, made[task.what]))
     # medians over all repeats: a copy during the kernel's page reclaim is several times as slow as the next
-    copied, multiplied = (statistics.median(column) for column in zip(*limits, strict=True))
-    results = []
-    for what, seconds in rows.items():
-        task = tasks[what]
+    copied, multiplied = statistics.median(copies), statistics.median(products)
+    rows = []
+    for task, measured in found:
         moving, counting = task.moved / copied, task.operations / multiplied
         bound, floor = ("memory", moving) if moving >= counting else ("arithmetic", counting)
-        row = RooflineMeasurement(
-            task.tier, what, task.documents, bound, task.moved, task.operations, tuple(seconds), floor
-        )
-        results.append(row.as_dict())
+        shares = [floor / seconds for seconds in measured.seconds]
+        rows.append({
+            "tier": task.tier, "what": task.what, "documents": task.documents, "bound": bound,
+            "bytes": task.moved, "operations": task.operations, "seconds": measured.median,
+            "microseconds_per_document": 1e6 / measured.rate,
+            "floor_seconds": floor, "share": statistics.median(shares), "shares": shares,
+        })  # fmt: skip
     near = [near_look_up(model, size, repeats) for size in entries]
-    load.append(os.getloadavg()[0])
     return {
-        "rows": results, "near": near, "load": load,
+        "rows": rows, "near": near, "load": [before, load()],
         "copy_bytes_per_second": copied, "operations_per_second": multiplied,
     }  # fmt: skip
 
 
-# -- limits -------------------------------------------------------------------------------------------------
+def _limits() -> list[Turn]:
+    """Return a copy into new memory, which every read makes, and a large matrix product."""
+    source, square = np.ones(_COPIED // 8, np.float64), np.ones((_SIDE, _SIDE), np.float32)
 
-
-def _copying() -> float:
-    """Measure the bytes per second of a copy into new memory, as every read makes one."""
-    source = np.ones(_COPIED // 8, np.float64)
-    began = time.perf_counter()
-    source.copy()
-    return source.nbytes / (time.perf_counter() - began)
-
-
-def _multiplying() -> float:
-    """Measure the operations per second of a large matrix product."""
-    square = np.ones((_SIDE, _SIDE), np.float32)
-    began = time.perf_counter()
-    square @ square
-    return 2 * _SIDE**3 / (time.perf_counter() - began)
+    return [
+        Turn("copy", 1, steady(freed(source.copy))),
+        Turn("product", 1, steady(freed(lambda: square @ square))),
+    ]
 
 
 # -- tiers --------------------------------------------------------------------------------------------------
@@ -159,7 +120,7 @@ def _tasks(model: SentenceTransformer, texts: list[str], folder: Path) -> Iterat
         size = _ROWS * TOKENS * WIDTH * 4
         yield _Task(
             "exact", f"rows of {TOKENS} x {WIDTH} float32, batches of {BATCH}", _ROWS, size, 0,
-            lambda: [bank.read(bank.find(batch)) for batch in batches],
+            freed(lambda: [bank.read(bank.find(batch)) for batch in batches]),
         )  # fmt: skip
     yield from _beginnings(folder)
     with LLMCache.open(folder / "output", model) as cache:
@@ -267,7 +228,7 @@ def _put(bank: Bank, values: Any, tokens: int = TOKENS) -> NDArray[np.uint64]:
 # -- near look-ups ------------------------------------------------------------------------------------------
 
 
-def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict[str, Any]:
+def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> Row:
     """Measure milliseconds per query of 12 tokens: near look-ups with corrected results, plain look-ups, the model.
 
     Entries are drawn around centres. Near reuse holds at most 200,000 of them in memory; the plain rule (`tau`)
@@ -289,24 +250,28 @@ def near_look_up(model: SentenceTransformer, entries: int, repeats: int) -> dict
     plain = VectorIndex.build(_units(random.standard_normal((entries, 128), np.float32)), kind=choose_kind(entries))
     asked, some = _units(random.standard_normal((len(tokens), 128))), queries.take(range(512))
     nothing = np.zeros((len(tokens), 0), np.float32)
-    runs: dict[str, list[float]] = {"model": [], "corrected": [], "plain": []}
-    for _ in range(repeats):
-        runs["model"].append(1e3 * sum(one.seconds for one in compute(sentences, some, 64, None)) / 512)
-        began = time.perf_counter()
-        memory.look_up(Entries(features(embedding, tokens, "mean"), nothing, tokens))
-        runs["corrected"].append(1e3 * (time.perf_counter() - began) / len(tokens))
-        began = time.perf_counter()
+
+    def plain_look_up() -> None:
         features(embedding, tokens, "mean")
         rows, _ = plain.nearest(asked, 1)
         outputs[rows[:, 0] % held].copy()
-        runs["plain"].append(1e3 * (time.perf_counter() - began) / len(tokens))
+
+    def corrected() -> None:
+        memory.look_up(Entries(features(embedding, tokens, "mean"), nothing, tokens))
+
+    made = in_turn(
+        [
+            Turn("model", 512, steady(lambda: list(compute(sentences, some, 64, None)))),
+            Turn("corrected", len(tokens), steady(corrected), "model"),
+            Turn("plain", len(tokens), steady(plain_look_up), "model"),
+        ],
+        repeats,
+    )
     return {
         "entries": entries, "held": held, "index": plain.kind,
-        **{f"{name}_milliseconds": statistics.median(one) for name, one in runs.items()},
-        **{
-            f"{name}_share": statistics.median(a / b for a, b in zip(runs[name], runs["model"], strict=True))
-            for name in ("corrected", "plain")
-        },
+        **{f"{name}_milliseconds": 1e3 / one.rate for name, one in made.items()},
+        **{f"{name}_share": statistics.median(1 / ratio for ratio in made[name].ratios)
+           for name in ("corrected", "plain")},
     }  # fmt: skip
 
 

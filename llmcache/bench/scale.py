@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmcache.errors import ConfigError
-from llmcache.indexes.format.manifest import (
-    BankFacts,
-    FileFacts,
-    Manifest,
-    NamespaceFacts,
-    SegmentFacts,
-)
+from llmcache.indexes.format.manifest import BankFacts, FileFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.manifest_json import MAX_BYTES, to_bytes
 
 # measured on two cores; docs/scaling.md names the sources

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
-import time
-import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from llmcache.bench.store_rows import (
-    FEATURES,
-    TOKENS,
-    StoredRows,
-    fill,
-    reading,
-    writing,
-)
+from llmcache.bench.harness.conditions import load
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Row, Turn, in_turn
+from llmcache.bench.store_rows import FEATURES, TOKENS, StoredRows, fill, reading, removed, writing
 from llmcache.errors import ConfigError
 from llmcache.indexes.commits.generations import generation_name, generations
 from llmcache.indexes.eviction.garbage import disk_bytes
@@ -32,7 +26,7 @@ from llmcache.indexes.maintenance.merge import merge
 LEAST_ROWS = 16
 
 
-def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int) -> dict[str, Any]:
+def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int) -> Row:
     """Measure stores of about `payload` bytes of activations, for each row size in bytes.
 
     where: existing folder for the stores, which are removed afterwards; None for the temporary folder. Returns rates,
@@ -47,20 +41,18 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
             )
     if where is not None and not Path(where).is_dir():
         raise ConfigError(f"{where} is no folder; create it, or leave --folder out")
-    load = [os.getloadavg()[0]]
-    rates: list[dict[str, Any]] = []
-    merges: list[dict[str, Any]] = []
-    added: list[dict[str, Any]] = []
+    before = load()
+    rates: list[Row] = []
+    merges: list[Row] = []
+    added: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-", dir=where) as name:
         folder = Path(name)
         for size in sizes:
             rows = StoredRows.drawn(size, payload)
-            found = writing(rows, folder, repeats) + reading(rows, folder / "read", repeats)
-            rates += [one.as_dict(found) for one in found]
+            rates += writing(rows, folder / "written", repeats) + reading(rows, folder / "read", repeats)
             merges += merging(size, payload // 2, folder / "merge", repeats)
             added.append(overhead(size, payload, folder / "overhead"))
         kind = _file_system(folder)
-    load.append(os.getloadavg()[0])
     left = max(one["resident_before"] or 0.0 for one in rates)
     cold = (
         "Cold: the files were dropped from the page cache (fsync, POSIX_FADV_DONTNEED) before each reading; "
@@ -68,7 +60,10 @@ def measured(sizes: Sequence[int], payload: int, where: str | None, repeats: int
     )
     if left > 0.01:
         cold += " That is not cold: this file system keeps its pages. Give a --folder on a disk."
-    return {"file_system": kind, "load": load, "cold": cold, "rates": rates, "merges": merges, "overhead": added}
+    return {
+        "file_system": kind, "load": [before, load()], "cold": cold, "rates": rates, "merges": merges,
+        "overhead": added,
+    }  # fmt: skip
 
 
 def _file_system(folder: Path) -> str:
@@ -79,7 +74,7 @@ def _file_system(folder: Path) -> str:
         os.close(descriptor)
 
 
-def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[Row]:
     """Measure merges of two stores into a new one: linked, copied, and copied with an eighth of the rows in both.
 
     The base is `cp -r` of the two folders, with and without waiting for the disk (syncfs): a merge waits, and reads
@@ -92,41 +87,24 @@ def merging(row_bytes: int, payload: int, folder: Path, repeats: int) -> list[di
     for name, block in stores.items():
         fill(folder / name, rows.part(block))
     a, b, c = (folder / name for name in stores)
-    contenders: list[tuple[str, str, Callable[[Path], object], tuple[Path, Path]]] = [
-        ("cp -r", "", lambda to: _copied([a, b], to, wait=False), (a, b)),
-        ("cp -r + syncfs", "", lambda to: _copied([a, b], to, wait=True), (a, b)),
-        ("merge, linked", "cp -r + syncfs", lambda to: merge([a, b], to), (a, b)),
-        ("merge, copied", "cp -r + syncfs", lambda to: merge([a, b], to, copy=True), (a, b)),
-        ("merge, copied, 1/8 in both", "cp -r + syncfs", lambda to: merge([a, c], to, copy=True), (a, c)),
+    target = folder / "target"
+    waiting = "cp -r + syncfs"
+    contenders: list[tuple[str, str, Callable[[], object], tuple[Path, Path]]] = [
+        ("cp -r", "", lambda: _copied([a, b], target, wait=False), (a, b)),
+        (waiting, "", lambda: _copied([a, b], target, wait=True), (a, b)),
+        ("merge, linked", waiting, lambda: merge([a, b], target), (a, b)),
+        ("merge, copied", waiting, lambda: merge([a, b], target, copy=True), (a, b)),
+        ("merge, copied, 1/8 in both", waiting, lambda: merge([a, c], target, copy=True), (a, c)),
     ]
-    seconds: dict[str, list[float]] = {name: [] for name, *_ in contenders}
-    for round_ in range(repeats + 1):
-        for name, _, action, _ in contenders:
-            place = folder / uuid.uuid4().hex
-            os.sync()
-            began = time.perf_counter()
-            action(place)
-            if round_:  # as in `writing`
-                seconds[name].append(time.perf_counter() - began)
-            shutil.rmtree(place)
-    found = []
-    for name, base, _, sources in contenders:
-        nbytes = sum(_bytes(one) for one in sources)
-        rates = [nbytes / one for one in seconds[name]]
-        base_bytes = _bytes(a) + _bytes(b)
-        ratios = [rate / (base_bytes / one) for rate, one in zip(rates, seconds.get(base, []), strict=False)]
-        found.append(
-            {
-                "row_bytes": row_bytes,
-                "contender": name,
-                "base": base,
-                "bytes": nbytes,
-                "seconds": seconds[name],
-                "mib_per_second": statistics.median(rates) / 2**20,
-                "ratio": statistics.median(ratios) if ratios else None,
-                "ratio_of_best": max(rates) / (base_bytes / min(seconds[base])) if base else None,
-            }
-        )
+    turns = [
+        Turn(name, sum(map(folder_bytes, sources)), partial(removed, target, action), base)
+        for name, base, action, sources in contenders
+    ]
+    found: list[Row] = [
+        {"row_bytes": row_bytes, "contender": one.name, "bytes": one.documents, "mib_per_second": one.rate / 2**20,
+         **one.row("base", "seconds", "ratio", "ratio_of_best")}
+        for one in in_turn(turns, repeats).values()
+    ]  # fmt: skip
     shutil.rmtree(folder)
     return found
 
@@ -138,24 +116,17 @@ def _copied(sources: list[Path], target: Path, *, wait: bool) -> None:
         subprocess.run(["sync", "-f", str(target)], check=True)
 
 
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def overhead(row_bytes: int, payload: int, folder: Path) -> dict[str, Any]:
+def overhead(row_bytes: int, payload: int, folder: Path) -> Row:
     """Measure the bytes of a store beside activations, features and token ids: records, keys, source ids, manifests.
 
     Every entry has one text key and a source id such as "document 12345". There is no index, since it is derived.
     """
     rows = StoredRows.drawn(row_bytes, payload)
     fill(folder, rows)
-    opened = Folder(folder)
-    try:
+    with closing(Folder(folder)) as opened:
         total = disk_bytes(opened)
-        newest = generations(opened)[0]
-        manifest = from_bytes(opened.read(generation_name(newest), 1 << 24), generation_name(newest))
-    finally:
-        opened.close()
+        newest = generation_name(generations(opened)[0])
+        manifest = from_bytes(opened.read(newest, 1 << 24), newest)
     segments = [
         segment for space in manifest.namespaces.values() for bank in space.banks.values() for segment in bank.segments
     ]
@@ -164,12 +135,7 @@ def overhead(row_bytes: int, payload: int, folder: Path) -> dict[str, Any]:
     rest = total - content - features - tokens
     shutil.rmtree(folder)
     return {
-        "row_bytes": row_bytes,
-        "entries": count,
-        "disk_bytes": total,
-        "payload_bytes": content,
-        "feature_bytes": features,
-        "token_bytes": tokens,
-        "overhead_bytes_per_entry": rest / count,
+        "row_bytes": row_bytes, "entries": count, "disk_bytes": total, "payload_bytes": content,
+        "feature_bytes": features, "token_bytes": tokens, "overhead_bytes_per_entry": rest / count,
         "overhead_share": rest / (content + features + tokens),
-    }
+    }  # fmt: skip

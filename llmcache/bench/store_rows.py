@@ -8,20 +8,18 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import statistics
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.bench.harness.page_cache import drop, warm
+from llmcache.bench.harness.turns import Measurement, Row, Turn, in_turn
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Keys
@@ -36,55 +34,6 @@ _PUT = 8 << 20
 _BATCH = 16 << 20
 _PIECE = 8 << 20
 _BANK = ("default", "output")
-
-
-@dataclass(slots=True)
-class Rate:
-    """Rate of one contender. base: contender to compare with, "" for bare system calls. seconds: of every repeat."""
-
-    row_bytes: int
-    operation: str
-    cache: str
-    order: str
-    contender: str
-    base: str
-    rows: int
-    seconds: list[float] = field(default_factory=list)
-    resident: list[float] = field(default_factory=list)  # share of the bytes in the page cache at the start
-
-    @property
-    def per_second(self) -> float:
-        """Rows per second, from the median."""
-        return self.rows / statistics.median(self.seconds)
-
-    def as_dict(self, others: list[Rate]) -> dict[str, Any]:
-        """Return a row. ratio: rows per second over the base, median of the repeats, each against its own base.
-
-        ratio_of_best: the same for the quickest repeats, which say more on a busy machine.
-        """
-        place = (self.row_bytes, self.operation, self.cache, self.order)
-        bases = [
-            other
-            for other in others
-            if (other.row_bytes, other.operation, other.cache, other.order) == place
-            and other.contender == (self.base or None)
-        ]
-        ratios = [raw / mine for other in bases for raw, mine in zip(other.seconds, self.seconds, strict=True)]
-        return {
-            "row_bytes": self.row_bytes,
-            "operation": self.operation,
-            "cache": self.cache,
-            "order": self.order,
-            "contender": self.contender,
-            "base": self.base,
-            "rows": self.rows,
-            "seconds": self.seconds,
-            "rows_per_second": self.per_second,
-            "mib_per_second": self.per_second * self.row_bytes / 2**20,
-            "ratio": statistics.median(ratios) if ratios else None,
-            "ratio_of_best": min(bases[0].seconds) / min(self.seconds) if bases else None,
-            "resident_before": max(self.resident, default=None),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +74,7 @@ class StoredRows:
         return (slice(start, min(start + step, len(self))) for start in range(0, len(self), step))
 
     def part(self, chosen: slice) -> StoredRows:
-        return StoredRows(
-            self.values[chosen],
-            self.keys[chosen],
-            self.texts[chosen],
-            self.features[chosen],
-            self.tokens[chosen],
-            self.sources[chosen],
-        )
+        return StoredRows(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 # -- the store ----------------------------------------------------------------------------------------------
@@ -151,17 +93,13 @@ def fill(folder: Path, rows: StoredRows) -> None:
         store.declare("default", {"name": "bench"}, {})
         bank = bank_of(store, rows.row_bytes)
         pending = 0
-        for block in rows.blocks(_PUT):
+        for some in map(rows.part, rows.blocks(_PUT)):
             bank.put(
-                rows.keys[block],
-                rows.values[block],
-                tokens=rows.tokens[block],
-                sources=rows.sources[block],
-                features=rows.features[block],
-                cost=np.full(len(rows.keys[block]), 0.002, np.float32),
-            )
-            bank.alias(rows.texts[block], rows.keys[block])
-            pending += rows.values[block].nbytes
+                some.keys, some.values, tokens=some.tokens, sources=some.sources, features=some.features,
+                cost=np.full(len(some), 0.002, np.float32),
+            )  # fmt: skip
+            bank.alias(some.texts, some.keys)
+            pending += some.values.nbytes
             if pending >= _COMMIT:
                 store.commit()
                 pending = 0
@@ -171,20 +109,32 @@ def fill(folder: Path, rows: StoredRows) -> None:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def writing(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
+def writing(rows: StoredRows, folder: Path, repeats: int) -> list[Row]:
     """Measure writing by the store, and `pwrite` of the same values into as many files, with fsync of each."""
-    raw = Rate(rows.row_bytes, "write", "", "stored", "pwrite + fsync", "", len(rows))
-    mine = Rate(rows.row_bytes, "write", "", "stored", "put + commit", raw.contender, len(rows))
-    for round_ in range(repeats + 1):
-        for rate, action in ((raw, _raw_written), (mine, fill)):
-            place = folder / uuid.uuid4().hex
-            os.sync()  # dirty pages of others do not count
-            began = time.perf_counter()
-            action(place, rows)
-            if round_:  # the first round warms up: the kernel hands out new memory slowly
-                rate.seconds.append(time.perf_counter() - began)
-            shutil.rmtree(place)
-    return [raw, mine]
+    bare = "pwrite + fsync"
+    turns = [
+        Turn(name, len(rows), partial(removed, folder, partial(action, folder, rows)), base, facts={
+            "operation": "write", "cache": "", "order": "stored", "contender": name, "base": base,
+            "resident_before": None,
+        })
+        for name, base, action in ((bare, "", _raw_written), ("put + commit", bare, fill))
+    ]  # fmt: skip
+    return [_rate(one, rows) for one in in_turn(turns, repeats).values()]
+
+
+@contextmanager
+def removed(folder: Path, action: Callable[[], object], _: int) -> Iterator[Callable[[], object]]:
+    """Context of a round whose action writes a new folder: the folder is removed after the round."""
+    os.sync()  # dirty pages of others do not count
+    yield action
+    shutil.rmtree(folder)
+
+
+def _rate(found: Measurement, rows: StoredRows) -> Row:
+    return {
+        "row_bytes": rows.row_bytes, **found.facts, "rows": len(rows), "rows_per_second": found.rate,
+        "mib_per_second": found.rate * rows.row_bytes / 2**20, **found.row("seconds", "ratio", "ratio_of_best"),
+    }  # fmt: skip
 
 
 def _raw_written(folder: Path, rows: StoredRows) -> None:
@@ -205,61 +155,69 @@ def _raw_written(folder: Path, rows: StoredRows) -> None:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-_Opened: TypeAlias = tuple[Callable[[], None], Callable[[], None]]  # functions that read all rows, and close
-
-
-def reading(rows: StoredRows, folder: Path, repeats: int) -> list[Rate]:
+def reading(rows: StoredRows, folder: Path, repeats: int) -> list[Row]:
     """Measure reading a store, mapped and with `preadv`, against bare copies and calls into new arrays of 16 MiB.
 
-    Cold is the first read after the files were dropped from the page cache, warm the second in a row. Rows are read in
-    the stored order and in a random one.
+    Cold is the first read after the files were dropped from the page cache, warm a second read in a row. Rows are read
+    in the stored order and in a random one. resident_before: most of the files in the page cache before a cold read.
     """
     fill(folder, rows)
-    files = sorted((folder / "seg").glob("*.seg"))
-    rates: dict[tuple[str, str, str], Rate] = {}
-    shuffled = np.random.default_rng(1).permutation(len(rows))
-    for round_ in range(repeats):
-        for order, numbers in (("stored", np.arange(len(rows))), ("shuffled", shuffled)):
-            contenders: list[tuple[str, str, Callable[[Path, StoredRows, NDArray[np.int64]], _Opened]]] = [
-                ("preadv", "", _raw_preadv),
-                ("memcpy", "", _raw_memcpy),
-                ("store, mmap", "memcpy", partial(_stored, how="mmap")),
-                ("store, preadv", "preadv", partial(_stored, how="pread")),
-            ]
-            for name, base, open_ in contenders[round_ % 4 :] + contenders[: round_ % 4]:
-                read, end = open_(folder, rows, numbers)
-                for cache in ("cold", "warm"):
-                    chosen = "preadv" if cache == "cold" and base else base  # the best a disk can do
-                    rate = rates.setdefault(
-                        (cache, order, name), Rate(rows.row_bytes, "read", cache, order, name, chosen, len(rows))
-                    )
-                    if cache == "cold":
-                        rate.resident.append(drop(files))
-                    else:
-                        warm(files)
-                    began = time.perf_counter()
-                    read()
-                    rate.seconds.append(time.perf_counter() - began)
-                end()
+    contenders: list[tuple[str, str, Callable[..., AbstractContextManager[Callable[[], None]]]]] = [
+        ("preadv", "", _raw_preadv),
+        ("memcpy", "", _raw_memcpy),
+        ("store, mmap", "memcpy", partial(_stored, how="mmap")),
+        ("store, preadv", "preadv", partial(_stored, how="pread")),
+    ]
+    orders = {"stored": np.arange(len(rows)), "shuffled": np.random.default_rng(1).permutation(len(rows))}
+    found = []
+    for order, numbers in orders.items():
+        turns = []
+        for cache in ("cold", "warm"):
+            for name, base, opened in contenders:
+                best = "preadv" if cache == "cold" and base else base  # the best a disk can do
+                facts = {
+                    "operation": "read", "cache": cache, "order": order, "contender": name, "base": best,
+                    "resident_before": None,
+                }  # fmt: skip
+                prepared = partial(_prepared, folder, partial(opened, folder, rows, numbers), facts)
+                turns.append(Turn(f"{name} {cache}", len(rows), prepared, best and f"{best} {cache}", facts=facts))
+        found += [_rate(one, rows) for one in in_turn(turns, repeats, warm=0).values()]
     shutil.rmtree(folder)
-    return list(rates.values())
+    return found
+
+
+@contextmanager
+def _prepared(
+    folder: Path, opened: Callable[[], AbstractContextManager[Callable[[], None]]], facts: Row, _: int
+) -> Iterator[Callable[[], None]]:
+    files = sorted((folder / "seg").glob("*.seg"))
+    with opened() as read:
+        if facts["cache"] == "cold":
+            facts["resident_before"] = max(facts["resident_before"] or 0.0, drop(files))
+        else:
+            warm(files)
+            read()
+        yield read
 
 
 def _batches(rows: StoredRows, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [numbers[block] for block in rows.blocks(_BATCH)]
 
 
-def _stored(folder: Path, rows: StoredRows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]) -> _Opened:
-    store = Store.open(folder, reading=how, uses=False)
-    bank = bank_of(store, rows.row_bytes)
-    asked = [rows.keys[batch] for batch in _batches(rows, numbers)]
+@contextmanager
+def _stored(
+    folder: Path, rows: StoredRows, numbers: NDArray[np.int64], how: Literal["mmap", "pread"]
+) -> Iterator[Callable[[], None]]:
+    with closing(Store.open(folder, reading=how, uses=False)) as store:
+        bank = bank_of(store, rows.row_bytes)
+        asked = [rows.keys[batch] for batch in _batches(rows, numbers)]
 
-    def read() -> None:
-        for keys in asked:
-            if not bank.read(bank.find(keys)).intact.all():
-                raise AssertionError("a row that was just stored does not agree with its checksum")
+        def read() -> None:
+            for keys in asked:
+                if not bank.read(bank.find(keys)).intact.all():
+                    raise AssertionError("a row that was just stored does not agree with its checksum")
 
-    return read, store.close
+        yield read
 
 
 def _places(
@@ -277,7 +235,8 @@ def _places(
     return [folder / one.file("seg").name for one in segments], found
 
 
-def _raw_preadv(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
+@contextmanager
+def _raw_preadv(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> Iterator[Callable[[], None]]:
     files, batches = _places(folder, rows, numbers)
     descriptors = [os.open(one, os.O_RDONLY) for one in files]
 
@@ -287,14 +246,13 @@ def _raw_preadv(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _
             for i, (file, offset) in enumerate(batch):
                 os.preadv(descriptors[file], [given[i].data], offset)
 
-    def end() -> None:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-    return read, end
+    yield read
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-def _raw_memcpy(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _Opened:
+@contextmanager
+def _raw_memcpy(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> Iterator[Callable[[], None]]:
     files, batches = _places(folder, rows, numbers)
     maps = []
     for path in files:
@@ -307,4 +265,5 @@ def _raw_memcpy(folder: Path, rows: StoredRows, numbers: NDArray[np.int64]) -> _
             for i, (file, offset) in enumerate(batch):
                 given[i] = maps[file][offset : offset + rows.row_bytes]
 
-    return read, maps.clear
+    yield read
+    maps.clear()

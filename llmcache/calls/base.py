@@ -82,12 +82,12 @@ class CacheParts:
         """Executor of the bank of token embeddings; see `LLMCache`."""
         raise NotImplementedError
 
-    def _bypass(self, reason: str | None, documents: int) -> None:
+    def _bypass(self, reason: str | None, documents: int, method: str = "encode") -> None:
         """Count documents that the model answers without the cache, and log each reason once."""
         self._counters.bypassed += documents
         if reason is not None and reason not in self._reasons:
             self._reasons.add(reason)
-            log.warning("a call goes past the cache: %s", reason)
+            log.warning("%s goes past the cache: %s", method, reason)
 
     def _check_open(self) -> None:
         """LLMCacheError when the cache is closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -15,13 +16,12 @@ from llmcache.encoding.answers import Answers
 from llmcache.encoding.call import EncodeCall, GivenTexts, Progress, bypass_reason, nothing, texts_argument
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.postprocess import finished, sparse_vectors, token_vectors
-from llmcache.encoding.results import Result, Source, results
+from llmcache.encoding.results import Result, Source, TierCounts, results
 from llmcache.errors import ConfigError
 from llmcache.model.encoders import limits_inside
 from llmcache.model.prompts import ROLES
 from llmcache.planning.forecast import planned
 from llmcache.planning.plan import ForecastError, Plan
-from llmcache.planning.preview import TierCounts
 from llmcache.records import is_table
 
 CHUNK = 8192  # documents that `run` reads, answers and yields together
@@ -254,10 +254,7 @@ class EncodeMethods(CacheParts):
         Returns the numbers of documents by tier. Hits count as no saving, since nobody uses the outputs.
         """
         settings = replace(self._settings(role, prompt_name, prompt, batch_size, progress), wanted=False)
-        tally = TierCounts()
-        for _ in tally.counted(self._results(documents, settings, chunk)):
-            continue
-        return tally
+        return TierCounts.of(Counter(result.tier for result in self._results(documents, settings, chunk)))
 
     def _settings(
         self, role: str | None, prompt_name: str | None, prompt: str | None, batch_size: int, progress: Progress

@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from llmcache.calls.base import LAYER, CacheParts
 from llmcache.concurrency.calls import call
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.explain import Explanation, explain
 from llmcache.encoding.results import Source
 from llmcache.errors import ConfigError
@@ -79,6 +80,7 @@ class NearMethods(CacheParts):
         if isinstance(self.model, BaseModel):
             prompt = self._prompt(role, prompt_name, prompt)
         name, execution = (LAYER, self._execution) if of is None else self._heads({"": of}).only()
+        _check_outputs(execution, drift)
         return self._calibrations.calibrate(
             name, execution, sample, truth, prompt, role, budget=budget, drift=drift, head=head, limit=limit,
             confidence=confidence, guarded=bool(guard), pattern=guard_pattern, seed=seed,
@@ -128,3 +130,17 @@ class NearMethods(CacheParts):
         with private_copy(self.model if isinstance(self.model, BaseModel) else self.tokenizer) as copy:
             texts: list[str] = getattr(copy, "tokenizer", copy).batch_decode(rows, skip_special_tokens=True)
         return texts
+
+
+def _check_outputs(execution: Executor, drift: DriftKind | Drift) -> None:
+    """ConfigError unless near reuse can be calibrated for the outputs of this executor with this drift."""
+    if execution.model.matrices:
+        raise ConfigError(
+            f"near reuse is calibrated for models with one vector per document, and a "
+            f"{type(execution.model.module).__name__} gives a matrix; tau works without calibration for a SparseEncoder"
+        )
+    if execution.bank.facts.width == 1 and drift in ("cosine", "beyond"):
+        raise ConfigError(
+            f"drift={drift!r} compares directions, and this model gives one number per document; use drift='label' with "
+            "a head, or a function of computed and reused scores"
+        )

@@ -61,7 +61,7 @@ class PairMethods(CacheParts):
         given = [plain] if single else list(plain)
         reason = _bypass_reason(given, device, pool, others)
         if reason is not None or not given:
-            self._bypass(reason, len(given))
+            self._bypass(reason, len(given), "predict")
             return CrossEncoder.predict(
                 model, inputs if single else given, prompt_name=prompt_name, prompt=prompt, batch_size=batch_size,
                 show_progress_bar=show_progress_bar, activation_fn=activation_fn, apply_softmax=apply_softmax,

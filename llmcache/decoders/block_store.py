@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from llmcache.arrays import Floats32
-from llmcache.banks.device_cache import DeviceCache
-from llmcache.banks.payoff import Payoff
+from llmcache.banks.reader import BankReader
 from llmcache.decoders.kv_buffer import KVBuffer
 from llmcache.decoders.schedule import TokenSequence, next_key
-from llmcache.indexes.bank import Bank
-from llmcache.indexes.format.rows import Rows
+from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.maintenance.chains import block_source
 from llmcache.model.keys import Seed
 
@@ -32,26 +30,18 @@ class BlockStore:
     block: tokens in a full KV block.
     """
 
-    def __init__(
-        self,
-        bank: Bank,
-        seed: Seed,
-        put: Callable[..., Any],
-        block: int,
-        worth: Payoff | None = None,
-        levels: DeviceCache | None = None,
-    ) -> None:
+    def __init__(self, reader: BankReader, seed: Seed, put: Callable[..., Any], block: int) -> None:
         """Make a store on a bank.
 
-        seed: of all keys. put: stores entries, see `PrefixCache`. block: tokens in a full KV block.
-        worth: decides which rows are looked up; None looks up all. levels: device and host memory for full KV blocks.
+        reader: of the bank; its device cache, if it has one, is for full KV blocks. seed: of all keys.
+        put: stores entries, see `PrefixCache`. block: tokens in a full KV block.
         """
-        self.bank, self.block, self.levels = bank, block, levels
-        self._seed, self._put, self._payoff = seed, put, worth
+        self.bank, self.block = reader.bank, block
+        self._reader, self._seed, self._put = reader, seed, put
 
     def with_bank(self, bank: Any, block: int = 4) -> BlockStore:
         """Return a copy for another bank, without payoff rules and memory levels. bank: must also have `put`."""
-        return BlockStore(bank, self._seed, bank.put, block)
+        return BlockStore(BankReader(bank), self._seed, bank.put, block)
 
     # -- look-up --------------------------------------------------------------------------------------------
 
@@ -60,49 +50,29 @@ class BlockStore:
 
         Token ids and checksums of an entry are compared before it is used.
         """
-        tokens: dict[int, bytes] = {}
         for row in rows:
             row.keys = self._keys(row)
-        tried, in_memory = self._tried(rows)
-        self._chain(tried, tokens)
-        self._look_up_ends(tried, tokens)
+        first = [row.keys[0] if row.keys else self.first_key(row) for row in rows]
+        tried, in_memory = ([rows[i] for i in some.tolist()] for some in self._reader.select(len(rows), _joined(first)))
+        self._chain(tried)
+        self._look_up_ends(tried)
         if in_memory:  # no file is read for these rows: they use blocks up to the first missing one, and store none
-            self._chain(in_memory, tokens, memory_only=True)
+            self._chain(in_memory, in_memory=True)
             for row in in_memory:
                 row.missing = []
         return self._read([*tried, *in_memory])
 
-    def _tried(self, rows: Sequence[TokenSequence]) -> tuple[Sequence[TokenSequence], Sequence[TokenSequence]]:
-        """Return the rows to look up, and further rows to look up in memory only, where their first block is."""
-        if self._payoff is None:
-            return rows, ()
-        selected = self._payoff.select_for_lookup(len(rows), memory=self.levels is not None)
-        with_memory = selected
-        if self.levels is not None and len(selected) < len(rows):
-            with_memory = self._payoff.with_memory(selected, self.levels, lambda: self._first(rows))
-        return [rows[i] for i in selected.tolist()], [rows[i] for i in np.setdiff1d(with_memory, selected).tolist()]
-
-    def _first(self, rows: Sequence[TokenSequence]) -> Rows:
-        """Return the row number of each row's first KV block, int64 [n]; -1 where there is none."""
-        numbers, full = np.full(len(rows), -1, np.int64), [i for i, row in enumerate(rows) if row.keys]
-        numbers[full] = self._find([rows[i].keys[0] for i in full])
-        return numbers
-
-    def _chain(self, rows: Sequence[TokenSequence], tokens: dict[int, bytes], *, memory_only: bool = False) -> None:
-        """Set missing, chain and known of each row, by its full KV blocks. memory_only: use blocks in memory only."""
-        found_numbers = self._find([key for row in rows for key in row.keys])
-        usable_blocks = [True] * len(found_numbers)
-        if memory_only and self.levels:
-            usable_blocks = self.levels.holds(np.array(found_numbers, np.int64)).tolist()
-        blocks = iter(zip(found_numbers, usable_blocks, strict=True))
+    def _chain(self, rows: Sequence[TokenSequence], *, in_memory: bool = False) -> None:
+        """Set missing, chain and known of each row, by its full KV blocks. in_memory: use blocks in memory only."""
+        block = self.block
+        ids = [row.ids[place * block : (place + 1) * block] for row in rows for place in range(len(row.keys))]
+        keys = _joined([key for row in rows for key in row.keys])
+        found = iter(self._reader.lookup(keys, ids, in_memory=in_memory).tolist())
         for row in rows:
-            numbers = [next(blocks) for _ in row.keys]
-            row.missing = [place for place, (number, _) in enumerate(numbers) if number < 0]
-            for place, (number, usable) in enumerate(numbers):
-                if number < 0 or not usable or not self._same(number, row, place * self.block, self.block, tokens):
-                    break
-                row.chain += (number,)
-            row.known = len(row.chain) * self.block
+            numbers = [next(found) for _ in row.keys]
+            row.missing = [place for place, number in enumerate(numbers) if number < 0]
+            row.chain = tuple(takewhile(lambda number: number >= 0, numbers))
+            row.known = len(row.chain) * block
 
     def _keys(self, row: TokenSequence) -> list[bytes]:
         """Return the keys of a row's full KV blocks."""
@@ -124,41 +94,21 @@ class BlockStore:
         full = stop // self.block
         return self._key(row, full * self.block, stop - full * self.block, row.keys[full - 1] if full else b"")
 
-    def _look_up_ends(self, rows: Sequence[TokenSequence], tokens: dict[int, bytes]) -> None:
+    def _look_up_ends(self, rows: Sequence[TokenSequence]) -> None:
         """Look up a shorter entry, of any length, after the last known full block of each row: hashing is cheap."""
-        stops = [range(row.known + 1, min(row.known + self.block, len(row) + 1)) for row in rows]
-        keys = [self._end_key(row, stop) for row, row_stops in zip(rows, stops, strict=True) for stop in row_stops]
-        end_numbers = iter(self._find(keys))
-        for row, row_stops in zip(rows, stops, strict=True):
-            at, longest = row.known, -1
-            for stop in row_stops:
-                number = next(end_numbers)
-                if number >= 0 and self._same(number, row, at, stop - at, tokens):
-                    row.known, longest = stop, number
-            row.chain += (longest,) if longest >= 0 else ()
-
-    def _find(self, keys: Sequence[bytes]) -> list[int]:
-        return self.bank.find(np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)).tolist()  # type: ignore[no-any-return]
-
-    def _same(self, number: int, row: TokenSequence, at: int, length: int, tokens: dict[int, bytes]) -> bool:
-        """Return whether an entry has the token ids of this stretch of a row. tokens: ids of entries read before."""
-        if number not in tokens:
-            tokens[number] = self.bank.tokens(number).tobytes()
-        return tokens[number] == row.ids[at : at + length].tobytes()
+        ends = [(row, stop) for row in rows for stop in range(row.known + 1, min(row.known + self.block, len(row) + 1))]
+        keys = _joined([self._end_key(row, stop) for row, stop in ends])
+        numbers = self._reader.lookup(keys, [row.ids[row.known : stop] for row, stop in ends]).tolist()
+        longest = {row: (stop, number) for (row, stop), number in zip(ends, numbers, strict=True) if number >= 0}
+        for row, (stop, number) in longest.items():
+            row.known = stop
+            row.chain += (number,)
 
     def _read(self, rows: Sequence[TokenSequence]) -> BlockRecords:
         """Return the contents of the rows' KV blocks. Shortens a row's chain at the first block that is damaged."""
-        numbers = sorted({number for row in rows for number in row.chain})
-        if not numbers:
-            return {}
-        full = {number for row in rows for number in row.chain[: row.known // self.block]} if self.levels else set()
-        records = self._gathered(np.array(sorted(full), np.int64))
-        numbers = [number for number in numbers if number not in full]
-        rest = np.array(numbers, np.int64)
-        with nullcontext() if self._payoff is None else self._payoff.loading(rest):
-            reading = self.bank.read(rest)
-        read = zip(numbers, reading.values, reading.intact.tolist(), strict=True)
-        records |= {number: record for number, record, intact in read if intact}
+        full = {number for row in rows for number in row.chain[: row.known // self.block]}
+        short = {number for row in rows for number in row.chain} - full
+        records = self._loaded(full, on_device=True) | self._loaded(short)
         for row in rows:
             for place, number in enumerate(row.chain):
                 if number not in records:
@@ -167,15 +117,14 @@ class BlockStore:
                     break
         return records
 
-    def _gathered(self, numbers: Rows) -> BlockRecords:
-        """Return full KV blocks on the device, read through the memory levels."""
-        if self.levels is None or not len(numbers):
+    def _loaded(self, numbers: set[int], *, on_device: bool = False) -> BlockRecords:
+        """Return the KV blocks that are intact. on_device: through the device cache, where there is one."""
+        if not numbers:
             return {}
-        with nullcontext() if self._payoff is None else self._payoff.loading(numbers, self.levels):
-            values, intact = self.levels.gather(numbers)
-        blocks = values.view(len(numbers), self.block, -1).unbind(0)
-        gathered = zip(numbers.tolist(), blocks, intact.tolist(), strict=True)
-        return {number: block for number, block, good in gathered if good}
+        rows = sorted(numbers)
+        values, intact = self._reader.load(np.array(rows, np.int64), on_device=on_device)
+        records: Any = values.view(len(rows), self.block, -1).unbind(0) if isinstance(values, Tensor) else values
+        return {row: record for row, record, good in zip(rows, records, intact.tolist(), strict=True) if good}
 
     # -- storing --------------------------------------------------------------------------------------------
 
@@ -184,8 +133,8 @@ class BlockStore:
         places: Mapping[TokenSequence, tuple[KVBuffer, int]],
         diverged: Sequence[tuple[TokenSequence, int]],
         seconds: float,
-    ) -> None:
-        """Store the KV blocks of these rows that the bank does not have.
+    ) -> Keys:
+        """Store the KV blocks of these rows that the bank does not have. Returns their keys, uint64 [n, 2].
 
         places: rows, each with the buffer and the number of its row there. diverged: rows, each with the number of
         tokens that another row of the call shares with it. seconds: of the model for one token.
@@ -197,25 +146,32 @@ class BlockStore:
         ends = [(row, len(row)) for row in places if len(row) % self.block]
         ends += [(row, stop) for row, stop in diverged if stop % self.block >= _SHORTEST]
         keys = [self._end_key(row, stop) for row, stop in ends]
-        for (row, stop), key, number in zip(ends, keys, self._find(keys), strict=True):
+        for (row, stop), key, number in zip(ends, keys, self.bank.find(_joined(keys)).tolist(), strict=True):
             if number < 0:
                 wanted.setdefault(key, (row, stop // self.block * self.block, stop))
+        stored = _joined(wanted)
         if not wanted:
-            return
+            return stored
         self._put(
             self.bank,
-            np.frombuffer(b"".join(wanted), np.uint64).reshape(-1, 2),
+            stored,
             _records(list(wanted.values()), places),
             tokens=[row.ids[start:stop].copy() for row, start, stop in wanted.values()],
             sources=[self._source(row, start) for row, start, _ in wanted.values()],
             features=np.zeros((len(wanted), 0), np.float32),
             cost=np.array([seconds * (stop - start) for _, start, stop in wanted.values()], np.float32),
         )
+        return stored
 
     def _source(self, row: TokenSequence, start: int) -> str:
         """Return the source field of the KV block at token `start` of a row: the key of the block before it."""
         before = start // self.block
         return block_source(row.keys[before - 1] if before else b"")
+
+
+def _joined(keys: Iterable[bytes]) -> Keys:
+    """Return keys as an array, uint64 [n, 2]."""
+    return np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
 
 
 def _records(

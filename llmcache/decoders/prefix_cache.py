@@ -18,6 +18,7 @@ from llmcache.banks.audits import Evidence
 from llmcache.banks.counters import PrefixCounters
 from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.payoff import Payoff
+from llmcache.banks.reader import BankReader
 from llmcache.decoders.audits import audit_prefixes, audit_sample
 from llmcache.decoders.block_store import BlockRecords, BlockStore
 from llmcache.decoders.kv_buffer import (
@@ -97,8 +98,8 @@ class PrefixCache:
         if block < 1:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
-        put = put if evidence is None else evidence.verifying(put)
-        self._blocks = BlockStore(bank, key_seed(digest, "prefix", None, None, secret), put, block, worth, levels)
+        seed = key_seed(digest, "prefix", None, None, secret)
+        self._blocks = BlockStore(BankReader(bank, worth, levels), seed, put, block)
         self._evidence = evidence
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
@@ -187,7 +188,9 @@ class PrefixCache:
         stored, model_seconds = time.perf_counter(), counters.model_seconds - model_seconds
         counters.lookup_seconds += stored - began - model_seconds
         fresh = {row: place for row, place in work.places.items() if place[0].planes and row not in whole}
-        self._blocks.store(fresh, diverged, model_seconds / max(1, counters.computed - computed))
+        keys = self._blocks.store(fresh, diverged, model_seconds / max(1, counters.computed - computed))
+        if self._evidence is not None:
+            self._evidence.computed(keys)
         counters.store_seconds += time.perf_counter() - stored
         return buffer
 

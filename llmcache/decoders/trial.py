@@ -46,8 +46,8 @@ class MemoryBank:
     def find(self, keys: Keys) -> Rows:
         return np.array([self._places.get(key.tobytes(), -1) for key in keys], np.int64)
 
-    def tokens(self, row: int) -> NDArray[np.int32]:
-        return self._tokens[row]
+    def tokens_of(self, rows: Rows) -> list[NDArray[np.int32]]:
+        return [self._tokens[row] for row in rows.tolist()]
 
     def read(self, rows: Rows) -> _Reading:
         return _Reading([self._values[row] for row in rows.tolist()], np.ones(len(rows), np.bool_))

@@ -1,6 +1,6 @@
 """Use a store from the processes of a Ray cluster: a cache with workers, or a callable class for Ray Data.
 
-from llmcache.ray import CachedModel, open
+from llmcache.distributed.ray import CachedModel, open
 
 with open("store/", workers=4) as cache:  # an LLMCache with the results of one process, computed by four
     for result in cache.run(documents): ...
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from llmcache.distributed.cache import SpreadCache
-from llmcache.distributed.workers import OpenCache, committed, library
+from llmcache.cache import LLMCache
+from llmcache.distributed.compute import open_with_workers
+from llmcache.distributed.workers import committed, library
 from llmcache.errors import ConfigError, CorpusError
 
 __all__ = ["CachedModel", "open"]
@@ -31,7 +32,7 @@ def open(
     threads: int | None = None,
     gpus: float = 0,
     **keywords: Any,
-) -> SpreadCache:
+) -> LLMCache:
     """Open a cache whose model runs on processes of a Ray cluster. Close it, or use `with`.
 
     The store must be at the same path on every machine. Results, their order and their provenance are those of one
@@ -45,7 +46,7 @@ def open(
     Unless Ray runs already, joins the cluster of RAY_ADDRESS, or starts one on this machine and stops it at the end.
     ConfigError when Ray is not installed, or for a model or settings that workers cannot compute.
     """
-    return SpreadCache.on(path, model, workers, threads, gpus, **keywords)
+    return open_with_workers(path, model, workers, threads, gpus, **keywords)[0]
 
 
 class CachedModel:
@@ -81,7 +82,7 @@ class CachedModel:
         torch.set_num_threads(threads or _cores())
         self._text, self._id, self._output = text, id, output
         self._role, self._batch_size = role, batch_size
-        self._cache = OpenCache.open(store, model, **keywords)
+        self._cache = LLMCache.open(store, model, **keywords)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Add columns to a batch: output (float32 [rows, width]), tier, layer, source, similarity (NaN for a miss).

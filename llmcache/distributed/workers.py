@@ -6,58 +6,39 @@ import importlib.util
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.banks.writer import BankWriter
+from llmcache.arrays import Floats32
 from llmcache.cache import LLMCache
+from llmcache.encoding.call import EncodeCall, Misses
+from llmcache.encoding.compute import LocalCompute
 from llmcache.errors import ConfigError, LLMCacheError
-from llmcache.indexes.bank import Bank
-from llmcache.indexes.format.marks import Marks
-from llmcache.indexes.format.rows import Keys
-from llmcache.model.batching import Sentences, compute
-from llmcache.model.tokens import TokenRows
+from llmcache.model.batching import Sentences
 
 log = logging.getLogger("llmcache")
 
 RESTARTS = 3
-"""Number of times that a worker is restarted after it died; its work items are then repeated."""
-_IN_FLIGHT = 2  # work items queued per worker, so that the next is there when one is done
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """Documents that one worker computes between two commits: whole batches, longest documents first.
-
-    Arrays have one row per document. keys, text_keys: uint64 [n, 2]. sources: ids of the documents. features: float32
-    [n, feature width]. batch_size: documents per batch of the model. marks: marks of the entries, see `Executor.marks`.
-    """
-
-    tokens: TokenRows
-    keys: Keys
-    text_keys: Keys
-    sources: list[str]
-    features: NDArray[np.float32]
-    batch_size: int
-    role: str | None
-    marks: Marks | None = None
+"""Number of times that a worker is restarted after it died; its work is then repeated."""
+_IN_FLIGHT = 2  # parts of a window queued per worker, so that the next is there when one is done
 
 
 @dataclass(frozen=True, slots=True)
 class WorkResult:
-    """Result of a work item.
+    """Documents that a worker has computed.
 
-    outputs: float32 [n, width]. seconds: model time. stored: True if the entries are committed.
+    outputs: float32 [n, width]. cost: seconds of the model for each, float32 [n]. stored: True if the entries are
+    committed.
     """
 
-    outputs: NDArray[np.float32]
-    seconds: float
+    outputs: Floats32
+    cost: Floats32
     stored: bool
 
 
@@ -74,77 +55,48 @@ class WorkerConfig:
     keywords: Mapping[str, Any]
 
 
-class OpenCache(LLMCache):
-    """Cache with a public bank and bank writer, for code that puts batches of its own."""
-
-    @property
-    def bank(self) -> Bank:
-        """Bank of the outputs."""
-        return self._bank
-
-    @property
-    def storing(self) -> BankWriter:
-        """Writer of the cache's banks."""
-        return self._storing
-
-
 class Worker:
     """Worker with the model loaded once and the store open. Runs as a Ray actor, or as a plain object."""
 
     def __init__(self, place: WorkerConfig, threads: int) -> None:
         """Only keep the arguments: the first call opens the store, so that an error reaches the caller."""
         self._config, self._threads = place, threads
-        self._cache: OpenCache | None = None
+        self._cache: LLMCache | None = None
 
     def pid(self) -> int:
         """Return the process id."""
         return os.getpid()
 
-    def opened(self) -> OpenCache:
+    def opened(self) -> LLMCache:
         """Return the cache, opened at the first call."""
         if self._cache is None:
             torch.set_num_threads(self._threads)
             config = self._config
-            self._cache = OpenCache.open(
+            self._cache = LLMCache.open(
                 config.path, config.model, min_generation=config.generation, **dict(config.keywords)
             )
         return self._cache
 
-    def compute(self, share: WorkItem) -> WorkResult:
-        """Compute a work item, and commit its entries if the store can be written.
+    def compute(self, misses: Misses, call: EncodeCall) -> WorkResult:
+        """Compute documents between two commits, in whole batches, and commit them if the store can be written.
 
-        After a restart the item may be one that the killed worker has committed; nothing is stored twice.
+        After a restart they may be documents that the killed worker has committed; nothing is stored twice.
         """
         cache = self.opened()
+        assert isinstance(cache.model, SentenceTransformer)
         bank, storing = cache.bank, cache.storing
-        new = bank.find(share.keys) < 0
-        lengths = share.tokens.lengths.astype(np.float32)
-        outputs, seconds = np.empty((len(new), bank.facts.width), np.float32), 0.0
-        for batch in compute(_sentences(cache), share.tokens, share.batch_size, share.role):
-            outputs[batch.chosen] = batch.outputs
-            seconds += batch.seconds
-            chosen = [i for i in batch.chosen if new[i]]
+        new = bank.find(misses.keys) < 0
+        outputs, cost = np.empty((len(new), bank.facts.width), np.float32), np.empty(len(new), np.float32)
+        for done in LocalCompute(Sentences(cache.model), nullcontext).batches(misses, call):
+            outputs[done.chosen], cost[done.chosen] = done.outputs, done.cost
+            chosen = [i for i in done.chosen if new[i]]
             if chosen:
-                storing.put(
-                    bank,
-                    share.keys[chosen],
-                    outputs[chosen],
-                    share.text_keys[chosen],
-                    tokens=[share.tokens.ids[i] for i in chosen],
-                    sources=[share.sources[i] for i in chosen],
-                    features=share.features[chosen],
-                    cost=lengths[chosen] * np.float32(batch.seconds / max(1.0, lengths[batch.chosen].sum())),
-                    marks=None if share.marks is None else share.marks[chosen],
-                )
-        return WorkResult(outputs, seconds, committed(cache))
+                keys, text_keys = misses.keys[chosen], misses.text_keys[chosen]
+                storing.put(bank, keys, outputs[chosen], text_keys, cost=cost[chosen], **misses.entry(chosen))
+        return WorkResult(outputs, cost, committed(cache))
 
 
-def _sentences(cache: LLMCache) -> Sentences:
-    assert isinstance(cache.model, SentenceTransformer)
-    return Sentences(cache.model)
-
-
-def committed(cache: OpenCache) -> bool:
+def committed(cache: LLMCache) -> bool:
     """Commit a cache's entries. Returns True if all are committed; a failure is logged, not raised."""
     store = cache.storing.store
     if not store.writable:
@@ -158,7 +110,7 @@ def committed(cache: OpenCache) -> bool:
 
 
 class Workers:
-    """Actors of a Ray cluster, started when there is work, and no more than there are work items."""
+    """Actors of a Ray cluster, started when there is work, and no more than there are parts of it."""
 
     def __init__(self, place: WorkerConfig, count: int, threads: int | None = None, gpus: float = 0) -> None:
         """Join or start the cluster.
@@ -170,29 +122,30 @@ class Workers:
         self._config, self._gpus = place, gpus
         self._actors: list[Any] = []
         self._started_cluster = start(count)
-        cores = library().cluster_resources().get("CPU", 1) / count
-        self._cpus = cores if cores < 1 else int(cores)
-        self.threads = threads or max(1, int(cores))
+        self.threads = threads or max(1, int(library().cluster_resources().get("CPU", 1) / count))
 
-    def computed(self, shares: Sequence[WorkItem]) -> Iterator[tuple[int, WorkResult]]:
-        """Compute work items. Yields index and result of each, in order of completion.
+    def computed(self, parts: Iterable[Misses], call: EncodeCall) -> Iterator[WorkResult]:
+        """Compute parts of a window, in whole batches. Yields the results in the order of the parts.
 
         LLMCacheError when workers fail.
         """
         ray = library()
-        self._start_actors(min(self.count, len(shares)))
+        waiting = deque(enumerate(parts))
+        self._start_actors(min(self.count, len(waiting)))
         idle = deque(self._actors * _IN_FLIGHT)
-        waiting: deque[tuple[int, WorkItem]] = deque(enumerate(shares))
         running: dict[Any, tuple[int, Any]] = {}
-        while waiting or running:
-            while waiting and idle:
-                number, item = waiting.popleft()
-                actor = idle.popleft()
-                running[actor.compute.remote(item)] = number, actor
-            (completed,), _ = ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(completed)
-            idle.append(actor)
-            yield number, got(completed)
+        results: dict[int, WorkResult] = {}
+        for number in range(len(waiting)):
+            while number not in results:
+                while waiting and idle:
+                    place, part = waiting.popleft()
+                    actor = idle.popleft()
+                    running[actor.compute.remote(part, call)] = place, actor
+                (completed,), _ = ray.wait(list(running), num_returns=1)
+                place, actor = running.pop(completed)
+                idle.append(actor)
+                results[place] = got(completed)
+            yield results.pop(number)
 
     def pids(self) -> list[int]:
         """Return the process ids of the started workers."""
@@ -232,8 +185,6 @@ def start(workers: int) -> bool:
 
     Returns True if this call connected to the cluster, False if Ray was running.
     """
-    if workers < 1:
-        raise ConfigError(f"there is at least one worker, got {workers}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = library()

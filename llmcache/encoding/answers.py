@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32, objects
-from llmcache.indexes.bank import Bank
+from llmcache.banks.reader import Loaded
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Rows
 
@@ -77,30 +77,29 @@ class Answers:
                 self.tier[place], self.similarity[place], self.layer[place] = EXACT, 1, skipped - 1
                 self.entry[place] = entry
 
-    def serve(self, places: Rows, rows: Rows, bank: Bank, tier: int) -> Rows:
-        """Serve places from bank rows. Returns the indices into `places` whose rows could not be read."""
-        intact = self.fill(places, rows, bank)
-        lost = np.flatnonzero(~intact)
-        if len(lost):
+    def serve(self, places: Rows, rows: Rows, values: Loaded, intact: NDArray[np.bool_], tier: int) -> None:
+        """Serve places from bank rows that were loaded.
+
+        rows: int64 [n]. values: their outputs, [n, width]. intact: bool [n]; places whose row is not intact stay open.
+        """
+        self.fill(places, values, intact)
+        if not intact.all():
             places, rows = places[intact], rows[intact]
         self.tier[places], self.row[places] = tier, rows
         if tier == EXACT:
             self.similarity[places] = 1
-        return lost
 
-    def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
-        """Copy outputs from bank rows. Returns bool [n], False for rows that could not be read."""
-        reading = bank.read(rows)
-        values = reading.values if isinstance(reading.values, np.ndarray) else objects(reading.values)
-        if not reading.intact.all():
-            self.outputs[places[reading.intact]] = values[reading.intact]
+    def fill(self, places: Rows, values: Loaded, intact: NDArray[np.bool_]) -> None:
+        """Set the outputs of these places, where they are intact. Arguments as for `serve`."""
+        outputs = objects(values) if isinstance(values, list) else np.asarray(values)
+        if not intact.all():
+            self.outputs[places[intact]] = outputs[intact]
         elif len(places) == len(self.outputs) and (places == np.arange(len(places))).all():
-            self.outputs = values  # every document is a hit: no copy needed
+            self.outputs = outputs  # every document is a hit: no copy needed
         else:
-            self.outputs[places] = values
-        return reading.intact
+            self.outputs[places] = outputs
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
+    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
         """Keep the model's own tensor for these places, [n, width]. Does nothing for answers on the host."""
 
     def set_from_neighbour(

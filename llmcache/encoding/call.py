@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
+from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.prompts import ROLES
 from llmcache.model.tokens import TokenRows
@@ -64,7 +65,8 @@ class OpenDocuments:
 
     places: int64 [n], positions in the call. keys: token keys, uint64 [n, 2]. copies: int64 [n], requests of the call
     that each document answers. window: tokens of the whole window; chosen: int64 [n], indices of the documents in the
-    window. drawn: features, float32 [n, width], on the model's device; raw: the same on the host.
+    window. drawn: features, float32 [n, width], on the model's device; raw: the same on the host. scope: near scope of
+    the call, uint64; see `Executor.scope`.
     """
 
     places: Places
@@ -74,6 +76,7 @@ class OpenDocuments:
     chosen: Places
     drawn: torch.Tensor
     raw: Floats32
+    scope: int
 
     def token_ids(self) -> list[NDArray[np.int32]]:
         """Return the token ids of each document."""
@@ -86,13 +89,36 @@ class OpenDocuments:
 
 @dataclass(frozen=True, slots=True)
 class Misses:
-    """Documents that the model has to compute. Every array has one row per document."""
+    """Documents that the model has to compute, and what is stored with them. Every array has one row per document.
+
+    places: int64 [n], positions in the call. text_keys, keys: uint64 [n, 2]. sources: ids. features: float32
+    [n, feature width]. marks: marks for near reuse; None for none, or where they are made batch by batch.
+    """
 
     places: Places
     text_keys: Keys
     keys: Keys
     tokens: TokenRows
+    sources: list[str]
     features: Floats32
+    marks: Marks | None = None
+
+    def take(self, chosen: Sequence[int]) -> Misses:
+        """Return some of the documents, by their indices."""
+        entry = self.entry(chosen)
+        return Misses(
+            self.places[chosen], self.text_keys[chosen], self.keys[chosen], self.tokens.take(chosen),
+            entry["sources"], entry["features"], entry["marks"],
+        )  # fmt: skip
+
+    def entry(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """Return arguments of `Bank.put` for some of the documents, by their indices: all but keys, values and cost."""
+        return {
+            "tokens": [self.tokens.ids[i] for i in chosen],
+            "sources": [self.sources[i] for i in chosen],
+            "features": self.features[chosen],
+            "marks": None if self.marks is None else self.marks[chosen],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.banks.device_cache import DeviceCache, dtype_of, numbers_on
+from llmcache.banks.device_cache import dtype_of, numbers_on
+from llmcache.banks.reader import Loaded
 from llmcache.encoding.answers import Answers
-from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.format.rows import Rows
 
@@ -21,40 +21,37 @@ from llmcache.indexes.format.rows import Rows
 class DeviceAnswers(Answers):
     """Answers on a device: hits are gathered there, and computed or corrected outputs stay there.
 
-    levels: device cache; None where hits come from files. tensor: [n, width], on the device. there: bool [n], True for
-    the rows of `tensor` that are filled; the other documents are in `outputs`.
+    tensor: [n, width], on the device. there: bool [n], True for the rows of `tensor` that are filled; the other
+    documents are in `outputs`.
     """
 
-    levels: DeviceCache | None = field(default=None, kw_only=True)
     tensor: Tensor = field(default_factory=lambda: torch.zeros(0), kw_only=True)
     there: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), kw_only=True)
 
     @classmethod
-    def on(cls, like: Tensor, facts: BankFacts, levels: DeviceCache | None, n: int) -> DeviceAnswers:
+    def on(cls, like: Tensor, facts: BankFacts, n: int) -> DeviceAnswers:
         """Return answers for n documents on the device of `like`, a tensor of the model.
 
         The dtype is the wider one of the model's and the bank's, so that computed outputs are not rounded.
         """
         plain = Answers.empty(n, facts)
         answers = cls(*(getattr(plain, name) for name in Answers.__slots__))
-        answers.levels, answers.there = levels, np.zeros(n, np.bool_)
+        answers.there = np.zeros(n, np.bool_)
         dtype = torch.promote_types(like.dtype, dtype_of(facts))
         answers.tensor = torch.zeros((n, facts.width), dtype=dtype, device=like.device)
         return answers
 
-    def fill(self, places: Rows, rows: Rows, bank: Bank) -> NDArray[np.bool_]:
-        if self.levels is None:
+    def fill(self, places: Rows, values: Loaded, intact: NDArray[np.bool_]) -> None:
+        if not isinstance(values, Tensor):
             self.there[places] = False
-            return Answers.fill(self, places, rows, bank)
-        values, intact = self.levels.gather(rows)
+            Answers.fill(self, places, values, intact)
+            return
         readable = np.flatnonzero(intact)
         if len(readable):
-            self._set(places[readable], values if len(readable) == len(rows) else values[self._on_device(readable)])
-        return intact
+            self._set(places[readable], values if len(readable) == len(places) else values[self._on_device(readable)])
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
-        if vectors is not None:
-            self._set(places, vectors.detach())
+    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
+        self._set(places, vectors.detach())
 
     def given(self, places: Rows) -> NDArray[Any]:
         if not self.there[places].all():

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.banks.lookup import exact_by_tokens
 from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.indexes.bank import Bank
@@ -69,7 +68,7 @@ def explain(execution: Executor, text: str, prompt: str | None, role: str | None
     by_text, by_tokens, tokens = execution.keys_of(text, prompt, role)
     for why, row in (
         ("the same text is stored", int(bank.find_text(by_text)[0])),
-        ("the same token ids are stored", int(exact_by_tokens(bank, by_tokens, tokens.ids)[0])),
+        ("the same token ids are stored", int(execution.reader.lookup(by_tokens, tokens.ids)[0])),
     ):
         if row >= 0:
             return Explanation("exact", why, _named(bank, [row], [1.0], decode))

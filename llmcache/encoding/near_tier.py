@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from llmcache.arrays import Floats32
 from llmcache.banks.lookup import near
 from llmcache.banks.pace import Pace
+from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.encoding.answers import NEAR, Answers
 from llmcache.encoding.call import EncodeCall, OpenDocuments, Places, as_text
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.near_layers import asked_with, near_layers
-from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model
+from llmcache.model.encoders import TokenVectors
 from llmcache.near.matcher import NearMatcher
 from llmcache.near.neighbors.index_torch import place_of
 from llmcache.near.neighbors.near_matches import TAKEN, NearMatches
@@ -49,14 +50,14 @@ class NearTier:
         model: Model,
         config: CacheConfig,
         storing: BankWriter,
-        bank: Bank,
+        reader: BankReader,
         inside: Callable[[], AbstractContextManager[Any]],
         pace: Pace,
-        scope: Callable[[EncodeCall], int],
     ) -> None:
-        """inside: context that the model runs in. pace: speed of the model. scope: gives the near scope of a call."""
-        self._model, self._config, self._storing, self._bank = model, config, storing, bank
-        self._inside, self._pace, self._scope = inside, pace, scope
+        """reader: of the bank. inside: context that the model runs in. pace: speed of the model."""
+        self._model, self._config, self._storing = model, config, storing
+        self._reader, self._bank = reader, reader.bank
+        self._inside, self._pace = inside, pace
         self._embedding, self._counters = model.token_embedding(), storing.counters
         self._matcher: NearMatcher | None = None
         self.near_answers = NearAnswers(config.near_repeats)
@@ -83,10 +84,10 @@ class NearTier:
         count, config, matcher = len(documents.places), self._config, self.matcher
         everything: Places = np.arange(count)
         looked_up: LookedUp | None = None
-        if not count:
+        if not count or isinstance(self._model, TokenVectors):  # a near text has other tokens
             return everything, None
         if matcher is not None:
-            if matcher.scope != self._scope(call):
+            if matcher.scope != documents.scope:
                 matcher.foreign += count
                 return everything, None
             open_, looked_up = self._by_calibration(answers, call, documents, matcher)
@@ -97,7 +98,7 @@ class NearTier:
                 open_ = near_layers(attachment, self._model, config, self._counters, answers, call, documents)
         else:
             features = documents.drawn if self._bank.near.takes_tensors else documents.raw
-            open_ = self._by_tau(answers, documents.places, features, self._scope(call))
+            open_ = self._by_tau(answers, documents, features, on_device=call.tensor)
         call.progress(count - len(open_), 0)
         return open_, looked_up
 
@@ -114,17 +115,21 @@ class NearTier:
         self._counters.audits += len(drift)
         self._counters.audited_drift += float(drift.sum())
 
-    def _by_tau(self, answers: Answers, places: Places, features: Floats32 | torch.Tensor, scope: int) -> Places:
-        """Serve the nearest entries of this scope above `tau`. Returns the indices into `places` that stay open."""
+    def _by_tau(
+        self, answers: Answers, documents: OpenDocuments, features: Floats32 | torch.Tensor, *, on_device: bool
+    ) -> Places:
+        """Serve the nearest entries above `tau`. Returns the indices into `documents` that stay open."""
+        places = documents.places
         if self._config.tau is None:
             return np.arange(len(places))
-        rows, similarity = near(self._bank, features, self._config.tau, scope)
+        rows, similarity = near(self._bank, features, self._config.tau, documents.scope)
         self._storing.history.similar(similarity, rows >= 0)
         hits = np.flatnonzero(rows >= 0)
-        lost = answers.serve(places[hits], rows[hits], self._bank, NEAR)
-        answers.similarity[places[hits]] = similarity[hits]
-        answers.similarity[places[hits[lost]]] = np.nan
-        return np.flatnonzero((rows < 0) | np.isin(np.arange(len(rows)), hits[lost]))
+        values, intact = self._reader.load(rows[hits], on_device=on_device, counted=False)
+        answers.serve(places[hits], rows[hits], values, intact, NEAR)
+        served = hits[intact]
+        answers.similarity[places[served]] = similarity[served]
+        return np.delete(np.arange(len(rows)), served)
 
     def _by_calibration(
         self, answers: Answers, call: EncodeCall, documents: OpenDocuments, matcher: NearMatcher

@@ -126,7 +126,8 @@ def token_vectors(
 
     rows: array of n objects, each float32 [tokens, width]. Other arguments as in `MultiVectorEncoder.encode`.
     """
-    matrices = [torch.from_numpy(row).to(model.device, model.dtype) for row in rows]
+    # copies, since stored rows are read-only, and repeats of a text share one array
+    matrices = [torch.from_numpy(row.copy()).to(model.device, model.dtype) for row in rows]
     if normalize:
         matrices = [torch.nn.functional.normalize(matrix, p=2, dim=-1) for matrix in matrices]
     if pooling is not None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isnan
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from llmcache.arrays import Floats32
 from llmcache.document import Document
@@ -51,6 +51,31 @@ class Result:
         audited = ", audited=True" if self.audited else ""
         values = f"{self.output.dtype}{list(self.output.shape)}"
         return f"Result(id={self.id!r}, tier={self.tier!r}{origin}{layer}{audited}, output={values})"
+
+
+@dataclass(frozen=True, slots=True)
+class TierCounts:
+    """Numbers of documents by tier. documents = exact + near + misses."""
+
+    documents: int
+    exact: int
+    near: int
+    misses: int
+
+    @classmethod
+    def of(cls, tiers: Mapping[str, int], **fields: Any) -> Self:
+        """Make the counts. tiers: number of results by `Result.tier`. fields: further fields of a subclass, by name."""
+        exact, near, misses = (tiers.get(tier, 0) for tier in ("exact", "near", "miss"))
+        return cls(exact + near + misses, exact, near, misses, **fields)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of documents that the model did not compute."""
+        return 1 - self.misses / self.documents if self.documents else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the counts and the hit rate by name."""
+        return {name: getattr(self, name) for name in ("documents", "exact", "near", "misses", "hit_rate")}
 
 
 def results(

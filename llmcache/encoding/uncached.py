@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.counters import Counters
+from llmcache.banks.payoff import sample
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.call import EncodeCall, characters
 from llmcache.errors import ConfigError
@@ -14,6 +15,7 @@ from llmcache.model.batching import Model, compute
 from llmcache.model.tokens import TokenRows, in_vocabulary
 
 _WINDOW = 8192  # documents that are tokenised and sorted by length together
+_PROBED = 16  # documents computed again to measure the model's speed, where nothing was computed yet
 
 
 def answer_by_model(
@@ -51,3 +53,9 @@ def seconds_again(model: Model, bank: Bank, rows: NDArray[np.int64]) -> float:
     except ConfigError:  # the model needs more inputs than token ids
         return bank.cost(rows)
     return sum(done.seconds for done in compute(model, like, len(stored), None))
+
+
+def tokens_and_seconds_again(model: Model, bank: Bank) -> tuple[int, float]:
+    """Compute a few documents of a bank again. Returns their number of tokens, and the seconds of the model."""
+    rows = sample(bank)[:_PROBED]
+    return sum(len(ids) for ids in bank.tokens_of(rows)), seconds_again(model, bank, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -28,11 +28,13 @@ from llmcache.layers.partial_forward import (
     LayerStack,
     NoSuchLayer,
     TrunkSpec,
+    chosen_layers,
     examine,
     gives_keys,
 )
 from llmcache.layers.prefix_caches import PrefixCaches
 from llmcache.layers.trial import LayerTrial, MemoryBanks
+from llmcache.layers.trunk_identity import TrunkIdentity
 from llmcache.model.architecture import Trunk
 from llmcache.model.compiled import not_compiled, refuse_compiled
 from llmcache.model.description.process_settings import running_mode
@@ -64,8 +66,8 @@ class Attachment:
         self,
         trunk: Trunk,
         banks: Callable[[TrunkSpec], LayerBanks],
-        choose: Callable[[int], Sequence[int]],
-        changed: Callable[[], None],
+        layers: str | tuple[int, ...],
+        identity: TrunkIdentity,
         prefixes: Callable[[str], PrefixCache | None],
         counters: Counters,
         exact_audits: ExactAudits,
@@ -78,15 +80,15 @@ class Attachment:
         """Make an attachment that is not entered yet.
 
         banks: opens the layer banks for a trunk of this structure.
-        choose: returns the layers that have banks, given the number of layers; ConfigError for a layer that is missing.
-        changed: called before the next forward when the model has changed since the last one.
+        layers: those that have banks: "output" for the last one, "all", or numbers.
+        identity: of the trunk; renewed before the next forward when the model has changed since the last one.
         watch: detects changes of the trunk's module.
         prefixes: makes a decoder's prefix cache for a running mode; returns None when prefix caching is off.
         lock: of the cache. is_open: returns True while the cache is open; otherwise the model computes by itself.
         states_only: use the layer banks for a decoder's calls that do not request keys and values.
         """
         self.trunk = trunk
-        self._open_banks, self._choose, self._changed, self._counters = banks, choose, changed, counters
+        self._open_banks, self._layers, self._identity, self._counters = banks, layers, identity, counters
         self._states_only, self._exact_audits = states_only, exact_audits
         self._blocks = LayerStack(trunk.blocks)
         self._parameters = ForwardSignature(trunk.module)
@@ -232,7 +234,7 @@ class Attachment:
         if not training and self._watch.changed():
             if self.trunk.replaced:
                 raise ConfigError("layers of the attached model were replaced; leave the context and attach it again")
-            self._changed()
+            self._identity.renew()
             self._specs.clear()
             self._prefixes.clear()
             self._decodes = None
@@ -361,7 +363,7 @@ class Attachment:
             call = first_call(module, self._parameters.main, self._forward, self._parameters.takes, device, return_dict)
             if self._parameters.takes_cache:
                 self._decodes = gives_keys(self._forward, call)
-            return call, examine(self._blocks, self._forward, call, self._parameters.takes_cache, self._choose)
+            return call, examine(self._blocks, self._forward, call, self._parameters.takes_cache, self._layers)
 
         call, spec = without_trace(module, device, first_trial)
         if self._uses_prefixes_only:
@@ -371,7 +373,7 @@ class Attachment:
             lambda arguments, banks, up_to: self._trial_answer(arguments, spec, banks, up_to),
             call | ({"use_cache": False} if self._parameters.takes_cache else {}),
             self._parameters.main,
-            self._choose(spec.layers),
+            chosen_layers(self._layers, spec.layers),
             spec.fields,
             self._parameters.takes,
         )
@@ -379,8 +381,7 @@ class Attachment:
 
     def _trial_answer(self, call: Call, spec: TrunkSpec, banks: MemoryBanks, up_to: int | None) -> Any:
         """Return the answer to a call from banks in memory. Counters, `entered` and `entries` do not change."""
-        reason = refusal(call, self._parameters.main)
-        if reason is not None:
+        if (reason := refusal(call, self._parameters.main)) is not None:
             raise ConfigError(reason)
         return self._reuse(Counters(), up_to).answer(call, spec, banks)
 

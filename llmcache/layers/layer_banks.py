@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import Module
 
 from llmcache.arrays import Floats32
-from llmcache.banks.counters import LayerCounters
+from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.marks import scoped
 from llmcache.indexes.format.rows import Keys, Rows
+from llmcache.layers.trunk_identity import TrunkIdentity
+from llmcache.model.features import features
 from llmcache.model.inputs import InputRows
 from llmcache.model.keys import key_seed, token_keys
 from llmcache.near.marks import scope_of
@@ -49,31 +53,32 @@ class LayerBanks:
 
     def __init__(
         self,
-        layers: Sequence[int],
-        open_bank: Callable[[int], Bank],
-        digest: Callable[[int], bytes],
+        banks: Mapping[int, Bank],
+        identity: TrunkIdentity,
         storing: BankWriter,
         secret: bytes,
-        features: Callable[[Sequence[NDArray[np.int32]]], Floats32],
         trunk: Module,
+        embedding: Tensor | None,
+        fingerprint: str,
     ) -> None:
-        """Open the banks of these layers.
+        """Use these banks, given by layer.
 
-        open_bank: opens the bank of a layer. digest: digest of the model's identity up to a layer.
-        storing: writes entries, and has the counters and audits. secret: of the namespace.
-        features: computes the features of rows of token ids, float32 [n, feature width of the banks].
+        identity: of the trunk. storing: writes entries, and has the counters and audits. secret: of the namespace.
         trunk: the module whose states are stored.
+        embedding: the model's token embeddings, from which features are computed; None where near reuse is off.
+        fingerprint: kind of the features, see `CacheConfig`.
         """
-        self.layers = tuple(sorted(layers))
-        self.banks = {layer: open_bank(layer) for layer in self.layers}
-        self._payoff = {layer: storing.worth(bank, bank_name(layer)) for layer, bank in self.banks.items()}
-        audits = storing.exact_audits
+        self.layers, self.banks = tuple(sorted(banks)), banks
+        self._readers = {
+            layer: BankReader(bank, storing.worth(bank, bank_name(layer))) for layer, bank in banks.items()
+        }
         self.evidence = {
-            layer: audits.evidence(bank, bank_name(layer), trunk, digest(layer)) for layer, bank in self.banks.items()
+            layer: storing.exact_audits.evidence(bank, bank_name(layer), trunk, identity.up_to(layer))
+            for layer, bank in banks.items()
         }
         """Audit results of each layer's bank with this trunk."""
-        self.trunk = trunk
-        self._digest, self._storing, self._secret, self._features = digest, storing, secret, features
+        self.trunk, self._identity, self._storing, self._secret = trunk, identity, storing, secret
+        self._embedding, self._fingerprint = embedding, fingerprint
 
     def keys(self, layer: int, rows: InputRows, mode: str) -> Keys:
         """Return the keys of rows at a layer, uint64 [n, 2].
@@ -81,7 +86,8 @@ class LayerBanks:
         mode: settings of the process that change the states (autocast), see `running_mode`.
         """
         kind = f"layer {layer} {rows.signature} {mode}"
-        return token_keys(key_seed(self._digest(layer), kind, None, None, self._secret), rows.content).view(np.uint64)
+        seed = key_seed(self._identity.up_to(layer), kind, None, None, self._secret)
+        return token_keys(seed, rows.content).view(np.uint64)
 
     def scope(self, layer: int, mode: str, asked: tuple[str | None, str | None]) -> int:
         """Return the near scope of a layer's states, a number that near matches have to share.
@@ -89,7 +95,7 @@ class LayerBanks:
         It stands for the model up to this layer, the mode, and the role and prompt of the texts.
         mode: as for `keys`. asked: role and prompt.
         """
-        return scope_of(key_seed(self._digest(layer), f"layer {layer} scope {mode}", *asked, self._secret))
+        return scope_of(key_seed(self._identity.up_to(layer), f"layer {layer} scope {mode}", *asked, self._secret))
 
     def find(self, rows: InputRows, chosen: Rows, mode: str, up_to: int | None = None) -> LayerMatches:
         """Return the deepest stored state of each of the chosen rows.
@@ -104,51 +110,35 @@ class LayerBanks:
                 break
             if up_to is not None and layer > up_to:
                 continue
-            tried = missing[self._payoff[layer].select_for_lookup(len(missing))]
+            reader, counters = self._readers[layer], self._storing.counters.layer(bank_name(layer))
+            tried = missing[reader.select(len(missing))[0]]
             began = time.perf_counter()
-            counters = self._storing.counters.layer(bank_name(layer))
-            bank, keys = self.banks[layer], self.keys(layer, rows, mode)[chosen[tried]]
-            at = bank.find(keys)
-            for i in np.flatnonzero(at >= 0).tolist():
-                if not np.array_equal(bank.tokens(int(at[i])), rows.ids[chosen[tried[i]]]):
-                    at[i] = -1
-            known = np.flatnonzero(at >= 0)
+            keys = self.keys(layer, rows, mode)[chosen[tried]]
+            at = reader.lookup(keys, [rows.ids[i] for i in chosen[tried].tolist()])
             counters.asked += len(tried)
-            counters.look_up_seconds += time.perf_counter() - began
-            if len(known):
-                known = known[self._read(bank, at[known], tried[known], layer, matches, counters)]
-            missing = np.setdiff1d(missing, tried[known])
+            found = time.perf_counter()
+            counters.look_up_seconds += found - began
+            known = np.flatnonzero(at >= 0)
+            if not len(known):
+                continue
+            states, intact = reader.load(at[known])
+            assert not isinstance(states, Tensor), "layer banks have no device cache"
+            known = known[intact]
+            served, at = tried[known], at[known]
+            for place, row, state in zip(served.tolist(), at.tolist(), compress(states, intact), strict=True):
+                matches.states[place], matches.entries[place] = state, reader.bank.key(row)
+                matches.seconds[place] = reader.bank.cost(np.array([row]))
+            matches.enter[served], matches.rows[served] = layer + 1, at
+            counters.hits += len(served)
+            counters.load_seconds += time.perf_counter() - found
+            counters.saved_seconds += float(matches.seconds[served].sum())
+            missing = np.setdiff1d(missing, served)
         return matches
 
     @property
     def kept(self) -> tuple[int, ...]:
         """Layers whose states are stored, because loading them costs less than computing them."""
-        return tuple(layer for layer in self.layers if self._payoff[layer].pays)
-
-    def _read(
-        self,
-        bank: Bank,
-        at: Rows,
-        places: Rows,
-        layer: int,
-        matches: LayerMatches,
-        counters: LayerCounters,
-    ) -> NDArray[np.bool_]:
-        """Fill these places of `matches` from these bank rows. Returns which rows could be read, bool [n]."""
-        began = time.perf_counter()
-        reading = bank.read(at)
-        for i in np.flatnonzero(reading.intact).tolist():
-            matches.states[places[i]] = reading.values[i]
-            matches.enter[places[i]] = layer + 1
-            matches.seconds[places[i]] = bank.cost(at[i : i + 1])
-            matches.entries[places[i]] = bank.key(int(at[i]))
-            matches.rows[places[i]] = at[i]
-        counters.hits += int(reading.intact.sum())
-        seconds = time.perf_counter() - began
-        counters.load_seconds += seconds
-        self._payoff[layer].served(at, seconds)
-        counters.saved_seconds += float(matches.seconds[places].sum())
-        return reading.intact
+        return tuple(layer for layer in self.layers if self._readers[layer].pays)
 
     def put(
         self,
@@ -180,3 +170,9 @@ class LayerBanks:
             marks=scoped(len(ids), self.scope(layer, mode, asked)) if asked is not None and near_reuse else None,
         )
         self.evidence[layer].computed(keys)
+
+    def _features(self, ids: Sequence[NDArray[np.int32]]) -> Floats32:
+        """Return the features of rows of token ids, float32 [n, feature width of the banks]."""
+        if self._embedding is None:
+            return np.zeros((len(ids), 0), np.float32)
+        return features(self._embedding, ids, self._fingerprint)

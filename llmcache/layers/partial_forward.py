@@ -214,18 +214,32 @@ class TrunkSpec:
     reach: Reach = field(default_factory=Reach)
 
 
+def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the numbers of the layers that have banks, of `count` layers.
+
+    layers: "output" for the last one, "all", or numbers. `NoSuchLayer` (a ConfigError) for a number that is too large.
+    """
+    if layers == "output":
+        return (count - 1,)
+    if isinstance(layers, str):
+        return tuple(range(count))
+    if wrong := [layer for layer in layers if layer >= count]:
+        raise NoSuchLayer(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
+    return tuple(sorted(set(layers)))
+
+
 @torch.no_grad()
 def examine(
     blocks: LayerStack,
     forward: Callable[..., Any],
     call: dict[str, Any],
     use_cache: bool,
-    choose: Callable[[int], Sequence[int]],
+    layers: str | tuple[int, ...],
 ) -> TrunkSpec:
     """Run a trial forward through a trunk whose blocks are replaced; sets `blocks.forms` and returns the structure.
 
     call: arguments of the trial, the main input first. use_cache: True if the trunk's forward has this parameter.
-    choose: returns the layers that have banks, given the number of layers.
+    layers: those that have banks, see `chosen_layers`.
     ConfigError when entering after a layer with a bank does not give the output of the full pass, bit for bit: later
     layers then depend on more than the state. Also when hidden tokens at the end of a row change the output, since
     rows are cut to their visible tokens.
@@ -242,7 +256,7 @@ def examine(
         )
     blocks.forms = [form_of(args, kwargs, result, rows) for args, kwargs, result in full.trace]
     fields = _fields(whole, _cut_short(blocks, forward, call, whole), rows)
-    states = {layer: full.kept[layer] for layer in choose(len(blocks.forms))}
+    states = {layer: full.kept[layer] for layer in chosen_layers(layers, len(blocks.forms))}
     main = next(iter(call.values()))
     for layer, state in states.items():
         if not main.is_floating_point() and state.shape[1] != main.shape[1]:

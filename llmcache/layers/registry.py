@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import Module
 
-from llmcache.arrays import Floats32
 from llmcache.banks.device_cache import levels_of
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
@@ -24,16 +20,15 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.layer_banks import LayerBanks, bank_name
-from llmcache.layers.partial_forward import NoSuchLayer, TrunkSpec
+from llmcache.layers.partial_forward import TrunkSpec, chosen_layers
+from llmcache.layers.trunk_identity import TrunkIdentity
 from llmcache.model.architecture import Trunk, find_trunk
 from llmcache.model.batching import token_embedding
 from llmcache.model.compiled import refuse_compiled
 from llmcache.model.description.watch import ModelWatch
-from llmcache.model.digests import Digests, sha
-from llmcache.model.features import feature_width, features
+from llmcache.model.digests import Digests
+from llmcache.model.features import feature_width
 from llmcache.model.locks import CallLock
-
-log = logging.getLogger("llmcache")
 
 PREFIX = "prefix"
 """Name of the bank with a decoder's keys and values."""
@@ -102,12 +97,12 @@ class Layers:
 
         watch: of the trunk's module.
         """
-        identity = _TrunkIdentity(watch)
+        identity = TrunkIdentity(watch)
         return Attachment(
             trunk,
             lambda spec: self._open_banks(trunk.module, identity, chosen_layers(layers, spec.layers), spec),
-            lambda count: chosen_layers(layers, count),
-            identity.renew,
+            layers,
+            identity,
             lambda mode: self._open_prefixes(trunk.module, identity, mode),
             self.storing.counters,
             self.storing.exact_audits,
@@ -117,7 +112,7 @@ class Layers:
             states_only=layers != "output" or not self._config.prefix_block,
         )
 
-    def _open_prefixes(self, trunk: Module, identity: _TrunkIdentity, mode: str) -> PrefixCache | None:
+    def _open_prefixes(self, trunk: Module, identity: TrunkIdentity, mode: str) -> PrefixCache | None:
         """Make the prefix cache of a trunk for a running mode; None when prefix caching is off."""
         if not self._config.prefix_block:
             return None
@@ -145,7 +140,7 @@ class Layers:
         return self.storing.store.bank(self._namespace, name, lambda: facts, self._config.near)
 
     def _open_banks(
-        self, trunk: Module, identity: _TrunkIdentity, layers: tuple[int, ...], spec: TrunkSpec
+        self, trunk: Module, identity: TrunkIdentity, layers: tuple[int, ...], spec: TrunkSpec
     ) -> LayerBanks:
         """Open the banks of these layers of a trunk; ConfigError when its dtype or width does not fit them."""
         config = self._config
@@ -162,19 +157,8 @@ class Layers:
                 'with CacheConfig(dtype="float32")'
             )
         facts = BankFacts(own if config.dtype == "auto" else config.dtype, spec.width, 2, width)
-
-        def features_of(tokens: Sequence[NDArray[np.int32]]) -> Floats32:
-            if embedding is None:
-                return np.zeros((len(tokens), 0), np.float32)
-            return features(embedding, tokens, config.fingerprint)
-
-        def open_bank(layer: int) -> Bank:
-            store = self.storing.store
-            return _checked_bank(
-                store.bank(self._namespace, bank_name(layer), lambda: facts, config.near), facts, layer
-            )
-
-        return LayerBanks(layers, open_bank, identity.up_to, self.storing, self.secret, features_of, trunk)
+        banks = {layer: _checked_bank(self.bank(bank_name(layer), facts), facts, layer) for layer in layers}
+        return LayerBanks(banks, identity, self.storing, self.secret, trunk, embedding, config.fingerprint)
 
 
 def _checked_bank(bank: Bank, facts: BankFacts, layer: int) -> Bank:
@@ -187,43 +171,3 @@ def _checked_bank(bank: Bank, facts: BankFacts, layer: int) -> Bank:
         f"features, this model's would be {facts.dtype} of width {facts.width} with {facts.feature_width}; use "
         "another namespace"
     )
-
-
-class _TrunkIdentity:
-    """Identity of an attached trunk, renewed whenever the model has changed."""
-
-    def __init__(self, watch: ModelWatch) -> None:
-        self._watch, self._identity = watch, watch.identity()
-
-    def digest(self, mode: str) -> bytes:
-        """Return the digest of everything that decides the trunk's output. mode: see `running_mode`."""
-        return sha(self._identity.digest, mode.encode()) if mode else self._identity.digest
-
-    def up_to(self, layer: int) -> bytes:
-        """Return the digest of everything that decides a layer's output."""
-        layers = len(self._identity.layers)  # fewer than the layers that run where a block is used several times
-        return self._identity.up_to(min(layer, layers - 1)) if layers else self._identity.digest
-
-    def renew(self) -> None:
-        """Take the identity of the model as it is now. Entries of its former states are no longer found."""
-        identity, changes = self._watch.identity(), self._watch.changes()
-        if identity.digest != self._identity.digest:
-            log.warning(
-                "the attached model has changed: only results of the model as it is now are reused (%s)",
-                changes or "it is as it was first",
-            )
-        self._identity = identity
-
-
-def chosen_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return the numbers of the layers that have banks, of `count` layers.
-
-    layers: "output" for the last one, "all", or numbers. `NoSuchLayer` (a ConfigError) for a number that is too large.
-    """
-    if layers == "output":
-        return (count - 1,)
-    if isinstance(layers, str):
-        return tuple(range(count))
-    if wrong := [layer for layer in layers if layer >= count]:
-        raise NoSuchLayer(f"there is no layer {wrong[0]}: the model has {count}, numbered from 0 to {count - 1}")
-    return tuple(sorted(set(layers)))

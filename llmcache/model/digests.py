@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmcache.errors import CorpusError
+from llmcache.indexes.files.atomic_write import write_atomically
 from llmcache.model.keys import framed
 from llmcache.private_files import open_plain
 
@@ -247,14 +247,7 @@ def _write(folder: Path, name: str, value: Any) -> None:
     """Write a file of mode 0600 in a folder of mode 0700, and rename it into place."""
     for each in (folder.parent, folder):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=folder)  # created 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(canonical(value))
-        os.replace(partial, folder / name)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    write_atomically(folder / name, canonical(value))
     _forget(folder)
 
 

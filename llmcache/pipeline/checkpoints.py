@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcache.banks.writer import BankWriter
-from llmcache.encoding.results import Result
+from llmcache.encoding.results import Result, TierCounts
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError
 from llmcache.indexes.stats import unfinished
 from llmcache.pipeline.batches import DocumentBatch
@@ -28,35 +28,18 @@ log = logging.getLogger("llmcache")
 _SOURCE_BYTES = 1024  # bytes of a source id that a sealed segment stores
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Summary of a call of `Pipeline.write`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written(TierCounts):
+    """Summary of a call of `Pipeline.write`. documents: rows of the result file.
 
-    documents: rows of the result file = exact + near + misses. refused: records that were no documents. resumed: rows
-    that an earlier call had computed. finished: True if the result file is written, False if the run is to be resumed.
+    refused: records that were no documents. resumed: rows that an earlier call had computed. finished: True if the
+    result file is written, False if the run is to be resumed.
     """
 
     path: Path
-    documents: int
-    exact: int
-    near: int
-    misses: int
     refused: int
     resumed: int = 0
     finished: bool = True
-
-    @classmethod
-    def of(
-        cls, path: Path, tiers: Mapping[str, int], refused: int, resumed: int = 0, *, finished: bool = True
-    ) -> Written:
-        """Make the summary from the number of rows by tier ("exact", "near", "miss")."""
-        exact, near, misses = (tiers.get(tier, 0) for tier in ("exact", "near", "miss"))
-        return cls(path, exact + near + misses, exact, near, misses, refused, resumed, finished)
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of rows that cost no model time."""
-        return 1 - self.misses / self.documents if self.documents else 0.0
 
 
 class Resumption:
@@ -92,8 +75,7 @@ class Resumption:
     @property
     def tiers(self) -> Mapping[str, int]:
         """Number of complete rows by tier."""
-        position = self._complete[0]
-        return {"exact": position.exact, "near": position.near, "miss": position.misses}
+        return self._complete[0].tiers
 
     def skip(self, part: DocumentBatch) -> bool:
         """Return True if the part lies before the checkpoint `start`. CorpusError when its records differ."""

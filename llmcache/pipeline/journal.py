@@ -64,6 +64,11 @@ class Checkpoint:
     vectors_check: str = xxhash.xxh3_128(b"").hexdigest()
     text_check: str = xxhash.xxh3_128(b"").hexdigest()
 
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Number of rows by tier."""
+        return {"exact": self.exact, "near": self.near, "miss": self.misses}
+
 
 @dataclass(frozen=True, slots=True)
 class JournalRow:
@@ -92,7 +97,7 @@ class Journal:
         self.checkpoints = checkpoints
         self._rows = 0
         self._text_bytes = 0
-        self._tiers = {"exact": 0, "near": 0, "miss": 0}
+        self._tiers = Checkpoint().tiers
         self._checks = xxhash.xxh3_128(), xxhash.xxh3_128()
         appending = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._vectors: IO[bytes] = os.fdopen(folder.open(_VECTORS, appending), "ab", _BUFFER)
@@ -190,7 +195,7 @@ class Journal:
             if check.hexdigest() != wanted:
                 raise self._damage(name)
         self._rows, self._text_bytes = at.rows, at.text_bytes
-        self._tiers = {"exact": at.exact, "near": at.near, "miss": at.misses}
+        self._tiers = at.tiers
         self.checkpoints = [replace(at, sure=True)]
 
     def _damage(self, name: str) -> CorpusError:

@@ -180,7 +180,7 @@ class Pipeline:
                         raise part.error
         finally:
             unfinished.forget(folder, run)
-        return Written.of(path, counts, self.refused - before)
+        return Written.of(counts, path=path, refused=self.refused - before)
 
     def _write_journaled(
         self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
@@ -188,6 +188,11 @@ class Pipeline:
         began, before = time.monotonic(), self.refused
         with resumable(path, self._facts, self._width, self._cache.storing, resume=resume) as resumption:
             start = resumption.start
+
+            def summary(*, finished: bool) -> Written:
+                refused = self.refused - before
+                return Written.of(resumption.tiers, path=path, refused=refused, resumed=start.rows, finished=finished)
+
             with closing(self._parts(documents, digests=True)) as stream:
                 for part in stream:
                     if part.error is not None:  # the part is incomplete, and would have other documents when resumed
@@ -199,9 +204,9 @@ class Pipeline:
                     over = max_seconds is not None and time.monotonic() - began >= max_seconds
                     if over or (max_documents is not None and resumption.rows - start.rows >= max_documents):
                         resumption.checkpoint()
-                        return Written.of(path, resumption.tiers, self.refused - before, start.rows, finished=False)
+                        return summary(finished=False)
             resumption.finish(path)
-            return Written.of(path, resumption.tiers, self.refused - before, start.rows)
+            return summary(finished=True)
 
     def _parts(self, documents: Any, *, digests: bool = False) -> Generator[DocumentBatch]:
         records = intake(documents, self._fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -17,7 +16,10 @@ from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError, CorpusError
-from llmcache.private_files import open_plain, ordinary_mode
+from llmcache.indexes.files import locks
+from llmcache.indexes.files.atomic_write import ordinary_mode, set_mode
+from llmcache.indexes.files.durable import sync_name
+from llmcache.private_files import open_plain
 
 CHUNK_ROWS = 4096  # rows of a Parquet row group; fewer if these would exceed CHUNK_BYTES
 CHUNK_BYTES = 1 << 26
@@ -167,13 +169,9 @@ def _open_locked(partial: Path) -> IO[bytes]:
     """
     while True:
         file = open(open_plain(partial, os.O_RDWR | os.O_CREAT), "wb")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.take(file.fileno()):
             file.close()
-            raise CorpusError(f"another run is writing {partial}; wait for it, or choose another name") from None
-        except OSError:
-            pass  # a file system without locks: two writers of one result file are not detected
+            raise CorpusError(f"another run is writing {partial}; wait for it, or choose another name")
         if _is_at(file, partial):
             file.truncate(0)
             return file
@@ -192,18 +190,13 @@ def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
     """Make the partial files durable, and rename them to their final paths."""
     for file in files:
         file.flush()
-        with suppress(PermissionError):  # a file system without modes
-            os.fchmod(file.fileno(), ordinary_mode())
+        set_mode(file.fileno(), ordinary_mode())
         os.fsync(file.fileno())
     if len(paths) > 1:  # a crash between the renames must not leave new provenance beside older vectors
         paths[0].unlink(missing_ok=True)
     for path in reversed(paths):
-        os.replace(path.with_name(path.name + ".partial"), path)
-    folder = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        path.with_name(path.name + ".partial").replace(path)
+    sync_name(paths[0].parent)
 
 
 # -- formats ----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.history import records
-from llmcache.banks.lookup import exact_by_tokens
 from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of
@@ -212,7 +211,7 @@ def _shares(
     texts = sorted(texts, key=len)
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
-    known = exact_by_tokens(bank, keys, rows.ids) >= 0
+    known = execution.reader.lookup(keys, rows.ids) >= 0
     rest = rows.take(np.flatnonzero(~known).tolist())
     reuse, config, missing = execution.reuse, execution.config, int(corpus.open.sum())
     by_tokens = float(known.mean())

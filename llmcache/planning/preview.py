@@ -1,9 +1,9 @@
-"""Count documents by tier as results pass, or forecast exact hits of a corpus before computing anything."""
+"""Forecast the exact hits of a corpus before computing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from llmcache.banks.lookup import first_occurrences
 from llmcache.banks.namespaces import admit, checked_name
 from llmcache.document import Document
-from llmcache.encoding.results import Result
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
@@ -20,33 +19,6 @@ from llmcache.model.keys import key_seed, text_keys
 from llmcache.model.prompts import resolve
 
 _BLOCK = 65_536  # documents that are hashed together
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """Numbers of documents by tier."""
-
-    documents: int = 0
-    exact: int = 0
-    near: int = 0
-    misses: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of documents that the model did not compute."""
-        return 1 - self.misses / self.documents if self.documents else 0.0
-
-    def counted(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Yield the results unchanged, and count them."""
-        for result in results:
-            self.documents += 1
-            self.exact += result.tier == "exact"
-            self.near += result.tier == "near"
-            self.misses += result.tier == "miss"
-            yield result
-
-    def as_dict(self) -> dict[str, float]:
-        return {**asdict(self), "hit_rate": self.hit_rate}
 
 
 @dataclass(frozen=True, slots=True)

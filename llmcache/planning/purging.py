@@ -49,6 +49,9 @@ def purge_documents(
     Returns the numbers of removed rows and files. ConfigError when nothing is named, or there is no such namespace;
     Busy while a run or a maintenance process uses the store.
     """
+    for name, value in {"texts": texts, "ids": ids, "sources": sources, "keys": keys, "prompts": prompts}.items():
+        if isinstance(value, str):
+            raise ConfigError(f"{name} is a list of texts, got one text: {value!r:.60}; give [...]")
     if texts and keys:
         raise ConfigError("one purge takes texts or keys; call it once for each")
     opened = Store.open(path, trust="own", key=key)

@@ -11,7 +11,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, Template
 
 from llmcache import units as words
 from llmcache.errors import CorpusError
-from llmcache.private_files import write_whole
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 from llmcache.report import sections
 from llmcache.report.facts import Facts
 from llmcache.report.totals import TIERS
@@ -43,7 +43,7 @@ def write(facts: Facts, path: Path, version: str = "") -> int:
     """Write the page atomically. Returns its size in bytes. CorpusError when it cannot be written there."""
     data = rendered(facts, version).encode("utf-8", "replace")
     try:
-        write_whole(path, data)
+        write_atomically(path, data, mode=ordinary_mode())
     except OSError as error:
         raise CorpusError(f"{path} cannot be written ({error.strerror or error}); choose another place") from None
     return len(data)

@@ -22,6 +22,7 @@ from llmcache.banks.payoff import (
     profiled,
     sample,
 )
+from llmcache.banks.reader import BankReader
 from llmcache.indexes.bank import Bank
 from tests.conftest import Command
 
@@ -218,19 +219,21 @@ def test_beside_a_slow_file_what_memory_holds_is_reused_and_nothing_is_read_for_
 
 
 def test_what_memory_saves_speaks_for_loading_until_more_is_spent_than_saved(
-    filled: Path, model: SentenceTransformer
+    filled: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLMCache.open(filled, model) as cache:
         bank, rows = cache._bank, np.arange(LEAST)
         worth, levels = Payoff(bank, "output", on=True), DeviceCache(bank, "cpu", device_bytes=1 << 22)
         cost, none = bank.cost(rows), np.zeros(LEAST, np.bool_)
-        assert len(worth.select_for_lookup(10)) == 10
+        reader, keys = BankReader(bank, worth, levels), bank.keys(rows)
+        assert len(reader.select(10, keys[:10])[0]) == 10
         worth.gathered(rows, none, 3 * cost, 3 * cost)
         assert worth.decision().state == "memory"
-        some = np.array([3, 900])
-        assert worth.with_memory(some, levels, lambda: rows).tolist() == [3, 900]
+        monkeypatch.setattr(worth._balance, "select_for_lookup", lambda n: np.array([3, 900]))
+        assert [chosen.tolist() for chosen in reader.select(LEAST, keys)] == [[3, 900], []]
         levels.gather(rows[:200])
-        assert worth.with_memory(some, levels, lambda: rows).tolist() == [*range(200), 900]
+        held = [row for row in range(200) if row != 3]
+        assert [chosen.tolist() for chosen in reader.select(LEAST, keys)] == [[3, 900], held]
         worth.gathered(rows, ~none, 0.01 * cost, 0.0)
         assert worth.decision().state == "memory", "3 were spent and 2 saved"
         for _ in range(4):
@@ -242,8 +245,10 @@ def test_what_memory_saves_speaks_for_loading_until_more_is_spent_than_saved(
         assert worth.decision().state == "memory"
 
 
-def test_memory_that_takes_longer_than_the_model_is_left_alone_too(filled: Path, model: SentenceTransformer) -> None:
-    def asked() -> Any:
+def test_memory_that_takes_longer_than_the_model_is_left_alone_too(
+    filled: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(self: Bank, keys: Any) -> Any:
         raise AssertionError("no key is looked up")
 
     with LLMCache.open(filled, model) as cache:
@@ -251,4 +256,10 @@ def test_memory_that_takes_longer_than_the_model_is_left_alone_too(filled: Path,
         worth, levels = Payoff(bank, "output", on=True), DeviceCache(bank, "cpu", device_bytes=1 << 22)
         worth.gathered(rows, np.ones(LEAST, np.bool_), 3 * bank.cost(rows), 0.0)
         assert worth.decision().state == "aside"
-        assert worth.with_memory(np.array([3]), levels, asked).tolist() == [3]
+        levels.gather(rows)
+        keys = bank.keys(rows)
+        reader = BankReader(bank, worth, levels)
+        reader.select(1)  # the profile, which looks up keys, is made before the first look-up
+        monkeypatch.setattr(worth._balance, "select_for_lookup", lambda n: np.array([3]))
+        monkeypatch.setattr(Bank, "find", asked)
+        assert [chosen.tolist() for chosen in reader.select(LEAST, keys)] == [[3], []]

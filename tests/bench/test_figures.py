@@ -16,22 +16,22 @@ from llmcache.bench.competitors.names import (
     GPTCACHE,
     OURS,
 )
-from llmcache.bench.readme import figures
-from llmcache.bench.readme.figures import (
+from llmcache.errors import ConfigError
+from tests.conftest import ROOT
+from tests.readme_figures import figures
+from tests.readme_figures.figures import (
     BEGIN,
     END,
     RecordFolder,
     replaced,
     section,
 )
-from llmcache.bench.readme.markdown import table, times
-from llmcache.bench.readme.passages import PASSAGES
-from llmcache.errors import ConfigError
-from tests.conftest import ROOT
+from tests.readme_figures.markdown import table, times
+from tests.readme_figures.passages import PASSAGES
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmcache.bench.readme.figures", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.readme_figures", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

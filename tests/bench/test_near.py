@@ -11,18 +11,10 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.competitors.gptcache_rule import rivals
-from llmcache.bench.near import (
-    Labelled,
-    exact_kernel_ridge,
-    labelled_texts,
-    measure,
-    recall,
-    seconds_per_document,
-    summary,
-)
+from llmcache.bench.harness.datasets import labelled_texts
+from llmcache.bench.near import Labelled, exact_kernel_ridge, measure, recall, summary
 from llmcache.bench.reusing import reusing
 from llmcache.errors import ConfigError
-from llmcache.near.neighbors.index import HostNeighborIndex
 from tests.near.test_correction import entries
 
 
@@ -65,11 +57,6 @@ def test_recall_counts_the_true_neighbours_that_are_found_again() -> None:
 def test_exact_kernel_ridge_has_every_entry_as_a_landmark() -> None:
     known = entries(200)
     assert len(exact_kernel_ridge(known).landmarks) == 200
-
-
-def test_every_step_of_a_look_up_takes_time() -> None:
-    known = entries(200)
-    assert min(seconds_per_document(HostNeighborIndex.fit(known), known, repeats=1).values()) >= 0
 
 
 def test_labelled_texts_are_read_in_the_forms_they_come_in(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.datasets import OPENBOOKQA, openbook_questions
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper import (
     accuracy,
     fingerprints,
     memory,
-    page,
     records,
     tables,
     texts,
@@ -48,6 +48,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.eviction.policies import POLICIES
 from llmcache.model.batching import token_embedding
 from tests.conftest import DATA, MODELS, Command
+from tests.readme_figures import paper_page
 
 TINY: dict[str, dict[str, Any]] = {
     "BERT-base": {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
@@ -265,7 +266,7 @@ def test_choices_of_openbookqa_are_scored_by_their_nearest_fact(model: SentenceT
     work = Work(data, MODELS, limit=32, repeats=1)
     work._made[REAL] = Made(REAL, "real", model)
     rows = accuracy.parts()["OpenBookQA"](work)
-    questions = texts.openbook_questions(data)
+    questions = openbook_questions(data / OPENBOOKQA)
     questions = [questions[i] for i in texts.spread(len(questions), 16)]
     every = texts.openbook_facts(data)
     facts = model.encode([every[i] for i in texts.spread(len(every), 64)])
@@ -443,11 +444,11 @@ def test_the_command_writes_a_record_a_figure_and_a_table(llmcache: Command, dat
 
 
 def test_the_page_is_what_the_records_say() -> None:
-    found = page.recorded()
+    found = paper_page.recorded()
     if not found:
         pytest.skip("no record is in data/bench/paper yet: llmcache bench paper --out data/bench/paper")
     lines: list[str] = []
-    assert page.main(["--check"], lines.append) == 0, lines
+    assert paper_page.main(["--check"], lines.append) == 0, lines
 
 
 def test_a_page_gets_its_tables_from_records_and_says_what_is_not_recorded() -> None:
@@ -456,11 +457,11 @@ def test_a_page_gets_its_tables_from_records_and_says_what_is_not_recorded() -> 
         "data": "D", "tau": 0.8, "hits": 0.5, "flips": 0.1, "wrong_of_hits": 0.2, "drop": 0.01, "ratio": 2.0,
         "ratio_least": 1.5, "ratio_most": 2.5,
     }  # fmt: skip
-    filled = page.filled(text, {"tau": {"parts": {"D": {"rows": [row]}}}})
+    filled = paper_page.filled(text, {"tau": {"parts": {"D": {"rows": [row]}}}})
     assert "| 0.80 | 50.0 % | 10.0 % | 20.0 % | +1.0 | 2.00 (1.50-2.50) |" in filled
     assert "Not recorded yet: `llmcache bench paper --data DATA --models MODELS --only memory`." in filled
-    assert page.filled(filled, {"tau": {"parts": {"D": {"rows": [row]}}}}) == filled
-    claimed = tables.claims({"tau": [row, {**row, "tau": 0.9, "drop": 0.0, "hits": 0.2}]})
+    assert paper_page.filled(filled, {"tau": {"parts": {"D": {"rows": [row]}}}}) == filled
+    claimed = paper_page.claims({"tau": [row, {**row, "tau": 0.9, "drop": 0.0, "hits": 0.2}]})
     assert "D: from 0.90 on (20.0 % hits)" in claimed
     assert claimed.count("not recorded") >= 8
 
@@ -468,10 +469,7 @@ def test_a_page_gets_its_tables_from_records_and_says_what_is_not_recorded() -> 
 def test_every_experiment_has_a_table_a_figure_and_its_place_on_the_page() -> None:
     from llmcache.bench.paper.plots import DRAWN
 
-    marked = set(
-        page._BLOCK.sub(lambda found: found[0], page.PAGE.read_text(encoding="utf-8")).split("<!-- begin ")[1:]
-    )
-    names = {one.partition(" ")[0] for one in marked}
+    names = {found[2] for found in paper_page._BLOCK.finditer(paper_page.PAGE.read_text(encoding="utf-8"))}
     assert set(EXPERIMENTS) == set(tables.BLOCKS) == set(DRAWN) == names - {"claims", "conditions"}
 
 

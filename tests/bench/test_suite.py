@@ -26,21 +26,15 @@ from llmcache.bench.competitors.names import (
     SORTED,
 )
 from llmcache.bench.harness.drawing import Bars
-from llmcache.bench.harness.recording import (
-    moment,
-    notes,
-    run,
-    write,
-)
+from llmcache.bench.harness.files import write
+from llmcache.bench.harness.recording import moment, notes, run
 from llmcache.bench.harness.recording import others as others_busy
 from llmcache.bench.harness.rounds import (
     WARM,
     Contender,
     Opened,
-    Row,
     Task,
     rounds,
-    spread,
     times,
 )
 from llmcache.bench.harness.suite import (
@@ -51,6 +45,7 @@ from llmcache.bench.harness.suite import (
     benchmarks,
     chosen,
 )
+from llmcache.bench.harness.turns import Row, spread
 from llmcache.bench.harness.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError, LLMCacheError
 from tests.conftest import DATA, Command

@@ -19,7 +19,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llmcache import LLMCache, Result
-from llmcache.distributed.workers import Worker, WorkerConfig, WorkItem
+from llmcache.distributed.compute import open_with_workers
+from llmcache.distributed.workers import Worker, WorkerConfig
+from llmcache.encoding.call import EncodeCall, Misses
 from llmcache.errors import ConfigError, CorpusError, LLMCacheError, ModelMismatch, UntrustedSnapshot
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.compact import compact
@@ -83,13 +85,14 @@ def test_two_workers_of_which_one_is_killed_give_what_one_process_gives(
 ) -> None:
     with LLMCache.open(tmp_path / "one", model_path) as cache:
         expected = facts(list(cache.run(documents, batch_size=8, chunk=150)))
-    with open_on_ray(tmp_path / "two", model_path, workers=2) as spread:
+    spread, workers = open_with_workers(tmp_path / "two", model_path, 2)
+    with spread:
         first = facts(list(spread.run(documents[:150], batch_size=8, chunk=150)))
-        victims = spread.workers.pids()
+        victims = workers.pids()
         assert len(set(victims) - {os.getpid()}) == 2
 
         def kill(_: int, computed: int) -> None:
-            if computed and victims:  # while the other work items are computed
+            if computed and victims:  # while the other parts are computed
                 os.kill(victims.pop(), signal.SIGKILL)
                 victims.clear()
 
@@ -165,24 +168,27 @@ def test_a_dataset_is_mapped_by_actors_that_share_a_store(
 # -- a worker, without a cluster ------------------------------------------------------------------------------
 
 
-def share_of(model: SentenceTransformer, cache: Any, texts: list[str]) -> WorkItem:
+def misses_of(model: SentenceTransformer, cache: Any, texts: list[str]) -> Misses:
     sentences = Sentences(model)
     tokens = sentences.tokenise(sorted(texts, key=len, reverse=True), None, None)
     digest = cache.identity.digest
     by_text = text_keys(key_seed(digest, "text", None, None), sorted(texts, key=len, reverse=True)).view(np.uint64)
     by_token = token_keys(key_seed(digest, "tokens", None, None), tokens.key_bytes()).view(np.uint64)
     raw = features(sentences.token_embedding(), tokens.ids, "mean")
-    return WorkItem(tokens, by_token, by_text, [""] * len(texts), raw, 4, None)
+    return Misses(np.arange(len(texts)), by_text, by_token, tokens, [""] * len(texts), raw)
 
 
-def test_a_share_that_is_done_again_after_a_kill_is_stored_once(
+CALL = EncodeCall([], batch_size=4)
+
+
+def test_a_part_that_is_computed_again_after_a_kill_is_stored_once(
     model: SentenceTransformer, model_path: str, store: Path
 ) -> None:
     with LLMCache.open(store, model_path) as cache:
-        share = share_of(model, cache, [f"text {i} " * (i + 1) for i in range(10)])
+        misses = misses_of(model, cache, [f"text {i} " * (i + 1) for i in range(10)])
     place = WorkerConfig(str(store), None, 1, {})
-    first = Worker(place, 1).compute(share)  # committed, but died before it returned
-    second = Worker(place, 1).compute(share)
+    first = Worker(place, 1).compute(misses, CALL)  # committed, but died before it returned
+    second = Worker(place, 1).compute(misses, CALL)
     assert first.stored
     assert second.stored
     assert first.outputs.tobytes() == second.outputs.tobytes()
@@ -194,12 +200,12 @@ def test_two_workers_that_store_the_same_are_made_one_by_compact(
 ) -> None:
     texts = [f"text {i} " * (i + 1) for i in range(10)]
     with LLMCache.open(store, model_path) as cache:
-        share = share_of(model, cache, texts)
+        misses = misses_of(model, cache, texts)
     place = WorkerConfig(str(store), None, 1, {})
     workers = [Worker(place, 1), Worker(place, 1)]
     for worker in workers:
         worker.opened()
-    outputs = [worker.compute(share).outputs for worker in workers]
+    outputs = [worker.compute(misses, CALL).outputs for worker in workers]
     assert len(keys_of(store)) == 20
     before = [path.name for path in store.rglob("*")]
     planned = json.loads(llmcache("compact", store, "--duplicates", "--dry-run", "--json").out)
@@ -231,11 +237,11 @@ def test_a_worker_that_cannot_write_computes_all_the_same(
     model: SentenceTransformer, model_path: str, store: Path
 ) -> None:
     with LLMCache.open(store, model_path) as cache:
-        share = share_of(model, cache, ["one", "three words here"])
+        misses = misses_of(model, cache, ["one", "three words here"])
         expected = cache.encode(["three words here", "one"])
     worker = Worker(WorkerConfig(str(store), None, 1, {}), 1)
     worker.opened().storing.store._fence(OSError(30, "Read-only file system"))
-    done = worker.compute(share)
+    done = worker.compute(misses, CALL)
     assert not done.stored
     np.testing.assert_allclose(done.outputs, expected, atol=1e-6)
 

@@ -7,8 +7,6 @@ import pytest
 
 from llmcache.banks.lookup import first_occurrences
 from llmcache.encoding.answers import EXACT, Answers
-from llmcache.indexes.bank import Bank
-from llmcache.indexes.format.reading import Reading
 
 
 @pytest.mark.parametrize("halves", ["both halves random", "one half alike"])
@@ -35,24 +33,14 @@ def test_no_keys_have_no_occurrences() -> None:
     ("places", "broken"), [([0, 1, 2], []), ([2, 0, 1], []), ([0, 2], []), ([0, 1, 2], [1]), ([2, 0, 1], [0])]
 )
 def test_rows_that_were_read_are_the_answers_and_damaged_ones_are_left_open(
-    monkeypatch: pytest.MonkeyPatch, places: list[int], broken: list[int]
+    places: list[int], broken: list[int]
 ) -> None:
     stored = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
-
-    class Stored(Bank):
-        def __init__(self) -> None: ...
-
-        def read(self, rows: np.ndarray, *, count: bool = True) -> Reading:
-            intact = np.ones(len(rows), np.bool_)
-            intact[broken] = False
-            values = stored[rows]
-            values[broken] = 0
-            return Reading(values, intact)
-
     answers = Answers.empty(3, 3)
     rows = np.array([3, 1, 2][: len(places)])
-    lost = answers.serve(np.array(places), rows, Stored(), EXACT)
-    assert lost.tolist() == broken
+    values, intact = stored[rows], np.ones(len(rows), np.bool_)
+    values[broken], intact[broken] = 0, False
+    answers.serve(np.array(places), rows, values, intact, EXACT)
     expected = np.zeros((3, 3), np.float32)
     for i, place in enumerate(places):
         if i not in broken:
@@ -61,3 +49,4 @@ def test_rows_that_were_read_are_the_answers_and_damaged_ones_are_left_open(
     assert [int(place) for place in np.flatnonzero(answers.tier == EXACT)] == sorted(
         place for i, place in enumerate(places) if i not in broken
     )
+    assert [int(place) for place in np.flatnonzero(answers.row >= 0)] == np.flatnonzero(answers.tier == EXACT).tolist()

@@ -14,6 +14,7 @@ from llmcache.near.neighbors.correction import (
     DECIDED,
     EVIDENCE,
     TEMPERATURE,
+    Mixed,
     Voting,
     choose_voting,
     corrected,
@@ -151,18 +152,19 @@ def test_token_overlap_counts_distinct_tokens() -> None:
 
 
 def test_means_that_are_known_give_the_same_as_those_that_are_not() -> None:
-    predicted, outputs, predictions, similarity = near = batch()
+    _, outputs, predictions, similarity = near = batch()
     tokens = [np.arange(3)] * 6, [np.arange(7)] * 6
     mixed = mixtures(outputs, predictions, similarity, 0.1)
     np.testing.assert_array_equal(corrected(*near, 0.1, 0.6, mixed=mixed), corrected(*near, 0.1, 0.6))
     np.testing.assert_array_equal(evidence(*near, tokens, None, 0.1, mixed), evidence(*near, tokens, None, 0.1))
-    assert (corrected(predicted, *near[1:], 0.1, 0.6, mixed=(mixed[1], mixed[0])) != corrected(*near, 0.1, 0.6)).any()
+    swapped = corrected(*near, 0.1, 0.6, mixed=Mixed(mixed[1], mixed[0]))
+    assert (swapped != corrected(*near, 0.1, 0.6)).any()
 
 
 def test_a_head_decides_as_clearly_as_its_best_two_scores_differ() -> None:
-    np.testing.assert_allclose(decided(np.array([[0.1, 3, 1], [2, 2, 2]])), [2, 0])
-    np.testing.assert_allclose(decided(np.array([-1.5, 0.5])), [1.5, 0.5])
-    np.testing.assert_allclose(decided(np.ones((2, 1))), 0)
+    np.testing.assert_allclose(decided(np.array([[0.1, 3, 1], [2, 2, 2]], np.float32)), [2, 0])
+    np.testing.assert_allclose(decided(np.array([-1.5, 0.5], np.float32)), [1.5, 0.5])
+    np.testing.assert_allclose(decided(np.ones((2, 1), np.float32)), 0)
 
 
 def test_voting_is_chosen_by_what_comes_nearest_to_the_true_outputs() -> None:

@@ -27,7 +27,7 @@ from llmcache.near.neighbors.correction import (
     units,
 )
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded
-from llmcache.near.neighbors.index_torch import DeviceMemory, DevicePredictor
+from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.near_matches import TAKEN
 from llmcache.near.neighbors.predictor import fit
@@ -52,7 +52,7 @@ def test_predictions_and_fingerprints_are_those_of_the_host(device: str, count: 
     predictor = fit(raw, outputs, landmarks=300)
     assert predictor.kind == ("kernel" if count == 900 else "ridge")
     asked = half(random.standard_normal((77, 30)))
-    on_device = DevicePredictor(predictor, device)
+    on_device = predictor.regression.on(device)
     predicted = on_device(torch.from_numpy(asked).to(device))
     np.testing.assert_allclose(predicted.cpu().numpy(), predictor(asked), atol=2e-5)
     np.testing.assert_allclose(
@@ -161,7 +161,7 @@ def test_entries_of_two_bytes_are_held_so_and_predictions_that_are_known_are_tak
     for one in (known.features, outputs):
         one.flags.writeable = False  # like arrays mapped from a file
     there = DeviceMemory(known, predictor, Voting(), device, predictions=wrong, dtype=torch.float16)
-    assert there._outputs.dtype == torch.float16
+    assert there._stored.outputs.dtype == torch.float16
     asked = embedded.take(np.arange(300, 360))
     expected, found = (one.match(asked.features, asked.tokens) for one in (host, there))
     assert isinstance(found.results, torch.Tensor)

@@ -257,9 +257,9 @@ def test_every_way_to_call_encode_is_answered_by_the_cache(cache: LLMCache, mode
 
 def test_what_goes_past_the_cache_says_why_once(cache: LLMCache, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
-        cache.encode(TEXTS, output_value="token_embeddings")
+        cache.encode(TEXTS, output_value=None)
     said = [one.getMessage() for one in caplog.records if "past the cache" in one.getMessage()]
-    assert said == ["encode goes past the cache: output_value='token_embeddings' is not kept"]
+    assert said == ["encode goes past the cache: output_value=None is not kept"]
     assert cache.stats().counters.bypassed == 2 * len(TEXTS)
 
 

@@ -23,7 +23,6 @@ from llmcache.pipeline.journal import (
     discard,
 )
 from llmcache.pipeline.writers import result_writer
-from llmcache.private_files import write_whole
 
 WIDTH = 3
 FACTS = {"model": "m", "batch_size": 2}
@@ -242,14 +241,3 @@ def test_a_discarded_run_takes_nothing_that_is_not_its_own(out: Path) -> None:
 
 def test_a_new_checkpoint_has_the_checksums_of_no_rows() -> None:
     assert Checkpoint().vectors_check == Checkpoint().text_check != ""
-
-
-def test_a_file_written_whole_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path) -> None:
-    victim, path = tmp_path / "victim", tmp_path / "report.html"
-    victim.write_bytes(b"precious")
-    path.symlink_to(victim)
-    write_whole(path, b"new")
-    assert (path.read_bytes(), path.is_symlink(), victim.read_bytes()) == (b"new", False, b"precious")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["report.html", "victim"]
-    with pytest.raises(OSError, match="No such file"):
-        write_whole(tmp_path / "nowhere" / "x", b"new")

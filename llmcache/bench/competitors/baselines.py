@@ -6,18 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 
 from llmcache.arrays import Floats32
-from llmcache.bench.harness.rounds import (
-    Contender,
-    Opened,
-    Row,
-    Task,
-)
+from llmcache.bench.harness.rounds import Contender, Opened, Task
+from llmcache.bench.harness.turns import Row
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 from llmcache.model.batching import Sentences, compute, token_embedding
@@ -80,9 +75,9 @@ def once_per_call(task: Task, _: Path) -> Iterator[Opened]:
 
 
 def final_outputs(tau: float) -> Callable[[Task, Path], AbstractContextManager[Opened]]:
-    """Contender: the paper's DocCache, final outputs reused from cosine `tau` of the fingerprints on.
+    """Contender: the paper's DocCache, which reuses final outputs of neighbours.
 
-    Outputs are in memory, and the search is exact.
+    The cosine of the fingerprints is at least `tau`. Outputs are in memory, and the search is exact.
     """
 
     @contextmanager
@@ -123,22 +118,23 @@ def ours(config: CacheConfig | None = None) -> Callable[[Task, Path], AbstractCo
     @contextmanager
     def opened(task: Task, folder: Path) -> Iterator[Opened]:
         with LLMCache.open(folder / "store", task.model, config=config) as cache:
-
-            def answer(texts: Sequence[str]) -> Any:
-                return cache.encode(texts, batch_size=task.batch_size)
-
-            yield Opened(answer, lambda: cache.stats().counters.misses, cache.commit)
+            yield _cached(task, cache)
 
     return opened
+
+
+def _cached(task: Task, cache: LLMCache) -> Opened:
+    return Opened(
+        lambda texts: cache.encode(texts, batch_size=task.batch_size),
+        lambda: cache.stats().counters.misses,
+        cache.commit,
+    )
 
 
 @contextmanager
 def aside(task: Task, folder: Path) -> Iterator[Opened]:
     """Contender: the cache, calibrated on its entries to a mean 1 - cosine that hardly any neighbour keeps."""
     with LLMCache.open(folder / "store", task.model) as cache:
-
-        def answer(texts: Sequence[str]) -> Any:
-            return cache.encode(texts, batch_size=task.batch_size)
 
         def commit() -> None:
             cache.commit()
@@ -149,13 +145,11 @@ def aside(task: Task, folder: Path) -> Iterator[Opened]:
         def noted() -> Row:
             counters = cache.stats().counters
             return {
-                "off": cache.near_is_off,
-                "asked": counters.documents,
-                "looked_up": counters.near_asked,
+                "off": cache.near_is_off, "asked": counters.documents, "looked_up": counters.near_asked,
                 "near": counters.near,
-            }
+            }  # fmt: skip
 
-        yield Opened(answer, lambda: cache.stats().counters.misses, commit, noted)
+        yield _cached(task, cache)._replace(commit=commit, noted=noted)
 
 
 def width(task: Task) -> int:

@@ -6,8 +6,6 @@ known texts, or on a separate sample, and reported on the queries.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +13,9 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.arrays import Floats
-from llmcache.bench.harness.rounds import Row
-from llmcache.bench.near import embedded, fitted_head, judges, labelled_texts
+from llmcache.bench.harness.datasets import QQP, labelled_texts, objects
+from llmcache.bench.harness.turns import Row
+from llmcache.bench.near import embedded, fitted_head, judges
 from llmcache.near.calibration.crossfit import CrossFitResult, ask, cross_fit, held_out_voting
 from llmcache.near.calibration.drift import DriftMeasure, beyond, label_drift
 from llmcache.near.calibration.risk_control import choose
@@ -30,13 +29,12 @@ FIXED = 0.8
 """GPTCache's default similarity threshold."""
 PAIRS = 8000
 LIMIT = 0.1
-"""1 - cosine from which on a result of QQP is wrong, since no head decides there."""
+"""Least 1 - cosine of a wrong result on QQP, where there are no labels to decide."""
 
 
 def rivals(model: SentenceTransformer, folder: Path, *, seed: int = 0, budget: float = 0.005) -> list[Row]:
     """Return one row per rule, for labelled texts, or for QQP where the folder holds qqp.jsonl.gz."""
-    pairs = folder / "qqp.jsonl.gz"
-    return list((questions if pairs.exists() else labelled)(model, folder, seed, budget))
+    return list((questions if (folder / QQP.name).exists() else labelled)(model, folder, seed, budget))
 
 
 def labelled(model: SentenceTransformer, folder: Path, seed: int, budget: float) -> Iterator[Row]:
@@ -59,8 +57,7 @@ def questions(model: SentenceTransformer, folder: Path, seed: int, budget: float
     labelled_hits: hits whose source is the other question of their pair. labelled_wrong: those of them whose pair
     annotators call different.
     """
-    with gzip.open(folder / "qqp.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
-        every = [json.loads(line) for line in lines]
+    every = list(objects(folder / QQP.name))
     chosen = [every[place] for place in np.random.default_rng(0).permutation(len(every))[:PAIRS]]
     first, second = ([str(pair[place]) for pair in chosen] for place in (1, 2))
     half = PAIRS // 2

@@ -9,7 +9,7 @@ import base64
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,18 +19,8 @@ import numpy as np
 from llmcache.arrays import Floats32
 from llmcache.bench.competitors.baselines import Counted, width
 from llmcache.bench.competitors.embedding_recycling import cut_layer
-from llmcache.bench.competitors.names import (
-    CUT,
-    DISKCACHE,
-    DISKCACHE_RAW,
-    GPTCACHE,
-    SEMHASH,
-)
-from llmcache.bench.harness.rounds import (
-    Contender,
-    Opened,
-    Task,
-)
+from llmcache.bench.competitors.names import CUT, DISKCACHE, DISKCACHE_RAW, GPTCACHE, SEMHASH
+from llmcache.bench.harness.rounds import Contender, Opened, Task
 from llmcache.errors import LLMCacheError
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features
@@ -44,6 +34,20 @@ SEMHASH_THRESHOLD = 0.9
 """SemHash's default threshold."""
 
 
+def _answered(
+    texts: Sequence[str],
+    stored: Sequence[Floats32 | None],
+    encode: Counted,
+    store: Callable[[dict[str, Floats32]], object],
+) -> Floats32:
+    """Compute the texts that are not stored, each once, and store them. Returns all vectors."""
+    new = list(dict.fromkeys(text for text, one in zip(texts, stored, strict=True) if one is None))
+    fresh = dict(zip(new, encode(new), strict=True)) if new else {}
+    if fresh:
+        store(fresh)
+    return np.stack([fresh[text] if one is None else one for text, one in zip(texts, stored, strict=True)])
+
+
 @contextmanager
 def on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
     """Contender: diskcache as in its manual, `cache[text] = vector` (pickled); new vectors in one transaction."""
@@ -52,16 +56,12 @@ def on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
     encode = Counted(task)
     with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
 
-        def answer(texts: Sequence[str]) -> Floats32:
-            found = [cache.get(text) for text in texts]
-            new = list(dict.fromkeys(text for text, one in zip(texts, found, strict=True) if one is None))
-            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
-            with cache.transact() if new else nullcontext():
+        def store(fresh: dict[str, Floats32]) -> None:
+            with cache.transact():
                 for text, vector in fresh.items():
                     cache[text] = vector
-            return np.stack([fresh[text] if one is None else one for text, one in zip(texts, found, strict=True)])
 
-        yield Opened(answer, encode.computed)
+        yield Opened(lambda texts: _answered(texts, [cache.get(one) for one in texts], encode, store), encode.computed)
 
 
 @contextmanager
@@ -75,19 +75,17 @@ def raw_on_diskcache(task: Task, folder: Path) -> Iterator[Opened]:
     encode, dim = Counted(task), width(task)
     with Cache(str(folder / "diskcache"), eviction_policy="none") as cache:
 
+        def store(fresh: dict[str, Floats32]) -> None:
+            with cache.transact():
+                for text, vector in fresh.items():
+                    cache.set(text, vector.tobytes())
+
         def answer(texts: Sequence[str]) -> Floats32:
             raw = [cache.get(text) for text in texts]
-            new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
-            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
-            if new:
-                with cache.transact():
-                    for text, vector in fresh.items():
-                        cache.set(text, vector.tobytes())
-            if not new:
+            if None not in raw:
                 return np.frombuffer(b"".join(raw), np.float32).reshape(len(texts), dim)
-            return np.stack(
-                [fresh[t] if one is None else np.frombuffer(one, np.float32) for t, one in zip(texts, raw, strict=True)]
-            )
+            stored = [None if one is None else np.frombuffer(one, np.float32) for one in raw]
+            return _answered(texts, stored, encode, store)
 
         yield Opened(answer, encode.computed)
 
@@ -113,19 +111,14 @@ def in_gptcache(task: Task, folder: Path) -> Iterator[Opened]:
         warnings.simplefilter("ignore")  # deprecations inside GPTCache
         get, manager = _gptcache(folder / "gptcache", int(embedding.shape[1]), lambda text: fingerprints([text])[0])
 
+        def store(fresh: dict[str, Floats32]) -> None:
+            answers = [base64.b64encode(vector.tobytes()).decode() for vector in fresh.values()]
+            manager.import_data(list(fresh), answers, list(fingerprints(list(fresh))), [None] * len(fresh))
+
         def answer(texts: Sequence[str]) -> Floats32:
             raw = [get(text) for text in texts]
-            new = list(dict.fromkeys(text for text, one in zip(texts, raw, strict=True) if one is None))
-            fresh = dict(zip(new, encode(new), strict=True)) if new else {}
-            if new:
-                answers = [base64.b64encode(vector.tobytes()).decode() for vector in fresh.values()]
-                manager.import_data(new, answers, list(fingerprints(new)), [None] * len(new))
-            return np.stack(
-                [
-                    fresh[text] if one is None else np.frombuffer(base64.b64decode(one), np.float32)
-                    for text, one in zip(texts, raw, strict=True)
-                ]
-            )
+            stored = [None if one is None else np.frombuffer(base64.b64decode(one), np.float32) for one in raw]
+            return _answered(texts, stored, encode, store)
 
         try:
             yield Opened(answer, encode.computed, manager.flush)

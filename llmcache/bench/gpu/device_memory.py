@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from llmcache.bench.harness.device import Device, spread
+from llmcache.bench.harness.turns import Row, freed
 from llmcache.indexes.search.torch_index import Matrix
 
 _DIM = 128
 _PART = 1 << 20
 
 
-def bandwidth(device: Device) -> dict[str, Any]:
+def bandwidth(device: Device) -> Row:
     """Measure bytes per second of device memory (read and written), of the bus both ways, and of host memory.
 
     Also measures the operations per second of a bfloat16 matrix product.
@@ -31,17 +31,15 @@ def bandwidth(device: Device) -> dict[str, Any]:
         "to the device, pageable": lambda: there.copy_(plain),
         "to the host": lambda: host.copy_(here, non_blocking=True),
         "on the host": lambda: other.copy_(plain),
-        "matrix product": lambda: square @ square,
+        "matrix product": freed(lambda: square @ square),
     }
-    seconds = device.rounds(actions, 3 if device.tiny else 20, warm=3)
+    made = device.rounds(actions, 3 if device.tiny else 20, warm=3)
     amounts = {name: 2 * size if name in ("memory", "on the host") else size for name in actions}
     amounts["matrix product"] = 2 * side**3
-    return {
-        name: {**spread(each), "per_second": amounts[name] / spread(each)["median"]} for name, each in seconds.items()
-    }
+    return {name: {**spread(one.seconds), "per_second": amounts[name] / one.median} for name, one in made.items()}
 
 
-def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
+def search(device: Device, bytes_per_second: float) -> Iterator[Row]:
     """Measure exact search for the 8 nearest of 1 and 10 million fingerprints, beside the time to read them once.
 
     bytes_per_second: bandwidth of device memory, measured in the same run. difference: the largest, of the similarities
@@ -57,7 +55,7 @@ def search(device: Device, bytes_per_second: float) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _searched(device: Device, dtype: torch.dtype, count: int, bytes_per_second: float) -> list[dict[str, Any]]:
+def _searched(device: Device, dtype: torch.dtype, count: int, bytes_per_second: float) -> list[Row]:
     random = torch.Generator(device.name).manual_seed(0)
     index = Matrix(_DIM, dtype, device.name)
     for start in range(0, count, _PART):
@@ -66,15 +64,12 @@ def _searched(device: Device, dtype: torch.dtype, count: int, bytes_per_second: 
     floor = count * _DIM * dtype.itemsize / bytes_per_second
     rows, difference = [], _difference(index, queries[:8])
     for batch in (1, 32, 256):
-        each = device.rounds({"": lambda batch=batch: index.search_on(queries[:batch], 8)}, 10, warm=2)[""]  # type: ignore[misc]
-        median = spread(each)["median"]
-        rows.append(
-            {
-                "rows": count, "dtype": str(dtype).removeprefix("torch."), "queries": batch, "seconds": spread(each),
-                "milliseconds": 1000 * median, "floor_milliseconds": 1000 * floor, "of_floor": floor / median,
-                "difference": difference,
-            }
-        )  # fmt: skip
+        made = device.rounds({"": lambda batch=batch: index.search_on(queries[:batch], 8)}, 10, warm=2)[""]  # type: ignore[misc]
+        rows.append({
+            "rows": count, "dtype": str(dtype).removeprefix("torch."), "queries": batch,
+            "seconds": spread(made.seconds), "milliseconds": 1000 * made.median,
+            "floor_milliseconds": 1000 * floor, "of_floor": floor / made.median, "difference": difference,
+        })  # fmt: skip
     return rows
 
 

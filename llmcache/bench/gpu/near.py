@@ -10,13 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.bench.harness.device import Device, against, spread
-from llmcache.bench.harness.shapes import (
-    SHAPES,
-    WORDS,
-    sentences,
-    tiny,
-)
+from llmcache.bench.harness.device import Device, spread
+from llmcache.bench.harness.shapes import SHAPES, WORDS, sentences, tiny
+from llmcache.bench.harness.turns import Row, speed_up
 from llmcache.model.batching import Sentences, token_embedding
 from llmcache.model.features import features, features_on
 from llmcache.model.tokens import TokenRows
@@ -24,19 +20,14 @@ from llmcache.near.neighbors.correction import Voting, units
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, NeighborIndex, rounded
 from llmcache.near.neighbors.index_torch import DeviceMemory
 from llmcache.near.neighbors.linear_head import LinearHead
-from llmcache.near.neighbors.predictor import (
-    LANDMARKS,
-    Predictor,
-    directions,
-    median_square,
-)
+from llmcache.near.neighbors.predictor import LANDMARKS, Predictor, directions, median_square
 
 _TOKENS = 12  # of a query
 _BATCHES = (1, 32, 256)
 _CLASSES = 77  # of the linear head
 
 
-def near(device: Device) -> Iterator[dict[str, Any]]:
+def near(device: Device) -> Iterator[Row]:
     """Measure queries of 12 tokens on MiniLM's shape among 20,000 and 200,000 entries, on the device and on the host.
 
     A look-up computes features, predictions, neighbours, corrected results and evidence. The model alone is measured in
@@ -63,7 +54,7 @@ def _looked_up(
     queries: TokenRows,
     count: int,
     device: Device,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     random, out = np.random.default_rng(count), int(embedding.shape[1])
     raw, like = features(embedding, drawn, "mean"), random.integers(0, len(drawn), count)
     predictor = _predictor(raw, out)
@@ -88,14 +79,14 @@ def _looked_up(
             "device": lambda tokens=tokens: matched(there, tokens),
             "host": lambda tokens=tokens: matched(host, tokens),
         }
-        seconds = device.rounds(actions, 3 if device.tiny else 20, warm=3)
+        made = device.rounds(actions, 3 if device.tiny else 20, warm=3)
         one, other = matched(there, tokens), matched(host, tokens)
         yield {
             "entries": count, "queries": batch, "tokens": _TOKENS,
-            **{name: spread(each) for name, each in seconds.items()},
-            **{f"{name}_milliseconds": 1000 * spread(each)["median"] / batch for name, each in seconds.items()},
-            "of_model": 1 / against(seconds["model"], seconds["device"]),
-            "times_as_fast_as_host": against(seconds["host"], seconds["device"]),
+            **{name: spread(each.seconds) for name, each in made.items()},
+            **{f"{name}_milliseconds": 1000 * each.median / batch for name, each in made.items()},
+            "of_model": 1 / speed_up(made["device"], made["model"]),
+            "times_as_fast_as_host": speed_up(made["device"], made["host"]),
             "difference": float(np.abs(one.results.cpu().numpy() - other.results).max()),
             "same_neighbours": float((one.neighbours == other.neighbours).all(axis=1).mean()),
         }  # fmt: skip

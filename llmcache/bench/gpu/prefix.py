@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,9 @@ import torch
 
 from llmcache.banks.device_cache import DeviceCache
 from llmcache.bench.decoding import attached
-from llmcache.bench.harness.device import Device, against, spread
-from llmcache.bench.harness.shapes import (
-    SHAPES,
-    WORDS,
-    tiny,
-    trunk,
-)
+from llmcache.bench.harness.device import Device, spread
+from llmcache.bench.harness.shapes import SHAPES, WORDS, tiny, trunk
+from llmcache.bench.harness.turns import Action, Row, Turn
 from llmcache.decoders.kv_buffer import shape_of
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.indexes.bank import Bank
@@ -29,7 +26,7 @@ _ASKED = 64  # new tokens after the prefix, in each call
 _BLOCK = 16  # tokens of a KV block
 
 
-def prefixes(device: Device) -> Iterator[dict[str, Any]]:
+def prefixes(device: Device) -> Iterator[Row]:
     """Measure one row of 1 to 8 thousand known tokens and 64 new ones, on the 1B-class Llama shape.
 
     recompute: the model alone. disk: the prefix from the store's files in the page cache, checksums compared. pinned
@@ -60,44 +57,38 @@ def prefixes(device: Device) -> Iterator[dict[str, Any]]:
         store.close()
 
 
-def _restored(model: Any, made: Mapping[str, PrefixCache], store: Store, length: int, device: Device) -> dict[str, Any]:
+def _restored(model: Any, made: Mapping[str, PrefixCache], store: Store, length: int, device: Device) -> Row:
     random = torch.Generator().manual_seed(length)
     begin = torch.randint(4, WORDS, (1, length), generator=random)
-    states: dict[str, torch.Tensor] = {}
+    asked: dict[str, torch.Tensor] = {}
 
-    def run(name: str, ids: torch.Tensor) -> None:
+    def run(name: str, ids: torch.Tensor) -> torch.Tensor:
         with attached(model, made[name]) if name in made else nullcontext(), torch.inference_mode():
             output = model(input_ids=ids, use_cache=True)
-        states[name] = output.last_hidden_state[:, -1].float()
+        return output.last_hidden_state[:, -1].float()  # type: ignore[no-any-return]
 
-    def asked() -> torch.Tensor:
+    def prepared(name: str, _: int) -> AbstractContextManager[Action]:
+        """Draw new tokens for each contender, since the store keeps those of the previous one."""
         new = torch.randint(4, WORDS, (1, _ASKED), generator=random)
-        return torch.cat([begin, new], 1).to(device.name)
+        asked[name] = torch.cat([begin, new], 1).to(device.name)
+        return nullcontext(lambda: run(name, asked[name]))
 
-    run("disk", asked())  # computes and stores the prefix
+    with prepared("disk", 0) as store_prefix:
+        store_prefix()
     store.commit()
-    seconds: dict[str, list[float]] = {name: [] for name in ("recompute", *made)}
-    before, apart = {name: one.counters.restored for name, one in made.items()}, dict.fromkeys(made, 0.0)
-    rounds = 3 if device.tiny else 8
-    for number in range(rounds):
-        if number > 1 and device.over:
-            break
-        for name, each in seconds.items():
-            ids = asked()  # new tokens for each, since the store keeps those of the previous one
-            took = device.seconds(lambda name=name, ids=ids: run(name, ids))  # type: ignore[misc]
-            if number:  # the first round warms up
-                each.append(took)
-            if name in made and number == rounds - 1:
-                run("recompute", ids)
-                apart[name] = float((states[name] - states["recompute"]).abs().max() / states["recompute"].abs().max())
+    base = "recompute"
+    before = {name: one.counters.restored for name, one in made.items()}
+    turns = [Turn(name, 1, partial(prepared, name), base) for name in (base, *made)]
+    found = device.in_turn(turns, 2 if device.tiny else 7)
+    rows = {}
+    for name, one in made.items():
+        expected = run(base, asked[name])
+        apart = (found[name].outputs[-1] - expected).abs().max() / expected.abs().max()
+        rows[name] = {
+            **spread(found[name].seconds), "times_as_fast": found[name].ratio, "relative_difference": float(apart),
+            "restored_tokens": one.counters.restored - before[name],
+        }  # fmt: skip
     return {
-        "tokens": length, "asked": _ASKED, "recompute": spread(seconds["recompute"]),
-        "bytes": length * made["disk"].shape.record * device.dtype.itemsize,
-        **{
-            name: {
-                **spread(seconds[name]), "times_as_fast": against(seconds["recompute"], seconds[name]),
-                "relative_difference": apart[name], "restored_tokens": one.counters.restored - before[name],
-            }
-            for name, one in made.items()
-        },
+        "tokens": length, "asked": _ASKED, base: spread(found[base].seconds),
+        "bytes": length * made["disk"].shape.record * device.dtype.itemsize, **rows,
     }  # fmt: skip

@@ -22,8 +22,9 @@ from llmcache.bench.gpu.device_memory import bandwidth, search
 from llmcache.bench.gpu.near import near
 from llmcache.bench.gpu.prefix import prefixes
 from llmcache.bench.gpu.tiers import tiers
-from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.harness.conditions import conditions, load
 from llmcache.bench.harness.device import Device
+from llmcache.bench.harness.files import write
 from llmcache.bench.harness.shapes import SHAPES
 from llmcache.errors import ConfigError, LLMCacheError
 
@@ -60,7 +61,7 @@ def measured(
         record["parts"][name] = _part(name, place, record["parts"])
         record["seconds"] = time.monotonic() - began
         if out is not None:
-            _written(out, record)
+            write(out, record)
     return record
 
 
@@ -72,7 +73,7 @@ def _wanted(only: str) -> list[str]:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"device": device, "load": os.getloadavg()[0], "cores": os.cpu_count()}
+    facts: dict[str, Any] = {"device": device, "load": load(), "cores": os.cpu_count()}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         facts |= {"gpu": card.name, "gpu_bytes": card.total_memory, "cuda": torch.version.cuda}
@@ -88,14 +89,11 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
             result = bandwidth(device)
         elif name == "search":
             memory = before.get("bandwidth", {}).get("result") or bandwidth(device)
-            for row in search(device, memory["memory"]["per_second"]):
-                result.append(row)
+            result.extend(search(device, memory["memory"]["per_second"]))
         elif name in ("near", "prefix"):
-            for row in (near if name == "near" else prefixes)(device):
-                result.append(row)
+            result.extend((near if name == "near" else prefixes)(device))
         else:
-            for what, found in tiers(SHAPES[name], device):
-                result[what] = found
+            result.update(tiers(SHAPES[name], device))
     except Exception as error:  # results before the error and the parts after it are kept
         failure["error"] = f"{type(error).__name__}: {error}"
         device.say(f"{name} failed: {failure['error']}")
@@ -103,12 +101,6 @@ def _part(name: str, device: Device, before: dict[str, Any]) -> dict[str, Any]:
         if device.cuda:
             torch.cuda.empty_cache()
     return {"result": result, **failure, "seconds": time.monotonic() - began}
-
-
-def _written(out: Path, record: dict[str, Any]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out)
 
 
 def failed(record: dict[str, Any]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.device import Device, against, spread
-from llmcache.bench.harness.shapes import (
-    Shape,
-    sentences,
-    texts,
-    tiny,
-)
+from llmcache.bench.harness.device import Device, spread
+from llmcache.bench.harness.shapes import Shape, sentences, texts, tiny
+from llmcache.bench.harness.turns import Action, Row, Turn, speed_up
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
 
@@ -27,7 +25,7 @@ _LEVELS = {"device memory": {"device_bytes": 1 << 28}, "pinned memory": {"pinned
 
 
 def tiers(shape: Shape, device: Device) -> Iterator[tuple[str, Any]]:
-    """Yield results by name: all documents stored, level by level, and none, each beside the model in the same rounds.
+    """Yield results by name: with all documents stored, for each level, and with none stored, beside the model alone.
 
     Documents come in calls of 8 batches to `encode(convert_to_tensor=True)`, so that results are on the device. disk:
     the store's files, in the page cache. rows: 256 stored outputs gathered, without texts and keys.
@@ -70,26 +68,27 @@ def _hits(
     batch: int,
     device: Device,
     repeats: int,
-) -> dict[str, Any]:
+) -> Row:
     def encoded(by: Any) -> Callable[[], torch.Tensor]:
         return lambda: by.encode(known, batch_size=batch, convert_to_tensor=True)
 
     actions = {"model alone": encoded(model), **{name: encoded(cache) for name, cache in caches.items()}}
-    seconds, alone = device.rounds(actions, repeats, warm=2), actions["model alone"]()
-    rows = {}
-    for name, each in seconds.items():
-        difference = float((actions[name]().float() - alone.float()).abs().max())
-        rows[name] = {
-            **spread(each), "documents_per_second": len(known) / spread(each)["median"],
-            "times_as_fast": against(seconds["model alone"], each), "difference": difference,
-        }  # fmt: skip
+    made = device.rounds(actions, repeats, warm=2)
+    expected = made["model alone"].outputs[-1].float()
+    rows = {
+        name: {
+            **spread(one.seconds), "documents_per_second": len(known) / one.median, "times_as_fast": one.ratio,
+            "difference": float((one.outputs[-1].float() - expected).abs().max()),
+        }
+        for name, one in made.items()
+    }  # fmt: skip
     for name, cache in caches.items():
         counters = cache.levels.counters if cache.levels else None
         rows[name]["answered_by"] = None if counters is None else [counters.device, counters.pinned, counters.files]
     return rows
 
 
-def _gathered(cache: LLMCache, batch: int, device: Device) -> dict[str, Any]:
+def _gathered(cache: LLMCache, batch: int, device: Device) -> Row:
     """Measure one batch of stored rows, from their level to a tensor on the device."""
     bank, random = cache._bank, np.random.default_rng(0)
     rows = random.permutation(bank.pieces.rows)[:batch]
@@ -99,41 +98,36 @@ def _gathered(cache: LLMCache, batch: int, device: Device) -> dict[str, Any]:
     else:
         levels = cache.levels
         take = lambda: levels.gather(rows)  # noqa: E731
-    each = device.rounds({"": take}, 3 if device.tiny else 30, warm=3)[""]
+    made = device.rounds({"": take}, 3 if device.tiny else 30, warm=3)[""]
     size = batch * bank.facts.width * device.dtype.itemsize
-    return {**spread(each), "bytes": size, "bytes_per_second": size / spread(each)["median"]}
+    return {**spread(made.seconds), "bytes": size, "bytes_per_second": size / made.median}
 
 
 def _misses(
     model: SentenceTransformer, cache: LLMCache, sizes: tuple[int, int, int], device: Device, repeats: int
-) -> dict[str, Any]:
+) -> Row:
     """Measure new documents in each round. The model alone comes first or last in turn."""
     count, tokens, batch = sizes
-    alone, cached, commits, difference = [], [], [], 0.0
-    for number in range(repeats + 1):
-        if number > 1 and device.over:
-            break
+    commits: list[float] = []
+
+    @contextmanager
+    def prepared(who: Any, number: int) -> Iterator[Action]:
         fresh = texts(count, tokens, seed=100 + number)
-        outputs: dict[int, torch.Tensor] = {}
+        yield lambda: who.encode(fresh, batch_size=batch, convert_to_tensor=True)
+        if who is cache:
+            began = device.clock()
+            cache.commit()
+            commits.append(device.clock() - began)
 
-        def by(who: Any, fresh: Sequence[str] = fresh, outputs: dict[int, torch.Tensor] = outputs) -> float:
-            def encode() -> None:
-                outputs[id(who)] = who.encode(fresh, batch_size=batch, convert_to_tensor=True)
-
-            return device.seconds(encode)
-
-        order = (model, cache) if number % 2 else (cache, model)
-        seconds = {id(one): by(one) for one in order}
-        commit = device.seconds(cache.commit)
-        if number:  # the first round warms up
-            alone.append(seconds[id(model)])
-            cached.append(seconds[id(cache)])
-            commits.append(commit)
-            difference = max(difference, float((outputs[id(model)].float() - outputs[id(cache)].float()).abs().max()))
-    whole = [one + other for one, other in zip(cached, commits, strict=True)]
-    counters = cache.stats().counters
+    turns = [Turn("model alone", count, partial(prepared, model)), Turn("cache", count, partial(prepared, cache))]
+    made = device.in_turn(turns, repeats, keep=None)
+    alone, cached, counters = made["model alone"], made["cache"], cache.stats().counters
+    commits = commits[-len(cached.seconds) :]  # the first round warms up
+    whole = [base / (own + commit) for base, own, commit in zip(alone.seconds, cached.seconds, commits, strict=True)]
+    pairs = zip(alone.outputs, cached.outputs, strict=True)
     return {
-        "model alone": spread(alone), "cache": spread(cached), "commit": spread(commits),
-        "overhead": 1 / against(alone, cached) - 1, "overhead_with_commit": 1 / against(alone, whole) - 1,
-        "difference": difference, "model_seconds": counters.model_seconds, "cache_seconds": counters.overhead_seconds,
+        "model alone": spread(alone.seconds), "cache": spread(cached.seconds), "commit": spread(commits),
+        "overhead": 1 / speed_up(cached, alone) - 1, "overhead_with_commit": 1 / statistics.median(whole) - 1,
+        "difference": max(float((one.float() - other.float()).abs().max()) for one, other in pairs),
+        "model_seconds": counters.model_seconds, "cache_seconds": counters.overhead_seconds,
     }  # fmt: skip

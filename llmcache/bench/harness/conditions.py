@@ -35,3 +35,8 @@ def conditions() -> dict[str, Any]:
         "threads": torch.get_num_threads() if torch else len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
     }
+
+
+def load() -> float:
+    """Return the load average of the last minute."""
+    return os.getloadavg()[0]

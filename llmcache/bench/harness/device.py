@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from llmcache.bench.harness.turns import Measurement, Row, Turn, in_turn, steady
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class Device:
 
     @property
     def cuda(self) -> bool:
+        """True on a GPU."""
         return self.name == "cuda"
 
     @property
@@ -31,6 +34,7 @@ class Device:
 
     @property
     def over(self) -> bool:
+        """True when the time limit has passed."""
         return time.monotonic() > self.until
 
     def settle(self) -> None:
@@ -38,36 +42,27 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def seconds(self, action: Callable[[], Any]) -> float:
-        self.settle()
-        began = time.perf_counter()
-        action()
-        self.settle()
-        return time.perf_counter() - began
-
     def rounds(
         self, actions: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1
-    ) -> dict[str, list[float]]:
-        """Time each action, in turn in every round; fewer rounds when the time is over. Returns seconds by name."""
-        for _ in range(warm):
-            for action in actions.values():
-                action()
-        seconds: dict[str, list[float]] = {name: [] for name in actions}
-        for number in range(repeats):
-            if number and self.over:
-                break
-            for name, action in actions.items():
-                seconds[name].append(self.seconds(action))
-        return seconds
+    ) -> dict[str, Measurement]:
+        """Time each action, in turn in every round; fewer rounds when the time is over. Ratios are to the first."""
+        first = next(iter(actions))
+        return self.in_turn([Turn(name, 1, steady(action), first) for name, action in actions.items()], repeats, warm)
+
+    def in_turn(
+        self, turns: Sequence[Turn], repeats: int, warm: int = 1, keep: int | None = 1
+    ) -> dict[str, Measurement]:
+        """Time contenders in turn; fewer rounds when the time is over."""
+        return in_turn(turns, repeats, warm=warm, keep=keep, clock=self.clock, over=lambda: self.over)
+
+    def clock(self) -> float:
+        """Wait for all queued work, and read the clock. Returns seconds."""
+        self.settle()
+        return time.perf_counter()
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
+def spread(seconds: Sequence[float]) -> Row:
     """Return median, least and most seconds, and the number of repeats."""
     return {
         "median": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "repeats": len(seconds)
     }  # fmt: skip
-
-
-def against(base: list[float], seconds: list[float]) -> float:
-    """Return the speed-up over the base: median over the rounds, each against the base of the same round."""
-    return statistics.median(one / other for one, other in zip(base, seconds, strict=True))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from llmcache.errors import ConfigError
+from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ def draw(record: Mapping[str, Any], bars: Bars, path: Path) -> None:
         axes.set_xscale("log")
     axes.invert_yaxis()
     try:
-        figure.savefig(path, dpi=120, format="png")
+        drawn = BytesIO()
+        figure.savefig(drawn, dpi=120, format="png")
+        write_atomically(path, drawn.getvalue(), mode=ordinary_mode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.harness.conditions import conditions
+from llmcache.bench.harness.conditions import conditions, load
 from llmcache.bench.harness.drawing import draw
-from llmcache.bench.harness.rounds import load
+from llmcache.bench.harness.files import write
 from llmcache.bench.harness.suite import Benchmark, Record, Sizes
 from llmcache.errors import ConfigError, LLMCacheError
 
 NOISE = 1.25
-"""Ratio of slowest to quickest repeat from which on a record notes that the machine was not quiet."""
+"""Least ratio of the slowest to the quickest repeat that a record notes, since the machine was not quiet."""
 
 BUSY = 0.1
-"""Mean number of processors busy with other processes from which on a record notes them."""
+"""Least mean number of processors busy with other processes that a record notes."""
 
 Say = Callable[[str], None]
 """Function that prints a line of progress."""
@@ -109,30 +109,10 @@ def plotted(benchmark: Benchmark, record: Record, path: Path, say: Say) -> None:
     """Draw NAME.png beside the record. Without matplotlib, print one line instead."""
     if benchmark.bars is None:
         return
-    partial = path.with_suffix(".png.partial")
     try:
-        draw(record, benchmark.bars, partial)
-        os.replace(partial, path.with_suffix(".png"))
+        draw(record, benchmark.bars, path.with_suffix(".png"))
     except ConfigError as error:
         say(f"{benchmark.name}: no plot; {error}")
-
-
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, atomically and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _plain(value: Any) -> Any:
-    """Convert NumPy numbers to Python's, for JSON."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} in a record is no JSON")
 
 
 def moment() -> tuple[float, float, float]:

@@ -1,27 +1,23 @@
-"""Measurement of contenders that take turns in one process: medians, spread, ratios, differences to the model."""
+"""Measurement of contenders that compute vectors of texts: rates, ratios to the model, differences to its vectors."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.arrays import Floats32
+from llmcache.bench.harness.turns import Measurement, Row, Turn, each_round, spread
 from llmcache.errors import ConfigError
-
-Row: TypeAlias = dict[str, Any]
-"""One row of a record: names and plain values, as JSON has them."""
 
 WARM = 256
 """Most texts of the warm-up round."""
@@ -101,78 +97,66 @@ class Contender:
         return ""
 
 
-@dataclass(slots=True)
-class Taken:
-    """Results of one contender. seconds: time for all its texts, one value per round; the rest is of the last round."""
-
-    documents: int = 0
-    seconds: list[float] = field(default_factory=list)
-    computed: int = 0
-    outputs: Floats32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    noted: Row = field(default_factory=dict)
-
-
 def rounds(task: Task, contenders: Sequence[Contender], repeats: int) -> Iterator[list[Row]]:
     """Yield rows after each round, one per contender; ratios are to the first contender, the model alone.
 
-    A warm-up round of at most `WARM` new texts is not counted. The contender that starts changes from round to round.
-    Each contender answers the known texts once beforehand; each round works on a copy of the resulting folder.
-    ConfigError when the first contender cannot take part.
+    A warm-up round of at most `WARM` new texts is not counted. Each contender answers the known texts once beforehand;
+    each round works on a copy of the resulting folder. ConfigError when the first contender cannot take part.
     """
     able = [one for one in contenders if not one.missing]
+    base = contenders[0].name
     if not able or able[0] is not contenders[0]:
-        raise ConfigError(f"{contenders[0].name} is the base of the comparison, and it cannot take part")
+        raise ConfigError(f"{base} is the base of the comparison, and it cannot take part")
     texts = list(dict.fromkeys(text for call in task.calls for text in call))
-    places = {text: place for place, text in enumerate(texts)}
-    expected = np.asarray(task.model.encode(texts, batch_size=task.batch_size), np.float32)
-    taken, reads = {one.name: Taken() for one in able}, task.only_reads
-    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
-        for turn, one in enumerate(able):
-            _fill(one, task.first(one.share), Path(name) / f"known-{turn}")
-        for round_ in range(repeats + 1):
-            turn = round_ % len(able)
-            for place in [*range(turn, len(able)), *range(turn)]:
-                one, work = able[place], Path(name) / "work"
-                shutil.copytree(Path(name) / f"known-{place}", work)
-                asked = task.first(one.share)
-                if not round_ and not reads:
-                    asked = replace(asked.first(WARM), before=asked.before[:1])
-                _measure(one, asked, work, taken[one.name], counted=round_ > 0)
-                shutil.rmtree(work)
-            if round_:
-                yield [_row(one, task, contenders[0], taken, (places, expected)) for one in contenders]
+    vectors = np.asarray(task.model.encode(texts, batch_size=task.batch_size), np.float32)
+    expected = dict(zip(texts, vectors, strict=True))
+    with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as folder:
+        turns = [_turn(one, task.first(one.share), base, Path(folder) / str(place)) for place, one in enumerate(able)]
+        for made in each_round(turns, repeats, keep=1):
+            yield [
+                {"name": one.name, "skipped": one.missing} if one.missing
+                else _row(made[one.name], task.first(one.share), expected)
+                for one in contenders
+            ]  # fmt: skip
 
 
-def _fill(one: Contender, task: Task, folder: Path) -> None:
-    folder.mkdir()
-    if task.known and one.keeps and not isinstance(one.opened, str):
-        with one.opened(task, folder) as opened:
+def _turn(one: Contender, task: Task, base: str, folder: Path) -> Turn:
+    """Fill the contender's folder with the known texts. Returns its turn."""
+    assert not isinstance(one.opened, str)
+    opened_by, facts = one.opened, Row()
+    known, work = folder / "known", folder / "work"
+    known.mkdir(parents=True)
+    if task.known and one.keeps:
+        with opened_by(task, known) as opened:
             opened.answer(task.known)
             opened.commit()
 
-
-def _measure(one: Contender, task: Task, folder: Path, taken: Taken, *, counted: bool) -> None:
-    assert not isinstance(one.opened, str)
-    reads = task.only_reads
-    with one.opened(task, folder) as opened:
-        for call in task.before if one.keeps else ():
-            opened.answer(call)
-        if task.before:
-            opened.commit()
-        before, noted = opened.computed(), opened.noted()
-        seconds: list[float] = []
-        while not seconds or (reads and sum(seconds) < LEAST_SECONDS):
-            began = time.perf_counter()
-            outputs = [opened.answer(call) for call in task.calls]
-            if not reads:  # otherwise nothing was stored
+    @contextmanager
+    def prepared(number: int) -> Iterator[Callable[[], Any]]:
+        few = number == 0 and not task.only_reads
+        asked = replace(task.first(WARM), before=task.before[:1]) if few else task
+        shutil.copytree(known, work)
+        with opened_by(asked, work) as opened:
+            for call in asked.before if one.keeps else ():
+                opened.answer(call)
+            if asked.before:
                 opened.commit()
-            seconds.append(time.perf_counter() - began)
-        computed = (opened.computed() - before) // len(seconds)
-        noted = {name: _since(noted[name], value) for name, value in opened.noted().items()}
-    if counted:
-        taken.seconds.append(statistics.median(seconds))
-        taken.computed, taken.documents, taken.noted = computed, sum(map(len, task.calls)), noted
-        taken.outputs = np.concatenate([np.asarray(one, np.float32) for one in outputs])
+            before, noted, times = opened.computed(), opened.noted(), [0]
+
+            def answer() -> list[Any]:
+                times[0] += 1
+                outputs = [opened.answer(call) for call in asked.calls]
+                if not asked.only_reads:  # otherwise nothing was stored
+                    opened.commit()
+                return outputs
+
+            yield answer
+            facts["computed"] = (opened.computed() - before) // times[0]
+            facts["noted"] = {name: _since(noted[name], value) for name, value in opened.noted().items()}
+        shutil.rmtree(work)
+
+    count = sum(map(len, task.calls))
+    return Turn(one.name, count, prepared, base, LEAST_SECONDS if task.only_reads else 0.0, facts)
 
 
 def _since(before: Any, value: Any) -> Any:
@@ -182,49 +166,16 @@ def _since(before: Any, value: Any) -> Any:
 # -- rows -----------------------------------------------------------------------------------------------------
 
 
-def _row(
-    one: Contender, task: Task, base: Contender, taken: dict[str, Taken], right: tuple[dict[str, int], Floats32]
-) -> Row:
-    if one.missing:
-        return {"name": one.name, "skipped": one.missing}
-    mine = taken[one.name]
-    places, expected = right
-    asked = [text for call in task.first(one.share).calls for text in call]
-    wanted = expected[[places[text] for text in asked]]
-    cosine = np.sum(mine.outputs * wanted, axis=1) / (
-        np.linalg.norm(mine.outputs, axis=1) * np.linalg.norm(wanted, axis=1)
-    )
+def _row(mine: Measurement, task: Task, expected: Mapping[str, Floats32]) -> Row:
+    wanted = np.array([expected[text] for call in task.calls for text in call])
+    given = np.concatenate([np.asarray(one, np.float32) for one in mine.outputs[-1]])
+    cosine = np.sum(given * wanted, axis=1) / (np.linalg.norm(given, axis=1) * np.linalg.norm(wanted, axis=1))
     return {
-        "name": one.name,
-        "documents": mine.documents,
-        "seconds": list(mine.seconds),
-        **spread(mine.seconds),
-        "per_second": mine.documents / statistics.median(mine.seconds),
-        **ratios(mine, taken[base.name]),
-        "computed": mine.computed,
-        "difference": float(np.abs(mine.outputs - wanted).max()),
-        "mean_1_minus_cosine": float(np.mean(1 - cosine)),
-        **({"noted": mine.noted} if mine.noted else {}),
-    }
-
-
-def spread(seconds: Sequence[float]) -> Row:
-    """Return median, quickest and slowest seconds, and slowest over quickest (None after a single repeat)."""
-    least, most = min(seconds), max(seconds)
-    return {
-        "median": statistics.median(seconds),
-        "quickest": least,
-        "slowest": most,
-        "slowest_of_quickest": most / least if len(seconds) > 1 else None,
-    }
-
-
-def ratios(mine: Taken, base: Taken) -> Row:
-    """Return the texts per second as a multiple of the base's, round by round, and the median of these."""
-    each = [
-        (other / base.documents) / (own / mine.documents) for own, other in zip(mine.seconds, base.seconds, strict=True)
-    ]
-    return {"ratio": statistics.median(each), "ratios": each}
+        "name": mine.name, "documents": mine.documents, "seconds": list(mine.seconds), **spread(mine.seconds),
+        "per_second": mine.rate, "ratio": mine.ratio, "ratios": mine.ratios, "computed": mine.facts["computed"],
+        "difference": float(np.abs(given - wanted).max()), "mean_1_minus_cosine": float(np.mean(1 - cosine)),
+        **({"noted": mine.facts["noted"]} if mine.facts["noted"] else {}),
+    }  # fmt: skip
 
 
 def times(rows: Sequence[Row], name: str, other: str) -> float | None:
@@ -234,8 +185,3 @@ def times(rows: Sequence[Row], name: str, other: str) -> float | None:
         return None
     mine, theirs = measured[name]["ratios"], measured[other]["ratios"]
     return float(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)))
-
-
-def load() -> float:
-    """Return the load average of the last minute."""
-    return os.getloadavg()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,10 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache.bench.competitors import baselines as own
 from llmcache.bench.competitors import others
-from llmcache.bench.competitors.names import (
-    ALONE,
-    ASIDE,
-    DISKCACHE,
-    DISKCACHE_RAW,
-    GPTCACHE,
-    ONCE,
-    OURS,
-    SORTED,
-)
+from llmcache.bench.competitors.names import ALONE, ASIDE, DISKCACHE, DISKCACHE_RAW, GPTCACHE, ONCE, OURS, SORTED
 from llmcache.bench.harness.drawing import Bars
-from llmcache.bench.harness.rounds import (
-    Contender,
-    Row,
-    Task,
-    rounds,
-    times,
-)
+from llmcache.bench.harness.rounds import Contender, Task, rounds, times
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.harness.workloads import STREAMS, WORKLOADS, read
 from llmcache.errors import ConfigError
 
@@ -53,6 +40,10 @@ class Sizes:
     seed: int = 0
     tokenizer: Path | None = None
     model: Callable[[], SentenceTransformer] = field(kw_only=True)
+
+    def at_most(self, count: int) -> int:
+        """Return a number of texts, at most the limit."""
+        return count if self.limit is None else min(count, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,44 +108,26 @@ def _measured(
 ) -> Iterator[Record]:
     for rows in rounds(task, taking_part, sizes.repeats):
         yield {
-            **facts,
-            "texts": sum(map(len, task.calls)),
-            "calls": len(task.calls),
-            "known": len(task.known),
-            "batch_size": task.batch_size,
-            "rounds": len(rows[0]["seconds"]),
-            "rows": rows,
+            **facts, "texts": sum(map(len, task.calls)), "calls": len(task.calls), "known": len(task.known),
+            "batch_size": task.batch_size, "rounds": len(rows[0]["seconds"]), "rows": rows,
             "targets": [target.found(rows) for target in targets],
-        }
+        }  # fmt: skip
 
 
-def _unknown(workload: str) -> Callable[[Sizes], Iterator[Record]]:
+def _unknown(workload: str, sizes: Sizes) -> Iterator[Record]:
     """Measure new texts; storing them durably is in the time."""
-
-    def run(sizes: Sizes) -> Iterator[Record]:
-        texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
-        targets = [Target(OURS, base, 0.97) for base in (ALONE, SORTED)]
-        yield from _measured(
-            sizes, Task(sizes.model(), [], [texts]), [*_MODELS, _ONCE, *_REUSE, others.SEMHASH_FIRST], targets, {}
-        )
-
-    return run
+    texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
+    targets = [Target(OURS, base, 0.97) for base in (ALONE, SORTED)]
+    everybody = [*_MODELS, _ONCE, *_REUSE, others.SEMHASH_FIRST]
+    yield from _measured(sizes, Task(sizes.model(), [], [texts]), everybody, targets, {})
 
 
-def _known(workload: str, times_the_model: float) -> Callable[[Sizes], Iterator[Record]]:
+def _known(workload: str, times_the_model: float, sizes: Sizes) -> Iterator[Record]:
     """Measure known texts, from a store that was closed and opened again."""
-
-    def run(sizes: Sizes) -> Iterator[Record]:
-        texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
-        targets = [
-            Target(OURS, ALONE, times_the_model),
-            Target(OURS, GPTCACHE, 10),
-            Target(OURS, DISKCACHE, 3),
-            Target(OURS, DISKCACHE_RAW, 3),
-        ]
-        yield from _measured(sizes, Task(sizes.model(), texts, [texts]), [*_MODELS, *_REUSE], targets, {})
-
-    return run
+    texts = list(dict.fromkeys(read(sizes.data, workload, sizes.limit)))
+    wanted = {ALONE: times_the_model, GPTCACHE: 10, DISKCACHE: 3, DISKCACHE_RAW: 3}
+    targets = [Target(OURS, base, at_least) for base, at_least in wanted.items()]
+    yield from _measured(sizes, Task(sizes.model(), texts, [texts]), [*_MODELS, *_REUSE], targets, {})
 
 
 def _off(sizes: Sizes) -> Iterator[Record]:
@@ -171,27 +144,19 @@ def _off(sizes: Sizes) -> Iterator[Record]:
         yield record if off else {**record, "targets": []}
 
 
-def _corpus(workload: str) -> Callable[[Sizes], Iterator[Record]]:
-    """Measure a corpus in its own order, in calls, from an empty store: its own redundancy decides."""
-
-    def run(sizes: Sizes) -> Iterator[Record]:
-        texts = read(sizes.data, workload, sizes.limit or STREAM)
-        yield from _measured(sizes, Task(sizes.model(), [], _calls(texts)), _STREAM, [], _redundancy(texts))
-
-    return run
+def _corpus(workload: str, sizes: Sizes) -> Iterator[Record]:
+    """Measure a corpus in its own order, in calls, from an empty store: only its own repeats can hit."""
+    texts = read(sizes.data, workload, sizes.limit or STREAM)
+    yield from _measured(sizes, Task(sizes.model(), [], _calls(texts)), _STREAM, [], _redundancy(texts))
 
 
-def _stream(kind: str) -> Callable[[Sizes], Iterator[Record]]:
+def _stream(kind: str, sizes: Sizes) -> Iterator[Record]:
     """Measure texts drawn from a pool of bank queries, in calls, from an empty store."""
-
-    def run(sizes: Sizes) -> Iterator[Record]:
-        length = sizes.limit or STREAM
-        pool = read(sizes.data, "banking77", max(2, length // 4))
-        texts = [pool[place] for place in STREAMS[kind](len(pool), length, sizes.seed).tolist()]
-        facts = {"pool": len(pool), **_redundancy(texts)}
-        yield from _measured(sizes, Task(sizes.model(), [], _calls(texts)), _STREAM, [], facts)
-
-    return run
+    length = sizes.limit or STREAM
+    pool = read(sizes.data, "banking77", max(2, length // 4))
+    texts = [pool[place] for place in STREAMS[kind](len(pool), length, sizes.seed).tolist()]
+    facts = {"pool": len(pool), **_redundancy(texts)}
+    yield from _measured(sizes, Task(sizes.model(), [], _calls(texts)), _STREAM, [], facts)
 
 
 def _calls(texts: Sequence[str]) -> list[Sequence[str]]:
@@ -209,24 +174,22 @@ _BARS = Bars("rows", ("name",), "per_second", "texts per second", logarithmic=Tr
 
 
 def _text_benchmarks() -> Iterator[Benchmark]:
-    known = "all texts stored: hits per second beside other caches"
-    new = "an empty store, storing included"
+    def benchmark(name: str, about: str, workload: str, run: Callable[[Sizes], Iterator[Record]]) -> Benchmark:
+        return Benchmark(name, about, (WORKLOADS[workload].path,), run, _BARS)
+
     for name, times_the_model in (("banking77", 200), ("squad", 1000)):
-        needs = (WORKLOADS[name].path,)
-        yield Benchmark(f"miss-{name}", f"{new}: {WORKLOADS[name].about}", needs, _unknown(name), _BARS)
-        yield Benchmark(f"hit-{name}", f"{known}: {WORKLOADS[name].about}", needs, _known(name, times_the_model), _BARS)
-    yield Benchmark(
-        "off-sst2", "near reuse that does not pay and is suspended, storing included: film sentences",
-        (WORKLOADS["sst2"].path,), _off, _BARS,
-    )  # fmt: skip
+        about = WORKLOADS[name].about
+        yield benchmark(f"miss-{name}", f"an empty store, storing included: {about}", name, partial(_unknown, name))
+        hits = partial(_known, name, times_the_model)
+        yield benchmark(f"hit-{name}", f"all texts stored: hits per second beside other caches: {about}", name, hits)
+    about = "near reuse that does not pay and is suspended, storing included: film sentences"
+    yield benchmark("off-sst2", about, "sst2", _off)
     for kind in STREAMS:
         about = f"bank queries drawn again and again, {kind}"
-        yield Benchmark(f"stream-{kind}", about, (WORKLOADS["banking77"].path,), _stream(kind), _BARS)
+        yield benchmark(f"stream-{kind}", about, "banking77", partial(_stream, kind))
     for name, workload in WORKLOADS.items():
-        if name in ("banking77", "squad"):  # nothing repeats in these: `miss-*` covers them
-            continue
-        about = f"from an empty store: {workload.about}"
-        yield Benchmark(f"corpus-{name}", about, (workload.path,), _corpus(name), _BARS)
+        if name not in ("banking77", "squad"):  # nothing repeats in these: `miss-*` covers them
+            yield benchmark(f"corpus-{name}", f"from an empty store: {workload.about}", name, partial(_corpus, name))
 
 
 def rivals() -> list[Contender]:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.bench.harness.datasets import (
+    BANKING77,
+    LOGS,
+    OPENBOOKQA,
+    POLICIES,
+    QQP,
+    SQUAD,
+    labelled_file,
+    lines,
+    log_lines,
+    objects,
+    openbook_questions,
+    squad_paragraphs,
+)
 from llmcache.errors import ConfigError
 
 WINDOW, STRIDE = 128, 64
@@ -47,21 +58,9 @@ def read(data: Path, name: str, limit: int | None = None) -> list[str]:
 # -- files ----------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Iterate over the lines of a text file, plain or compressed, split at newlines only."""
-    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            yield line.rstrip("\r\n")
-
-
-def _objects(path: Path) -> Iterator[Any]:
-    return (json.loads(line) for line in _lines(path) if line)
-
-
-def _csv(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from (row["text"] for row in csv.DictReader(file))
+def _texts(path: Path) -> Iterator[str]:
+    """Read the texts of a file of labelled texts."""
+    return (text for text, _ in labelled_file(path))
 
 
 def _agnews(path: Path) -> Iterator[str]:
@@ -69,69 +68,50 @@ def _agnews(path: Path) -> Iterator[str]:
         yield from (f"{title}. {text}" for _, title, text in csv.reader(file))
 
 
-def _after(mark: str) -> Callable[[Path], Iterator[str]]:
-    """Read the text after a label and this separator."""
-    return lambda path: (line.partition(mark)[2] for line in _lines(path))
-
-
-def _questions(path: Path) -> Iterator[str]:
-    for pair in _objects(path):
-        yield from pair[1:3]
-
-
 def _logs(path: Path) -> Iterator[str]:
     """Read the lines of all systems in turn, as a log collector receives them."""
-    files = [list(_lines(file)) for file in sorted(path.glob("*_2k.log.gz"))]
-    for at in range(max(map(len, files), default=0)):
-        yield from (lines[at] for lines in files if at < len(lines))
+    return (line for some in zip_longest(*log_lines(path)) for line in some if line is not None)
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
     """Read the paragraphs of all revisions in order; unchanged paragraphs repeat."""
-    for revision in _objects(path):
+    for revision in objects(path):
         yield from (part.strip() for part in revision["text"].split("\n\n"))
-
-
-def _squad(path: Path) -> Iterator[str]:
-    articles = json.loads("\n".join(_lines(path)))["data"]
-    yield from (paragraph["context"] for article in articles for paragraph in article["paragraphs"])
 
 
 def _openbookqa(path: Path) -> Iterator[str]:
     """Read each stem with each of its choices."""
-    for row in _objects(path):
-        asked = row["question"]
-        yield from (f"{asked['stem']} {choice['text']}" for choice in asked["choices"])
+    return (f"{stem} {choice}" for stem, choices, _ in openbook_questions(path) for choice in choices)
 
 
 def _windows(path: Path) -> Iterator[str]:
-    words = " ".join(_lines(path)).split()
+    words = " ".join(lines(path)).split()
     for start in range(0, max(1, len(words) - WINDOW + 1), STRIDE):
         yield " ".join(words[start : start + WINDOW])
 
 
 WORKLOADS = {
-    "banking77": Workload("cls-banking77/test.csv", "bank queries of about 12 tokens, all different", _csv),
-    "banking77-train": Workload("cls-banking77/train.csv", "bank queries of about 12 tokens", _csv),
-    "snips": Workload("cls-snips/train.tsv", "voice commands", _after("\t")),
-    "qqp": Workload("pair-qqp/qqp.jsonl.gz", "questions, pair by pair", _questions),
+    "banking77": Workload(f"{BANKING77}/test.csv", "bank queries of about 12 tokens, all different", _texts),
+    "banking77-train": Workload(f"{BANKING77}/train.csv", "bank queries of about 12 tokens", _texts),
+    "snips": Workload("cls-snips/train.tsv", "voice commands", _texts),
+    "qqp": Workload(
+        str(QQP), "questions, pair by pair", lambda path: (text for pair in objects(path) for text in pair[1:3])
+    ),
     "agnews": Workload("cls-agnews-test/test.csv.gz", "news items", _agnews),
-    "sst2": Workload("cls-sst2/train.txt", "film sentences; hardly anything repeats", _after(" ")),
-    "logs": Workload("dup-loghub", "log lines of four systems", _logs),
+    "sst2": Workload("cls-sst2/train.txt", "film sentences; hardly anything repeats", _texts),
+    "logs": Workload(str(LOGS), "log lines of four systems", _logs),
     "licences": Workload(
-        "dup-licenses/licenses.jsonl.gz", "licence texts, half of them twins", lambda path: _field(path, "text")
+        "dup-licenses/licenses.jsonl.gz", "licence texts, half of them twins",
+        lambda path: (row["text"] for row in objects(path)),
     ),
-    "policies": Workload(
-        "dup-site-policy-revisions/revisions.jsonl.xz", "paragraphs of policies, revision after revision", _paragraphs
+    "policies": Workload(str(POLICIES), "paragraphs of policies, revision after revision", _paragraphs),
+    "squad": Workload(
+        str(SQUAD), "paragraphs of about 150 tokens",
+        lambda path: (paragraph["context"] for paragraph in squad_paragraphs(path)),
     ),
-    "squad": Workload("qa-squad2-dev/dev-v2.0.json.gz", "paragraphs of about 150 tokens", _squad),
-    "openbookqa": Workload("qa-openbookqa/test_original_form.jsonl", "stems, each with its four choices", _openbookqa),
+    "openbookqa": Workload(str(OPENBOOKQA), "stems, each with its four choices", _openbookqa),
     "wikitext": Workload("text-wikitext2-valid/valid.txt.gz", "windows of 128 words that overlap by half", _windows),
-}
-
-
-def _field(path: Path, name: str) -> Iterator[str]:
-    return (row[name] for row in _objects(path))
+}  # fmt: skip
 
 
 # -- streams --------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
 from llmcache.arrays import Floats32
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.datasets import OPENBOOKQA, openbook_questions
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.near import Labels
 from llmcache.bench.paper import texts
 from llmcache.bench.paper.models import classifier
@@ -152,7 +153,7 @@ def _squad(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
 
 def _openbookqa(work: Work) -> tuple[Workload, Callable[[Floats32], Task]]:
     """Build the task of OpenBookQA: the last two choices are queries; the answer is the choice nearest to a fact."""
-    questions = texts.openbook_questions(work.data)
+    questions = openbook_questions(work.data / OPENBOOKQA)
     questions = [questions[i] for i in spread(len(questions), max(8, work.known(2 * 250) // 2))]
     known = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[:2]]
     asked = [f"{stem} {choice}" for stem, choices, _ in questions for choice in choices[2:]]

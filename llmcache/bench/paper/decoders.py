@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmcache.bench.harness.rounds import Row
-from llmcache.bench.paper.latency import BATCH, Answered, closed, times, with_commit
+from llmcache.bench.harness.turns import Action, Row, Turn, in_turn
+from llmcache.bench.paper.latency import BATCH, closed
 from llmcache.bench.paper.models import Made
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
@@ -56,24 +56,28 @@ def prefix_representatives(known: Sequence[str], asked: Sequence[str], most: int
 
 def _keys_and_values(decoder: Any, asked: Sequence[list[int]], rounds: int) -> Row:
     """Measure greedy generation with and without the request's own key/value cache."""
-
-    def written(rows: Sequence[list[int]], use: bool) -> Answered:
-        ids, mask = padded(rows, 0, "cpu")
-        began = time.perf_counter()
-        with torch.inference_mode():
-            tokens = decoder.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False,
-                use_cache=use, pad_token_id=0,
-            )  # fmt: skip
-        seconds = time.perf_counter() - began
-        return Answered(seconds, tokens[:, ids.shape[1] :].numpy(), [""] * len(rows), [""] * len(rows))
-
     size = max(1, min(FEW, len(asked) // (rounds + 1)))
-    plain, kept = _in_turn([lambda rows: written(rows, False), lambda rows: written(rows, True)], asked, size, rounds)
-    same = np.concatenate([one.outputs == other.outputs for one, other in zip(plain, kept, strict=True)])
+
+    def written(use: bool, number: int) -> AbstractContextManager[Action]:
+        ids, mask = padded(asked[number * size : (number + 1) * size], 0, "cpu")
+
+        def write() -> NDArray[np.int64]:
+            with torch.inference_mode():
+                tokens = decoder.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN,
+                    do_sample=False, use_cache=use, pad_token_id=0,
+                )  # fmt: skip
+            return tokens[:, ids.shape[1] :].numpy()  # type: ignore[no-any-return]
+
+        return nullcontext(write)
+
+    turns = [Turn("plain", size, partial(written, False)), Turn("kept", size, partial(written, True), "plain")]
+    made = in_turn(turns, rounds, rotating=False)
+    plain, kept = made["plain"], made["kept"]
+    same = np.concatenate(plain.outputs) == np.concatenate(kept.outputs)
     return {
         "method": "KV-Cache", "documents": size * rounds, "rounds": rounds, "written": WRITTEN,
-        "ms": _milliseconds(kept), "base_ms": _milliseconds(plain), **times("", kept, plain),
+        "ms": 1e3 / kept.rate, "base_ms": 1e3 / plain.rate, **kept.ratio_range(),
         "agreement": float(same.all(axis=1).mean()), "hits": 0.0,
     }  # fmt: skip
 
@@ -85,47 +89,35 @@ def _ours(made: Made, known: Sequence[list[int]], asked: Sequence[list[int]], fo
     cache = LLMCache.open(folder, decoder, tokenizer=made.model.tokenizer)
     counters, shares = cache.stats().counters.prefix, []
 
-    def restored(rows: Sequence[list[int]]) -> Answered:
-        tokens, computed = counters.tokens, counters.computed
+    def plain(number: int) -> AbstractContextManager[Action]:
+        batch = asked[number * size : (number + 1) * size]
+        return nullcontext(lambda: first_token(decoder, batch, use_cache=False))
+
+    @contextmanager
+    def restored(number: int) -> Iterator[Action]:
+        batch, tokens, computed = asked[number * size : (number + 1) * size], counters.tokens, counters.computed
         with cache.attached():
-            answered = plain(rows, use_cache=True)
+            yield lambda: first_token(decoder, batch, use_cache=True)
         shares.append(1 - (counters.computed - computed) / max(1, counters.tokens - tokens))
-        return answered
 
-    def plain(rows: Sequence[list[int]], use_cache: bool = False) -> Answered:
-        began = time.perf_counter()
-        outputs = first_token(decoder, rows, use_cache=use_cache)
-        return Answered(time.perf_counter() - began, outputs, [""] * len(rows), [""] * len(rows))
-
-    for at in range(0, len(known), size):
-        restored(known[at : at + size])
+    with cache.attached():
+        for at in range(0, len(known), size):
+            first_token(decoder, known[at : at + size], use_cache=True)
     cache.commit()
-    base, mine, base_again, again = _in_turn([plain, restored, plain, restored], asked, size, rounds)
+    turns = [Turn("plain", size, plain), Turn("restored", size, restored, "plain")]
+    found = in_turn(turns, rounds, rotating=False, passes=2)
+    base, mine = found["plain"], found["restored"]
     commit = closed(cache)
-    mine = with_commit(mine, commit)
-    given, own = (np.concatenate([one.outputs for one in part]) for part in (mine, base))
+    mine.add(commit)
+    given, own = (np.concatenate(one.outputs) for one in (mine, base))
     return {
         "method": "LLMCache, ours", "documents": size * rounds, "rounds": rounds, "known": len(known),
-        "ms": _milliseconds(mine), "base_ms": _milliseconds(base), **times("", mine, base),
-        **times("again_", again, base_again), "commit_seconds": commit,
+        "ms": 1e3 / mine.rate, "base_ms": 1e3 / base.rate, **mine.ratio_range(),
+        **found["restored, again"].ratio_range("again_"), "commit_seconds": commit,
         "restored_tokens": float(np.mean(shares[-2 * rounds :: 2])),
         "agreement": float((given.argmax(axis=1) == own.argmax(axis=1)).mean()),
         "difference_of_computed": float(np.abs(given - own).max()),
     }  # fmt: skip
-
-
-def _in_turn(
-    actions: Sequence[Callable[[Sequence[list[int]]], Answered]], asked: Sequence[list[int]], size: int, rounds: int
-) -> list[list[Answered]]:
-    """Run the actions in turn. Returns their results per round; the first batch of `asked` warms up."""
-    answers: list[list[Answered]] = [[] for _ in actions]
-    for turn in range(rounds + 1):
-        batch = asked[turn * size : (turn + 1) * size]
-        for place, action in enumerate(actions):
-            answered = action(batch)
-            if turn:
-                answers[place].append(answered)
-    return answers
 
 
 def first_token(decoder: Any, rows: Sequence[list[int]], *, use_cache: bool) -> NDArray[np.float32]:
@@ -138,7 +130,3 @@ def first_token(decoder: Any, rows: Sequence[list[int]], *, use_cache: bool) -> 
         )
     logits: NDArray[np.float32] = output.logits[:, 0].float().numpy()
     return logits
-
-
-def _milliseconds(part: Sequence[Answered]) -> float:
-    return 1e3 * statistics.median(answered.seconds / len(answered.tiers) for answered in part)

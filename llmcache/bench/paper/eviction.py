@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.layer_hits import projection
-from llmcache.bench.paper.memory import folder_bytes
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.indexes.eviction.policies import (
-    POLICIES,
-    Terms,
-    Usage,
-    choose,
-)
+from llmcache.indexes.eviction.policies import POLICIES, Terms, Usage, choose
 from llmcache.indexes.search.bank_index import half
 from llmcache.model.batching import token_embedding
 from llmcache.model.features import features
@@ -203,12 +197,3 @@ def in_a_store(
             "requests": len(asked), "hits": 1 - misses / len(asked), "largest": largest,
         })  # fmt: skip
     return rows
-
-
-def policies(rows: Sequence[Row], tau: float | None, room: float) -> dict[str, float]:
-    """Return the hit rate of each policy in a replay."""
-    return {
-        row["policy"]: row["hits"]
-        for row in rows
-        if row["kind"] == "replay" and row["tau"] == tau and row["room"] == room
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper import accuracy, fingerprints, memory
 from llmcache.bench.paper import eviction as evictions
 from llmcache.bench.paper import layer_hits as layerwise

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row, Turn, in_turn, steady
 from llmcache.bench.paper.layer_hits import LEAST, projection
 from llmcache.bench.paper.models import classifier
 from llmcache.bench.paper.texts import Workload
@@ -56,16 +55,14 @@ def fingerprints(model: SentenceTransformer, workload: Workload, repeats: int = 
             stored = way(known)
             bits = stored.dtype == np.uint8
             index = VectorIndex.build(stored, kind="binary-flat" if bits else "flat")
-            spent = []
-            for _ in range(repeats + 1):
-                began = time.perf_counter()
-                places, similarity = index.nearest(way(asked), 1)
-                spent.append((time.perf_counter() - began) / len(asked))
+            search = partial(lambda index, way, asked: index.nearest(way(asked), 1), index, way, asked)
+            made = in_turn([Turn(name, len(asked), steady(search))], repeats)[name]
+            places, similarity = made.outputs[-1]
             right = answers[places[:, 0]] == decided
             rows.append({
                 "data": workload.name, "model": "MiniLM", "weights": "real", "fingerprint": name,
                 "known": len(known), "asked": len(asked), "agreement": float(right.mean()),
-                **held_out(similarity[:, 0], ~right), "us": 1e6 * statistics.median(spent[1:]),
+                **held_out(similarity[:, 0], ~right), "us": 1e6 / made.rate,
                 "bytes": int(stored[0].nbytes), "repeats": repeats,
             })  # fmt: skip
     return rows

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.latency import layer_taus
 from llmcache.bench.paper.models import Made, agreement, decisions
 from llmcache.bench.paper.texts import Workload

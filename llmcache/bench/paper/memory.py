@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache import snapshot
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.files import folder_bytes
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
@@ -49,8 +49,7 @@ def memory(model: SentenceTransformer, workload: Workload, folder: Path) -> list
             for before, count in zip([0, *counts], counts, strict=False):
                 cache.encode(workload.known[before:count], batch_size=64)
                 cache.commit()
-                bank = cache.storing.store.bank(cache.namespace, "output", _never, cache.config.near)
-                nearest, similarity = bank.nearest(asked, 1)
+                nearest, similarity = cache.bank.nearest(asked, 1)
                 sources = np.where(similarity[:, 0] >= TAU, nearest[:, 0], -1)
                 cache.commit()  # the index, which the look-up built
                 size = _size(folder)
@@ -76,17 +75,3 @@ def _size(folder: Path) -> int:
 
 def _never() -> Any:
     raise AssertionError("the output bank exists since the cache was opened")
-
-
-def folder_bytes(folder: Path) -> int:
-    """Sum the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def bytes_for(rows: Sequence[Row], hits: float) -> dict[str, float | None]:
-    """Return the fewest bytes of each kind of store that reach a hit rate, None where none does."""
-    kinds = dict.fromkeys(row["kept"] for row in rows)
-    return {
-        kind: min((row["bytes"] for row in rows if row["kept"] == kind and row["hits"] >= hits), default=None)
-        for kind in kinds
-    }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.records import rows
 from llmcache.errors import ConfigError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import TypeAlias
 
 from sentence_transformers import SentenceTransformer
 
-from llmcache.bench.harness.conditions import conditions
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.conditions import conditions, load
+from llmcache.bench.harness.files import write
+from llmcache.bench.harness.turns import Row
 from llmcache.bench.paper.models import Made, made
 from llmcache.bench.paper.texts import Workload, labelled
 from llmcache.errors import ConfigError
@@ -117,7 +117,7 @@ def _new_record(name: str) -> Row:
 def _measured(record: Row, part: str, measure: Part, work: Work, say: Say) -> None:
     name = record["experiment"]
     say(f"{name}: {part} ...")
-    began, load = time.perf_counter(), os.getloadavg()[0]
+    began, before = time.perf_counter(), load()
     try:
         rows = measure(work)
     except ConfigError as error:  # data or a model is missing, or too small
@@ -126,7 +126,7 @@ def _measured(record: Row, part: str, measure: Part, work: Work, say: Say) -> No
         return
     seconds = time.perf_counter() - began
     record["parts"][part] = {
-        "rows": rows, "seconds": seconds, "load": [load, os.getloadavg()[0]], "limit": work.limit,
+        "rows": rows, "seconds": seconds, "load": [before, load()], "limit": work.limit,
         "repeats": work.repeats, "conditions": conditions(),
     }  # fmt: skip
     say(f"{name}: {part} took {seconds:.0f} s")
@@ -157,10 +157,3 @@ def read(path: Path) -> Row | None:
 def rows(record: Row) -> list[Row]:
     """Return the rows of all parts, in order."""
     return [row for part in record["parts"].values() for row in part["rows"]]
-
-
-def write(path: Path, record: Row) -> None:
-    """Write a record atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
-    os.replace(partial, path)

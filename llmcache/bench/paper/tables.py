@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from llmcache.bench.harness.rounds import Row
+from llmcache.bench.harness.turns import Row
 
 RULE = "LLMCache, the paper's rule"
 WORDS = {"seeded": "seeded weights", "real": "real weights"}
@@ -171,89 +171,3 @@ BLOCKS: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "latency": latency, "layers": layers, "accuracy": accuracy, "memory": memory, "tau": tau,
     "fingerprints": fingerprints, "eviction": eviction,
 }  # fmt: skip
-
-
-# -- the claims ---------------------------------------------------------------------------------------
-
-Measured = Mapping[str, Sequence[Row]]
-
-
-def claims(measured: Measured) -> str:
-    """Format the paper's claims beside the measurements; "not recorded" where there is no record."""
-    return table(
-        [
-            "claimed",
-            "measured by the paper's rule",
-            "the same results from a cache of final outputs",
-            "measured by ours",
-        ],
-        [
-            _fastest(measured, None),
-            _fastest(measured, "BERT-base"),
-            _lower_layers(measured),
-            _loss(measured),
-            _range(measured),
-        ],
-    )
-
-
-def _fastest(measured: Measured, model: str | None) -> list[str]:
-    """Return the best speed-up of a first pass over the corpora, with its agreement."""
-    claim = "2.4 times as fast on BERT-base" if model else "up to 3.1 times as fast"
-    cells = []
-    for method in (RULE, "DocCache", "LLMCache, ours"):
-        mine = [row for row in measured.get("latency", ()) if row["method"] == method and model in (None, row["model"])]
-        if not mine:
-            cells.append("not recorded")
-            continue
-        best = max(mine, key=lambda row: row["ratio"])
-        changed = 1 - (best["agreement"] if best.get("agreement") is not None else 1)
-        slowest = min(row["ratio"] for row in mine)
-        cells.append(
-            f"{best['ratio']:.1f} ({best['model']}, {best['data']}), {percent(changed)} of the decisions changed; "
-            f"elsewhere down to {slowest:.2f}"
-        )
-    return [claim, *cells]
-
-
-def _lower_layers(measured: Measured) -> list[str]:
-    """Return the hits in the lowest third of the layers, from the corpus with fewest to that with most."""
-    mine = [row for row in measured.get("layers", ()) if row["layer"] < max(1, row["of"] // 3)]
-    if not mine:
-        return ["92 % hits in lower layers", *["not recorded"] * 3]
-    spans = []
-    for kind in ("input_hits", "state_hits"):
-        least, *_, most = sorted(mine, key=lambda row: row[kind]) * 2
-        spans.append(f"{percent(least[kind])} ({least['data']}) to {percent(most[kind])} ({most['data']})")
-    text = f"{spans[0]} by the input; {spans[1]} by the layer's own state"
-    return ["92 % hits in lower layers", text, "the same hits, by the input", "see the accuracy table"]
-
-
-def _loss(measured: Measured) -> list[str]:
-    """Return the accuracy lost, from the least to the most over the corpora."""
-    cells = []
-    for kind in ("the paper's rule", "ours, calibrated"):
-        mine = [row for row in measured.get("accuracy", ()) if row["method"].startswith(kind)]
-        if not mine:
-            cells.append("not recorded")
-            continue
-        ordered = sorted(mine, key=lambda row: row["drop"])
-        ends = [f"{points(row['drop'])} points ({row['data']})" for row in (ordered[0], ordered[-1])]
-        cells.append(f"{ends[0]} to {ends[1]}, at tau 0.82 to 0.88" if "tau" in mine[0] else " to ".join(ends))
-    return ["less than 0.5 % of accuracy lost", cells[0], "the same", cells[1]]
-
-
-def _range(measured: Measured) -> list[str]:
-    """Return the lowest tau of each corpus from which on at most half a point of accuracy is lost."""
-    cells = []
-    for data in dict.fromkeys(row["data"] for row in measured.get("tau", ())):
-        mine = sorted((row for row in measured["tau"] if row["data"] == data), key=lambda row: -row["tau"])
-        safe = None
-        for row in mine:
-            if row["drop"] > 0.005:
-                break
-            safe = row
-        cells.append(
-            f"{data}: none" if safe is None else f"{data}: from {safe['tau']:.2f} on ({percent(safe['hits'])} hits)"
-        )
-    return ["tau of 0.82 to 0.88", "; ".join(cells) or "not recorded", "the same", "chosen per model and corpus"]

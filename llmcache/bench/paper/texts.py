@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
-from llmcache.bench.near import labelled_texts
+from llmcache.bench.harness.datasets import (
+    OPENBOOKQA,
+    SQUAD,
+    labelled_texts,
+    lines,
+    objects,
+    openbook_questions,
+    squad_paragraphs,
+)
 from llmcache.errors import ConfigError
 
 WINDOW = 48
 """Words per window of WikiText, about 64 tokens."""
 LONGEST = 90
 """Most words of a SQuAD paragraph, so that paragraph and question fit the model."""
-
-One = TypeVar("One")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,9 +44,12 @@ class Workload:
     def some(self, known: int, asked: int) -> Workload:
         """Draw evenly at most so many known texts and queries."""
         one, other = spread(len(self.known), known), spread(len(self.asked), asked)
+        return self._of(one, other)
+
+    def _of(self, known: Sequence[int], asked: Sequence[int]) -> Workload:
         return Workload(
-            self.name, self.about, [self.known[i] for i in one], [self.asked[i] for i in other],
-            [self.known_labels[i] for i in one], [self.asked_labels[i] for i in other],
+            self.name, self.about, [self.known[i] for i in known], [self.asked[i] for i in asked],
+            [self.known_labels[i] for i in known], [self.asked_labels[i] for i in asked],
         )  # fmt: skip
 
     def whole(self, known: int, asked: int) -> Workload:
@@ -57,10 +63,7 @@ class Workload:
         one, other = (
             [i for i, label in enumerate(part) if label in chosen] for part in (self.known_labels, self.asked_labels)
         )
-        return Workload(
-            self.name, self.about, [self.known[i] for i in one], [self.asked[i] for i in other],
-            [self.known_labels[i] for i in one], [self.asked_labels[i] for i in other],
-        ).some(known, asked)  # fmt: skip
+        return self._of(one, other).some(known, asked)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -71,7 +74,7 @@ def spread(count: int, most: int) -> list[int]:
 def wikitext(data: Path) -> Workload:
     """Read consecutive windows of articles: the first four fifths of each are known. Labels: the article."""
     known, asked = [], []
-    for number, (title, words) in enumerate(_articles(_lines(data / "text-wikitext2-valid" / "valid.txt.gz"))):
+    for number, (title, words) in enumerate(_articles(lines(data / "text-wikitext2-valid" / "valid.txt.gz"))):
         windows = [" ".join(words[at : at + WINDOW]) for at in range(0, len(words) - WINDOW + 1, WINDOW)]
         cut = len(windows) * 4 // 5
         known += [(text, f"{number} {title}") for text in windows[:cut]]
@@ -85,7 +88,7 @@ def squad(data: Path) -> Workload:
     Every query shares its paragraph with known texts.
     """
     known, asked = [], []
-    for paragraph in squad_paragraphs(data):
+    for paragraph in squad_paragraphs(data / SQUAD):
         if len(paragraph["context"].split()) > LONGEST:
             continue
         texts = [f"{paragraph['context']}\nQuestion: {item['question']}\nAnswer:" for item in paragraph["qas"]]
@@ -99,44 +102,26 @@ def squad_questions(data: Path, most: int) -> tuple[Workload, list[str]]:
 
     Labels: index of the paragraph.
     """
-    every = squad_paragraphs(data)
+    every = squad_paragraphs(data / SQUAD)
     paragraphs = [every[i] for i in spread(len(every), most)]
     pairs = [(item["question"], str(place)) for place, each in enumerate(paragraphs) for item in each["qas"]]
     about = "other questions about the same paragraphs"
     return _workload("SQuAD v2", about, pairs[::2], pairs[1::2]), [item["context"] for item in paragraphs]
 
 
-def squad_paragraphs(data: Path) -> list[dict[str, Any]]:
-    """Read the paragraphs, each with its context and its qas, as in the file."""
-    articles = json.loads("\n".join(_lines(data / "qa-squad2-dev" / "dev-v2.0.json.gz")))["data"]
-    return [paragraph for article in articles for paragraph in article["paragraphs"]]
-
-
 def openbookqa(data: Path) -> Workload:
     """Read stems, each with one of its four choices: the fourth is a query. Labels: the stem."""
     known, asked = [], []
-    for stem, choices, _ in openbook_questions(data):
+    for stem, choices, _ in openbook_questions(data / OPENBOOKQA):
         pairs = [(f"{stem} {text}", stem) for text in choices]
         known += pairs[:-1]
         asked += pairs[-1:]
     return _workload("OpenBookQA", "the last choices of questions whose other choices are known", known, asked)
 
 
-def openbook_questions(data: Path) -> list[tuple[str, list[str], int]]:
-    """Read stem, choices, and index of the correct choice."""
-    rows = [json.loads(line) for line in _lines(data / "qa-openbookqa" / "test_original_form.jsonl") if line]
-    questions = []
-    for row in rows:
-        choices = row["question"]["choices"]
-        place = [choice["label"] for choice in choices].index(row["answerKey"])
-        questions.append((row["question"]["stem"], [choice["text"] for choice in choices], place))
-    return questions
-
-
 def openbook_facts(data: Path) -> list[str]:
     """Read the book of facts."""
-    lines = _lines(data / "qa-openbookqa" / "openbook_facts.jsonl")
-    return [json.loads(line)["text"] for line in lines if line.strip()]
+    return [fact["text"] for fact in objects((data / OPENBOOKQA).with_name("openbook_facts.jsonl"))]
 
 
 def labelled(data: Path, folder: str, name: str) -> Workload:
@@ -163,22 +148,13 @@ def _workload(name: str, about: str, known: Sequence[tuple[str, str]], asked: Se
     )  # fmt: skip
 
 
-def _articles(lines: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _articles(text: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Split lines into title and words of each article, without headings."""
     articles: list[tuple[str, list[str]]] = []
-    for line in lines:
+    for line in text:
         heading = re.fullmatch(r" = ([^=].*) = ", line)
         if heading:
             articles.append((heading[1], []))
         elif articles and not line.startswith(" = "):
             articles[-1][1].extend(line.split())
     return articles
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        raise ConfigError(f"{path.parent.parent} has no {path.parent.name}/{path.name}; --data names its folder")
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            return file.read().split("\n")
-    return path.read_text(encoding="utf-8").split("\n")

@@ -125,11 +125,17 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 def _add_sample(tensor: Tensor, sampled: dict[torch.dtype, list[NDArray[Any]]]) -> None:
     """Add a view of up to eight evenly spaced elements of a tensor on the host, as integers of their width."""
     integer = _INTEGERS.get(tensor.element_size())
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel() or integer is None:
+    if tensor.device.type != "cpu" or not tensor.numel() or integer is None:
         return
     if tensor.is_conj() or tensor.is_neg():
         return
-    elements = tensor.view(-1)[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
+    if not tensor.is_contiguous():
+        tensor = in_memory_order(tensor)
+    if not tensor.is_contiguous():  # the longest row of elements that has no gaps of other sizes
+        longest = max(range(tensor.ndim), key=lambda axis: tensor.shape[axis])
+        tensor = tensor[tuple(slice(None) if axis == longest else 0 for axis in range(tensor.ndim))]
+    elements = tensor if tensor.ndim == 1 else tensor.view(-1)
+    elements = elements[:: max(1, elements.numel() // _SAMPLED)][:_SAMPLED]
     sampled.setdefault(integer, []).append(elements.view(integer).numpy())
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import importlib
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -86,6 +89,32 @@ def names_used(code: CodeType) -> Iterator[str]:
             yield from names_used(constant)
 
 
+def strings(code: CodeType) -> Iterator[str]:
+    """Yield the texts among the constants of a code object and of those inside it."""
+    for each in (code, *_inner(code)):
+        for constant in each.co_consts:
+            if isinstance(constant, str):
+                yield constant
+
+
+def names_in_texts(code: CodeType) -> Iterator[str]:
+    """Yield names in the texts of a function that reads globals by name, through `globals`, `eval` or `exec`."""
+    if {"globals", "eval", "exec"} & set(names_used(code)):
+        for text in strings(code):
+            yield from _NAME.findall(text)
+
+
+def imported(code: CodeType) -> dict[str, ModuleType]:
+    """Return the modules that a function imports itself, by name. They are imported now, as its first call would."""
+    modules = {}
+    for instruction in _instructions(code):
+        if instruction.opname == "IMPORT_NAME" and instruction.argval:
+            with suppress(Exception):  # an optional package that is missing, or fails to load
+                modules[instruction.argval] = importlib.import_module(instruction.argval)
+    return modules
+
+
+_NAME = re.compile(r"[^\W\d]\w*")
 _CHANGES = frozenset(
     ("append", "appendleft", "extend", "add", "update", "insert", "setdefault", "pop", "clear", "remove", "put")
 )
@@ -178,7 +207,9 @@ def is_plain_global(value: object) -> bool:
     if isinstance(value, type):
         return not is_library_module(value.__module__)
     if isinstance(value, FunctionType):
-        return not is_library_function(value)
+        return not is_library_function(value) or hasattr(value, "__wrapped__")
+    if hasattr(value, "__wrapped__"):  # such as a function with functools.lru_cache
+        return True
     return not callable(value) or not is_library_module(getattr(value, "__module__", None))
 
 

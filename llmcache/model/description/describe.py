@@ -111,7 +111,7 @@ def describe(model: Module, tokenizer: Any = None) -> Description:
             raise ConfigError(f"{name} is on the meta device and has no bytes; load the model's weights first")
     attention = _attention(walk, config)
     modules = list(_all_modules(model))
-    walk.probe("classes of the modules", lambda: list(map(type, modules)))
+    walk.probe("classes of the modules", lambda: [type(tokenizer), *map(type, modules)])
     settings = {f"config {name}": repr(value) for name, value in _flat(configuration)}
     settings["attention implementation"] = attention
     return Description(
@@ -133,23 +133,28 @@ def _add(walk: Walk, module: Module, path: str, facts: dict[str, str], above: li
         return
     prefix = f"{path}." if path else ""
     attributes = vars(module)
-    walk.watch(path, attributes, "module")
-    for name in ("_parameters", "_buffers", "_modules"):
-        if name in attributes:
-            walk.watch(path, attributes[name])
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        if name in attributes:
-            walk.watch(path, attributes[name], "hooks")
+    own = not is_library_module(type(module).__module__)
+    with walk.in_order(own):
+        walk.watch(path, attributes, "module")
+        for name in ("_parameters", "_buffers", "_modules"):
+            if name in attributes:
+                walk.watch(path, attributes[name])
+    with walk.in_order(True):
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            if name in attributes:
+                walk.watch(path, attributes[name], "hooks")
     hooks = _hooks(walk, attributes, prefix)
     if _does_nothing(module) and not hooks:
         return
     facts[f"{prefix}=class"] = walk.class_text(type(module))
     excluded = _excluded(module)
-    own = _stored_by_forward(type(module))
-    for name, value in sorted(without_stand_ins(attributes).items()):
-        if name in _OF_EVERY_MODULE or name in own or value is None or any(each.fullmatch(name) for each in excluded):
-            continue
-        _note(walk, facts, f"{prefix}={name}", value, f"{prefix}{name}")
+    stored = _stored_by_forward(type(module))
+    with walk.in_order(own):
+        for name, value in sorted(without_stand_ins(attributes).items()):
+            if name in _OF_EVERY_MODULE or name in stored or value is None:
+                continue
+            if not any(each.fullmatch(name) for each in excluded):
+                _note(walk, facts, f"{prefix}={name}", value, f"{prefix}{name}")
     facts |= hooks
     _extra_state(walk, module, prefix, facts)
     children = [name for name, child in module._modules.items() if child is not None]
@@ -173,16 +178,25 @@ def _add(walk: Walk, module: Module, path: str, facts: dict[str, str], above: li
 
 
 def _stored_by_forward(cls: type) -> frozenset[str]:
-    """Return the attributes that a module's forward assigns to: they are results of a call, not settings."""
-    code = getattr(getattr(cls, "forward", None), "__code__", None)
-    if code is None:
-        return frozenset()
-    if code not in _stored:
-        _stored[code] = attributes_stored(code)
-    return _stored[code]
+    """Return the attributes that a module's forward assigns to: they are results of a call, not settings.
+
+    Also those that methods assign to which the forward calls.
+    """
+    stored: set[str] = set()
+    waiting, seen = ["forward"], {"__init__"}
+    for name in waiting:  # the list grows during the loop
+        code = getattr(getattr(cls, name, None), "__code__", None)
+        if name in seen or code is None:
+            continue
+        seen.add(name)
+        if code not in _stored:
+            _stored[code] = attributes_stored(code), frozenset(names_used(code))
+        stored |= _stored[code][0]
+        waiting += _stored[code][1]
+    return frozenset(stored)
 
 
-_stored: dict[Any, frozenset[str]] = {}
+_stored: dict[Any, tuple[frozenset[str], frozenset[str]]] = {}
 
 
 def _note(walk: Walk, facts: dict[str, str], name: str, value: Any, path: str) -> None:

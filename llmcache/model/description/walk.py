@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,16 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from llmcache.model.description.callables import MISSING, callable_text, is_own
 from llmcache.model.description.code import (
     class_entries,
-    code_digest,
     is_library_function,
     is_library_module,
-    is_plain_global,
     name_of,
-    names_stored,
-    names_used,
-    names_written_into,
 )
 from llmcache.model.description.configurations import VOLATILE_ADAPTER_SETTINGS, is_configuration, settings_of
 from llmcache.model.description.tokenizer_rules import (
@@ -42,7 +40,6 @@ from llmcache.model.description.tokenizer_rules import (
     length_limit,
     rules_digest,
 )
-from llmcache.model.forward_patch import is_stand_in
 
 Probe: TypeAlias = Callable[[], Any]
 
@@ -51,7 +48,6 @@ _LONG = 400
 _DEEPEST = 16
 """Nesting depth up to which values are described."""
 _OF_PROCESSORS = ("tokenizer", "image_processor", "feature_extractor", "video_processor")
-_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +56,15 @@ class Watched:
 
     path: of the value in the model. kind: "module" (attributes of a module), "class" (of a class), "hooks",
     "tokenizer" (attributes of a tokenizer), or "" for any other. live, copy: the container and its shallow copy.
+    own: True for one of code outside installed libraries, which may tell True from 1, or depend on the order of a
+    mapping.
     """
 
     path: str
     kind: str
     live: Any
     copy: Any
+    own: bool = False
 
 
 class Walk:
@@ -84,14 +83,19 @@ class Walk:
         self._stack: list[int] = []
         self._classes: dict[type, str] = {}
         self._configurations: set[int] = set()
-        self._code_known: dict[int, str] = {}
+        self.code_known: dict[int, str] = {}
+        self.ordered = False
+        """True while values of code outside installed libraries are read, which may depend on the order of a mapping.
+
+        Libraries' own settings are sorted: saving and loading a model may change their order.
+        """
 
     # -- containers and probes ------------------------------------------------------------------------------
 
     def watch(self, path: str, container: Any, kind: str = "") -> None:
         """Record a dict, list, set or class dictionary with a copy of its present entries."""
         copied = dict(container) if isinstance(container, Mapping) else type(container)(container)
-        self.watched.append(Watched(path, kind, container, copied))
+        self.watched.append(Watched(path, kind, container, copied, self.ordered))
 
     def probe(self, path: str, read: Probe) -> None:
         """Record a function without arguments with its present result."""
@@ -125,11 +129,18 @@ class Walk:
         if isinstance(value, np.generic):
             return f"{type(value).__name__}({value!r})"
         if isinstance(value, Enum):
-            return f"{type(value).__qualname__}.{value.name}"
+            self.probe(path, lambda: value.value)
+            return f"{type(value).__qualname__}.{value.name}={self.text_of(value.value, path)}"
+        if isinstance(value, torch.Generator):
+            self.probe(path, lambda: value.get_state().tolist())
+            return f"generator {hashlib.sha256(value.get_state().numpy().tobytes()).hexdigest()}"
+        if isinstance(value, threading.local):
+            self.probe(path, lambda: dict(vars(value)))
+            return f"values of a thread {self.text_of(dict(vars(value)), path)}"
         if isinstance(value, type):
             return self.class_text(value)
-        if callable(value) and not isinstance(value, Module):
-            known = self._callable(value, path)
+        if (callable(value) or isinstance(value, classmethod)) and not isinstance(value, Module):
+            known = callable_text(self, value, path)
             if known is not None:
                 return known
         if isinstance(value, ContextVar):
@@ -168,8 +179,9 @@ class Walk:
             self.probe(path, lambda: dict(value))
         name = "" if type(value).__module__ == "builtins" else name_of(type(value))
         if isinstance(value, Mapping):
-            items = ((self.text_of(key, path), self.text_of(item, f"{path}.{key}")) for key, item in value.items())
-            return name + "{" + ", ".join(f"{key}: {item}" for key, item in sorted(items)) + "}"
+            items = [(self.text_of(key, path), self.text_of(item, f"{path}.{key}")) for key, item in value.items()]
+            items = items if self.ordered else sorted(items)
+            return name + "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
         if isinstance(value, (set, frozenset)):
             return name + "{" + ", ".join(sorted(self.text_of(item, path) for item in value)) + "}"
         marks = "()" if isinstance(value, tuple) else "[]"
@@ -185,14 +197,29 @@ class Walk:
         if is_tokenizer(value):
             return self._tokenizer(value, path)
         name = self.class_text(type(value))
+        with self.in_order(not is_library_module(type(value).__module__) or self.ordered):
+            return self._of_attributes(value, name, path)
+
+    @contextmanager
+    def in_order(self, ordered: bool) -> Iterator[None]:
+        """Set `ordered` inside the block."""
+        before, self.ordered = self.ordered, ordered
+        try:
+            yield
+        finally:
+            self.ordered = before
+
+    def _of_attributes(self, value: Any, name: str, path: str) -> str:
+        """Describe an object by its attributes. name: text of its class."""
         if is_dataclass(value):
             self.watch(path, vars(value)) if hasattr(value, "__dict__") else None
             items = [(field.name, getattr(value, field.name, None)) for field in fields(value)]
             if is_library_module(type(value).__module__):
                 items = [(key, item) for key, item in items if not VOLATILE_ADAPTER_SETTINGS.fullmatch(key)]
         elif is_library_module(type(value).__module__):
-            parts = [part for part in _OF_PROCESSORS if part in getattr(value, "__dict__", {})]
-            return name + "".join(f" {part}={self.text_of(vars(value)[part], f'{path}.{part}')}" for part in parts)
+            attributes = getattr(value, "__dict__", {})
+            parts = [part for part in attributes if part in _OF_PROCESSORS or is_own(attributes[part])]
+            return name + "".join(f" {part}={self.text_of(attributes[part], f'{path}.{part}')}" for part in parts)
         else:
             items = list(getattr(value, "__dict__", {}).items())
             if items or hasattr(value, "__dict__"):
@@ -200,7 +227,7 @@ class Walk:
             names = [slot for base in type(value).__mro__ for slot in _slots(base)]
             items += [(slot, getattr(value, slot)) for slot in names if hasattr(value, slot)]
             if names:
-                self.probe(path, lambda: [getattr(value, slot, _MISSING) for slot in names])
+                self.probe(path, lambda: [getattr(value, slot, MISSING) for slot in names])
             if isinstance(value, (dict, list, set)):
                 items.append(("items", list(value)))
         inside = ", ".join(f"{key}={self.text_of(item, f'{path}.{key}')}" for key, item in sorted(items, key=_first))
@@ -248,76 +275,7 @@ class Walk:
             if isinstance(item, (dict, list, set)):
                 self._watch_nested(item, path)
 
-    # -- code -----------------------------------------------------------------------------------------------
-
-    def _callable(self, value: Any, path: str) -> str | None:
-        """Describe a callable; None for an object that is described by its attributes."""
-        if is_stand_in(value):
-            return "nothing"
-        if isinstance(value, FunctionType):
-            return self._function(value, path)
-        if isinstance(value, MethodType):
-            owner = "" if isinstance(value.__self__, Module) else self.text_of(value.__self__, path)
-            return f"method {self.text_of(value.__func__, path)} {owner}"
-        if isinstance(value, partial):
-            parts = (value.func, value.args, value.keywords)
-            return "partial(" + ", ".join(self.text_of(part, f"{path}.partial") for part in parts) + ")"
-        if isinstance(value, (staticmethod, classmethod)):
-            return f"{type(value).__name__} {self.text_of(value.__func__, path)}"
-        if isinstance(value, BuiltinFunctionType) or (
-            is_library_module(type(value).__module__) and not hasattr(value, "__dict__")
-        ):
-            return name_of(value)
-        return None
-
-    def _function(self, function: FunctionType, path: str) -> str:
-        """Describe a function: by name if it is a library's, else by its code and the values that the code reads."""
-        if is_library_function(function):
-            inner = inspect.unwrap(function, stop=_is_own)
-            if inner is function:
-                return name_of(function)
-            return f"{name_of(function)} around {self.text_of(inner, path)}"
-        known = self._code_known.get(id(function))
-        if known is not None:
-            return known
-        code, used = function.__code__, function.__globals__
-        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False))
-        stored = names_stored(code)
-        for name in stored:
-            cells.pop(name, None)
-        names = sorted({name for name in names_used(code) if name in used} - stored)
-        self.probe(path, lambda: [function.__code__, function.__defaults__, *map(_content, cells.values())])
-        self.probe(path, lambda: [used.get(name, _MISSING) for name in names])
-        written = names_written_into(code)
-
-        def text(name: str, value: Any) -> str:
-            if name.partition(".")[0] in written and _is_mutable(value):
-                return type(value).__name__  # an object that the function only records in does not decide its result
-            return self.text_of(value, f"{path}.{name}")
-
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        parts = [code_digest(code), *(text("defaults", value) for value in defaults)]
-        parts += [f"{name}={text(name, _content(cell))}" for name, cell in cells.items()]
-        parts += [f"{name}={text(name, used[name])}" for name in names if is_plain_global(used[name])]
-        parts += [f"{name}={text(name, value)}" for name, value in self._of_own_modules(code, path, names, used)]
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-        known = f"{function.__name__} with code {digest}"
-        self._code_known[id(function)] = known
-        return known
-
-    def _of_own_modules(
-        self, code: CodeType, path: str, names: Iterable[str], used: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any]]:
-        """Yield attributes that a function reads from modules outside installed libraries, such as `settings.SCALE`."""
-        attributes = set(names_used(code))
-        for name in names:
-            module = used[name]
-            if isinstance(module, ModuleType) and not is_library_module(module.__name__):
-                self.watch(path, vars(module))
-                for attribute in sorted(attributes & vars(module).keys()):
-                    value = vars(module)[attribute]
-                    if not isinstance(value, ModuleType) and is_plain_global(value):
-                        yield f"{name}.{attribute}", value
+    # -- classes --------------------------------------------------------------------------------------------
 
     def class_text(self, cls: type) -> str:
         """Return the name of a class, with a digest of all its code that comes from outside installed libraries."""
@@ -336,8 +294,8 @@ class Walk:
     def _foreign_entries(self, cls: type) -> Iterable[str]:
         """Yield texts of the entries of a class that do not come from an installed library."""
         path = cls.__qualname__
-        self.watched.append(Watched(path, "class", vars(cls), dict(vars(cls))))
         library = is_library_module(cls.__module__)
+        self.watched.append(Watched(path, "class", vars(cls), dict(vars(cls)), not library))
         if not library:
             yield f"class {cls.__qualname__}"
         for name, value in class_entries(cls):
@@ -350,33 +308,14 @@ class Walk:
                 yield f"{name} {self.text_of(value, f'{path}.{name}')}"
 
 
-def _is_own(function: Any) -> bool:
-    """Return whether a callable is a function from outside installed libraries."""
-    return isinstance(function, FunctionType) and not is_library_function(function)
-
-
 def _is_foreign(value: Any) -> bool:
     """Return whether an entry of a library's class comes from outside installed libraries."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, FunctionType):
-        inner = inspect.unwrap(value, stop=_is_own)
-        return _is_own(inner)
+        inner = inspect.unwrap(value, stop=is_own)
+        return is_own(inner)
     return isinstance(value, partial)
-
-
-def _is_mutable(value: Any) -> bool:
-    """Return whether a value can be changed in place, other than a tensor, an array or a callable."""
-    plain = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), Tensor, np.ndarray, Enum, type)
-    return not isinstance(value, plain) and not callable(value)
-
-
-def _content(cell: Any) -> Any:
-    """Return the value of a closure cell."""
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return _MISSING
 
 
 def _slots(cls: type) -> tuple[str, ...]:

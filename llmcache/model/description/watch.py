@@ -9,11 +9,13 @@ are read before anything is committed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -216,6 +218,20 @@ class ModelWatch:
         self._copies = [container.copy for container in self._watched]
         # computed now: the forward behind a stand-in is looked up in its module, which may have another one later
         self._plain = [_KINDS[each.kind](each.copy) if each.kind in _KINDS else None for each in self._watched]
+        self._numbers: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = [
+            (itemgetter(*names, names[0]), each.live)
+            for each in self._watched
+            if each.own and isinstance(each.live, Mapping)
+            for names in [[name for name, value in each.live.items() if _is_numeric(value) and name != "training"]]
+            if names
+        ]
+        self._numbers += [
+            (tuple, each.live) for each in self._watched if each.own and not isinstance(each.live, Mapping)
+        ]
+        self._number_values = self._numbers_now()
+        own = [each.live for each in self._watched if each.own and each.kind in ("", "hooks")]
+        self._orders = [live for live in own if isinstance(live, dict) and len(live) > 1]
+        self._keys = list(map(list, self._orders))
         self._probes = [read for _, read, _ in description.walk.probes]
         self._answers = [answer for _, _, answer in description.walk.probes]
         self._modules = description.modules
@@ -238,15 +254,36 @@ class ModelWatch:
         return states
 
     def _containers_hold(self) -> bool:
-        """Return whether all containers and probes are as described."""
+        """Return whether all containers and probes are as described, with numbers of the same type and sign."""
         try:
-            if self._live == self._copies and [read() for read in self._probes] == self._answers:
+            if not all(map(_same_answer, [read() for read in self._probes], self._answers)):
+                return False
+            if not self._numbers_hold():
+                return False
+            if list(map(list, self._orders)) != self._keys:
+                return False
+            if self._live == self._copies:
                 return True
-        except (RuntimeError, ValueError, TypeError):  # a tensor or array was compared with another one than before
+        except (RuntimeError, ValueError, TypeError, KeyError):  # a tensor was compared, or an attribute is missing
             pass
-        if not _equal([read() for read in self._probes], self._answers):
-            return False
         return self._only_own_traces()
+
+    def _numbers_now(self) -> list[Any]:
+        """Return the numbers among the values of all containers, and the tuples, which may contain numbers."""
+        return [*chain.from_iterable([get(live) for get, live in self._numbers])]
+
+    def _numbers_hold(self) -> bool:
+        """Return whether numbers have the type and sign as described: True and 1, or 0.0 and -0.0, are equal in Python.
+
+        Objects are compared first, which takes less time.
+        """
+        values = self._numbers_now()
+        if len(values) == len(self._number_values) and all(map(is_, values, self._number_values)):
+            return True
+        if not strictly_equal(values, self._number_values):
+            return False
+        self._number_values = values
+        return True
 
     def _only_own_traces(self) -> bool:
         """Return whether containers differ only by training flags and by stand-ins and hooks of LLMCache itself."""
@@ -265,6 +302,33 @@ def _alike(before: Description, now: Description) -> bool:
     return mine.keys() == theirs.keys() and all(
         (tensor.dtype, tensor.shape) == (theirs[path].dtype, theirs[path].shape) for path, tensor in mine.items()
     )
+
+
+def _same_answer(now: Any, before: Any) -> bool:
+    """Return whether the result of a probe is as before; results with the same objects are compared first."""
+    same = type(now) is type(before) is list and len(now) == len(before) and all(map(is_, now, before))
+    return same or strictly_equal(now, before)
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, complex, tuple, frozenset, np.generic))
+
+
+def strictly_equal(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, with numbers of the same type and sign and mappings in the same order."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(strictly_equal, one, other))
+    if isinstance(one, dict):
+        return strictly_equal(list(one.items()), list(other.items()))
+    if isinstance(one, (bool, int, float, complex, np.generic)):
+        return repr(one) == repr(other)
+    if isinstance(one, (set, frozenset)):
+        return bool(one == other) and sorted(map(repr, one)) == sorted(map(repr, other))
+    return _equal(one, other)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,20 +1,24 @@
 """Corrected reuse: blend the outputs of neighbours, correct for the difference between documents, compute evidence.
 
 The result is `vote + strength (predicted - vote of the predictions)`, which is regression with interpolated residuals.
-With k = 1 and strength 0 it is plain reuse of the nearest output. All functions work on the arrays of one batch.
+With k = 1 and strength 0 it is plain reuse of the nearest output. All functions work on the arrays of one batch; those
+whose arguments are of type `Array` take NumPy arrays, or tensors on one device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.arrays import Floats, Floats32
+from llmcache.arrays import Array, Floats, Floats32, namespace, single
 from llmcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEIGHBOURS = 8
 TEMPERATURE = 0.05
@@ -37,6 +41,7 @@ DECIDED = ("gap", "log_gap", "gap_per_error")
 """Further columns of `evidence`, present when the scores of a head are known."""
 
 _TINY = 1e-6
+_LIKENESS = EVIDENCE.index("length")  # first of the columns of token ids
 _ID_BITS = 32  # of a token id
 _TEMPERATURES = (0.02, 0.05, 0.1)
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -61,29 +66,38 @@ class Voting:
             )
 
 
-Mixed: TypeAlias = tuple[Floats32, Floats32]
-"""Weighted means of outputs and of predictions, float32 [n, out] each; from `mixtures`."""
+class Mixed(NamedTuple, Generic[Array]):
+    """Weighted means of outputs and of predictions, float32 [n, out] each; from `mixtures`."""
+
+    outputs: Array
+    predictions: Array
 
 
-def units(vectors: Floats) -> Floats32:
+@overload
+def units(vectors: Floats) -> Floats32: ...
+@overload
+def units(vectors: Tensor) -> Tensor: ...
+def units(vectors: Floats | Tensor) -> Floats32 | Tensor:
     """Return a float32 copy with unit L2 norm along the last axis. Zero vectors stay zero."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-30), np.float32)
+    xp = namespace(vectors)
+    unit: Floats32 | Tensor = single(vectors / xp.clip(xp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30, None))
+    return unit
 
 
-def weights(similarity: Floats, temperature: float = TEMPERATURE) -> Floats32:
+def weights(similarity: Array, temperature: float = TEMPERATURE) -> Array:
     """Return softmax(similarity / temperature), float32 [n, k].
 
     similarity: [n, k]; -inf (no neighbour) has weight 0. A row without neighbours is all zeros.
     """
-    best = similarity.max(axis=1, keepdims=True)
+    xp = namespace(similarity)
     with np.errstate(invalid="ignore"):
-        raw = np.exp((similarity - best) / temperature)
-    raw = np.where(np.isneginf(similarity), 0.0, raw)
-    return np.asarray(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-30), np.float32)
+        raw = xp.exp((similarity - xp.amax(similarity, axis=1, keepdims=True)) / temperature)
+    raw = xp.where(xp.isneginf(similarity), 0.0, raw)
+    weight: Array = single(raw / xp.clip(raw.sum(axis=1, keepdims=True), 1e-30, None))
+    return weight
 
 
-def eligible_sources(similarity: Floats, temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
+def eligible_sources(similarity: Floats32, temperature: float = TEMPERATURE) -> NDArray[np.bool_]:
     """Mark the neighbours that may be named as the source of a result, bool [n, k].
 
     These are the neighbours with at least half the weight of the nearest one. similarity: as for `weights`.
@@ -92,23 +106,23 @@ def eligible_sources(similarity: Floats, temperature: float = TEMPERATURE) -> ND
     return (weight >= 0.5 * weight[:, :1]) & (weight > 0)
 
 
-def mixtures(outputs: Floats32, predictions: Floats32, similarity: Floats, temperature: float) -> Mixed:
+def mixtures(outputs: Array, predictions: Array, similarity: Array, temperature: float) -> Mixed[Array]:
     """Return the weighted means of the neighbours' outputs and of their predictions. Arguments as for `corrected`."""
     weight = weights(similarity, temperature)
-    return _mixed(weight, outputs), _mixed(weight, predictions)
+    return Mixed(_mixed(weight, outputs), _mixed(weight, predictions))
 
 
 def corrected(
-    predicted: Floats32,
-    outputs: Floats32,
-    predictions: Floats32,
-    similarity: Floats,
+    predicted: Array,
+    outputs: Array,
+    predictions: Array,
+    similarity: Array,
     temperature: float = TEMPERATURE,
     strength: float = STRENGTH,
     *,
     unit: bool = True,
-    mixed: Mixed | None = None,
-) -> Floats32:
+    mixed: Mixed[Array] | None = None,
+) -> Array:
     """Compute the results of a batch.
 
     predicted: predicted outputs of the documents, [n, out].
@@ -120,8 +134,8 @@ def corrected(
     """
     voting = Voting(temperature, strength)
     vote, vote_of_predictions = mixed or mixtures(outputs, predictions, similarity, voting.temperature)
-    results = vote + voting.strength * (predicted - vote_of_predictions)
-    return units(results) if unit else np.asarray(results, np.float32)
+    results: Array = vote + voting.strength * (predicted - vote_of_predictions)
+    return units(results) if unit else single(results)
 
 
 def unit_norm(outputs: Floats) -> bool:
@@ -133,56 +147,90 @@ def evidence(
     predicted: Floats32,
     outputs: Floats32,
     predictions: Floats32,
-    similarity: Floats,
+    similarity: Floats32,
     tokens: tuple[Tokens, Tokens],
     scores: Floats | None = None,
     temperature: float = TEMPERATURE,
-    mixed: Mixed | None = None,
+    mixed: Mixed[Floats32] | None = None,
 ) -> Floats32:
     """Describe each hit by what is known without running the model.
 
-    Arguments as for `corrected`. tokens: ids of each document, and of its best match.
-    scores: logits of the head for the corrected results, [n, classes].
+    Arguments as for `evidence_of_vectors`. tokens: ids of each document, and of its best match.
     Returns float32 [n, columns], columns as in `EVIDENCE`, then `DECIDED` if scores are given. Quantities without a
     natural scale are logarithms. A row with a missing neighbour is not finite, so that no gate accepts it.
     """
+    logits: Any = scores  # of any floating dtype, so that a small gap of float64 is not rounded away
+    columns = evidence_of_vectors(predicted, outputs, predictions, similarity, logits, temperature, mixed)
+    return with_likeness(columns, *tokens)
+
+
+def evidence_of_vectors(
+    predicted: Array,
+    outputs: Array,
+    predictions: Array,
+    similarity: Array,
+    scores: Array | None = None,
+    temperature: float = TEMPERATURE,
+    mixed: Mixed[Array] | None = None,
+) -> Array:
+    """Compute the columns of `evidence` that need no token ids: all but "length" and "overlap".
+
+    Arguments as for `corrected`. scores: logits of the head for the corrected results, [n, classes].
+    Returns float32 [n, columns].
+    """
+    xp = namespace(outputs)
     weight = weights(similarity, temperature)
-    squares = _squares(outputs)
-    norms = np.maximum(np.sqrt(squares), 1e-30)
-    agreement = np.ones((len(outputs), 1), np.float32)
+    squares = inner(outputs, outputs)
+    norms = xp.clip(xp.sqrt(squares), 1e-30, None)
+    agreement = xp.ones_like(similarity[:, :1])
     if outputs.shape[1] > 1:
-        agreement = np.einsum("nki,ni->nk", outputs[:, 1:4], outputs[:, 0]) / (norms[:, 1:4] * norms[:, :1])
+        agreement = xp.einsum("nki,ni->nk", outputs[:, 1:4], outputs[:, 0]) / (norms[:, 1:4] * norms[:, :1])
     # norms of the residuals from inner products: an array [n, k, out] of all residuals would take longer
-    products = np.einsum("nki,nki->nk", outputs, predictions)
-    residual = (weight * np.maximum(squares + _squares(predictions) - 2 * products, 0)).sum(axis=1)
+    apart = squares + inner(predictions, predictions) - 2 * inner(outputs, predictions)
+    residual = (weight * xp.clip(apart, 0, None)).sum(axis=1)
     vote, vote_of_predictions = mixed or mixtures(outputs, predictions, similarity, temperature)
-    mean_residual, shift = _squares(vote - vote_of_predictions), _squares(predicted - vote_of_predictions)
+    shift, common = predicted - vote_of_predictions, vote - vote_of_predictions
+    agreed = _mixed(single(weight / norms), outputs)
     columns = [
-        np.log(np.maximum(1 - similarity[:, 0], 0) + _TINY),
+        xp.log(xp.clip(1 - similarity[:, 0], 0, None) + _TINY),
         similarity[:, 0] - similarity[:, min(1, similarity.shape[1] - 1)],
-        np.log(np.maximum(1 - similarity.mean(axis=1), 0) + _TINY),
+        xp.log(xp.clip(1 - xp.mean(similarity, axis=1), 0, None) + _TINY),
         agreement.mean(axis=1),
-        agreement.min(axis=1),
-        np.sqrt(_squares(_mixed(np.asarray(weight / norms, np.float32), outputs))),
-        np.log(shift + _TINY),
-        np.log(residual + _TINY),
-        mean_residual / (residual + _TINY),
-        *likeness(*tokens),
+        xp.amin(agreement, axis=1),
+        xp.sqrt(inner(agreed, agreed)),
+        xp.log(inner(shift, shift) + _TINY),
+        xp.log(residual + _TINY),
+        inner(common, common) / (residual + _TINY),
     ]
     if scores is not None:
         gap = decided(scores)
-        columns += [gap, np.log(gap + 0.05), gap / np.sqrt(residual + _TINY)]
-    return np.stack(columns, axis=1).astype(np.float32)
+        columns += [gap, xp.log(gap + 0.05), gap / xp.sqrt(residual + _TINY)]
+    described: Array = single(xp.stack(columns, axis=1))
+    return described
 
 
-def _mixed(weight: Floats32, vectors: Floats32) -> Floats32:
+def _mixed(weight: Array, vectors: Array) -> Array:
     """Return weighted sums [n, out] of vectors [n, k, out] with weights [n, k]."""
-    return np.asarray(np.matmul(weight[:, None], vectors)[:, 0], np.float32)
+    sums: Array = single(namespace(vectors).matmul(weight[:, None], vectors)[:, 0])
+    return sums
 
 
-def _squares(vectors: Floats32) -> Floats32:
-    """Return squared norms along the last axis, without a temporary array as large as the vectors."""
-    return np.asarray(np.einsum("...i,...i->...", vectors, vectors), np.float32)
+def inner(one: Array, other: Array) -> Array:
+    """Return inner products along the last axis."""
+    if isinstance(one, np.ndarray):  # without a temporary array as large as the vectors
+        products: Array = single(np.einsum("...i,...i->...", one, other))
+        return products
+    return (one * other).sum(-1)
+
+
+def with_likeness(columns: Floats32, one: Tokens, other: Tokens) -> Floats32:
+    """Insert the columns "length" and "overlap" into the result of `evidence_of_vectors`, on the host.
+
+    one, other: token ids of each document, and of its best match.
+    """
+    return np.concatenate(
+        [columns[:, :_LIKENESS], np.stack(likeness(one, other), axis=1), columns[:, _LIKENESS:]], axis=1
+    )
 
 
 def likeness(one: Tokens, other: Tokens) -> tuple[Floats32, Floats32]:
@@ -210,24 +258,24 @@ def _coded(tokens: Tokens, side: int) -> NDArray[np.int64]:
     return np.asarray((documents << _ID_BITS | np.concatenate(tokens)) << 1 | side, np.int64)
 
 
-def decided(scores: Floats) -> Floats32:
+def decided(scores: Array) -> Array:
     """Return the margin of a head's decision: best score minus second best, float32 [n].
 
     scores: logits [n, classes], or [n] for a binary head.
     """
     if scores.ndim == 1:
-        return np.asarray(np.abs(scores), np.float32)
+        return single(abs(scores))
     if scores.shape[1] < 2:
-        return np.zeros(len(scores), np.float32)
-    top = np.partition(scores, -2, axis=1)
-    return np.asarray(top[:, -1] - top[:, -2], np.float32)
+        return single(0 * scores[:, 0])
+    top = np.partition(scores, -2, axis=1) if isinstance(scores, np.ndarray) else scores.topk(2, dim=1).values.flip(1)
+    return single(top[:, -1] - top[:, -2])
 
 
 def choose_voting(
     predicted: Floats32,
     outputs: Floats32,
     predictions: Floats32,
-    similarity: Floats,
+    similarity: Floats32,
     wanted: Floats32,
 ) -> Voting:
     """Choose temperature and strength by the squared error of the results on held-out entries.

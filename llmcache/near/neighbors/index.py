@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcache.arrays import Floats, Floats32
+from llmcache.arrays import Array, Floats, Floats32, namespace, single
 from llmcache.errors import ConfigError
 from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import half
@@ -113,6 +113,32 @@ def rounded(predictions: Floats32) -> Floats32:
     return half(predictions).astype(np.float32)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored(Generic[Array]):
+    """Vectors of the entries that results are made of, on the host or on one device, by position of the entry.
+
+    outputs: [entries, out]. predictions: `rounded`, [entries, out]. norms: of the predictions, float32 [entries];
+    a second table of unit vectors would double memory and reads per document.
+    """
+
+    outputs: Any
+    predictions: Any
+    norms: Array
+
+    def ordered(self, predicted: Array, rows: Any) -> tuple[Array, Array, Array, Any]:
+        """Read the neighbours of documents, and sort them by the cosine of their predictions to the documents'.
+
+        predicted: float32 [n, out]. rows: positions of the neighbours, int64 [n, k].
+        Returns their outputs and predictions, float32 [n, k, out], similarity, float32 [n, k], and positions.
+        """
+        xp, predictions = namespace(predicted), single(self.predictions[rows])
+        similarity = xp.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self.norms[rows]
+        order = xp.argsort(-similarity, axis=1, stable=True)
+        each = xp.arange(len(order), device=order.device)[:, None]
+        rows = rows[each, order]
+        return single(self.outputs[rows]), predictions[each, order], similarity[each, order], rows
+
+
 class HostNeighborIndex:
     """Entries in host memory, with a predictor fitted to them and a vector index of their fingerprints."""
 
@@ -133,11 +159,10 @@ class HostNeighborIndex:
         if not len(entries):
             raise ConfigError("there are no entries to search; fill the cache first")
         self.entries, self.predictor, self.voting = entries, predictor, voting
-        self._predictions = rounded(predictor(entries.features)) if predictions is None else predictions
-        # norms instead of a second array of unit vectors, which would double memory and reads per document
-        self._norms = np.maximum(np.linalg.norm(self._predictions, axis=1), 1e-30)
+        predictions = rounded(predictor(entries.features)) if predictions is None else predictions
+        self._stored = Stored(entries.outputs, predictions, np.maximum(np.linalg.norm(predictions, axis=1), 1e-30))
         index_kind = kind or kind_at_hand(len(entries))
-        self._index = VectorIndex.build(predictor.fingerprints(self._predictions), kind=index_kind)
+        self._index = VectorIndex.build(predictor.fingerprints(predictions), kind=index_kind)
         self._unit = unit_norm(entries.outputs)
 
     @classmethod
@@ -154,7 +179,7 @@ class HostNeighborIndex:
     def neighbours(self, asked: Entries) -> tuple[Floats32, Floats32, Floats32, Floats32, Rows]:
         """Return predicted, outputs, predictions, similarity as `corrected` takes them, and positions int64 [n, k]."""
         predicted, rows = self._nearest(asked)
-        return predicted, *self._ordered(predicted, rows)
+        return predicted, *self._stored.ordered(predicted, rows)
 
     def look_up(self, asked: Entries, scores: Scores | None = None) -> Neighbors:
         """Look up documents whose features are rounded as stored ones are.
@@ -187,20 +212,11 @@ class HostNeighborIndex:
         rows, _ = self._index.nearest(self.predictor.fingerprints(predicted), k, beside=True)
         return predicted, rows
 
-    def _ordered(self, predicted: Floats32, rows: Rows) -> tuple[Floats32, Floats32, Floats32, Rows]:
-        """Return outputs, predictions, similarity and rows of the neighbours, sorted by cosine of full predictions."""
-        predictions = self._predictions[rows]
-        similarity = np.matmul(predictions, units(predicted)[:, :, None])[..., 0] / self._norms[rows]
-        order = np.argsort(-similarity, axis=1, kind="stable")
-        rows, similarity = (np.take_along_axis(array, order, axis=1) for array in (rows, similarity))
-        predictions = predictions[np.arange(len(order))[:, None], order]
-        return self.entries.outputs[rows], predictions, similarity, rows
-
     def _corrected(
         self, predicted: Floats32, rows: Rows, tokens: Tokens, scores: Scores | None
     ) -> tuple[Floats32, Rows, Floats32, Floats32]:
         """Return the fields of `Neighbors` for one block of documents."""
-        outputs, predictions, similarity, rows = self._ordered(predicted, rows)
+        outputs, predictions, similarity, rows = self._stored.ordered(predicted, rows)
         temperature, strength = self.voting.temperature, self.voting.strength
         near = predicted, outputs, predictions, similarity
         mixed = mixtures(outputs, predictions, similarity, temperature)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, cholesky, eigh, solve_triangular
 
-from llmcache.arrays import Floats, Floats32
+from llmcache.arrays import Array, Floats, Floats32, namespace, single
 from llmcache.errors import ConfigError
+from llmcache.near.neighbors.correction import inner, units
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 LEAST = 64
 """Least number of entries to fit a predictor."""
@@ -34,6 +39,54 @@ _WIDTHS = (0.25, 0.5, 1.0, 2.0)
 _PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _JITTER = 1e-5
 _BLOCK = 2048  # rows per block: 25 MB of kernel; smaller matrix products use two cores less well
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Regression(Generic[Array]):
+    """Arrays by which a predictor maps features to outputs: NumPy arrays on the host, or tensors on one device.
+
+    exponents: maps [point, 1, |point|^2] to the exponents of the kernel in one product, float32
+    [components + 2, landmarks]; None for ridge regression. The other fields are those of `Predictor`.
+    """
+
+    mean: Array
+    matrix: Array
+    exponents: Array | None
+    weights: Array
+    offset: Array
+    basis: Array
+
+    def __call__(self, features: Any) -> Array:
+        """Predict outputs, float32 [n, out]. features: [n, width], rounded to float16, where the arrays are."""
+        starts = range(0, max(1, len(features)), _BLOCK)
+        blocks = [self._predicted(features[start : start + _BLOCK]) for start in starts]
+        joined: Array = blocks[0] if len(blocks) == 1 else namespace(blocks[0]).concatenate(blocks)
+        return joined
+
+    def _predicted(self, features: Any) -> Array:
+        points, xp = projected(features, self.mean, self.matrix), namespace(self.mean)
+        if self.exponents is not None:
+            squares = inner(points, points)[:, None]
+            points = xp.hstack([points, xp.ones_like(squares), squares]) @ self.exponents
+            xp.exp(points, out=points)
+        predicted: Array = points @ self.weights
+        predicted += self.offset
+        return predicted
+
+    def fingerprints(self, predicted: Array) -> Array:
+        """Return the fingerprints of predicted outputs [n, out]: unit vectors, float32 [n, dim]."""
+        return units(predicted @ self.basis)
+
+    def on(self, place: device | str) -> Regression[Tensor]:
+        """Copy the arrays to a device."""
+        import torch
+
+        names = ("mean", "matrix", "exponents", "weights", "offset", "basis")
+        given = {name: getattr(self, name) for name in names}
+        there: dict[str, Any] = {
+            name: None if array is None else torch.tensor(array, device=place) for name, array in given.items()
+        }
+        return Regression(**there)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,9 +112,7 @@ class Predictor:
     penalty: float
     entries: int
     held_out: float
-    _exponents: Floats32 = field(
-        init=False, repr=False
-    )  # maps [point, 1, |point|^2] to kernel exponents in one product
+    regression: Regression[Floats32] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         width, components = self.matrix.shape if self.matrix.ndim == 2 else (-1, -1)
@@ -71,9 +122,13 @@ class Predictor:
             raise ConfigError(f"the arrays of a predictor do not fit each other: {seen}, a matrix {width, components}")
         if not all(np.isfinite(array).all() for array in self.to_arrays().values()):
             raise ConfigError("a predictor has numbers that are not finite; fit it again")
-        squares = self.gamma * np.einsum("ij,ij->i", self.landmarks, self.landmarks)
-        columns = [2 * self.gamma * self.landmarks, -squares[:, None], np.full((len(squares), 1), -self.gamma)]
-        object.__setattr__(self, "_exponents", np.ascontiguousarray(np.hstack(columns).T, np.float32))
+        exponents = None
+        if len(self.landmarks):
+            squares = self.gamma * np.einsum("ij,ij->i", self.landmarks, self.landmarks)
+            columns = [2 * self.gamma * self.landmarks, -squares[:, None], np.full((len(squares), 1), -self.gamma)]
+            exponents = np.ascontiguousarray(np.hstack(columns).T, np.float32)
+        arrays = Regression(self.mean, self.matrix, exponents, self.weights, self.offset, self.basis)
+        object.__setattr__(self, "regression", arrays)
 
     @property
     def kind(self) -> str:
@@ -87,21 +142,11 @@ class Predictor:
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ConfigError(f"features are {features.shape}, the predictor was fitted to [n, {len(self.mean)}]")
-        predicted = np.empty((len(features), len(self.offset)), np.float32)
-        for start in range(0, len(features), _BLOCK):
-            block = projected(features[start : start + _BLOCK], self.mean, self.matrix)
-            if len(self.landmarks):
-                squares = np.einsum("ij,ij->i", block, block)[:, None]
-                block = np.hstack([block, np.ones_like(squares), squares]) @ self._exponents
-                np.exp(block, out=block)
-            predicted[start : start + _BLOCK] = block @ self.weights
-        predicted += self.offset
-        return predicted
+        return self.regression(features)
 
     def fingerprints(self, predicted: Floats32) -> Floats32:
         """Return the fingerprints of predicted outputs [n, out]: unit vectors, float32 [n, dim]."""
-        short = predicted @ self.basis
-        return np.asarray(short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-30), np.float32)
+        return self.regression.fingerprints(predicted)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return all fields as plain arrays by name, for storage without pickle."""
@@ -206,9 +251,10 @@ def directions(outputs: Floats32) -> Floats32:
     return np.ascontiguousarray(vectors[:, ::-1][:, :DIM], np.float32)
 
 
-def projected(features: Floats, mean: Floats32, matrix: Floats32) -> Floats32:
-    """Project features [n, width] to float32 [n, components]."""
-    return np.asarray((features.astype(np.float32) - mean) @ matrix, np.float32)
+def projected(features: Any, mean: Array, matrix: Array) -> Array:
+    """Project features, an array or tensor [n, width] of any floating dtype, to float32 [n, components]."""
+    points: Array = (single(features) - mean) @ matrix
+    return points
 
 
 def median_square(points: Floats32) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llmcache.bench.competitors.names import OURS
-from llmcache.bench.readme.markdown import by, prose, table, times
-from llmcache.bench.readme.passages import Passages, Records
+from tests.readme_figures.markdown import by, prose, table, times
+from tests.readme_figures.passages import Passages, Records
 
 
 def summary(records: Records) -> str:
@@ -33,10 +33,10 @@ def summary(records: Records) -> str:
                 ],
             ),
             prose(
-                """Medians of recorded runs on two cores of an x86 server; commands begin with `llmcache`. Each record
-                in `data/bench/` names its commit: runs of near matches and decoders are of earlier ones. "The model
-                alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache. Conditions,
-                rivals and everything else that was measured: [docs/benchmarks.md](docs/benchmarks.md)."""
+                """Medians of recorded runs on two cores of an x86 server; all commands begin with `llmcache`. Each
+                record in `data/bench/` names its commit; near matches and decoders were measured at earlier commits.
+                "The model alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache.
+                Conditions, rivals and all other measurements are in [docs/benchmarks.md](docs/benchmarks.md)."""
             ),
         ]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcache.bench.readme.markdown import (
+from tests.readme_figures.markdown import (
     ReadRow,
     by,
     percent,
@@ -13,7 +13,7 @@ from llmcache.bench.readme.markdown import (
     table,
     times,
 )
-from llmcache.bench.readme.text_passages import (
+from tests.readme_figures.text_passages import (
     encode,
     exact,
     off,
@@ -29,8 +29,8 @@ Records = Mapping[str, Any]
 def opening(_: Records) -> str:
     return prose(
         """Medians of the recorded runs in `data/bench/`: two cores of an x86 server, torch 2.13 on the CPU,
-        all-MiniLM-L6-v2 with its real weights, the contenders in turn in one process. Ratios carry over to
-        other machines better than seconds do."""
+        all-MiniLM-L6-v2 with its real weights, contenders in turn in one process. Ratios carry over to other
+        machines better than seconds."""
     )
 
 
@@ -47,9 +47,9 @@ def large_stores(records: Records) -> str:
     (bare, indexed), (bare_large, indexed_large) = memory(small), memory(large)
     return prose(
         f"""A store of {small["entries"]:,} entries (`llmcache bench open`; `open-100000.json`) serves its first hit
-        {hit} after opening and is ready for near matches {near} later. It adds {bare} bytes of resident memory an
-        entry, {indexed} with the index loaded. With {large["entries"]:,} entries (`open-1000000.json`) these are
-        {later}, {nearer}, {bare_large} and {indexed_large} bytes."""
+        {hit} after opening, and is ready for near matches {near} later. It takes {bare} bytes of resident memory per
+        entry, and {indexed} once the index is loaded. With {large["entries"]:,} entries (`open-1000000.json`) these
+        are {later}, {nearer}, {bare_large} and {indexed_large} bytes."""
     )
 
 
@@ -98,16 +98,17 @@ def store(records: Records) -> str:
     return "\n\n".join(
         [
             prose(
-                f"""The store without a model, beside the bare system calls on the same bytes in the same run,
-                checksums compared on every read (`llmcache bench store --payload {record["payload"]}`; `store.json`,
-                on an {record["file_system"]} disk; float32 rows with fingerprint, token ids, source and text key).
-                Medians; the ratio to the system calls is given as the median and for the quickest repeats:"""
+                f"""The store without a model, compared with bare system calls on the same bytes in the same run
+                (`llmcache bench store --payload {record["payload"]}`; `store.json`, on an {record["file_system"]}
+                disk). Rows are float32, with fingerprint, token ids, source and text key, and every read compares the
+                checksum. The table has medians, and the ratio to the system calls for the median and for the quickest
+                repeats:"""
             ),
             table(columns, rows),
             prose(
-                f"""A store adds {overhead["overhead_bytes_per_entry"]:.0f} bytes an entry
-                ({percent(overhead["overhead_share"], 2)}) to activations, fingerprints and token ids with 256 KiB
-                rows, and {overhead_small["overhead_bytes_per_entry"]:.0f} with 1.5 KiB rows."""
+                f"""In addition to activations, fingerprints and token ids, a store takes
+                {overhead["overhead_bytes_per_entry"]:.0f} bytes per entry ({percent(overhead["overhead_share"], 2)})
+                with 256 KiB rows, and {overhead_small["overhead_bytes_per_entry"]:.0f} with 1.5 KiB rows."""
             ),
         ]
     )
@@ -168,10 +169,10 @@ def decoding(records: Records) -> str:
     return "\n\n".join(
         [
             prose(
-                """Decoders: a model of GPT-2-small's shape with seeded weights and GPT-2's tokenizer. Speed-up over
-                transformers with its own key/value cache for each request, with look-up, loading, storing and
-                committing in the time (`llmcache bench decoding`; `decoding-gpt2-small.json`), as the median over the
-                batches and over all batches together:"""
+                """Decoders: a model of GPT-2-small's shape with seeded weights, and GPT-2's tokenizer (`llmcache bench
+                decoding`; `decoding-gpt2-small.json`). The speed-up is over transformers with its own key/value cache
+                for each request. Look-up, loading, storing and committing are in the time. Median over the batches,
+                and speed-up over all batches together:"""
             ),
             table(
                 ["", "median", "overall", "largest relative difference"],
@@ -185,7 +186,7 @@ def decoding(records: Records) -> str:
                     for text, row in rows
                 ),
             ),
-            f"{again['same_choices']} of {again['questions']} answers chosen are those of the model alone.",
+            f"Of {again['questions']} chosen answers, {again['same_choices']} are those of the model alone.",
         ]
     )
 
@@ -210,22 +211,22 @@ def near(records: Records) -> str:
 
     cosine = [row for row in record["summary"] if row["drift_is"] == "cosine"]
     budgets = _listed([f"{row['budget']:g}" for row in cosine])
-    recall = ", ".join(f"{row['recall_at_10']:.3f}" for row in cosine)
+    recall = _listed([f"{row['recall_at_10']:.3f}" for row in cosine])
     return "\n\n".join(
         [
             prose(
-                f"""Near matches with a budget of 0.5 % of all results changing their label, at confidence 0.95,
-                calibrated on the training queries of BANKING77 and reported on its test queries (`llmcache bench near
-                --data cls-banking77 --seeds {record["seeds"]} --exact`; `near-banking77.json`):"""
+                f"""Near matches: at most 0.5 % of all results may change their label, at confidence 0.95. Calibrated on
+                the training queries of BANKING77 and reported on its test queries (`llmcache bench near --data
+                cls-banking77 --seeds {record["seeds"]} --exact`; `near-banking77.json`):"""
             ),
             table(
                 ["", "near hits", "labels changed, of all (worst seed)", "seeds"],
                 (cells(method, text) for method, text in shown.items()),
             ),
             prose(
-                f"""For retrieval: with budgets of {budgets} for the mean 1 - cosine over all results, near hits are
-                {", ".join(percent(row["hits"]) for row in cosine)}, and recall@10 over the returned vectors is
-                {recall}."""
+                f"""For retrieval, the budget limits the mean 1 - cosine over all results. With budgets of {budgets},
+                near hits are {_listed([percent(row["hits"]) for row in cosine])}, and recall@10 over the returned
+                vectors is {recall}."""
             ),
         ]
     )
@@ -243,11 +244,11 @@ def reuse(records: Records) -> str:
 
     (fast, hits, drop), (slower, fewer, less) = cells(free), cells(guarded)
     return prose(
-        f"""End to end, with a budget of half a point of accuracy as measured and audits on, a cache that holds the
-        training queries answers the test queries {fast} as fast as the model alone, with {hits} near hits and {drop}
-        points of accuracy lost without the field guard; with the guard {slower}, {fewer} and {less} points (`llmcache
-        bench reuse --data cls-banking77`, `--no-guard`; `reuse-banking77.json`, `reuse-banking77-no-guard.json`;
-        one seed)."""
+        f"""End to end: a cache that holds the training queries answers the test queries. Its budget is half a point of
+        measured accuracy, and audits are on. Without the field guard it is {fast} as fast as the model alone, has
+        {hits} near hits, and loses {drop} points of accuracy. With the guard these are {slower}, {fewer} and {less}
+        points (`llmcache bench reuse --data cls-banking77`, `--no-guard`; `reuse-banking77.json`,
+        `reuse-banking77-no-guard.json`; one seed)."""
     )
 
 
@@ -259,10 +260,10 @@ def rivals(records: Records) -> str:
 
     (hits, wrong, many, often), (pairs, off, more, worse) = counts("rivals-banking77"), counts("rivals-qqp")
     return prose(
-        f"""Compared with GPTCache's rule (nearest output at a fixed similarity of 0.8) on the same fingerprints and
-        queries: {hits} hits of which {wrong} are wrong, against {many} hits of which {often} are wrong; on pairs of
-        QQP {pairs} and {off} against {more} and {worse} (`llmcache bench rivals`; `rivals-banking77.json`,
-        `rivals-qqp.json`)."""
+        f"""GPTCache's rule returns the nearest output at a fixed similarity of 0.8. On the same fingerprints and
+        queries, ours has {hits} hits of which {wrong} are wrong, and this rule has {many} hits of which {often} are
+        wrong. On pairs of QQP ours has {pairs} hits and {off} wrong ones, and this rule {more} and {worse} (`llmcache
+        bench rivals`; `rivals-banking77.json`, `rivals-qqp.json`)."""
     )
 
 
@@ -273,11 +274,11 @@ def pipeline(records: Records) -> str:
     short, long = records["pipeline"]["rows"]
     return prose(
         f"""A pipeline over {long["documents"]:,} documents with {long["distinct"]:,} distinct texts, from reading to
-        the result file, takes {times(long["over_the_larger"])} times the seconds of the model for the documents
-        computed ({times(short["over_the_larger"])} with {short["documents"]:,} documents). It takes
-        {long["peak_mib"]:.0f} MiB of memory ({short["peak_mib"]:.0f} with {short["documents"]:,}); the model alone
-        takes {long["model_alone_mib"]:.0f} in a batch of the longest texts (`llmcache bench pipeline
-        --data DATA`; `pipeline.json`)."""
+        the result file, takes {times(long["over_the_larger"])} times as long as the model takes for the documents that
+        are computed ({times(short["over_the_larger"])} with {short["documents"]:,} documents). Its memory is
+        {long["peak_mib"]:.0f} MiB ({short["peak_mib"]:.0f} with {short["documents"]:,} documents); the model alone
+        takes {long["model_alone_mib"]:.0f} MiB in a batch of the longest texts (`llmcache bench pipeline --data DATA`;
+        `pipeline.json`)."""
     )
 
 
@@ -286,8 +287,8 @@ def chunked(records: Records) -> str:
     ours, words = (by(record["rows"], chunks_are=name) for name in ("structure", "windows of 180 words"))
     return prose(
         f"""Revised policies were cut by structure into chunks of {ours["mean_characters"]:.0f} characters on average.
-        Chunks of earlier revisions hold {percent(ours["repeated"])} of the text; with windows of 180 words it is
-        {percent(words["repeated"])} (`llmcache bench chunks --histories 1`; `chunks.json`)."""
+        Of the text of later revisions, {percent(ours["repeated"])} is in chunks that occurred before; with windows of
+        180 words it is {percent(words["repeated"])} (`llmcache bench chunks --histories 1`; `chunks.json`)."""
     )
 
 
@@ -297,10 +298,10 @@ def plans(records: Records) -> str:
     off = max(max(row["time"], 1 / row["time"]) - 1 for row in rows)
     costs = sorted(row["pass_share"] for row in rows)
     return prose(
-        f"""The forecast of `llmcache plan`, over {len(rows)} runs of bank queries, policies and logs, was off by at
-        most {points:.1f} points of hits and {percent(off, 0)} of the seconds. It took {percent(costs[0])} to
-        {percent(costs[-1])} of the seconds of the model alone for the corpus (`llmcache bench
-        plan --data DATA --repeats 1`; `plan.json`)."""
+        f"""Over {len(rows)} runs of bank queries, policies and logs, the forecast of `llmcache plan` was off by at
+        most {points:.1f} points of hits and {percent(off, 0)} of the seconds. Making it took {percent(costs[0])} to
+        {percent(costs[-1])} of the time that the model alone takes for the corpus (`llmcache bench plan --data DATA
+        --repeats 1`; `plan.json`)."""
     )
 
 

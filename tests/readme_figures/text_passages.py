@@ -15,7 +15,7 @@ from llmcache.bench.competitors.names import (
     OURS,
     SORTED,
 )
-from llmcache.bench.readme.markdown import (
+from tests.readme_figures.markdown import (
     by,
     percent,
     prose,
@@ -74,12 +74,12 @@ def exact(records: Records) -> str:
     return "\n\n".join(
         [
             prose(
-                f"""Compared with other caches that return the same vectors: texts per second, and in brackets the
-                ratio to `SentenceTransformer.encode`. In `miss-*` the cache is empty, and storing durably is in the
-                time; in `hit-*` all texts are stored (`llmcache bench run {" ".join(known)}`):"""
+                f"""Other caches that return the same vectors: texts per second, and in brackets the ratio to
+                `SentenceTransformer.encode`. In `miss-*` the cache is empty, and the time includes durable storing; in
+                `hit-*` all texts are stored (`llmcache bench run {" ".join(known)}`):"""
             ),
             table(["", *known], ([rival, *(cell(name, rival) for name in known)] for rival in rivals)),
-            f"The largest difference of LLMCache to the uncached vectors is {difference:.1e}.",
+            f"The largest difference between vectors of LLMCache and uncached vectors is {difference:.1e}.",
         ]
     )
 
@@ -88,11 +88,11 @@ def off(records: Records) -> str:
     rows = {row["name"]: row for row in records["off-sst2"]["rows"]}
     aside, noted = rows[ASIDE], rows[ASIDE]["noted"]
     return prose(
-        f"""Near reuse is suspended where it does not pay. A cache calibrated to a drift that hardly any neighbour
-        keeps looked up {noted["looked_up"]:,} of {noted["asked"]:,} new sentences of SST-2, and answered them
-        {times(aside["ratio"])} times as fast as `SentenceTransformer.encode`, storing included. Without near reuse
-        the factor is {times(rows[OURS]["ratio"])}, for the model alone with batches sorted by tokens
-        {times(rows[SORTED]["ratio"])} (`llmcache bench run off-sst2 --repeats {len(aside["seconds"])}`)."""
+        f"""Near reuse is suspended where it does not pay. A cache was calibrated to so small a drift that hardly any
+        neighbour could be reused. It looked up {noted["looked_up"]:,} of {noted["asked"]:,} new sentences of SST-2, and
+        answered them {times(aside["ratio"])} times as fast as `SentenceTransformer.encode`, storing included. Without
+        near reuse this factor is {times(rows[OURS]["ratio"])}, and for the model alone with batches sorted by tokens it
+        is {times(rows[SORTED]["ratio"])} (`llmcache bench run off-sst2 --repeats {len(aside["seconds"])}`)."""
     )
 
 
@@ -115,9 +115,9 @@ def workloads(records: Records) -> str:
     return "\n\n".join(
         [
             prose(
-                """Corpora and streams of texts from an empty store, in calls of 256 texts: ratio of the speed to
-                `SentenceTransformer.encode` (`llmcache bench run 'stream-*' 'corpus-*' --repeats R --limit N`, N and R
-                from the table; where R is 1, differences below a tenth are noise):"""
+                """Corpora and streams of texts in calls of 256, starting with an empty store: speed as a multiple of
+                `SentenceTransformer.encode` (`llmcache bench run 'stream-*' 'corpus-*' --repeats R --limit N`, with N
+                and R of the table; where R is 1, differences below a tenth are noise):"""
             ),
             table(columns, map(cells, known)),
         ]

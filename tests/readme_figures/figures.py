@@ -1,6 +1,6 @@
 """The figures of README.md and docs/benchmarks.md, generated from the recorded runs so that they cannot disagree.
 
-`python -m llmcache.bench.readme.figures` writes the text between the two markers of each page. `--check` only compares
+`python -m tests.readme_figures` writes the text between the two markers of each page. `--check` only compares
 that text with the records; a test calls it.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcache.bench.readme.passages import PASSAGES, Passages
-from llmcache.bench.readme.summary import SUMMARY
 from llmcache.errors import ConfigError, LLMCacheError
+from tests.readme_figures.passages import PASSAGES, Passages
+from tests.readme_figures.summary import SUMMARY
 
-BEGIN = "<!-- made by `python -m llmcache.bench.readme.figures`; write in llmcache/bench/readme/passages.py -->"
+BEGIN = "<!-- made by `python -m tests.readme_figures`; write in tests/readme_figures/passages.py -->"
 END = "<!-- the end of what is made -->"
 
 
@@ -57,7 +57,7 @@ def section(records: Mapping[str, Any], passages: Passages = PASSAGES) -> str:
         except (KeyError, IndexError, StopIteration, TypeError) as error:
             raise ConfigError(
                 f"the passage on {', '.join(names) or 'what was recorded'} does not fit its record ({error!r}); "
-                "record it again, or change llmcache/bench/readme/passages.py"
+                "record it again, or change tests/readme_figures/passages.py"
             ) from None
     return "\n\n".join(part for part in parts if part)
 
@@ -72,7 +72,7 @@ def replaced(text: str, made: str) -> str:
 
 def main() -> int:
     """Write or check both pages. Returns exit code 0 when they agree with the records, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m llmcache.bench.readme.figures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.readme_figures", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page would change")
     parser.add_argument("--records", type=Path, default=Path("data/bench"), help="folder of recorded runs")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="page with the summary")
@@ -93,7 +93,3 @@ def main() -> int:
         else:
             page.write_text(made[page], encoding="utf-8")
     return int(bool(options.check and changed))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
