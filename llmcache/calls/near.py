@@ -141,6 +141,7 @@ def _check_outputs(execution: Executor, drift: DriftKind | Drift) -> None:
         )
     if execution.bank.facts.width == 1 and drift in ("cosine", "beyond"):
         raise ConfigError(
-            f"drift={drift!r} compares directions, and this model gives one number per document; use drift='label' with "
+            f"drift={drift!r} compares directions, and this model gives one number per document; use drift="
+            "'label' with "
             "a head, or a function of computed and reused scores"
         )
