@@ -22,10 +22,11 @@ def sentence_transformer(folder: str) -> SentenceTransformer:
 
 def cross_encoder(folder: str, labels: int = 1) -> CrossEncoder:
     torch.manual_seed(1)  # of the new head
-    model = CrossEncoder(folder, num_labels=labels, device="cpu")
+    model: Any = CrossEncoder(folder, num_labels=labels, device="cpu")
     with torch.no_grad():
-        model.transformers_model.classifier.weight.mul_(20)  # type: ignore[union-attr]  # scores that differ
-    return model
+        model.transformers_model.classifier.weight.mul_(20)  # scores that differ
+    made: CrossEncoder = model
+    return made
 
 
 def sparse_encoder(folder: str) -> SparseEncoder:

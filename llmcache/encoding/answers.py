@@ -99,7 +99,7 @@ class Answers:
         else:
             self.outputs[places] = outputs
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
+    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
         """Keep the model's own tensor for these places, [n, width]. Does nothing for answers on the host."""
 
     def set_from_neighbour(

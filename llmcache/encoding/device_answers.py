@@ -50,8 +50,9 @@ class DeviceAnswers(Answers):
         if len(readable):
             self._set(places[readable], values if len(readable) == len(places) else values[self._on_device(readable)])
 
-    def set_device_outputs(self, places: Rows, vectors: Tensor) -> None:
-        self._set(places, vectors.detach())
+    def set_device_outputs(self, places: Rows, vectors: Tensor | None) -> None:
+        if vectors is not None:
+            self._set(places, vectors.detach())
 
     def given(self, places: Rows) -> NDArray[Any]:
         if not self.there[places].all():

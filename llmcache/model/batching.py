@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,7 +123,8 @@ def compute(
     on_cpu = model.token_embedding().device.type == "cpu"
     for chosen in batches(rows.lengths, batch_size, _TOKENS if on_cpu else None):
         if ahead and not model.matrices and model.token_embedding().device.type == "cuda":
-            last, started = started, AsyncBatch(lambda chosen=chosen: model.vectors(rows, chosen, role), chosen)  # type: ignore[misc]
+            queued: Any = partial(model.vectors, rows, chosen, role)
+            last, started = started, AsyncBatch(queued, chosen)
             if last is not None:
                 yield Computed(last.chosen, *last.wait())
             continue

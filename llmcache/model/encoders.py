@@ -89,7 +89,8 @@ class SparseVectors(_Encoder):
         dense: torch.Tensor = self._features(rows, chosen, role, **settings)["sentence_embedding"]
         places = dense.nonzero()
         entries = torch.stack([places[:, 1].float(), dense[places[:, 0], places[:, 1]].float()], 1)
-        return list(entries.split(dense.count_nonzero(1).tolist()))
+        sizes: Any = dense.count_nonzero(1).tolist()
+        return list(torch.split(entries, sizes))
 
     def comparable(self, outputs: list[Floats32]) -> list[Floats32]:
         """Return dense vectors: rounding may decide whether a dimension is zero."""

@@ -7,6 +7,7 @@ import pytest
 
 from llmcache.banks.lookup import first_occurrences
 from llmcache.encoding.answers import EXACT, Answers
+from llmcache.indexes.format.manifest import BankFacts
 
 
 @pytest.mark.parametrize("halves", ["both halves random", "one half alike"])
@@ -36,7 +37,7 @@ def test_rows_that_were_read_are_the_answers_and_damaged_ones_are_left_open(
     places: list[int], broken: list[int]
 ) -> None:
     stored = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
-    answers = Answers.empty(3, 3)
+    answers = Answers.empty(3, BankFacts("float32", 3, 1, 0))
     rows = np.array([3, 1, 2][: len(places)])
     values, intact = stored[rows], np.ones(len(rows), np.bool_)
     values[broken], intact[broken] = 0, False
