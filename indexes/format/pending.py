@@ -36,7 +36,8 @@ def encode_rows(
 ) -> tuple[NDArray[np.bool_], Payload, NDArray[np.float32]]:
     """Encode the rows that `dtype` can represent.
 
-    values: float32 [n, width], or n arrays [tokens, width], also as an array of objects. place: allocates uint8 [rows, bytes].
+    values: float32 [n, width], or n arrays [tokens, width], also as an array of objects. place: allocates uint8
+        [rows, bytes].
     Returns which rows are encoded, bool [n], their bytes, and their scales, float32 [rows encoded].
     """
     if isinstance(values, np.ndarray) and values.dtype != object:
