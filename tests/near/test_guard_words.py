@@ -59,11 +59,13 @@ BOUNDS = {
     "de": ("geschlossen {} Montag", "vor|nach|bis|seit"),
     "es": ("cerrado {} lunes", "antes del|después del|hasta el|desde el"),
     "fr": ("fermé {} lundi", "avant|après|depuis"),
+    "es, a date": ("cerrado {} 5 de mayo", "antes del|después del|hasta el|desde el"),
+    "en, a time": ("closed {} 5 pm", "before|after|until"),
 }
 ZONES = "UTC EST EDT CST CDT MST MDT PST PDT CET CEST BST IST JST KST HKT SGT EET MSK AEST AEDT NZST".split()
 UNITS = (
     "ml|cl|dl|l|hl|gallons|pints|cups|teaspoons|tablespoons", "µg|mg|g|kg|tonnes|stone|ounces|lbs", "nm|mm|cm|m|km|inches|feet|yards|miles",
-    "bit|byte|kbit|kB|KiB|Mb|MB|MiB|Gb|GB|GiB|TB|TiB|PB", "Mbps|kbps|Gbps", "bar|mbar|psi|pascal|hPa|kPa", "V|A|W|mV|kV|mA|mAh|kW|MW|mW|kWh|ohm", "Hz|kHz|MHz|GHz",
+    "bit|byte|kbit|kB|KiB|Mb|MB|MiB|Gb|GB|GiB|TB|TiB|PB", "Mbps|MBps|kbps|Gbps", "bar|mbar|psi|pascal|hPa|kPa", "V|A|W|mV|kV|mA|mAh|kW|MW|mW|kWh|ohm", "Hz|kHz|MHz|GHz",
     "ns|ms|seconds|minutes|hours|days|weeks|months|years|decades", "km/h|mph|m/s|knots", "hectares|acres", "cal|kcal|kJ|joules",
     "percent|percentage points|permille|basis points|ppm", "°C|°F|kelvin",
     "US$|CA$|A$|NZ$|HK$|S$|R$|NT$", "USD|EUR|GBP|CAD|AUD|CHF|JPY|CNY|INR|KRW|THB|ZAR|AED|TWD|VND|IDR|MYR|ILS|HUF|CZK|NGN|UAH",
@@ -105,6 +107,7 @@ CODES = {
     "alone": ("{}", "ABC-DEF|ABC-DEG|ABD-DEF"),
     "size": ("a shirt of size {}", "XS|S|M|L|XL|XXL|XXXL"),
     "grade": ("the grade is {} this time", "A+|A-|B+|B-|C+|C-|D+|D-"),
+    "a size and a noun": ("a size {} shirt", "S|M|L|XL"),
     "blood": ("the blood type is {} here", "A+|A-|B+|B-|AB+|AB-|O+|O-"),
     "blood in words": ("blood type {} here", "A positive|A negative|B positive|B negative"),
     "lone numeral": ("room {} is free", "一|二|三|四|五|六|七|八|九|十"),
@@ -282,7 +285,7 @@ def test_another_wording_of_the_same_field_is_no_difference(line: str) -> None:
 PLAIN = """
 I know more about it|the file is up to date|it is over|above all, thank you|the most popular card
 is the last card mine|what is next|how do I pass this on|at most banks|a well-known bank|the e-mail came
-the metro is here|a bar of soap|he is down to earth|plus tax|it may be later|my hier is here|this is the minimum
+it is a positive thing|the metro is here|a bar of soap|he is down to earth|plus tax|it may be later|my hier is here|this is the minimum
 """.replace("\n", "|").strip("|").split("|")  # fmt: skip
 
 

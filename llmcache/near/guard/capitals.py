@@ -16,7 +16,8 @@ from llmcache.near.guard.number_lexicon import number_words
 _WHOLE = re.compile(r"[A-Z]{2,4}(?:-[A-Z]{2,4})+")
 _CODE = re.compile(r"(?<![\w'./@-])[A-Z]{2,8}(?:-[A-Z]{2,8})+(?![\w'/@-])")
 _UNIT = re.compile(
-    r"[KMGT](?<![A-Za-z].)(?:b(?:ps|/s|it/s)?(?![A-Za-z])|(?:(?<=[0-9].)|(?<=[0-9] .))(?:W|V|Pa|J)(?![A-Za-z]))"
+    r"[KMGT](?<![A-Za-z].)(?:b(?:ps|/s|it/s)?(?![A-Za-z])|Bps(?![A-Za-z])|(?:(?<=[0-9].)|(?<=[0-9] .))(?:W|V|Pa"
+    r"|J)(?![A-Za-z]))"
 )
 _SMALL = re.compile(r"[a-z]")
 _UNIT_NAMES = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera"}
@@ -47,7 +48,12 @@ def marked_units(original: str) -> str:
     """
     if not _UNIT.search(original) or not _SMALL.search(original):
         return ""
-    return _UNIT.sub(lambda match: f" {_UNIT_NAMES[match[0][0]]}{_ENDINGS.get(match[0][1:], 'bps')} ", original)
+    return _UNIT.sub(_name, original)
+
+
+def _name(match: re.Match[str]) -> str:
+    prefix, unit = match[0][0], match[0][1:]
+    return f" {prefix}B/s " if unit == "Bps" else f" {_UNIT_NAMES[prefix]}{_ENDINGS.get(unit, 'bps')} "
 
 
 _ENDINGS = {"W": "watt", "V": "volt", "Pa": "pascal", "J": "joule", "b": "bit"}

@@ -94,7 +94,7 @@ def _triggers() -> frozenset[str]:
         CURRENCIES,
         SIZES,
         _LONE,
-        ("noon", "midday", "midnight", "mo", "di", "mi", "sa", "und"),
+        ("positive", "noon", "midday", "midnight", "mo", "di", "mi", "sa", "und"),
     )
 
 

@@ -46,11 +46,16 @@ _LETTER_NAMES = word_set("""
     size plan class type group grade team option section terminal gate level appendix block wing zone drive platform row
     größe gruppe typ klasse talla taille grupo groupe tipo
     """)
-_NAMED_LETTER = re.compile(rf"\b(?:{'|'.join(sorted(_LETTER_NAMES))}) ([adeilmnostuy])\b(?![' ]\w|'|-)")
+_NAMED_LETTER = re.compile(
+    rf"\b(?:{'|'.join(sorted(_LETTER_NAMES))}) ([adeilmnostuy])\b(?![' ]\w|'|-)|\bsize ([sml])\b(?=[ ]\w)"
+)
 SIZES = word_set("xs xxs xl xxl xxxl")
 _SIZE = re.compile(rf"\b(?:{'|'.join(sorted(SIZES))})\b")
-# grades and blood types: A+, B-, AB+
-_GRADE = re.compile(r"(?<![\w'./+-])(ab|[abcdfo])([+-]|(?: (?:plus|minus|positive|negative)\b(?! ?[0-9])))(?![\w'/+-])")
+# grades and blood types: A+, B-, AB+, blood type A positive
+_GRADE = re.compile(
+    r"(?<![\w'./+-])(ab|[abcdfo])([+-])(?![\w'/+-])"
+    r"|\b(?:type|group|grade|gruppe|blutgruppe|grupo|groupe) (ab|[abcdfo]) (plus|minus|positive|negative)\b"
+)
 _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": letters that stand for words
     r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we"
     r"|they|there) )r\b"
@@ -139,8 +144,13 @@ def spelled_codes(text: str, words: Sequence[str]) -> list[str]:
     if not SIZES.isdisjoint(words):
         codes += _SIZE.findall(text)
     if "+" in text or "-" in text or not _GRADE_SIGNS.keys().isdisjoint(words):
-        codes += [letter + _GRADE_SIGNS[sign.strip()] for letter, sign in _GRADE.findall(text)]
-    return codes if _LETTER_NAMES.isdisjoint(words) else codes + _NAMED_LETTER.findall(text)
+        grades = (match.groups("") for match in _GRADE.finditer(text))
+        codes += [letter + named + _GRADE_SIGNS[sign + word] for letter, sign, named, word in grades]
+    return (
+        codes
+        if _LETTER_NAMES.isdisjoint(words)
+        else codes + [one or other for one, other in _NAMED_LETTER.findall(text)]
+    )
 
 
 # -- quotations ------------------------------------------------------------------------------------------------

@@ -222,7 +222,8 @@ _BOUND_WORDS = _codes(
 _CALENDAR = WEEKDAYS.keys() | MONTHS.keys()
 _BOUND = re.compile(
     rf"\b({'|'.join(sorted(_BOUND_WORDS, key=len, reverse=True))}) "
-    r"(?:the |de |del |de las |las |el |le |la |dem |den |am |zum |alle |al )?(?:([0-9]+(?:\.5)?)([^ ]*(?: [^\W\d_]+)?)"
+    r"(?:the |de |del |de las |las |el |le |la |dem |den |am |zum |alle |al )?(?:([0-9]+(?:\.5)?)([^ ]*(?: "
+    r"(?:of |de |di )?[^\W\d_]+)?)"
     r"|([^\W\d_]+))"
 )
 _RANGE = re.compile(r"(?:[0-9]|\b(?:uhr|am|pm)|([^\W\d_]+)) $")
@@ -250,7 +251,7 @@ def bounds(text: str, words: Collection[str], into: list[str]) -> None:
 
 
 _DATED = re.compile(
-    r"[:/.-][0-9]| ?(?:am|pm|a\.m|p\.m|uhr|h|heures|horas|o'clock)\b|(?:st|nd|rd|th|\.)? ?(?:of )?([^\W\d_]+)"
+    r"[:/.-][0-9]| ?(?:am|pm|a\.m|p\.m|uhr|h|heures|horas|o'clock)\b|(?:st|nd|rd|th|\.)? ?(?:of |de |di )?([^\W\d_]+)"
 )
 
 
@@ -335,12 +336,13 @@ _ASIAN_CODES = _codes(
 _AGO = r"(?:seconds|minutes|hours|days|weeks|months|years|日|周|週間?|星期|年|달|일|년|주) *"
 _ASIAN = re.compile(
     rf"({'|'.join(sorted(_ASIAN_CODES, key=len, reverse=True))})(?!好)"
-    r"|(다음|지난|저번|이번) (주|달|해|분기)(?![가-힣]{3})"
+    r"|(다음|지난|저번|이번) (주말|주|달|해|분기|봄|여름|가을|겨울)(?![가-힣]{3})"
     r"|(下|上|这|這|本)(?:个|個|一)?(?= ?(?:mon|tues|wednes|thurs|fri|satur|sun)day)"
     rf"|[0-9] *{_AGO}(?:(?:之|以)?(前)|(전)(?=[에까부의은 .,?!]|$)|(?:之|以)?(后|後)|(후|뒤)(?=[에까부의은 .,?!]|$))"
 )
 _KOREAN_DIRECTION = {"다음": "+", "지난": "-", "저번": "-", "이번": "="}
-_KOREAN_PERIOD = {"주": "week", "달": "month", "해": "year", "분기": "quarter"}
+_KOREAN_PERIOD = {"주": "week", "달": "month", "해": "year", "분기": "quarter",
+                  "주말": "weekend", "봄": "spring", "여름": "summer", "가을": "autumn", "겨울": "winter"}  # fmt: skip
 
 
 def _asian(text: str) -> list[str]:
