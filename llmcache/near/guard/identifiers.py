@@ -143,7 +143,11 @@ def spelled_codes(text: str, words: Sequence[str]) -> list[str]:
         codes += _LONE.findall(_CHAT_LETTER.sub(" ", text))
     if not SIZES.isdisjoint(words):
         codes += _SIZE.findall(text)
-    if "+" in text or "-" in text or not _GRADE_SIGNS.keys().isdisjoint(words):
+    if (
+        "+" in text
+        or any(end in f"{text} " for end in ("- ", "-.", "-,", "-?", "-)"))
+        or not _GRADE_SIGNS.keys().isdisjoint(words)
+    ):
         grades = (match.groups("") for match in _GRADE.finditer(text))
         codes += [letter + named + _GRADE_SIGNS[sign + word] for letter, sign, named, word in grades]
     return (
