@@ -99,6 +99,8 @@ def test_any_mixture_of_words_of_these_languages_is_read(parts: list[str], joint
         "one ", "twenty-", "hundred ", "thousand ", "million ", "half ", "and ", "quatre-vingt-", "zweitausend", "minus ", "one and ",
         "mon ", "may ", "1 may ", "in may ", "1:", "1:00 ", "am ", "half past ", "12 o'", "+1 ", "00 ", "(555) ", "ab12 ", "de12 ", "v1.", "http://",
         "no ", "n't ", "not only ", "i know ", "i don't know ", "can't ", "dollars ", "$", "5 de ", "k", "1k ", "1/2 ", "x y", "no. ",
+        "more than 5 ", "at least ", "before ", "before 1 ", "last ", "AB-", "A+ ", ">", "5+ ", "5 or more ", "5 km/h ", "3 days ago ", "il y a ", "5 V ", "Mb ",
+        "以上", "不超过5", "下周", "3天前", "이상 ", "से कम ", "nineties ", "5 % points ", "5 per ", "us$5 ",
         "一", "千", "万", "三点", "一点", "百分之", "星期", "不", "没", "是不是", "半", "일", "만", "세 ", "오후 ", "안 ", "지 마", "एक ", "सौ ", "न ", "साढ़े ", "बजे ",
     ],
 )  # fmt: skip

@@ -27,7 +27,11 @@ _DM = re.compile(r"(?<![\w./-])([0-3]?\d)\.([01]?\d)\.(?=\s|$|[,;!?)])")
 _MAY_DATE = re.compile(r"[0-9]([-/.])[0-9]{1,2}\1")
 _HAN = re.compile(r"(?:(\d{2,4}) ?[年년] ?)?(?<!\d)(\d{1,2}) ?[月월](?!\s?(?:간|前))[ 份]?(?:(\d{1,2}) ?[日일号號])?")
 _MAY_TIME = re.compile(r"[0-9](?::[0-9]| ?(?:am|pm|a\.? ?m|p\.? ?m|uhr|h)\b| ?h ?[0-9])")
-_ZONE = r"(?: ?(utc|gmt|est|edt|cst|cdt|mst|mdt|pst|pdt|cet|cest|bst|ist|jst)\b)?"
+_ZONE = (
+    r"(?: ?(?:in )?\(?(utc|gmt|est|edt|cst|cdt|mst|mdt|pst|pdt|cet|cest|bst|ist|jst|kst|hkt|sgt|pkt|eet|eest"
+    r"|wet|msk|aest|aedt|acst"
+    r"|awst|nzst|nzdt|akst|hst|brt|art|sast|wat|eat)\b\)?(?: time\b(?! zone))?)?"
+)
 _HALF_DAY = r"(am\b|pm\b|a\.? ?m\b\.?|p\.? ?m\b\.?|uhr\b)"
 _TIME = re.compile(
     rf"(?<![\w.,:/-])(\d{{1,2}})(?: ?[:h] ?(\d{{2}})(?::(\d{{2}}))?)(?![\d:])(?: ?{_HALF_DAY})?{_ZONE}"

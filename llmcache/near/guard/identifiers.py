@@ -8,12 +8,14 @@ anchored, so run time grows with the length of a text only, not with its content
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from llmcache.near.guard.lexicon import (
     CURRENCIES,
     NO_CODES,
     SHORT_WORDS,
     UNITS,
+    word_set,
 )
 
 _FILES = "py|js|ts|java|cpp|txt|pdf|csv|jsonl?|xml|ya?ml|html?|docx?|xlsx?|pptx?|png|jpe?g|zip|exe"
@@ -30,18 +32,29 @@ _LINK = re.compile(
     r"""|(?<!\w)--[a-z][\w-]+|(?<!\w)_*[^\W_]+(?:_+[^\W_]+)+"""
 )
 _MAY_LINK = re.compile(rf"[@\\_]|#[a-z]|://|--[a-z]|\.(?:{_HOSTS}|{_FILES})\b|/[\w.+-]+/|www\.")
+_MARK_OF_LINK = re.compile(r"[@\\_#:/.-]")
 _SCHEME = re.compile(r"^(?:https?://)?(?:www\.)?")
 # letters only, with no vowel in one of the parts: lcs-csj, php
 _NO_VOWEL = "[b-df-hj-np-tv-xz]"
 _SPELLED = re.compile(rf"(?<![\w./@'-])(?:[^\W\d_]+-)*{_NO_VOWEL}{{3,}}(?:-[^\W\d_]+)*(?![\w@']|[-./]\w)")
 _MAY_SPELL = re.compile(rf"\b{_NO_VOWEL}{{3,}}\b")
 # a single consonant: vitamin C, C++. Pairs of consonants (TV, CV) refused as many right pairs as wrong ones
-_LONE = re.compile(r"(?<![\w'./&-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
+_LONE_LETTERS = frozenset("bcfghjkpqrvwxz")
+_LONE = re.compile(r"(?<![\w'./&°-])[bcfghjkpqrvwxz](?:\+\+|#)?(?![\w'./&-])")
 # any single letter is a code after these words: size M, plan B, class D
+_LETTER_NAMES = word_set("""
+    size plan class type group grade team option section terminal gate level appendix block wing zone drive platform row
+    größe gruppe typ klasse talla taille grupo groupe tipo
+    """)
 _NAMED_LETTER = re.compile(
-    r"\b(?:size|plan|class|type|group|grade|team|option|section|terminal|gate|level|appendix|block|wing"
-    r"|zone|drive|platform|row"
-    r"|größe|gruppe|typ|klasse|talla|taille|grupo|groupe|tipo) ([adeilmnostuy])\b(?![' ]\w|'|-)"
+    rf"\b(?:{'|'.join(sorted(_LETTER_NAMES))}) ([adeilmnostuy])\b(?![' ]\w|'|-)|\bsize ([sml])\b(?=[ ]\w)"
+)
+SIZES = word_set("xs xxs xl xxl xxxl")
+_SIZE = re.compile(rf"\b(?:{'|'.join(sorted(SIZES))})\b")
+# grades and blood types: A+, B-, AB+, blood type A positive
+_GRADE = re.compile(
+    r"(?<![\w'./+-])(ab|[abcdfo])([+-])(?![\w'/+-])"
+    r"|\b(?:type|group|grade|gruppe|blutgruppe|grupo|groupe) (ab|[abcdfo]) (plus|minus|positive|negative)\b"
 )
 _CHAT_LETTER = re.compile(  # "how r u", "c u", "b there", "k": letters that stand for words
     r"\br (?=u\b|you\b|ya\b|we\b|they\b|the\b|not\b|there\b)|(?:\b(?:how|what|where|why|who|when|u|you|we"
@@ -71,7 +84,7 @@ _SPACES = re.compile(r"[^a-z0-9]+")
 
 def linkless(text: str, identifiers: list[str]) -> str:
     """Move addresses, paths and names with underscores from a text to `identifiers`. Returns the rest."""
-    if not _MAY_LINK.search(text):
+    if not _MARK_OF_LINK.search(text) or not _MAY_LINK.search(text):
         return text
 
     def take(match: re.Match[str]) -> str:
@@ -115,14 +128,33 @@ def may_spell(text: str) -> bool:
     return _MAY_SPELL.search(text) is not None
 
 
-def spelled_codes(text: str) -> list[str]:
-    """Return codes without a digit: words without a vowel (php, lcs-csj) and single consonants (vitamin C, C++)."""
+_GRADE_SIGNS = {"+": "+", "-": "-", "plus": "+", "minus": "-", "positive": "+", "negative": "-"}
+
+
+def spelled_codes(text: str, words: Sequence[str]) -> list[str]:
+    """Return codes without a digit: php, lcs-csj, vitamin C, C++, size XL, grade A+, blood type A positive.
+
+    words: the words of the text.
+    """
     codes = []
     if _MAY_SPELL.search(text):
         codes = [code.replace("-", "") for code in _SPELLED.findall(text) if code not in NO_CODES]
-    if _LONE.search(text):
+    if not _LONE_LETTERS.isdisjoint(words) and _LONE.search(text):
         codes += _LONE.findall(_CHAT_LETTER.sub(" ", text))
-    return codes + _NAMED_LETTER.findall(text)
+    if not SIZES.isdisjoint(words):
+        codes += _SIZE.findall(text)
+    if (
+        "+" in text
+        or any(end in f"{text} " for end in ("- ", "-.", "-,", "-?", "-)"))
+        or not _GRADE_SIGNS.keys().isdisjoint(words)
+    ):
+        grades = (match.groups("") for match in _GRADE.finditer(text))
+        codes += [letter + named + _GRADE_SIGNS[sign + word] for letter, sign, named, word in grades]
+    return (
+        codes
+        if _LETTER_NAMES.isdisjoint(words)
+        else codes + [one or other for one, other in _NAMED_LETTER.findall(text)]
+    )
 
 
 # -- quotations ------------------------------------------------------------------------------------------------
@@ -143,6 +175,8 @@ def quotations(text: str) -> list[str]:
     Longer quotations are sentences, which a paraphrase rarely repeats verbatim; only their numbers and negations are
     compared.
     """
+    if text.isascii() and not ('"' in text or "'" in text or "`" in text):
+        return []
     if not _MAY_QUOTE.search(text):
         return []
     groups = (next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(text))

@@ -19,7 +19,14 @@ NEGATIONS = word_set(
     dont doesnt didnt isnt arent wasnt werent wont wouldnt shouldnt couldnt hasnt havent hadnt aint
     impossible unavailable incorrect invalid inactive unlikely illegal unsuccessful incomplete unauthorized unauthorised
     unpaid unsafe unclear unsure uncertain unwilling ineligible unacceptable incapable nonrefundable
-    disagree disagrees disabled disable disallowed
+    disagree disagrees disabled disable disallowed false forbidden prohibited
+    hardly barely scarcely seldom rarely unless doubt doubts doubted doubting doubtful
+    lack lacks lacking lacked refuse refuses refusing
+    kaum selten bezweifle bezweifeln bezweifelt zweifle zweifeln zweifelt verweigere verweigern verweigert
+    weigere weigern
+    weigert verboten apenas raramente dudo duda dudamos dudan prohibido prohibida raro niego rarement interdit interdite
+    refuso rifiuto dubito duvido vietato proibido
+    nauwelijks zelden verboden weiger betwijfel едва редко
     nicht nichts nie niemals niemand niemandem niemanden nirgends nirgendwo kein keine keinen keinem keiner keines keins
     weder ohne unmöglich ungültig unfähig unsicher unbekannt ungenau unvollständig unwahrscheinlich unbezahlt unklar
     ungern unnötig unzufrieden
@@ -41,12 +48,13 @@ ECHOES = word_set(
     никогда ничего никто никого нигде ни никакой
     nigdy nic nikt żaden żadna nikdy nikdo"""
 )
-_HINDI = word_set("नहीं नही मत न ना बिना बगैर")
+_HINDI = word_set("नहीं नही मत न ना बिना बगैर इनकार शक संदेह मना")
 _ALL = NEGATIONS | PARTICLES | ECHOES
 # parts of words, for scripts without spaces or with endings
 _HAN_PARTS = re.compile(
     r"不|没|沒|未|勿|莫|并非|並非|绝非|無|无|(?<=[请請你您们們就先都也可千万])别|(?:^|(?<=[，。！？,.!? ]))别|否"
     r"|(?<![除是莫并並绝])非(?![常洲得凡])"
+    r"|拒绝|拒絕|怀疑|懷疑|禁止|很少|難以|难以|除非|缺少|缺乏|めったに(?!.{1,20}ない)|疑う|断る"
     r"|ません|なかった|ない|ずに|ぬ(?=。|$)"
 )
 _HAN_HARMLESS = re.compile(
@@ -60,7 +68,7 @@ _HAN_HARMLESS = re.compile(
     r"(?P<verb>[\u3400-\u9fff]{1,2})[不没沒](?P=verb)|可不可以|有没有|有沒有"
 )
 _KOREAN_PARTS = re.compile(
-    r"않|없|아니|아닙|아닌|못|지 ?(?:마세요|마라|말아|말고|마십시오|마요|말자|말라|마)"
+    r"않|없|거부|거절|금지|의심|드물|아니|아닙|아닌|못|지 ?(?:마세요|마라|말아|말고|마십시오|마요|말자|말라|마)"
     r"|(?<![가-힣])안(?= [가-힣])|(?<![가-힣])안(?=되|돼|된|됩|될|됐|해|합|함|했|열|먹|가요|와요|나와|보여"
     r"|보이|좋|사|써|쓰)"
     r"|(?<![가-힣])[불비미](?=가능|완전|포함|확실|필요|성년|회원|정상|공개|활성|납)"
@@ -93,6 +101,11 @@ _KNOWING = re.compile(
     r"(?P<certain>(?:do |already |now |can )*(?:know|understand|remember|figure out|tell)|sure|have an idea)?"
     r"(?: as to| of)? (?=(?:how|why|what|where|when|who|which|whether|if)\b)"
 )
+# phrases of several words that negate: failed to pay, a menos que
+_NEGATING = re.compile(
+    r"\b(?:fail(?:s|ed|ing|ure)?|neglect(?:s|ed)?|decline[sd]?|refused|refusal) to\b"
+    r"|\bes sei denn\b|\ba menos que\b|\bà moins que?\b|\bà peine\b|\ba meno che\b|\ba não ser que\b|\btenzij\b"
+)
 _MAY_KNOW = re.compile(r"know|sure|understand|remember|figure|idea|clue|tell")
 _HINDI_HARMLESS = re.compile(r"न (?:केवल|सिर्फ)|(?:है|हैं|हो) ना?(?= ?[?।.!]|$)|नहीं तो")
 _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
@@ -100,14 +113,20 @@ _HANGUL = re.compile(r"[\uac00-\ud7a3]")
 _DEVANAGARI = re.compile(r"[\u0900-\u0963\u0971-\u097f]+")
 
 
-TRIGGERS = _ALL | word_set(
+_OF_NEGATING = word_set(
+    "fail fails failed failing failure neglect neglects neglected decline declines declined refused refusal "
+    "denn menos moins "
+    "peine meno não tenzij"
+)
+_ALL_OR_PHRASES = _ALL | _OF_NEGATING
+TRIGGERS = _ALL_OR_PHRASES | word_set(
     "know sure understand remember figure idea clue tell"
 )  # no negation is counted without one of these words
 
 
 def negations(text: str, words: Sequence[str]) -> int:
     """Count the negations in a plain text. words: its words in order, with their apostrophes."""
-    negated = not _ALL.isdisjoint(words) or "n'" in text or "nicht" in text
+    negated = not _ALL_OR_PHRASES.isdisjoint(words) or "n'" in text or "nicht" in text
     count = _alphabetic(text, words) if negated or (_MAY_KNOW.search(text) and _KNOWING.search(text)) else 0
     if not text.isascii():
         if _HAN.search(text):
@@ -139,10 +158,13 @@ def _alphabetic(text: str, words: Sequence[str]) -> int:
     count = particles = echoes = 0
     if changed:
         words = _WORD.findall(text)
+    joined = "n'" in text or "nicht" in text
     for word in words:
-        if word in NEGATIONS or word.endswith(("n't", "n't've")) or (word.startswith("nicht") and len(word) > 9):
+        if word in NEGATIONS or (
+            joined and (word.endswith(("n't", "n't've")) or (word.startswith("nicht") and len(word) > 9))
+        ):
             count += 1
-        elif word in PARTICLES or word.startswith("n'"):
+        elif word in PARTICLES or (joined and word.startswith("n'")):
             particles += 1
         elif word in ECHOES:
             echoes += 1
@@ -150,4 +172,6 @@ def _alphabetic(text: str, words: Sequence[str]) -> int:
         echoes = 1  # "ni él ni ella" is one negation
     if particles and "no" in words:
         particles -= len(_NUMERO.findall(text))
+    if not _OF_NEGATING.isdisjoint(words):
+        count += len(_NEGATING.findall(text))
     return count + max(particles, echoes)

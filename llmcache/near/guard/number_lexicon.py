@@ -84,14 +84,14 @@ _TEN_WORDS = {
     "nl": "twintig dertig veertig vijftig zestig zeventig tachtig negentig",
 }
 _HUNDREDS = {
-    200: "doscientos doscientas duzentos duzentas",
-    300: "trescientos trescientas trezentos trezentas",
-    400: "cuatrocientos cuatrocientas quatrocentos quatrocentas",
-    500: "quinientos quinientas quinhentos quinhentas",
-    600: "seiscientos seiscientas seiscentos seiscentas",
-    700: "setecientos setecientas setecentos setecentas",
-    800: "ochocientos ochocientas oitocentos oitocentas",
-    900: "novecientos novecientas novecentos novecentas",
+    200: "двести doscientos doscientas duzentos duzentas",
+    300: "триста trescientos trescientas trezentos trezentas",
+    400: "четыреста cuatrocientos cuatrocientas quatrocentos quatrocentas",
+    500: "пятьсот quinientos quinientas quinhentos quinhentas",
+    600: "шестьсот seiscientos seiscientas seiscentos seiscentas",
+    700: "семьсот setecientos setecientas setecentos setecentas",
+    800: "восемьсот ochocientos ochocientas oitocentos oitocentas",
+    900: "девятьсот novecientos novecientas novecentos novecentas",
 }
 _MULTIPLIERS = {
     12: "dozen dozens dutzend docena docenas douzaine douzaines dozzina dozzine dúzia dúzias dozijn",
@@ -145,8 +145,16 @@ _PARTS = {
     "0.75": "dreiviertel",
     "1.5": "anderthalb डेढ़ डेढ",
     "2.5": "ढाई",
-    "2": "twice zweimal doppelt",
-    "3": "thrice dreimal",
+    "2": "twice double doubled doubles doubling twofold zweimal doppelt doppelte doppelten doppelter doppeltes "
+    "zweifach doble doppio doppia dobro dubbel दोगुना दुगना दुगुना",
+    "3": "thrice triple tripled triples tripling threefold dreimal dreifach dreifache triplo tripla triplar "
+    "driedubbel तिगुना",
+}
+_PARTS |= {
+    "4": "quadruple quadrupled fourfold vierfach vierfache cuádruple quadruplo चौगुना",
+    "5": "quintuple fivefold fünffach",
+    "10": "tenfold zehnfach",
+    "100": "hundredfold hundertfach",
 }
 _ROMAN = {2: "ii", 3: "iii", 4: "iv", 7: "vii", 8: "viii", 12: "xii", 13: "xiii", 14: "xiv", 16: "xvi", 17: "xvii",
           18: "xviii"}  # fmt: skip

@@ -54,6 +54,7 @@ _TOKEN = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0971-\u097f])+|[0-9]+(?:[.,][0
 _QUATRE_VINGT = re.compile(r"\bquatre[- ]vingts?\b")
 _AND_A_HALF = re.compile(r"\b([0-9]{1,9}|one)(?: and a half| et demie?)\b")
 _DIX = re.compile(r"\bdix-(sept|huit|neuf)\b")
+_DOUBLE_CHECK = re.compile(r"\bdouble[- ](?=check)")
 _HALF_A = re.compile(r"\b(half|quarter) (?:of )?an? ")  # half a million, half an hour: drop the article
 
 
@@ -63,6 +64,8 @@ def in_digits(text: str, known: Collection[str]) -> str:
     text: plain. known: words of the text that are in `number_words` or have a `joined_number`.
     """
     language = _language(text) if not ONLY_IN.keys().isdisjoint(known) else ""
+    if "double" in known:
+        text = _DOUBLE_CHECK.sub("", text)
     text = _QUATRE_VINGT.sub("quatrevingt", text) if "quatre" in text else text
     text = _AND_A_HALF.sub(lambda match: f"{match[1] if match[1] != 'one' else 1}.5", text)
     text = _DIX.sub(r"dix\1", _HALF_A.sub(r"\1 ", text))

@@ -12,7 +12,9 @@ from llmcache.near.guard.digits import is_grouped, plain_number
 from llmcache.near.guard.lexicon import (
     CURRENCIES,
     GLUED,
+    LETTER_UNITS,
     ORDINALS,
+    PERIODS,
     UNITS,
     word_set,
 )
@@ -32,8 +34,26 @@ _PRICED = re.compile(rf"([a-z]{{2,3}})\.?({_AMOUNT})")  # rs500
 _SPAN = re.compile(rf"({_AMOUNT})-({_AMOUNT})")
 _FRACTION = re.compile(rf"{_AMOUNT}/{_AMOUNT}")
 _NAMED = re.compile(r"([a-z]*[aeiouy][a-z]*)-?([1-9][0-9]{0,3})")  # covid-19, iphone12: a word and a number
-_BEFORE = re.compile(r"(-?)(?:([$€£¥₹₽₩₺]) ?|\b([a-z]{2,3}\$?)\.? )?(-?)$")
-_AFTER = re.compile(r" ?(?:de |d'|di )?(%|‰|°(?: ?[cf]\b)?|[$€£¥₹₽₩₺円元원]|[^\W\d_]+)")
+_BEFORE = re.compile(r"(-?)(?:([a-z.]{1,4}\$|[$€£¥₹₽₩₺₪₫₱₦₴]) ?|\b([a-z]{2,3})\.? )?(-?)$")
+_AFTER = re.compile(r" ?(?:de |d'|di )?(%|‰|°(?: ?[cf]\b)?|(?:ca|us|au|nz|hk)?[$€£¥₹₽₩₺₪₫₱₦₴円元원]|[^\W\d_]+)")
+_LETTER_END = re.compile(
+    r"(?=$|[.,;:!?)/]| (?:of|long|wide|high|deep|tall|thick|apart|away|per|lang|breit|hoch|tief|de|d'|von)\b)"
+)
+_RATE = re.compile(r"(?: ?/ ?| (?:per|pro|por|par|an?|each|every|al|à la) )([^\W\d_]+)")
+_SPEEDS = (
+    (
+        re.compile(r"(?<![a-z])(?:km ?/ ?h(?:r|our|ora)?\b|kmh\b|kph\b|(?:kilomet(?:er|re)s?|km) (?:per|an) hour\b)"),
+        "kmh",
+    ),
+    (re.compile(r"(?<![a-z])(?:m ?/ ?s\b|met(?:er|re)s? per second\b)"), "mps"),
+    (re.compile(r"(?<![a-z])(?:mi ?/ ?h\b|miles (?:per|an) hour\b)"), "mph"),
+)
+_POINTS = re.compile(
+    r" ?(?:(?:percentage|percent|per cent|%|prozent) ?-?points?\b|prozentpunkten?\b|puntos? porcentual(?:es)?"
+    r"|points? de pourcentage"
+    r"|(?:个|個)?百分点|퍼센트 ?포인트|%p\b|प्रतिशत अंक)"
+)
+_BASIS_POINTS = re.compile(r"\bbasis points?\b")
 _PER_CENT = re.compile(r" per cent\b")
 _MONEY_GROUP = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 _JOINTS = re.compile(r"[-_]+")
@@ -86,7 +106,7 @@ def _read(token: str, text: str, start: int, end: int, numbers: list[str], ident
         numbers.append(body)
     elif _PURE.fullmatch(body) and not _coded(body):
         measured = _measured(body, unit, text, start, end)
-        if measured != "1" or not _NOUN.match(text, end):
+        if measured.partition("/")[0] != "1" or not _NOUN.match(text, end):
             numbers.append(measured)
     else:
         identifiers.append(_JOINTS.sub("", body))
@@ -102,7 +122,8 @@ def _coded(digits: str) -> bool:
 def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> str:
     """Return a number with its sign, and with the unit before or after the number."""
     before = _BEFORE.search(text, max(0, start - 6), start)
-    currency = CURRENCIES.get(before[2] or before[3] or "", "") if before else ""
+    named = (before[2] or before[3] or "") if before else ""
+    currency = CURRENCIES.get(named) or CURRENCIES.get(named[-1:] if before and before[2] else "", "")
     sign = ""
     if before and (before[4] or before[1]):
         place = before.start() if before[1] or currency else start - 1
@@ -112,10 +133,17 @@ def _measured(body: str, unit: str | None, text: str, start: int, end: int) -> s
         unit = UNITS.get(after[1].replace(" ", ""))
         if after[1] == "per" and _PER_CENT.match(text, end):
             unit = "%"
+        elif after[1] in LETTER_UNITS:
+            unit = GLUED[after[1]] if _LETTER_END.match(text, after.end()) else None
+        end = after.end()
+    if currency == "$" and unit in _OTHER_DOLLARS:
+        currency = ""
+    rate = (match := _RATE.match(text, end)) and UNITS.get(match[1])
     money = currency or (unit if unit in _CURRENCY_CODES else "")
     if money and _MONEY_GROUP.fullmatch(body):  # prices have no three decimals: 1.234 € is 1234 €
         body = body.replace(".", "")
-    return f"{sign}{plain_number(body)}{currency or ''}{unit if unit and unit != currency else ''}"
+    unit = unit if unit and unit != currency else ""
+    return f"{sign}{plain_number(body)}{currency or ''}{unit}{f'/{rate}' if rate in PERIODS else ''}"
 
 
 # "one card", "1 card" and "my first card" mean "a card", so a lone 1 before a noun is no field
@@ -126,6 +154,7 @@ _NOUN = re.compile(
 
 
 _CURRENCY_CODES = frozenset(CURRENCIES.values())
+_OTHER_DOLLARS = frozenset(_DOLLAR_CODES.values()) - {"usd"}
 # currencies that are a field without a number
 _CURRENCY_NAMES = frozenset(
     word
@@ -162,6 +191,11 @@ def named_units(text: str) -> str:
     """Replace units of several words (US dollars, degrees Celsius) by codes. Returns the text."""
     if "dollar" in text:
         text = _DOLLARS.sub(lambda match: _DOLLAR_CODES[match[1][:3]], text)
+    if "/" in text or "hour" in text or "second" in text or "km" in text or "kph" in text:
+        for pattern, name in _SPEEDS:
+            text = pattern.sub(name, text)
+    if "point" in text or "punkt" in text or "punto" in text or not text.isascii():
+        text = _BASIS_POINTS.sub("bps", _POINTS.sub(" pp ", text))
     if "°" in text or "deg" in text or "gra" in text:
         text = _DEGREES.sub(r"°\1", text)
     return text

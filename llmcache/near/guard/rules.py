@@ -27,7 +27,7 @@ from llmcache.near.guard.fields import (
 
 __all__ = ["KINDS", "RULES_VERSION", "FieldGuard", "Fields", "differs", "digests", "fields", "refused", "unlike"]
 
-RULES_VERSION: int = 2
+RULES_VERSION: int = 3
 """Version of the rules. It is part of every digest, so digests of other rules never match."""
 
 

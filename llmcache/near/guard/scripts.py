@@ -48,6 +48,7 @@ _HAN_NUMERAL = re.compile(
     r"(?P<digits>[0-9]{1,15}(?:[.,][0-9]{1,9}){0,4})? ?(?P<han>[零〇一二两兩三四五六七八九十百千万萬亿億]{1,24})"
     r"(?:点(?P<part>[零〇一二三四五六七八九]{1,9})(?![分刻十]))?"
 )
+_LETTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 _NO_NUMERAL = word_set("千万 万一 一一 万千 千百 一二 三三")
 _HAN_WEEKDAY = re.compile(
     r"(?:星期|礼拜|禮拜|(?<![一二两三四五六七八九十0-9])(?:周|週))([一二三四五六日天])(?![次个個篇回])"
@@ -58,6 +59,7 @@ _WEEKDAY_NAMES = {"一": "monday", "二": "tuesday", "三": "wednesday", "四": 
 _YOUBI = dict(
     zip("月火水木金土日", ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"), strict=True)
 )
+_HAN_DOUBLE = re.compile(r"(?:双倍|雙倍|翻倍|加倍|翻番|ダブル)|(トリプル)")
 _HAN_PERCENT = re.compile(
     r"百分之([零〇一二两三四五六七八九十百千]{1,12}|[0-9.]{1,12})(?:点([零〇一二三四五六七八九]{1,9}))?"
 )
@@ -99,6 +101,7 @@ def _han(text: str) -> str:
     text = _HAN_PERCENT.sub(lambda share: f" {_share(share)}% ", text)
     text = _HAN_FRACTION.sub(lambda part: f" {written(_han_value(part[2]))}/{written(_han_value(part[1]))} ", text)
     text = text.replace("一半", "0.5")
+    text = _HAN_DOUBLE.sub(lambda match: f"{'三' if match[1] else '二'}倍", text)
     text = _HAN_ALONE_HALF.sub("0.5", text)
     text = _HAN_NUMERAL.sub(_han_number, text)
     text = _HAN_CLOCK.sub(_han_time, text)
@@ -142,7 +145,8 @@ def _han_number(match: re.Match[str]) -> str:
             return match[0]
         minutes = after == "分" and text[match.end() : match.end() + 2] in ("分钟", "分鐘")
         minutes = minutes or (after == "分" and before in ("点", "時", "时"))
-        if not (numbered or clock or minutes or (after and after in beside)):
+        alone = not _LETTER.match(before) and not _LETTER.match(after)  # room 三
+        if not (alone or numbered or clock or minutes or (after and after in beside)):
             return match[0]
     placed = any(sign in _HAN_TENS or sign in _HAN_GROUPS for sign in han)
     value = written(_han_value(han)) if placed else _digits(han)
@@ -199,7 +203,7 @@ _KOREAN_NATIVE = re.compile(
     rf"(?<=[가-힣])(?= ?(?:{_KOREAN_COUNTERS}))"
 )
 _KOREAN_SINO = re.compile(
-    rf"(?<![가-힣])(?:([0-9]{{1,15}}(?:[.,][0-9]{{1,9}}){{0,4}}) ?)?"
+    rf"(?<![가-힣])(?!이번 ?(?:주|달|해|분기))(?:([0-9]{{1,15}}(?:[.,][0-9]{{1,9}}){{0,4}}) ?)?"
     rf"([영공일이삼사오육칠팔구십백천만억]{{1,24}})(?= ?(?:{_KOREAN_COUNTERS}))"
 )
 _KOREAN_MIXED = re.compile(r"([0-9]{1,15}(?:[.,][0-9]{1,9}){0,4}) ?([백천만억]{1,9})(?![가-힣])")
