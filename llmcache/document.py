@@ -9,13 +9,42 @@ from typing import TypeAlias
 
 from llmcache.errors import CorpusError
 
+Text: TypeAlias = str | tuple[str, str]
+"""Text of a document; for a CrossEncoder an ordered pair of texts."""
+TextFields: TypeAlias = str | tuple[str, str]
+"""Name of the field of a text, or names of the two fields of a pair."""
+PAIR_FIELDS = ("query", "document")
+"""Fields of a pair, where the caller names no others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Input of a pipeline: an id and a text, which may be empty."""
+    """Input of a pipeline: an id and a text, which may be empty. For a CrossEncoder text is a pair of texts."""
 
     id: str
-    text: str
+    text: Text
+
+
+def characters(text: Text) -> int:
+    """Return the number of characters of a text, or of both texts of a pair."""
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def as_text(text: Text) -> str:
+    """Return a text, or both texts of a pair as one, for the guard, which compares the fields of texts."""
+    return text if isinstance(text, str) else "\n".join(text)
+
+
+def only_text(document: Document) -> str:
+    """Return the text of a document. CorpusError for a pair of texts."""
+    if not isinstance(document.text, str):
+        raise CorpusError(f"the document {document.id!r:.60} is a pair of texts; give documents of one text each")
+    return document.text
+
+
+def names_of(fields: TextFields) -> tuple[str, ...]:
+    """Return the names of the fields of a text, one or two."""
+    return (fields,) if isinstance(fields, str) else fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import CrossEncoder
+
 from llmcache.cache import LLMCache
+from llmcache.document import TextFields
 from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats import unfinished
+from llmcache.model.encoders import text_fields
 from llmcache.model.prompts import resolve
 from llmcache.pipeline.batches import DocumentBatch, ahead, parts
 from llmcache.pipeline.checkpoints import (
@@ -67,7 +71,7 @@ class Pipeline:
         per: str = "document",
         batch_size: int = 32,
         prefetch: int = 2,
-        text_field: str = "text",
+        text_field: TextFields | None = None,
         id_field: str = "id",
         role: str | None = None,
         prompt_name: str | None = None,
@@ -76,17 +80,18 @@ class Pipeline:
         max_characters: int = MOST_CHARACTERS,
         progress: Progress = nothing,
     ) -> None:
-        """cache: open cache of a SentenceTransformer.
+        """cache: open cache of a model of sentence-transformers.
 
         chunk: None passes texts to the model as they are; it truncates those beyond its maximum length. "structure"
             cuts them at headings, paragraphs and sentences into chunks that the model reads in full. A function from a
             text to its chunks (substrings, or pairs of start and end) cuts as you like. Every chunk is looked up by
-            itself.
+            itself. Pairs of texts are never cut.
         per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk".
         batch_size: documents or chunks per batch of the model.
         prefetch: number of parts to read ahead; 0 reads in the caller's thread, for iterables that must not be used in
             another one, such as SQLite cursors.
-        text_field, id_field: names of the fields of mappings, objects and frames.
+        text_field, id_field: names of the fields of mappings, objects and frames. For a CrossEncoder text_field is a
+            pair of names, in the order of the pair. None: "text", or ("query", "document") for a CrossEncoder.
         role, prompt_name, prompt: as in `LLMCache.encode`.
         strict: raise CorpusError at the first record that is no document, instead of collecting it in `errors`.
         max_characters: longest text of a document; records with longer ones are refused.
@@ -104,6 +109,9 @@ class Pipeline:
             raise ConfigError(f"per is 'document', or with chunk=... 'chunk', got {per!r}")
         self._width = cache.width  # ConfigError if the model does not output vectors
         model: Any = cache.model
+        text_field = text_field_of(model, text_field)
+        if chunk is not None and isinstance(model, CrossEncoder):
+            raise ConfigError("chunk cuts documents of one text, and a CrossEncoder reads pairs; leave chunk out")
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
         self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
@@ -115,7 +123,8 @@ class Pipeline:
         self._facts: dict[str, Any] = {
             "model": cache.identity.digest.hex(), "namespace": cache.namespace, "role": role, "prompt": resolved,
             "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
-            "text_field": text_field, "id_field": id_field, "max_characters": max_characters,
+            "text_field": text_field if isinstance(text_field, str) else list(text_field),  # as JSON gives it back
+            "id_field": id_field, "max_characters": max_characters,
         }  # fmt: skip
         self.errors: list[RejectedRecord] = []
         self.refused = 0
@@ -124,7 +133,8 @@ class Pipeline:
         """Run documents. Yields one result per document (per chunk with per="chunk"), in order, part by part.
 
         documents: any iterable of texts, `Document`s, mappings, dataclasses or other objects with the fields; a frame
-            of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. See `intake`.
+            of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. For a CrossEncoder tuples or lists
+            of two texts, or any of these with two text fields. See `intake`.
         A record that is no document has no result, and is added to `errors`. An exception of the iterable is raised
         here, after the results of all records before it. Close the generator, or take no more results, to stop; all
         computed results are in the cache.
@@ -237,3 +247,21 @@ class Pipeline:
             self.refused += 1
             if len(self.errors) < ERRORS_KEPT:
                 self.errors.append(record)
+
+
+def text_field_of(model: Any, given: TextFields | None) -> TextFields:
+    """Return the names of the text fields for a model; None for the usual ones.
+
+    ConfigError for one name where the model scores pairs of texts, or for two names where it reads one text.
+    """
+    usual = text_fields(model)
+    if given is None:
+        return usual
+    if isinstance(usual, str):
+        if not isinstance(given, str):
+            raise ConfigError(f"a {type(model).__name__} reads one text; name one field, got {given!r}")
+        return given
+    names = () if isinstance(given, str) else tuple(given)
+    if len(names) != 2 or not all(isinstance(name, str) for name in names) or names[0] == names[1]:
+        raise ConfigError(f"a CrossEncoder scores pairs of texts; name two fields, such as {usual!r}, got {given!r}")
+    return names[0], names[1]
