@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
 from llmcache.cache import LLMCache
 from llmcache.document import TextFields
@@ -37,7 +37,7 @@ from llmcache.pipeline.chunked import (
     together,
 )
 from llmcache.pipeline.journal import beside, discard
-from llmcache.pipeline.writers import result_writer
+from llmcache.pipeline.writers import Form, result_writer
 from llmcache.records import (
     MOST_CHARACTERS,
     FieldSpec,
@@ -85,8 +85,9 @@ class Pipeline:
         chunk: None passes texts to the model as they are; it truncates those beyond its maximum length. "structure"
             cuts them at headings, paragraphs and sentences into chunks that the model reads in full. A function from a
             text to its chunks (substrings, or pairs of start and end) cuts as you like. Every chunk is looked up by
-            itself. Pairs of texts are never cut.
-        per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk".
+            itself. Pairs of texts cannot be cut.
+        per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk",
+            which is the only choice for a SparseEncoder or a MultiVectorEncoder.
         batch_size: documents or chunks per batch of the model.
         prefetch: number of parts to read ahead; 0 reads in the caller's thread, for iterables that must not be used in
             another one, such as SQLite cursors.
@@ -112,6 +113,13 @@ class Pipeline:
         text_field = text_field_of(model, text_field)
         if chunk is not None and isinstance(model, CrossEncoder):
             raise ConfigError("chunk cuts documents of one text, and a CrossEncoder reads pairs; leave chunk out")
+        self._form: Form = "sparse" if isinstance(model, SparseEncoder) else "vector"
+        if isinstance(model, MultiVectorEncoder):
+            self._form = "tokens"
+        if chunk is not None and per == "document" and self._form != "vector":
+            raise ConfigError(
+                f"the outputs of a {type(model).__name__} have no mean over the chunks of a document; use per='chunk'"
+            )
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
         self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
@@ -156,6 +164,7 @@ class Pipeline:
     ) -> Written:
         """Run documents and write one row per result to `out` (.parquet, .npy or .jsonl, see `result_writer`).
 
+        Sparse vectors and vectors of tokens differ in length, and can be written as .parquet or .jsonl only.
         resume: keep a journal of the results in "<name>.unfinished" until the result file is written, and continue an
             unfinished run. However often the run is stopped, by Ctrl-C, an error or SIGKILL, the result file is byte
             for byte that of an uninterrupted run: results are durable before their entries are committed to the store,
@@ -171,7 +180,7 @@ class Pipeline:
         for name, value in (("max_documents", max_documents), ("max_seconds", max_seconds)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is above 0, or None, got {value!r}")
-        check_target(path)
+        check_target(path, self._form)
         if resume or max_documents is not None or max_seconds is not None:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
@@ -181,7 +190,10 @@ class Pipeline:
             unfinished.note(folder, run)  # so that a purge finds the partial file if this process is killed
         before, counts = self.refused, Counter[str]()
         try:
-            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as stream:
+            with (
+                result_writer(path, width=self._width, form=self._form) as writer,
+                closing(self._parts(documents)) as stream,
+            ):
                 for part in stream:
                     results = self._answer(part)
                     counts.update(result.tier for result in results)
@@ -196,7 +208,8 @@ class Pipeline:
         self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
     ) -> Written:
         began, before = time.monotonic(), self.refused
-        with resumable(path, self._facts, self._width, self._cache.storing, resume=resume) as resumption:
+        storing, form = self._cache.storing, self._form
+        with resumable(path, self._facts, self._width, storing, resume=resume, form=form) as resumption:
             start = resumption.start
 
             def summary(*, finished: bool) -> Written:
