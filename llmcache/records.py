@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from llmcache.document import Document, Text, TextFields, characters, kind, names_of
+from llmcache.document import Document, Text, TextFields, characters, kind, names_of, whole
 from llmcache.errors import ConfigError, CorpusError
 
 MOST_CHARACTERS = 10_000_000
@@ -138,20 +138,15 @@ def _record(place: int, record: Any, wanted: FieldSpec) -> Taken:
             seen = ", ".join(repr(str(name)[:40]) for name in list(record)[:10])
             reason = f"has no field {absent[0]!r}, only {seen or 'none'}"
             return RejectedRecord(place, _id_or_place(place, record.get(wanted.id)), reason)
-        return _document(place, record.get(wanted.id), _whole([record[name] for name in wanted.names]), wanted)
+        return _document(place, record.get(wanted.id), whole([record[name] for name in wanted.names]), wanted)
     texts = [getattr(record, name, _ABSENT) for name in wanted.names]
     if record is not None and all(text is not _ABSENT for text in texts):
-        return _document(place, getattr(record, wanted.id, None), _whole(texts), wanted)
+        return _document(place, getattr(record, wanted.id, None), whole(texts), wanted)
     if len(texts) == 2 and (isinstance(record, list | tuple) or hasattr(record, "tolist")):
         return _document(place, None, record, wanted)
     names = " and ".join(map(repr, wanted.names))
     what = "text" if len(texts) == 1 else "pair of texts"
     return RejectedRecord(place, str(place), f"is {kind(record)}, neither a {what} nor a record with {names}")
-
-
-def _whole(texts: Sequence[Any]) -> Any:
-    """Return the only one of some texts, or all of them as a tuple."""
-    return texts[0] if len(texts) == 1 else tuple(texts)
 
 
 def _document(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
@@ -164,7 +159,7 @@ def _document(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
     texts = _texts(text, wanted)
     if isinstance(texts, str):
         return RejectedRecord(place, document_id, texts)
-    found: Text = _whole(texts)
+    found: Text = whole(texts)
     if (count := characters(found)) > wanted.most:
         return RejectedRecord(place, document_id, f"has {count:,} characters, more than max_characters={wanted.most:,}")
     try:
