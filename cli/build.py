@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmcache.cli.shared import options
-from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.corpora import Sources, fields_of
 from llmcache.cli.shared.fill import FillOptions, fill
 from llmcache.cli.shared.metrics import MetricsFile
 from llmcache.errors import ConfigError
@@ -21,6 +21,7 @@ def build(
     corpus: options.Corpus,
     model: options.Model,
     store: options.StorePath,
+    kind: options.Kind = None,
     namespace: options.Namespace = "default",
     role: options.Role = None,
     index: Annotated[str, typer.Option(help=INDEXES)] = "auto",
@@ -36,6 +37,7 @@ def build(
         typer.Option(help="Activation that a near match reuses: deepest, or layer (the paper's rule; needs --layers)."),
     ] = "deepest",
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     stdin_format: options.StdinFormat = "jsonl",
@@ -63,10 +65,12 @@ def build(
         "layers": layer_numbers(layers),
         "reuse": reuse,
     }
-    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
     fill(
-        FillOptions(store, model, namespace, role, batch_size, dry_run, json, settings, access, plan, metrics_file),
+        FillOptions(
+            store, model, namespace, role, batch_size, dry_run, json, settings, access, plan, metrics_file, kind
+        ),
         sources,
     )
 

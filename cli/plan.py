@@ -13,8 +13,8 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
-from llmcache.cli.shared.corpora import Sources
-from llmcache.cli.shared.fill import counts, warnings
+from llmcache.cli.shared.corpora import Sources, fields_of
+from llmcache.cli.shared.fill import counts, read, warnings
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.files.atomic_write import ordinary_mode, write_atomically
 from llmcache.indexes.store import Store
@@ -37,10 +37,12 @@ def plan(
     store: options.StorePath,
     out: Out = None,
     model: ModelOption = None,
+    kind: options.Kind = None,
     tau: options.Tau = None,
     namespace: options.Namespace = "default",
     role: options.Role = None,
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     stdin_format: options.StdinFormat = "jsonl",
@@ -56,14 +58,14 @@ def plan(
 
     The corpus is read and hashed, samples of it are tokenised and looked up, and a few batches are computed.
     """
-    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"{out} cannot be written: give a file name in an existing folder")
     reading = CorpusReading()
-    documents = sources.documents(reading)
+    documents = read(sources, reading, store, namespace, access)
     printing.quiet()
-    with _opened(store, model, namespace, tau, access) as cache:
+    with _opened(store, model, kind, namespace, tau, access) as cache:
         forecast = cache.plan(documents, role=role, batch_size=batch_size)
     if out is not None:
         write_plan(forecast, out)
@@ -76,20 +78,20 @@ def plan(
 
 @contextmanager
 def _opened(
-    store: str, model: str | None, namespace: str, tau: float | None, access: options.Access
+    store: str, model: str | None, kind: str | None, namespace: str, tau: float | None, access: options.Access
 ) -> Iterator[LLMCache]:
     """Open the cache of a store, or a temporary empty one where the store does not exist, so that none is created."""
     from llmcache.cache import LLMCache
 
     if Path(store, "FORMAT").exists() and (model is None or _has(store, namespace, access)):
-        with LLMCache.open(store, model, namespace=namespace, tau=tau, **access.keywords()) as cache:
+        with LLMCache.open(store, model, kind=kind, namespace=namespace, tau=tau, **access.keywords()) as cache:
             yield cache
         return
     if model is None:
         raise ConfigError(f"there is no store in {store} yet; name the model it will be for: --model M")
     with (
         tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder,
-        LLMCache.open(Path(folder, "store"), model, namespace=namespace, tau=tau) as cache,
+        LLMCache.open(Path(folder, "store"), model, kind=kind, namespace=namespace, tau=tau) as cache,
     ):
         yield cache
 

@@ -11,6 +11,7 @@ from llmcache.banks.namespaces import resolved_secret
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources
+from llmcache.document import only_text
 from llmcache.errors import ConfigError
 from llmcache.indexes.maintenance.purge import Doomed
 from llmcache.indexes.maintenance.purge import purge as purged
@@ -82,7 +83,7 @@ def purge(
         )
         if text_file is not None:
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
-            texts = [document.text for document in sources.documents(CorpusReading())]
+            texts = [*map(only_text, sources.documents(CorpusReading()))]
             reader = None if model is None else reader_of(model)
             secret = resolved_secret(None, secret_file)
             doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompt or [], reader=reader)

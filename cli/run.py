@@ -12,14 +12,14 @@ import typer
 
 from llmcache.cli.shared import amounts, options
 from llmcache.cli.shared import output as printing
-from llmcache.cli.shared.corpora import Sources, bytes_of, progress
+from llmcache.cli.shared.corpora import Sources, bytes_of, fields_of, progress
 from llmcache.cli.shared.engine import (
     Engine,
     Workers,
     committed,
     opened,
 )
-from llmcache.cli.shared.fill import counts, preview, warnings
+from llmcache.cli.shared.fill import counts, preview, read, warnings
 from llmcache.cli.shared.heads import run_heads
 from llmcache.cli.shared.metrics import MetricsFile, Run
 from llmcache.errors import ConfigError
@@ -46,6 +46,7 @@ def run(
     namespace: options.Namespace = "default",
     role: options.Role = None,
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     stdin_format: options.StdinFormat = "jsonl",
@@ -54,6 +55,7 @@ def run(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model, for a store that is not trusted to name it.")
     ] = None,
+    kind: options.Kind = None,
     head: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,11 +96,14 @@ def run(
 ) -> None:
     """Write one vector per document, in order, each with its tier, layer, source and similarity.
 
+    For a cross-encoder these are the logits of each pair, before the activation. Sparse vectors and vectors of tokens
+    are written as .parquet or .jsonl.
+
     Stored outputs are read, missing ones are computed and stored. With --read-only, or where the folder of the store
     cannot be written, missing ones are computed and not stored.
     """
     expected = None if plan is None else Plan.read(plan)
-    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     limits = Limits.of(max_seconds, max_bytes)
     if chunk not in ("none", "structure"):
@@ -116,6 +121,8 @@ def run(
 
     printing.quiet()
     settings = {"namespace": namespace, "tau": tau, "max_bytes": limits.nbytes, **access.keywords()}
+    if kind is not None:
+        settings["kind"] = kind
     if read_only:
         if engine != "local":
             raise ConfigError("--read-only computes in one process; leave --engine out")
@@ -127,13 +134,16 @@ def run(
             )
         if engine != "local":
             raise ConfigError("--head computes in one process; leave --engine out")
+        if pair_fields is not None:
+            raise ConfigError("--head reads documents of one text; leave --pair-fields out")
         with LLMCache.open(store, model, **settings) as cache:
             run_heads(cache, head, sources, out, role, batch_size, json)
             committed(cache)
         return
     reading = CorpusReading()
-    documents = sources.documents(reading)
+    documents = read(sources, reading, store, namespace, access)
     with opened(engine, workers, store, model, **settings) as cache, progress(reading, bytes_of(corpus)) as advance:
+        sources.check(cache.identity.encoder)
         cache.corpus = sources.name
         pipeline = Pipeline(
             cache, chunk=None if chunk == "none" else chunk, per=per, batch_size=batch_size, role=role,

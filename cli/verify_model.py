@@ -11,6 +11,7 @@ import typer
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources
+from llmcache.document import only_text
 from llmcache.pipeline.files import CorpusReading
 
 
@@ -40,7 +41,7 @@ def verify_model(
 
     printing.quiet()
     documents = Sources(data, text_field, id_field, unit, False, "jsonl").documents(CorpusReading())
-    texts = [document.text for document in islice(documents, limit)]
+    texts = [*map(only_text, islice(documents, limit))]
     loaded, tokenizer = load_any(model)
     with TemporaryDirectory() as folder:
         store = Path(folder, "store")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmcache.cli.shared import options
-from llmcache.cli.shared.corpora import Sources
+from llmcache.cli.shared.corpora import Sources, fields_of
 from llmcache.cli.shared.fill import FillOptions, fill
 from llmcache.cli.shared.metrics import MetricsFile
 
@@ -14,6 +14,7 @@ def warm(
     namespace: options.Namespace = "default",
     role: options.Role = None,
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     stdin_format: options.StdinFormat = "jsonl",
@@ -31,7 +32,7 @@ def warm(
 
     Uses the model that the store was created with.
     """
-    sources = Sources(corpus, text_field, id_field, unit, skip_bad, stdin_format)
+    sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable)
     fill(
         FillOptions(store, None, namespace, role, batch_size, dry_run, json, {}, access, plan, metrics_file),

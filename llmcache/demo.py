@@ -15,7 +15,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from llmcache.cache import LLMCache
-from llmcache.document import Document
+from llmcache.document import Document, only_text
 from llmcache.errors import ConfigError
 from llmcache.pipeline.files import documents
 
@@ -61,11 +61,11 @@ def nights(model: SentenceTransformer, store: Path | None = None) -> Iterator[Ni
     store: path of the store; None uses a temporary folder. Yields the result of each night.
     """
     today, tomorrow = demo_corpus("demo"), demo_corpus("demo_tomorrow")
-    model.encode([document.text for document in today[:64]])  # warm-up, so that neither side times the first pass
+    model.encode([*map(only_text, today[:64])])  # warm-up, so that neither side times the first pass
     with _folder(store) as folder:
         for name, corpus in (("cold", today), ("next day", tomorrow), ("again", tomorrow)):
             began = time.perf_counter()
-            alone = model.encode([document.text for document in corpus])
+            alone = model.encode([*map(only_text, corpus)])
             model_seconds = time.perf_counter() - began
             began = time.perf_counter()
             with LLMCache.open(folder, model) as cache:

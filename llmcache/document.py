@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from llmcache.errors import CorpusError
+
+Text: TypeAlias = str | tuple[str, str]
+"""Text of a document; for a CrossEncoder an ordered pair of texts."""
+TextFields: TypeAlias = str | tuple[str, str]
+"""Name of the field of a text, or names of the two fields of a pair."""
+PAIR_FIELDS = ("query", "document")
+"""Fields of a pair, where the caller names no others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Input of a pipeline: an id and a text, which may be empty."""
+    """Input of a pipeline: an id and a text, which may be empty. For a CrossEncoder text is a pair of texts."""
 
     id: str
-    text: str
+    text: Text
+
+
+def characters(text: Text) -> int:
+    """Return the number of characters of a text, or of both texts of a pair."""
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def as_text(text: Text) -> str:
+    """Return a text, or both texts of a pair as one, for the guard, which compares the fields of texts."""
+    return text if isinstance(text, str) else "\n".join(text)
+
+
+def only_text(document: Document) -> str:
+    """Return the text of a document. CorpusError for a pair of texts."""
+    if not isinstance(document.text, str):
+        raise CorpusError(f"the document {document.id!r:.60} is a pair of texts; give documents of one text each")
+    return document.text
+
+
+def whole(texts: Sequence[Any]) -> Any:
+    """Return the only one of some texts, or all of them as a tuple."""
+    return texts[0] if len(texts) == 1 else tuple(texts)
+
+
+def names_of(fields: TextFields) -> tuple[str, ...]:
+    """Return the names of the fields of a text, one or two."""
+    return (fields,) if isinstance(fields, str) else fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +64,12 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Names of the text field and the id field. unit: unit of a document in plain text, "line" or "paragraph"."""
+    """Names of the text field and the id field. unit: unit of a document in plain text, "line" or "paragraph".
 
-    text: str
+    text: two names where documents are pairs of texts.
+    """
+
+    text: TextFields
     id: str
     unit: str
 
@@ -44,28 +81,41 @@ Found: TypeAlias = Document | CorpusError
 def document(file: File, fields: Fields, number: int, id: object, text: object) -> Found:
     """Make a document from a record's id and text. number: line or row of the record; id: None to generate one.
 
+    text: for a pair of texts a list or tuple of both.
     Returns the error, instead of raising it, for a text or id of another type or that is not valid Unicode.
     """
-    if not isinstance(text, str):
-        return bad(file, number, f"has {kind(text)} under {fields.text!r}, not a text")
+    names = names_of(fields.text)
+    texts = (text,) if len(names) == 1 else text
+    if not isinstance(texts, list | tuple):
+        what = "one text" if isinstance(texts, str) else kind(texts)
+        return bad(file, number, f"is {what}, not a pair of texts with {names[0]!r} and {names[1]!r} (--pair-fields)")
+    if len(texts) != len(names):
+        return bad(file, number, f"has {len(texts)} text{'s' * (len(texts) != 1)}, not the two of a pair")
+    for name, one in zip(names, texts, strict=True):
+        if not isinstance(one, str):
+            return bad(file, number, f"has {kind(one)} under {name!r}, not a text")
     if not isinstance(id, str | int | None) or isinstance(id, bool):
         return bad(file, number, f"has {kind(id)} under {fields.id!r}, not a text or whole number (--id-field)")
-    result = Document(f"{file.name}:{number}" if id is None else str(id), text)
+    result = Document(f"{file.name}:{number}" if id is None else str(id), whole(texts))
     try:
-        _ = text.isascii() or text.encode(), result.id.encode()
+        for one in (*texts, result.id):
+            _ = one.isascii() or one.encode()
     except UnicodeEncodeError:
         return bad(file, number, "is not Unicode text: bytes that are not UTF-8, or half of a surrogate pair")
     return result
 
 
 def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> CorpusError:
-    """Return the error of a record without the text field. names: fields that the record has."""
-    quoted = [repr(name[:40]) for name in names]
+    """Return the error of a record without a text field. names: fields that the record has."""
+    given, wanted = list(names), names_of(fields.text)
+    quoted = [repr(name[:40]) for name in given]
+    absent = next((name for name in wanted if name not in given), wanted[0])
+    option = "--text-field" if len(wanted) == 1 else "--pair-fields"
     seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")
     return bad(
         file,
         number,
-        f"has no field {fields.text!r}, only {seen or 'none'}; name the right one (--text-field)",
+        f"has no field {absent!r}, only {seen or 'none'}; name the right one ({option})",
     )
 
 

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from llmcache.document import Document, kind
+from llmcache.document import Document, Text, TextFields, characters, kind, names_of, whole
 from llmcache.errors import ConfigError, CorpusError
 
 MOST_CHARACTERS = 10_000_000
@@ -32,11 +32,19 @@ Taken: TypeAlias = Document | RejectedRecord
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """Names of the text field and the id field of a record. most: maximum number of characters of a text."""
+    """Names of the text field and the id field of a record. most: maximum number of characters of a document.
 
-    text: str = "text"
+    text: two names where documents are pairs of texts, in the order of the pair.
+    """
+
+    text: TextFields = "text"
     id: str = "id"
     most: int = MOST_CHARACTERS
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the text fields, one or two."""
+        return names_of(self.text)
 
 
 def intake(documents: Any, wanted: FieldSpec | None = None) -> Iterator[Taken]:
@@ -44,13 +52,17 @@ def intake(documents: Any, wanted: FieldSpec | None = None) -> Iterator[Taken]:
 
     documents: any iterable of texts, `Document`s, mappings, or objects with the fields as attributes (dataclasses,
         named tuples); a frame of pandas or polars, an Arrow table or a stream of record batches, a
-        `datasets.Dataset`; or an iterable of frames. Of frames and data sets only the two columns are read, 1024 rows
-        at a time. A record without an id gets its position in the stream as id.
-    ConfigError for a single text, bytes, path or mapping, and for a lazy frame. CorpusError for a frame without the
-    text column. Exceptions of the iterable are passed on.
+        `datasets.Dataset`; or an iterable of frames. Of frames and data sets only the columns of the text and the id
+        are read, 1024 rows at a time. A record without an id gets its position in the stream as id. Where `wanted`
+        names two text fields, a record is a tuple, list or array of two texts, or has both fields.
+    ConfigError for a single text, pair, bytes, path or mapping, and for a lazy frame. CorpusError for a frame without
+    the text column. Exceptions of the iterable are passed on.
     """
     wanted = wanted or FieldSpec()
     check_many(documents, "documents", frames=True)
+    one_pair = isinstance(documents, tuple) and len(wanted.names) == len(documents) == 2
+    if one_pair and all(isinstance(side, str) for side in documents):
+        raise ConfigError("documents must be a collection, got one pair of texts; give a list: [(query, document)]")
     return _stream(documents, wanted)
 
 
@@ -121,35 +133,58 @@ def _record(place: int, record: Any, wanted: FieldSpec) -> Taken:
     if isinstance(record, Document):
         return _document(place, record.id, record.text, wanted)
     if isinstance(record, Mapping):
-        if wanted.text not in record:
+        absent = [name for name in wanted.names if name not in record]
+        if absent:
             seen = ", ".join(repr(str(name)[:40]) for name in list(record)[:10])
-            reason = f"has no field {wanted.text!r}, only {seen or 'none'}"
+            reason = f"has no field {absent[0]!r}, only {seen or 'none'}"
             return RejectedRecord(place, _id_or_place(place, record.get(wanted.id)), reason)
-        return _document(place, record.get(wanted.id), record[wanted.text], wanted)
-    text = getattr(record, wanted.text, _ABSENT)
-    if text is _ABSENT or record is None:
-        return RejectedRecord(place, str(place), f"is {kind(record)}, neither a text nor a record with {wanted.text!r}")
-    return _document(place, getattr(record, wanted.id, None), text, wanted)
+        return _document(place, record.get(wanted.id), whole([record[name] for name in wanted.names]), wanted)
+    texts = [getattr(record, name, _ABSENT) for name in wanted.names]
+    if record is not None and all(text is not _ABSENT for text in texts):
+        return _document(place, getattr(record, wanted.id, None), whole(texts), wanted)
+    if len(texts) == 2 and (isinstance(record, list | tuple) or hasattr(record, "tolist")):
+        return _document(place, None, record, wanted)
+    names = " and ".join(map(repr, wanted.names))
+    what = "text" if len(texts) == 1 else "pair of texts"
+    return RejectedRecord(place, str(place), f"is {kind(record)}, neither a {what} nor a record with {names}")
 
 
 def _document(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
-    id, text = _python_value(id), _python_value(text)
+    id = _python_value(id)
     if isinstance(id, float) and id.is_integer():  # a frame stores whole numbers as floats if one is missing
         id = int(id)
     if not isinstance(id, str | Integral | None) or isinstance(id, bool):
         return RejectedRecord(place, str(place), f"has {kind(id)} under {wanted.id!r}, not a text or whole number")
     document_id = _id_or_place(place, id)
-    if not isinstance(text, str):
-        return RejectedRecord(place, document_id, f"has {kind(text)} under {wanted.text!r}, not a text")
-    if len(text) > wanted.most:
-        return RejectedRecord(
-            place, document_id, f"has {len(text):,} characters, more than max_characters={wanted.most:,}"
-        )
+    texts = _texts(text, wanted)
+    if isinstance(texts, str):
+        return RejectedRecord(place, document_id, texts)
+    found: Text = whole(texts)
+    if (count := characters(found)) > wanted.most:
+        return RejectedRecord(place, document_id, f"has {count:,} characters, more than max_characters={wanted.most:,}")
     try:
-        _ = text.isascii() or text.encode(), document_id.isascii() or document_id.encode()
+        for one in (*texts, document_id):
+            _ = one.isascii() or one.encode()
     except UnicodeEncodeError:
         return RejectedRecord(place, ascii(document_id), "is not Unicode text: it has half of a surrogate pair")
-    return Document(document_id, text)
+    return Document(document_id, found)
+
+
+def _texts(value: Any, wanted: FieldSpec) -> list[str] | str:
+    """Return the texts of a record, one for each text field, or the reason why it is no document."""
+    names = wanted.names
+    if len(names) == 2 and not isinstance(value, tuple):
+        value = value.tolist() if getattr(value, "ndim", 0) == 1 else value
+        if not isinstance(value, list):
+            return f"is {'one text' if isinstance(value, str) else kind(value)}, not a pair of texts"
+    parts = (value,) if len(names) == 1 else value
+    if len(parts) != len(names):
+        return f"has {len(parts)} text{'s' * (len(parts) != 1)}, not the two of a pair"
+    texts = [_python_value(part) for part in parts]
+    for name, text in zip(names, texts, strict=True):
+        if not isinstance(text, str):
+            return f"has {kind(text)} under {name!r}, not a text"
+    return texts
 
 
 def _python_value(value: Any) -> Any:
@@ -210,7 +245,7 @@ def _sliced_columns(frame: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any]]:
     has_id = wanted.id in frame.columns
     for start in range(0, len(frame), _ROWS):
         part = frame[start : start + _ROWS]
-        texts = part[wanted.text].to_list()
+        texts = _rows_of([part[name].to_list() for name in wanted.names])
         yield from zip(part[wanted.id].to_list() if has_id else [None] * len(texts), texts, strict=True)
 
 
@@ -219,16 +254,22 @@ def _data_set_columns(source: Any, wanted: FieldSpec) -> Iterator[tuple[Any, Any
         source = source.with_format(None)
     if source.column_names is not None:
         _check_columns(source.column_names, wanted)
-        source = source.select_columns([name for name in {wanted.id, wanted.text} if name in source.column_names])
+        source = source.select_columns([name for name in {wanted.id, *wanted.names} if name in source.column_names])
     for batch in source.iter(_ROWS):
         _check_columns(list(batch), wanted)
-        texts = batch[wanted.text]
+        texts = _rows_of([batch[name] for name in wanted.names])
         yield from zip(batch.get(wanted.id, [None] * len(texts)), texts, strict=True)
 
 
+def _rows_of(columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """Return one value per row: that of the only column, or a pair of two columns."""
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
 def _check_columns(names: Iterable[str], wanted: FieldSpec) -> None:
-    """CorpusError unless the text column is among the names."""
+    """CorpusError unless the text columns are among the names."""
     columns = list(names)
-    if wanted.text not in columns:
+    absent = [name for name in wanted.names if name not in columns]
+    if absent:
         seen = ", ".join(repr(str(name)[:40]) for name in columns[:10]) or "none"
-        raise CorpusError(f"there is no column {wanted.text!r}, only {seen}; name the right one with text_field")
+        raise CorpusError(f"there is no column {absent[0]!r}, only {seen}; name the right one with text_field")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from tests import kinds
 from tests.conftest import MODELS, ROOT, Command
 from tests.encoding.test_heads import head
+from tests.small_sentences import tiny_folder
 
 PAGE = ROOT / "docs" / "pipelines.md"
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
@@ -46,6 +48,9 @@ def test_the_python_on_the_page_runs(
         names |= {"topic_model": head(model_path, 1, 4), "tone_model": head(model_path, 2, 3, from_layer=4)}
     if "classifier" in code:
         names |= {"classifier": head(model_path, 1, 4), "classifier_tokenizer": model.tokenizer}
+    if "reranker" in code or "sparse_model" in code:
+        small = tiny_folder(tmp_path / "small")
+        names |= {"reranker": kinds.cross_encoder(small), "sparse_model": kinds.sparse_encoder(small)}
     if "llm," in code:
         import transformers
 

@@ -13,6 +13,7 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
+from llmcache.document import only_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -129,7 +130,7 @@ def texts(data: Sequence[str], limit: int | None, text_field: str = "text", unit
     """Read at most `limit` texts of a corpus."""
     from llmcache.pipeline.files import documents
 
-    return [document.text for document in islice(documents(data, text_field=text_field, unit=unit), limit)]
+    return [*map(only_text, islice(documents(data, text_field=text_field, unit=unit), limit))]
 
 
 def seconds(row: BenchRecord) -> str:

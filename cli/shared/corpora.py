@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from llmcache.document import Document
-from llmcache.errors import CorpusError
+from llmcache.document import PAIR_FIELDS, Document, TextFields
+from llmcache.errors import ConfigError, CorpusError
 from llmcache.pipeline.files import CorpusReading, documents
 
 
@@ -23,11 +23,25 @@ class Sources:
     """Corpora and the options for reading them."""
 
     corpora: list[str]
-    text_field: str = "text"
+    text_field: TextFields = "text"
     id_field: str = "id"
     unit: str = "line"
     skip_bad: bool = False
     stdin_format: str = "jsonl"
+
+    def check(self, encoder: str) -> None:
+        """ConfigError unless a model reads such documents: pairs of texts for a CrossEncoder, else single texts.
+
+        encoder: name of the model's class.
+        """
+        pairs = not isinstance(self.text_field, str)
+        if encoder == "CrossEncoder" and not pairs:
+            raise ConfigError(
+                "this model is a CrossEncoder, which scores pairs of texts; name their two fields, such as "
+                f"--pair-fields {','.join(PAIR_FIELDS)}"
+            )
+        if encoder != "CrossEncoder" and pairs:
+            raise ConfigError(f"--pair-fields is for a CrossEncoder, and this model is a {encoder}; use --text-field")
 
     @property
     def name(self) -> str:
@@ -53,6 +67,18 @@ class Sources:
         if first is None:
             raise CorpusError(f"there are no documents in {', '.join(self.corpora)}; nothing was done")
         return chain([first], stream)
+
+
+def fields_of(text_field: str, pair_fields: str | None) -> TextFields:
+    """Return the names of the text fields that --text-field or --pair-fields give. ConfigError for other than two."""
+    if pair_fields is None:
+        return text_field
+    names = [name.strip() for name in pair_fields.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise ConfigError(f"--pair-fields is two names, such as {','.join(PAIR_FIELDS)}, got {pair_fields!r}")
+    if text_field != "text":
+        raise ConfigError("--text-field and --pair-fields were both given; give one of them")
+    return names[0], names[1]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources, bytes_of, progress
 from llmcache.cli.shared.metrics import Run
 from llmcache.cli.shared.options import Access
+from llmcache.document import Document
+from llmcache.errors import CorpusError
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import ForecastError, Plan
@@ -24,7 +26,7 @@ log = logging.getLogger("llmcache")
 
 @dataclass(frozen=True, slots=True)
 class FillOptions:
-    """Options that both commands share. model: None uses the model the store was created with."""
+    """Options that both commands share. model, kind: None uses the model the store was created with."""
 
     store: str
     model: str | None
@@ -37,6 +39,7 @@ class FillOptions:
     access: Access = field(default_factory=Access)
     plan: Path | None = None
     metrics_file: Path | None = None
+    kind: str | None = None
 
 
 def fill(options: FillOptions, sources: Sources) -> None:
@@ -48,13 +51,17 @@ def fill(options: FillOptions, sources: Sources) -> None:
     timed = Run("build" if options.model is not None else "warm", options.metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
+    from llmcache.model.loading import encoder_class
 
     printing.quiet()
     reading = CorpusReading()
-    documents = sources.documents(reading)
+    if options.model is not None and Path(options.model).exists():  # before a store is made for it
+        sources.check(encoder_class(options.model, options.kind).__name__)
+    documents = read(sources, reading, options.store, options.namespace, options.access)
     config = CacheConfig(**options.settings) if options.settings else None
-    access = options.access.keywords()
-    with LLMCache.open(options.store, options.model, config=config, namespace=options.namespace, **access) as cache:
+    settings = {"kind": options.kind, "config": config, "namespace": options.namespace, **options.access.keywords()}
+    with LLMCache.open(options.store, options.model, **settings) as cache:
+        sources.check(cache.identity.encoder)
         if cache.read_only:  # nothing could be stored, so fail before computing
             cache.storing.store.commit()
         before = len(cache)
@@ -73,6 +80,26 @@ def fill(options: FillOptions, sources: Sources) -> None:
         {"added": len(cache) - before, "entries": len(cache), **stats.as_dict()},
         forecast,
     )
+
+
+def read(sources: Sources, reading: CorpusReading, store: str, namespace: str, access: Access) -> Iterator[Document]:
+    """Iterate over the documents for a store. Reads the first at once, so an unreadable corpus fails before any work.
+
+    CorpusError when it cannot be read. ConfigError instead if that is for want of the fields that the store's model
+    reads: one text, or a pair.
+    """
+    try:
+        return sources.documents(reading)
+    except CorpusError:
+        if Path(store, "FORMAT").exists():
+            from llmcache.model.identity import Identity
+
+            opened = Store.open(store, **access.of_store())
+            space = opened.namespace(namespace)
+            opened.close()
+            if space is not None and (encoder := Identity.from_json(space.identity).encoder):
+                sources.check(encoder)
+        raise
 
 
 def report(

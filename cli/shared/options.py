@@ -17,8 +17,19 @@ Corpus = Annotated[
 ]
 StorePath = Annotated[str, typer.Option("--store", "-s", help="Folder of the store.")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Folder of the store.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Name or path of a SentenceTransformer.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Name or path of a model of sentence-transformers.")]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of the model: sentence-transformer, cross-encoder, sparse-encoder or multi-vector-encoder. "
+        "By default its folder says."
+    ),
+]
 TextField = Annotated[str, typer.Option(help="Field or column of the text.")]
+PairFields = Annotated[
+    str | None,
+    typer.Option(help="Two fields or columns of a pair of texts, for a cross-encoder: query,document."),
+]
 IdField = Annotated[str, typer.Option(help="Field or column of the id; records without it get file and line number.")]
 Unit = Annotated[str, typer.Option(help="Unit of a document in .txt files: line or paragraph.")]
 StdinFormat = Annotated[str, typer.Option(help="Format of standard input: jsonl, csv, tsv or txt.")]

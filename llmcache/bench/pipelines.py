@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcache.bench.harness.datasets import BANKING77, LOGS, labelled_texts, lines
+from llmcache.document import characters
 from llmcache.pipeline.batches import CHARACTERS, parts
 from llmcache.pipeline.files import documents
 from llmcache.pipeline.writers import CHUNK_ROWS
@@ -97,7 +98,7 @@ def child(model_name: str, path: str, store: str) -> None:
     began = time.perf_counter()
     longest = 0
     for part in parts(intake(documents(path)), 32 * BATCH, None):
-        longest = max(longest, sum(4 * len(document.text) for document in part.documents))
+        longest = max(longest, sum(4 * characters(document.text) for document in part.documents))
     reading = time.perf_counter() - began
     with LLMCache.open(store, model) as cache:
         longest_batch = ["a long text of many words " * 60] * (2 * BATCH)

@@ -16,9 +16,10 @@ from llmcache.banks.counters import Counters
 from llmcache.banks.writer import BankWriter
 from llmcache.concurrency.calls import Calls
 from llmcache.config import CacheConfig
+from llmcache.document import Text
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.calibrations import Calibrations
-from llmcache.encoding.call import EncodeCall, Text
+from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.heads import Heads
 from llmcache.errors import ConfigError, LLMCacheError

@@ -12,13 +12,14 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from llmcache.calls.base import LAYER, CacheParts
 from llmcache.calls.drop_in import drop_in
 from llmcache.concurrency.calls import call
+from llmcache.document import Text
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.call import EncodeCall, GivenTexts, Progress, bypass_reason, nothing, texts_argument
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.postprocess import finished, sparse_vectors, token_vectors
 from llmcache.encoding.results import Result, Source, TierCounts, results
 from llmcache.errors import ConfigError
-from llmcache.model.encoders import limits_inside
+from llmcache.model.encoders import limits_inside, text_fields
 from llmcache.model.prompts import ROLES
 from llmcache.planning.forecast import planned
 from llmcache.planning.plan import ForecastError, Plan
@@ -226,14 +227,16 @@ class EncodeMethods(CacheParts):
         chunk: int = CHUNK,
         progress: Progress = nothing,
     ) -> Iterator[Result]:
-        """Embed documents, and report for each where its output came from.
+        """Embed documents or score pairs of texts, and report for each where its output came from.
 
         documents: iterable of texts, `Document`s, or mappings with "text" and optionally "id". `chunk` of them are read
-            at a time, which bounds the memory.
+            at a time, which bounds the memory. For a CrossEncoder: tuples or lists of two texts, `Document`s of such a
+            tuple, or mappings with "query" and "document".
         role: None, "query" or "document".
         progress: called with the number of documents just answered, and how many of these the model computed.
         Returns an iterator over one result per document, in order. Outputs are the model's own vectors: not cut to
-        truncate_dim, and normalised only if the model does so.
+        truncate_dim, and normalised only if the model does so. Those of a CrossEncoder are the logits that are stored,
+        float32 [labels], before the activation that `predict` applies. See `Result` for the other kinds of models.
         """
         settings = self._settings(role, prompt_name, prompt, batch_size, progress)
         return self._results(documents, settings, chunk)
@@ -267,12 +270,13 @@ class EncodeMethods(CacheParts):
     def _results(self, documents: Iterable[Source], settings: EncodeCall, chunk: int) -> Iterator[Result]:
         """Return the results of documents, `chunk` at a time. settings: the call without texts and ids."""
 
-        def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+        def answer(texts: Sequence[Text], ids: Sequence[str]) -> Answers:
             self._check_open()
             self._check_model()
             return self._execution.answers(replace(settings, texts=texts, ids=ids))
 
-        return results(documents, answer, lambda: self._bank, LAYER, chunk, calls=self._calls)
+        fields = text_fields(self.model)
+        return results(documents, answer, lambda: self._bank, LAYER, chunk, fields=fields, calls=self._calls)
 
     @call
     def plan(
@@ -288,8 +292,11 @@ class EncodeMethods(CacheParts):
 
         Documents are read once: all are hashed, a sample is tokenised and looked up, and a few batches are computed to
         measure the model. This takes under 2 % of the time of computing all documents. Nothing is stored.
+        ConfigError for a CrossEncoder, whose pairs cannot be planned yet.
         """
         self._check_open()
+        if isinstance(self.model, CrossEncoder):
+            raise ConfigError("plan forecasts documents of one text, and not yet pairs; run them without a plan")
         self._check_model()
         call = EncodeCall([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
         self._planned_at = self._counters.as_dict()

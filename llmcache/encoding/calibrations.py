@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from llmcache.config import CacheConfig
+from llmcache.document import Text
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of, results
 from llmcache.errors import ConfigError
 from llmcache.indexes.store import Store
+from llmcache.model.encoders import text_fields
 from llmcache.near.calibration.calibrate import OWN, Calibration
 from llmcache.near.calibration.drift import Drift
 from llmcache.near.calibration.risk_control import check
@@ -64,7 +66,7 @@ class Calibrations:
         prompt, role: of the entries to match and of the sample. settings: of `CalibrationStore.calibrate`.
         """
         check(settings["budget"], settings["confidence"])
-        documents = None if sample is None else list(documents_of(sample))
+        documents = None if sample is None else list(documents_of(sample, text_fields(execution.model.module)))
         labels = None if truth is None else np.asarray(list(truth))
         if settings["drift"] == "accuracy" and labels is None:
             raise ConfigError('drift="accuracy" needs the right answers of a sample; give truth=, one for each')
@@ -122,8 +124,9 @@ class Calibrations:
 def _compute(execution: Executor, documents: Iterable[Source], call: EncodeCall) -> None:
     """Compute and store documents, with the role and prompt of a call."""
 
-    def answer(texts: Sequence[str], ids: Sequence[str]) -> Answers:
+    def answer(texts: Sequence[Text], ids: Sequence[str]) -> Answers:
         return execution.answers(replace(call, texts=texts, ids=ids))
 
-    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK):
+    fields = text_fields(execution.model.module)
+    for _ in results(documents, answer, lambda: execution.bank, "output", CHUNK, fields=fields):
         continue

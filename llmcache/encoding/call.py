@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
+from llmcache.document import Text
 from llmcache.indexes.format.marks import Marks
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.prompts import ROLES
@@ -21,20 +22,6 @@ Places: TypeAlias = NDArray[np.int64]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Callback with the number of documents answered since the last one, and how many of these the model computed."""
-
-
-Text: TypeAlias = str | tuple[str, str]
-"""Document of a call; for a CrossEncoder an ordered pair of texts."""
-
-
-def characters(text: Text) -> int:
-    """Return the number of characters of a text, or of both texts of a pair."""
-    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
-
-
-def as_text(text: Text) -> str:
-    """Return a text, or both texts of a pair as one, for the guard, which compares the fields of texts."""
-    return text if isinstance(text, str) else "\n".join(text)
 
 
 def nothing(answered: int, computed: int) -> None:

@@ -18,8 +18,9 @@ from llmcache.banks.pace import Pace
 from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
+from llmcache.document import Text, as_text, characters
 from llmcache.encoding.answers import EXACT, MISS, NEAR, Answers
-from llmcache.encoding.call import EncodeCall, Misses, OpenDocuments, Places, Text, as_text, characters
+from llmcache.encoding.call import EncodeCall, Misses, OpenDocuments, Places
 from llmcache.encoding.compute import Compute, ComputedMisses, LocalCompute
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.hit_audits import AuditedHits, Window

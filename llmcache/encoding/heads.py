@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from llmcache.arrays import Floats32
 from llmcache.config import CacheConfig
+from llmcache.document import Text
 from llmcache.encoding.call import EncodeCall, Progress
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import (
@@ -187,7 +188,7 @@ class Heads:
                 self.check()
                 for name, execution in self._executions.items():
 
-                    def answer(texts: Sequence[str], ids: Sequence[str], execution: Executor = execution) -> Any:
+                    def answer(texts: Sequence[Text], ids: Sequence[str], execution: Executor = execution) -> Any:
                         return execution.answers(EncodeCall(texts, ids, prompt, role, batch_size, progress))
 
                     def bank(execution: Executor = execution) -> Bank:

@@ -17,8 +17,9 @@ from llmcache.banks.agreement import (
     shapes,
 )
 from llmcache.banks.audits import Evidence
+from llmcache.document import Text, characters
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.call import EncodeCall, Text, characters
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.format.rows import Keys, Rows

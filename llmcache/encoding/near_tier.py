@@ -18,8 +18,9 @@ from llmcache.banks.pace import Pace
 from llmcache.banks.reader import BankReader
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
+from llmcache.document import as_text
 from llmcache.encoding.answers import NEAR, Answers
-from llmcache.encoding.call import EncodeCall, OpenDocuments, Places, as_text
+from llmcache.encoding.call import EncodeCall, OpenDocuments, Places
 from llmcache.encoding.device_answers import DeviceAnswers
 from llmcache.encoding.near_layers import asked_with, near_layers
 from llmcache.model.batching import Model

@@ -11,22 +11,27 @@ from math import isnan
 from typing import Any, Self, TypeAlias
 
 from llmcache.arrays import Floats32
-from llmcache.document import Document
+from llmcache.document import Document, Text, TextFields
 from llmcache.encoding.answers import MISS, TIERS, Answers
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
 from llmcache.layers.layer_banks import bank_name
 from llmcache.records import FieldSpec, RejectedRecord, intake
 
-Source: TypeAlias = str | Document | Mapping[str, Any]
-"""A document as callers pass it: a text, a Document, or a mapping with "text" and optionally "id"."""
+Source: TypeAlias = str | tuple[str, str] | list[str] | Document | Mapping[str, Any]
+"""A document as callers pass it: a text, a Document, or a mapping with "text" and optionally "id".
+
+For a CrossEncoder: a tuple or list of two texts, a Document of one, or a mapping with "query" and "document".
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """Output and provenance of one document.
 
-    output: float32 [width].
+    output: float32 [width]. Of a CrossEncoder the logits as stored, float32 [labels], without an activation; of a
+        SparseEncoder float32 [entries, 2], each row a dimension and its value; of a MultiVectorEncoder the vectors of
+        the tokens, float32 [tokens, width].
     tier: "exact", "near" or "miss".
     layer: name of the bank that answered; None for a miss. If it is not "output", later layers were computed.
     source: id of the document whose entry was used, or the entry's key in hexadecimal if it has no id; None for a miss.
@@ -80,19 +85,21 @@ class TierCounts:
 
 def results(
     documents: Iterable[Source],
-    answer: Callable[[Sequence[str], Sequence[str]], Answers],
+    answer: Callable[[Sequence[Text], Sequence[str]], Answers],
     bank: Callable[[], Bank],
     layer: str,
     chunk: int,
     *,
+    fields: TextFields = "text",
     calls: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Result]:
     """Return an iterator over one Result per document, in order. `chunk` documents are read and answered at a time.
 
-    bank: returns the current bank. calls: context entered to answer a chunk, and left before documents are read or
-    results yielded, so that the consumer of results and the producer of documents may use the cache.
+    bank: returns the current bank. fields: name or names of the text fields. calls: context entered to answer a chunk,
+    and left before documents are read or results yielded, so that the consumer of results and the producer of documents
+    may use the cache.
     """
-    stream = documents_of(documents)
+    stream = documents_of(documents, fields)
 
     def answered() -> Iterator[Result]:
         while part := list(islice(stream, chunk)):
@@ -106,13 +113,14 @@ def results(
     return answered()
 
 
-def documents_of(sources: Any) -> Iterator[Document]:
+def documents_of(sources: Any, fields: TextFields = "text") -> Iterator[Document]:
     """Iterate over the documents of an iterable, data frame, table or data set, read by `llmcache.records.intake`.
 
+    fields: name of the text field, or names of the two fields of a pair.
     A document without an id gets its position as id. ConfigError, immediately, for a single text, mapping or path;
     CorpusError, when iteration reaches it, for a record that is not a document.
     """
-    return map(_accepted, intake(sources, FieldSpec(most=sys.maxsize)))
+    return map(_accepted, intake(sources, FieldSpec(fields, most=sys.maxsize)))
 
 
 def _accepted(taken: Document | RejectedRecord) -> Document:

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from llmcache.banks.counters import Counters
 from llmcache.banks.payoff import sample
+from llmcache.document import characters
 from llmcache.encoding.answers import Answers
-from llmcache.encoding.call import EncodeCall, characters
+from llmcache.encoding.call import EncodeCall
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.batching import Model, compute

@@ -12,6 +12,7 @@ from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.arrays import Floats32
+from llmcache.document import PAIR_FIELDS, TextFields
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.batching import Model, Sentences, token_embedding
 from llmcache.model.keys import Seed, pair_keys, text_keys
@@ -125,6 +126,11 @@ def dense_rows(rows: Sequence[Floats32], width: int) -> Floats32:
 def limits_inside(model: Any) -> bool:
     """Return whether a SparseEncoder limits its active dimensions inside the model, not only in its output."""
     return "max_active_dims" in model.get_model_kwargs()
+
+
+def text_fields(model: Module) -> TextFields:
+    """Return the default names of the text fields of a model's documents: two for the pairs of a CrossEncoder."""
+    return PAIR_FIELDS if isinstance(model, CrossEncoder) else "text"
 
 
 def encoder(model: BaseModel) -> Model:

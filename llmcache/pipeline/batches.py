@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from llmcache.document import Document
+from llmcache.document import Document, characters
 from llmcache.model.keys import framed
 from llmcache.pipeline.chunking import Chunk
 from llmcache.records import RejectedRecord, Taken
@@ -43,7 +43,7 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
     cut: cuts documents into chunks; None leaves texts whole. digests: fill in `DocumentBatch.digest`.
     The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
-    part, characters, end, digest = DocumentBatch(), 0, 0, b""
+    part, size, end, digest = DocumentBatch(), 0, 0, b""
     places: list[int] = []
 
     def finished() -> DocumentBatch:
@@ -62,11 +62,11 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
             else:
                 part.documents.append(taken)
                 places.append(end)
-                characters += len(taken.text)
+                size += characters(taken.text)
             end += 1
-            if len(part.documents) >= most or characters >= CHARACTERS or len(part.refused) >= most:
+            if len(part.documents) >= most or size >= CHARACTERS or len(part.refused) >= most:
                 yield finished()
-                part, characters, places = DocumentBatch(), 0, []
+                part, size, places = DocumentBatch(), 0, []
     except Exception as error:  # raised later, where results are taken: the records before it are answered first
         part.error = error
     if part.documents or part.refused or part.error:
@@ -76,7 +76,8 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
 def _digest(before: bytes, part: DocumentBatch) -> bytes:
     sha256 = hashlib.sha256(before)
     for document in part.documents:
-        sha256.update(framed(document.id.encode(), document.text.encode()))
+        texts = (document.text,) if isinstance(document.text, str) else document.text
+        sha256.update(framed(document.id.encode(), *(text.encode() for text in texts)))
     for record in part.refused:
         sha256.update(framed(str(record.place).encode(), record.reason.encode("utf-8", "surrogatepass")))
     return sha256.digest()

@@ -17,11 +17,11 @@ from typing import Any
 
 from llmcache.banks.writer import BankWriter
 from llmcache.encoding.results import Result, TierCounts
-from llmcache.errors import ConfigError, CorpusError, LLMCacheError
+from llmcache.errors import CorpusError, LLMCacheError
 from llmcache.indexes.stats import unfinished
 from llmcache.pipeline.batches import DocumentBatch
 from llmcache.pipeline.journal import Journal
-from llmcache.pipeline.writers import FORMATS, result_writer
+from llmcache.pipeline.writers import Form, check_ending, result_writer
 
 log = logging.getLogger("llmcache")
 
@@ -132,7 +132,7 @@ class Resumption:
         if self._place < self.start.place:
             raise self._wrong_corpus()
         self.checkpoint()
-        with result_writer(out, width=self._journal.width) as writer:
+        with result_writer(out, width=self._journal.width, form=self._journal.form) as writer:
             writer.write(self._journal.results())
         self._journal.remove()
         unfinished.forget(self._store.folder, self._run)
@@ -148,13 +148,13 @@ class Resumption:
 
 @contextmanager
 def resumable(
-    out: Path, facts: Mapping[str, Any], width: int, storing: BankWriter, *, resume: bool
+    out: Path, facts: Mapping[str, Any], width: int, storing: BankWriter, *, resume: bool, form: Form = "vector"
 ) -> Iterator[Resumption]:
-    """Open the journaled run that writes `out`, as a context. facts, width, resume: see `Journal.open`.
+    """Open the journaled run that writes `out`, as a context. facts, width, resume, form: see `Journal.open`.
 
     Inside, the store commits at the run's checkpoints only. Other users of the store's banks wait for these.
     """
-    journal, lock = Journal.open(out, facts, width, resume=resume)
+    journal, lock = Journal.open(out, facts, width, resume=resume, form=form)
     with ExitStack() as stack:
         stack.enter_context(lock)
         stack.enter_context(closing(journal))
@@ -174,9 +174,8 @@ def clipped(result: Result) -> Result:
     return replace(result, source=result.source.encode()[:_SOURCE_BYTES].decode(errors="replace"))
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, form: Form) -> None:
     """Check the path of a result file before anything is computed. ConfigError or CorpusError when it cannot be one."""
-    if out.suffix.lower() not in FORMATS:
-        raise ConfigError(f"results can be written as .parquet, .npy or .jsonl, not as {out.name!r}")
+    check_ending(out, form)
     if not out.parent.is_dir():
         raise CorpusError(f"there is no folder {out.parent} to write {out.name} into; make it first")

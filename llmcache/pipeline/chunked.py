@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llmcache.document import Document
+from llmcache.document import Document, only_text
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError
 from llmcache.model.private_tokenizer import private_copy
@@ -124,7 +124,8 @@ class Fitting:
 
 def _structure(fitting: Fitting, documents: list[Document]) -> list[list[Chunk] | str]:
     """Cut documents by their structure. Returns the chunks of each, or the reason why one cannot be made to fit."""
-    cut = [chunks(document.text, limit=LIMIT, least=LEAST) or [_whole(document.text)] for document in documents]
+    texts = map(only_text, documents)
+    cut = [chunks(text, limit=LIMIT, least=LEAST) or [_whole(text)] for text in texts]
     long = iter(fitting.too_long([chunk.text for document_chunks in cut for chunk in document_chunks]))
     return [_all_fitting(fitting, document_chunks, long) for document_chunks in cut]
 
@@ -157,7 +158,7 @@ def _whole(text: str) -> Chunk:
 
 
 def _by_caller(cutting: Cutting, documents: list[Document]) -> list[list[Chunk] | str]:
-    return [_cut_by_caller(cutting, document.text) for document in documents]
+    return [_cut_by_caller(cutting, only_text(document)) for document in documents]
 
 
 def _cut_by_caller(cutting: Cutting, text: str) -> list[Chunk] | str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from llmcache.document import Document, Fields, File, Found, bad
+from llmcache.document import Document, Fields, File, Found, TextFields, bad
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.pipeline.formats import READERS
 
@@ -71,7 +71,7 @@ class CorpusReading:
 def documents(
     sources: str | Path | Iterable[str | Path],
     *,
-    text_field: str = "text",
+    text_field: TextFields = "text",
     id_field: str = "id",
     unit: str = "line",
     stdin_format: str = "jsonl",
@@ -83,7 +83,8 @@ def documents(
     sources: files, folders, and "-" for standard input. A folder is read with its sub-folders, sorted by name, without
         hidden files and linked folders; files with other endings are counted in `reading`. Gzip is recognised by its
         content.
-    text_field, id_field: fields of a JSON object or columns of a table; a JSON line may also be a bare string. A
+    text_field, id_field: fields of a JSON object or columns of a table; a JSON line may also be a bare string. Two
+        names of text fields give pairs of texts, for which a JSON line may be an array of two strings. A
         document without an id gets "<file name>:<line>" (Parquet: row), counted from 1, relative to the folder.
     unit: unit of a document in a .txt file: a "line" that is not blank, or a "paragraph" between blank lines.
     stdin_format: format of standard input, which may be gzipped.

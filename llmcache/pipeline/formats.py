@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import count, repeat
 from typing import IO, Any
 
-from llmcache.document import Fields, File, Found, bad, document, kind, missing, undecodable
+from llmcache.document import Fields, File, Found, bad, document, kind, missing, names_of, undecodable, whole
 
 RECORD_LIMIT = 1 << 28  # bytes of a line; a longer one suggests another file format, and would fill the memory
 PARQUET_ROWS = 32  # rows in memory at a time; few, since a text may have 10 MB
@@ -43,13 +43,14 @@ def _json_lines(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found
 
 
 def _from_json(file: File, fields: Fields, number: int, record: object) -> Found:
-    if isinstance(record, str):
+    names = names_of(fields.text)
+    if isinstance(record, str) or (isinstance(record, list) and len(names) == 2):
         return document(file, fields, number, None, record)
     if not isinstance(record, dict):
         return bad(file, number, f"is {kind(record)}, neither an object nor a text")
-    if fields.text not in record:
+    if not all(name in record for name in names):
         return missing(file, fields, number, record)
-    return document(file, fields, number, record.get(fields.id), record[fields.text])
+    return document(file, fields, number, record.get(fields.id), whole([record[name] for name in names]))
 
 
 def _table(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
@@ -70,7 +71,7 @@ def _table(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
         else:
             if header and row:
                 yield _from_row(file, fields, number, header, row)
-            elif row and fields.text not in row:
+            elif row and not all(name in row for name in names_of(fields.text)):
                 raise missing(file, fields, number, row)
             header = header or row
 
@@ -78,11 +79,11 @@ def _table(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
 def _from_row(file: File, fields: Fields, number: int, header: list[str], row: list[str]) -> Found:
     if len(row) != len(header):
         return bad(file, number, f"has {len(row)} cells where the header has {len(header)}; is a quote missing?")
-    text = row[header.index(fields.text)]
-    if "\0" in text:
+    texts = [row[header.index(name)] for name in names_of(fields.text)]
+    if any("\0" in text for text in texts):
         return bad(file, number, "holds a NUL byte; is this UTF-16 or a binary file?")
     id = row[header.index(fields.id)] if fields.id in header else None
-    return document(file, fields, number, id or None, text)
+    return document(file, fields, number, id or None, whole(texts))
 
 
 def _plain_text(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
@@ -122,23 +123,26 @@ def _parquet(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found]:
     try:
         with pq.ParquetFile(stream, buffer_size=1 << 20) as table:
             names = table.schema_arrow.names
-            if fields.text not in names:
+            if not all(name in names for name in names_of(fields.text)):
                 raise missing(file, fields, 0, names)
-            columns = [name for name in dict.fromkeys((fields.text, fields.id)) if name in names]
+            columns = [name for name in dict.fromkeys((*names_of(fields.text), fields.id)) if name in names]
             numbers = count(1)
             for batch in table.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                texts = batch.column(batch.schema.names.index(fields.text))
+                texts = zip(
+                    *(batch.column(batch.schema.names.index(name)) for name in names_of(fields.text)), strict=True
+                )
                 ids = batch.column(batch.schema.names.index(fields.id)) if fields.id in names else repeat(None)
-                for text, id, number in zip(texts, ids, numbers, strict=False):
-                    yield _from_scalars(file, fields, number, id, text)
+                for row, id, number in zip(texts, ids, numbers, strict=False):
+                    yield _from_scalars(file, fields, number, id, row)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise bad(file, 0, f"is not a whole Parquet file ({reason}); write it again") from error
 
 
-def _from_scalars(file: File, fields: Fields, number: int, id: Any, text: Any) -> Found:
+def _from_scalars(file: File, fields: Fields, number: int, id: Any, row: tuple[Any, ...]) -> Found:
     try:
-        return document(file, fields, number, None if id is None else id.as_py(), text.as_py())
+        texts = [text.as_py() for text in row]
+        return document(file, fields, number, None if id is None else id.as_py(), whole(texts))
     except UnicodeDecodeError as error:
         return undecodable(file, number, error)
 

@@ -5,9 +5,10 @@
                       rows.jsonl     the other columns of each row, one JSON array per line
                       lock           locked by the process that writes
 
-Rows are only appended. A checkpoint has the number of valid rows and their checksums (xxh3-128); later rows are
-truncated when the run is resumed. journal.json has a checksum of its own. The folder has mode 0700, its files 0600, and
-no link in it is followed. The folder is removed once the result file is written.
+An output is one vector or, for sparse vectors and vectors of tokens, a matrix; its number of vectors is then the last
+element of its line. Rows are only appended. A checkpoint has the number of valid rows and their checksums (xxh3-128);
+later rows are truncated when the run is resumed. journal.json has a checksum of its own. The folder has mode 0700, its
+files 0600, and no link in it is followed. The folder is removed once the result file is written.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats.unfinished import FILES, beside
+from llmcache.pipeline.writers import Form
 from llmcache.private_files import PrivateFolder
 
 __all__ = ["Checkpoint", "Journal", "JournalRow", "beside", "discard"]
@@ -46,6 +48,7 @@ class Checkpoint:
 
     place: number of records of the corpus that were read. digest: digest of these records. rows: number of valid rows.
     text_bytes: valid bytes of rows.jsonl. exact, near, misses: number of rows by tier.
+    vectors: number of valid vectors; None where every row has one.
     writer, committed: writer of the store that commits the entries of this checkpoint, and the number of segments it
     had committed before. sure: True if the commit is known to have succeeded.
     vectors_check, text_check: checksums of the valid part of vectors.f32 and rows.jsonl, xxh3-128 in hexadecimal.
@@ -63,16 +66,21 @@ class Checkpoint:
     sure: bool = True
     vectors_check: str = xxhash.xxh3_128(b"").hexdigest()
     text_check: str = xxhash.xxh3_128(b"").hexdigest()
+    vectors: int | None = None
 
     @property
     def tiers(self) -> dict[str, int]:
         """Number of rows by tier."""
         return {"exact": self.exact, "near": self.near, "miss": self.misses}
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, without `vectors` where every row has one."""
+        return {name: value for name, value in asdict(self).items() if name != "vectors" or value is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class JournalRow:
-    """Result read from a journal, with the fields of a Result. output: float32 [width]."""
+    """Result read from a journal, with the fields of a Result. output: float32 [width], or [vectors, width]."""
 
     id: str
     output: NDArray[np.float32]
@@ -87,15 +95,15 @@ class JournalRow:
 class Journal:
     """Journal of an unfinished run, open in one process at a time.
 
-    checkpoints: the last one that is sure, then the last one if that is not sure yet.
+    checkpoints: the last one that is sure, then the last one if that is not sure yet. form: of the outputs.
     """
 
     def __init__(
-        self, folder: PrivateFolder, facts: Mapping[str, Any], width: int, checkpoints: list[Checkpoint]
+        self, folder: PrivateFolder, facts: Mapping[str, Any], width: int, form: Form, checkpoints: list[Checkpoint]
     ) -> None:
         self.folder, self._private, self._facts, self.width = folder.path, folder, dict(facts), width
-        self.checkpoints = checkpoints
-        self._rows = 0
+        self.form, self.checkpoints = form, checkpoints
+        self._rows = self._count = 0  # rows, and vectors of all rows
         self._text_bytes = 0
         self._tiers = Checkpoint().tiers
         self._checks = xxhash.xxh3_128(), xxhash.xxh3_128()
@@ -108,11 +116,13 @@ class Journal:
             raise
 
     @classmethod
-    def open(cls, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool) -> tuple[Journal, IO[bytes]]:
+    def open(
+        cls, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool, form: Form = "vector"
+    ) -> tuple[Journal, IO[bytes]]:
         """Open the journal of the run that writes `out`. Returns the journal and its lock, which is closed after it.
 
-        facts: model and settings of the run, by name, as JSON values. resume: continue an unfinished run; otherwise it
-        is discarded.
+        facts: model and settings of the run, by name, as JSON values; they determine width and form. resume: continue
+        an unfinished run; otherwise it is discarded. form: of the outputs, see `result_writer`.
         CorpusError when another process has locked the journal, it is damaged, or its files are links or belong to
         another user. ConfigError, naming the differences, when it belongs to a run with other facts.
         """
@@ -120,14 +130,14 @@ class Journal:
         with _as_corpus_error(beside(out)):
             folder = PrivateFolder(beside(out))
             try:
-                return cls._opened(folder, out, facts, width, resume=resume)
+                return cls._opened(folder, out, facts, width, form, resume=resume)
             except BaseException:
                 folder.close()
                 raise
 
     @classmethod
     def _opened(
-        cls, folder: PrivateFolder, out: Path, facts: Mapping[str, Any], width: int, *, resume: bool
+        cls, folder: PrivateFolder, out: Path, facts: Mapping[str, Any], width: int, form: Form, *, resume: bool
     ) -> tuple[Journal, IO[bytes]]:
         lock = _lock(folder, out)
         try:
@@ -140,7 +150,7 @@ class Journal:
             else:
                 _check_facts(folder, content["facts"], facts)
             checkpoints = [Checkpoint(**fields) for fields in content["checkpoints"]] if content else [Checkpoint()]
-            return cls(folder, facts, width, checkpoints), lock
+            return cls(folder, facts, width, form, checkpoints), lock
         except BaseException:
             lock.close()
             raise
@@ -150,7 +160,8 @@ class Journal:
         for result in results:
             numbers = (None if number is None else float(number) for number in (result.similarity, result.consensus))
             columns = [result.id, result.tier, result.layer, result.source, *numbers, result.audited]
-            line = json.dumps(columns).encode() + b"\n"
+            count = 1 if self.form == "vector" else len(result.output)
+            line = json.dumps(columns if self.form == "vector" else [*columns, count]).encode() + b"\n"
             vector = np.asarray(result.output, "<f4").tobytes()
             self._text_bytes += self._text.write(line)
             self._vectors.write(vector)
@@ -158,6 +169,7 @@ class Journal:
             self._checks[1].update(line)
             self._tiers[result.tier] += 1
             self._rows += 1
+            self._count += count
 
     def here(self, place: int, digest: str) -> Checkpoint:
         """Return a checkpoint of the rows so far, without writing it. place, digest: of the records read so far."""
@@ -165,7 +177,7 @@ class Journal:
         vectors, text = (check.hexdigest() for check in self._checks)
         return Checkpoint(
             place, digest, self._rows, self._text_bytes, tiers["exact"], tiers["near"], tiers["miss"], sure=False,
-            vectors_check=vectors, text_check=text,
+            vectors_check=vectors, text_check=text, vectors=None if self.form == "vector" else self._count,
         )  # fmt: skip
 
     def checkpoint(self, new: Checkpoint) -> None:
@@ -183,7 +195,8 @@ class Journal:
 
     def back_to(self, at: Checkpoint) -> None:
         """Truncate the rows to those of a checkpoint. CorpusError when these do not match its checksums."""
-        sizes = {_VECTORS: 4 * self.width * at.rows, _TEXT: at.text_bytes}
+        count = at.rows if self.form == "vector" else at.vectors or 0
+        sizes = {_VECTORS: 4 * self.width * count, _TEXT: at.text_bytes}
         checks = {}
         for file, (name, size) in zip((self._vectors, self._text), sizes.items(), strict=True):
             if os.fstat(file.fileno()).st_size < size:
@@ -194,7 +207,7 @@ class Journal:
         for name, check, wanted in zip(sizes, self._checks, (at.vectors_check, at.text_check), strict=True):
             if check.hexdigest() != wanted:
                 raise self._damage(name)
-        self._rows, self._text_bytes = at.rows, at.text_bytes
+        self._rows, self._count, self._text_bytes = at.rows, count, at.text_bytes
         self._tiers = at.tiers
         self.checkpoints = [replace(at, sure=True)]
 
@@ -214,17 +227,21 @@ class Journal:
             os.fdopen(self._private.open(_TEXT, os.O_RDONLY), "rb", _BUFFER) as text,
         ):
             for _ in range(self._rows):
-                line, vector = text.readline(), vectors.read(4 * self.width)
-                checks[0].update(vector)
+                line = text.readline()
                 checks[1].update(line)
                 try:
                     id, *provenance = json.loads(line)
+                    count = 1 if self.form == "vector" else provenance.pop()
+                    if type(count) is not int or not 0 <= count <= self._count:
+                        raise ValueError
+                    vector = vectors.read(4 * self.width * count)
                     row = JournalRow(id, np.frombuffer(vector, "<f4"), *provenance)
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, IndexError):
                     raise self._damage(_TEXT) from None
-                if len(row.output) != self.width:
+                checks[0].update(vector)
+                if len(row.output) != self.width * count:
                     raise self._damage(_VECTORS)
-                yield row
+                yield row if self.form == "vector" else replace(row, output=row.output.reshape(count, self.width))
         for name, check, wanted in zip((_VECTORS, _TEXT), checks, self._checks, strict=True):
             if check.digest() != wanted.digest():
                 raise self._damage(name)
@@ -244,7 +261,7 @@ class Journal:
         content = {
             "format": FORMAT,
             "facts": self._facts,
-            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
+            "checkpoints": [checkpoint.as_dict() for checkpoint in self.checkpoints],
         }
         self._private.replace("journal.json", _encode(content))
 

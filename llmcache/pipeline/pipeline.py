@@ -11,11 +11,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
+
 from llmcache.cache import LLMCache
+from llmcache.document import TextFields
 from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats import unfinished
+from llmcache.model.encoders import text_fields
 from llmcache.model.prompts import resolve
 from llmcache.pipeline.batches import DocumentBatch, ahead, parts
 from llmcache.pipeline.checkpoints import (
@@ -33,7 +37,7 @@ from llmcache.pipeline.chunked import (
     together,
 )
 from llmcache.pipeline.journal import beside, discard
-from llmcache.pipeline.writers import result_writer
+from llmcache.pipeline.writers import Form, result_writer
 from llmcache.records import (
     MOST_CHARACTERS,
     FieldSpec,
@@ -67,7 +71,7 @@ class Pipeline:
         per: str = "document",
         batch_size: int = 32,
         prefetch: int = 2,
-        text_field: str = "text",
+        text_field: TextFields | None = None,
         id_field: str = "id",
         role: str | None = None,
         prompt_name: str | None = None,
@@ -76,17 +80,19 @@ class Pipeline:
         max_characters: int = MOST_CHARACTERS,
         progress: Progress = nothing,
     ) -> None:
-        """cache: open cache of a SentenceTransformer.
+        """cache: open cache of a model of sentence-transformers.
 
         chunk: None passes texts to the model as they are; it truncates those beyond its maximum length. "structure"
             cuts them at headings, paragraphs and sentences into chunks that the model reads in full. A function from a
             text to its chunks (substrings, or pairs of start and end) cuts as you like. Every chunk is looked up by
-            itself.
-        per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk".
+            itself. Pairs of texts cannot be cut.
+        per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk",
+            which is the only choice for a SparseEncoder or a MultiVectorEncoder.
         batch_size: documents or chunks per batch of the model.
         prefetch: number of parts to read ahead; 0 reads in the caller's thread, for iterables that must not be used in
             another one, such as SQLite cursors.
-        text_field, id_field: names of the fields of mappings, objects and frames.
+        text_field, id_field: names of the fields of mappings, objects and frames. For a CrossEncoder text_field is a
+            pair of names, in the order of the pair. None: "text", or ("query", "document") for a CrossEncoder.
         role, prompt_name, prompt: as in `LLMCache.encode`.
         strict: raise CorpusError at the first record that is no document, instead of collecting it in `errors`.
         max_characters: longest text of a document; records with longer ones are refused.
@@ -104,6 +110,16 @@ class Pipeline:
             raise ConfigError(f"per is 'document', or with chunk=... 'chunk', got {per!r}")
         self._width = cache.width  # ConfigError if the model does not output vectors
         model: Any = cache.model
+        text_field = text_field_of(model, text_field)
+        if chunk is not None and isinstance(model, CrossEncoder):
+            raise ConfigError("chunk cuts documents of one text, and a CrossEncoder reads pairs; leave chunk out")
+        self._form: Form = "sparse" if isinstance(model, SparseEncoder) else "vector"
+        if isinstance(model, MultiVectorEncoder):
+            self._form = "tokens"
+        if chunk is not None and per == "document" and self._form != "vector":
+            raise ConfigError(
+                f"the outputs of a {type(model).__name__} have no mean over the chunks of a document; use per='chunk'"
+            )
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
         self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
@@ -115,7 +131,8 @@ class Pipeline:
         self._facts: dict[str, Any] = {
             "model": cache.identity.digest.hex(), "namespace": cache.namespace, "role": role, "prompt": resolved,
             "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
-            "text_field": text_field, "id_field": id_field, "max_characters": max_characters,
+            "text_field": text_field if isinstance(text_field, str) else list(text_field),  # as JSON gives it back
+            "id_field": id_field, "max_characters": max_characters,
         }  # fmt: skip
         self.errors: list[RejectedRecord] = []
         self.refused = 0
@@ -124,7 +141,8 @@ class Pipeline:
         """Run documents. Yields one result per document (per chunk with per="chunk"), in order, part by part.
 
         documents: any iterable of texts, `Document`s, mappings, dataclasses or other objects with the fields; a frame
-            of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. See `intake`.
+            of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. For a CrossEncoder tuples or lists
+            of two texts, or any of these with two text fields. See `intake`.
         A record that is no document has no result, and is added to `errors`. An exception of the iterable is raised
         here, after the results of all records before it. Close the generator, or take no more results, to stop; all
         computed results are in the cache.
@@ -146,6 +164,7 @@ class Pipeline:
     ) -> Written:
         """Run documents and write one row per result to `out` (.parquet, .npy or .jsonl, see `result_writer`).
 
+        Sparse vectors and vectors of tokens differ in length, and can be written as .parquet or .jsonl only.
         resume: keep a journal of the results in "<name>.unfinished" until the result file is written, and continue an
             unfinished run. However often the run is stopped, by Ctrl-C, an error or SIGKILL, the result file is byte
             for byte that of an uninterrupted run: results are durable before their entries are committed to the store,
@@ -161,7 +180,7 @@ class Pipeline:
         for name, value in (("max_documents", max_documents), ("max_seconds", max_seconds)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is above 0, or None, got {value!r}")
-        check_target(path)
+        check_target(path, self._form)
         if resume or max_documents is not None or max_seconds is not None:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
@@ -171,7 +190,10 @@ class Pipeline:
             unfinished.note(folder, run)  # so that a purge finds the partial file if this process is killed
         before, counts = self.refused, Counter[str]()
         try:
-            with result_writer(path, width=self._width) as writer, closing(self._parts(documents)) as stream:
+            with (
+                result_writer(path, width=self._width, form=self._form) as writer,
+                closing(self._parts(documents)) as stream,
+            ):
                 for part in stream:
                     results = self._answer(part)
                     counts.update(result.tier for result in results)
@@ -186,7 +208,8 @@ class Pipeline:
         self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
     ) -> Written:
         began, before = time.monotonic(), self.refused
-        with resumable(path, self._facts, self._width, self._cache.storing, resume=resume) as resumption:
+        storing, form = self._cache.storing, self._form
+        with resumable(path, self._facts, self._width, storing, resume=resume, form=form) as resumption:
             start = resumption.start
 
             def summary(*, finished: bool) -> Written:
@@ -237,3 +260,21 @@ class Pipeline:
             self.refused += 1
             if len(self.errors) < ERRORS_KEPT:
                 self.errors.append(record)
+
+
+def text_field_of(model: Any, given: TextFields | None) -> TextFields:
+    """Return the names of the text fields for a model; None for the usual ones.
+
+    ConfigError for one name where the model scores pairs of texts, or for two names where it reads one text.
+    """
+    usual = text_fields(model)
+    if given is None:
+        return usual
+    if isinstance(usual, str):
+        if not isinstance(given, str):
+            raise ConfigError(f"a {type(model).__name__} reads one text; name one field, got {given!r}")
+        return given
+    names = () if isinstance(given, str) else tuple(given)
+    if len(names) != 2 or not all(isinstance(name, str) for name in names) or names[0] == names[1]:
+        raise ConfigError(f"a CrossEncoder scores pairs of texts; name two fields, such as {usual!r}, got {given!r}")
+    return names[0], names[1]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.history import records
+from llmcache.document import only_text
 from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of
@@ -68,7 +69,7 @@ def planned(
         calibrated=None if calibration is None else calibration.threshold,
         recent=(0, 0) if calibration is None else _recent(store, namespace),
     )
-    texts = (document.text for document in documents_of(documents))
+    texts = map(only_text, documents_of(documents))
     limit = getattr(model, "max_seq_length", None)
     uses = deepcopy(execution.bank.uses)
     try:

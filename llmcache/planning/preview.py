@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
 from llmcache.model.identity import Identity
-from llmcache.model.keys import key_seed, text_keys
+from llmcache.model.keys import key_seed, pair_keys, text_keys
 from llmcache.model.prompts import resolve
 
 _BLOCK = 65_536  # documents that are hashed together
@@ -45,14 +46,15 @@ def forecast(
 ) -> Forecast:
     """Look up a corpus in a bank by text, without tokenising, computing or writing.
 
-    digest: of the model's identity. Other texts may still hit by their token ids, so `known` is a lower bound. Needs 16
-    bytes of memory per document. Returns the counts.
+    documents: all of one text, or all pairs of texts. digest: of the model's identity. Other texts may still hit by
+    their token ids, so `known` is a lower bound. Needs 16 bytes of memory per document. Returns the counts.
     """
     seed = key_seed(digest, "text", role, prompt, secret)
     stream = iter(documents)
     blocks = [np.zeros((0, 2), np.uint64)]
     while texts := [document.text for document in islice(stream, _BLOCK)]:
-        blocks.append(text_keys(seed, texts).view(np.uint64))
+        keys_of: Any = text_keys if isinstance(texts[0], str) else pair_keys  # a corpus has texts or pairs, not both
+        blocks.append(keys_of(seed, texts).view(np.uint64))
     keys = np.concatenate(blocks)
     distinct, _ = first_occurrences(keys)
     known = int((bank.find_text(keys[distinct]) >= 0).sum()) if bank is not None else 0

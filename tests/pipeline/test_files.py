@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcache.document import Document
+from llmcache.document import Document, only_text
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.pipeline.files import CorpusReading, documents
 
@@ -64,7 +64,7 @@ def write(path: Path, pairs: list[tuple[str, str]]) -> Path:
 
 
 def pairs_of(found: Iterator[Document]) -> list[tuple[str, str]]:
-    return [(document.id, document.text) for document in found]
+    return [(document.id, only_text(document)) for document in found]
 
 
 def refusal(path: Path, *, text_field: str = "text", unit: str = "line") -> str:
