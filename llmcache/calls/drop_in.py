@@ -115,6 +115,10 @@ _CLASSES: dict[type[Any], type[Any]] = {
     MultiVectorEncoder: CachedMultiVectorEncoder,
 }
 
+for _original, _cached in _CLASSES.items():
+    # KeyBERT and BERTopic recognise a model by the module of its class, and otherwise load another model silently
+    _cached.__module__ = _original.__module__
+
 
 def _kind(instance: Any) -> type[Any]:
     return next(kind for kind in _CLASSES if isinstance(instance, kind))

@@ -92,10 +92,15 @@ def sparse_vectors(
     if max_active_dims is not None:
         largest = _largest(places[0], np.abs(entries[:, 1]), counts, max_active_dims)
         places, entries = places[:, largest], entries[largest]
+    # a selection of columns is strided, and torch converts strided indices to other layouts wrongly
     values = torch.from_numpy(np.ascontiguousarray(entries[:, 1])).to(device, model.dtype)
     size = (len(rows), width)
     result: Any = torch.sparse_coo_tensor(
-        torch.from_numpy(places).to(device), values, size, is_coalesced=True, check_invariants=False
+        torch.from_numpy(np.ascontiguousarray(places)).to(device),
+        values,
+        size,
+        is_coalesced=True,
+        check_invariants=False,
     )
     if not convert_to_sparse_tensor:
         result = result.to_dense()
