@@ -70,7 +70,6 @@ def _converted(
     return result
 
 
-@torch.inference_mode()
 def sparse_vectors(
     rows: NDArray[Any],
     model: SparseEncoder,
@@ -81,7 +80,7 @@ def sparse_vectors(
     save_to_cpu: bool,
     max_active_dims: int | None,
 ) -> Any:
-    """Return sparse rows in the form of `SparseEncoder.encode`.
+    """Return sparse rows in the form of `SparseEncoder.encode`, which gives no inference tensors.
 
     rows: array of n objects, each float32 [entries, 2], dimensions and values. Other arguments as in `encode`.
     """
@@ -92,15 +91,12 @@ def sparse_vectors(
     if max_active_dims is not None:
         largest = _largest(places[0], np.abs(entries[:, 1]), counts, max_active_dims)
         places, entries = places[:, largest], entries[largest]
-    # a selection of columns is strided, and torch converts strided indices to other layouts wrongly
+    # torch converts strided indices, as of selected columns, to CSR by reading beyond them
+    places = np.ascontiguousarray(places)
     values = torch.from_numpy(np.ascontiguousarray(entries[:, 1])).to(device, model.dtype)
     size = (len(rows), width)
     result: Any = torch.sparse_coo_tensor(
-        torch.from_numpy(np.ascontiguousarray(places)).to(device),
-        values,
-        size,
-        is_coalesced=True,
-        check_invariants=False,
+        torch.from_numpy(places).to(device), values, size, is_coalesced=True, check_invariants=False
     )
     if not convert_to_sparse_tensor:
         result = result.to_dense()

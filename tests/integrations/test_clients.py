@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -401,9 +402,10 @@ def test_langchains_own_tests_of_embeddings_pass(cache: LLMCache) -> None:
         embedding_model_params = {"cache": cache}  # noqa: RUF012
 
     tests, embeddings = OfTheCache(), CachedEmbeddings(cache)
-    names = [name for name in dir(suite) if name.startswith("test_")]
-    assert len(names) >= 4
-    for name in names:
-        answer = getattr(tests, name)(embeddings)
+    asked = [getattr(tests, name) for name in dir(suite) if name.startswith("test_")]
+    asked = [test for test in asked if "model" in inspect.signature(test).parameters]
+    assert len(asked) >= 4
+    for test in asked:
+        answer = test(embeddings)
         if asyncio.iscoroutine(answer):
             asyncio.run(answer)
