@@ -348,6 +348,7 @@ def cache(model: Any, tmp_path: Path) -> Iterator[LLMCache]:
 def test_a_drop_in_answers_through_the_cache_as_an_instance_of_the_models_class(model: Any, cache: LLMCache) -> None:
     made = AS[type(model).__name__](cache)
     assert isinstance(made, type(model))
+    assert "sentence_transformers" in str(type(made))  # KeyBERT and BERTopic look for it
     for _ in range(2):
         if isinstance(made, CrossEncoder):
             assert close(made.predict(PAIRS), model.predict(PAIRS))
@@ -359,6 +360,21 @@ def test_a_drop_in_answers_through_the_cache_as_an_instance_of_the_models_class(
     counters = cache.stats().counters
     assert counters.bypassed == 0
     assert counters.documents >= 2 * counters.misses
+
+
+@pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)
+def test_results_of_a_model_in_training_mode_are_those_in_evaluation_mode_which_it_keeps(
+    model: Any, cache: LLMCache
+) -> None:
+    def ask(one: Any) -> Any:
+        return one.predict(PAIRS) if isinstance(one, CrossEncoder) else one.encode(TEXTS)
+
+    made = AS[type(model).__name__](cache)
+    expected = ask(model)
+    for _ in range(2):  # computed, and stored
+        assert made.train() is made
+        assert close(ask(made), expected)
+        assert not model.training
 
 
 @pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)

@@ -2,6 +2,9 @@
 
 A drop-in has the very `__dict__` of the cache's model. So a setting made on one is made on the other, the check for
 changes of the model sees it, and everything but `encode` and `predict` is the model's own.
+
+KeyBERT and BERTopic recognise a model by "sentence_transformers" in the full name of its class, and silently load
+another model otherwise. Therefore this module has that name.
 """
 
 from __future__ import annotations
@@ -114,10 +117,6 @@ _CLASSES: dict[type[Any], type[Any]] = {
     SparseEncoder: CachedSparseEncoder,
     MultiVectorEncoder: CachedMultiVectorEncoder,
 }
-
-for _original, _cached in _CLASSES.items():
-    # KeyBERT and BERTopic recognise a model by the module of its class, and otherwise load another model silently
-    _cached.__module__ = _original.__module__
 
 
 def _kind(instance: Any) -> type[Any]:
