@@ -18,6 +18,7 @@ from transformers import BertForSequenceClassification
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError, LLMCacheError, ModelMismatch
 from llmcache.model.loading import encoder_class
+from llmcache.verification import verify_model
 from tests import kinds
 from tests.small_sentences import sentences, tiny_folder
 
@@ -326,6 +327,12 @@ def test_token_vectors_are_stored_in_half_precision_where_the_user_allows_it(fol
         cache.commit()
         stored = sum(segment.payload for segment in cache._bank.facts.segments)
     assert stored == 2 * sum(vectors.numel() for vectors in model.encode(sorted(set(TEXTS))))
+
+
+@pytest.mark.parametrize("model", ["CrossEncoder", "SparseEncoder", "MultiVectorEncoder"], indirect=True)
+def test_a_model_that_cannot_be_verified_is_refused_by_name(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"a {type(model).__name__} cannot be verified"):
+        list(verify_model(model, model.tokenizer, TEXTS[:2], tmp_path / "store"))
 
 
 # -- drop-ins -----------------------------------------------------------------------------------------------
