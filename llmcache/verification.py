@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.arrays import Floats32
@@ -63,8 +64,13 @@ def verify_model(
 ) -> Iterator[Check]:
     """Run all comparisons of a model. store: a folder that does not exist yet. layers: as in `CacheConfig`.
 
-    Yields the checks. ConfigError when the model has no tokenizer, or there is no text with a token.
+    Yields the checks. ConfigError when the model has no tokenizer, or there is no text with a token, and for a
+    CrossEncoder, SparseEncoder or MultiVectorEncoder.
     """
+    if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
+        raise ConfigError(
+            f"a {type(model).__name__} cannot be verified; give a SentenceTransformer or a model of transformers"
+        )
     if not texts:
         raise ConfigError("there is no document to compare; give at least one")
     if tokenizer is None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from llmcache.calls.base import LAYER, CacheParts
-from llmcache.calls.drop_in import drop_in
+from llmcache.calls.sentence_transformers import drop_in
 from llmcache.concurrency.calls import call
 from llmcache.document import Text
 from llmcache.encoding.answers import Answers

@@ -9,7 +9,7 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 
 from llmcache.calls.base import CacheParts
-from llmcache.calls.drop_in import drop_in
+from llmcache.calls.sentence_transformers import drop_in
 from llmcache.concurrency.calls import call
 from llmcache.encoding.postprocess import scores
 from llmcache.errors import ConfigError

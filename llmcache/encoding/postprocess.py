@@ -70,7 +70,6 @@ def _converted(
     return result
 
 
-@torch.inference_mode()
 def sparse_vectors(
     rows: NDArray[Any],
     model: SparseEncoder,
@@ -81,7 +80,7 @@ def sparse_vectors(
     save_to_cpu: bool,
     max_active_dims: int | None,
 ) -> Any:
-    """Return sparse rows in the form of `SparseEncoder.encode`.
+    """Return sparse rows in the form of `SparseEncoder.encode`, which gives no inference tensors.
 
     rows: array of n objects, each float32 [entries, 2], dimensions and values. Other arguments as in `encode`.
     """
@@ -92,6 +91,8 @@ def sparse_vectors(
     if max_active_dims is not None:
         largest = _largest(places[0], np.abs(entries[:, 1]), counts, max_active_dims)
         places, entries = places[:, largest], entries[largest]
+    # torch converts strided indices, as of selected columns, to CSR by reading beyond them
+    places = np.ascontiguousarray(places)
     values = torch.from_numpy(np.ascontiguousarray(entries[:, 1])).to(device, model.dtype)
     size = (len(rows), width)
     result: Any = torch.sparse_coo_tensor(

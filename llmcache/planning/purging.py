@@ -20,6 +20,7 @@ from llmcache.indexes.store import Store
 from llmcache.model.identity import Identity
 from llmcache.model.keys import key_seed, text_keys
 from llmcache.model.prompts import ROLES
+from llmcache.planning.purged_pairs import tokens_of_pairs
 
 _KEY = re.compile(r"[0-9a-fA-F]{32}")
 
@@ -43,8 +44,9 @@ def purge_documents(
 
     path: of the store. ids: of documents; their chunks are included. sources: prefixes of ids. keys: of entries, 32
     hexadecimal digits each; not together with texts. prompts: prompts of the texts, in addition to the model's. reader:
-    model or tokenizer for the texts, to find also layer states and KV blocks without an entry. unfinished: folders or
-    result files of unfinished runs that the store does not know. secret: of the namespace. key: of a signed store.
+    model or tokenizer for the texts, to find also layer states and KV blocks without an entry; needed for the pairs of
+    a CrossEncoder, of which all with one of the texts on a side are removed. unfinished: folders or result files of
+    unfinished runs that the store does not know. secret: of the namespace. key: of a signed store.
     dry_run: count only.
     Returns the numbers of removed rows and files. ConfigError when nothing is named, or there is no such namespace;
     Busy while a run or a maintenance process uses the store.
@@ -73,12 +75,22 @@ def purge_documents(
 def with_texts(
     store: Store, doomed: Doomed, texts: Sequence[str], *, secret: bytes, prompts: Sequence[str], reader: Any = None
 ) -> Doomed:
-    """Return the purge target extended by documents with these texts. The target must name its namespace."""
+    """Return the purge target extended by documents with these texts, or by the pairs that contain one of them.
+
+    The target must name its namespace. ConfigError for a namespace of pairs without a reader.
+    """
     namespace = str(doomed.namespace)
     keys = keys_of_texts(store, namespace, texts, secret=secret, prompts=prompts)
     tokens: list[NDArray[np.int32]] = []
-    if reader is not None:
-        identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
+    identity = Identity.from_json(store.manifest.namespaces[namespace].identity)
+    if identity.encoder == "CrossEncoder":
+        if reader is None:
+            raise ConfigError(
+                f"namespace {namespace!r} has pairs of texts; to find those with these texts, give its model "
+                "(reader= in Python, --model on the command line)"
+            )
+        tokens = tokens_of_pairs(store, namespace, reader, texts, all_prompts(identity, prompts))
+    elif reader is not None:
         tokens = tokens_of_texts(reader, texts, all_prompts(identity, prompts))
     return replace(doomed, keys=keys, texts=len(texts), tokens=tokens)
 
@@ -147,15 +159,17 @@ def tokens_of_texts(
 
 
 def reader_of(name: str) -> Any:
-    """Load the SentenceTransformer of this name or path, or else the tokenizer. ConfigError if there is neither."""
-    from sentence_transformers import SentenceTransformer
+    """Load the model of sentence-transformers with this name or path, or else the tokenizer.
+
+    ConfigError if there is neither.
+    """
     from transformers import AutoTokenizer
 
-    from llmcache.model.loading import packaged_model
+    from llmcache.model.loading import encoder_class, packaged_model
 
     folder = name if os.path.exists(name) else packaged_model(name) or name
     try:
-        return SentenceTransformer(folder)
+        return encoder_class(folder)(folder)
     except (OSError, ValueError, ImportError):
         pass
     try:

@@ -18,6 +18,7 @@ from transformers import BertForSequenceClassification
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError, LLMCacheError, ModelMismatch
 from llmcache.model.loading import encoder_class
+from llmcache.verification import verify_model
 from tests import kinds
 from tests.small_sentences import sentences, tiny_folder
 
@@ -44,8 +45,8 @@ def close(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> bool:
     if isinstance(theirs, dict):
         return list(ours) == list(theirs) and all(close(ours[name], theirs[name], tolerance) for name in theirs)
     if isinstance(theirs, torch.Tensor):
-        assert (ours.dtype, ours.shape, ours.layout, ours.device) == (
-            theirs.dtype, theirs.shape, theirs.layout, theirs.device
+        assert (ours.dtype, ours.shape, ours.layout, ours.device, ours.is_inference()) == (
+            theirs.dtype, theirs.shape, theirs.layout, theirs.device, theirs.is_inference()
         )  # fmt: skip
         dense = (each.to_dense() if each.is_sparse else each for each in (ours, theirs))
         return bool(torch.allclose(*dense, atol=tolerance))
@@ -75,6 +76,8 @@ ASKED: list[tuple[str, str, Ask]] = [
     ("SparseEncoder", "list of sparse tensors", lambda m: m.encode(TEXTS, convert_to_tensor=False)),
     ("SparseEncoder", "dense tensor", lambda m: m.encode(TEXTS, convert_to_sparse_tensor=False)),
     ("SparseEncoder", "few dimensions", lambda m: m.encode(TEXTS, max_active_dims=7)),
+    ("SparseEncoder", "compressed rows", lambda m: m.encode(TEXTS, max_active_dims=7).to_sparse_csr().to_dense()),
+    ("SparseEncoder", "entries of a text", lambda m: m.encode(TEXTS, convert_to_tensor=False)[0].coalesce().values()),
     ("SparseEncoder", "one text", lambda m: m.encode(TEXTS[0])),
     ("SparseEncoder", "no texts", lambda m: m.encode([])),
     ("SparseEncoder", "queries", lambda m: m.encode_query(TEXTS)),
@@ -97,6 +100,7 @@ ASKED: list[tuple[str, str, Ask]] = [
 CASES = [pytest.param(kind, ask, id=f"{kind}: {name}") for kind, name, ask in ASKED]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize(("model", "ask"), CASES, indirect=["model"])
 def test_results_are_the_models_own_cold_warm_and_reopened(model: Any, ask: Ask, tmp_path: Path) -> None:
     expected = ask(model)
@@ -325,6 +329,12 @@ def test_token_vectors_are_stored_in_half_precision_where_the_user_allows_it(fol
     assert stored == 2 * sum(vectors.numel() for vectors in model.encode(sorted(set(TEXTS))))
 
 
+@pytest.mark.parametrize("model", ["CrossEncoder", "SparseEncoder", "MultiVectorEncoder"], indirect=True)
+def test_a_model_that_cannot_be_verified_is_refused_by_name(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"a {type(model).__name__} cannot be verified"):
+        list(verify_model(model, model.tokenizer, TEXTS[:2], tmp_path / "store"))
+
+
 # -- drop-ins -----------------------------------------------------------------------------------------------
 
 AS = {
@@ -345,6 +355,7 @@ def cache(model: Any, tmp_path: Path) -> Iterator[LLMCache]:
 def test_a_drop_in_answers_through_the_cache_as_an_instance_of_the_models_class(model: Any, cache: LLMCache) -> None:
     made = AS[type(model).__name__](cache)
     assert isinstance(made, type(model))
+    assert "sentence_transformers" in str(type(made))  # KeyBERT and BERTopic look for it
     for _ in range(2):
         if isinstance(made, CrossEncoder):
             assert close(made.predict(PAIRS), model.predict(PAIRS))
@@ -356,6 +367,21 @@ def test_a_drop_in_answers_through_the_cache_as_an_instance_of_the_models_class(
     counters = cache.stats().counters
     assert counters.bypassed == 0
     assert counters.documents >= 2 * counters.misses
+
+
+@pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)
+def test_results_of_a_model_in_training_mode_are_those_in_evaluation_mode_which_it_keeps(
+    model: Any, cache: LLMCache
+) -> None:
+    def ask(one: Any) -> Any:
+        return one.predict(PAIRS) if isinstance(one, CrossEncoder) else one.encode(TEXTS)
+
+    made = AS[type(model).__name__](cache)
+    expected = ask(model)
+    for _ in range(2):  # computed, and stored
+        assert made.train() is made
+        assert close(ask(made), expected)
+        assert not model.training
 
 
 @pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)

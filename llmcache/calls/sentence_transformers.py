@@ -2,6 +2,9 @@
 
 A drop-in has the very `__dict__` of the cache's model. So a setting made on one is made on the other, the check for
 changes of the model sees it, and everything but `encode` and `predict` is the model's own.
+
+KeyBERT and BERTopic recognise a model by "sentence_transformers" in the full name of its class, and silently load
+another model otherwise. Therefore this module has that name.
 """
 
 from __future__ import annotations
