@@ -20,7 +20,7 @@ from llmcache.errors import ConfigError, LLMCacheError, ModelMismatch
 from llmcache.model.loading import encoder_class
 from llmcache.verification import verify_model
 from tests import kinds
-from tests.small_sentences import sentences, tiny_folder
+from tests.small_sentences import sentences, tiny_folder, with_prompts
 
 TEXTS = ["a blue card", "", *sentences(12), "a blue card", "the same, but longer than the others: " + "x y z " * 30]
 PAIRS = [(query, document) for query in TEXTS[:5] for document in TEXTS[3:9]]
@@ -190,7 +190,7 @@ def test_a_method_of_another_kind_names_the_right_one(folder: str, tmp_path: Pat
     ):
         cache.encode(["a text"])
     with (
-        LLMCache.open(tmp_path / "texts", kinds.with_prompts(folder)) as cache,
+        LLMCache.open(tmp_path / "texts", with_prompts(folder)) as cache,
         pytest.raises(ConfigError, match="CrossEncoder"),
     ):
         cache.predict([("a", "b")])
@@ -408,7 +408,7 @@ def test_a_drop_in_is_saved_as_the_model_and_copied_without_the_cache(
 
 
 def test_a_pickled_drop_in_opens_the_store_again(folder: str, tmp_path: Path) -> None:
-    model = kinds.with_prompts(folder)
+    model = with_prompts(folder)
     with LLMCache.open(tmp_path / "store", model) as cache:
         made = cache.as_sentence_transformer()
         expected = made.encode(TEXTS)
@@ -422,14 +422,14 @@ def test_a_pickled_drop_in_opens_the_store_again(folder: str, tmp_path: Path) ->
 
 def test_a_drop_in_of_another_kind_is_refused(folder: str, tmp_path: Path) -> None:
     with (
-        LLMCache.open(tmp_path / "store", kinds.with_prompts(folder)) as cache,
+        LLMCache.open(tmp_path / "store", with_prompts(folder)) as cache,
         pytest.raises(ConfigError, match="not a"),
     ):
         cache.as_cross_encoder()
 
 
 def test_a_cache_of_a_drop_in_is_one_of_the_model_itself(folder: str, tmp_path: Path) -> None:
-    model = kinds.with_prompts(folder)
+    model = with_prompts(folder)
     with (
         LLMCache.open(tmp_path / "one", model) as cache,
         LLMCache.open(tmp_path / "two", cache.as_sentence_transformer()) as other,
@@ -438,7 +438,7 @@ def test_a_cache_of_a_drop_in_is_one_of_the_model_itself(folder: str, tmp_path: 
 
 
 def test_a_drop_in_of_a_closed_cache_says_so(folder: str, tmp_path: Path) -> None:
-    with LLMCache.open(tmp_path / "store", kinds.with_prompts(folder)) as cache:
+    with LLMCache.open(tmp_path / "store", with_prompts(folder)) as cache:
         made = cache.as_sentence_transformer()
     with pytest.raises(LLMCacheError, match="closed"):
         made.encode(TEXTS)
