@@ -27,7 +27,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.model.batching import token_embedding
+from llmcache.model.batching import Sentences, token_embedding
 from llmcache.model.features import features
 from llmcache.model.identity import identify
 from llmcache.model.keys import key, key_seed, text_keys
@@ -191,7 +191,9 @@ def _synthetic(model_name: str, folder: Path, count: int) -> None:
     identity = identify(model)
     store = Store.open(folder, create=True)
     store.declare("default", identity.to_json(), CacheConfig().to_json())
-    bank = store.bank("default", "output", lambda: fresh_bank(model, CacheConfig()), CacheConfig().near)
+    bank = store.bank(
+        "default", "output", lambda: fresh_bank(model, Sentences(model), CacheConfig()), CacheConfig().near
+    )
     random = np.random.default_rng(0)
     seed = key_seed(identity.digest, "text", None, None)
     outputs = clustered(count, bank.facts.width, seed=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -49,8 +49,10 @@ class EncodeMethods(CacheParts):
         self._check_model()
         if isinstance(self.model, CrossEncoder):
             raise ConfigError("a CrossEncoder scores pairs of texts and has no embeddings; use predict or rank")
-        kind = self._encode_sparse if isinstance(self.model, SparseEncoder) else self._encode_vectors
-        if isinstance(self.model, MultiVectorEncoder):
+        kind: Callable[..., Any] = self._encode_vectors
+        if isinstance(self.model, SparseEncoder):
+            kind = self._encode_sparse
+        elif isinstance(self.model, MultiVectorEncoder):
             kind = self._encode_tokens
         return kind(inputs, *arguments, **settings)
 

@@ -77,7 +77,7 @@ class CachedSentenceTransformer(_DropIn, SentenceTransformer):
     __slots__ = (NAME,)
 
     @wraps(SentenceTransformer.encode)
-    def encode(self, *arguments: Any, **settings: Any) -> Any:
+    def encode(self, *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]  # one of many overloads
         return self.llmcache.encode(*arguments, **settings)
 
 
@@ -87,7 +87,7 @@ class CachedCrossEncoder(_DropIn, CrossEncoder):
     __slots__ = (NAME,)
 
     @wraps(CrossEncoder.predict)
-    def predict(self, *arguments: Any, **settings: Any) -> Any:
+    def predict(self, *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]  # one of many overloads
         return self.llmcache.predict(*arguments, **settings)
 
 
@@ -97,7 +97,7 @@ class CachedSparseEncoder(_DropIn, SparseEncoder):
     __slots__ = (NAME,)
 
     @wraps(SparseEncoder.encode)
-    def encode(self, *arguments: Any, **settings: Any) -> Any:
+    def encode(self, *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]  # one of many overloads
         return self.llmcache.encode(*arguments, **settings)
 
 
@@ -107,7 +107,7 @@ class CachedMultiVectorEncoder(_DropIn, MultiVectorEncoder):
     __slots__ = (NAME,)
 
     @wraps(MultiVectorEncoder.encode)
-    def encode(self, *arguments: Any, **settings: Any) -> Any:
+    def encode(self, *arguments: Any, **settings: Any) -> Any:  # type: ignore[override]  # one of many overloads
         return self.llmcache.encode(*arguments, **settings)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
 
 
 @pytest.fixture
-def stored(tmp_path: Path, model: CrossEncoder) -> Iterator[Path]:
+def stored(tmp_path: Path, model: CrossEncoder) -> Path:
     """A store with `KEPT`, and with pairs of the two texts to purge."""
     path = tmp_path / "store"
     with LLMCache.open(path, model) as cache:

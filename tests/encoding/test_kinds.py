@@ -48,8 +48,8 @@ def close(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> bool:
         assert (ours.dtype, ours.shape, ours.layout, ours.device, ours.is_inference()) == (
             theirs.dtype, theirs.shape, theirs.layout, theirs.device, theirs.is_inference()
         )  # fmt: skip
-        dense = (each.to_dense() if each.is_sparse else each for each in (ours, theirs))
-        return bool(torch.allclose(*dense, atol=tolerance))
+        ours, theirs = (each.to_dense() if each.is_sparse else each for each in (ours, theirs))
+        return bool(torch.allclose(ours, theirs, atol=tolerance))
     if isinstance(theirs, np.ndarray):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         return bool(np.allclose(ours, theirs, atol=tolerance))
@@ -238,7 +238,7 @@ def test_a_plain_classifier_is_a_cross_encoder_unless_another_kind_is_named(fold
 def test_a_changed_model_is_refused(model: Any, tmp_path: Path) -> None:
     pairs = isinstance(model, CrossEncoder)
     with LLMCache.open(tmp_path / "store", model) as cache:
-        ask = (lambda: cache.predict(PAIRS)) if pairs else (lambda: cache.encode(TEXTS))
+        ask: Callable[[], Any] = (lambda: cache.predict(PAIRS)) if pairs else (lambda: cache.encode(TEXTS))
         before = ask()
         model.max_seq_length = 8
         with pytest.raises(ModelMismatch, match="max_seq_length"):
@@ -337,7 +337,7 @@ def test_a_model_that_cannot_be_verified_is_refused_by_name(model: Any, tmp_path
 
 # -- drop-ins -----------------------------------------------------------------------------------------------
 
-AS = {
+AS: dict[str, Callable[[LLMCache], Any]] = {
     "SentenceTransformer": LLMCache.as_sentence_transformer,
     "CrossEncoder": LLMCache.as_cross_encoder,
     "SparseEncoder": LLMCache.as_sparse_encoder,

@@ -26,20 +26,22 @@ TEXTS = sentences(24)
 LEFT, RIGHT, OTHERS = TEXTS[:8], TEXTS[8:16], TEXTS[16:]
 CLOSENESS = [0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.6, 0.4]
 SAME = [1, 0, 1, 0, 1, 0, 1, 0]
-QUERIES = {f"q{i}": text for i, text in enumerate(LEFT)}
-CORPUS = {f"d{i}": text for i, text in enumerate(RIGHT + OTHERS)}
-RELEVANT = {f"q{i}": {f"d{i}", f"d{i + 8}"} for i in range(8)}
-SAMPLES = [
+QUERIES: Any = {f"q{i}": text for i, text in enumerate(LEFT)}
+CORPUS: Any = {f"d{i}": text for i, text in enumerate(RIGHT + OTHERS)}
+RELEVANT: Any = {f"q{i}": {f"d{i}", f"d{i + 8}"} for i in range(8)}
+SAMPLES: Any = [
     {"query": one, "positive": [right], "negative": [*OTHERS[:3], RIGHT[0]]}
     for one, right in zip(LEFT, RIGHT, strict=True)
 ]
-DOCUMENTS = [{"query": sample["query"], "positive": sample["positive"], "documents": TEXTS[8:]} for sample in SAMPLES]
+DOCUMENTS: Any = [
+    {"query": sample["query"], "positive": sample["positive"], "documents": TEXTS[8:]} for sample in SAMPLES
+]
 PAIRS = [list(pair) for pair in zip(LEFT, RIGHT, strict=True)]
 
 # third parties warn about their own dependencies, and torch about its sparse tensors
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-AS = {
+AS: dict[str, Callable[[LLMCache], Any]] = {
     "SentenceTransformer": LLMCache.as_sentence_transformer,
     "CrossEncoder": LLMCache.as_cross_encoder,
     "SparseEncoder": LLMCache.as_sparse_encoder,
@@ -320,7 +322,7 @@ def test_haystacks_embedders_give_the_same_vectors(cache: LLMCache, tmp_path: Pa
     from haystack import Document
     from haystack.utils import ComponentDevice
 
-    cache.model.save(str(tmp_path / "saved"))  # type: ignore[union-attr]
+    cache.model.save(str(tmp_path / "saved"))  # type: ignore[operator]
     settings = {"model": str(tmp_path / "saved"), "device": ComponentDevice.from_str("cpu"), "progress_bar": False}
 
     def job(model: Any) -> Any:
@@ -341,7 +343,7 @@ def test_haystacks_sparse_embedder_gives_the_same_entries(cache: LLMCache, tmp_p
     from haystack import Document
     from haystack.utils import ComponentDevice
 
-    cache.model.save(str(tmp_path / "saved"))  # type: ignore[union-attr]
+    cache.model.save(str(tmp_path / "saved"))  # type: ignore[operator]
 
     def job(model: Any) -> Any:
         embedder = embedders.SentenceTransformersSparseDocumentEmbedder(
@@ -361,7 +363,7 @@ def test_haystacks_ranker_gives_the_same_order(cache: LLMCache, tmp_path: Path) 
     from haystack import Document
     from haystack.utils import ComponentDevice
 
-    cache.model.save(str(tmp_path / "saved"))  # type: ignore[union-attr]
+    cache.model.save(str(tmp_path / "saved"))  # type: ignore[operator]
 
     def job(model: Any) -> Any:
         ranker = rankers.SentenceTransformersSimilarityRanker(
@@ -381,7 +383,7 @@ def test_llamaindexs_reranker_gives_the_same_order(cache: LLMCache, tmp_path: Pa
     from llama_index.core.postprocessor import SentenceTransformerRerank
     from llama_index.core.schema import NodeWithScore, TextNode
 
-    cache.model.save(str(tmp_path / "saved"))  # type: ignore[union-attr]
+    cache.model.save(str(tmp_path / "saved"))  # type: ignore[operator]
 
     def job(model: Any) -> Any:
         reranker = SentenceTransformerRerank(model=str(tmp_path / "saved"), top_n=5, device="cpu")

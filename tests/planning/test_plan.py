@@ -160,7 +160,7 @@ def test_the_recorded_cost_adds_up_to_what_the_model_took(
             yield replace(done, seconds=float((0.001 + 0.0001 * rows.lengths[done.chosen]).sum()))
 
     real = computing.compute
-    monkeypatch.setattr(execution, "compute", compute)
+    monkeypatch.setattr(backend, "compute", compute)
     with LLMCache.open(store, model) as cache:
         assert recorded(cache._bank) is None
         list(cache.run(queries[:200]))
