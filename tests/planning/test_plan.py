@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.encoding import executor as execution
+from llmcache.encoding import compute as backend
 from llmcache.errors import CorpusError
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.model import batching as computing
