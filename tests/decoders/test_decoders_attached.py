@@ -152,7 +152,7 @@ def test_what_cannot_be_done_says_so(stories: Any, store: Path, tmp_path: Path) 
     model, tokenizer = stories
     with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="tokenizer="):
         cache.generate(["a"])
-    with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="SentenceTransformer"):
+    with LLMCache.open(store, model) as cache, pytest.raises(ConfigError, match="sentence-transformers"):
         cache.encode(["a"])
     config = hf.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     t5 = hf.T5ForConditionalGeneration(config)
