@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.nn import Module
 from tqdm.auto import tqdm
@@ -79,9 +79,10 @@ class CacheParts:
         """The output bank. ConfigError when the model is not one of sentence-transformers."""
         return self._execution.bank
 
-    def _token_execution(self) -> Executor:
-        """Executor of the bank of token embeddings; see `LLMCache`."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def _token_execution(self) -> Executor:
+            """Executor of the bank of token embeddings, which `LLMCache` makes at first use."""
 
     def _bypass(self, reason: str | None, documents: int, method: str = "encode") -> None:
         """Count documents that the model answers without the cache, and log each reason once."""

@@ -85,9 +85,11 @@ class EncodeMethods(CacheParts):
         }  # fmt: skip
         role = others.pop("task", None)
         reason = bypass_reason(given.texts, role, device, output_value, pool, others)
+        tokens = output_value == "token_embeddings"
+        if tokens and getattr(model.tokenizer, "padding_side", "right") == "left":  # the model returns the padding too
+            reason = reason or "token embeddings of a model that pads on the left depend on the other texts of a batch"
         if reason is not None or not given.texts:
             return self._by_model(given, reason, role, **given_settings, **others)
-        tokens = output_value == "token_embeddings"
         tensor = convert_to_tensor and precision == "float32" and not tokens
         executor = self._token_execution() if tokens else self._execution
         answers = self._answered(

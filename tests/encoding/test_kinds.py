@@ -335,6 +335,16 @@ def test_a_model_that_cannot_be_verified_is_refused_by_name(model: Any, tmp_path
         list(verify_model(model, model.tokenizer, TEXTS[:2], tmp_path / "store"))
 
 
+def test_token_embeddings_beside_padding_on_the_left_are_the_models_own(folder: str, tmp_path: Path) -> None:
+    """The model's own results contain the padding, so they depend on the other texts of a batch."""
+    model = with_prompts(folder)
+    model.tokenizer.padding_side = "left"
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        for texts in (TEXTS[2:3], TEXTS, TEXTS[2:5]):
+            expected = model.encode(texts, output_value="token_embeddings")
+            assert close(cache.encode(texts, output_value="token_embeddings"), expected)
+
+
 # -- drop-ins -----------------------------------------------------------------------------------------------
 
 AS: dict[str, Callable[[LLMCache], Any]] = {
