@@ -27,7 +27,8 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.search.projection import Projection, fit_pca, fit_simhash
 from llmcache.indexes.search.vector_index import VectorIndex
 from llmcache.indexes.store import Store
-from llmcache.model.batching import Sentences, token_embedding
+from llmcache.model.batching import token_embedding
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import features
 from llmcache.model.identity import identify
 from llmcache.model.keys import key, key_seed, text_keys

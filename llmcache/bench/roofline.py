@@ -30,7 +30,8 @@ from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.search.vector_index import VectorIndex, choose_kind
 from llmcache.indexes.store import Store
-from llmcache.model.batching import Sentences, compute, token_embedding
+from llmcache.model.batching import compute, token_embedding
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import features
 from llmcache.near.neighbors.correction import Voting
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex, rounded

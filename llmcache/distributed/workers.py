@@ -20,7 +20,7 @@ from llmcache.cache import LLMCache
 from llmcache.encoding.call import EncodeCall, Misses
 from llmcache.encoding.compute import LocalCompute
 from llmcache.errors import ConfigError, LLMCacheError
-from llmcache.model.batching import Sentences
+from llmcache.model.encoders import Sentences
 
 log = logging.getLogger("llmcache")
 

@@ -34,12 +34,8 @@ from llmcache.indexes.format.rows import Keys
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.registry import Layers
 from llmcache.model.architecture import find_trunk
-from llmcache.model.batching import (
-    Model,
-    Sentences,
-    compute,
-    token_embedding,
-)
+from llmcache.model.batching import Model, compute, token_embedding
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import feature_width
 from llmcache.model.identity import Identity
 from llmcache.model.keys import Seed, text_keys

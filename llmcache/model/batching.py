@@ -11,14 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache.arrays import Floats32, objects
 from llmcache.indexes.format.rows import Keys
 from llmcache.model.async_batch import AsyncBatch
-from llmcache.model.keys import Seed, text_keys
-from llmcache.model.tokens import TokenRows, batch, tokenise
+from llmcache.model.keys import Seed
+from llmcache.model.tokens import TokenRows
 
 _TOKENS = 2048
 """Tokens of a batch on a CPU, so that intermediate results fit into the processor's cache.
@@ -71,43 +70,6 @@ class Model(Protocol):
     def token_embedding(self) -> torch.Tensor:
         """Return the token embeddings, [vocabulary, width]."""
         ...
-
-
-class Sentences:
-    """A SentenceTransformer, whose vectors are sentence embeddings."""
-
-    matrices = False
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        self._model = model
-
-    @property
-    def module(self) -> Module:
-        return self._model
-
-    def tokenise(self, texts: Sequence[str], prompt: str | None, role: str | None) -> TokenRows:
-        return tokenise(self._model, texts, prompt, role)
-
-    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
-        self._model.eval()
-        inputs = batch(self._model.tokenizer, self._model.device, rows, chosen)
-        vectors: torch.Tensor = self._model(inputs, **({"task": role} if role else {}))["sentence_embedding"]
-        return vectors
-
-    def keys(self, seed: Seed, texts: Sequence[str]) -> Keys:
-        return text_keys(seed, texts).view(np.uint64)
-
-    def comparable(self, outputs: list[Floats32]) -> list[Floats32]:
-        return outputs
-
-    def token_embedding(self) -> torch.Tensor:
-        return token_embedding(self._model)
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of a text that the model reads; None: all."""
-        limit: int | None = self._model.max_seq_length
-        return limit
 
 
 @torch.inference_mode()

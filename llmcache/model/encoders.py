@@ -1,4 +1,4 @@
-"""Models of sentence-transformers that are no SentenceTransformer: scores of pairs, sparse vectors, token vectors."""
+"""Models of sentence-transformers as the executor runs them: vectors, scores of pairs, sparse and token vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import Module
 from llmcache.arrays import Floats32
 from llmcache.document import PAIR_FIELDS, TextFields
 from llmcache.indexes.format.rows import Keys
-from llmcache.model.batching import Model, Sentences, token_embedding
+from llmcache.model.batching import Model, token_embedding
 from llmcache.model.keys import Seed, pair_keys, text_keys
 from llmcache.model.tokens import TokenRows, batch, tokenise
 
@@ -60,6 +60,14 @@ class _Encoder:
         inputs = batch(self._model.tokenizer, self._model.device, rows, chosen)
         features: dict[str, Any] = self._model(inputs, **({"task": role} if role else {}), **settings)
         return features
+
+
+class Sentences(_Encoder):
+    """A SentenceTransformer, whose outputs are sentence embeddings."""
+
+    def vectors(self, rows: TokenRows, chosen: Sequence[int], role: str | None) -> torch.Tensor:
+        vectors: torch.Tensor = self._features(rows, chosen, role)["sentence_embedding"]
+        return vectors
 
 
 class PairScores(_Encoder):
@@ -139,4 +147,4 @@ def encoder(model: BaseModel) -> Model:
         return PairScores(model)
     if isinstance(model, SparseEncoder):
         return SparseVectors(model)
-    return TokenVectors(model) if isinstance(model, MultiVectorEncoder) else Sentences(model)  # type: ignore[arg-type]
+    return TokenVectors(model) if isinstance(model, MultiVectorEncoder) else Sentences(model)

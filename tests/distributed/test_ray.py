@@ -27,7 +27,7 @@ from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.compact import compact
 from llmcache.indexes.search.bank_index import NearChoice
 from llmcache.indexes.store import Store
-from llmcache.model.batching import Sentences
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import features
 from llmcache.model.keys import key_seed, text_keys, token_keys
 from tests.conftest import Command

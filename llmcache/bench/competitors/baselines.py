@@ -15,7 +15,8 @@ from llmcache.bench.harness.rounds import Contender, Opened, Task
 from llmcache.bench.harness.turns import Row
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
-from llmcache.model.batching import Sentences, compute, token_embedding
+from llmcache.model.batching import compute, token_embedding
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import features
 from llmcache.model.tokens import tokenise
 

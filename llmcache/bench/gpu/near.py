@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from llmcache.bench.harness.device import Device, spread
 from llmcache.bench.harness.shapes import SHAPES, WORDS, sentences, tiny
 from llmcache.bench.harness.turns import Row, speed_up
-from llmcache.model.batching import Sentences, token_embedding
+from llmcache.model.batching import token_embedding
+from llmcache.model.encoders import Sentences
 from llmcache.model.features import features, features_on
 from llmcache.model.tokens import TokenRows
 from llmcache.near.neighbors.correction import Voting, units
