@@ -323,12 +323,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400, help="calibrations of each line of the table")
     parser.add_argument("--corpora", type=Path, help="folder with cls-banking77, cls-snips and cls-sst2")
     parser.add_argument("--embeddings", type=Path, default=Path("embeddings"), help="where embedded corpora are kept")
+    parser.add_argument("--without-law", action="store_true", help="calibrate on the corpora only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write every trial to this file as JSON")
     given = parser.parse_args()
-    groups: dict[str, dict[str, Draw]] = {
-        "known law": {"few drift": law(0.03, 24.0, classes=2), "some": law(0.1), "many": law(0.4)}
-    }
+    groups: dict[str, dict[str, Draw]] = {}
+    if not given.without_law:
+        groups["known law"] = {"few drift": law(0.03, 24.0, classes=2), "some": law(0.1), "many": law(0.4)}
     if given.corpora:
         for name in CORPORA:
             embed(given.corpora, given.embeddings, name)
