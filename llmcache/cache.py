@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
+from sentence_transformers import SentenceTransformer
 from torch.nn import Module
 
 from llmcache import opening
@@ -16,7 +17,7 @@ from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.banks.device_cache import DeviceCache
 from llmcache.banks.writer import BankWriter
-from llmcache.calls.base import LAYER, TOKENS, log
+from llmcache.calls.base import LAYER, log
 from llmcache.calls.encoding import EncodeMethods
 from llmcache.calls.models import ModelMethods
 from llmcache.calls.near import NearMethods
@@ -26,8 +27,10 @@ from llmcache.concurrency.calls import Calls, WorkerCommits, call
 from llmcache.concurrency.reopening import reopened
 from llmcache.config import CacheConfig
 from llmcache.encoding.calibrations import Calibrations
-from llmcache.encoding.compute import Compute
+from llmcache.encoding.compute import Compute, LocalCompute
 from llmcache.encoding.executor import Executor
+from llmcache.encoding.pooled_states import PooledStates
+from llmcache.encoding.results import TOKENS
 from llmcache.errors import ConfigError, ForkedStoreError, LLMCacheError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.commits.trust import Trust
@@ -38,6 +41,7 @@ from llmcache.model.description.watch import ModelWatch
 from llmcache.model.encoders import ENCODERS, TokenVectors, encoder
 from llmcache.model.locks import lock_of
 from llmcache.model.private_tokenizer import PrivateCopy
+from llmcache.model.token_states import Tail
 from llmcache.near.calibration.drift import Drift
 from llmcache.report.statistics import Statistics, statistics
 
@@ -88,7 +92,11 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         self._token_states: Executor | None = None
         if isinstance(model, ENCODERS):
             inside = nullcontext if config.layers == "output" else self.attached
-            self._encoding = self._executor(LAYER, encoder(model), inside, self._backend)
+            backend = self._backend
+            if backend is None and isinstance(model, SentenceTransformer):
+                local = LocalCompute(encoder(model), inside)
+                backend = PooledStates(local, self._stored_token_states, Tail(model))
+            self._encoding = self._executor(LAYER, encoder(model), inside, backend)
             self._calibrations.follow(LAYER, self._encoding)
         self._opened = True
         leaving.opened(self)
@@ -117,6 +125,12 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         if self._token_states is None:
             self._token_states = self._executor(TOKENS, TokenVectors(cast(Any, self.model)))
         return self._token_states
+
+    def _stored_token_states(self) -> Executor | None:
+        """Executor of the bank of token embeddings, where the store has one; None otherwise."""
+        space = self._store.namespace(self.namespace)
+        known = self._token_states is not None or (space is not None and TOKENS in space.banks)
+        return self._token_execution() if known else None
 
     @classmethod
     def open(

@@ -36,8 +36,6 @@ log = logging.getLogger("llmcache")
 
 LAYER = "output"
 """Name of the bank of embeddings, or of the scores of pairs."""
-TOKENS = "tokens"
-"""Name of the bank of a SentenceTransformer's token embeddings."""
 
 
 class CacheParts:

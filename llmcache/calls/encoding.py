@@ -16,8 +16,9 @@ from llmcache.document import Text
 from llmcache.encoding.answers import Answers
 from llmcache.encoding.call import EncodeCall, GivenTexts, Progress, bypass_reason, nothing, texts_argument
 from llmcache.encoding.device_answers import DeviceAnswers
+from llmcache.encoding.executor import Executor
 from llmcache.encoding.postprocess import finished, sparse_vectors, token_vectors
-from llmcache.encoding.results import Result, Source, TierCounts, results
+from llmcache.encoding.results import TOKENS, Result, Source, TierCounts, results
 from llmcache.errors import ConfigError
 from llmcache.model.encoders import limits_inside, text_fields
 from llmcache.model.prompts import ROLES
@@ -86,8 +87,8 @@ class EncodeMethods(CacheParts):
         role = others.pop("task", None)
         reason = bypass_reason(given.texts, role, device, output_value, pool, others)
         tokens = output_value == "token_embeddings"
-        if tokens and getattr(model.tokenizer, "padding_side", "right") == "left":  # the model returns the padding too
-            reason = reason or "token embeddings of a model that pads on the left depend on the other texts of a batch"
+        if tokens:
+            reason = reason or padded_left(model)
         if reason is not None or not given.texts:
             return self._by_model(given, reason, role, **given_settings, **others)
         tensor = convert_to_tensor and precision == "float32" and not tokens
@@ -229,6 +230,7 @@ class EncodeMethods(CacheParts):
         prompt: str | None = None,
         batch_size: int = 32,
         chunk: int = CHUNK,
+        output_value: str | None = None,
         progress: Progress = nothing,
     ) -> Iterator[Result]:
         """Embed documents or score pairs of texts, and report for each where its output came from.
@@ -237,13 +239,15 @@ class EncodeMethods(CacheParts):
             at a time, which bounds the memory. For a CrossEncoder: tuples or lists of two texts, `Document`s of such a
             tuple, or mappings with "query" and "document".
         role: None, "query" or "document".
+        output_value: "sentence_embedding", or "token_embeddings" for the vectors of all tokens of a document, which a
+            SentenceTransformer pools to its embedding; None for the output that `encode` gives.
         progress: called with the number of documents just answered, and how many of these the model computed.
         Returns an iterator over one result per document, in order. Outputs are the model's own vectors: not cut to
         truncate_dim, and normalised only if the model does so. Those of a CrossEncoder are the logits that are stored,
         float32 [labels], before the activation that `predict` applies. See `Result` for the other kinds of models.
         """
         settings = self._settings(role, prompt_name, prompt, batch_size, progress)
-        return self._results(documents, settings, chunk)
+        return self._results(documents, settings, chunk, output_value)
 
     def warm(
         self,
@@ -254,14 +258,18 @@ class EncodeMethods(CacheParts):
         prompt: str | None = None,
         batch_size: int = 32,
         chunk: int = CHUNK,
+        output_value: str | None = None,
         progress: Progress = nothing,
     ) -> TierCounts:
         """Compute and store the outputs of documents that are not stored yet; the arguments are those of `run`.
 
+        With output_value="token_embeddings" one pass of the model serves several outputs: later calls pool sentence
+        embeddings from the stored token embeddings, and a `Pipeline` with late=True the embeddings of chunks.
         Returns the numbers of documents by tier. Hits count as no saving, since nobody uses the outputs.
         """
         settings = replace(self._settings(role, prompt_name, prompt, batch_size, progress), wanted=False)
-        return TierCounts.of(Counter(result.tier for result in self._results(documents, settings, chunk)))
+        answered = self._results(documents, settings, chunk, output_value)
+        return TierCounts.of(Counter(result.tier for result in answered))
 
     def _settings(
         self, role: str | None, prompt_name: str | None, prompt: str | None, batch_size: int, progress: Progress
@@ -271,16 +279,38 @@ class EncodeMethods(CacheParts):
         self._execution  # noqa: B018  # raises ConfigError now, not when the first result is requested
         return EncodeCall([], None, self._prompt(role, prompt_name, prompt), role, batch_size, progress)
 
-    def _results(self, documents: Iterable[Source], settings: EncodeCall, chunk: int) -> Iterator[Result]:
+    def _results(
+        self, documents: Iterable[Source], settings: EncodeCall, chunk: int, output_value: str | None
+    ) -> Iterator[Result]:
         """Return the results of documents, `chunk` at a time. settings: the call without texts and ids."""
+        tokens = self._pools_tokens(output_value)
+
+        def executor() -> Executor:  # looked up anew, since a forked child opens the store again
+            return self._token_execution() if tokens else self._execution
 
         def answer(texts: Sequence[Text], ids: Sequence[str]) -> Answers:
             self._check_open()
             self._check_model()
-            return self._execution.answers(replace(settings, texts=texts, ids=ids))
+            return executor().answers(replace(settings, texts=texts, ids=ids))
 
-        fields = text_fields(self.model)
-        return results(documents, answer, lambda: self._bank, LAYER, chunk, fields=fields, calls=self._calls)
+        fields, layer = text_fields(self.model), TOKENS if tokens else LAYER
+        return results(documents, answer, lambda: executor().bank, layer, chunk, fields=fields, calls=self._calls)
+
+    def _pools_tokens(self, output_value: str | None) -> bool:
+        """Return whether this value of `output_value` asks for the token embeddings of a SentenceTransformer.
+
+        ConfigError for another value, or where the model gives no such output.
+        """
+        usual = "token_embeddings" if isinstance(self.model, MultiVectorEncoder) else "sentence_embedding"
+        if output_value in (None, usual):
+            return False
+        if output_value != "token_embeddings":
+            raise ConfigError(f"output_value is 'sentence_embedding' or 'token_embeddings', got {output_value!r}")
+        if not isinstance(self.model, SentenceTransformer):
+            raise ConfigError(f"a {type(self.model).__name__} gives no token embeddings; leave out output_value")
+        if reason := padded_left(self.model):
+            raise ConfigError(f"{reason}, so they cannot be stored; leave out output_value")
+        return True
 
     @call
     def plan(
@@ -318,3 +348,10 @@ class EncodeMethods(CacheParts):
         comparison = plan.compared(int(since["documents"]), int(since["misses"]), seconds)
         self._storing.history.forecast(comparison.as_dict())
         return comparison
+
+
+def padded_left(model: Any) -> str | None:
+    """Return why token embeddings of a model cannot be stored; None if they can."""
+    if getattr(model.tokenizer, "padding_side", "right") == "left":  # the model returns the padding too
+        return "token embeddings of a model that pads on the left depend on the other texts of a batch"
+    return None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MISS, EXACT, NEAR = 0, 1, 2
 TIERS = ("miss", "exact", "near")
 """Names of the tiers, indexed by their numbers."""
+POOLED = -2
+"""Layer number of outputs that were pooled from stored token embeddings."""
 
 
 @dataclass(slots=True)
@@ -30,8 +32,8 @@ class Answers:
     similarity: float32, 1 for exact hits, NaN for misses. consensus: float32, mean cosine of the other neighbours'
     outputs to the nearest one's; NaN except for calibrated near hits. row: int64, bank row that served the document,
     -1 for misses. duplicate_of: int64, for a repeat in the call the place of its first occurrence, else -1. layer:
-    int64, layer whose state was reused, -1 for an output or a miss; entry: key of that state by place. audited: bool,
-    True for documents computed for an audit although they had a near match.
+    int64, layer whose state was reused, -1 for an output or a miss, or POOLED; entry: key or id of that state by place.
+    audited: bool, True for documents computed for an audit although they had a near match.
     """
 
     outputs: NDArray[Any]
@@ -68,8 +70,8 @@ class Answers:
     ) -> None:
         """Set computed outputs. Documents that resumed from a stored layer state count as exact hits on that layer.
 
-        outputs: float32 [n, width]. entered: int64 [n], number of layers skipped, 0 for none. entries: keys of the
-        states.
+        outputs: float32 [n, width]. entered: int64 [n], number of layers skipped, 0 for none; POOLED + 1 where all were
+        skipped, and the output was pooled. entries: keys or ids of the states.
         """
         self.outputs[places] = outputs
         for place, skipped, entry in zip(places.tolist(), entered.tolist(), entries, strict=True):

@@ -205,6 +205,15 @@ class Executor:
         tokens = self._model.tokenise(texts, call.prompt, call.role)
         return self.reader.lookup(self._token_keys(call, tokens), tokens.ids)
 
+    def served(self, call: EncodeCall, rows: Places, tokens: TokenRows) -> Answers:
+        """Return the stored outputs of a call's texts, audited as hits; a row that cannot be read stays a miss.
+
+        rows: int64 [n], all >= 0. tokens: of the texts.
+        """
+        answers, places = self._empty(call), np.arange(len(rows))
+        self._exact(answers, call, places, rows, (places, tokens))
+        return answers
+
     def _tried(self, call: EncodeCall, keys: Keys) -> Places:
         """Return the texts to look up, indices into their keys, int64, in order."""
         selected, in_memory = self.reader.select(len(keys), keys if call.tensor else None, texts=True)

@@ -12,12 +12,14 @@ from typing import Any, Self, TypeAlias
 
 from llmcache.arrays import Floats32
 from llmcache.document import Document, Text, TextFields
-from llmcache.encoding.answers import MISS, TIERS, Answers
+from llmcache.encoding.answers import MISS, POOLED, TIERS, Answers
 from llmcache.errors import CorpusError
 from llmcache.indexes.bank import Bank
 from llmcache.layers.layer_banks import bank_name
 from llmcache.records import FieldSpec, RejectedRecord, intake
 
+TOKENS = "tokens"
+"""Name of the bank of a SentenceTransformer's token embeddings."""
 Source: TypeAlias = str | tuple[str, str] | list[str] | Document | Mapping[str, Any]
 """A document as callers pass it: a text, a Document, or a mapping with "text" and optionally "id".
 
@@ -30,10 +32,11 @@ class Result:
     """Output and provenance of one document.
 
     output: float32 [width]. Of a CrossEncoder the logits as stored, float32 [labels], without an activation; of a
-        SparseEncoder float32 [entries, 2], each row a dimension and its value; of a MultiVectorEncoder the vectors of
-        the tokens, float32 [tokens, width].
+        SparseEncoder float32 [entries, 2], each row a dimension and its value; of a MultiVectorEncoder, and for
+        `output_value="token_embeddings"`, the vectors of the tokens, float32 [tokens, width].
     tier: "exact", "near" or "miss".
-    layer: name of the bank that answered; None for a miss. If it is not "output", later layers were computed.
+    layer: name of the bank that answered; None for a miss. "output": of outputs. "tokens": of token embeddings, from
+        which a sentence embedding was pooled. "layer-3": of a layer's states; the later layers were computed.
     source: id of the document whose entry was used, or the entry's key in hexadecimal if it has no id; None for a miss.
     similarity: cosine of the fingerprints; 1.0 for an exact hit, None for a miss.
     audited: True if the document was computed for an audit although it had a near match. Audits of exact hits are not
@@ -145,6 +148,13 @@ def _results(ids: Sequence[str], answers: Answers, bank: Bank, layer: str) -> It
         if row >= 0:
             source = name or bank.key(row)
         yield Result(
-            id, answers.outputs[i], TIERS[tier], bank_name(reused) if reused >= 0 else layer, source, similarity,
+            id, answers.outputs[i], TIERS[tier], _bank_of(reused, layer), source, similarity,
             consensus=None if isnan(consensus) else consensus,
         )  # fmt: skip
+
+
+def _bank_of(reused: int, layer: str) -> str:
+    """Return the name of the bank that answered. reused: see `Answers.layer`. layer: name of the call's own bank."""
+    if reused == POOLED:
+        return TOKENS
+    return bank_name(reused) if reused >= 0 else layer

@@ -5,42 +5,56 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from llmcache.document import Document, characters
+from llmcache.document import Document, characters, only_text
 from llmcache.model.keys import framed
 from llmcache.pipeline.chunking import Chunk
+from llmcache.pipeline.late_chunks import Window
 from llmcache.records import RejectedRecord, Taken
 
+T = TypeVar("T")
 CHARACTERS = 1 << 18  # a part ends with the document that reaches this total
 
 Cut = Callable[[list[Document]], list[list[Chunk] | str]]
 """Function from documents to the chunks of each, or to the reason why a document cannot be cut."""
+FindWindows = Callable[[Sequence[str], Sequence[Sequence[Chunk]]], list[list[Window] | str]]
+"""Function from texts and their chunks to the windows of each text, or to the reason why its chunks cannot be pooled."""
 
 
 @dataclass(slots=True)
 class DocumentBatch:
     """Consecutive documents of the stream, which are answered together.
 
-    chunks: chunks of each document, None if texts are not cut. refused: records of the part that are no documents.
+    chunks: chunks of each document, None if texts are not cut. windows: parts of each document that the model reads, for
+    late chunks; None for others. refused: records of the part that are no documents.
     end: position in the stream after the part. digest: digest of all records up to there. error: exception that ended
     the stream after this part.
     """
 
     documents: list[Document] = field(default_factory=list)
     chunks: list[list[Chunk]] | None = None
+    windows: list[list[Window]] | None = None
     refused: list[RejectedRecord] = field(default_factory=list)
     end: int = 0
     digest: bytes = b""
     error: BaseException | None = None
 
 
-def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool = False) -> Iterator[DocumentBatch]:
+def parts(
+    stream: Iterable[Taken],
+    most: int,
+    cut: Cut | None,
+    windows: FindWindows | None = None,
+    *,
+    digests: bool = False,
+) -> Iterator[DocumentBatch]:
     """Split the stream into parts of `most` documents, fewer where their texts reach 262,144 characters.
 
-    cut: cuts documents into chunks; None leaves texts whole. digests: fill in `DocumentBatch.digest`.
+    cut: cuts documents into chunks; None leaves texts whole. windows: finds the windows for late chunks. digests: fill in `DocumentBatch.digest`.
     The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
     part, size, end, digest = DocumentBatch(), 0, 0, b""
@@ -53,6 +67,8 @@ def parts(stream: Iterable[Taken], most: int, cut: Cut | None, *, digests: bool 
             digest = part.digest = _digest(digest, part)
         if cut is not None:
             _cut(part, places, cut)
+            if windows is not None:
+                _add_windows(part, places, windows)
         return part
 
     try:
@@ -85,11 +101,27 @@ def _digest(before: bytes, part: DocumentBatch) -> bytes:
 
 def _cut(part: DocumentBatch, places: list[int], cut: Cut) -> None:
     """Fill in the part's chunks; a document that cannot be cut moves to the refused records."""
-    results = cut(part.documents)
+    part.chunks = _accepted(part, places, cut(part.documents))
+
+
+def _add_windows(part: DocumentBatch, places: list[int], windows: FindWindows) -> None:
+    """Fill in the windows; a document whose chunks cannot be pooled moves to the refused records."""
+    assert part.chunks is not None
+    found = windows([only_text(document) for document in part.documents], part.chunks)
+    part.chunks = [chunks for chunks, result in zip(part.chunks, found, strict=True) if not isinstance(result, str)]
+    part.windows = _accepted(part, places, found)
+
+
+def _accepted(part: DocumentBatch, places: list[int], results: list[list[T] | str]) -> list[list[T]]:
+    """Return the results that are no reasons; the documents with a reason move to the refused records.
+
+    places: positions of the part's documents in the stream; they lose those of the refused documents.
+    """
     reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
     part.refused += [RejectedRecord(places[i], part.documents[i].id, reason) for i, reason in reasons.items()]
     part.documents = [document for i, document in enumerate(part.documents) if i not in reasons]
-    part.chunks = [result for result in results if not isinstance(result, str)]
+    places[:] = [place for i, place in enumerate(places) if i not in reasons]
+    return [result for result in results if not isinstance(result, str)]
 
 
 def ahead(stream: Iterator[DocumentBatch], count: int) -> Generator[DocumentBatch]:

@@ -24,6 +24,7 @@ from llmcache.pipeline.chunking import (
     Chunk,
     chunks,
 )
+from llmcache.pipeline.late_chunks import Window
 
 Cutting: TypeAlias = Callable[[str], Iterable["Chunk | str | tuple[int, int]"]]
 """Function of the user from a text to its chunks: Chunks, pairs (start, end), or substrings in order."""
@@ -194,16 +195,10 @@ def together(document: Document, chunks: Sequence[Chunk], results: Sequence[Resu
     """Combine the results of a document's chunks. results: one per chunk. unit: see `pooled`."""
     spans = np.array([(chunk.start, chunk.end) for chunk in chunks], np.int64)
     output = pooled(np.stack([result.output for result in results]), spans[:, 1] - spans[:, 0], unit=unit)
-    tier = next((tier for tier in ("miss", "near") if any(result.tier == tier for result in results)), "exact")
-    similarities = [result.similarity for result in results if result.similarity is not None]
-    layers, sources = {result.layer for result in results}, {result.source for result in results}
     return Chunked(
         document.id,
         output,
-        tier,
-        layers.pop() if len(layers) == 1 else None,
-        sources.pop() if len(sources) == 1 else None,
-        min(similarities) if tier != "miss" else None,
+        *_common(results),
         any(result.audited for result in results),
         min((result.consensus for result in results if result.consensus is not None), default=None),
         tuple(results),
@@ -211,9 +206,42 @@ def together(document: Document, chunks: Sequence[Chunk], results: Sequence[Resu
     )
 
 
-def chunk_documents(document: Document, chunks: Sequence[Chunk]) -> list[Document]:
-    """Return each chunk as a document with the id "<id>#<start>-<end>"."""
-    return [replace(document, id=f"{document.id}#{chunk.start}-{chunk.end}", text=chunk.text) for chunk in chunks]
+def part_documents(document: Document, parts: Sequence[Chunk | Window]) -> list[Document]:
+    """Return each chunk or window as a document with the id "<id>#<start>-<end>"; a window of all keeps the id."""
+    text = only_text(document)
+    return [
+        document
+        if isinstance(part, Window) and (part.start, part.end) == (0, len(text))
+        else replace(document, id=f"{document.id}#{part.start}-{part.end}", text=text[part.start : part.end])
+        for part in parts
+    ]
+
+
+def pooled_results(
+    document: Document, chunks: Sequence[Chunk], windows: Sequence[Result], outputs: NDArray[np.float32]
+) -> list[Result]:
+    """Return the results of late chunks. windows: results of the document's windows. outputs: float32 [chunks, width].
+
+    A chunk counts as computed if any of the windows was.
+    """
+    tier, layer, source, similarity = _common(windows)
+    return [
+        Result(f"{document.id}#{chunk.start}-{chunk.end}", output, tier, layer, source, similarity)
+        for chunk, output in zip(chunks, outputs, strict=True)
+    ]
+
+
+def _common(results: Sequence[Result]) -> tuple[str, str | None, str | None, float | None]:
+    """Return tier, layer, source and similarity of several results together; see `Chunked`."""
+    tier = next((tier for tier in ("miss", "near") if any(result.tier == tier for result in results)), "exact")
+    similarities = [result.similarity for result in results if result.similarity is not None]
+    layers, sources = {result.layer for result in results}, {result.source for result in results}
+    return (
+        tier,
+        layers.pop() if len(layers) == 1 else None,
+        sources.pop() if len(sources) == 1 else None,
+        min(similarities) if tier != "miss" else None,
+    )
 
 
 def gives_unit_vectors(model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
 from llmcache.cache import LLMCache
-from llmcache.document import TextFields
+from llmcache.document import Document, TextFields
 from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
@@ -30,13 +30,16 @@ from llmcache.pipeline.checkpoints import (
 )
 from llmcache.pipeline.chunked import (
     Cutting,
-    chunk_documents,
     cut_by,
     cut_name,
     gives_unit_vectors,
+    part_documents,
+    pooled_results,
     together,
 )
+from llmcache.pipeline.chunking import Chunk
 from llmcache.pipeline.journal import beside, discard
+from llmcache.pipeline.late_chunks import LateChunks, Window
 from llmcache.pipeline.writers import Form, result_writer
 from llmcache.records import (
     MOST_CHARACTERS,
@@ -69,6 +72,8 @@ class Pipeline:
         *,
         chunk: str | Cutting | None = None,
         per: str = "document",
+        late: bool = False,
+        output_value: str | None = None,
         batch_size: int = 32,
         prefetch: int = 2,
         text_field: TextFields | None = None,
@@ -88,6 +93,11 @@ class Pipeline:
             itself. Pairs of texts cannot be cut.
         per: with chunks, one result per "document" (a `Chunked`, which includes the chunks' results), or per "chunk",
             which is the only choice for a SparseEncoder or a MultiVectorEncoder.
+        late: True pools the chunks' vectors from the token embeddings of the whole document, which give every chunk the
+            document as context. They are stored, so that cutting the same documents in another way needs no model. For
+            SentenceTransformers with mean pooling; see `llmcache.pipeline.late_chunks`. The results of a part then need
+            memory for the token embeddings of its documents, some 100 MB at width 384.
+        output_value: "token_embeddings" gives the vectors of all tokens of each document; see `LLMCache.run`.
         batch_size: documents or chunks per batch of the model.
         prefetch: number of parts to read ahead; 0 reads in the caller's thread, for iterables that must not be used in
             another one, such as SQLite cursors.
@@ -114,18 +124,23 @@ class Pipeline:
         if chunk is not None and isinstance(model, CrossEncoder):
             raise ConfigError("chunk cuts documents of one text, and a CrossEncoder reads pairs; leave chunk out")
         self._form: Form = "sparse" if isinstance(model, SparseEncoder) else "vector"
-        if isinstance(model, MultiVectorEncoder):
+        if isinstance(model, MultiVectorEncoder) or output_value == "token_embeddings":
             self._form = "tokens"
         if chunk is not None and per == "document" and self._form != "vector":
             raise ConfigError(
-                f"the outputs of a {type(model).__name__} have no mean over the chunks of a document; use per='chunk'"
+                f"{'sparse vectors' if self._form == 'sparse' else 'vectors of tokens'} have no mean over the chunks of "
+                "a document; use per='chunk'"
             )
+        if late and (chunk is None or output_value not in (None, "sentence_embedding")):
+            raise ConfigError("late=True pools the vectors of chunks; give chunk=..., and leave out output_value")
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
         self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
+        self._late = LateChunks(model, resolved) if late else None
         self._fields = FieldSpec(text_field, id_field, max_characters)
         self._run_options: dict[str, Any] = {
             "role": role, "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "progress": progress,
+            "output_value": "token_embeddings" if late else output_value,
         }  # fmt: skip
         self._part_documents = _BATCHES * batch_size
         self._facts: dict[str, Any] = {
@@ -134,6 +149,8 @@ class Pipeline:
             "text_field": text_field if isinstance(text_field, str) else list(text_field),  # as JSON gives it back
             "id_field": id_field, "max_characters": max_characters,
         }  # fmt: skip
+        if late or output_value is not None:  # else the facts are those of earlier versions
+            self._facts |= {"late": late, "output_value": output_value}
         self.errors: list[RejectedRecord] = []
         self.refused = 0
 
@@ -233,22 +250,37 @@ class Pipeline:
 
     def _parts(self, documents: Any, *, digests: bool = False) -> Generator[DocumentBatch]:
         records = intake(documents, self._fields)
-        return ahead(parts(records, self._part_documents, self._cut, digests=digests), self._prefetch)
+        windows = None if self._late is None else self._late.windows
+        return ahead(parts(records, self._part_documents, self._cut, windows, digests=digests), self._prefetch)
 
     def _answer(self, part: DocumentBatch) -> list[Result]:
         """Compute the results of a part, after its refused records were collected."""
         self._collect(part.refused)
-        inputs = part.documents
-        if part.chunks is not None:
-            pairs = zip(part.documents, part.chunks, strict=True)
-            inputs = [*chain.from_iterable(chunk_documents(document, chunks) for document, chunks in pairs)]
-        results = list(self._cache.run(inputs, chunk=max(1, len(inputs)), **self._run_options))
+        if part.windows is not None:
+            results = self._late_results(part)
+        else:
+            results = self._run(part.documents if part.chunks is None else _parts(part.documents, part.chunks))
         if part.chunks is None or self._per == "chunk":
             return results
         upcoming = iter(results)
         return [
             together(document, chunks, [next(upcoming) for _ in chunks], unit=self._unit_vectors)
             for document, chunks in zip(part.documents, part.chunks, strict=True)
+        ]
+
+    def _run(self, inputs: list[Document]) -> list[Result]:
+        return list(self._cache.run(inputs, chunk=max(1, len(inputs)), **self._run_options))
+
+    def _late_results(self, part: DocumentBatch) -> list[Result]:
+        """Compute the results of late chunks, from the token embeddings of the windows of each document."""
+        assert self._late is not None and part.windows is not None and part.chunks is not None
+        windows = iter(self._run(_parts(part.documents, part.windows)))
+        found = [[next(windows) for _ in parts] for parts in part.windows]
+        vectors = self._late.vectors(part.windows, [[window.output for window in of] for of in found], part.chunks)
+        return [
+            result
+            for document, chunks, read, outputs in zip(part.documents, part.chunks, found, vectors, strict=True)
+            for result in pooled_results(document, chunks, read, outputs)
         ]
 
     def _collect(self, refused: Iterable[RejectedRecord]) -> None:
@@ -260,6 +292,12 @@ class Pipeline:
             self.refused += 1
             if len(self.errors) < ERRORS_KEPT:
                 self.errors.append(record)
+
+
+def _parts(documents: Iterable[Document], parts: Iterable[Sequence[Chunk | Window]]) -> list[Document]:
+    """Return the parts of all documents, as documents."""
+    pairs = zip(documents, parts, strict=True)
+    return [*chain.from_iterable(part_documents(document, cut) for document, cut in pairs)]
 
 
 def text_field_of(model: Any, given: TextFields | None) -> TextFields:
