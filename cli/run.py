@@ -75,6 +75,18 @@ def run(
         ),
     ] = "none",
     per: Annotated[str, typer.Option(help="With --chunk, one row per document or per chunk.")] = "document",
+    late: Annotated[
+        bool,
+        typer.Option(
+            "--late",
+            help="With --chunk, pool the chunks from token embeddings of the whole document, which are stored: another "
+            "cutting then needs no model.",
+        ),
+    ] = False,
+    output_value: Annotated[
+        str | None,
+        typer.Option(help="sentence_embedding, or token_embeddings for the vectors of all tokens of a document."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Keep unfinished results beside OUT, and continue from existing ones."),
@@ -128,9 +140,10 @@ def run(
             raise ConfigError("--read-only computes in one process; leave --engine out")
         settings["read_only"] = True
     if head:
-        if resume or limits.seconds is not None or chunk != "none":
+        if resume or limits.seconds is not None or chunk != "none" or output_value is not None:
             raise ConfigError(
-                "--head does not combine with --resume, --max-seconds or --chunk; run the heads separately"
+                "--head does not combine with --resume, --max-seconds, --chunk or --output-value; run the heads "
+                "separately"
             )
         if engine != "local":
             raise ConfigError("--head computes in one process; leave --engine out")
@@ -146,8 +159,8 @@ def run(
         sources.check(cache.identity.encoder)
         cache.corpus = sources.name
         pipeline = Pipeline(
-            cache, chunk=None if chunk == "none" else chunk, per=per, batch_size=batch_size, role=role,
-            strict=not skip_bad, progress=advance,
+            cache, chunk=None if chunk == "none" else chunk, per=per, late=late, output_value=output_value,
+            batch_size=batch_size, role=role, strict=not skip_bad, progress=advance,
         )  # fmt: skip
         written = pipeline.write(documents, out, resume=resume, max_seconds=limits.seconds)
         forecast = None if expected is None else cache.compared(expected)

@@ -94,6 +94,11 @@ COMMANDS = (
         models.show_encode,
     ),
     Command(
+        "kinds", models.kinds,
+        [Columns({"kind": "kind", "": "name", "inputs": "documents", "per second": "rate:,.0f",
+                  "x plain": "ratio:.2f", "seconds": seconds, "max diff": "difference:.1e"})],
+    ),
+    Command(
         "index", stores.index,
         [Columns({"index": "index", "vectors": "vectors", "build s": "build_seconds:.1f",
                   "recall@1": "recall_noisy:.4f", "fresh": "recall_fresh:.4f", "ms/query": "ms_per_query:.3f",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,52 @@ def show_encode(record: BenchRecord) -> None:
     by_name = {row["name"]: row for row in record["rows"]}
     thrice, once = (by_name[name]["documents"] / by_name[name]["rate"] for name in ("each text 3 times", "all miss"))
     typer.echo(f"Every text three times in one call takes {thrice / once:.2f} times as long as once.")
+
+
+def kinds(
+    data: BenchCorpus,
+    paragraphs: Annotated[str, typer.Option(help="Longer documents: a corpus, or a file of SQuAD (.json.gz).")],
+    model: ModelName = None,
+    cross_encoder: Annotated[
+        str | None, typer.Option(help="CrossEncoder; without it the model with a new, untrained head.")
+    ] = None,
+    sparse: Annotated[str | None, typer.Option(help="SparseEncoder; without it none is measured.")] = None,
+    multi_vector: Annotated[
+        str | None, typer.Option(help="MultiVectorEncoder; without it the model with a new, untrained projection.")
+    ] = None,
+    repeats: Repeats = 3,
+    limit: Annotated[int, typer.Option(min=150, help="At most this many documents of each kind.")] = 512,
+    late_limit: Annotated[int, typer.Option(min=2, help="At most this many documents with late chunks.")] = 1000,
+    text_field: options.TextField = "text",
+    unit: options.Unit = "line",
+) -> BenchRecord:
+    """Compare every kind of model alone with a cache that holds none and all of the inputs; late chunks, cut anew."""
+    import torch
+    from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
+
+    from llmcache.bench.harness.datasets import squad_contexts
+    from llmcache.bench.kinds import Kind, compared, grid, late, pairs_of
+    from llmcache.demo import demo_model_path
+
+    short = [*dict.fromkeys(texts(data, 2 * limit, text_field, unit))]
+    squad = paragraphs.endswith(".json.gz")
+    most = max(limit, late_limit)
+    found = squad_contexts(Path(paragraphs), most) if squad else texts([paragraphs], most, text_field, unit)
+    long = [*dict.fromkeys(found)]
+    vectors, folder = loaded(model), model or str(demo_model_path())
+    torch.manual_seed(0)  # of the new head and projection
+    pairs: Any = CrossEncoder(cross_encoder or folder, **({} if cross_encoder else {"num_labels": 1}))
+    compare = [
+        Kind("vectors, short texts", vectors, short[:limit], "encode", {}),
+        Kind("pairs of short texts", pairs, pairs_of(short, limit), "predict", {}),
+        Kind("token vectors", MultiVectorEncoder(multi_vector or folder), long[:limit], "encode", {}),
+        Kind("token embeddings", vectors, long[:limit], "encode", {"output_value": "token_embeddings"}),
+    ]
+    if sparse is not None:
+        compare.append(Kind("sparse vectors", SparseEncoder(sparse), long[:limit], "encode", {}))
+    rows = [row for one in compare for row in compared(one, repeats)]
+    rows += [*grid(pairs, short, repeats), *late(vectors, long[:late_limit], repeats)]
+    return {"data": data, "paragraphs": paragraphs, "sparse": sparse, "cross_encoder": cross_encoder, "rows": rows}
 
 
 def fingerprint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -37,10 +38,10 @@ class Tail:
         states: token embeddings of each document, float32 [tokens, width]. rows: token ids of the same documents.
         """
         inputs = batch(self._model.tokenizer, self._model.device, rows, range(len(states)))
-        table = torch.zeros(*inputs["input_ids"].shape, states[0].shape[1])
+        table = np.zeros((*inputs["input_ids"].shape, states[0].shape[1]), np.float32)
         for place, state in zip(table, states, strict=True):
-            place[: len(state)] = torch.from_numpy(state)
-        features = {**inputs, "token_embeddings": table.to(self._model.device, self._model.dtype)}
+            place[: len(state)] = state
+        features = {**inputs, "token_embeddings": torch.from_numpy(table).to(self._model.device, self._model.dtype)}
         for module in list(self._model.children())[1:]:
             features = module(features)
         vectors: torch.Tensor = features["sentence_embedding"]

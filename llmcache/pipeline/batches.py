@@ -22,15 +22,15 @@ CHARACTERS = 1 << 18  # a part ends with the document that reaches this total
 Cut = Callable[[list[Document]], list[list[Chunk] | str]]
 """Function from documents to the chunks of each, or to the reason why a document cannot be cut."""
 FindWindows = Callable[[Sequence[str], Sequence[Sequence[Chunk]]], list[list[Window] | str]]
-"""Function from texts and their chunks to the windows of each text, or to the reason why its chunks cannot be pooled."""
+"""Function from texts and their chunks to the windows of each text, or to the reason why chunks cannot be pooled."""
 
 
 @dataclass(slots=True)
 class DocumentBatch:
     """Consecutive documents of the stream, which are answered together.
 
-    chunks: chunks of each document, None if texts are not cut. windows: parts of each document that the model reads, for
-    late chunks; None for others. refused: records of the part that are no documents.
+    chunks: chunks of each document, None if texts are not cut. windows: for late chunks, parts of each document that
+    the model reads; else None. refused: records of the part that are no documents.
     end: position in the stream after the part. digest: digest of all records up to there. error: exception that ended
     the stream after this part.
     """
@@ -54,7 +54,8 @@ def parts(
 ) -> Iterator[DocumentBatch]:
     """Split the stream into parts of `most` documents, fewer where their texts reach 262,144 characters.
 
-    cut: cuts documents into chunks; None leaves texts whole. windows: finds the windows for late chunks. digests: fill in `DocumentBatch.digest`.
+    cut: cuts documents into chunks; None leaves texts whole. windows: finds the windows for late chunks.
+    digests: fill in `DocumentBatch.digest`.
     The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
     part, size, end, digest = DocumentBatch(), 0, 0, b""
@@ -119,6 +120,7 @@ def _accepted(part: DocumentBatch, places: list[int], results: list[list[T] | st
     """
     reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
     part.refused += [RejectedRecord(places[i], part.documents[i].id, reason) for i, reason in reasons.items()]
+    part.refused.sort(key=lambda record: record.place)
     part.documents = [document for i, document in enumerate(part.documents) if i not in reasons]
     places[:] = [place for i, place in enumerate(places) if i not in reasons]
     return [result for result in results if not isinstance(result, str)]

@@ -87,7 +87,10 @@ class LateChunks:
         ]
 
     def vectors(
-        self, windows: Sequence[Sequence[Window]], states: Sequence[Sequence[Floats32]], chunks: Sequence[Sequence[Chunk]]
+        self,
+        windows: Sequence[Sequence[Window]],
+        states: Sequence[Sequence[Floats32]],
+        chunks: Sequence[Sequence[Chunk]],
     ) -> list[Floats32]:
         """Return the vectors of the chunks of each document, float32 [chunks, width].
 
@@ -162,7 +165,7 @@ class LateChunks:
 
 
 def _window(start: int, end: int, tokens: _Tokens, offset: int, first: int, last: int) -> Window:
-    """Return a window. offset: of the tokens' characters. first, last: characters for which the window has the tokens."""
+    """Return a window. offset: of the tokens' characters. first, last: characters whose tokens the window has."""
     ends = np.full(tokens.count, -1, np.int64)
     own = tokens.ends + offset
     ends[tokens.places] = np.where((own > first) & (own <= last), own, -1)

@@ -127,10 +127,8 @@ class Pipeline:
         if isinstance(model, MultiVectorEncoder) or output_value == "token_embeddings":
             self._form = "tokens"
         if chunk is not None and per == "document" and self._form != "vector":
-            raise ConfigError(
-                f"{'sparse vectors' if self._form == 'sparse' else 'vectors of tokens'} have no mean over the chunks of "
-                "a document; use per='chunk'"
-            )
+            what = "sparse vectors" if self._form == "sparse" else "vectors of tokens"
+            raise ConfigError(f"{what} have no mean over the chunks of a document; use per='chunk'")
         if late and (chunk is None or output_value not in (None, "sentence_embedding")):
             raise ConfigError("late=True pools the vectors of chunks; give chunk=..., and leave out output_value")
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
@@ -273,7 +271,9 @@ class Pipeline:
 
     def _late_results(self, part: DocumentBatch) -> list[Result]:
         """Compute the results of late chunks, from the token embeddings of the windows of each document."""
-        assert self._late is not None and part.windows is not None and part.chunks is not None
+        assert self._late is not None
+        assert part.windows is not None
+        assert part.chunks is not None
         windows = iter(self._run(_parts(part.documents, part.windows)))
         found = [[next(windows) for _ in parts] for parts in part.windows]
         vectors = self._late.vectors(part.windows, [[window.output for window in of] for of in found], part.chunks)
