@@ -35,6 +35,7 @@ class PrefixCounters:
     """Counters of a decoder's prefix cache. tokens = restored + shared + computed, in prompt tokens.
 
     restored: tokens whose KV blocks came from the store. shared: tokens computed once for several rows of a call.
+    prompts: rows of the calls that went through the cache.
     bypassed: calls that were passed to the model without the cache. lookup_seconds: keys, look-ups, reading and
     copying. model_seconds: forward passes. store_seconds: storing.
     """
@@ -42,6 +43,7 @@ class PrefixCounters:
     calls: int = 0
     bypassed: int = 0
     forwards: int = 0
+    prompts: int = 0
     tokens: int = 0
     restored: int = 0
     shared: int = 0
@@ -62,6 +64,8 @@ class Counters:
     at_limit: distinct documents, tokenised in this opening, that reach the model's maximum length, so that their
         text may have been truncated. Documents found by their text are not tokenised, hence not counted.
     bypassed: documents passed to the model without the cache.
+    attached_rows: rows of forward passes of attached models, without those of documents. attached_skipped: the same
+        rows, each counted by the share of its layers that was skipped.
     left_alone: documents not looked up because loading takes longer than the model.
     audits: near hits that were recomputed. audited_drift: sum of their drifts. audit_seconds: approximate time.
     exact_audits: exact hits that were recomputed to check the store. exact_audit_seconds: time.
@@ -83,6 +87,8 @@ class Counters:
     damaged: int = 0
     at_limit: int = 0
     bypassed: int = 0
+    attached_rows: int = 0
+    attached_skipped: float = 0.0
     left_alone: int = 0
     audits: int = 0
     audited_drift: float = 0.0
@@ -105,6 +111,16 @@ class Counters:
         """Return the counters of the layer bank of this name; created at first use."""
         return self.layers.setdefault(name, LayerCounters())
 
+    @property
+    def requests(self) -> int:
+        """Number of documents, rows of attached models, and prompts."""
+        return self.documents + self.attached_rows + self.prefix.prompts
+
+    @property
+    def answered(self) -> float:
+        """Requests that cost no model time, each counted by the share of its layers or tokens that did not."""
+        return self.documents - self.misses + partly_answered(self.as_dict())
+
     def as_dict(self) -> dict[str, float]:
         """Return all counters by name, flat: a layer's as "layer-3.hits", the prefix cache's as "prefix.tokens"."""
         flat = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _GROUPS}
@@ -112,6 +128,16 @@ class Counters:
         if self.prefix.calls:
             groups["prefix"] = self.prefix
         return flat | {f"{name}.{k}": v for name, group in groups.items() for k, v in asdict(group).items()}
+
+
+def partly_answered(counters: Mapping[str, float]) -> float:
+    """Return the rows of attached models and the prompts, each counted by the share of its layers or tokens reused.
+
+    counters: by name, as from `Counters.as_dict`.
+    """
+    tokens = counters.get("prefix.tokens", 0)
+    reused = 1 - counters.get("prefix.computed", 0) / tokens if tokens else 0.0
+    return counters.get("attached_skipped", 0) + max(0.0, reused) * counters.get("prefix.prompts", 0)
 
 
 def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]:

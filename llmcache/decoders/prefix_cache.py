@@ -182,6 +182,7 @@ class PrefixCache:
             diverged += [donor for donor in map(waves.donor, wave) if donor]
             for group in together(wave, self._forward_cost):
                 self._compute(work, group)
+        counters.prompts += len(layout.lengths)
         counters.tokens += sum(layout.lengths)
         counters.shared += sum(layout.lengths) - sum(map(len, rows))
         buffer = _in_layout(layout, [work.places[rows[i]] for i in which], cached=cached)

@@ -69,6 +69,9 @@ class LayerReuse:
             outputs.append((distinct[group], self._run(rows, distinct, matches, group, spec, banks)))
         place = np.searchsorted(distinct, first)
         self.entered, self.entries = matches.enter[place], [matches.entries[i] for i in place.tolist()]
+        if self._asked is None:  # else the rows are documents, which the caller counts
+            self._counters.attached_rows += len(place)
+            self._counters.attached_skipped += float(self.entered.sum()) / max(1, spec.layers)
         return merged(outputs, first, rows, spec)
 
     def _mode(self) -> str:

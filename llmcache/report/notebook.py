@@ -11,7 +11,7 @@ from llmcache.report.totals import TIERS, RunTotals
 if TYPE_CHECKING:
     from llmcache.report.statistics import Statistics
 
-_COLOURS = ("#2f6fd0", "#7fb0ee", "#1a9284", "#d0721a", "#8b93a1")  # readable on white and on black
+_COLOURS = ("#2f6fd0", "#7fb0ee", "#1a9284", "#d0721a", "#a39320", "#8b93a1")  # readable on white and on black
 
 
 def as_html(stats: Statistics) -> str:

@@ -12,7 +12,7 @@ from llmcache.report.charts import Chart, ChartShape, Mark, columns, scale, tick
 from llmcache.report.facts import Facts, Period
 from llmcache.report.totals import TIERS
 
-COLOURS = ("text", "tokens", "repeat", "near", "computed")
+COLOURS = ("text", "tokens", "repeat", "near", "states", "computed")
 """CSS classes of the tiers, in the order of `TIERS`."""
 _LOWEST = 0.3  # similarity at the left edge of the histogram, unless there are lower ones
 

@@ -51,8 +51,12 @@ class Statistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of this opening's documents that cost no model time; 0 before the first document."""
-        return 1 - self.counters.misses / self.counters.documents if self.counters.documents else 0.0
+        """Share of this opening's requests that cost no model time; 0 before the first one.
+
+        Requests are documents (or pairs), rows of attached models, each counted by the share of its layers that was
+        skipped, and prompts of decoders, by the share of their tokens that was not computed.
+        """
+        return self.counters.answered / self.counters.requests if self.counters.requests else 0.0
 
     @property
     def net_seconds(self) -> float:
@@ -63,6 +67,10 @@ class Statistics:
         asked, entries = self.counters, sum(bank.entries for bank in self.banks)
         lines = [
             f"Statistics({units.count(asked.documents)} documents: {units.count(asked.misses)} computed, "
+            f"{units.count(asked.near)} near; {units.count(asked.attached_rows)} rows of attached models, "
+            f"{units.count(asked.prefix.prompts)} prompts; hit rate {self.hit_rate:.1%})"
+            if asked.requests > asked.documents
+            else f"Statistics({units.count(asked.documents)} documents: {units.count(asked.misses)} computed, "
             f"{units.count(asked.near)} near, hit rate {self.hit_rate:.1%})",
             f"model {units.duration(asked.model_seconds)}, cache {units.duration(asked.overhead_seconds)}, "
             f"saved {units.duration(asked.saved_seconds)}",

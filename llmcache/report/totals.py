@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TIERS = ("same text", "same tokens", "repeated in one call", "near", "computed")
+from llmcache.banks.counters import partly_answered
+
+TIERS = ("same text", "same tokens", "repeated in one call", "near", "from states", "computed")
 """Names of the tiers, in the order in which charts stack them."""
 
 
@@ -13,7 +15,9 @@ TIERS = ("same text", "same tokens", "repeated in one call", "near", "computed")
 class RunTotals:
     """Totals of a set of runs.
 
-    tiers: number of documents by tier, in the order of `TIERS`. model_seconds, own_seconds: time of the model and of
+    documents: number of documents, rows of attached models, and prompts. tiers: their numbers by tier, in the order of
+    `TIERS`; rows and prompts are counted by the shares of their layers or tokens that came from stored states, and
+    that were computed. model_seconds, own_seconds: time of the model and of
     the cache. saved_seconds: model time that hits saved. audits: near hits recomputed. drift: sum of their drifts.
     near_asked: documents compared with their nearest entry. near_taken: documents that reused it.
     """
@@ -36,11 +40,14 @@ class RunTotals:
             return float(counters.get(name, 0))
 
         documents, misses, near = get("documents"), get("misses"), get("near")
+        others, partly = get("attached_rows") + get("prefix.prompts"), partly_answered(counters)
         exact = max(0.0, documents - misses - near)
         text = min(exact, get("exact_text"))
         tokens = min(exact - text, get("exact_tokens"))
+        repeats = min(exact - text - tokens, get("repeats"))
+        states = exact - text - tokens - repeats + partly
         return cls(
-            documents, (text, tokens, exact - text - tokens, near, misses), get("model_seconds"),
+            documents + others, (text, tokens, repeats, near, states, misses + others - partly), get("model_seconds"),
             get("overhead_seconds"), get("saved_seconds"), get("audits"), get("audited_drift"), asked, taken,
         )  # fmt: skip
 

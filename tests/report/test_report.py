@@ -89,7 +89,7 @@ def test_the_totals_are_those_of_the_counters_and_of_all_runs(past: Path) -> Non
 
 def test_tiers_add_up_to_the_documents_whatever_the_counters_say() -> None:
     counters = {"documents": 10, "exact_text": 9, "exact_tokens": 5, "repeats": 3, "near": 2, "misses": 4}
-    assert RunTotals.of(counters).tiers == (4, 0, 0, 2, 4)
+    assert RunTotals.of(counters).tiers == (4, 0, 0, 2, 0, 4)
     assert RunTotals.of({}).hit_rate == 0
     assert RunTotals.of({}).times == 1
 
