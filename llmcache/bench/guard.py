@@ -162,8 +162,12 @@ def _nearest(known: Pairs, asked: Pairs, data: str, encode: Encode, thresholds: 
     similarity = np.concatenate([block.max(axis=1) for block in cosines])
     nearest = [known[place] for block in cosines for place in block.argmax(axis=1)]
     same = np.array([one[1] == other[1] for one, other in zip(asked, nearest, strict=True)])
-    refusals, _ = _compared([text for text, _ in asked], [text for text, _ in nearest])
-    return list(_rows(data, "cosine", similarity, same, refusals, thresholds))
+    refusals, microseconds = _compared([text for text, _ in asked], [text for text, _ in nearest])
+    speed = {
+        "mean_characters": float(np.mean([len(text) for text, _ in [*asked, *nearest]])),
+        "microseconds_per_text": microseconds,
+    }
+    return [row | speed for row in _rows(data, "cosine", similarity, same, refusals, thresholds)]
 
 
 # -- comparing ------------------------------------------------------------------------------------------------
