@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MOST_MODULES = 24
 MOST_LINES = 400
+MOST_FLOORS = 10
 FLOORS = [
     "llmcache.cli",
     "llmcache.bench",
@@ -134,6 +135,27 @@ def test_no_module_imports_itself_through_others() -> None:
         for name in done:
             del left[name]
     assert not left, f"these import each other in a circle: {sorted(left)}"
+
+
+def test_chains_of_packages_are_short() -> None:
+    """The longest chain of packages, the folders of `llmcache`, of which each imports the next one."""
+    folders = {path.name for path in (ROOT / "llmcache").iterdir() if path.is_dir()}
+
+    def package(name: str) -> str:
+        return [*name.split("."), ""][1]
+
+    targets: dict[str, set[str]] = {}
+    for name, found in imports().items():
+        targets.setdefault(package(name), set()).update(package(target) for target, at_once in found.items() if at_once)
+
+    @cache
+    def longest(name: str) -> tuple[str, ...]:
+        chains = [longest(target) for target in sorted(targets.get(name, set()) - {name, ""})]
+        following = max(chains, key=len, default=())
+        return (name, *following) if name in folders else following
+
+    chain = max(map(longest, sorted(folders)), key=len)
+    assert len(chain) <= MOST_FLOORS, f"a chain of {len(chain)} packages: {' > '.join(chain)}"
 
 
 def test_no_folder_has_more_modules_than_one_can_take_in() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.break_even import Decision
@@ -21,12 +21,19 @@ from llmcache.indexes.commits.bank_commit import Place
 from llmcache.indexes.format.manifest import Manifest
 from llmcache.indexes.format.rows import Keys, Rows
 from llmcache.indexes.store import Store
-from llmcache.model.description.watch import ModelWatch
 
 log = logging.getLogger("llmcache")
 
 _COMMIT_BYTES = 256 << 20
 _REMEMBERED_BYTES = 64 << 20  # of entries that other processes have committed, kept in memory until a reload
+
+
+class WatchedModel(Protocol):
+    """Interface of a model whose entries are committed only once it is verified; `ModelWatch` is one."""
+
+    def verified(self) -> bool:
+        """Return whether all results since the last verification came from the model as described."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,7 @@ class _Verification:
     puts: number of calls of `put` by then. last: last uncommitted batch of each bank.
     """
 
-    watch: ModelWatch
+    watch: WatchedModel
     puts: int
     last: Mapping[Place, object]
 
@@ -69,12 +76,12 @@ class BankWriter:
 
     # -- verification of models -----------------------------------------------------------------------------
 
-    def asked(self, watch: ModelWatch) -> None:
+    def asked(self, watch: WatchedModel) -> None:
         """Register a model that may compute entries; see `watch.Witness`."""
         if id(watch) not in self._verifications:
             self.vouched(watch)
 
-    def vouched(self, watch: ModelWatch) -> None:
+    def vouched(self, watch: WatchedModel) -> None:
         """Record that a model is verified up to now, so that the entries put so far are its own."""
         self._verifications[id(watch)] = _Verification(watch, self._puts, self.store.last_put())
 
