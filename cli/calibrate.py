@@ -9,8 +9,8 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
-from llmcache.cli.shared.corpora import Sources
-from llmcache.cli.shared.fill import warnings
+from llmcache.cli.shared.corpora import Sources, fields_of
+from llmcache.cli.shared.fill import read, warnings
 from llmcache.pipeline.files import CorpusReading
 
 
@@ -58,6 +58,7 @@ def calibrate(
     namespace: options.Namespace = "default",
     role: options.Role = None,
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     secret_file: options.SecretFile = None,
@@ -76,10 +77,13 @@ def calibrate(
     printing.quiet()
     reading = CorpusReading()
     answers = None if truth is None else answers_from_file(truth)
-    documents = Sources(sample, text_field, id_field, unit).documents(reading) if sample else None
+    access = options.Access(secret_file, key_file, key_variable)
+    documents = None
+    if sample:
+        sources = Sources(sample, fields_of(text_field, pair_fields), id_field, unit)
+        documents = read(sources, reading, store, namespace, access)
     classifier, kind = head_from_file(head) if head is not None else None, cast(DriftKind, drift)
-    access = options.Access(secret_file, key_file, key_variable).keywords()
-    with LLMCache.open(store, namespace=namespace, **access) as cache:
+    with LLMCache.open(store, namespace=namespace, **access.keywords()) as cache:
         calibration = cache.calibrate(
             documents, budget=budget, drift=kind, head=classifier, truth=answers, limit=limit,
             confidence=confidence or None, guard_pattern=guard_pattern, role=role,

@@ -63,7 +63,7 @@ def plan(
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"{out} cannot be written: give a file name in an existing folder")
     reading = CorpusReading()
-    documents = read(sources, reading, store, namespace, access)
+    documents = read(sources, reading, store, namespace, access, model, kind)
     printing.quiet()
     with _opened(store, model, kind, namespace, tau, access) as cache:
         forecast = cache.plan(documents, role=role, batch_size=batch_size)

@@ -17,7 +17,7 @@ from llmcache.indexes.maintenance.purge import Doomed
 from llmcache.indexes.maintenance.purge import purge as purged
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import CorpusReading
-from llmcache.planning.purging import keys_of, reader_of, with_texts
+from llmcache.planning.purging import keys_of, kind_of, reader_of, with_texts
 
 
 def purge(
@@ -49,6 +49,9 @@ def purge(
             help="Model that tokenises the texts, to find the rows that heads, layers and decoders stored for them."
         ),
     ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Kind of that model, as for build. By default that of the namespace's model.")
+    ] = None,
     unfinished: Annotated[
         list[Path] | None,
         typer.Option(help="Unfinished run to delete (its folder or result file), if the store has no record of it."),
@@ -74,6 +77,8 @@ def purge(
         )
     if model is not None and text_file is None:
         raise ConfigError("--model tokenises the texts of --text-file; give both, or neither")
+    if kind is not None and model is None:
+        raise ConfigError("--kind says how to load the model of --model; give both, or neither")
     if text_file is not None:
         namespace = namespace or "default"
     opened = Store.open(store, trust="own", key=options.signing_key(key_file, key_variable))
@@ -84,7 +89,7 @@ def purge(
         if text_file is not None:
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
             texts = [*map(only_text, sources.documents(CorpusReading()))]
-            reader = None if model is None else reader_of(model)
+            reader = None if model is None else reader_of(model, kind or kind_of(opened, str(namespace)))
             secret = resolved_secret(None, secret_file)
             doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompt or [], reader=reader)
         found = purged(opened, doomed, dry_run=dry_run)

@@ -154,7 +154,7 @@ def run(
             committed(cache)
         return
     reading = CorpusReading()
-    documents = read(sources, reading, store, namespace, access)
+    documents = read(sources, reading, store, namespace, access, model, kind)
     with opened(engine, workers, store, model, **settings) as cache, progress(reading, bytes_of(corpus)) as advance:
         sources.check(cache.identity.encoder)
         cache.corpus = sources.name

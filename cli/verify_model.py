@@ -10,20 +10,23 @@ import typer
 
 from llmcache.cli.shared import options
 from llmcache.cli.shared import output as printing
-from llmcache.cli.shared.corpora import Sources
-from llmcache.document import only_text
+from llmcache.cli.shared.corpora import Sources, fields_of
 from llmcache.pipeline.files import CorpusReading
 
 
 def verify_model(
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="Name or folder of a SentenceTransformer, or of any transformers model."),
+        typer.Option(
+            "--model", "-m", help="Name or folder of a model of sentence-transformers, or of any transformers model."
+        ),
     ],
     data: Annotated[list[str], typer.Option("--data", "-d", help="Corpora, as for `build`.")],
     layers: Annotated[str, typer.Option(help='Layers to store: "output", "all", or numbers such as 4,8.')] = "all",
     limit: Annotated[int, typer.Option(min=1, help="Compare at most this many documents, from the first on.")] = 200,
+    kind: options.Kind = None,
     text_field: options.TextField = "text",
+    pair_fields: options.PairFields = None,
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     batch_size: options.BatchSize = 32,
@@ -31,7 +34,7 @@ def verify_model(
 ) -> None:
     """Run the same documents uncached, cold, warm, and warm after a reload. Exit code 1 when a result differs.
 
-    Differences are printed beside those that other batch sizes alone cause.
+    Differences are printed beside those that other batch sizes alone cause. A cross-encoder is run on pairs of texts.
     """
     from itertools import islice
 
@@ -40,9 +43,10 @@ def verify_model(
     from llmcache.verification import verify_model as checks
 
     printing.quiet()
-    documents = Sources(data, text_field, id_field, unit, False, "jsonl").documents(CorpusReading())
-    texts = [*map(only_text, islice(documents, limit))]
-    loaded, tokenizer = load_any(model)
+    sources = Sources(data, fields_of(text_field, pair_fields), id_field, unit, False, "jsonl")
+    loaded, tokenizer = load_any(model, kind)
+    documents = sources.read_by(type(loaded).__name__).documents(CorpusReading())
+    texts = [document.text for document in islice(documents, limit)]
     with TemporaryDirectory() as folder:
         store = Path(folder, "store")
         results = list(checks(loaded, tokenizer, texts, store, layers=layer_numbers(layers), batch_size=batch_size))

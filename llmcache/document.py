@@ -110,12 +110,14 @@ def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> Co
     given, wanted = list(names), names_of(fields.text)
     quoted = [repr(name[:40]) for name in given]
     absent = next((name for name in wanted if name not in given), wanted[0])
-    option = "--text-field" if len(wanted) == 1 else "--pair-fields"
+    advice = "name the right one (--text-field)"
+    if len(wanted) == 2:
+        advice = f"a pair of texts needs both {wanted[0]!r} and {wanted[1]!r}: name the right two (--pair-fields)"
     seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")
     return bad(
         file,
         number,
-        f"has no field {absent!r}, only {seen or 'none'}; name the right one ({option})",
+        f"has no field {absent!r}, only {seen or 'none'}; {advice}",
     )
 
 

@@ -9,24 +9,24 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model import BaseModel
-from torch.nn import Module
+from sentence_transformers import CrossEncoder, SparseEncoder
+from torch.nn import Identity, Module
 
 from llmcache.arrays import Floats32
 from llmcache.cache import LLMCache
 from llmcache.config import CacheConfig
+from llmcache.document import Text
 from llmcache.errors import ConfigError
 from llmcache.model.architecture import find_trunk
+from llmcache.model.encoders import ENCODERS
 from llmcache.model.tokens import (
     TokenRows,
     batch,
-    tokenise,
     tokenise_plainly,
 )
 
 Outputs: TypeAlias = list[Floats32]
-"""Outputs by document: [width] or [tokens, width]."""
+"""Outputs by document: [width], [labels] of a CrossEncoder, or [tokens, width]. Sparse vectors are dense here."""
 
 _SLACK = 4.0
 """Factor on the re-batching difference that still counts as rounding, since batches differ from both of its runs."""
@@ -60,19 +60,19 @@ class Check:
 
 
 def verify_model(
-    model: Module, tokenizer: Any, texts: Sequence[str], store: Path, *, layers: Any = "all", batch_size: int = 32
+    model: Module, tokenizer: Any, texts: Sequence[Text], store: Path, *, layers: Any = "all", batch_size: int = 32
 ) -> Iterator[Check]:
-    """Run all comparisons of a model. store: a folder that does not exist yet. layers: as in `CacheConfig`.
+    """Run all comparisons of a model of sentence-transformers or transformers.
 
-    Yields the checks. ConfigError when the model has no tokenizer, or there is no text with a token, and for a
-    CrossEncoder, SparseEncoder or MultiVectorEncoder.
+    texts: pairs of texts for a CrossEncoder. store: a folder that does not exist yet. layers: as in `CacheConfig`.
+    Yields the checks. ConfigError when the model has no tokenizer, there is no text with a token, or texts are given
+    where the model reads pairs, or pairs where it reads texts.
     """
-    if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
-        raise ConfigError(
-            f"a {type(model).__name__} cannot be verified; give a SentenceTransformer or a model of transformers"
-        )
     if not texts:
         raise ConfigError("there is no document to compare; give at least one")
+    wanted, what = (tuple, "pairs of texts") if isinstance(model, CrossEncoder) else (str, "single texts")
+    if wrong := [place for place, text in enumerate(texts) if not isinstance(text, wanted)]:
+        raise ConfigError(f"a {type(model).__name__} reads {what}, and document {wrong[0]} is none; give {what}")
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer, so no text can be given to it")
     subject = _Subject(model, tokenizer, texts, batch_size)
@@ -96,27 +96,28 @@ def verify_model(
 class _Subject:
     """Subject of the comparison: a model, its tokenizer and documents."""
 
-    def __init__(self, model: Module, tokenizer: Any, texts: Sequence[str], batch_size: int) -> None:
+    def __init__(self, model: Module, tokenizer: Any, texts: Sequence[Any], batch_size: int) -> None:
         self._model, self._tokenizer, self._texts, self._size = model, tokenizer, texts, batch_size
-        self._sentences = isinstance(model, SentenceTransformer)
+        self._encodes = isinstance(model, ENCODERS)
         self._trunk = find_trunk(model).module
         config = getattr(model, "config", None)
         # of an encoder-decoder, compare the encoder states
         self._run: Any = self._trunk if getattr(config, "is_encoder_decoder", False) else model
-        if isinstance(model, SentenceTransformer):
-            self._rows = tokenise(model, texts, None, None)
-        else:
-            limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-            self._rows = _without_empty(tokenise_plainly(tokenizer, texts, limit))
-            if getattr(tokenizer, "pad_token_id", None) is None:
-                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        self.tier = "output" if self._sentences else "layers"
+        self.tier = "output" if self._encodes else "layers"
+        if self._encodes:
+            return
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self._rows = _without_empty(tokenise_plainly(tokenizer, texts, limit))
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if getattr(config, "is_decoder", False) or type(model).__name__.endswith("ForCausalLM"):
             self.tier = "prefix"
 
     @torch.inference_mode()
     def run(self, size: int) -> Outputs:
         """Return the model's outputs, computed in batches of this size, sorted by length."""
+        if self._encodes:
+            return self._encoded(self._model, size)
         self._model.eval()
         order = np.argsort(-self._rows.lengths, kind="stable").tolist()
         outputs: Outputs = [np.zeros(0, np.float32)] * len(order)
@@ -130,19 +131,26 @@ class _Subject:
 
     def _outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[Floats32]:
         """Yield the output of each row, without padding."""
-        if self._sentences:
-            yield from model(inputs)["sentence_embedding"].float().cpu().numpy()
-            return
         output = model(**inputs)
         states = output["logits"] if "logits" in output else output[0]
         visible = inputs["attention_mask"].bool()
         for row, mask in zip(states, visible, strict=True):
             yield (row if states.ndim == 2 else row[mask]).float().cpu().numpy()
 
+    def _encoded(self, model: Any, size: int) -> Outputs:
+        """Return the outputs of `encode`, or the logits of `predict`. model: of sentence-transformers, or a cache."""
+        texts, settings = list(self._texts), {"batch_size": size, "show_progress_bar": False}
+        if isinstance(self._model, CrossEncoder):
+            logits = model.predict(texts, activation_fn=Identity(), **settings)
+            return list(logits.reshape(len(texts), -1))
+        if isinstance(self._model, SparseEncoder):
+            return list(model.encode(texts, convert_to_sparse_tensor=False, **settings).float().cpu().numpy())
+        return list(model.encode(texts, convert_to_numpy=True, **settings))
+
     def cached(self, cache: LLMCache) -> Outputs:
         """Return the outputs computed through the cache."""
-        if self._sentences:
-            return list(cache.encode(list(self._texts), batch_size=self._size))
+        if self._encodes:
+            return self._encoded(cache, self._size)
         with cache.attached():
             return self.run(self._size)
 
@@ -150,7 +158,7 @@ class _Subject:
         """Compare a warm run with the uncached and the cold outputs."""
         before = _reused(cache)
         outputs = self.cached(cache)
-        same = all(np.array_equal(a, b) for a, b in zip(outputs, cold, strict=True)) if self._sentences else None
+        same = all(np.array_equal(a, b) for a, b in zip(outputs, cold, strict=True)) if self._encodes else None
         reused = _reused(cache) - before
         return Check(self.tier, run, len(outputs), reused, _difference(outputs, expected), limit, same)
 

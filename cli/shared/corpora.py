@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -17,28 +17,43 @@ from llmcache.document import PAIR_FIELDS, Document, TextFields
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.pipeline.files import CorpusReading, documents
 
+DEFAULT = "text"
+"""Field of a text where no option names another. The default of a CrossEncoder is `PAIR_FIELDS`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Corpora and the options for reading them."""
+    """Corpora and the options for reading them. text_field: `DEFAULT` where no option names fields."""
 
     corpora: list[str]
-    text_field: TextFields = "text"
+    text_field: TextFields = DEFAULT
     id_field: str = "id"
     unit: str = "line"
     skip_bad: bool = False
     stdin_format: str = "jsonl"
 
+    def read_by(self, encoder: str) -> Sources:
+        """Return the corpora with the fields that a model reads: those of a pair of texts for a CrossEncoder.
+
+        encoder: name of the model's class. ConfigError as `check`.
+        """
+        self.check(encoder)
+        return replace(self, text_field=PAIR_FIELDS) if encoder == "CrossEncoder" and self._default else self
+
+    @property
+    def _default(self) -> bool:
+        return self.text_field == DEFAULT
+
     def check(self, encoder: str) -> None:
-        """ConfigError unless a model reads such documents: pairs of texts for a CrossEncoder, else single texts.
+        """ConfigError unless a model reads the fields named: those of pairs for a CrossEncoder, else of single texts.
 
         encoder: name of the model's class.
         """
         pairs = not isinstance(self.text_field, str)
-        if encoder == "CrossEncoder" and not pairs:
+        if encoder == "CrossEncoder" and not pairs and not self._default:
             raise ConfigError(
-                "this model is a CrossEncoder, which scores pairs of texts; name their two fields, such as "
-                f"--pair-fields {','.join(PAIR_FIELDS)}"
+                f"--text-field {self.text_field} names one field, and this model is a CrossEncoder, which scores pairs "
+                f"of texts; name their two fields with --pair-fields (by default {','.join(PAIR_FIELDS)})"
             )
         if encoder != "CrossEncoder" and pairs:
             raise ConfigError(f"--pair-fields is for a CrossEncoder, and this model is a {encoder}; use --text-field")
@@ -76,7 +91,7 @@ def fields_of(text_field: str, pair_fields: str | None) -> TextFields:
     names = [name.strip() for name in pair_fields.split(",")]
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise ConfigError(f"--pair-fields is two names, such as {','.join(PAIR_FIELDS)}, got {pair_fields!r}")
-    if text_field != "text":
+    if text_field != DEFAULT:
         raise ConfigError("--text-field and --pair-fields were both given; give one of them")
     return names[0], names[1]
 

@@ -16,7 +16,6 @@ from llmcache.cli.shared.corpora import Sources, bytes_of, progress
 from llmcache.cli.shared.metrics import Run
 from llmcache.cli.shared.options import Access
 from llmcache.document import Document
-from llmcache.errors import CorpusError
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import CorpusReading
 from llmcache.planning.plan import ForecastError, Plan
@@ -44,6 +43,8 @@ class FillOptions:
 
 def fill(options: FillOptions, sources: Sources) -> None:
     """Bring a store up to date with the corpora, and print hits, added entries and seconds."""
+    # before a store is made for the model
+    sources = for_model(sources, options.store, options.namespace, options.access, options.model, options.kind)
     if options.dry_run:
         preview(options.store, options.namespace, options.role, sources, options.json, options.access)
         return
@@ -51,13 +52,10 @@ def fill(options: FillOptions, sources: Sources) -> None:
     timed = Run("build" if options.model is not None else "warm", options.metrics_file)
     from llmcache.cache import LLMCache
     from llmcache.config import CacheConfig
-    from llmcache.model.loading import encoder_class
 
     printing.quiet()
     reading = CorpusReading()
-    if options.model is not None and Path(options.model).exists():  # before a store is made for it
-        sources.check(encoder_class(options.model, options.kind).__name__)
-    documents = read(sources, reading, options.store, options.namespace, options.access)
+    documents = sources.documents(reading)
     config = CacheConfig(**options.settings) if options.settings else None
     settings = {"kind": options.kind, "config": config, "namespace": options.namespace, **options.access.keywords()}
     with LLMCache.open(options.store, options.model, **settings) as cache:
@@ -82,24 +80,47 @@ def fill(options: FillOptions, sources: Sources) -> None:
     )
 
 
-def read(sources: Sources, reading: CorpusReading, store: str, namespace: str, access: Access) -> Iterator[Document]:
+def for_model(
+    sources: Sources,
+    store: str,
+    namespace: str,
+    access: Access,
+    model: str | None = None,
+    kind: str | None = None,
+) -> Sources:
+    """Return the corpora with the fields that the model of a command reads; as they are if it is not known yet.
+
+    model, kind: values of the options; None for the model of the store. ConfigError for fields that it does not read.
+    """
+    encoder = ""
+    if model is not None:
+        from llmcache.model.loading import encoder_class
+
+        encoder = encoder_class(model, kind).__name__
+    elif Path(store, "FORMAT").exists():
+        from llmcache.model.identity import Identity
+
+        opened = Store.open(store, **access.of_store())
+        space = opened.namespace(namespace)
+        opened.close()
+        encoder = "" if space is None else Identity.from_json(space.identity).encoder
+    return sources.read_by(encoder) if encoder else sources
+
+
+def read(
+    sources: Sources,
+    reading: CorpusReading,
+    store: str,
+    namespace: str,
+    access: Access,
+    model: str | None = None,
+    kind: str | None = None,
+) -> Iterator[Document]:
     """Iterate over the documents for a store. Reads the first at once, so an unreadable corpus fails before any work.
 
-    CorpusError when it cannot be read. ConfigError instead if that is for want of the fields that the store's model
-    reads: one text, or a pair.
+    model, kind: as for `for_model`. CorpusError when the corpus cannot be read; ConfigError as `for_model`.
     """
-    try:
-        return sources.documents(reading)
-    except CorpusError:
-        if Path(store, "FORMAT").exists():
-            from llmcache.model.identity import Identity
-
-            opened = Store.open(store, **access.of_store())
-            space = opened.namespace(namespace)
-            opened.close()
-            if space is not None and (encoder := Identity.from_json(space.identity).encoder):
-                sources.check(encoder)
-        raise
+    return for_model(sources, store, namespace, access, model, kind).documents(reading)
 
 
 def report(
@@ -170,7 +191,8 @@ def preview(store: str, namespace: str, role: str | None, sources: Sources, json
     reading = CorpusReading()
     existing = Store.open(store, **access.of_store()) if Path(store, "FORMAT").exists() else None
     secret = resolved_secret(None, access.secret_file)
-    forecast = forecast_against(existing, namespace, role, sources.documents(reading), secret)
+    documents = read(sources, reading, store, namespace, access)
+    forecast = forecast_against(existing, namespace, role, documents, secret)
     if json:
         printing.as_json(
             {**counts(reading), "documents": forecast.documents, "distinct": forecast.distinct, "known": forecast.known}

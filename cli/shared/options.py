@@ -28,7 +28,7 @@ Kind = Annotated[
 TextField = Annotated[str, typer.Option(help="Field or column of the text.")]
 PairFields = Annotated[
     str | None,
-    typer.Option(help="Two fields or columns of a pair of texts, for a cross-encoder: query,document."),
+    typer.Option(help="Two fields or columns of a pair of texts, for a cross-encoder; by default query,document."),
 ]
 IdField = Annotated[str, typer.Option(help="Field or column of the id; records without it get file and line number.")]
 Unit = Annotated[str, typer.Option(help="Unit of a document in .txt files: line or paragraph.")]

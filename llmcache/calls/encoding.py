@@ -326,11 +326,10 @@ class EncodeMethods(CacheParts):
 
         Documents are read once: all are hashed, a sample is tokenised and looked up, and a few batches are computed to
         measure the model. This takes under 2 % of the time of computing all documents. Nothing is stored.
-        ConfigError for a CrossEncoder, whose pairs cannot be planned yet.
+        documents: as for `run`, so pairs of texts for a CrossEncoder. CorpusError without documents, or for a record
+        that is none.
         """
         self._check_open()
-        if isinstance(self.model, CrossEncoder):
-            raise ConfigError("plan forecasts documents of one text, and not yet pairs; run them without a plan")
         self._check_model()
         call = EncodeCall([], None, self._prompt(role, prompt_name, prompt), role, batch_size)
         self._planned_at = self._counters.as_dict()

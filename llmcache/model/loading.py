@@ -69,18 +69,23 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load_any(name_or_path: str | os.PathLike[str]) -> tuple[Module, Any]:
+def load_any(name_or_path: str | os.PathLike[str], kind: str | None = None) -> tuple[Module, Any]:
     """Load a model and its tokenizer (None where there is none); ConfigError when the model cannot be loaded.
 
-    A folder with a modules.json is loaded by sentence-transformers, see `encoder_class`. Otherwise config.json names
-    the transformers class.
+    kind: of a model of sentence-transformers, a name in `KINDS`. None: a folder with a modules.json is loaded by the
+    class that it names, see `encoder_class`; otherwise config.json names the transformers class.
     """
     name = os.fspath(name_or_path)
     if not Path(name).exists():
         name = packaged_model(name) or name
-    if Path(name, "modules.json").exists():
-        sentences = encoder_class(name)(name)
-        return sentences, sentences.tokenizer
+    if kind is not None or Path(name, "modules.json").exists():
+        loads = encoder_class(name, kind)
+        try:
+            encoder = loads(name)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
+        return encoder, encoder.tokenizer
     import transformers
 
     try:

@@ -30,7 +30,8 @@ class RunForecast:
     """Forecast of a run. known: entries in the bank. tokens: of all documents. uncached, saved: seconds.
 
     near: share of documents that near reuse answers. similar: share of the documents not stored that have a neighbour
-    at similarity 0.9; None if not measured.
+    at similarity 0.9; None if not measured. new_tokens: tokens per document that is not stored; None: those of all.
+    matrix_rows: rows of the output matrix per document that is not stored; None for a model that gives vectors.
     """
 
     documents: int
@@ -42,11 +43,13 @@ class RunForecast:
     saved: float
     near: float
     similar: float | None = None
+    new_tokens: float | None = None
+    matrix_rows: float | None = None
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens per document."""
-        return self.tokens / self.documents
+        """Tokens per document to compute."""
+        return self.tokens / self.documents if self.new_tokens is None else self.new_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class RunContext:
 
     layers, hidden: number and width of the model's layers. store_bytes: present size of the store. free: bytes free on
     its disk. calibrated: threshold of near reuse; None if not calibrated, or without matches. recent: number of
-    documents that the latest runs looked up near, and of near hits among them.
+    documents that the latest runs looked up near, and of near hits among them. encoder: class of the model.
     """
 
     model: str
@@ -67,17 +70,24 @@ class RunContext:
     free: int
     calibrated: float | None = None
     recent: tuple[int, int] = (0, 0)
+    encoder: str = "SentenceTransformer"
 
 
-def entry_bytes(tokens: float, bank: BankFacts, dtype: str) -> float:
+def entry_bytes(amounts: RunForecast, bank: BankFacts) -> float:
     """Return the bytes on disk of an entry of the output bank."""
-    return bank.width * DTYPES[dtype] + _PER_ROW + _MARK + 4 * tokens + 2 * bank.feature_width
+    output = _numbers(amounts, bank) * DTYPES[bank.dtype]
+    return output + _PER_ROW + _MARK + 4 * amounts.mean_tokens + 2 * bank.feature_width
+
+
+def _numbers(amounts: RunForecast, bank: BankFacts) -> float:
+    """Return the numbers in an output."""
+    return bank.width * (1 if amounts.matrix_rows is None else amounts.matrix_rows)
 
 
 def bytes_of(amounts: RunForecast, bank: BankFacts, around: RunContext) -> tuple[int, int]:
     """Return the bytes that a run will write, and the size of the store after it, before eviction."""
     config = around.config
-    each = entry_bytes(amounts.mean_tokens, bank, bank.dtype)
+    each = entry_bytes(amounts, bank)
     if config.layers != "output":
         banks = around.layers if config.layers == "all" else len(config.layers)
         each += banks * (_states(amounts, bank, around) + _PER_ROW + 4 * amounts.mean_tokens)
@@ -131,8 +141,11 @@ def _dtype(amounts: RunForecast, bank: BankFacts, around: RunContext) -> Advice:
     if around.config.max_bytes is not None:
         room = min(room, around.config.max_bytes - around.store_bytes)
     if new <= room:
-        return Advice("dtype", bank.dtype, f"lossless; {_readable(new)} to write, {_readable(room)} there")
-    half = amounts.computed * bank.width * (DTYPES[bank.dtype] - 2)
+        how = "lossless" if around.config.dtype in ("auto", "float32") else "as the settings say"
+        return Advice("dtype", bank.dtype, f"{how}; {_readable(new)} to write, {_readable(room)} there")
+    # float16 would round the dimensions of sparse vectors, so these are always stored as float32
+    half = 0 if around.encoder == "SparseEncoder" else amounts.computed * _numbers(amounts, bank)
+    half *= DTYPES[bank.dtype] - 2
     sizes = f"{_readable(new)} to write and only {_readable(room)} there"
     if half > 0 and new - half <= room:
         why = f"{sizes}; float16 takes {_readable(half)} less and rounds what hits give (a namespace of its own)"
@@ -146,6 +159,9 @@ def _tau(amounts: RunForecast, around: RunContext) -> Advice:
     if around.config.tau is not None:
         tau = f"{around.config.tau:g}"
         return Advice("tau", tau, "as given; its drift is not known, `llmcache calibrate` measures it")
+    if amounts.matrix_rows is not None:
+        why = f"calibrated near reuse is for one vector per document, and a {around.encoder} gives a matrix"
+        return Advice("tau", "none", why)
     if amounts.known < _CALIBRATES:
         why = f"repeats only; calibrating takes {_CALIBRATES} entries, there are {amounts.known:,}"
         return Advice("tau", "none", why)

@@ -1,4 +1,4 @@
-"""Cost model: seconds of a document by its length, from recorded seconds of a store's entries or from probe batches."""
+"""Cost model: seconds and output rows of a document by its length, from a store's entries or from probe batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.codec import DTYPES
+from llmcache.indexes.format.rows import ROW
 from llmcache.indexes.format.segment import Segment
 from llmcache.model.batching import Model, compute
 from llmcache.model.tokens import TokenRows
@@ -25,6 +27,8 @@ _PLACES = (0.5, 0.9, 0.15, 0.98, 0.7, 0.3)  # quantiles of the probes, over all 
 
 Lengths: TypeAlias = NDArray[np.int64]
 Seconds: TypeAlias = NDArray[np.float64]
+Sizes: TypeAlias = list[tuple[int, int]]
+"""Tokens of some documents, and rows of their output matrices; empty for a model that gives vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +67,53 @@ class Cost:
         return cls(float(coefficients[0]), float(coefficients[1]), float(coefficients[2]), source)
 
 
-def recorded(bank: Bank) -> Cost | None:
-    """Fit the cost to the recorded seconds of a bank's latest entries. Returns None if they are too few."""
-    lengths, costs, count = [np.zeros(0, np.int64)], [np.zeros(0)], 0
+@dataclass(frozen=True, slots=True)
+class MatrixRows:
+    """Rows of the output matrix of a document of L tokens: fixed + linear L."""
+
+    fixed: float
+    linear: float
+
+    def mean(self, tokens: Lengths) -> float:
+        """Return the mean number of rows of documents with these numbers of tokens; 0 without documents."""
+        return self.fixed + self.linear * float(tokens.mean()) if len(tokens) else 0.0
+
+    @classmethod
+    def fit(cls, tokens: Lengths, rows: Lengths) -> MatrixRows:
+        """Fit non-negative coefficients by least squares, which meets the sum of the rows. tokens, rows: [n >= 1]."""
+        from scipy.optimize import nnls
+
+        lengths = tokens.astype(np.float64)
+        if len(np.unique(tokens)) < 2:  # one length determines one coefficient
+            return cls(0.0, float(rows.mean()) / max(1.0, float(lengths.mean())))
+        coefficients, _ = nnls(np.column_stack([np.ones(len(lengths)), lengths]), rows.astype(np.float64))
+        return cls(float(coefficients[0]), float(coefficients[1]))
+
+
+def recorded_rows(bank: Bank) -> MatrixRows | None:
+    """Fit the rows of output matrices to a bank's latest entries. Returns None if they are too few."""
+    latest = _latest(bank)
+    if bank.facts.rank != 2 or len(latest) < _LEAST:
+        return None
+    sizes = latest["nbytes"].astype(np.int64) // (bank.facts.width * DTYPES[bank.facts.dtype])
+    return MatrixRows.fit(latest["tokens"].astype(np.int64), sizes)
+
+
+def _latest(bank: Bank) -> NDArray[np.void]:
+    """Return the records (`rows.ROW`) of a bank's latest sealed entries, about `_LATEST` of them."""
+    records: list[NDArray[np.void]] = [np.zeros(0, ROW)]
     for piece in reversed(list(bank.pieces)):
         if isinstance(piece, Segment):
-            lengths.append(piece.rows["tokens"].astype(np.int64))
-            costs.append(piece.rows["cost"].astype(np.float64))
-            count += len(piece)
-        if count >= _LATEST:
+            records.append(piece.rows)
+        if sum(map(len, records)) >= _LATEST:
             break
-    tokens, seconds = np.concatenate(lengths), np.concatenate(costs)
+    return np.concatenate(records)
+
+
+def recorded(bank: Bank) -> Cost | None:
+    """Fit the cost to the recorded seconds of a bank's latest entries. Returns None if they are too few."""
+    latest = _latest(bank)
+    tokens, seconds = latest["tokens"].astype(np.int64), latest["cost"].astype(np.float64)
     usable = (tokens > 0) & np.isfinite(seconds) & (seconds > 0)
     tokens, seconds = tokens[usable], seconds[usable]
     if len(tokens) < _LEAST:
@@ -92,16 +132,20 @@ def probed(
     batch_size: int,
     allowed: Callable[[Cost], float],
     known: Cost | None = None,
-) -> Cost:
+    role: str | None = None,
+) -> tuple[Cost, Sizes]:
     """Fit the cost to a few probe batches of different lengths, each of copies of one row of the sample.
 
     rows: of a sample, at least one. lengths: their numbers of tokens. allowed: gives the seconds that all probes may
-    take, by the cost known so far. known: recorded cost; one probe then checks if this machine is equally fast.
+    take, by the cost known so far. known: recorded cost; one probe then checks if this machine is equally fast. role:
+    of the documents.
+    Returns the cost, and the sizes of the matrices computed. For a model that gives matrices a batch has neighbouring
+    rows in order of length instead of copies, since the sizes of one document's matrix say little about others.
     """
     order = np.argsort(lengths, kind="stable")
     cumulative = np.cumsum(lengths[order])
     places = [int(order[np.searchsorted(cumulative, share * cumulative[-1])]) for share in _PLACES]
-    _probe(model, rows, [int(order[0])])  # warm-up
+    _, sizes = _probe(model, rows, [int(order[0])], role)  # warm-up
     probed_lengths: list[int] = []
     seconds: list[float] = []
     spent = 0.0
@@ -113,21 +157,22 @@ def probed(
             size = min(size, _DUE, max(_FEW, _TOKENS // 2 // max(1, tokens)))
         elif cost is not None and spent + size * float(cost(lengths[place])) > allowed(cost):
             break
-        took = _probe(model, rows, [place] * size)
-        spent += took
+        chosen = _around(order, place, 2 * size) if model.matrices else [place] * (2 * size)
+        took, more = _probe(model, rows, chosen[::2], role)
+        spent, sizes = spent + took, sizes + more
         if tokens >= _SHORT:  # twice, to exclude a busy moment
-            again = _probe(model, rows, [place] * size)
-            took, spent = min(took, again), spent + again
-        probed_lengths.append(tokens)
+            again, more = _probe(model, rows, chosen[1::2], role)
+            took, spent, sizes = min(took, again), spent + again, sizes + more
+        probed_lengths.append(int(lengths[chosen].mean()))
         if size < batch_size and tokens < _SHORT and size > _FEW:
-            few = _probe(model, rows, [place] * _FEW)
+            few, _ = _probe(model, rows, [place] * _FEW, role)
             spent += few
             seconds.append(in_full_batches(size, took, _FEW, few, batch_size))
         else:
             seconds.append(took / size)
         cost = _settled(known, np.array(probed_lengths), np.array(seconds))
     assert cost is not None
-    return cost
+    return cost, sizes
 
 
 def in_full_batches(many: int, took: float, few: int, less: float, most: int) -> float:
@@ -154,6 +199,19 @@ def _rows(model: Model, tokens: int, batch_size: int) -> int:
     return min(batch_size, max(_FEW, _TOKENS // max(1, tokens)))
 
 
-def _probe(model: Model, rows: TokenRows, chosen: Sequence[int]) -> float:
-    """Compute one batch of these rows. Returns the seconds."""
-    return sum(batch.seconds for batch in compute(model, rows.take(list(chosen)), len(chosen), None))
+def _around(order: NDArray[np.int64], place: int, size: int) -> list[int]:
+    """Return `size` rows next to a row in order of length, each again where the sample has fewer. order: all rows."""
+    start = int(np.flatnonzero(order == place)[0]) - size // 2
+    window = order[max(0, min(start, len(order) - size)) :][:size]
+    return [int(row) for row in np.resize(window, size)]
+
+
+def _probe(model: Model, rows: TokenRows, chosen: Sequence[int], role: str | None) -> tuple[float, Sizes]:
+    """Compute one batch of these rows. Returns the seconds, and the sizes of the matrices."""
+    seconds, sizes = 0.0, Sizes()
+    for done in compute(model, rows.take(list(chosen)), len(chosen), role):
+        seconds += done.seconds
+        if model.matrices:
+            tokens = (len(rows.ids[chosen[i]]) for i in done.chosen)
+            sizes += zip(tokens, map(len, done.outputs), strict=True)
+    return seconds, sizes

@@ -7,19 +7,21 @@ import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.banks.history import records
-from llmcache.document import only_text
+from llmcache.document import Text, as_text, characters
 from llmcache.encoding.call import EncodeCall
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.results import Source, documents_of
 from llmcache.errors import CorpusError
 from llmcache.indexes.eviction.garbage import disk_bytes
 from llmcache.indexes.store import Store
+from llmcache.model.encoders import TokenVectors, text_fields
 from llmcache.model.features import features
 from llmcache.model.keys import token_keys
 from llmcache.model.private_tokenizer import PrivateCopy
@@ -33,12 +35,13 @@ from llmcache.planning.advice import (
     advised,
     bytes_of,
 )
-from llmcache.planning.cost_model import Cost, probed, recorded
+from llmcache.planning.cost_model import Cost, MatrixRows, Sizes, probed, recorded, recorded_rows
 from llmcache.planning.plan import Plan
 from llmcache.planning.survey import (
     LONG,
     Folding,
     Survey,
+    cut,
     survey,
 )
 
@@ -55,12 +58,13 @@ _TOKENISED = 64  # documents tokenised to estimate lengths and exact hits by tok
 def planned(
     execution: Executor, documents: Iterable[Source], call: EncodeCall, store: Store, namespace: str, model: Any
 ) -> Plan:
-    """Make the plan of `LLMCache.plan`. call: role, prompt and batch size of the run. model: a SentenceTransformer."""
+    """Make the plan of `LLMCache.plan`. call: role, prompt, batch size of the run. model: of sentence-transformers."""
     settings: Any = getattr(getattr(model, "transformers_model", None), "config", None)
     calibration = execution.reuse.calibration if execution.reuse is not None and not execution.reuse.off else None
     around = RunContext(
         model=type(model).__name__ if settings is None else str(getattr(settings, "name_or_path", "") or ""),
         namespace=namespace,
+        encoder=type(model).__name__,
         config=execution.config,
         layers=int(getattr(settings, "num_hidden_layers", 0) or 0),
         hidden=int(getattr(settings, "hidden_size", 0) or 0),
@@ -69,14 +73,21 @@ def planned(
         calibrated=None if calibration is None else calibration.threshold,
         recent=(0, 0) if calibration is None else _recent(store, namespace),
     )
-    texts = map(only_text, documents_of(documents))
-    limit = getattr(model, "max_seq_length", None)
+    texts = (document.text for document in documents_of(documents, text_fields(model)))
     uses = deepcopy(execution.bank.uses)
     try:
         tokenizer = PrivateCopy().of(model.tokenizer)  # since the iterable of documents may use the model's tokenizer
-        return plan(execution, texts, call, tokenizer=tokenizer, limit=limit, around=around)
+        return plan(execution, texts, call, tokenizer=tokenizer, limit=_limit(model, call.role), around=around)
     finally:
         execution.bank.uses = uses  # lookups of a forecast do not count as uses
+
+
+def _limit(model: Any, role: str | None) -> int | None:
+    """Return the number of tokens that a model reads of a document of this role; None for no limit."""
+    limits = [getattr(model, "max_seq_length", None)]
+    if role is not None:  # some models read less of a query
+        limits.append(getattr(model[0], f"{role}_length", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +118,21 @@ def _recent(store: Store, namespace: str) -> tuple[int, int]:
 
 def plan(
     execution: Executor,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     call: EncodeCall,
     *,
     tokenizer: Any,
     limit: int | None,
     around: RunContext,
 ) -> Plan:
-    """Forecast a run with these texts. limit: maximum number of tokens of the model. CorpusError without texts."""
+    """Forecast a run with these texts or pairs of texts. limit: maximum number of tokens of the model.
+
+    CorpusError without texts.
+    """
     began = time.perf_counter()
     bank = execution.bank
-    corpus = survey(texts, execution.seed("text", call), Folding(tokenizer, limit, call.prompt), bank)
+    text_keys = partial(execution.model.keys, execution.seed("text", call))
+    corpus = survey(texts, text_keys, Folding(tokenizer, limit, call.prompt), bank)
     if not corpus.documents:
         raise CorpusError("there are no documents; nothing can be planned")
     count = max(_TOKENISED, corpus.documents // 50)
@@ -125,7 +140,7 @@ def plan(
     sampled = corpus.every.texts[:: max(1, len(corpus.every.texts) // count)]
     rows, rate = _tokenised(execution, sampled, call)
     lengths = expected_lengths(corpus.chars, sampled, rows.lengths, limit)
-    cost = _cost(execution, rows, lengths, call.batch_size)
+    cost, sizes = _cost(execution, rows, lengths, call)
     uncached = float(cost(lengths).sum()) + rate * corpus.characters
     shares = _shares(execution, corpus, call, uncached, rate, around.recent, limit)
     missing = int(corpus.open.sum())
@@ -139,6 +154,8 @@ def plan(
     amounts = RunForecast(
         documents=corpus.documents, computed=computed, known=len(bank), tokens=int(lengths.sum()), hit_rate=hits,
         uncached=uncached, saved=uncached - model_seconds, near=near / corpus.documents, similar=shares.similar,
+        new_tokens=float(lengths[corpus.open].mean()) if missing else None,
+        matrix_rows=_matrix_rows(execution, sizes).mean(lengths[corpus.open]) if execution.model.matrices else None,
     )  # fmt: skip
     new, total = bytes_of(amounts, bank.facts, around)
     return Plan(
@@ -158,22 +175,28 @@ def _margin(share: float, seen: int) -> float:
     return 1.96 * float(np.sqrt(share * (1 - share) / seen)) if seen else 0.0
 
 
-def _tokenised(execution: Executor, texts: Sequence[str], call: EncodeCall) -> tuple[TokenRows, float]:
+def _matrix_rows(execution: Executor, sizes: Sizes) -> MatrixRows:
+    """Return the rows of output matrices by length: those of the entries, or of the documents computed for the cost."""
+    tokens, rows = np.array(sizes, np.int64).T
+    return recorded_rows(execution.bank) or MatrixRows.fit(tokens, rows)
+
+
+def _tokenised(execution: Executor, texts: Sequence[Text], call: EncodeCall) -> tuple[TokenRows, float]:
     """Tokenise texts in order of length. Returns the rows, and the seconds per character."""
     began = time.perf_counter()
-    rows = execution.model.tokenise(sorted(texts, key=len), call.prompt, call.role)
-    return rows, (time.perf_counter() - began) / max(1, sum(map(len, texts)))
+    rows = execution.model.tokenise(sorted(texts, key=characters), call.prompt, call.role)
+    return rows, (time.perf_counter() - began) / max(1, sum(map(characters, texts)))
 
 
 def expected_lengths(
-    chars: NDArray[np.uint32], texts: Sequence[str], tokens: NDArray[np.int64], limit: int | None
+    chars: NDArray[np.uint32], texts: Sequence[Text], tokens: NDArray[np.int64], limit: int | None
 ) -> NDArray[np.int64]:
     """Estimate the number of tokens of each document from its characters, by a line through a sample.
 
     chars: uint32 [n], characters of the documents. texts, tokens: a sample, and its numbers of tokens in order of
     length. Returns int64 [n].
     """
-    known = np.sort(np.fromiter(map(len, texts), np.int64))
+    known = np.sort(np.fromiter(map(characters, texts), np.int64))
     whole = tokens < (limit or np.iinfo(np.int64).max)
     if not whole.any():
         return np.full(len(chars), int(tokens.max()))
@@ -182,11 +205,14 @@ def expected_lengths(
     return np.clip(np.rint(least + ratio * (chars.astype(np.float64) - first)), 1, limit).astype(np.int64)
 
 
-def _cost(execution: Executor, seen: TokenRows, lengths: NDArray[np.int64], batch_size: int) -> Cost:
+def _cost(execution: Executor, seen: TokenRows, lengths: NDArray[np.int64], call: EncodeCall) -> tuple[Cost, Sizes]:
+    """Return the cost of a document, and the sizes of the matrices that were computed to measure it."""
+
     def allowed(cost: Cost) -> float:
         return _SHARE * float(cost(lengths).sum())
 
-    return probed(execution.model, seen, seen.lengths, batch_size, allowed, recorded(execution.bank))
+    known = recorded(execution.bank)
+    return probed(execution.model, seen, seen.lengths, call.batch_size, allowed, known, call.role)
 
 
 def _shares(
@@ -204,12 +230,12 @@ def _shares(
         return _Shares()
     looked_up = execution.reuse is None and execution.config.tau is not None and execution.config.reuse == "deepest"
     affordable = int(
-        (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(len, texts)) / len(texts))
+        (_SHARE if looked_up else _SHARE / 2) * uncached / max(1e-9, rate * sum(map(characters, texts)) / len(texts))
     )
     texts = texts[:: max(1, len(texts) // max(_TOKENISED, affordable))]
     if limit is not None:  # the model truncates the rest
-        texts = [text[: LONG * limit] for text in texts]
-    texts = sorted(texts, key=len)
+        texts = [cut(text, LONG * limit) for text in texts]
+    texts = sorted(texts, key=characters)
     rows, _ = _tokenised(execution, texts, call)
     keys = token_keys(execution.seed("tokens", call), rows.key_bytes()).view(np.uint64)
     known = execution.reader.lookup(keys, rows.ids) >= 0
@@ -221,10 +247,11 @@ def _shares(
             return _Shares(by_tokens, source=f"near reuse is off: {reuse.off}")
         if reuse.scope != execution.scope(call):
             return _Shares(by_tokens, source="near reuse is calibrated for another role or prompt")
-        rest_texts = [texts[i] for i in np.flatnonzero(~known).tolist()]
+        rest_texts = [as_text(texts[i]) for i in np.flatnonzero(~known).tolist()]
         return _calibrated(execution, reuse, rest, rest_texts, by_tokens, uncached, missing, recent)
     if config.tau is None or not looked_up:
-        similar = None if bank.facts.index is None else _share_at(execution, rest, 0.9, execution.scope(call))
+        unknown = bank.facts.index is None or isinstance(execution.model, TokenVectors)
+        similar = None if unknown else _share_at(execution, rest, 0.9, execution.scope(call))
         return _Shares(by_tokens, similar=similar)
     share = _share_at(execution, rest, config.tau, execution.scope(call))
     return _Shares(

@@ -158,18 +158,28 @@ def tokens_of_texts(
     return list(distinct.values())
 
 
-def reader_of(name: str) -> Any:
+def kind_of(store: Store, namespace: str) -> str | None:
+    """Return the kind of a namespace's model, a name in `KINDS`; None if there is none."""
+    from llmcache.model.loading import KINDS
+
+    space = store.namespace(checked_name(namespace))
+    encoder = "" if space is None else Identity.from_json(space.identity).encoder
+    return next((kind for kind, name in KINDS.items() if name == encoder), None)
+
+
+def reader_of(name: str, kind: str | None = None) -> Any:
     """Load the model of sentence-transformers with this name or path, or else the tokenizer.
 
-    ConfigError if there is neither.
+    kind: see `llmcache.model.loading.encoder_class`. ConfigError if there is neither, or for an unknown kind.
     """
     from transformers import AutoTokenizer
 
     from llmcache.model.loading import encoder_class, packaged_model
 
     folder = name if os.path.exists(name) else packaged_model(name) or name
+    loads = encoder_class(folder, kind)
     try:
-        return encoder_class(folder)(folder)
+        return loads(folder)
     except (OSError, ValueError, ImportError):
         pass
     try:

@@ -283,7 +283,7 @@ def test_a_sample_is_drawn_evenly_from_a_stream() -> None:
         for start in range(0, 1000, 100):
             sample.offer([str(i) for i in range(start, start + 100)], random)
         assert len(sample.texts) == 50
-        counts[[int(one) for one in sample.texts]] += 1
+        counts[[int(str(one)) for one in sample.texts]] += 1
     assert counts.sum() == 200 * 50
     assert np.abs(counts.reshape(10, 100).sum(axis=1) - 1000).max() < 150
 
@@ -367,10 +367,10 @@ def test_a_busy_moment_is_not_taken_for_another_machine(
 ) -> None:
     known = Cost(0.0, 0.001, 0.0, "recorded")
     monkeypatch.setattr(
-        costs, "_probe", lambda _, rows, chosen: slower * sum(float(known(rows.lengths[i])) for i in chosen)
+        costs, "_probe", lambda _, rows, chosen, role: (slower * sum(float(known(rows.lengths[i])) for i in chosen), [])
     )
     rows = TokenRows({"input_ids": [np.zeros(n, np.int32) for n in (100, 200)]}, {})
-    model: Any = SimpleNamespace(token_embedding=lambda: torch.zeros(1))
-    found = costs.probed(model, rows, rows.lengths, 32, lambda _: 0.0, known)
+    model: Any = SimpleNamespace(token_embedding=lambda: torch.zeros(1), matrices=False)
+    found, _ = costs.probed(model, rows, rows.lengths, 32, lambda _: 0.0, known)
     assert float(found(np.array(150))) == pytest.approx(forecast * 0.15)
     assert found.source.startswith(source)
