@@ -99,28 +99,170 @@ def test_another_kind_may_be_named(llmcache: Command, saved: dict[str, str], sto
     assert llmcache(*arguments, "--kind", "sentence-transformer").code == 0
 
 
+@pytest.mark.parametrize("named", [(), ("--pair-fields", "query,document")])
+def test_pairs_are_read_from_query_and_document_in_every_command(
+    named: tuple[str, ...], llmcache: Command, saved: dict[str, str], pairs: Path, store: Path, tmp_path: Path
+) -> None:
+    model = ("--model", saved["CrossEncoder"])
+    planned = llmcache("plan", pairs, *model, "--store", store, *named, "--json")
+    assert (planned.code, store.exists()) == (0, False)
+    assert json.loads(planned.out)["computed"] == len(PAIRS)
+    previewed = llmcache("build", pairs, *model, "--store", store, *named, "--dry-run", "--json")
+    assert json.loads(previewed.out)["distinct"] == len(PAIRS)
+    plan, out = tmp_path / "plan.json", tmp_path / "logits.npy"
+    assert llmcache("plan", pairs, *model, "-s", store, *named, "-o", plan).code == 0
+    built = json.loads(llmcache("build", pairs, *model, "-s", store, *named, "--plan", plan, "--json").out)
+    assert (built["misses"], built["plan"]["points"]) == (len(PAIRS), 0)
+    again = json.loads(llmcache("plan", pairs, "-s", store, *named, "--json").out)
+    assert (again["in_store"], again["computed"], again["read"]) == (len(PAIRS), 0, len(PAIRS))
+    for dry in ("warm", pairs, "-s", store), ("run", pairs, "-s", store, "-o", out):
+        assert json.loads(llmcache(*dry, *named, "--dry-run", "--json").out)["known"] == len(PAIRS)
+    assert json.loads(llmcache("warm", pairs, "-s", store, *named, "--json").out)["exact"] == len(PAIRS)
+    assert llmcache("run", pairs, "-s", store, "-o", out, *named).code == 0
+    expected = CrossEncoder(saved["CrossEncoder"], device="cpu").predict(PAIRS, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(np.load(out)[:, 0], expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("command", ["build", "warm", "run", "plan", "plan of a new store"])
+@pytest.mark.parametrize("absent", FIELDS)
+def test_a_record_with_one_of_the_two_fields_is_one_clear_error(
+    absent: str, command: str, llmcache: Command, saved: dict[str, str], pairs: Path, store: Path, tmp_path: Path
+) -> None:
+    model, made = ("-m", saved["CrossEncoder"]), tmp_path / "made"
+    assert llmcache("build", pairs, *model, "-s", made).code == 0
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"id": "x", **{field: "a" for field in FIELDS if field != absent}}) + "\n")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "build": ("build", corpus, *model, "-s", store),
+        "warm": ("warm", corpus, "-s", made),
+        "run": ("run", corpus, "-s", made, "-o", tmp_path / "out.npy"),
+        "plan": ("plan", corpus, "-s", made),
+        "plan of a new store": ("plan", corpus, *model, "-s", store),
+    }
+    refused = llmcache(*arguments[command])
+    assert (refused.code, refused.err.count("\n"), store.exists()) == (1, 1, False)
+    other = next(field for field in FIELDS if field != absent)
+    assert f"corpus.jsonl line 1 has no field '{absent}', only 'id', '{other}'" in refused.err
+    assert "a pair of texts needs both 'query' and 'document'" in refused.err
+    assert "--pair-fields" in refused.err
+
+
 def test_fields_that_the_model_does_not_read_are_named(
     llmcache: Command, saved: dict[str, str], pairs: Path, store: Path, tmp_path: Path
 ) -> None:
     build = ("build", pairs, "--model", saved["CrossEncoder"], "--store", store)
-    no_fields = llmcache(*build)
-    assert (no_fields.code, store.exists()) == (2, False)
-    assert "--pair-fields query,document" in no_fields.err
     for wrong in ("query", "query,query", "a,b,c", ""):
         assert "--pair-fields is two names" in llmcache(*build, "--pair-fields", wrong).err
     assert "give one of them" in llmcache(*build, "--pair-fields", "query,document", "--text-field", "query").err
     assert "no field 'answer'" in llmcache(*build, "--pair-fields", "query,answer").err
-    assert llmcache(*build, "--pair-fields", "query,document").code == 0
-    for command in (("warm", pairs, "-s", store), ("run", pairs, "-s", store, "-o", tmp_path / "out.jsonl")):
-        refused = llmcache(*command)
+    one_field = llmcache(*build, "--text-field", "query")
+    assert (one_field.code, store.exists()) == (2, False)
+    assert "--text-field query names one field" in one_field.err
+    assert llmcache(*build).code == 0
+    for command in ("warm", pairs, "-s", store), ("run", pairs, "-s", store, "-o", tmp_path / "out.jsonl"):
+        refused = llmcache(*command, "--text-field", "document")
         assert refused.code == 2
-        assert "--pair-fields query,document" in refused.err
-    planned = llmcache("plan", pairs, "-s", store, "--pair-fields", "query,document")
-    assert "not yet pairs" in planned.err
+        assert "--pair-fields (by default query,document)" in refused.err
     texts = llmcache(
         "build", pairs, "-m", saved["SparseEncoder"], "-s", tmp_path / "other", "--pair-fields", "query,document"
     )
     assert "is for a CrossEncoder, and this model is a SparseEncoder" in texts.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_other_fields_may_be_named_everywhere(
+    llmcache: Command, saved: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    path, named = tmp_path / "other.csv", ("--pair-fields", "question,answer")
+    path.write_text("question,answer\n" + "".join(f"{a},{b}\n" for a, b in PAIRS))
+    assert llmcache("build", path, "-m", saved["CrossEncoder"], "-s", store, *named).code == 0
+    assert json.loads(llmcache("plan", path, "-s", store, *named, "--json").out)["in_store"] == len(PAIRS)
+    without = llmcache("plan", path, "-s", store)
+    assert "no field 'query', only 'question', 'answer'" in without.err
+
+
+# -- the kind of a model that is named ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(saved: dict[str, str], tmp_path: Path) -> Path:
+    """Folder of a classifier of transformers, which fits a CrossEncoder and a SentenceTransformer."""
+    folder = tmp_path / "plain"
+    model: Any = CrossEncoder(saved["CrossEncoder"], device="cpu")
+    model.transformers_model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_that_fits_two_kinds_is_planned_and_built_as_named(
+    llmcache: Command, plain: Path, pairs: Path, store: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "texts.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(8)))
+    by_itself = llmcache("plan", pairs, "-m", plain, "-s", store, "--json")
+    assert json.loads(by_itself.out)["documents"] == len(PAIRS)
+    named = ("-m", plain, "-s", store, "--kind", "sentence-transformer")
+    assert json.loads(llmcache("plan", corpus, *named, "--json").out)["documents"] == 8
+    assert "no field 'text'" in llmcache("plan", pairs, *named).err
+    assert llmcache("build", corpus, *named).code == 0
+    assert json.loads(llmcache("plan", corpus, "-s", store, "--json").out)["in_store"] == 8, "the store has the kind"
+
+
+@pytest.mark.parametrize("kind", kinds.MAKERS)
+def test_verify_model_finds_every_kind_and_compares_all_tiers(
+    kind: str, llmcache: Command, saved: dict[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("\n".join(sentences(8)))
+    done = llmcache("verify-model", "-m", saved[kind], "-d", pairs if kind == "CrossEncoder" else corpus, "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert facts["passed"]
+    assert [one["tier"] for one in facts["checks"]] == ["model", "output", "output", "output", "layer-0", "layer-1"]
+    assert all(one["reused"] == one["documents"] for one in facts["checks"][2:])
+
+
+def test_verify_model_takes_another_kind_by_name(llmcache: Command, plain: Path, pairs: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("\n".join(sentences(4)))
+    tiers = {}
+    for kind, data in (("cross-encoder", pairs), ("sentence-transformer", corpus)):
+        done = llmcache("verify-model", "-m", plain, "-d", data, "--kind", kind, "--layers", "output", "--json")
+        assert done.code == 0, done.err
+        tiers[kind] = [one["tier"] for one in json.loads(done.out)["checks"]]
+    expected = ["model", "output", "output", "output", "layer-1"]
+    assert tiers["cross-encoder"] == tiers["sentence-transformer"] == expected
+    itself = llmcache("verify-model", "-m", plain, "-d", corpus, "--json")
+    assert json.loads(itself.out)["checks"][1]["tier"] == "layers", "a model of transformers"
+    wrong = llmcache("verify-model", "-m", plain, "-d", corpus, "--kind", "reranker")
+    assert wrong.code == 2
+    assert "sentence-transformer, cross-encoder" in wrong.err
+    texts = llmcache("verify-model", "-m", plain, "-d", pairs, "--kind", "cross-encoder", "--text-field", "query")
+    assert texts.code == 2
+    assert "names one field" in texts.err
+
+
+def test_purge_reads_with_the_kind_of_the_namespace(
+    llmcache: Command, plain: Path, pairs: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text(PAIRS[0][0] + "\n")
+    corpus = tmp_path / "texts.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(3)))
+    stores = {"cross-encoder": pairs, "sentence-transformer": corpus}
+    for kind, data in stores.items():
+        path = tmp_path / kind
+        assert llmcache("build", data, "-m", plain, "-s", path, "--kind", kind).code == 0
+        expected = 4 if kind == "cross-encoder" else 1  # pairs with this query, or the text
+        arguments = ("purge", path, "--text-file", secret, "--model", plain, "--json")
+        for named in ((), ("--kind", kind)):
+            done = llmcache(*arguments, *named, "--dry-run")
+            assert json.loads(done.out)["rows"] == expected, done
+    refused = llmcache("purge", tmp_path / "cross-encoder", "--text-file", secret, "--kind", "cross-encoder")
+    assert refused.code == 2
+    assert "--model" in refused.err
+    wrong = llmcache("purge", tmp_path / "cross-encoder", "--text-file", secret, "--model", plain, "--kind", "reranker")
+    assert (wrong.code, "multi-vector-encoder" in wrong.err) == (2, True)
 
 
 # -- files of pairs -----------------------------------------------------------------------------------------

@@ -329,10 +329,51 @@ def test_token_vectors_are_stored_in_half_precision_where_the_user_allows_it(fol
     assert stored == 2 * sum(vectors.numel() for vectors in model.encode(sorted(set(TEXTS))))
 
 
-@pytest.mark.parametrize("model", ["CrossEncoder", "SparseEncoder", "MultiVectorEncoder"], indirect=True)
-def test_a_model_that_cannot_be_verified_is_refused_by_name(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"a {type(model).__name__} cannot be verified"):
-        list(verify_model(model, model.tokenizer, TEXTS[:2], tmp_path / "store"))
+@pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)
+def test_every_tier_of_every_kind_is_verified_against_the_model_itself(model: Any, tmp_path: Path) -> None:
+    given: Any = PAIRS if isinstance(model, CrossEncoder) else TEXTS
+    checks = list(verify_model(model, model.tokenizer, given, tmp_path / "store"))
+    assert [check.tier for check in checks] == ["model", "output", "output", "output", "layer-0", "layer-1"]
+    assert all(check.passed for check in checks)
+    assert [check.same for check in checks] == [None, None, True, True, None, None]
+    assert [check.reused for check in checks[2:4]] == [len(given)] * 2
+
+
+@pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)
+def test_a_wrong_result_of_any_kind_is_found(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = "predict" if isinstance(model, CrossEncoder) else "encode"
+    right, calls = getattr(LLMCache, method), 0
+
+    def wrong_when_warm(self: LLMCache, *arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = right(self, *arguments, **settings)
+        if calls == 1:
+            return found
+        first = np.asarray(found if isinstance(found, np.ndarray) else found[0]).reshape(-1)
+        first[0] = np.nextafter(first[0], np.float32(99))
+        return found
+
+    monkeypatch.setattr(LLMCache, method, wrong_when_warm)
+    given: Any = PAIRS[:6] if isinstance(model, CrossEncoder) else TEXTS[:6]
+    checks = list(verify_model(model, model.tokenizer, given, tmp_path / "store", layers="output"))
+    assert [check.passed for check in checks[:4]] == [True, True, False, False], "one bit is enough"
+
+
+def test_verification_uses_the_default_prompt(folder: str, tmp_path: Path) -> None:
+    model = with_prompts(folder)
+    model.default_prompt_name = "topic"
+    assert all(check.passed for check in verify_model(model, model.tokenizer, TEXTS, tmp_path / "store"))
+
+
+@pytest.mark.parametrize("model", list(kinds.MAKERS), indirect=True)
+def test_documents_that_a_model_does_not_read_are_not_verified(model: Any, tmp_path: Path) -> None:
+    pairs = isinstance(model, CrossEncoder)
+    given: Any = [*PAIRS[:1], TEXTS[0]] if pairs else [TEXTS[0], PAIRS[0]]
+    said = f"a {type(model).__name__} reads {'pairs of texts' if pairs else 'single texts'}, and document 1"
+    with pytest.raises(ConfigError, match=said):
+        list(verify_model(model, model.tokenizer, given, tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_token_embeddings_beside_padding_on_the_left_are_the_models_own(folder: str, tmp_path: Path) -> None:
