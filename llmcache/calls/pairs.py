@@ -15,6 +15,8 @@ from llmcache.encoding.postprocess import scores
 from llmcache.errors import ConfigError
 from llmcache.records import is_table
 
+_ABSENT: Any = object()  # not None, which is no pair of texts either
+
 
 class PairMethods(CacheParts):
     """Score and rank pairs of texts through the cache."""
@@ -22,7 +24,7 @@ class PairMethods(CacheParts):
     @call
     def predict(
         self,
-        inputs: Any = None,
+        inputs: Any = _ABSENT,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -42,16 +44,19 @@ class PairMethods(CacheParts):
         entries. The model answers directly, without the cache, when inputs are not pairs of texts, or for a list of
         devices, a `pool`, or unknown keywords; see `encode`.
         Returns scores as `CrossEncoder.predict`. ConfigError for a model that is no CrossEncoder, a data frame or
-        table, or a list in which some inputs have fewer or more than two texts.
+        table, or a pair with fewer or more than two sides, or without one of them; TypeError without inputs. Whatever
+        else is no pair of texts goes to the model, whose errors are passed on.
         """
         self._check_open()
         if not isinstance(self.model, CrossEncoder):
             raise ConfigError(f"a {type(self.model).__name__} scores no pairs; open the cache with a CrossEncoder")
         self._check_model()
         model = cast(Any, self.model)
-        inputs = others.pop("sentences", None) if inputs is None else inputs
-        if inputs is None:
+        inputs = others.pop("sentences", inputs)
+        if inputs is _ABSENT:
             raise TypeError("predict() needs inputs: a pair of texts or a list of pairs")
+        if inputs is None:
+            raise ConfigError("predict takes a pair of texts or a list of pairs, got None; give (query, document)")
         if is_table(inputs):
             raise ConfigError(
                 f"predict takes pairs of texts, got a {type(inputs).__name__}; give list(zip(queries, documents))"
@@ -59,7 +64,7 @@ class PairMethods(CacheParts):
         single = bool(model.is_singular_input(inputs))
         plain = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
         given = [plain] if single else list(plain)
-        reason = _bypass_reason(given, device, pool, others)
+        reason = _bypass_reason(given, single, device, pool, others)
         if reason is not None or not given:
             self._bypass(reason, len(given), "predict")
             return CrossEncoder.predict(
@@ -106,6 +111,8 @@ class PairMethods(CacheParts):
             raise ValueError(f"rank() needs a CrossEncoder with one label, this has {labels}; use predict()")
         if isinstance(documents, str):
             raise ConfigError("rank() takes a list of documents, got one text; give [text]")
+        if query is None:
+            raise ConfigError("rank() takes a query, got None; give a text")
         documents = list(documents)
         values = self.predict(
             [(query, document) for document in documents], prompt_name, prompt, batch_size, show_progress_bar,
@@ -118,10 +125,10 @@ class PairMethods(CacheParts):
         return sorted(ranked, key=lambda entry: entry["score"], reverse=True)[:top_k]
 
 
-def _bypass_reason(pairs: Sequence[Any], device: Any, pool: Any, others: dict[str, Any]) -> str | None:
-    """Return why the bank cannot answer these pairs; None if it can.
+def _bypass_reason(pairs: Sequence[Any], single: bool, device: Any, pool: Any, others: dict[str, Any]) -> str | None:
+    """Return why the bank cannot answer these pairs; None if it can. single: True if one pair was given, not a list.
 
-    ConfigError when some inputs are pairs of texts and others have one side or more than two.
+    ConfigError when a pair has fewer or more than two sides, or lacks one.
     """
     if pool is not None or isinstance(device, list):
         return "it computes in a pool of processes"
@@ -131,10 +138,10 @@ def _bypass_reason(pairs: Sequence[Any], device: Any, pool: Any, others: dict[st
         if isinstance(pair, str) or not isinstance(pair, Sequence):
             return "its inputs are not all pairs of texts"
         if len(pair) != 2 or any(side is None for side in pair):
+            what = "the input" if single else f"input {place}"
+            seen = "a side that is None" if len(pair) == 2 else f"{len(pair)} side{'s' * (len(pair) != 1)}"
             raise ConfigError(
-                f"input {place} is no pair of texts: it has {len(pair)} sides"
-                + (", one of them missing" if None in pair else "")
-                + "; give (query, document)"
+                f"{what} is no pair of texts: it has {seen}; give (query, document), or a list of such pairs"
             )
         if not (isinstance(pair[0], str) and isinstance(pair[1], str)):
             return "its inputs are not all pairs of texts"

@@ -152,29 +152,6 @@ def test_only_the_unknown_half_of_a_grid_is_computed(folder: str, tmp_path: Path
         assert cache.stats().counters.misses == 60
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ([("a", "b"), ("a",)], "input 1 is no pair of texts: it has 1 sides"),
-        ([("a", "b"), ("a", "b", "c")], "it has 3 sides"),
-        ([("a", "b"), ("a", None)], "one of them missing"),
-    ],
-)
-def test_an_input_that_is_no_pair_is_named(wrong: Any, said: str, folder: str, tmp_path: Path) -> None:
-    with (
-        LLMCache.open(tmp_path / "store", kinds.cross_encoder(folder)) as cache,
-        pytest.raises(ConfigError, match=said),
-    ):
-        cache.predict(wrong)
-
-
-def test_ranking_no_documents_gives_none_and_one_text_is_refused(folder: str, tmp_path: Path) -> None:
-    with LLMCache.open(tmp_path / "store", kinds.cross_encoder(folder)) as cache:
-        assert cache.rank("a query", []) == []
-        with pytest.raises(ConfigError, match="a list of documents"):
-            cache.rank("a query", "one document")
-
-
 def test_ranking_by_several_labels_is_refused_as_by_the_model(folder: str, tmp_path: Path) -> None:
     with (
         LLMCache.open(tmp_path / "store", kinds.cross_encoder(folder, 3)) as cache,

@@ -147,12 +147,13 @@ def test_a_plan_of_pairs_writes_nothing(store: Path, reranker: CrossEncoder) -> 
 
 def test_records_that_are_no_pairs_stop_a_plan(store: Path, reranker: CrossEncoder) -> None:
     with LLMCache.open(store, reranker) as cache:
-        for wrong, said in (
+        cases: list[tuple[Any, str]] = [
             ([{"query": "a"}], "document 0 has no field 'document', only 'query'"),
             ([("a", "b"), "a"], "document 1 "),
             ([("a",)], "has 1 text, not the two of a pair"),
             ([], "no documents"),
-        ):
+        ]
+        for wrong, said in cases:
             with pytest.raises(CorpusError, match=said):
                 cache.plan(wrong)
         with pytest.raises(ConfigError, match="one pair"):
