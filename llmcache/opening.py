@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sentence_transformers import CrossEncoder, MultiVectorEncoder
 from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
@@ -72,6 +73,9 @@ def open_parts(
         key = secret_from_file(key_file, "the key that signs a store")
     # load the model first, so that no store is created for a model that cannot be loaded
     model_and_identity = None if model is None else loaded(model, tokenizer, kind)
+    if model_and_identity is not None:  # nor for settings that do not fit the model
+        asked = config or CacheConfig()
+        check_near(model_and_identity[0], asked if tau is None else replace(asked, tau=tau))
     store = Store.open(
         path,
         create=model_and_identity is not None and not allow_untrusted and not read_only,
@@ -98,6 +102,7 @@ def open_parts(
         if store.trust == "untrusted" and settings.tau is not None:
             log.warning("%s is not trusted: near matches are off", store.folder.path)
             settings = replace(settings, tau=None)
+        check_near(module, settings, saved=config is None and tau is None)
         store.folder.reading = settings.reading
         arguments = Opening(
             path=os.path.abspath(path),
@@ -119,6 +124,27 @@ def open_parts(
     except BaseException:
         store.close()
         raise
+
+
+def check_near(model: Module, config: CacheConfig, *, saved: bool = False) -> None:
+    """ConfigError when these settings ask for near matches by similarity, which this model cannot have.
+
+    saved: True if they are those of the namespace, False if they were given.
+    """
+    if (config.tau is None and not config.layer_tau) or config.reuse == "exact":
+        return
+    given = f"layer_tau={dict(config.layer_tau)}" if config.tau is None else f"tau={config.tau:g}"
+    advice = "leave it out" if not saved else "it is saved with the namespace, so open with config=CacheConfig()"
+    if isinstance(model, MultiVectorEncoder):
+        raise ConfigError(
+            f"{given} asks for near matches, and a MultiVectorEncoder has none: its outputs are the vectors of a "
+            f"document's own tokens, and a similar document has other tokens; {advice}: repeats are reused without it"
+        )
+    if isinstance(model, CrossEncoder):
+        raise ConfigError(
+            f"{given} asks for near matches by similarity, which is 1 between the pairs (a, b) and (b, a), and a "
+            f"CrossEncoder scores them differently; {advice}, and calibrate near reuse instead (cache.calibrate)"
+        )
 
 
 def _check_faiss(config: CacheConfig) -> None:

@@ -7,20 +7,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import CrossEncoder
 from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.calls.base import LAYER, CacheParts
 from llmcache.concurrency.calls import call
+from llmcache.document import Text
 from llmcache.encoding.executor import Executor
 from llmcache.encoding.explain import Explanation, explain
 from llmcache.encoding.results import Source
 from llmcache.errors import ConfigError
 from llmcache.model.digests import canonical, sha
+from llmcache.model.encoders import PairScores, SparseVectors
 from llmcache.model.private_tokenizer import private_copy
 from llmcache.near.calibration.calibrate import Calibration
 from llmcache.near.calibration.drift import Drift, DriftKind
 from llmcache.near.guard.fields import KINDS
+from llmcache.near.neighbors.sides import side_of
+
+_PROBES = ("where is my card", "it comes within a week")
+"""Texts of pairs that show how a model separates the sides of a pair."""
 
 
 class NearMethods(CacheParts):
@@ -117,12 +124,20 @@ class NearMethods(CacheParts):
 
     @call
     def explain(
-        self, text: str, *, role: str | None = None, prompt_name: str | None = None, prompt: str | None = None
+        self, text: Text, *, role: str | None = None, prompt_name: str | None = None, prompt: str | None = None
     ) -> Explanation:
-        """Explain how one text would be answered: tier, nearest neighbours and gates. The model is not run."""
+        """Explain how one text would be answered: tier, nearest neighbours and gates. The model is not run.
+
+        text: for a CrossEncoder a pair of texts. ConfigError for a text where a pair is read, or the reverse.
+        """
         self._check_open()
         self._check_model()
-        return explain(self._execution, text, self._prompt(role, prompt_name, prompt), role, self._decoded)
+        pairs = isinstance(self.model, CrossEncoder)
+        if pairs != (isinstance(text, tuple) and len(text) == 2):
+            wanted = "a pair, (query, document)" if pairs else "one text"
+            raise ConfigError(f"explain takes {wanted}, for a {type(self.model).__name__}, got {text!r:.60}; give that")
+        document: Any = text
+        return explain(self._execution, document, self._prompt(role, prompt_name, prompt), role, self._decoded)
 
     def _decoded(self, tokens: Sequence[NDArray[np.int32]]) -> list[str]:
         """Return the texts of some token ids."""
@@ -134,14 +149,28 @@ class NearMethods(CacheParts):
 
 def _check_outputs(execution: Executor, drift: DriftKind | Drift) -> None:
     """ConfigError unless near reuse can be calibrated for the outputs of this executor with this drift."""
-    if execution.model.matrices:
+    model = execution.model
+    if model.matrices:
+        without = "a tau, whose drift is not measured" if isinstance(model, SparseVectors) else "repeats alone"
         raise ConfigError(
-            f"near reuse is calibrated for models with one vector per document, and a "
-            f"{type(execution.model.module).__name__} gives a matrix; tau works without calibration for a SparseEncoder"
+            f"near reuse is calibrated for models with one vector per document, and a {type(model.module).__name__} "
+            f"gives a matrix; leave the calibration out and reuse by {without}"
         )
-    if execution.bank.facts.width == 1 and drift in ("cosine", "beyond"):
+    if execution.bank.facts.width == 1 and drift in ("cosine", "beyond", "kl"):
         raise ConfigError(
-            f"drift={drift!r} compares directions, and this model gives one number per document; use drift="
-            "'label' with "
-            "a head, or a function of computed and reused scores"
+            f"drift={drift!r} compares the numbers of an output with each other, and this model gives one per document;"
+            " use drift='label' with a head, or a function of computed and reused scores"
         )
+    if isinstance(model, PairScores) and not _separated(model):
+        raise ConfigError(
+            "the tokens of this model do not tell the two texts of a pair apart, so a pair could be answered by "
+            "another one whose texts are exchanged; reuse its pairs by repeats alone"
+        )
+
+
+def _separated(model: PairScores) -> bool:
+    """Return whether the token ids of a pair say which tokens belong to the first text."""
+    one, other = _PROBES
+    rows = model.tokenise([(one, one), (one, other), (other, one)], None, None).ids
+    same, right, turned = (sorted(row[~side_of(row)].tolist()) for row in rows)
+    return same == right != turned

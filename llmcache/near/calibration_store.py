@@ -16,6 +16,7 @@ from llmcache.indexes.format.marks import UNKNOWN
 from llmcache.indexes.format.rows import Rows
 from llmcache.indexes.search.bank_index import half
 from llmcache.indexes.store import Store
+from llmcache.model.identity import CLASS
 from llmcache.near import fitted_models as fitting
 from llmcache.near.calibration.calibrate import Calibration, FittedModels, calibrated
 from llmcache.near.calibration.drift import Drift
@@ -57,6 +58,9 @@ class CalibrationStore:
         self._store, self._namespace, self._config, self._bank = store, namespace, config, bank
         self._fields, self._drift = fields, drift
         self._setting = SETTING if name == "output" else f"{SETTING}-{name}"
+        space = store.namespace(namespace)
+        # heads of a CrossEncoder read single texts
+        self._pairs = name == "output" and space is not None and _scores_pairs(space.identity)
 
     def saved(self) -> NearMatcher | None:
         """Load near reuse with the saved calibration. Returns None without one, and logs why if it is unreadable."""
@@ -71,7 +75,8 @@ class CalibrationStore:
             calibration, fitted = Calibration.from_json(raw), fitting.get(self._fitted(), place)
             self._check(fitted)
             return NearMatcher(
-                self._bank, calibration, fitted, self._fields, self._config, audits, self._drift, self._distilled(place)
+                self._bank, calibration, fitted, self._fields, self._config, audits, self._drift,
+                self._distilled(place), self._pairs,
             )  # fmt: skip
         except ConfigError as error:
             log.warning("near reuse is off: %s", error)
@@ -144,7 +149,9 @@ class CalibrationStore:
         read, sample_read = (self._fields.of(self._bank.marks(each)) for each in (rows, sample_rows))
         labelled_rows = rows if sample is None else sample_rows
         correct = np.array([labels[row] for row in labelled_rows.tolist()]) if labels else None
-        calibration, fitted = calibrated(entries, read, sample, sample_read, truth=correct, **settings)
+        calibration, fitted = calibrated(
+            entries, read, sample, sample_read, truth=correct, pairs=self._pairs, **settings
+        )
         calibration = replace(calibration, size=len(live), scope=f"{scope:016x}")
         fitted = replace(fitted, answering=answering_keys(self._bank, rows))
         place = self.save(calibration, fitted, None, commit)
@@ -198,3 +205,8 @@ class CalibrationStore:
 
     def _fitted(self) -> Bank:
         return self._store.bank(self._namespace, fitting.BANK, lambda: fitting.FACTS, self._config.near)
+
+
+def _scores_pairs(identity: Mapping[str, Any]) -> bool:
+    """Return whether a namespace is of a CrossEncoder. identity: as stored, `Identity.to_json`."""
+    return [CLASS, "CrossEncoder"] in [list(version) for version in identity.get("versions", ())]

@@ -15,6 +15,7 @@ from hashlib import blake2b, sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.document import Text, as_text
 from llmcache.indexes.format.marks import Marks, kinds_of, unmarked
 from llmcache.model.keys import Seed
 from llmcache.near.guard.rules import KINDS, RULES_VERSION, FieldGuard
@@ -60,10 +61,11 @@ class FieldDigests:
         self._pattern = pattern
         self._pattern_number = int.from_bytes(sha256(pattern.encode()).digest()[:4], "little") | 1 if pattern else 0
 
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.uint64]:
-        """Return the field digests of original texts without their prompt, uint64 [n, kinds]."""
-        limit = self._tokens()
-        read_parts = texts if limit is None else [part_read(text, limit) for text in texts]
+    def __call__(self, texts: Sequence[Text]) -> NDArray[np.uint64]:
+        """Return the field digests of original texts or pairs without their prompt, uint64 [n, kinds]."""
+        limit, read_parts = self._tokens(), [as_text(text) for text in texts]
+        if limit is not None:
+            read_parts = [part_read(text, limit) for text in read_parts]
         digests = self._default_guard.digests(read_parts)
         digests[:, _PATTERN] = self._pattern_guard.digests(read_parts)[:, _PATTERN] if self._pattern else 0
         return self._keyed(digests)

@@ -43,6 +43,7 @@ from llmcache.near.neighbors.near_matches import (
     no_neighbours,
 )
 from llmcache.near.neighbors.prediction_bank import Distilled
+from llmcache.near.neighbors.sides import exchanged, token_bags
 
 log = logging.getLogger("llmcache")
 
@@ -50,6 +51,8 @@ _CONSENSUS = EVIDENCE.index("consensus")
 
 UNREAD = "fields that are not stored with the entry under the rules in use"
 """Guard result for an entry that was stored without field digests, or with digests of other guard rules."""
+SIDES = "the order of their sides"
+"""Guard result for a pair of texts that would be answered by a pair whose sides are exchanged."""
 _BEFORE_SCOPES = "it was calibrated before entries stored their role and prompt; calibrate again"
 Decode = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 """Type of a function that turns token ids of documents back into texts."""
@@ -75,6 +78,7 @@ class NearMatcher:
         kept: Mapping[str, Any] | None = None,
         drift: Drift | None = None,
         distilled: Distilled | None = None,
+        pairs: bool = False,
     ) -> None:
         """Prepare near reuse; entries are read at the first look-up.
 
@@ -82,9 +86,10 @@ class NearMatcher:
         kept: a saved `state` to resume from.
         drift: the user's drift function, required when the calibration was made with one.
         distilled: stored predictions for the entries; None to predict them on each opening.
+        pairs: True if the documents are pairs of texts; matches whose sides are exchanged are then refused.
         """
         self._bank, self._digests, self._config, self._own = bank, fields, config, drift
-        self.distilled = distilled
+        self.distilled, self._pairs = distilled, pairs
         self.balance, self.pace = BreakEven(), Pace()
         self._unpriced = np.zeros(2, np.int64)  # tokens of hits and of audits until the pace of the model is known
         self.changed = False
@@ -103,6 +108,7 @@ class NearMatcher:
     def _begin(self, calibration: Calibration, fitted: FittedModels) -> None:
         self.calibration, self.fitted = calibration, fitted
         self._memory: NeighborIndex | None = None
+        self._bags = np.zeros(0, np.uint64)  # of the entries, where the documents are pairs
         self._too_few = ""
         self._rows, self._divergent = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._judge = judge_of(calibration, fitted, self._own)
@@ -183,6 +189,8 @@ class NearMatcher:
             if self.distilled is not None:
                 predictions = self.distilled.predictions(self._bank, self._rows, half(entries.features), predictor)
             self._memory = self._build_index(entries, predictions)
+            if self._pairs:
+                self._bags = token_bags(entries.tokens)
             self._divergent = self._bank.divergent(WORST)
         return self._memory
 
@@ -230,6 +238,14 @@ class NearMatcher:
         rows, similarity = self._rows[matches.neighbours[:, 0]], closest.copy()
         kinds: list[str | None] = [None] * len(rows)
         passed = np.flatnonzero(gate == TAKEN)
+        if self._pairs and len(passed):
+            eligible = eligible_sources(matches.similarities[passed], self.calibration.voting.temperature)
+            neighbours, pairs = self._rows[matches.neighbours[passed]], [tokens[i] for i in passed.tolist()]
+            wrong = exchanged(pairs, neighbours, eligible, self._bank.tokens_of)
+            wrong |= np.isin(token_bags(pairs), self._bags)
+            for i in passed[wrong].tolist():
+                gate[i], kinds[i] = GUARDED, SIDES
+            passed = passed[~wrong]
         if self._guard is not None and len(passed):
             neighbours, similarities = self._rows[matches.neighbours[passed]], matches.similarities[passed]
             query_digests = self._digests([texts[i] for i in passed.tolist()])
@@ -356,7 +372,7 @@ class NearMatcher:
                     rows, entries = entries_of(self._bank, self.scope)
                     digests, answering = self._fields_of(rows), answering_keys(self._bank, rows)
                     self._refitting = Refitting(
-                        entries, digests, self.calibration, self.fitted, len(in_scope), answering
+                        entries, digests, self.calibration, self.fitted, len(in_scope), answering, self._pairs
                     )
             return
         if (result := self._refitting.result()) is None:

@@ -34,6 +34,7 @@ from llmcache.near.neighbors.correction import Voting, eligible_sources
 from llmcache.near.neighbors.index import Entries, HostNeighborIndex
 from llmcache.near.neighbors.linear_head import LinearHead
 from llmcache.near.neighbors.predictor import LEAST, Predictor
+from llmcache.near.neighbors.sides import exchanged, token_bags
 
 OWN = "own"
 """Name of the drift when the user gave a function."""
@@ -226,6 +227,7 @@ def calibrated(
     pattern: str = "",
     seed: int = 0,
     refit_head: bool = False,
+    pairs: bool = False,
 ) -> tuple[Calibration, FittedModels]:
     """Calibrate near reuse on the entries of a cache.
 
@@ -239,6 +241,7 @@ def calibrated(
     truth: correct labels of the sample, or of the entries without a sample, for "accuracy".
     guarded, kinds, pattern: see `guard.rules.FieldGuard`.
     refit_head: fit a linear head again in every fold, to the head's decisions, although it could be used as it is.
+    pairs: True if the documents are pairs of texts. Matches whose sides are exchanged are then no hits, as in look-ups.
     Returns the calibration and the fitted models.
     ConfigError when settings cannot work or there are too few entries.
     """
@@ -273,6 +276,16 @@ def calibrated(
         eligible = eligible_sources(neighbors.similarities, voting.temperature)
         _, kind = rules.sharing(query_digests, read[neighbors.neighbours], eligible)
         score = np.where(kind >= 0, -np.inf, score)
+    if pairs:
+        eligible = eligible_sources(held_out.found.similarities, voting.temperature)
+        wrong = exchanged(
+            queries.tokens, held_out.found.neighbours, eligible,
+            lambda rows: [entries.tokens[row] for row in rows.tolist()],
+        )  # fmt: skip
+        bags, known = token_bags(queries.tokens), token_bags(entries.tokens)
+        distinct, counts = np.unique(known, return_counts=True)
+        wrong |= np.isin(bags, distinct[counts > 1] if sample is None else known)  # an entry has its own tokens too
+        score = np.where(wrong, -np.inf, score)
     measured, errors = held_out.drift, 0.0
     if drift == "accuracy" and truth is not None:
         measured, errors = accuracy_loss(queries, held_out, truth, head, sample is None), _MARGIN

@@ -49,16 +49,17 @@ class Refitting:
         fitted: FittedModels,
         size: int,
         answering: NDArray[np.uint64],
+        pairs: bool = False,
     ) -> None:
         """Start the thread.
 
         entries: those that answer later. read: digests of their fields, for the guard.
         before, fitted: the earlier calibration. size: number of entries in the bank.
-        answering: see `FittedModels.answering`.
+        answering: see `FittedModels.answering`. pairs: True if the documents are pairs of texts.
         """
         self._result: tuple[Calibration, FittedModels] | None = None
         self._size, self._answering = size, answering
-        self._thread = Thread(target=self._run, args=(entries, read, before, fitted), daemon=True)
+        self._thread = Thread(target=self._run, args=(entries, read, before, fitted, pairs), daemon=True)
         self._thread.start()
 
     def result(self) -> tuple[Calibration, FittedModels] | None:
@@ -69,12 +70,12 @@ class Refitting:
         """Wait for the thread to end."""
         self._thread.join()
 
-    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: FittedModels) -> None:
+    def _run(self, entries: Entries, read: Digests, before: Calibration, fitted: FittedModels, pairs: bool) -> None:
         try:
             calibration, models = calibrated(
                 entries, read, None, None, budget=before.budget, drift=before.drift, head=fitted.boundary,
                 limit=before.limit, confidence=before.confidence, guarded=before.guard, kinds=before.guard_kinds,
-                pattern=before.guard_pattern, seed=self._size, refit_head=True,
+                pattern=before.guard_pattern, seed=self._size, refit_head=True, pairs=pairs,
             )  # fmt: skip
         except LLMCacheError as error:
             log.warning("near reuse keeps its calibration on %d entries: %s", before.entries, error)
