@@ -55,7 +55,8 @@ class NearMethods(CacheParts):
         """Choose the threshold of near matches so that the mean drift of all results stays within a budget.
 
         sample: documents that are not stored and that the head was not trained on; they are computed. None uses the
-            stored entries, each matched against the others, with a head refitted to its own decisions.
+            stored entries, each matched against the others, with a head refitted to its own decisions. For a
+            CrossEncoder pairs of texts; matches whose sides are exchanged are no hits, whatever the guard.
         budget: mean drift allowed; 0.005 allows one result in 200 to differ.
         confidence: probability with which the bound holds; None uses the measured drift (with "accuracy": plus one
             standard error).
@@ -74,7 +75,8 @@ class NearMethods(CacheParts):
         role, prompt_name, prompt: of the documents to match, as for `run`. Near matches never come from entries with
             another role or prompt, and this calibration holds only for these.
         Returns the calibration, which is saved with the store and applies from now on. Its `threshold` is None if no
-        threshold is safe. ConfigError for invalid settings, or too few entries or documents.
+        threshold is safe. ConfigError for invalid settings, too few entries or documents, a SparseEncoder or
+        MultiVectorEncoder, and a CrossEncoder whose tokens do not separate the sides of a pair.
         """
         self._check_open()
         if of is None:

@@ -158,7 +158,8 @@ def _tau(amounts: RunForecast, around: RunContext) -> Advice:
         return Advice("tau", "as calibrated", f"the gate's threshold is {around.calibrated:.3g}")
     if around.config.tau is not None:
         tau = f"{around.config.tau:g}"
-        return Advice("tau", tau, "as given; its drift is not known, `llmcache calibrate` measures it")
+        how = "" if amounts.matrix_rows is not None else ", `llmcache calibrate` measures it"
+        return Advice("tau", tau, f"as given; its drift is not known{how}")
     if amounts.matrix_rows is not None:
         why = f"calibrated near reuse is for one vector per document, and a {around.encoder} gives a matrix"
         return Advice("tau", "none", why)
@@ -168,7 +169,8 @@ def _tau(amounts: RunForecast, around: RunContext) -> Advice:
     if amounts.similar is not None and amounts.similar < _LEAST_SHARE:
         return Advice("tau", "none", f"{amounts.similar:.1%} of the new documents have a neighbour at similarity 0.9")
     hint = "" if amounts.similar is None else f"{amounts.similar:.0%} of the new documents have a neighbour at 0.9; "
-    why = f"{hint}`llmcache calibrate --budget 0.005` says how many can be reused safely"
+    how = " --drift label --head H" if around.encoder == "CrossEncoder" else ""
+    why = f"{hint}`llmcache calibrate --budget 0.005{how}` says how many can be reused safely"
     return Advice("tau", "none yet", why)
 
 

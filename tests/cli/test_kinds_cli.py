@@ -242,6 +242,32 @@ def test_verify_model_takes_another_kind_by_name(llmcache: Command, plain: Path,
     assert "names one field" in texts.err
 
 
+def test_pairs_are_calibrated_on_the_command_line(
+    llmcache: Command, saved: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    def written(name: str, pairs: list[tuple[str, str]]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"query": a, "document": b}) + "\n" for a, b in pairs))
+        return path
+
+    grid = [(query, document) for query in sentences(20) for document in sentences(20, seed=1)]
+    known, sample = written("known.jsonl", grid[:300]), written("sample.jsonl", grid[300:])
+    model = CrossEncoder(saved["CrossEncoder"], device="cpu")
+    logits = model.predict(grid, activation_fn=torch.nn.Identity())
+    head, scale = tmp_path / "head.npz", 1 / logits.std()
+    np.savez(head, weights=np.array([[-scale], [scale]]), offset=np.median(logits) * np.array([scale, -scale]))
+    assert llmcache("build", known, "-m", saved["CrossEncoder"], "-s", store).code == 0
+    by = ("-s", store, "--budget", "0.5", "--json")
+    done = llmcache("calibrate", sample, *by, "--drift", "label", "--head", head)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["samples"] == 100
+    assert json.loads(done.out)["entries"] == 300
+    without = llmcache("calibrate", sample, *by)
+    assert (without.code, "this model gives one per document" in without.err) == (2, True)
+    one_field = llmcache("calibrate", sample, *by, "--text-field", "query")
+    assert (one_field.code, "names one field" in one_field.err) == (2, True)
+
+
 def test_purge_reads_with_the_kind_of_the_namespace(
     llmcache: Command, plain: Path, pairs: Path, tmp_path: Path
 ) -> None:

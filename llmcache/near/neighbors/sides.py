@@ -17,6 +17,7 @@ from llmcache.indexes.format.rows import Rows
 from llmcache.near.neighbors.correction import Tokens
 
 _BITS = 33  # of a token id and a side
+_BLOCK = 4096  # pairs of rows that are compared together, which bounds the memory
 
 
 def exchanged(
@@ -27,9 +28,13 @@ def exchanged(
     asked: token ids of pairs. neighbours: entries that results are made of, int64 [n, k]. eligible: bool [n, k], see
     `correction.eligible_sources`. tokens_of: returns the token ids of entries.
     """
+    wrong = np.zeros(len(asked), np.bool_)
     documents, places = np.nonzero(eligible)
-    found = sides_exchanged([asked[i] for i in documents.tolist()], tokens_of(neighbours[documents, places]))
-    return np.bincount(documents[found], minlength=len(asked)) > 0
+    found = neighbours[documents, places]
+    for start in range(0, len(documents), _BLOCK):
+        part, rows = documents[start : start + _BLOCK], found[start : start + _BLOCK]
+        wrong[part[sides_exchanged([asked[i] for i in part.tolist()], tokens_of(rows))]] = True
+    return wrong
 
 
 def token_bags(rows: Tokens) -> NDArray[np.uint64]:
