@@ -165,7 +165,8 @@ class LLMCache(EncodeMethods, PairMethods, NearMethods, ModelMethods):
         config: settings, saved with a new namespace. For an existing namespace, settings given here hold for this
             opening only; `fingerprint` and `dtype` cannot change.
         namespace: entries of different models live in different namespaces of one store.
-        tau, max_bytes: replace those of the settings, for this opening. CrossEncoders and MultiVectorEncoders take no tau.
+        tau, max_bytes: replace those of the settings, for this opening. A CrossEncoder or MultiVectorEncoder takes
+            no tau.
         drift: the custom drift function that near reuse was calibrated with, if any.
         secret, secret_file: at least 32 bytes that enter all keys of this namespace, or the file that holds them. An
             opening with another secret, or none, is refused.

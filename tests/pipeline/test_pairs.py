@@ -201,8 +201,6 @@ def test_stored_pairs_are_counted_before_a_run(cache: LLMCache) -> None:
 def test_what_pairs_cannot_do_is_said(cache: LLMCache, folder: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="chunk cuts documents of one text"):
         Pipeline(cache, chunk="structure")
-    with pytest.raises(ConfigError, match="not yet pairs"):
-        cache.plan(PAIRS)
     with pytest.raises(ConfigError, match="one pair of texts; give a list"):
         cache.run(PAIRS[0])
     for wrong in ("text", ("query",), ("query", "query"), ("query", "document", "id")):
