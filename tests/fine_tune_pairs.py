@@ -54,7 +54,7 @@ def fine_tuned(pairs: list[tuple[str, str]], labels: NDArray[np.float32], seed: 
         for number in random.permutation(len(batches)).tolist():
             chosen = batches[number]
             logits = model(model.preprocess([pairs[i] for i in chosen]))["scores"].reshape(-1)
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(labels[chosen]))
+            loss: Any = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(labels[chosen]))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -78,9 +78,9 @@ class Tail:
 
     @torch.inference_mode()
     def _tried(self) -> bool:
-        model, (first, *others) = self._model, list(self._model.children()) or [None]
+        model, modules = self._model, list(self._model.children())
         right = getattr(model.tokenizer, "padding_side", "right") == "right"
-        if type(first) is not Transformer or not others or not right:
+        if len(modules) < 2 or type(modules[0]) is not Transformer or not right:
             return False
         training, rows = model.training, tokenise(model, _TRIED, None, None)
         model.eval()

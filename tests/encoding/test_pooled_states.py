@@ -19,7 +19,7 @@ from tests import kinds
 from tests.small_sentences import PROMPTS, WIDTH, sentences, tiny_folder, with_router
 
 TEXTS = ["", "a", *sentences(12), "x y z " * 60]  # the last is longer than the model reads
-CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+CLOSE: Any = {"rtol": 1e-4, "atol": 2e-6}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,7 @@ def test_other_roles_and_prompts_get_nothing(cache: LLMCache, model: SentenceTra
 
 @pytest.mark.parametrize("name", ["doubled", "inputs", "router"])
 def test_a_tail_that_does_not_work_alone_is_not_used(folder: str, tmp_path: Path, name: str) -> None:
+    settings: Any
     if name == "router":
         model, settings = with_router(folder), {"role": "query"}
     else:
@@ -124,7 +125,7 @@ def test_forged_token_embeddings_are_found(folder: str, tmp_path: Path) -> None:
         tokens = cache._token_execution().bank
         rows = np.arange(len(tokens))
         values = [value + 1 for value in tokens.read(rows).values]
-        forged = [tokens.keys(rows), values, tokens.tokens_of(rows), tokens.sources(rows)]
+        forged: Any = [tokens.keys(rows), values, tokens.tokens_of(rows), tokens.sources(rows)]
     with LLMCache.open(tmp_path / "other", model) as cache:
         bank = cache._token_execution().bank
         bank.put(
