@@ -214,7 +214,7 @@ def use_named(name: str, small: SentenceTransformer) -> Use:
 
     def likelihoods(cache: LLMCache | None, texts: Sequence[str]) -> Answers:
         choices = [" w3 w4", " w5"]
-        found = decoding.score(model, words, texts, choices) if cache is None else cache.score(texts, choices)
+        found = likelihoods.score(model, words, texts, choices) if cache is None else cache.score(texts, choices)
         return list(found.total)
 
     return Use(model, likelihoods, words)
