@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
-from llmcache.banks.audits import Evidence
 from llmcache.banks.reader import BankReader
 from llmcache.calls.base import CacheParts
 from llmcache.concurrency.calls import call
@@ -26,6 +25,8 @@ from llmcache.layers.attachment import Attachment
 from llmcache.model.description.process_settings import running_mode
 from llmcache.model.digests import sha
 from llmcache.model.keys import Seed, key_seed
+
+Answered = TypeVar("Answered")
 
 
 class ModelMethods(CacheParts):
@@ -88,9 +89,11 @@ class ModelMethods(CacheParts):
         Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.
         """
         model, tokenizer = self._decoder()
-        return decoding.generate(
-            model, tokenizer, prompts, attached=self.attached, stored=self._stored_results(), batch_size=batch_size,
-            **generate_kwargs,
+        return self._with_stored_results(
+            lambda stored: decoding.generate(
+                model, tokenizer, prompts, attached=self.attached, stored=stored, batch_size=batch_size,
+                **generate_kwargs,
+            )
         )  # fmt: skip
 
     @call
@@ -103,10 +106,11 @@ class ModelMethods(CacheParts):
         Returns the scores; `Scores.total.argmax(1)` are the most likely choices.
         """
         model, tokenizer = self._decoder(causal=True)
-        return likelihoods.score(
-            model, tokenizer, prompts, choices, attached=self.attached, stored=self._stored_results(),
-            batch_size=batch_size,
-        )  # fmt: skip
+        return self._with_stored_results(
+            lambda stored: likelihoods.score(
+                model, tokenizer, prompts, choices, attached=self.attached, stored=stored, batch_size=batch_size
+            )
+        )
 
     @call
     def perplexity(
@@ -114,9 +118,11 @@ class ModelMethods(CacheParts):
     ) -> float:
         """Return the perplexity: exp of the mean negative log-likelihood per token, over windows of tokens."""
         model, tokenizer = self._decoder(causal=True)
-        return likelihoods.perplexity(
-            model, tokenizer, texts, window=window, stride=stride, attached=self.attached,
-            stored=self._stored_results(), batch_size=batch_size,
+        return self._with_stored_results(
+            lambda stored: likelihoods.perplexity(
+                model, tokenizer, texts, window=window, stride=stride, attached=self.attached, stored=stored,
+                batch_size=batch_size,
+            )
         )  # fmt: skip
 
     def _stored_results(self) -> StoredResults | None:
@@ -124,12 +130,12 @@ class ModelMethods(CacheParts):
 
         Their keys have the identity of the model as it is now, so a changed model finds no answers of its former state.
         """
-        if not self.config.answers or self._exact_audits.refusal() is not None:
+        if not self.config.answers:
             return None
         mode = running_mode(next(self.model.parameters()).device.type)
         digest = sha(self._identity_now().digest, mode.encode()) if mode else self._identity_now().digest
 
-        def results(name: str) -> tuple[AnswerBank, Evidence]:
+        def results(name: str) -> AnswerBank:
             bank = self._layers.bank(name, FACTS)
             reader = BankReader(bank, self._storing.worth(bank, name))
 
@@ -137,9 +143,13 @@ class ModelMethods(CacheParts):
                 return key_seed(digest, name, None, settings, self._layers.secret)
 
             evidence = self._exact_audits.evidence(bank, name, self.model, digest)
-            return AnswerBank(reader, seed, self._storing.put), evidence
+            return AnswerBank(reader, seed, self._storing.put, self._counters, evidence)
 
-        return StoredResults(*results(ANSWERS), *results(LIKELIHOODS), self._counters)
+        return StoredResults(results(ANSWERS), results(LIKELIHOODS), self._counters)
+
+    def _with_stored_results(self, run: Callable[[StoredResults | None], Answered]) -> Answered:
+        """Return `run(stored results)`; `run(None)` if an audit finds a mismatch and the settings ask for a bypass."""
+        return self._exact_audits.answered(lambda: run(self._stored_results()), lambda: run(None))
 
     def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         """Return the model and a private copy of its tokenizer. ConfigError when the model cannot do this."""

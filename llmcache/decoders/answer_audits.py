@@ -44,7 +44,6 @@ def audit_answers(
     rows = np.array([row for *_, row in stored], np.int64)
     if not len(rows):
         return
-    evidence.saved(rows)
     chosen = evidence.chosen(rows, lambda: np.array([len(ids) for ids, *_ in stored], np.int64)).tolist()
     audited = [stored[i] for i in chosen if any(map(len, stored[i][1]))]
     if not audited:
@@ -124,7 +123,6 @@ def audit_likelihoods(
     """
     if not len(rows):
         return
-    evidence.saved(rows)
     chosen = evidence.chosen(rows, lambda: np.array([len(each) for each in stored], np.int64))
     if not len(chosen):
         return

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.arrays import Floats32
+from llmcache.banks.audits import Evidence
+from llmcache.banks.counters import Counters
 from llmcache.banks.reader import BankReader
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.model.keys import Seed, token_keys
@@ -32,13 +34,21 @@ class StoredAnswers:
 class AnswerBank:
     """Bank of answers. A row is found by its token ids and settings, and its token ids are compared."""
 
-    def __init__(self, reader: BankReader, seed: Callable[[str], Seed], put: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        reader: BankReader,
+        seed: Callable[[str], Seed],
+        put: Callable[..., Any],
+        counters: Counters,
+        evidence: Evidence,
+    ) -> None:
         """reader: of the bank. seed: returns the seed of the keys for the name of the settings.
 
-        put: stores entries, see `BankWriter.put`.
+        put: stores entries, see `BankWriter.put`. counters: of the cache, which get the seconds that hits save.
+        evidence: that entries of the bank are the model's.
         """
-        self.bank = reader.bank
-        self._reader, self._seed, self._put = reader, seed, put
+        self.bank, self.evidence = reader.bank, evidence
+        self._reader, self._seed, self._put, self._counters = reader, seed, put, counters
 
     def numbers(self, name: str, rows: Sequence[Sequence[int]]) -> tuple[list[Floats32 | None], NDArray[np.int64]]:
         """Return the numbers stored for rows of token ids, and the rows of the bank, int64 [n]; None and -1 if missing.
@@ -56,6 +66,7 @@ class AnswerBank:
                     numbers[place] = np.asarray(value).reshape(-1)
                 else:
                     found[place] = -1
+            self._counters.saved_seconds += self.bank.cost(found[found >= 0])
         return numbers, found
 
     def find(self, name: str, rows: Sequence[Sequence[int]]) -> list[StoredAnswers | None]:
@@ -82,6 +93,21 @@ class AnswerBank:
             tokens=tokens, sources=list(sources) or [""] * len(rows), features=np.zeros((len(rows), 0), np.float32),
             cost=np.full(len(rows), seconds / max(1, len(rows)), np.float32),
         )  # fmt: skip
+        self.evidence.computed(keys)
+
+    def sample(self, name: str) -> list[tuple[NDArray[np.int32], Floats32, int]]:
+        """Return a few entries of these settings to audit before new ones are stored: token ids, numbers and row."""
+        if not self.evidence.open:
+            return []
+        rows = self.evidence.sample(self._seed(name).digest())
+        tokens = self.bank.tokens_of(rows)
+        own = np.flatnonzero((self._keys(name, tokens) == self.bank.keys(rows)).all(axis=1)) if len(rows) else []
+        own = own[self.evidence.spread(np.ones(len(own), np.bool_), lambda: np.arange(len(own)))] if len(own) else []
+        if not len(own):
+            return []
+        reading = self.bank.read(rows[own], count=False)
+        found = zip(own.tolist(), reading.values, reading.intact.tolist(), strict=True)
+        return [(tokens[i], np.asarray(value).reshape(-1), int(rows[i])) for i, value, intact in found if intact]
 
     def _keys(self, name: str, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.uint64]:
         return token_keys(self._seed(name), [row.tobytes() for row in tokens]).view(np.uint64)

@@ -97,7 +97,7 @@ def generate(
         with torch.inference_mode(), attached():
             return _answer_logits(model, pairs, padding)
 
-    audit = partial(audit_answers, stored.answer_evidence, settings, model=model, logits=logits, compute=compute)
+    audit = partial(audit_answers, stored.answers.evidence, settings, model=model, logits=logits, compute=compute)
     found = answered(rows, settings, stored.answers, compute, audit)
     stored.counters.answers_stored += sum(answer.stored for answer in found)
     sequences = [ids for answer in found for ids in answer.sequences]

@@ -155,12 +155,18 @@ def _likelihoods(
     known = {i: each for i, each in enumerate(numbers) if each is not None}
     at = list(known)
 
-    def recompute(some: Sequence[int]) -> list[Floats32]:
-        again = [rows[at[i]] for i in some]
-        computed = dict(_computed_likelihoods(model, tokenizer, again, len(again), attached))
-        return [computed[i].astype(np.float32) for i in range(len(again))]
+    def audit(entries: list[tuple[list[int], int]], values: list[Floats32], of_bank: NDArray[np.int64]) -> None:
+        def recompute(some: Sequence[int]) -> list[Floats32]:
+            computed = dict(_computed_likelihoods(model, tokenizer, [entries[i] for i in some], len(some), attached))
+            return [computed[i].astype(np.float32) for i in range(len(some))]
 
-    audit_likelihoods(stored.likelihood_evidence, places[at], list(known.values()), model, recompute)
+        audit_likelihoods(bank.evidence, of_bank, values, model, recompute)
+
+    audit([rows[i] for i in at], list(known.values()), places[at])
+    if len(known) < len(rows):  # a changed model must not add results to those of the unchanged one
+        sampled = bank.sample(LIKELIHOODS)
+        entries = [(ids[:-1].tolist(), int(ids[-1])) for ids, *_ in sampled]
+        audit(entries, [value for _, value, _ in sampled], np.array([row for *_, row in sampled], np.int64))
     stored.counters.answers_stored += len(known)
     for i, value in known.items():
         yield i, value.astype(np.float64)

@@ -9,10 +9,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from llmcache.banks.audits import Evidence
 from llmcache.banks.counters import Counters
 from llmcache.decoders.answer_audits import Compute, Ids, StoredAnswer
-from llmcache.decoders.answer_bank import AnswerBank, packed
+from llmcache.decoders.answer_bank import AnswerBank, packed, unpacked
 from llmcache.decoders.answer_settings import AnswerSettings
 
 Audit: TypeAlias = Callable[[list[StoredAnswer]], None]
@@ -21,12 +20,10 @@ Audit: TypeAlias = Callable[[list[StoredAnswer]], None]
 
 @dataclass(frozen=True, slots=True)
 class StoredResults:
-    """Banks of the finished results of a decoder, with the evidence that their entries are the model's."""
+    """Banks of the finished results of a decoder, and the counters of the cache."""
 
     answers: AnswerBank
-    answer_evidence: Evidence
     likelihoods: AnswerBank
-    likelihood_evidence: Evidence
     counters: Counters
 
 
@@ -54,6 +51,9 @@ def answered(
     answers = {row: Answer() for row in distinct}
     open_ = {row: list(row) for row in distinct}  # ids of prompt and answer so far, of prompts without a whole answer
     _read(open_, answers, settings, bank, audit)
+    if open_:  # a changed model must not add answers to those of the unchanged one
+        sampled = [(ids.tolist(), unpacked(numbers)[0], row) for ids, numbers, row in bank.sample(settings.name)]
+        audit(sampled)
     rest: dict[int | None, list[tuple[int, ...]]] = {}
     for prompt, ids in open_.items():
         rest.setdefault(None if settings.most is None else settings.most - len(ids) + len(prompt), []).append(prompt)
