@@ -82,8 +82,9 @@ class ModelMethods(CacheParts):
 
         An encoder-decoder generates from each text; the states of its encoder are reused.
 
-        Finished answers are stored where the settings always give the same answer (no sampling): they are read when
-        the prompt comes again, and an answer that ended at max_new_tokens is continued by a call with a higher limit.
+        With `CacheConfig(answers=True)` finished answers are stored where the settings always give the same answer (no
+        sampling). They are read when the prompt comes again, and an answer that ended at max_new_tokens is continued by
+        a call with a higher limit.
 
         generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
         Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.

@@ -73,7 +73,8 @@ def tokenizer() -> Any:
 
 
 def opened(store: Path, model: Any, **settings: Any) -> LLMCache:
-    return LLMCache.open(store, model, tokenizer=threads.tiny_tokenizer(), **settings)
+    config = CacheConfig(**{"answers": True, **settings.pop("config", {})})
+    return LLMCache.open(store, model, tokenizer=threads.tiny_tokenizer(), config=config, **settings)
 
 
 @pytest.fixture
@@ -215,8 +216,32 @@ def test_what_cannot_be_named_is_not_stored(cache: LLMCache, how: dict[str, Any]
     assert cache.stats().counters.answers_stored == 0
 
 
-def test_a_model_without_cache_and_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> None:
-    with opened(tmp_path / "store", causal, config=CacheConfig(answers=False)) as cache:
+@pytest.mark.parametrize("what", ["answers", "likelihoods"])
+def test_a_mismatch_can_be_bypassed(causal: Any, tmp_path: Path, what: str) -> None:
+    """With on_mismatch="bypass" the model answers itself, and nothing is stored any more."""
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+
+    def ask(cache: LLMCache) -> Any:
+        return lists(cache.generate(PROMPTS, **how)) if what == "answers" else cache.score(PROMPTS, CHOICES).total
+
+    with opened(tmp_path / "store", causal) as cache:
+        ask(cache)
+    with opened(tmp_path / "store", causal, config={"on_mismatch": "bypass"}) as cache:
+        identity = cache._identity_now()
+        cache.__dict__["_identity_now"] = lambda: identity
+        with torch.no_grad():
+            causal.lm_head.weight.mul_(-1)
+        found = ask(cache)
+        assert cache.stats().counters.exact_mismatches == 1
+    tokenizer = threads.tiny_tokenizer()
+    if what == "answers":
+        assert found == plain(causal, **how)
+    else:
+        np.testing.assert_allclose(found, likelihoods.score(causal, tokenizer, PROMPTS, CHOICES).total, atol=1e-4)
+
+
+def test_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> None:
+    with opened(tmp_path / "store", causal, config={"answers": False}) as cache:
         for _ in range(2):
             assert cache.generate(PROMPTS, max_new_tokens=3).reused == [0.0] * 5
             cache.score(PROMPTS, CHOICES)
