@@ -73,6 +73,8 @@ class CacheConfig:
     stand_aside: True stops reusing a bank while loading its entries takes longer than computing them; a few lookups go
         on to notice a change. False: stored entries are always reused.
     prefix_block: tokens per KV block, for decoders; 0 stores none.
+    answers: True stores the finished answers of `generate` where the settings always give the same answer, and the
+        log-likelihoods of `score` and `perplexity`; the same prompts then compute nothing.
 
     Calibrated near reuse.
 
@@ -124,6 +126,7 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
+    answers: bool = False
     near_repeats: int | None = 1
     audit_share: float = 0.02
     audit_time: float = 0.25

@@ -195,4 +195,11 @@ def _reused(cache: LLMCache) -> int:
     """Return the number of documents, rows and tokens that the cache has reused so far."""
     counters = cache.stats().counters
     layers = sum(layer.hits for layer in counters.layers.values())
-    return counters.exact_text + counters.exact_tokens + counters.repeats + layers + counters.prefix.restored
+    return (
+        counters.exact_text
+        + counters.exact_tokens
+        + counters.repeats
+        + layers
+        + counters.prefix.restored
+        + counters.answers_stored
+    )

@@ -290,7 +290,9 @@ def tried(kind: str, model_type: str, class_name: str, folder: Path, seed: int =
             outcome.built, outcome.reasons = False, ["the small model itself fails for every call"]
             return outcome
         counters = cache.stats().counters
-        outcome.reused = sum(one.hits for one in counters.layers.values()) + counters.prefix.restored
+        outcome.reused = (
+            sum(one.hits for one in counters.layers.values()) + counters.prefix.restored + counters.answers_stored
+        )
         outcome.reused += counters.prefix.shared
     outcome.reasons += said
     return outcome

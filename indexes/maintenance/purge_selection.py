@@ -39,6 +39,7 @@ Mask: TypeAlias = NDArray[np.bool_]
 _NONE: Mask = np.zeros(0, np.bool_)
 Place: TypeAlias = tuple[str, str]  # namespace and bank
 
+_CONTINUED = ("answers", "likelihoods")  # banks whose rows may continue a document: a prompt, and what follows it
 _BEGINNINGS = "prefix"
 _SOURCE_BYTES = 1024  # bytes of a source id that a sealed segment stores
 _SPAN = re.compile(r"#\d*(-\d*)?")  # suffix that chunking appends to a document id
@@ -261,7 +262,7 @@ def _select_in_namespace(
     for bank, bank_parts in parts.items():
         if bank != _BEGINNINGS:
             for part in _readable(bank_parts):
-                _add_equal_tokens(part, documents)
+                _add_equal_tokens(part, documents, continued=bank in _CONTINUED)
     for bank, bank_parts in parts.items():
         blocks = _blocks(bank_parts, documents) if bank == _BEGINNINGS else None
         for part in _readable(bank_parts):
@@ -320,17 +321,20 @@ def _record_rows(part: Part, documents: Documents) -> None:
         _mark_unreadable(part, error)
 
 
-def _add_equal_tokens(part: Part, documents: Documents) -> None:
-    """Record the keys of the rows of a segment that have the token ids of one of the documents."""
+def _add_equal_tokens(part: Part, documents: Documents, *, continued: bool) -> None:
+    """Record the keys of the rows of a segment that have, or if `continued` begin with, token ids of a document."""
     segment = part.segment
     lengths = {len(ids) // 4 for ids in documents.tokens}
     if segment is None or not lengths:
         return
-    places = np.flatnonzero(np.isin(segment.rows["tokens"], np.fromiter(lengths, np.int64, len(lengths))))
+    counts = segment.rows["tokens"]
+    possible = counts >= min(lengths) if continued else np.isin(counts, np.fromiter(lengths, np.int64, len(lengths)))
+    places = np.flatnonzero(possible)
     if not len(places):
         return
     try:
-        equal = [ids.tobytes() in documents.tokens for ids in segment.tokens_of(places)]
+        rows = [ids.tobytes() for ids in segment.tokens_of(places)]
+        equal = [ids.startswith(tuple(documents.tokens)) if continued else ids in documents.tokens for ids in rows]
         places = places[np.array(equal, np.bool_)]
         documents.names |= set(segment.sources(places)) - {""}
     except SnapshotDamaged as error:

@@ -66,6 +66,8 @@ class Counters:
     bypassed: documents passed to the model without the cache.
     attached_rows: rows of forward passes of attached models, without those of documents. attached_skipped: the same
         rows, each counted by the share of its layers that was skipped.
+    answers_stored: prompts of `generate`, and choices and windows of `score` and `perplexity`, whose whole result was
+        stored.
     left_alone: documents not looked up because loading takes longer than the model.
     audits: near hits that were recomputed. audited_drift: sum of their drifts. audit_seconds: approximate time.
     exact_audits: exact hits that were recomputed to check the store. exact_audit_seconds: time.
@@ -89,6 +91,7 @@ class Counters:
     bypassed: int = 0
     attached_rows: int = 0
     attached_skipped: float = 0.0
+    answers_stored: int = 0
     left_alone: int = 0
     audits: int = 0
     audited_drift: float = 0.0
@@ -113,8 +116,8 @@ class Counters:
 
     @property
     def requests(self) -> int:
-        """Number of documents, rows of attached models, and prompts."""
-        return self.documents + self.attached_rows + self.prefix.prompts
+        """Number of documents, rows of attached models, prompts, and results of prompts that were stored."""
+        return self.documents + self.attached_rows + self.prefix.prompts + self.answers_stored
 
     @property
     def answered(self) -> float:
@@ -137,7 +140,8 @@ def partly_answered(counters: Mapping[str, float]) -> float:
     """
     tokens = counters.get("prefix.tokens", 0)
     reused = 1 - counters.get("prefix.computed", 0) / tokens if tokens else 0.0
-    return counters.get("attached_skipped", 0) + max(0.0, reused) * counters.get("prefix.prompts", 0)
+    partly = counters.get("attached_skipped", 0) + max(0.0, reused) * counters.get("prefix.prompts", 0)
+    return partly + counters.get("answers_stored", 0)
 
 
 def layer_counters(lifetime: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
+from llmcache.banks.reader import BankReader
 from llmcache.calls.base import CacheParts
 from llmcache.concurrency.calls import call
 from llmcache.decoders import generation as decoding
-from llmcache.decoders.generation import Generated, Scores
+from llmcache.decoders import likelihoods
+from llmcache.decoders.answer_bank import ANSWERS, FACTS, LIKELIHOODS, AnswerBank
+from llmcache.decoders.generation import Generated
+from llmcache.decoders.likelihoods import Scores
+from llmcache.decoders.stored_answers import StoredResults
 from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result, Source
 from llmcache.errors import ConfigError, ForkedStoreError
 from llmcache.layers.attachment import Attachment
+from llmcache.model.description.process_settings import running_mode
+from llmcache.model.digests import sha
+from llmcache.model.keys import Seed, key_seed
+
+Answered = TypeVar("Answered")
 
 
 class ModelMethods(CacheParts):
@@ -72,13 +82,20 @@ class ModelMethods(CacheParts):
 
         An encoder-decoder generates from each text; the states of its encoder are reused.
 
+        With `CacheConfig(answers=True)` finished answers are stored where the settings always give the same answer (no
+        sampling). They are read when the prompt comes again, and an answer that ended at max_new_tokens is continued by
+        a call with a higher limit.
+
         generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
         Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.
         """
         model, tokenizer = self._decoder()
-        return decoding.generate(
-            model, tokenizer, prompts, attached=self.attached, batch_size=batch_size, **generate_kwargs
-        )
+        return self._with_stored_results(
+            lambda stored: decoding.generate(
+                model, tokenizer, prompts, attached=self.attached, stored=stored, batch_size=batch_size,
+                **generate_kwargs,
+            )
+        )  # fmt: skip
 
     @call
     def score(
@@ -90,7 +107,11 @@ class ModelMethods(CacheParts):
         Returns the scores; `Scores.total.argmax(1)` are the most likely choices.
         """
         model, tokenizer = self._decoder(causal=True)
-        return decoding.score(model, tokenizer, prompts, choices, attached=self.attached, batch_size=batch_size)
+        return self._with_stored_results(
+            lambda stored: likelihoods.score(
+                model, tokenizer, prompts, choices, attached=self.attached, stored=stored, batch_size=batch_size
+            )
+        )
 
     @call
     def perplexity(
@@ -98,9 +119,38 @@ class ModelMethods(CacheParts):
     ) -> float:
         """Return the perplexity: exp of the mean negative log-likelihood per token, over windows of tokens."""
         model, tokenizer = self._decoder(causal=True)
-        return decoding.perplexity(
-            model, tokenizer, texts, window=window, stride=stride, attached=self.attached, batch_size=batch_size
-        )
+        return self._with_stored_results(
+            lambda stored: likelihoods.perplexity(
+                model, tokenizer, texts, window=window, stride=stride, attached=self.attached, stored=stored,
+                batch_size=batch_size,
+            )
+        )  # fmt: skip
+
+    def _stored_results(self) -> StoredResults | None:
+        """Return the banks of finished answers and log-likelihoods; None if they are not used.
+
+        Their keys have the identity of the model as it is now, so a changed model finds no answers of its former state.
+        """
+        if not self.config.answers:
+            return None
+        mode = running_mode(next(self.model.parameters()).device.type)
+        digest = sha(self._identity_now().digest, mode.encode()) if mode else self._identity_now().digest
+
+        def results(name: str) -> AnswerBank:
+            bank = self._layers.bank(name, FACTS)
+            reader = BankReader(bank, self._storing.worth(bank, name))
+
+            def seed(settings: str) -> Seed:
+                return key_seed(digest, name, None, settings, self._layers.secret)
+
+            evidence = self._exact_audits.evidence(bank, name, self.model, digest)
+            return AnswerBank(reader, seed, self._storing.put, self._counters, evidence)
+
+        return StoredResults(results(ANSWERS), results(LIKELIHOODS), self._counters)
+
+    def _with_stored_results(self, run: Callable[[StoredResults | None], Answered]) -> Answered:
+        """Return `run(stored results)`; `run(None)` if an audit finds a mismatch and the settings ask for a bypass."""
+        return self._exact_audits.answered(lambda: run(self._stored_results()), lambda: run(None))
 
     def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
         """Return the model and a private copy of its tokenizer. ConfigError when the model cannot do this."""

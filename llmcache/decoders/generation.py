@@ -1,27 +1,28 @@
-"""Generation, multiple choice and perplexity with a causal model, by plain transformers calls.
+"""Generation with a causal model or an encoder-decoder, by plain calls of `model.generate`.
 
-A cache takes part through the context manager `attached`, which is entered around the calls of the model. Without it
-the results are the model's own.
+A cache takes part through the context manager `attached`, which is entered around the calls of the model, and through
+its stored answers. Without them the results are the model's own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcache.errors import ConfigError
-from llmcache.model.forward_patch import OwnHook
+from llmcache.arrays import Floats32
+from llmcache.decoders.answer_audits import Ids, audit_answers
+from llmcache.decoders.answer_settings import answer_settings
+from llmcache.decoders.prompts import check_batch_size, forward_call, logits_of, padded, padding_id, prompt_ids
+from llmcache.decoders.stored_answers import StoredResults, answered, up_to_end
 from llmcache.model.row_batches import batching_of
-from llmcache.records import check_many, check_texts
+from llmcache.records import check_texts
 
 Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -30,31 +31,16 @@ Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 class Generated:
     """Generated texts.
 
-    ids: int64 [new tokens] for each prompt (and each returned sequence), as `model.generate` returns them.
+    ids: int64 [new tokens] for each prompt (and each returned sequence), as `model.generate` returns them, but without
+        the padding after an end token.
+    reused: for each prompt, the share of its new tokens that came from stored answers, in [0, 1].
+    not_stored: reason why answers of these settings are not stored; "" if they are, or without a store.
     """
 
     texts: list[str]
-    ids: list[NDArray[np.int64]]
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Log-likelihoods of choices given their prompts, in nats.
-
-    total: float64 [prompts, choices]. tokens: int64 [prompts, choices], tokens of each choice. Where a prompt has fewer
-    choices than others, total is -inf and tokens 0.
-    """
-
-    total: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-
-    @property
-    def per_token(self) -> NDArray[np.float64]:
-        """Mean log-likelihood per token of each choice, float64 [prompts, choices]."""
-        return self.total / np.maximum(self.tokens, 1)
-
-
-# -- generation ---------------------------------------------------------------------------------------------
+    ids: list[Ids]
+    reused: list[float] = field(default_factory=list)
+    not_stored: str = ""
 
 
 def generate(
@@ -63,6 +49,7 @@ def generate(
     prompts: Sequence[str],
     *,
     attached: Attached = nullcontext,
+    stored: StoredResults | None = None,
     batch_size: int = 32,
     **generate_kwargs: Any,
 ) -> Generated:
@@ -70,30 +57,84 @@ def generate(
 
     Prompts of an encoder-decoder are padded on the right, since its encoder counts positions from the left. Where
     padding changes the generated tokens (recurrent models), only prompts of equal length share a batch.
+    stored: stored answers, which are used, continued and extended where the settings always give the same answer.
     generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt.
     Returns texts without special tokens, and ids. A prompt that is too long for the model raises the model's own error.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     check_texts(prompts, "prompts")
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
-    rows = [list(tokenizer(prompt)["input_ids"]) if whole else _ids(tokenizer, prompt) for prompt in prompts]
+    rows = [list(tokenizer(prompt)["input_ids"]) if whole else prompt_ids(tokenizer, prompt) for prompt in prompts]
     if not rows:
         return Generated([], [])
-    padding, lengths = _padding(model, tokenizer), list(map(len, rows))
+    padding = padding_id(model, tokenizer)
     batching = batching_of(model, "generate", lambda batch: _first_steps(model, batch, padding, left=not whole))
     more = generate_kwargs.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
-    answers: dict[int, list[NDArray[np.int64]]] = {}
-    with torch.inference_mode(), attached():
-        for chosen in batching.batches(range(len(rows)), lengths, batch_size, int(more)):
-            ids, mask = padded([rows[i] for i in chosen], padding, model.device, left=not whole)
-            arguments = {"pad_token_id": padding, **generate_kwargs}
-            output = model.generate(input_ids=ids, attention_mask=mask, **arguments)
-            output = output if isinstance(output, Tensor) else output.sequences
-            written = list(output[:, 0 if whole else ids.shape[1] :].cpu().numpy())
-            per_prompt = len(written) // len(chosen)
-            answers |= {row: written[per_prompt * i : per_prompt * (i + 1)] for i, row in enumerate(chosen)}
-    sequences = [ids for row in range(len(rows)) for ids in answers[row]]
-    return Generated([tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences], sequences)
+    arguments = {"pad_token_id": padding, **generate_kwargs}
+    ends = _ends(model, arguments)
+
+    def compute(inputs: list[list[int]], most: int | None) -> list[list[Ids]]:
+        answers: dict[int, list[Ids]] = {}
+        limits = arguments if most is None else {**arguments, "max_new_tokens": most}
+        with torch.inference_mode(), attached():
+            for chosen in batching.batches(range(len(inputs)), list(map(len, inputs)), batch_size, most or int(more)):
+                ids, mask = padded([inputs[i] for i in chosen], padding, model.device, left=not whole)
+                output = model.generate(input_ids=ids, attention_mask=mask, **limits)
+                output = output if isinstance(output, Tensor) else output.sequences
+                written = list(output[:, 0 if whole else ids.shape[1] :].cpu().numpy())
+                written = [up_to_end(each, ends, int(whole)) for each in written]
+                of_each = len(written) // len(chosen)
+                answers |= {row: written[of_each * i : of_each * (i + 1)] for i, row in enumerate(chosen)}
+        return [answers[row] for row in range(len(inputs))]
+
+    settings = answer_settings(model, arguments)
+    if stored is None or isinstance(settings, str):
+        sequences = [ids for of_prompt in compute(rows, None) for ids in of_prompt]
+        reason = settings if stored is not None and isinstance(settings, str) else ""
+        return Generated(_texts(tokenizer, sequences), sequences, [0.0] * len(rows), reason)
+
+    def logits(pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
+        with torch.inference_mode(), attached():
+            return _answer_logits(model, pairs, padding)
+
+    audit = partial(audit_answers, stored.answers.evidence, settings, model=model, logits=logits, compute=compute)
+    found = answered(rows, settings, stored.answers, compute, audit)
+    stored.counters.answers_stored += sum(answer.stored for answer in found)
+    sequences = [ids for answer in found for ids in answer.sequences]
+    reused = [answer.reused / max(1, sum(map(len, answer.sequences))) for answer in found]
+    return Generated(_texts(tokenizer, sequences), sequences, reused)
+
+
+def _texts(tokenizer: Any, sequences: Sequence[Ids]) -> list[str]:
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
+
+
+def _ends(model: Any, arguments: dict[str, Any]) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer, with these arguments of `model.generate`."""
+    config = arguments.get("generation_config") or model.generation_config
+    ends = arguments.get("eos_token_id", config.eos_token_id)
+    return frozenset([] if ends is None else map(int, ends if isinstance(ends, list) else [ends]))
+
+
+def _answer_logits(model: Any, pairs: list[tuple[list[int], Ids]], padding: int) -> list[Floats32]:
+    """Return the logits that decide each token of some answers, float32 [tokens, vocabulary] each, in one batch."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        call = forward_call(model, [prompt for prompt, _ in pairs], padding)
+        starts = [ids[:-1].tolist() or ids.tolist() for _, ids in pairs]
+        call["decoder_input_ids"], call["decoder_attention_mask"] = padded(starts, padding, model.device, left=False)
+        table = logits_of(model, call).float().cpu().numpy()
+        # the first id is the decoder's start token, which no logits decide
+        return [_with_start(rows[: len(ids) - 1], ids) for rows, (_, ids) in zip(table, pairs, strict=True)]
+    rows = [[*prompt, *ids.tolist()][:-1] for prompt, ids in pairs]
+    table = logits_of(model, forward_call(model, rows, padding)).float().cpu().numpy()
+    return [each[len(prompt) - 1 :][: len(ids)] for each, (prompt, ids) in zip(table, pairs, strict=True)]
+
+
+def _with_start(logits: Floats32, ids: Ids) -> Floats32:
+    """Return logits with a row before them that is highest at the start token."""
+    first = np.zeros((1, logits.shape[1]), np.float32)
+    first[0, ids[0]] = 1
+    return np.concatenate([first, logits])
 
 
 def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool) -> list[Tensor]:
@@ -111,268 +152,3 @@ def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool)
         return_dict_in_generate=True,
     )
     return list(torch.stack(output.logits, 1))
-
-
-# -- likelihoods --------------------------------------------------------------------------------------------
-
-
-def score(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    choices: Sequence[str] | Sequence[Sequence[str]],
-    *,
-    attached: Attached = nullcontext,
-    batch_size: int = 32,
-) -> Scores:
-    """Compute the log-likelihood of each choice as the continuation of its prompt.
-
-    choices: the same for all prompts, or a list for each prompt. A choice has its own leading space.
-    As in evaluation harnesses, prompt and choice are tokenised as one text. White space at the end of the prompt
-    (blanks, tabs, line ends, no-break spaces) counts for the choice. The choice begins at the first token that the
-    prompt alone does not have, so a token that spans both counts for the choice. A prompt without tokens is replaced
-    by the tokenizer's first (or last) special token.
-    ConfigError when there is not one list for each prompt, or a choice has no tokens.
-    """
-    _check_batch_size(batch_size)
-    check_texts(prompts, "prompts")
-    check_many(choices, "choices")
-    by_prompt = _of_each(choices, len(prompts))
-    if len(by_prompt) != len(prompts):
-        raise ConfigError(
-            f"there are {len(prompts)} prompts and {len(by_prompt)} lists of choices; give one list for each"
-        )
-    rows, places = [], []
-    for i, (prompt, of_prompt) in enumerate(zip(prompts, by_prompt, strict=True)):
-        stem = _ids(tokenizer, prompt.rstrip())
-        for j, choice in enumerate(of_prompt):
-            whole = _ids(tokenizer, prompt + choice)
-            shared = _common_prefix(stem, whole)
-            if len(whole) == shared:
-                raise ConfigError(f"choice {j} of prompt {i} has no tokens of its own: {choice!r}")
-            if not shared:
-                whole, shared = [_first(tokenizer), *whole], 1
-            rows.append((whole, len(whole) - shared))
-            places.append((i, j))
-    total = np.full((len(prompts), max(map(len, by_prompt), default=0)), -np.inf)
-    tokens = np.zeros(total.shape, np.int64)
-    for start, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
-        i, j = places[start]
-        total[i, j], tokens[i, j] = values.sum(), len(values)
-    return Scores(total, tokens)
-
-
-def perplexity(
-    model: Any,
-    tokenizer: Any,
-    texts: str | Sequence[str],
-    *,
-    window: int,
-    stride: int | None = None,
-    attached: Attached = nullcontext,
-    batch_size: int = 8,
-) -> float:
-    """Return the perplexity of texts: exp of the mean negative log-likelihood per token, over windows of the texts.
-
-    window: tokens of a window, at least 2. stride: tokens from one window to the next; None: windows do not overlap.
-    A token in two windows counts in the first of them. So a token after the first window has at least window - stride
-    tokens before it. The first token of a text has no context and does not count.
-    ConfigError when no token counts, or window or stride is out of range.
-    """
-    _check_batch_size(batch_size)
-    step = window if stride is None else stride
-    if not 1 <= step <= window or window < 2:
-        raise ConfigError(f"window is at least 2 tokens and stride from 1 to window, got {window} and {step}")
-    rows = []
-    texts = [texts] if isinstance(texts, str) else texts
-    check_texts(texts, "texts")
-    for text in texts:
-        ids, done = _ids(tokenizer, text), 1
-        for start in range(0, len(ids), step):
-            stop = min(start + window, len(ids))
-            counted = min(stop - done, stop - start - 1)
-            if counted > 0:
-                rows.append((ids[start:stop], counted))
-            done = stop
-            if stop == len(ids):
-                break
-    sums = np.zeros(len(rows))
-    for place, values in _likelihoods(model, tokenizer, rows, batch_size, attached):
-        sums[place] = values.sum()
-    count = sum(counted for _, counted in rows)
-    if not count:
-        raise ConfigError("the texts have no token that follows another; perplexity needs at least two tokens")
-    return math.exp(-float(sums.sum()) / count)
-
-
-def _likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int, attached: Attached
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield for each row its number and the log-likelihoods of its last tokens.
-
-    rows: ids, and the number of last tokens that count. Rows with common prefixes share batches. They are padded on
-    the right: a causal model does not attend to this padding, and counts positions as for the row alone.
-    """
-    if not rows:
-        return
-    padding = _padding(model, tokenizer)
-
-    def probed(batch: list[list[int]]) -> list[Tensor]:
-        """Return the logits of each row, run in one batch; of several rows with `_logits_at`, as below."""
-        if len(batch) == 1:
-            return [_logits(model, _call(model, batch, padding))[0]]
-        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(batch)])
-        columns = torch.cat([torch.arange(len(row)) for row in batch])
-        logits = _logits_at(model, _call(model, batch, padding), of, columns)
-        return list(torch.split(logits, [len(row) for row in batch]))
-
-    batching = batching_of(model, "logits", probed)
-    # the prediction after the last id is not needed, so a causal model is not given this id
-    inputs = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
-    lengths = list(map(len, inputs))
-    # rows with common prefixes next to each other: the prefix cache computes a prefix once per batch
-    batches = list(batching.batches(_by_length_and_prefix(rows), lengths, batch_size))
-    with torch.inference_mode(), attached():
-        for chosen in batches:
-            call = _call(model, [inputs[i] for i in chosen], padding)
-            counted = [rows[i][1] for i in chosen]
-            ends = [len(rows[i][0]) - 1 for i in chosen]
-            of = np.repeat(np.arange(len(chosen)), counted)
-            columns = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counted, strict=True)])
-            wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
-            logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
-            asked = torch.from_numpy(wanted)[:, None].to(logits.device)
-            likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
-            values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
-            yield from zip(chosen, values, strict=True)
-
-
-def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the logits at these rows and columns of a call, [n, vocabulary].
-
-    The head, a third of a small model, is computed for these places only. `logits_to_keep` would need the same columns
-    for all rows.
-    """
-
-    inside = 0  # nested calls of the decoder: its first call may run trial forwards of the decoder
-
-    def enter(_: Any, __: Any) -> None:
-        nonlocal inside
-        inside += 1
-
-    def pick(_: Any, __: Any, output: Any) -> Any:
-        nonlocal inside
-        inside -= 1
-        states = getattr(output, "last_hidden_state", None)
-        if states is not None and not inside:
-            output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)][None]
-        return output
-
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not isinstance(decoder, torch.nn.Module):
-        return _logits(model, call)[rows.to(model.device), columns.to(model.device)]
-    # OwnHook: the hooks must not act in other threads that run the model, nor in copies of it
-    hooks = (
-        decoder.register_forward_pre_hook(OwnHook(decoder, enter)),
-        decoder.register_forward_hook(OwnHook(decoder, pick)),
-    )
-    try:
-        logits = _logits(model, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if logits.shape[:2] == (1, len(rows)):
-        return logits[0]
-    # here the head does not read the output of get_decoder()
-    return logits[rows.to(logits.device), columns.to(logits.device)]
-
-
-def _call(model: Any, rows: Sequence[Sequence[int]], padding: int) -> dict[str, Any]:
-    """Return the arguments for rows padded on the right, with a mask where there is padding."""
-    ids, mask = padded(rows, padding, model.device, left=False)
-    parameters = signature(model.forward).parameters
-    call: dict[str, Any] = {"input_ids": ids}
-    if not mask.all():
-        call["attention_mask"] = mask
-    if "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        call["use_cache"] = False
-    return call
-
-
-def _logits(model: Any, call: dict[str, Any]) -> Tensor:
-    logits: Tensor = model(**call).logits
-    return logits
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common prefix of two rows of token ids."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _by_length_and_prefix(rows: Sequence[tuple[list[int], int]]) -> list[int]:
-    """Return the order of the rows: grouped by the tokens before those that count, groups with long rows first.
-
-    rows: ids, and the number of last tokens that count.
-    """
-    longest: dict[tuple[int, ...], int] = {}
-    stems = [tuple(ids[: max(1, len(ids) - n)]) for ids, n in rows]
-    for stem, (ids, _) in zip(stems, rows, strict=True):
-        longest[stem] = max(longest.get(stem, 0), len(ids))
-    return sorted(range(len(rows)), key=lambda i: (-longest[stems[i]], stems[i], -len(rows[i][0])))
-
-
-# -- tokens -------------------------------------------------------------------------------------------------
-
-
-def padded(rows: Sequence[Sequence[int]], padding: int, device: Any, *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, int64 [rows, columns], padded on the left or on the right."""
-    columns = max(map(len, rows))
-    ids = np.full((len(rows), columns), padding, np.int64)
-    mask = np.zeros((len(rows), columns), np.int64)
-    for i, row in enumerate(rows):
-        span = slice(columns - len(row), columns) if left else slice(len(row))
-        ids[i, span], mask[i, span] = row, 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Return token ids with the special tokens before the text, without those after the text."""
-    ids = list(tokenizer(text)["input_ids"])
-    last = tokenizer.eos_token_id
-    if len(ids) > 1 and last is not None and ids[-1] == last and not text.endswith(tokenizer.eos_token):
-        ids.pop()
-    return ids
-
-
-def _first(tokenizer: Any) -> int:
-    """Return the token id that stands for an empty prompt."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ConfigError("a prompt has no tokens and the tokenizer no special token to begin with; give a longer prompt")
-
-
-def _padding(model: Any, tokenizer: Any) -> int:
-    """Return a token id for padding. Padding is masked, so any id will do."""
-    ends = model.generation_config.eos_token_id
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, ends[0] if isinstance(ends, list) else ends):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def _of_each(choices: Sequence[Any], prompts: int) -> list[list[str]]:
-    """Return one list of choices for each prompt."""
-    if not isinstance(choices, Sequence):
-        raise ConfigError(f"choices are a list of texts, or a list for each prompt, got a {type(choices).__name__}")
-    if any(isinstance(choice, str) for choice in choices):
-        check_texts(choices, "choices")
-        return [list(choices)] * prompts
-    for of_prompt in choices:
-        check_texts(of_prompt, "choices of a prompt")
-    return [list(of_prompt) for of_prompt in choices]
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")

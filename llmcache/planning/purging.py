@@ -137,7 +137,8 @@ def tokens_of_texts(
     """Return the token ids of each text with each prompt, to find states whose entry was removed.
 
     reader: a model of sentence-transformers, which truncates texts as in `encode`, or a transformers tokenizer, whose
-    ids are returned with and without special tokens. Returns distinct int32 [tokens] arrays.
+    ids are returned with and without special tokens, and without those after the text.
+    Returns distinct int32 [tokens] arrays.
     """
     from sentence_transformers.base.model import BaseModel
 
@@ -154,8 +155,15 @@ def tokens_of_texts(
                 for special in (True, False)
                 for ids in reader(prompted, add_special_tokens=special, padding=False)["input_ids"]
             ]
+            rows += [_without_end(ids, reader.all_special_ids) for ids in rows]
         distinct |= {row.tobytes(): np.ascontiguousarray(row, np.int32) for row in rows if len(row)}
     return list(distinct.values())
+
+
+def _without_end(ids: NDArray[np.int32], special: Sequence[int]) -> NDArray[np.int32]:
+    """Return token ids without special tokens after the last other one; none if all are special."""
+    others = np.flatnonzero(~np.isin(ids, special))
+    return ids[: int(others[-1]) + 1] if len(others) else ids[:0]
 
 
 def kind_of(store: Store, namespace: str) -> str | None:

@@ -40,7 +40,7 @@ class RunTotals:
             return float(counters.get(name, 0))
 
         documents, misses, near = get("documents"), get("misses"), get("near")
-        others, partly = get("attached_rows") + get("prefix.prompts"), partly_answered(counters)
+        others, partly = get("attached_rows") + get("prefix.prompts") + get("answers_stored"), partly_answered(counters)
         exact = max(0.0, documents - misses - near)
         text = min(exact, get("exact_text"))
         tokens = min(exact - text, get("exact_tokens"))

@@ -30,6 +30,7 @@ from llmcache.banks.agreement import compared
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.decoders import generation as decoding
+from llmcache.decoders import likelihoods as scoring
 from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.model.description import describe as description
 from llmcache.model.description.watch import ModelWatch
@@ -214,7 +215,7 @@ def use_named(name: str, small: SentenceTransformer) -> Use:
 
     def likelihoods(cache: LLMCache | None, texts: Sequence[str]) -> Answers:
         choices = [" w3 w4", " w5"]
-        found = decoding.score(model, words, texts, choices) if cache is None else cache.score(texts, choices)
+        found = scoring.score(model, words, texts, choices) if cache is None else cache.score(texts, choices)
         return list(found.total)
 
     return Use(model, likelihoods, words)

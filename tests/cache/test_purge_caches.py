@@ -163,7 +163,7 @@ def test_beginnings_of_a_prompt_and_what_was_generated_from_it_are_gone(tmp_path
     torch.set_num_threads(1)
     causal, tokenizer = decoder("llama"), plain_tokenizer()
     shared = " ".join(f"w{i}" for i in range(20))
-    prompts = [f"{shared} " + " ".join(f"w{(7 * i + j) % 90}" for j in range(14)) for i in range(5)]
+    prompts = [f"{shared} " + " ".join(f"w{20 + 14 * i + j}" for j in range(14)) for i in range(5)]
     with LLMCache.open(tmp_path / "store", causal, tokenizer=tokenizer, config=CacheConfig(prefix_block=4)) as cache:
         expected = cache.generate(prompts, max_new_tokens=6, do_sample=False).texts
     ids = tokens_of_texts(tokenizer, [prompts[2]])

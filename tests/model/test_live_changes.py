@@ -490,15 +490,15 @@ def generate_itself(model: Any) -> Any:
 
 
 def score_itself(model: Any) -> Any:
-    from llmcache.decoders import generation as decoding
+    from llmcache.decoders import likelihoods
 
-    return decoding.score(model, tokenizer(), TEXTS, CHOICES).total
+    return likelihoods.score(model, tokenizer(), TEXTS, CHOICES).total
 
 
 def perplexity_itself(model: Any) -> Any:
-    from llmcache.decoders import generation as decoding
+    from llmcache.decoders import likelihoods
 
-    return np.array([decoding.perplexity(model, tokenizer(), TEXTS, window=6)])
+    return np.array([likelihoods.perplexity(model, tokenizer(), TEXTS, window=6)])
 
 
 def run_heads(cache: LLMCache, model: Any) -> Any:

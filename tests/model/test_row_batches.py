@@ -13,6 +13,7 @@ import torch
 
 from llmcache import LLMCache
 from llmcache.decoders import generation as decoding
+from llmcache.decoders import likelihoods as scoring
 from llmcache.errors import ConfigError
 from tests.tiny import VOCABULARY, architectures, tiny_model
 
@@ -69,12 +70,12 @@ def total(model: Any, ids: list[int], counted: int) -> float:
 def test_a_score_is_the_likelihood_of_the_row_alone(model_type: str, store: Path) -> None:
     model = made(model_type)
     expected = [[total(model, LETTERS(prompt + one)["input_ids"], len(one)) for one in CHOICES] for prompt in PROMPTS]
-    found = decoding.score(model, LETTERS, PROMPTS, CHOICES).total
+    found = scoring.score(model, LETTERS, PROMPTS, CHOICES).total
     np.testing.assert_allclose(found, expected, rtol=2e-4)
     with LLMCache.open(store, model) as cache:
         attached = cache.attached
         try:
-            both = [decoding.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
+            both = [scoring.score(model, LETTERS, PROMPTS, CHOICES, attached=attached).total for _ in range(2)]
         except ConfigError:  # models that cannot be attached raise the reason at once
             return
     for one in both:
@@ -84,7 +85,7 @@ def test_a_score_is_the_likelihood_of_the_row_alone(model_type: str, store: Path
 @pytest.mark.parametrize("model_type", CHOSEN)
 def test_perplexity_is_that_of_each_window_alone(model_type: str) -> None:
     model, texts = made(model_type), ["some text that is long enough", "another", "x y"]
-    found = decoding.perplexity(model, LETTERS, texts, window=16, stride=8)
+    found = scoring.perplexity(model, LETTERS, texts, window=16, stride=8)
     sums, count = 0.0, 0
     for text in texts:
         ids, done = LETTERS(text)["input_ids"], 1
@@ -136,7 +137,7 @@ class Merging(Letters):
 def test_white_space_at_the_end_of_a_prompt_counts_for_the_choice(space: str, tokenizer: Any) -> None:
     model = made("gpt2")
     prompt, choices = "the end of", ["it", "\nno", " x"]
-    found = decoding.score(model, tokenizer, [prompt + space], choices)
+    found = scoring.score(model, tokenizer, [prompt + space], choices)
     stem = tokenizer(prompt)["input_ids"]
     for place, choice in enumerate(choices):
         ids = tokenizer(prompt + space + choice)["input_ids"]
@@ -156,7 +157,7 @@ class Pairs(Letters):
 @pytest.mark.parametrize("prompt", ["a", "abc", "abcd", "abcde"])
 def test_a_token_that_prompt_and_choice_share_counts_for_the_choice(prompt: str) -> None:
     model, tokenizer = made("gpt2"), Pairs()
-    found = decoding.score(model, tokenizer, [prompt], ["xyz"])
+    found = scoring.score(model, tokenizer, [prompt], ["xyz"])
     ids = tokenizer(prompt + "xyz")["input_ids"]
     shared = len(prompt) // 2
     row, counted = (ids, len(ids) - shared) if shared else ([tokenizer.bos_token_id, *ids], len(ids))
@@ -170,7 +171,7 @@ def test_trying_out_how_rows_may_share_a_batch_leaves_no_trace() -> None:
         before = {key: value.clone() for key, value in model.state_dict(keep_vars=False).items()}
         kinds = [getattr(one, "attention_type", None) for one in model.modules()]
         random = torch.get_rng_state()
-        decoding.score(model, LETTERS, ["ab"], ["c"])
+        scoring.score(model, LETTERS, ["ab"], ["c"])
         assert torch.equal(torch.get_rng_state(), random)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         if name != "big_bird":  # it changes itself during the call

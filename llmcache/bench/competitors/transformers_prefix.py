@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmcache.decoders.generation import padded
+from llmcache.decoders.prompts import padded
 
 
 class Kept:

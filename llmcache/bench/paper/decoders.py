@@ -18,7 +18,7 @@ from llmcache.bench.paper.latency import BATCH, closed
 from llmcache.bench.paper.models import Made
 from llmcache.bench.paper.texts import Workload
 from llmcache.cache import LLMCache
-from llmcache.decoders.generation import padded
+from llmcache.decoders.prompts import padded
 
 WRITTEN = 8
 """Tokens generated for the row KV-Cache, which saves nothing before the first token."""

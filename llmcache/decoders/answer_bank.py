@@ -1,0 +1,130 @@
+"""Stored answers of decoders: generated token ids, and log-likelihoods of tokens, by prompt and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.arrays import Floats32
+from llmcache.banks.audits import Evidence
+from llmcache.banks.counters import Counters
+from llmcache.banks.reader import BankReader
+from llmcache.indexes.format.manifest import BankFacts
+from llmcache.model.keys import Seed, token_keys
+
+ANSWERS, LIKELIHOODS = "answers", "likelihoods"
+"""Names of the banks."""
+FACTS = BankFacts("float32", 1, 2, 0)
+"""Of both banks: numbers of a row, float32 [numbers, 1]. Token ids are exact below 16,777,216."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswers:
+    """Answers of one prompt. finished: True where an answer ended with an end token. row: of the bank."""
+
+    answers: list[NDArray[np.int64]]
+    finished: list[bool]
+    row: int
+
+
+class AnswerBank:
+    """Bank of answers. A row is found by its token ids and settings, and its token ids are compared."""
+
+    def __init__(
+        self,
+        reader: BankReader,
+        seed: Callable[[str], Seed],
+        put: Callable[..., Any],
+        counters: Counters,
+        evidence: Evidence,
+    ) -> None:
+        """reader: of the bank. seed: returns the seed of the keys for the name of the settings.
+
+        put: stores entries, see `BankWriter.put`. counters: of the cache, which get the seconds that hits save.
+        evidence: that entries of the bank are the model's.
+        """
+        self.bank, self.evidence = reader.bank, evidence
+        self._reader, self._seed, self._put, self._counters = reader, seed, put, counters
+
+    def numbers(self, name: str, rows: Sequence[Sequence[int]]) -> tuple[list[Floats32 | None], NDArray[np.int64]]:
+        """Return the numbers stored for rows of token ids, and the rows of the bank, int64 [n]; None and -1 if missing.
+
+        name: of the settings.
+        """
+        tokens = [np.asarray(row, np.int32) for row in rows]
+        found = self._reader.lookup(self._keys(name, tokens), tokens)
+        places = np.flatnonzero(found >= 0)
+        numbers: list[Floats32 | None] = [None] * len(rows)
+        if len(places):
+            values, intact = self._reader.load(found[places])
+            for place, value, good in zip(places.tolist(), values, intact.tolist(), strict=True):
+                if good:
+                    numbers[place] = np.asarray(value).reshape(-1)
+                else:
+                    found[place] = -1
+            self._counters.saved_seconds += self.bank.cost(found[found >= 0])
+        return numbers, found
+
+    def find(self, name: str, rows: Sequence[Sequence[int]]) -> list[StoredAnswers | None]:
+        """Return the answers stored for prompts, None where there are none."""
+        numbers, found = self.numbers(name, rows)
+        return [
+            None if each is None else StoredAnswers(*unpacked(each), row)
+            for each, row in zip(numbers, found.tolist(), strict=True)
+        ]
+
+    def put(
+        self,
+        name: str,
+        rows: Sequence[Sequence[int]],
+        numbers: Sequence[Any],
+        seconds: float,
+        sources: Sequence[str] = (),
+    ) -> None:
+        """Store numbers for rows of token ids. seconds: of the model, for all rows. sources: ids of the documents."""
+        tokens = [np.asarray(row, np.int32) for row in rows]
+        keys = self._keys(name, tokens)
+        self._put(
+            self.bank, keys, [np.asarray(each, np.float32).reshape(-1, 1) for each in numbers],
+            tokens=tokens, sources=list(sources) or [""] * len(rows), features=np.zeros((len(rows), 0), np.float32),
+            cost=np.full(len(rows), seconds / max(1, len(rows)), np.float32),
+        )  # fmt: skip
+        self.evidence.computed(keys)
+
+    def sample(self, name: str) -> list[tuple[NDArray[np.int32], Floats32, int]]:
+        """Return a few entries of these settings to audit before new ones are stored: token ids, numbers and row."""
+        if not self.evidence.open:
+            return []
+        rows = self.evidence.sample(self._seed(name).digest())
+        tokens = self.bank.tokens_of(rows)
+        own = np.flatnonzero((self._keys(name, tokens) == self.bank.keys(rows)).all(axis=1)) if len(rows) else []
+        own = own[self.evidence.spread(np.ones(len(own), np.bool_), lambda: np.arange(len(own)))] if len(own) else []
+        if not len(own):
+            return []
+        reading = self.bank.read(rows[own], count=False)
+        found = zip(own.tolist(), reading.values, reading.intact.tolist(), strict=True)
+        return [(tokens[i], np.asarray(value).reshape(-1), int(rows[i])) for i, value, intact in found if intact]
+
+    def _keys(self, name: str, tokens: Sequence[NDArray[np.int32]]) -> NDArray[np.uint64]:
+        return token_keys(self._seed(name), [row.tobytes() for row in tokens]).view(np.uint64)
+
+
+def packed(answers: Sequence[NDArray[np.int64]], finished: Sequence[bool]) -> Floats32:
+    """Return the answers of one prompt as numbers: for each whether it has finished, its length, and its ids."""
+    parts = [np.concatenate([[done, len(ids)], ids]) for ids, done in zip(answers, finished, strict=True)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def unpacked(numbers: Floats32) -> tuple[list[NDArray[np.int64]], list[bool]]:
+    """Return the answers of one prompt, and whether each has finished."""
+    whole, answers, finished, at = numbers.astype(np.int64), list[NDArray[np.int64]](), list[bool](), 0
+    while at < len(whole):
+        done, length = whole[at : at + 2].tolist()
+        answers.append(whole[at + 2 : at + 2 + length])
+        finished.append(bool(done))
+        at += 2 + length
+    return answers, finished
