@@ -14,8 +14,7 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.format.rows import Rows
 from llmcache.near.calibration.crossfit import CrossFitResult
 from llmcache.near.calibration.drift import DriftMeasure, label_drift, labels
-from llmcache.near.neighbors.correction import decided
-from llmcache.near.neighbors.index import Entries, Scores
+from llmcache.near.neighbors.index import Entries
 from llmcache.near.neighbors.linear_head import LinearHead
 
 Truth: TypeAlias = NDArray[np.generic]
@@ -25,10 +24,12 @@ Truth: TypeAlias = NDArray[np.generic]
 def refitted_measures(
     entries: Entries, head: Any, measure: DriftMeasure, truth: Truth | None
 ) -> Callable[[Rows], DriftMeasure]:
-    """Return a function from entry rows to a drift measure whose head is fitted to these rows only.
+    """Return a function from entry rows to a drift measure that also has a head that is fitted to these rows only.
 
     A head that was trained on the held-out entries would underestimate their drift. The head is therefore fitted again
-    in every fold: to the correct labels where they are known, else to the head's own decisions.
+    in every fold: to the correct labels where they are known, else to the head's own decisions. A document drifts if
+    the decision of either head changes. Scores come from the given head, as in live look-ups: margins of a head that
+    is fitted to fewer documents have another scale, and a threshold on them would admit more documents than measured.
     """
     answers = labels(head, entries.outputs) if truth is None else truth
 
@@ -36,9 +37,10 @@ def refitted_measures(
         refitted = refit_linear(None if truth is None else head, entries.outputs[rows], answers[rows])
         if refitted is None:
             return measure
-        if measure.scores is not None:
-            refitted = _rescaled(refitted, measure.scores, entries.outputs[rows])
-        return DriftMeasure(label_drift(refitted), refitted)
+        again = label_drift(refitted)
+        return DriftMeasure(
+            lambda ours, given: np.maximum(measure.drift(ours, given), again(ours, given)), measure.scores
+        )
 
     return measure_of
 
@@ -58,17 +60,6 @@ def refit_linear(head: Any, outputs: Floats32, answers: NDArray[Any]) -> LinearH
         warnings.simplefilter("ignore", ConvergenceWarning)
         refitted = clone(head).fit(outputs, answers)
     return LinearHead.of(refitted) or LinearHead.fit(outputs, labels(refitted, outputs))
-
-
-def _rescaled(refitted: LinearHead, scores: Scores, outputs: Floats32) -> LinearHead:
-    """Rescale a refitted head to the median margin of the original head. Its decisions stay the same.
-
-    The score of a hit depends on the margin of the head, and a fit to the head's own decisions, or with another
-    penalty, has larger or smaller margins than the head itself.
-    """
-    original, fitted = (float(np.median(decided(head(outputs)))) for head in (scores, refitted))
-    factor = np.float32(original / fitted if original > 0 and fitted > 0 else 1.0)
-    return LinearHead(refitted.weights * factor, refitted.offset * factor)
 
 
 def accuracy_loss(
