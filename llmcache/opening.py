@@ -18,6 +18,7 @@ from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, FaissMissing, SnapshotDamaged, UntrustedSnapshot
 from llmcache.indexes.commits.signatures import secret_from_file
 from llmcache.indexes.commits.trust import Trust
+from llmcache.indexes.format.codec import DTYPES
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.indexes.store import Store
 from llmcache.model.batching import Model, compute, token_embedding
@@ -248,6 +249,11 @@ def fresh_bank(model: BaseModel, runner: Model, config: CacheConfig) -> BankFact
     text: Any = ("a", "b") if isinstance(runner, PairScores) else "a"
     probe = next(compute(runner, runner.tokenise([text], None, None), 1, None))
     dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"the model computes in {dtype}, which banks cannot store; open the cache with "
+            'CacheConfig(dtype="float32"), which rounds the outputs of hits'
+        )
     if isinstance(runner, SparseVectors):
         dtype = "float32"  # other types would round the dimensions
     width = feature_width(token_embedding(model), config.fingerprint)

@@ -141,7 +141,7 @@ class CacheParts:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size}")
         if self.model.training:  # also before hits, as sentence-transformers does
             self.model.eval()
-        resolved = self._prompt(role, prompt_name, prompt)
+        resolved = self._prompt(None, prompt_name, prompt)
         executor = self._execution if executor is None else executor
         with tqdm(total=len(texts), desc="Documents") if show_progress_bar else nullcontext() as bar:
 

@@ -89,6 +89,8 @@ class EncodeMethods(CacheParts):
         tokens = output_value == "token_embeddings"
         if tokens:
             reason = reason or padded_left(model)
+            if precision not in (None, "", "float32"):
+                reason = reason or "it asks for quantised token embeddings"
         if reason is not None or not given.texts:
             return self._by_model(given, reason, role, **given_settings, **others)
         tensor = convert_to_tensor and precision == "float32" and not tokens
@@ -119,13 +121,26 @@ class EncodeMethods(CacheParts):
         """Return the model as a MultiVectorEncoder whose `encode` goes through this cache."""
         return cast(MultiVectorEncoder, drop_in(cast(Any, self), MultiVectorEncoder))
 
-    def encode_query(self, *arguments: Any, **settings: Any) -> Any:
-        """Embed queries as `SentenceTransformer.encode_query`. A text as query and as document has two entries."""
-        return self.encode(*arguments, **{**settings, "task": "query"})
+    def encode_query(
+        self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, *more: Any, **settings: Any
+    ) -> Any:
+        """Embed queries as the model's `encode_query`. A text as query and as document has two entries."""
+        return self._encode_role("query", inputs, prompt_name, prompt, *more, **settings)
 
-    def encode_document(self, *arguments: Any, **settings: Any) -> Any:
-        """Embed documents as `SentenceTransformer.encode_document`. A text as query and as document has two entries."""
-        return self.encode(*arguments, **{**settings, "task": "document"})
+    def encode_document(
+        self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, *more: Any, **settings: Any
+    ) -> Any:
+        """Embed documents as the model's `encode_document`. A text as query and as document has two entries."""
+        return self._encode_role("document", inputs, prompt_name, prompt, *more, **settings)
+
+    def _encode_role(
+        self, role: str, inputs: Any, prompt_name: str | None, prompt: str | None, *more: Any, **settings: Any
+    ) -> Any:
+        """Embed texts with the prompt of a role, and with `task` set to it, as sentence-transformers does."""
+        if prompt_name is None and prompt is None:
+            known = getattr(self.model, "prompts", None) or {}
+            prompt_name = next((name for name in ROLES[role] if name in known), None)
+        return self.encode(inputs, prompt_name, prompt, *more, **{**settings, "task": role})
 
     def _encode_sparse(
         self,
@@ -154,6 +169,8 @@ class EncodeMethods(CacheParts):
         }  # fmt: skip
         role = others.pop("task", None)
         reason = bypass_reason(given.texts, role, device, "sentence_embedding", pool, others)
+        if max_active_dims is not None and max_active_dims < 1:
+            reason = reason or "it asks for no active dimensions"  # the model raises its own error
         if reason is None and max_active_dims not in (None, model.max_active_dims) and limits_inside(model):
             reason = "this model computes other values for another max_active_dims"
         if reason is not None or not given.texts:
@@ -215,9 +232,6 @@ class EncodeMethods(CacheParts):
         self._bypass(reason, len(given.texts))
         if role is not None:
             settings["task"] = role
-        if role in ROLES:  # the prompt that `encode_query` and `encode_document` choose
-            settings["prompt"] = self._prompt(role, settings["prompt_name"], settings["prompt"])
-            settings["prompt_name"] = None
         # the method of the class, since users may set `model.encode = cache.encode`
         return type(cast(Any, self.model)).encode(self.model, given.inputs, **settings)
 

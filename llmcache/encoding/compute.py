@@ -27,7 +27,7 @@ class ComputedMisses:
     on its device; None if another process computed. layers: numbers of layers that an attached model skipped, int64
     [n], and keys of the states that it resumed from; None if it was not attached. An attachment counts the seconds
     itself. stored: True if another process has committed the entries, False if it could not; None if the caller stores
-    them.
+    them. lossless: False if they come from rounded states, and are not stored.
     """
 
     chosen: list[int]
@@ -37,6 +37,7 @@ class ComputedMisses:
     vectors: torch.Tensor | None = None
     layers: tuple[Rows, list[str]] | None = None
     stored: bool | None = None
+    lossless: bool = True
 
 
 class Compute(Protocol):

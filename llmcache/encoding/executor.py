@@ -305,6 +305,8 @@ class Executor:
     def _store(self, call: EncodeCall, misses: Misses, done: ComputedMisses) -> None:
         """Store computed misses, unless the backend has stored them, or could not."""
         chosen = done.chosen
+        if not done.lossless:
+            return
         keys, text_keys, entry = misses.keys[chosen], misses.text_keys[chosen], misses.entry(chosen)
         if done.stored is None:
             entry["marks"] = self.marks(call, misses.places[chosen])

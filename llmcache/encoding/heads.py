@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
 from llmcache.arrays import Floats32
@@ -132,6 +133,12 @@ class Heads:
             raise ConfigError(f'heads are models by name, got {heads!r:.60}; give heads={{"topic": model_a}}')
         if not heads:
             raise ConfigError('no heads were given; name them: heads={"topic": model_a, "tone": model_b}')
+        for name, model in heads.items():
+            if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
+                raise ConfigError(
+                    f"the head {name!r} is a {type(model).__name__}; heads are transformers models with logits, or "
+                    "SentenceTransformers. Open a cache of its own for it"
+                )
         trunks = {name: find_trunk(model) for name, model in heads.items()}
         watches = {name: layers.watch(trunk.module) for name, trunk in trunks.items()}
         identities = {name: watch.identity() for name, watch in watches.items()}

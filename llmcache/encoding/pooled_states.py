@@ -77,8 +77,14 @@ class PooledStates:
         return ComputedMisses(
             [places[i] for i in intact], vectors.float().cpu().numpy(),
             np.full(len(intact), seconds / len(intact), np.float32), 0.0, vectors,
-            (np.full(len(intact), POOLED + 1), sources),
+            (np.full(len(intact), POOLED + 1), sources), lossless=self._lossless(states),
         )  # fmt: skip
+
+    @staticmethod
+    def _lossless(states: Executor) -> bool:
+        """Return whether the bank stores token embeddings as the model computes them."""
+        own = str(states.model.token_embedding().dtype).removeprefix("torch.")
+        return states.bank.facts.dtype in ("float32", own)
 
     def close(self) -> None:
         self._others.close()

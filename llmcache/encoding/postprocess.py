@@ -133,7 +133,9 @@ def token_vectors(
         matrices = [torch.nn.functional.normalize(matrix, p=2, dim=-1) for matrix in matrices]
     if pooling is not None:
         matrices = pooling.pool(matrices, task=task)
-    result: list[Any] = [matrix.float().cpu().numpy() for matrix in matrices] if convert_to_numpy else matrices
+    if convert_to_numpy:  # NumPy has no bfloat16
+        matrices = [(one.float() if one.dtype == torch.bfloat16 else one).cpu().numpy() for one in matrices]
+    result: list[Any] = matrices
     return result[0] if single else result
 
 

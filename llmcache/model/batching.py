@@ -96,7 +96,10 @@ def compute(
             outputs = vectors.float().cpu().numpy()
             yield Computed(chosen, outputs, time.perf_counter() - began, vectors)
         else:
-            matrices = objects([matrix.float().cpu().numpy() for matrix in vectors])
+            arrays = [matrix.float().cpu().numpy() for matrix in vectors]
+            for array in arrays:  # the caller's results and the rows that wait to be stored share their memory
+                array.setflags(write=False)
+            matrices = objects(arrays)
             yield Computed(chosen, matrices, time.perf_counter() - began, None)
     if started is not None:
         yield Computed(started.chosen, *started.wait())

@@ -141,7 +141,8 @@ class LateChunks:
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) - before
             special = np.array(encoding.special_tokens_mask, np.bool_)
             places = np.flatnonzero(~special & (offsets[:, 1] > np.maximum(offsets[:, 0], 0)))
-            found.append(_Tokens(len(special), places, offsets[places, 0], offsets[places, 1]))
+            starts = np.maximum(offsets[places, 0], 0)  # a token may begin in the prompt
+            found.append(_Tokens(len(special), places, starts, offsets[places, 1]))
         return found
 
     def _split(self, text: str, tokens: _Tokens) -> list[Window] | str:

@@ -16,6 +16,7 @@ from torch.nn import Module
 from llmcache import CacheConfig, LLMCache
 from llmcache.errors import ConfigError, ModelMismatch
 from tests import kinds
+from tests.encoding.test_kinds import close
 from tests.small_sentences import PROMPTS, WIDTH, sentences, tiny_folder, with_router
 
 TEXTS = ["", "a", *sentences(12), "x y z " * 60]  # the last is longer than the model reads
@@ -153,6 +154,47 @@ def test_float16_rounds_what_is_stored_and_nothing_else(folder: str, tmp_path: P
     with LLMCache.open(tmp_path / "store", model, config=CacheConfig(dtype="float16")) as cache:
         cache.warm(TEXTS, output_value="token_embeddings")
         np.testing.assert_allclose(cache.encode(TEXTS), model.encode(TEXTS), rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_rounded_token_embeddings_give_no_stored_vectors(folder: str, tmp_path: Path, dtype: Any) -> None:
+    """Vectors pooled from rounded states would not stand up to audits, and are not stored."""
+    model = kinds.sentence_transformer(folder)
+    with LLMCache.open(tmp_path / "store", model, config=CacheConfig(dtype=dtype)) as cache:
+        cache.warm(TEXTS, output_value="token_embeddings")
+        cache.encode(TEXTS)
+        assert len(cache) == 0
+    for _ in range(2):
+        with LLMCache.open(tmp_path / "store", model) as cache:
+            cache.encode([*TEXTS, "a new one"])
+            assert cache.stats().counters.exact_mismatches == 0
+
+
+@pytest.mark.parametrize("kind", ["SparseEncoder", "MultiVectorEncoder", "SentenceTransformer"])
+def test_results_of_matrices_are_read_only_until_and_after_they_are_stored(
+    folder: str, tmp_path: Path, kind: str
+) -> None:
+    model = kinds.MAKERS[kind](folder)
+    how: Any = {"output_value": "token_embeddings"} if kind == "SentenceTransformer" else {}
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        for result in [*cache.run(TEXTS, **how), *cache.run(TEXTS, **how)]:
+            if result.output.size:
+                with pytest.raises(ValueError, match="read-only"):
+                    np.multiply(result.output, 2, out=result.output)
+
+
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "SparseEncoder", "MultiVectorEncoder"])
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_a_task_alone_adds_no_prompt(folder: str, tmp_path: Path, kind: str, task: str) -> None:
+    """Only `encode_query` and `encode_document` use the prompt of the role."""
+    model = kinds.MAKERS[kind](folder)
+    with LLMCache.open(tmp_path / "store", model) as cache:
+        for _ in range(2):
+            for how in ({"task": task}, {"task": task, "prompt_name": "query"}, {"task": task, "prompt": "x: "}):
+                assert close(cache.encode(TEXTS, **how), model.encode(TEXTS, **how))
+            for name in ("encode_query", "encode_document"):
+                assert close(getattr(cache, name)(TEXTS), getattr(model, name)(TEXTS))
+                assert close(getattr(cache, name)(TEXTS, None, "p: "), getattr(model, name)(TEXTS, None, "p: "))
 
 
 @pytest.mark.parametrize("kind", sorted(kinds.MAKERS))

@@ -140,6 +140,20 @@ def test_chunks_of_long_documents_are_pooled_over_their_windows(cache: LLMCache,
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("prompt", ["q", "about", "note-"])
+def test_a_prompt_that_joins_the_first_word_loses_no_window(model: SentenceTransformer, prompt: str) -> None:
+    """The first token of the text may begin in the prompt."""
+    late = LateChunks(model, prompt)
+    for text in ("word and again " * 12, "x-" * 60):
+        (windows,) = late.windows([text], [[Chunk(0, len(text), text)]])
+        assert not isinstance(windows, str)
+        assert windows[0].start == 0
+        assert all(window.end > window.start for window in windows)
+        ends = [end for window in windows for end in window.ends.tolist() if end >= 0]
+        assert ends == sorted(set(ends))
+        assert len(ends) == len(text.replace(" ", ""))  # a token for each character
+
+
 def test_context_reaches_chunks(cache: LLMCache) -> None:
     """A chunk has another vector in another document, unlike chunks that are embedded by themselves."""
     texts = ["the rate. it is low", "the lamp. it is low"]
