@@ -224,6 +224,8 @@ class Attachment:
         """Return the reason why this attachment cannot be used; None if it can."""
         if self._pid != os.getpid():
             return "it was attached before a fork, so results of the child are not stored; attach it in the child"
+        if self._stand_in is None:  # another thread left the context while this call waited
+            return "it was detached during the call"
         return None if self._is_open() else "its cache is closed"
 
     def _answer_call(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
@@ -261,9 +263,7 @@ class Attachment:
             return "the model is in training mode"
         path = self._watch.in_training()
         return (
-            f"a part of the model is in training mode ({path}), so that its results differ from call to call"
-            if path
-            else ""
+            f"a part of the model is in training mode ({path}), so its results differ from call to call" if path else ""
         )
 
     def _layer_refusal(self, call: Call) -> str | None:

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Dropout, LayerNorm, Normalize, Pooling
 
 from llmcache.arrays import Floats32
 from llmcache.errors import ConfigError
 from llmcache.model.tokens import TokenRows, batch, tokenise
 
+_OF_EMBEDDINGS = (Dense, Dropout, LayerNorm, Normalize)
+"""Modules after the Pooling that read nothing but the sentence embedding."""
 _TRIED = ("a", "some words of a second text, which is longer")  # texts that show whether the tail gives the same
 
 
@@ -80,7 +82,9 @@ class Tail:
     def _tried(self) -> bool:
         model, modules = self._model, list(self._model.children())
         right = getattr(model.tokenizer, "padding_side", "right") == "right"
-        if len(modules) < 2 or type(modules[0]) is not Transformer or not right:
+        if len(modules) < 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling or not right:
+            return False
+        if any(type(module) not in _OF_EMBEDDINGS for module in modules[2:]):  # may act on some texts only
             return False
         training, rows = model.training, tokenise(model, _TRIED, None, None)
         model.eval()

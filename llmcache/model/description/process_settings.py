@@ -16,7 +16,8 @@ _PRECISIONS = {
 def running_mode(device: str) -> str:
     """Return the current settings that change results, as a text that is part of keys; "" for PyTorch's defaults.
 
-    The settings are autocast, the precision of float32 products, the default dtype, and active function modes.
+    The settings are autocast, the precision of float32 products, the default dtype, and active function and dispatch
+    modes.
     device: type of the model's device, such as "cpu".
     """
     parts = []
@@ -31,7 +32,19 @@ def running_mode(device: str) -> str:
         parts.append(f"default {torch.get_default_dtype()}")
     if torch._C._len_torch_function_stack():
         parts += _function_modes()
+    if torch._C._len_torch_dispatch_stack():
+        parts += _dispatch_modes()
     return ", ".join(parts)
+
+
+def _dispatch_modes() -> list[str]:
+    """Return the texts of active dispatch modes."""
+    from torch.utils import _python_dispatch
+
+    from llmcache.model.description.walk import Walk
+
+    read: Any = _python_dispatch._get_current_dispatch_mode_stack
+    return [Walk().text_of(mode, "mode") for mode in read()]
 
 
 def _function_modes() -> list[str]:
