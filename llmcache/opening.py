@@ -8,10 +8,13 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder
 from sentence_transformers.base.model import BaseModel
 from torch.nn import Module
 
+from llmcache.arrays import Floats32
 from llmcache.banks.namespaces import admit, checked_name, resolved_secret, secret_check
 from llmcache.concurrency.reopening import Opening
 from llmcache.config import CacheConfig
@@ -248,7 +251,7 @@ def fresh_bank(model: BaseModel, runner: Model, config: CacheConfig) -> BankFact
     """Return the facts of an empty bank for the outputs of this model, with the width and dtype of a computed one."""
     text: Any = ("a", "b") if isinstance(runner, PairScores) else "a"
     probe = next(compute(runner, runner.tokenise([text], None, None), 1, None))
-    dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    dtype = _exact_dtype(model, probe.outputs[0]) if config.dtype == "auto" else config.dtype
     if dtype not in DTYPES:
         raise ConfigError(
             f"the model computes in {dtype}, which banks cannot store; open the cache with "
@@ -258,3 +261,10 @@ def fresh_bank(model: BaseModel, runner: Model, config: CacheConfig) -> BankFact
         dtype = "float32"  # other types would round the dimensions
     width = feature_width(token_embedding(model), config.fingerprint)
     return BankFacts(dtype, probe.outputs[0].shape[-1], 2 if runner.matrices else 1, width)
+
+
+def _exact_dtype(model: BaseModel, output: Floats32) -> str:
+    """Return the model's dtype, or float32 where that would round its output, as with a head in float32."""
+    values = torch.from_numpy(np.ascontiguousarray(output))
+    exact = torch.equal(values.to(model.dtype).float(), values)
+    return str(model.dtype).removeprefix("torch.") if exact else "float32"

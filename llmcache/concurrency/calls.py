@@ -61,7 +61,7 @@ class Calls:
         self.lock.acquire()
         if self.pid != os.getpid():
             try:
-                _one_thread_each()
+                one_thread_each()
                 self._reopen()
                 self.pid, self.worker = os.getpid(), True
             except BaseException:
@@ -79,7 +79,7 @@ class Calls:
             self.lock.release()
 
 
-def _one_thread_each() -> None:
+def one_thread_each() -> None:
     """Limit torch and FAISS to one thread, since OpenMP would wait for threads that do not exist after a fork."""
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)

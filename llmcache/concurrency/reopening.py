@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
+from llmcache.concurrency.calls import one_thread_each
 from llmcache.config import CacheConfig
 from llmcache.errors import ConfigError, LLMCacheError
 from llmcache.indexes.commits.trust import Trust
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmcache")
 
+_IMPORTED_IN = os.getpid()  # differs from the id of a process that was forked since
 _MOST = 4  # unpickled caches that a worker process keeps open for later tasks with the same cache
 
 
@@ -85,6 +87,8 @@ def reopened(kind: type[LLMCache], opening: Opening) -> LLMCache:
     known = _reopened.get(opening.id) if elsewhere else None
     if known is not None and known.is_open:
         return known
+    if os.getpid() != _IMPORTED_IN:
+        one_thread_each()
     cache = kind.open(
         opening.path,
         opening.model,

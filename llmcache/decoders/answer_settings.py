@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,37 +10,36 @@ from typing import Any
 
 import transformers
 
-from llmcache.model.description.checksums import in_memory_order
-from llmcache.model.description.walk import Walk
-
 _NO_MATTER = {
-    "transformers_version", "max_new_tokens", "return_dict_in_generate", "output_attentions", "output_hidden_states",
-    "output_scores", "output_logits", "use_cache", "_from_model_config",
+    "transformers_version", "max_new_tokens", "max_length", "return_dict_in_generate", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "use_cache", "_from_model_config",
 }  # fmt: skip
 """Settings that decide nothing of the token ids, or are compared by themselves."""
 _WHILE_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 """Settings that act on sampling only."""
-_STEP_BY_STEP = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "repetition_penalty", "no_repeat_ngram_size",
-    "bad_words_ids", "suppress_tokens", "decoder_start_token_id", "cache_implementation", "num_beams", "do_sample",
-    "num_return_sequences", "cache_config", "compile_config", "disable_compile",
-} | _WHILE_SAMPLING  # fmt: skip
-"""Settings with which a greedy answer within a lower limit is the beginning of the answer within a higher one."""
-_OBJECTS = ("logits_processor", "stopping_criteria")
+_GREEDY = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "cache_implementation", "cache_config",
+    "compile_config", "disable_compile", "num_beams", "do_sample", "num_return_sequences",
+}  # fmt: skip
+"""Settings with which a greedy answer consists of the tokens with the highest logits."""
+_OF_EACH_ROW = {
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "length_penalty",
+    "early_stopping", "min_new_tokens", "renormalize_logits", "remove_invalid_values",
+} | _GREEDY  # fmt: skip
+"""Settings that do not read the prompt, whose padding depends on the other prompts of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSettings:
     """Settings of a call of `model.generate` whose answers can be stored.
 
-    name: text that differs wherever the answers may differ, but for the limit. most: largest number of new tokens; None
-    if the limit is part of the name. sequences: answers of each prompt. grows: True if the answer within a lower limit
-    is the beginning of the answer within a higher limit. ends: ids of the tokens that end an answer.
+    name: text that differs wherever the answers may differ, but for the limit if `grows`. most: largest number of new
+    tokens. grows: True if answers are greedy, so that the answer within a lower limit is the beginning of the answer
+    within a higher one. ends: ids of the tokens that end an answer.
     """
 
     name: str
-    most: int | None
-    sequences: int
+    most: int
     grows: bool
     ends: frozenset[int]
 
@@ -51,48 +49,37 @@ def answer_settings(model: Any, arguments: Mapping[str, Any]) -> AnswerSettings 
 
     arguments: without the inputs.
     """
-    config = copy.deepcopy(arguments.get("generation_config") or model.generation_config)
-    given = {name: value for name, value in arguments.items() if name != "generation_config"}
+    if arguments.get("generation_config") is not None:
+        return "generation_config is given; give its settings as arguments"
+    config = copy.deepcopy(model.generation_config)
     try:
-        unused = config.update(**given)
+        unused = config.update(**arguments)
     except (TypeError, ValueError):
         return "its settings are not valid"  # the model says why
     if getattr(config, "do_sample", False):
         return "it samples"
-    if getattr(config, "max_time", None) is not None:
-        return "its answers depend on the time they take"
-    objects = {name: unused.pop(name) for name in _OBJECTS if unused.get(name) is not None}
     unknown = sorted(name for name, value in unused.items() if value is not None)
     if unknown:
         return f"the argument {unknown[0]!r} cannot be named in a key"
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER | _WHILE_SAMPLING}
-    try:
-        parts = [
-            json.dumps(settings, sort_keys=True),
-            *(f"{name}={described(value)}" for name, value in objects.items()),
-        ]
-    except (TypeError, ValueError) as error:
-        return f"its settings cannot be named in a key ({error})"
-    usual = transformers.GenerationConfig().to_dict()
-    changed = {name for name, value in settings.items() if value != usual.get(name)}
-    beams, sequences = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
     most = getattr(config, "max_new_tokens", None)
+    if most is None:
+        return "max_length counts the padding of a batch; give max_new_tokens"
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER | _WHILE_SAMPLING}
+    usual = transformers.GenerationConfig().to_dict()
+    changed = {name for name, value in settings.items() if value is not None and value != usual.get(name)}
+    reading = sorted(changed - _OF_EACH_ROW)
+    if reading:
+        return f"the setting {reading[0]!r} may depend on the padding of a batch, or on time"
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
-    grows = most is not None and beams == sequences == 1 and not (objects or whole) and changed <= _STEP_BY_STEP
-    if most is not None and not grows:
+    beams, sequences = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
+    grows = beams == sequences == 1 and not whole and changed <= _GREEDY
+    parts = [transformers.__version__, json.dumps(settings, sort_keys=True, default=str)]
+    if not grows:
         parts.append(f"max_new_tokens={most}")
+    return AnswerSettings("\n".join(parts), int(most), grows, end_tokens(config))
+
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer, of a generation configuration."""
     ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    name = "\n".join([transformers.__version__, *parts])
-    return AnswerSettings(name, most, sequences, grows, frozenset(map(int, ends)))
-
-
-def described(value: Any) -> str:
-    """Return a text of objects such as logits processors: classes, code, attributes and the data of tensors."""
-    walk = Walk()
-    parts = [walk.text_of(value, "value")]
-    for path, tensor in sorted(walk.tensors.items()):
-        data = in_memory_order(tensor.detach()).cpu().contiguous().view(-1)
-        digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
-        parts.append(f"{path}: {tensor.dtype} {tuple(tensor.shape)} {digest}")
-    return "\n".join(parts)
+    return frozenset([] if ends is None else map(int, ends if isinstance(ends, list | tuple) else [ends]))

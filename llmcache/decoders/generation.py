@@ -6,11 +6,11 @@ its stored answers. Without them the results are the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,20 @@ from torch import Tensor
 
 from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import Ids, audit_answers
-from llmcache.decoders.answer_settings import answer_settings
-from llmcache.decoders.prompts import check_batch_size, forward_call, logits_of, padded, padding_id, prompt_ids
+from llmcache.decoders.answer_settings import AnswerSettings, answer_settings, end_tokens
+from llmcache.decoders.likelihoods import scoring_batches
+from llmcache.decoders.prompts import (
+    Attached,
+    check_batch_size,
+    forward_call,
+    logits_of,
+    padded,
+    padding_id,
+    prompt_ids,
+)
 from llmcache.decoders.stored_answers import StoredResults, answered, up_to_end
 from llmcache.model.row_batches import batching_of
 from llmcache.records import check_texts
-
-Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ def generate(
                 answers |= {row: written[of_each * i : of_each * (i + 1)] for i, row in enumerate(chosen)}
         return [answers[row] for row in range(len(inputs))]
 
-    settings = answer_settings(model, arguments)
+    settings = _settings(model, tokenizer, arguments, max(map(len, rows))) if stored is not None else ""
     if stored is None or isinstance(settings, str):
         sequences = [ids for of_prompt in compute(rows, None) for ids in of_prompt]
         reason = settings if stored is not None and isinstance(settings, str) else ""
@@ -109,11 +116,24 @@ def _texts(tokenizer: Any, sequences: Sequence[Ids]) -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
 
 
+def _settings(model: Any, tokenizer: Any, arguments: dict[str, Any], longest: int) -> AnswerSettings | str:
+    """Return the settings that name answers, or the reason why answers to prompts of these lengths cannot be stored."""
+    settings = answer_settings(model, arguments)
+    if isinstance(settings, str) or getattr(model.config, "is_encoder_decoder", False):
+        return settings
+    batching = scoring_batches(model, tokenizer)
+    if not (batching.causal and batching.padded):
+        return "the model reads later tokens, or padding, so an answer depends on the other prompts of a batch"
+    return batching.reach.refusal(longest + settings.most) or settings
+
+
 def _ends(model: Any, arguments: dict[str, Any]) -> frozenset[int]:
     """Return the ids of the tokens that end an answer, with these arguments of `model.generate`."""
-    config = arguments.get("generation_config") or model.generation_config
-    ends = arguments.get("eos_token_id", config.eos_token_id)
-    return frozenset([] if ends is None else map(int, ends if isinstance(ends, list) else [ends]))
+    given = arguments.get("eos_token_id")
+    if given is not None:
+        return frozenset(map(int, given if isinstance(given, list | tuple) else [given]))
+    config = arguments.get("generation_config")
+    return (end_tokens(config) if config is not None else frozenset()) or end_tokens(model.generation_config)
 
 
 def _answer_logits(model: Any, pairs: list[tuple[list[int], Ids]], padding: int) -> list[Floats32]:

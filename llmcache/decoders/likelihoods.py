@@ -17,12 +17,11 @@ from torch import Tensor
 from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import audit_likelihoods
 from llmcache.decoders.answer_bank import LIKELIHOODS
-from llmcache.decoders.generation import Attached
-from llmcache.decoders.prompts import check_batch_size, forward_call, logits_of, padding_id, prompt_ids
+from llmcache.decoders.prompts import Attached, check_batch_size, forward_call, logits_of, padding_id, prompt_ids
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.errors import ConfigError
 from llmcache.model.forward_patch import OwnHook
-from llmcache.model.row_batches import batching_of
+from llmcache.model.row_batches import Batching, batching_of
 from llmcache.records import check_many, check_texts
 
 
@@ -146,6 +145,11 @@ def _likelihoods(
 
     rows: ids, and the number of last tokens that count.
     """
+    if stored is not None and rows:
+        batching = scoring_batches(model, tokenizer)
+        longest = max(len(ids) for ids, _ in rows)
+        if not (batching.causal and batching.padded) or batching.reach.refusal(longest):
+            stored = None  # the values depend on the other rows of a batch
     if stored is None or not rows:
         yield from _computed_likelihoods(model, tokenizer, rows, batch_size, attached)
         return
@@ -194,18 +198,7 @@ def _computed_likelihoods(
     """
     if not rows:
         return
-    padding = padding_id(model, tokenizer)
-
-    def probed(batch: list[list[int]]) -> list[Tensor]:
-        """Return the logits of each row, run in one batch; of several rows with `_logits_at`, as below."""
-        if len(batch) == 1:
-            return [logits_of(model, forward_call(model, batch, padding))[0]]
-        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(batch)])
-        columns = torch.cat([torch.arange(len(row)) for row in batch])
-        logits = _logits_at(model, forward_call(model, batch, padding), of, columns)
-        return list(torch.split(logits, [len(row) for row in batch]))
-
-    batching = batching_of(model, "logits", probed)
+    padding, batching = padding_id(model, tokenizer), scoring_batches(model, tokenizer)
     # the prediction after the last id is not needed, so a causal model is not given this id
     inputs = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
     lengths = list(map(len, inputs))
@@ -224,6 +217,22 @@ def _computed_likelihoods(
             likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
             values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
             yield from zip(chosen, values, strict=True)
+
+
+def scoring_batches(model: Any, tokenizer: Any) -> Batching:
+    """Return which rows may share a batch of the model for their logits; a trial shows it, once for each model."""
+    padding = padding_id(model, tokenizer)
+
+    def probed(batch: list[list[int]]) -> list[Tensor]:
+        """Return the logits of each row, run in one batch; of several rows with `_logits_at`, as below."""
+        if len(batch) == 1:
+            return [logits_of(model, forward_call(model, batch, padding))[0]]
+        of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(batch)])
+        columns = torch.cat([torch.arange(len(row)) for row in batch])
+        logits = _logits_at(model, forward_call(model, batch, padding), of, columns)
+        return list(torch.split(logits, [len(row) for row in batch]))
+
+    return batching_of(model, "logits", probed)
 
 
 def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmcache.errors import ConfigError
+
+Attached: TypeAlias = Callable[[], AbstractContextManager[Any]]
+"""Function that returns the context in which a model's forward uses the banks; nullcontext for none."""
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int, device: Any, *, left: bool = True) -> tuple[Tensor, Tensor]:

@@ -54,10 +54,10 @@ def answered(
     if open_:  # a changed model must not add answers to those of the unchanged one
         sampled = [(ids.tolist(), unpacked(numbers)[0], row) for ids, numbers, row in bank.sample(settings.name)]
         audit(sampled)
-    rest: dict[int | None, list[tuple[int, ...]]] = {}
+    rest: dict[int, list[tuple[int, ...]]] = {}
     for prompt, ids in open_.items():
-        rest.setdefault(None if settings.most is None else settings.most - len(ids) + len(prompt), []).append(prompt)
-    for most, prompts in sorted(rest.items(), key=lambda each: -(each[0] or 0)):
+        rest.setdefault(settings.most - len(ids) + len(prompt), []).append(prompt)
+    for most, prompts in sorted(rest.items(), reverse=True):
         began, inputs = time.perf_counter(), [open_[prompt] for prompt in prompts]
         computed = compute(inputs, most)
         finished = [[len(ids) > 0 and int(ids[-1]) in settings.ends for ids in each] for each in computed]
@@ -95,7 +95,6 @@ def _read(
                 answer.sequences, answer.reused = each.answers, sum(map(len, each.answers))
                 del open_[prompt]
                 continue
-            assert settings.most is not None
             room = settings.most - len(ids) + len(prompt)
             new = each.answers[0][:room]
             answer.sequences = [np.concatenate([*answer.sequences, new])]

@@ -10,11 +10,14 @@ from pydantic import PrivateAttr
 
 from llmcache.cache import LLMCache
 
+_MOST_TEXTS = 2048
+
 
 class CachedEmbedding(BaseEmbedding):
     """LlamaIndex `BaseEmbedding` from a cache, for `Settings.embed_model`, indexes and node parsers.
 
-    Stored texts cost a lookup. Queries and texts never share an entry. Calls from several threads wait for each other.
+    Stored texts cost a lookup. Queries and texts never share an entry. A batch is one call of the cache, also in the
+    asynchronous methods, which compute in a thread. Calls from several threads wait for each other.
     The caller closes the cache. Unpickling, as in the workers of an `IngestionPipeline` with `num_workers`, opens the
     cache again.
     """
@@ -24,9 +27,10 @@ class CachedEmbedding(BaseEmbedding):
     def __init__(self, cache: LLMCache, **others: Any) -> None:
         """cache: an open cache with a SentenceTransformer. others: fields of BaseEmbedding.
 
-        embed_batch_size defaults to 256, since the cache itself makes batches for the model.
+        embed_batch_size defaults to the largest that LlamaIndex allows: the cache sorts the texts of a call by length
+        and makes the batches for the model itself.
         """
-        super().__init__(**{"model_name": cache.identity.name, "embed_batch_size": 256, **others})
+        super().__init__(**{"model_name": cache.identity.name, "embed_batch_size": _MOST_TEXTS, **others})
         self._cache = cache
 
     @classmethod

@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
+from llmcache.concurrency import calls
 from llmcache.errors import ConfigError, LLMCacheError
 from tests import architectures, threads
 
@@ -258,6 +260,122 @@ with LLMCache.open({str(store)!r}, {name!r}) as cache:
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=environment)
+
+
+def test_a_pickle_is_loaded_in_a_child_where_the_parent_had_threads(
+    tiny: SentenceTransformer, name: str, store: Path
+) -> None:
+    program = f"""
+import multiprocessing, torch, numpy as np
+from llmcache import LLMCache
+from tests.threads import texts_of
+torch.set_num_threads(2)
+texts = texts_of(300)
+with LLMCache.open({str(store)!r}, {name!r}) as cache:
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    expected = cache.model.encode(texts)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map_async(cache.encode, [texts[:150], texts[150:]]).get(100)
+assert np.abs(np.concatenate(found) - expected).max() < 2e-5
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=280, env=environment)
+    with LLMCache.open(store, tiny) as cache:
+        cache.encode(threads.texts_of(300))
+        assert cache.stats().counters.misses == 0
+
+
+# -- workers that are terminated ----------------------------------------------------------------------------
+
+
+def waiting(cache: LLMCache, ready: Any) -> None:
+    """Compute, then wait as an idle worker of a pool whose main thread does not hear a signal."""
+    for text in TEXTS:
+        cache.encode(text)
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # the thread that gets the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    ready.set()
+    multiprocessing.get_context("fork").Semaphore(0).acquire()
+
+
+def test_a_worker_that_is_terminated_while_its_main_thread_waits_ends_and_keeps_what_it_computed(
+    tiny: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_EACH", 0)
+    monkeypatch.setattr(calls, "_SHARE", float("inf"))  # commits nothing before the end
+    context = multiprocessing.get_context("fork")
+    with LLMCache.open(store, tiny) as cache:
+        ready = context.Event()
+        worker = context.Process(target=waiting, args=(cache, ready), daemon=True)
+        worker.start()
+        try:
+            assert ready.wait(100)
+            with LLMCache.open(store, tiny) as other:
+                assert len(other) == 0
+            worker.terminate()
+            worker.join(100)
+            assert worker.exitcode == -signal.SIGTERM
+        finally:
+            worker.kill()
+    assert known(store, tiny) == set(TEXTS)
+
+
+def ending(cache: LLMCache, closes: Any, terminated: Any) -> None:
+    """Compute, then end; the commit at the end begins before the signal, and goes on after it."""
+    for text in TEXTS:
+        cache.encode(text)
+    commit = cache.commit
+
+    def slowly() -> None:
+        closes.set()
+        terminated.wait()
+        commit()
+
+    cache.commit = slowly  # type: ignore[method-assign]
+
+
+def test_a_worker_that_is_terminated_while_it_ends_keeps_what_it_computed(
+    tiny: SentenceTransformer, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_EACH", 0)
+    monkeypatch.setattr(calls, "_SHARE", float("inf"))
+    context = multiprocessing.get_context("fork")
+    with LLMCache.open(store, tiny) as cache:
+        closes, terminated = context.Event(), context.Event()
+        worker = context.Process(target=ending, args=(cache, closes, terminated), daemon=True)
+        worker.start()
+        try:
+            assert closes.wait(100)
+            worker.terminate()
+            terminated.set()
+            worker.join(100)
+            assert worker.exitcode == -signal.SIGTERM
+        finally:
+            worker.kill()
+    assert known(store, tiny) == set(TEXTS)
+
+
+def waiting_with_a_child(cache: LLMCache, ready: Any, numbers: Any) -> None:
+    cache.encode(TEXTS[0])
+    child = os.fork()
+    if child == 0:
+        ready.set()
+        threading.Event().wait()
+    numbers.send(child)
+    numbers.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_a_worker_outlives_a_child_of_its_own_that_is_terminated(tiny: SentenceTransformer, store: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with LLMCache.open(store, tiny) as cache:
+        ready, (receiver, sender) = context.Event(), context.Pipe(duplex=False)
+        worker = context.Process(target=waiting_with_a_child, args=(cache, ready, sender), daemon=True)
+        worker.start()
+        assert ready.wait(100)
+        os.kill(receiver.recv(), signal.SIGTERM)
+        assert receiver.recv() == -signal.SIGTERM
+        worker.join(100)
+        assert worker.exitcode == 0
 
 
 # -- libraries that start processes -------------------------------------------------------------------------

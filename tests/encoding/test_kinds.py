@@ -56,6 +56,17 @@ def close(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> bool:
     return bool(ours == theirs) if isinstance(theirs, str | int) else bool(abs(ours - theirs) <= tolerance)
 
 
+class Float32Head(torch.nn.Linear):
+    """A scoring head in float32 for states of another dtype."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features)
+        self.load_state_dict(head.state_dict())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states.float())
+
+
 Ask = Callable[[Any], Any]
 
 ASKED: list[tuple[str, str, Ask]] = [
@@ -361,6 +372,17 @@ def test_token_embeddings_beside_padding_on_the_left_are_the_models_own(folder: 
         for texts in (TEXTS[2:3], TEXTS, TEXTS[2:5]):
             expected = model.encode(texts, output_value="token_embeddings")
             assert close(cache.encode(texts, output_value="token_embeddings"), expected)
+
+
+def test_scores_of_a_head_in_float32_on_a_model_in_bfloat16_are_stored_unrounded(folder: str, tmp_path: Path) -> None:
+    model: Any = kinds.cross_encoder(folder).bfloat16()
+    model.transformers_model.classifier = Float32Head(model.transformers_model.classifier)
+    expected = model.predict(PAIRS)
+    assert len(set(torch.from_numpy(expected).bfloat16().tolist())) < len(set(expected))
+    for _ in range(2):
+        with LLMCache.open(tmp_path / "store", model) as cache:
+            np.testing.assert_array_equal(cache.predict(PAIRS), expected)
+    assert cache.stats().counters.misses == 0
 
 
 # -- drop-ins -----------------------------------------------------------------------------------------------

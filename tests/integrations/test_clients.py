@@ -290,33 +290,6 @@ def test_chromas_own_function_takes_a_drop_in(cache: LLMCache) -> None:
     check(job, cache)
 
 
-def test_mteb_scores_a_drop_in_as_the_model(cache: LLMCache, tmp_path: Path) -> None:
-    mteb = pytest.importorskip("mteb", reason=MISSING)
-    datasets = pytest.importorskip("datasets", reason=MISSING)
-    from mteb.abstasks.sts import AbsTaskSTS
-
-    class Closeness(AbsTaskSTS):  # type: ignore[misc]
-        metadata = mteb.TaskMetadata(
-            name="Closeness", description="pairs of texts", type="STS", category="t2t", modalities=["text"],
-            reference=None, eval_splits=["test"], eval_langs=["eng-Latn"], main_score="cosine_spearman",
-            dataset={"path": "none", "revision": "none"}, date=None, domains=[], task_subtypes=[], license=None,
-            annotations_creators=None, dialect=[], sample_creation=None, bibtex_citation="",
-        )  # fmt: skip
-        min_score, max_score = 0, 1
-
-        def load_data(self, **_: Any) -> None:
-            rows = {"sentence1": LEFT, "sentence2": RIGHT, "score": CLOSENESS}
-            self.dataset = {"test": datasets.Dataset.from_dict(rows)}
-            self.data_loaded = True
-
-    def job(model: Any) -> Any:
-        found = mteb.evaluate(model, [Closeness()], cache=None, overwrite_strategy="always", show_progress_bar=False)
-        (scores,) = found.task_results[0].scores["test"]
-        return {name: value for name, value in scores.items() if isinstance(value, float)}
-
-    check(job, cache)
-
-
 def test_haystacks_embedders_give_the_same_vectors(cache: LLMCache, tmp_path: Path) -> None:
     embedders = pytest.importorskip("haystack_integrations.components.embedders.sentence_transformers", reason=MISSING)
     from haystack import Document
