@@ -17,7 +17,7 @@ from llmcache.indexes.maintenance.purge import Doomed
 from llmcache.indexes.maintenance.purge import purge as purged
 from llmcache.indexes.store import Store
 from llmcache.pipeline.files import CorpusReading
-from llmcache.planning.purging import keys_of, kind_of, reader_of, with_texts
+from llmcache.planning.purging import is_decoder, keys_of, kind_of, reader_of, with_texts
 
 
 def purge(
@@ -89,7 +89,10 @@ def purge(
         if text_file is not None:
             sources = Sources([text_file], text_field, unit=unit, stdin_format=stdin_format)
             texts = [*map(only_text, sources.documents(CorpusReading()))]
-            reader = None if model is None else reader_of(model, kind or kind_of(opened, str(namespace)))
+            reader = None
+            if model is not None:
+                given = kind or kind_of(opened, str(namespace))
+                reader = reader_of(model, given, tokenizer=kind is None and is_decoder(opened, str(namespace)))
             secret = resolved_secret(None, secret_file)
             doomed = with_texts(opened, doomed, texts, secret=secret, prompts=prompt or [], reader=reader)
         found = purged(opened, doomed, dry_run=dry_run)

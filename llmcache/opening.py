@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder
 from sentence_transformers.base.model import BaseModel
@@ -265,6 +264,6 @@ def fresh_bank(model: BaseModel, runner: Model, config: CacheConfig) -> BankFact
 
 def _exact_dtype(model: BaseModel, output: Floats32) -> str:
     """Return the model's dtype, or float32 where that would round its output, as with a head in float32."""
-    values = torch.from_numpy(np.ascontiguousarray(output))
+    values = torch.tensor(output)
     exact = torch.equal(values.to(model.dtype).float(), values)
     return str(model.dtype).removeprefix("torch.") if exact else "float32"

@@ -141,7 +141,10 @@ def tokens_of_texts(
     Returns distinct int32 [tokens] arrays.
     """
     from sentence_transformers.base.model import BaseModel
+    from torch.nn import Module
 
+    if isinstance(reader, Module) and not isinstance(reader, BaseModel):
+        raise ConfigError(f"texts are read by a tokenizer, and this is a {type(reader).__name__}; give its tokenizer")
     distinct: dict[bytes, NDArray[np.int32]] = {}
     for prompt in prompts:
         if isinstance(reader, BaseModel):
@@ -175,21 +178,29 @@ def kind_of(store: Store, namespace: str) -> str | None:
     return next((kind for kind, name in KINDS.items() if name == encoder), None)
 
 
-def reader_of(name: str, kind: str | None = None) -> Any:
+def is_decoder(store: Store, namespace: str) -> bool:
+    """Return whether a namespace belongs to a model that is none of sentence-transformers."""
+    space = store.namespace(checked_name(namespace))
+    return space is not None and not Identity.from_json(space.identity).encoder
+
+
+def reader_of(name: str, kind: str | None = None, *, tokenizer: bool = False) -> Any:
     """Load the model of sentence-transformers with this name or path, or else the tokenizer.
 
-    kind: see `llmcache.model.loading.encoder_class`. ConfigError if there is neither, or for an unknown kind.
+    kind: see `llmcache.model.loading.encoder_class`. tokenizer: True to load the tokenizer in any case.
+    ConfigError if there is neither, or for an unknown kind.
     """
     from transformers import AutoTokenizer
 
     from llmcache.model.loading import encoder_class, packaged_model
 
     folder = name if os.path.exists(name) else packaged_model(name) or name
-    loads = encoder_class(folder, kind)
-    try:
-        return loads(folder)
-    except (OSError, ValueError, ImportError):
-        pass
+    if not tokenizer:
+        loads = encoder_class(folder, kind)
+        try:
+            return loads(folder)
+        except (OSError, ValueError, ImportError):
+            pass
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:

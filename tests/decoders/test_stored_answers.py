@@ -159,61 +159,111 @@ class Stop(hf.StoppingCriteria):
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "penalty": {"repetition_penalty": 1.7},
-    "another penalty": {"repetition_penalty": 1.2},
-    "ngrams": {"no_repeat_ngram_size": 1},
     "at least": {"min_new_tokens": 6, "eos_token_id": 20},
+    "another end": {"eos_token_id": 20},
     "suppressed": {"suppress_tokens": [5, 6, 7, 8, 9, 10, 11, 12]},
-    "bad words": {"bad_words_ids": [[i] for i in range(4, 150)]},
+    "others suppressed": {"suppress_tokens": list(range(100, 200))},
     "beams": {"num_beams": 3},
     "more beams": {"num_beams": 5, "length_penalty": 2.0},
     "all beams": {"num_beams": 3, "num_return_sequences": 3},
-    "own processor": {"logits_processor": [Shift(50)]},
-    "with another value": {"logits_processor": [Shift(51)]},
-    "and a smaller amount": {"logits_processor": [Shift(50, 0.001)]},
-    "a library's processor": {"logits_processor": hf.LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.9)])},
-    "bias": {"sequence_bias": [[[60], 40.0]]},
-    "decay": {"exponential_decay_length_penalty": (1, 1.5)},
-}  # fmt: skip
+    "forced": {"forced_eos_token_id": 20},
+}
+NOT_STORED: dict[str, tuple[dict[str, Any], str]] = {
+    "sampling": ({"do_sample": True}, "it samples"),
+    "time": ({"max_time": 60.0}, "time"),
+    "length with the padding": ({"max_new_tokens": None, "max_length": 20}, "max_length"),
+    "penalty": ({"repetition_penalty": 1.7}, "padding"),
+    "ngrams": ({"no_repeat_ngram_size": 1}, "padding"),
+    "bad words": ({"bad_words_ids": [[7], [8]]}, "padding"),
+    "bias": ({"sequence_bias": [[[60], 40.0]]}, "padding"),
+    "decay": ({"exponential_decay_length_penalty": (1, 1.5)}, "padding"),
+    "own processor": ({"logits_processor": [Shift(50)]}, "logits_processor"),
+    "own criterion": ({"stopping_criteria": [Stop(9)]}, "stopping_criteria"),
+    "function": ({"prefix_allowed_tokens_fn": lambda _, __: list(range(4, 60))}, "prefix_allowed_tokens_fn"),
+    "given": ({"generation_config": hf.GenerationConfig(max_new_tokens=4, pad_token_id=0)}, "generation_config"),
+}
 
 
 def test_settings_never_share_answers(cache: LLMCache, causal: Any) -> None:
     """Every setting gives the model's own answers, whatever was stored before, and finds its own again."""
     expected = {name: plain(causal, do_sample=False, max_new_tokens=7, **how) for name, how in SETTINGS.items()}
     assert len({str(ids) for ids in expected.values()}) > len(SETTINGS) // 2
+    assert {cache.generate(PROMPTS[:1], max_new_tokens=8, **how).not_stored for how in SETTINGS.values()} == {""}
     for again in (False, True):
         for name, how in SETTINGS.items():
             found = cache.generate(PROMPTS, do_sample=False, max_new_tokens=7, **how)
             assert lists(found) == expected[name], name
             assert set(found.reused) == {float(again)}, name
-    for name in ("at least", "beams", "own processor", "decay"):  # a lower limit is no beginning here
+    for name in ("at least", "beams", "forced"):  # a lower limit is no beginning here
         how = SETTINGS[name]
         found = cache.generate(PROMPTS, do_sample=False, max_new_tokens=6, **how)
         assert lists(found) == plain(causal, do_sample=False, max_new_tokens=6, **how), name
 
 
-def test_a_stopping_criterion_is_part_of_the_key(cache: LLMCache, causal: Any) -> None:
-    for length in (9, 12, 9):
-        how: dict[str, Any] = {"stopping_criteria": [Stop(length)], "max_new_tokens": 10, "do_sample": False}
-        assert lists(cache.generate(PROMPTS[:1], **how)) == plain(causal, PROMPTS[:1], **how)
+@pytest.mark.parametrize("name", sorted(NOT_STORED))
+def test_what_may_depend_on_more_than_a_key_names_is_not_stored(cache: LLMCache, causal: Any, name: str) -> None:
+    given, reason = NOT_STORED[name]
+    for _ in range(2):
+        torch.manual_seed(1)
+        found = cache.generate(PROMPTS, **({"max_new_tokens": 4} | given))
+        torch.manual_seed(1)
+        expected = generation.generate(causal, threads.tiny_tokenizer(), PROMPTS, **({"max_new_tokens": 4} | given))
+        assert reason in found.not_stored
+        assert (found.reused, lists(found)) == ([0.0] * 5, lists(expected))
+    assert cache.stats().counters.answers_stored == 0
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    "settings",
     [
-        ({"do_sample": True}, "it samples"),
-        ({"max_time": 60.0}, "time"),
-        ({"prefix_allowed_tokens_fn": lambda _, __: list(range(4, 60))}, "prefix_allowed_tokens_fn"),
-        ({"generation_config": hf.GenerationConfig(do_sample=True, max_new_tokens=4, pad_token_id=0)}, "it samples"),
+        {"do_sample": True},
+        {"repetition_penalty": 1.5},
+        {"num_beams": 4},
+        {"suppress_tokens": [95]},
+        {"eos_token_id": 95},
     ],
 )
-def test_what_cannot_be_named_is_not_stored(cache: LLMCache, how: dict[str, Any], reason: str) -> None:
-    how = {"max_new_tokens": 4} | how
+def test_settings_of_the_models_own_configuration_decide_too(
+    causal: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 6}
+    with opened(tmp_path / "store", causal) as cache:
+        before = lists(cache.generate(PROMPTS, **how))
+        causal.generation_config.update(**settings)
+        torch.manual_seed(1)
+        found = cache.generate(PROMPTS[:1], **how)
+        torch.manual_seed(1)
+        assert lists(found) == plain(causal, PROMPTS[:1], **how)
+        assert lists(found)[0] != before[0] or found.reused == [1.0]
+    with opened(tmp_path / "store", causal) as cache:  # and no false alarm in a new opening
+        torch.manual_seed(1)
+        assert lists(cache.generate(PROMPTS[:1], **how)) == lists(found)
+
+
+def test_a_model_that_reads_later_tokens_stores_no_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    both_ways = hf.BertLMHeadModel(hf.BertConfig(**SIZES, **sizes, max_position_embeddings=128)).eval()
     for _ in range(2):
-        found = cache.generate(PROMPTS, **how)
-        assert reason in found.not_stored
-        assert found.reused == [0.0] * 5
-    assert cache.stats().counters.answers_stored == 0
+        with opened(tmp_path / "store", both_ways) as cache:
+            found = cache.generate(PROMPTS, max_new_tokens=3)
+            assert "later tokens" in found.not_stored
+            cache.score(PROMPTS, CHOICES)
+            assert cache.stats().counters.answers_stored == 0
+
+
+def test_rows_beyond_the_original_context_of_a_rope_are_not_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 12}
+    config = hf.LlamaConfig(**SIZES, **sizes, max_position_embeddings=12, rope_parameters=rope)
+    model = hf.LlamaForCausalLM(config).eval()
+    for limit in (1, 2, 4, 20, 20):
+        with opened(tmp_path / "store", model) as cache:
+            found = cache.generate(PROMPTS, max_new_tokens=limit, do_sample=False)
+            assert lists(found) == plain(model, max_new_tokens=limit, do_sample=False)
+            if limit == 20:
+                assert found.reused == [0.0] * 5
 
 
 @pytest.mark.parametrize("what", ["answers", "likelihoods"])
