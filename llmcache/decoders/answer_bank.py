@@ -100,9 +100,11 @@ class AnswerBank:
         if not self.evidence.open:
             return []
         rows = self.evidence.sample(self._seed(name).digest())
+        if not len(rows):
+            return []
         tokens = self.bank.tokens_of(rows)
-        own = np.flatnonzero((self._keys(name, tokens) == self.bank.keys(rows)).all(axis=1)) if len(rows) else []
-        own = own[self.evidence.spread(np.ones(len(own), np.bool_), lambda: np.arange(len(own)))] if len(own) else []
+        own = np.flatnonzero((self._keys(name, tokens) == self.bank.keys(rows)).all(axis=1))
+        own = own[self.evidence.spread(np.ones(len(own), np.bool_), lambda: np.arange(len(own)))]
         if not len(own):
             return []
         reading = self.bank.read(rows[own], count=False)

@@ -65,7 +65,8 @@ def answer_settings(model: Any, arguments: Mapping[str, Any]) -> AnswerSettings 
     if most is None:
         return "max_length counts the padding of a batch; give max_new_tokens"
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER | _WHILE_SAMPLING}
-    usual = transformers.GenerationConfig().to_dict()
+    plain: Any = transformers.GenerationConfig
+    usual = plain().to_dict()
     changed = {name for name, value in settings.items() if value is not None and value != usual.get(name)}
     reading = sorted(changed - _OF_EACH_ROW)
     if reading:

@@ -179,13 +179,14 @@ def _likelihoods(
         if i not in known:
             equal.setdefault(tuple(keyed[i]), []).append(i)
     groups, began, computed = list(equal.values()), time.perf_counter(), []
-    for i, value in _computed_likelihoods(model, tokenizer, [rows[each[0]] for each in groups], batch_size, attached):
-        computed.append((i, value))
+    distinct = [rows[each[0]] for each in groups]
+    for i, fresh in _computed_likelihoods(model, tokenizer, distinct, batch_size, attached):
+        computed.append((i, fresh))
         for place in groups[i]:
-            yield place, value
+            yield place, fresh
     if computed:
         inputs = [keyed[groups[i][0]] for i, _ in computed]
-        bank.put(LIKELIHOODS, inputs, [value for _, value in computed], time.perf_counter() - began)
+        bank.put(LIKELIHOODS, inputs, [fresh for _, fresh in computed], time.perf_counter() - began)
 
 
 def _computed_likelihoods(

@@ -133,9 +133,9 @@ def token_vectors(
         matrices = [torch.nn.functional.normalize(matrix, p=2, dim=-1) for matrix in matrices]
     if pooling is not None:
         matrices = pooling.pool(matrices, task=task)
-    if convert_to_numpy:  # NumPy has no bfloat16
-        matrices = [(one.float() if one.dtype == torch.bfloat16 else one).cpu().numpy() for one in matrices]
     result: list[Any] = matrices
+    if convert_to_numpy:  # NumPy has no bfloat16
+        result = [(one.float() if one.dtype == torch.bfloat16 else one).cpu().numpy() for one in matrices]
     return result[0] if single else result
 
 

@@ -170,7 +170,8 @@ def test_scores_are_those_of_single_rows_and_a_stem_is_computed_once(tier: Opene
     prompts = ["Once upon a time there was a", "The cat and the dog went to the ", "Lily saw"]
     choices = [[" girl", " big red ball.", " tree"], ["park", "moon"], [" a bird in the big old tree"]]
     one = tier(model)
-    for attached in ({}, {"attached": one.attached}, {"attached": one.attached}):
+    cases: list[dict[str, Any]] = [{}, {"attached": one.attached}, {"attached": one.attached}]
+    for attached in cases:
         found = score(model, tokenizer, prompts, choices, batch_size=3, **attached)
         assert found.total.dtype == np.float64
         for i, (prompt, some) in enumerate(zip(prompts, choices, strict=True)):

@@ -128,7 +128,8 @@ def test_answers_are_cut_and_continued(cache: LLMCache, causal: Any, limits: tup
 
 
 def test_an_answer_that_has_ended_is_whole(cache: LLMCache, causal: Any) -> None:
-    (first, *_), how = plain(causal, max_new_tokens=8, do_sample=False), {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
+    first, *_ = plain(causal, max_new_tokens=8, **how)
     end = first[3]
     short = cache.generate(PROMPTS, max_new_tokens=8, eos_token_id=end, **how)
     assert lists(short)[0] == first[: first.index(end) + 1]
@@ -137,7 +138,7 @@ def test_an_answer_that_has_ended_is_whole(cache: LLMCache, causal: Any) -> None
     assert longer.reused[0] == 1.0
 
 
-class Shift(hf.LogitsProcessor):
+class Shift(hf.LogitsProcessor):  # type: ignore[misc]  # `hf` has no types
     """Processor of one's own, with a parameter."""
 
     def __init__(self, token: int, amount: float = 50.0) -> None:
@@ -149,7 +150,7 @@ class Shift(hf.LogitsProcessor):
         return scores
 
 
-class Stop(hf.StoppingCriteria):
+class Stop(hf.StoppingCriteria):  # type: ignore[misc]
     def __init__(self, length: int) -> None:
         self.length = length
 
