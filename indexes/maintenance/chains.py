@@ -7,7 +7,7 @@ block, by its key in hexadecimal, or is `FIRST`. Rows of versions that did not r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,6 +59,18 @@ class Chains:
                     continue
             starts = self._firsts if block.parent == b"" else self._loose
             starts.setdefault(block.tokens[:_TOKEN], []).append(key)
+
+    def paths(self) -> Iterator[bytes]:
+        """Yield the token ids of every chain, from its first block to a last one, int32 little-endian."""
+        roots = [key for starts in (self._firsts, self._loose) for keys in starts.values() for key in keys]
+        stack = [(key, b"") for key in roots]
+        while stack:
+            key, before = stack.pop()
+            block = self._blocks[key]
+            tokens = before + block.tokens
+            if not block.children:
+                yield tokens
+            stack += [(child, tokens) for child in block.children]
 
     def of(self, documents: Iterable[NDArray[np.int32] | bytes]) -> set[bytes]:
         """Return the keys of the blocks to purge with these documents, given as token ids.

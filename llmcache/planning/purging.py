@@ -21,6 +21,7 @@ from llmcache.model.identity import Identity
 from llmcache.model.keys import key_seed, text_keys
 from llmcache.model.prompts import ROLES
 from llmcache.planning.purged_pairs import tokens_of_pairs
+from llmcache.planning.purged_parts import tokens_of_parts
 
 _KEY = re.compile(r"[0-9a-fA-F]{32}")
 
@@ -92,6 +93,9 @@ def with_texts(
         tokens = tokens_of_pairs(store, namespace, reader, texts, all_prompts(identity, prompts))
     elif reader is not None:
         tokens = tokens_of_texts(reader, texts, all_prompts(identity, prompts))
+        if not identity.encoder:
+            read = reader([*texts], add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+            tokens += tokens_of_parts(store, namespace, [np.array(ids, np.int32) for ids in read])
     return replace(doomed, keys=keys, texts=len(texts), tokens=tokens)
 
 
