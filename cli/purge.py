@@ -37,7 +37,10 @@ def purge(
     ] = None,
     text_file: Annotated[
         str | None,
-        typer.Option(help="Entries of these documents: .jsonl .csv .tsv .txt .parquet, - for standard input."),
+        typer.Option(
+            help="Entries of these documents, as whole texts: .jsonl .csv .tsv .txt .parquet, - for standard input. "
+            "Purge chunks by --id."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,

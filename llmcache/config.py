@@ -55,7 +55,7 @@ class CacheConfig:
     layers: layers with banks: "output", the model's final output only; "all"; or numbers of layers, from 0. A bank
         stores the states of its layer, float [tokens, width] per document, which is large.
     dtype: storage type of activations; "auto" is the model's own, which is lossless. float16 and int8 take less space
-        and round the outputs of hits.
+        and round the outputs of hits. KV blocks of decoders always have the model's dtype.
     device: device of the index search, "cpu" or "cuda".
     max_bytes: largest size of the store's folder on disk; None: no limit. Whole segments are evicted from a full store;
         entries that cannot fit are computed and not stored.

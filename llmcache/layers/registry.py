@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -118,8 +117,7 @@ class Layers:
             return None
         self._check_dtype(trunk)
         shape = shape_of(trunk)
-        dtype = shape.facts.dtype if self._config.dtype == "auto" else self._config.dtype
-        bank = self.bank(PREFIX, replace(shape.facts, dtype=dtype))
+        bank = self.bank(PREFIX, shape.facts)  # in the model's dtype: rounded keys and values would change later tokens
         device = next(trunk.parameters()).device
         prefixes = PrefixCache(
             trunk,

@@ -159,3 +159,15 @@ def test_what_cannot_be_done_says_so(stories: Any, store: Path, tmp_path: Path) 
     t5 = hf.T5ForConditionalGeneration(config)
     with LLMCache.open(tmp_path / "t5", t5, tokenizer=tokenizer) as cache, pytest.raises(ConfigError, match="causal"):
         cache.score(["a"], ["b"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_kv_blocks_keep_the_models_dtype(decoder: Any, tmp_path: Path, dtype: Any) -> None:
+    """Rounded activations are a choice for outputs; rounded keys and values would change the tokens after them."""
+    inputs = prompts()
+    plain = decoder.generate(**inputs, **GREEDY)
+    for _ in range(2):
+        with LLMCache.open(tmp_path / "store", decoder, config=CacheConfig(dtype=dtype)) as cache, cache.attached():
+            assert torch.equal(decoder.generate(**inputs, **GREEDY), plain)
+            restored = cache.stats().counters.prefix.restored
+    assert restored > 0
