@@ -332,7 +332,7 @@ def test_a_document_that_cannot_be_cut_is_one_error(cache: LLMCache) -> None:
     pipeline = Pipeline(cache, chunk=halves)
     assert [one.id for one in pipeline.run(["", "text", "fine", None])] == ["2"]
     assert [(one.place, one.id) for one in pipeline.errors] == [(0, "0"), (1, "1"), (3, "3")]
-    reasons = [one.reason for one in pipeline.errors[1:]]
+    reasons = [one.reason for one in pipeline.errors[:2]]
     assert "ZeroDivisionError" in reasons[0]
     assert "no part of its 4 characters" in reasons[1]
 
