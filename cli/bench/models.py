@@ -78,7 +78,9 @@ def kinds(
         compare.append(Kind("sparse vectors", SparseEncoder(sparse), long[:limit], "encode", {}))
     rows = [row for one in compare for row in compared(one, repeats)]
     rows += [*grid(pairs, short, repeats), *late(vectors, long[:late_limit], repeats)]
-    return {"data": data, "paragraphs": paragraphs, "sparse": sparse, "cross_encoder": cross_encoder, "rows": rows}
+    given = {"paragraphs": paragraphs, "sparse": sparse, "cross_encoder": cross_encoder, "multi_vector": multi_vector}
+    names = {name: value and Path(value).name for name, value in given.items()}
+    return {"data": [Path(name).name for name in data], **names, "rows": rows}
 
 
 def fingerprint(

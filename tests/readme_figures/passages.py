@@ -252,6 +252,34 @@ def reuse(records: Records) -> str:
     )
 
 
+def kinds(records: Records) -> str:
+    found = records["kinds"]["rows"]
+    names = dict.fromkeys(row["kind"] for row in found)
+    rows = []
+    for name in names:
+        if name not in ("100 x 50 pairs", "late chunks"):
+            miss, hit = (by(found, kind=name, name=what) for what in ("all miss", "all hit"))
+            different = max(miss["difference"], hit["difference"])
+            rows.append([name, str(miss["documents"]), times(miss["ratio"]), times(hit["ratio"]), f"{different:.0e}"])
+    grid, late = by(found, name="half stored"), by(found, name="late chunks, cut anew")
+    columns = ["", "inputs", "all miss", "all hit", "largest difference"]
+    return "\n\n".join([
+        prose(
+            """Every kind of model, beside the plain library: documents per second over those of the library, with an
+            empty store (storing included) and with a store that has everything and was opened again. The CrossEncoder is
+            MiniLM fine-tuned on question pairs (`python -m tests.fine_tune_pairs`), the SparseEncoder a SPLADE model of
+            4.4 million parameters; the MultiVectorEncoder is MiniLM with a new projection (`llmcache bench kinds`;
+            `kinds.json`):"""
+        ),
+        table(columns, rows),
+        prose(
+            f"""A grid of 100 x 50 pairs of which half are stored takes {1 / grid["ratio"]:.2f} of the library's time.
+            {late["documents"]} paragraphs cut anew with late chunks take 1/{late["ratio"]:.0f} of the time to encode
+            them; the chunks differ from a direct computation by at most {late["difference"]:.0e}."""
+        ),
+    ])  # fmt: skip
+
+
 def rivals(records: Records) -> str:
     def counts(name: str) -> list[str]:
         rows = records[name]["rows"]
@@ -343,6 +371,7 @@ PASSAGES: Passages = (
     ((), workloads),
     (("open-100000", "open-1000000"), large_stores),
     (("store",), store),
+    (("kinds",), kinds),
     (("layers-minilm",), layers),
     (("decoding-gpt2-small",), decoding),
     (("near-banking77",), near),
