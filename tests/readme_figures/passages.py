@@ -267,8 +267,8 @@ def kinds(records: Records) -> str:
         prose(
             """Every kind of model, beside the plain library: documents per second over those of the library, with an
             empty store (storing included) and with a store that has everything and was opened again. The CrossEncoder
-            is MiniLM fine-tuned on question pairs (`python -m tests.fine_tune_pairs`), the SparseEncoder a SPLADE model of
-            4.4 million parameters; the MultiVectorEncoder is MiniLM with a new projection (`llmcache bench kinds`;
+            is MiniLM fine-tuned on question pairs (`python -m tests.fine_tune_pairs`), the SparseEncoder a SPLADE model
+            of 4.4 million parameters; the MultiVectorEncoder is MiniLM with a new projection (`llmcache bench kinds`;
             `kinds.json`):"""
         ),
         table(columns, rows),
