@@ -34,8 +34,7 @@ def summary(records: Records) -> str:
             ),
             prose(
                 """Medians of recorded runs on two cores of an x86 server; all commands begin with `llmcache`. Each
-                record in `data/bench/` names its commit; near matches and decoders were measured at earlier commits,
-                near matches before calibrations on a cache's own entries became stricter (fewer hits).
+                record in `data/bench/` names its commit; decoders were measured at earlier commits.
                 "The model alone" is `SentenceTransformer.encode`, or transformers with its own key/value cache.
                 Conditions, rivals and all other measurements are in [docs/benchmarks.md](docs/benchmarks.md)."""
             ),
