@@ -95,7 +95,12 @@ def open_parts(
         space = store.namespace(namespace)
         if space is not None:  # check the secret before a model is loaded
             admit(space, namespace, salt)
-        module, identity = model_and_identity or loaded(*model_name(store, namespace))
+        if model_and_identity is None:
+            name, no_tokenizer, own = model_name(store, namespace)
+            if kind not in (None, own):
+                raise ConfigError(f"the namespace {namespace!r} has a {own or 'model'}, not a {kind}; leave out kind")
+            model_and_identity = loaded(name, no_tokenizer, own)
+        module, identity = model_and_identity
         settings = settled(store, namespace, identity, config, module, salt)
         _check_faiss(settings)
         if tau is not None:

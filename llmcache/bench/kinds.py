@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from llmcache.bench.harness.turns import Action, Row, Turn, freed, in_turn, steady
+from llmcache.bench.harness.turns import Action, Measurement, Row, Turn, freed, in_turn, steady
 from llmcache.cache import LLMCache
 from llmcache.errors import ConfigError
 from llmcache.pipeline.chunking import chunks
@@ -85,11 +85,15 @@ def compared(kind: Kind, repeats: int) -> list[Row]:
             warm=0,
             keep=1,
         )
-    rows = []
+    return _rows(kind.name, made, reference)
+
+
+def _rows(kind: str, made: Mapping[str, Measurement], reference: Any) -> list[Row]:
+    """Return the measurements of a kind as rows, each with its largest difference to the reference."""
     for row in made.values():
         row.difference = difference(row.outputs[-1], reference)
-        rows.append({"kind": kind.name} | row.row("name", "documents", "seconds", "rate", "ratio", "difference"))
-    return rows
+    names = ("name", "documents", "seconds", "rate", "ratio", "difference")
+    return [{"kind": kind} | row.row(*names) for row in made.values()]
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -142,12 +146,7 @@ def grid(model: CrossEncoder, texts: Sequence[str], repeats: int) -> list[Row]:
         made = in_turn(
             [Turn(base, len(pairs), plain, base), Turn("half stored", len(pairs), half, base)], repeats, keep=1
         )
-    reference = made[base].outputs[-1]
-    rows = []
-    for row in made.values():
-        row.difference = difference(row.outputs[-1], reference)
-        rows.append({"kind": "100 x 50 pairs"} | row.row("name", "documents", "seconds", "rate", "ratio", "difference"))
-    return rows
+    return _rows("100 x 50 pairs", made, made[base].outputs[-1])
 
 
 def late(model: SentenceTransformer, documents: Sequence[str], repeats: int) -> list[Row]:

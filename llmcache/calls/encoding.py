@@ -318,6 +318,8 @@ class EncodeMethods(CacheParts):
         usual = "token_embeddings" if isinstance(self.model, MultiVectorEncoder) else "sentence_embedding"
         if output_value in (None, usual):
             return False
+        if output_value == "sentence_embedding":  # of a model that gives token vectors
+            raise ConfigError(f"a {type(self.model).__name__} gives token embeddings only; leave out output_value")
         if output_value != "token_embeddings":
             raise ConfigError(f"output_value is 'sentence_embedding' or 'token_embeddings', got {output_value!r}")
         if not isinstance(self.model, SentenceTransformer):

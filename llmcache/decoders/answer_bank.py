@@ -19,7 +19,7 @@ from llmcache.model.keys import Seed, token_keys
 ANSWERS, LIKELIHOODS = "answers", "likelihoods"
 """Names of the banks."""
 FACTS = BankFacts("float32", 1, 2, 0)
-"""Of both banks: numbers of a row, float32 [numbers, 1]. Token ids are exact below 16,777,216."""
+"""Facts of both banks: a row is a list of numbers, float32 [numbers, 1]. Token ids are exact below 16,777,216."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,12 @@ class AnswerBank:
         return numbers, found
 
     def find(self, name: str, rows: Sequence[Sequence[int]]) -> list[StoredAnswers | None]:
-        """Return the answers stored for prompts, None where there are none."""
+        """Return the answers stored for prompts; None where there are none, or where the numbers are no answers."""
         numbers, found = self.numbers(name, rows)
+        answers = (None if each is None else unpacked(each) for each in numbers)
         return [
-            None if each is None else StoredAnswers(*unpacked(each), row)
-            for each, row in zip(numbers, found.tolist(), strict=True)
+            None if each is None else StoredAnswers(*each, row)
+            for each, row in zip(answers, found.tolist(), strict=True)
         ]
 
     def put(
@@ -83,14 +84,13 @@ class AnswerBank:
         rows: Sequence[Sequence[int]],
         numbers: Sequence[Any],
         seconds: float,
-        sources: Sequence[str] = (),
     ) -> None:
-        """Store numbers for rows of token ids. seconds: of the model, for all rows. sources: ids of the documents."""
+        """Store numbers for rows of token ids. seconds: of the model, for all rows."""
         tokens = [np.asarray(row, np.int32) for row in rows]
         keys = self._keys(name, tokens)
         self._put(
             self.bank, keys, [np.asarray(each, np.float32).reshape(-1, 1) for each in numbers],
-            tokens=tokens, sources=list(sources) or [""] * len(rows), features=np.zeros((len(rows), 0), np.float32),
+            tokens=tokens, sources=[""] * len(rows), features=np.zeros((len(rows), 0), np.float32),
             cost=np.full(len(rows), seconds / max(1, len(rows)), np.float32),
         )  # fmt: skip
         self.evidence.computed(keys)
@@ -121,10 +121,17 @@ def packed(answers: Sequence[NDArray[np.int64]], finished: Sequence[bool]) -> Fl
     return np.concatenate(parts).astype(np.float32)
 
 
-def unpacked(numbers: Floats32) -> tuple[list[NDArray[np.int64]], list[bool]]:
-    """Return the answers of one prompt, and whether each has finished."""
+def unpacked(numbers: Floats32) -> tuple[list[NDArray[np.int64]], list[bool]] | None:
+    """Return the answers of one prompt, and whether each has finished; None for numbers that are no answers.
+
+    Only a forged store has such numbers, since rows have checksums.
+    """
+    if not len(numbers) or not (numbers >= 0).all() or not np.isfinite(numbers).all():
+        return None
     whole, answers, finished, at = numbers.astype(np.int64), list[NDArray[np.int64]](), list[bool](), 0
     while at < len(whole):
+        if at + 2 > len(whole) or at + 2 + whole[at + 1] > len(whole):
+            return None
         done, length = whole[at : at + 2].tolist()
         answers.append(whole[at + 2 : at + 2 + length])
         finished.append(bool(done))

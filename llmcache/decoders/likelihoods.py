@@ -156,7 +156,8 @@ def _likelihoods(
     bank = stored.likelihoods
     keyed = [[*ids, counted] for ids, counted in rows]  # the number of tokens that count is compared, too
     numbers, places = bank.numbers(LIKELIHOODS, keyed)
-    known = {i: each for i, each in enumerate(numbers) if each is not None}
+    # a forged store may have another number of values
+    known = {i: each for i, each in enumerate(numbers) if each is not None and len(each) == rows[i][1]}
     at = list(known)
 
     def audit(entries: list[tuple[list[int], int]], values: list[Floats32], of_bank: NDArray[np.int64]) -> None:

@@ -52,8 +52,8 @@ def answered(
     open_ = {row: list(row) for row in distinct}  # ids of prompt and answer so far, of prompts without a whole answer
     _read(open_, answers, settings, bank, audit)
     if open_:  # a changed model must not add answers to those of the unchanged one
-        sampled = [(ids.tolist(), unpacked(numbers)[0], row) for ids, numbers, row in bank.sample(settings.name)]
-        audit(sampled)
+        sampled = [(ids.tolist(), unpacked(numbers), row) for ids, numbers, row in bank.sample(settings.name)]
+        audit([(ids, answers[0], row) for ids, answers, row in sampled if answers is not None])
     rest: dict[int, list[tuple[int, ...]]] = {}
     for prompt, ids in open_.items():
         rest.setdefault(settings.most - len(ids) + len(prompt), []).append(prompt)

@@ -133,6 +133,7 @@ class Pipeline:
             raise ConfigError("late=True pools the vectors of chunks; give chunk=..., and leave out output_value")
         resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
         self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
+        cache.run((), output_value=output_value)  # ConfigError now for an output that the model does not give
         self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
         self._late = LateChunks(model, resolved) if late else None
         self._fields = FieldSpec(text_field, id_field, max_characters)

@@ -13,6 +13,7 @@ import transformers
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.decoders import generation, likelihoods
+from llmcache.decoders.answer_bank import unpacked
 from llmcache.errors import ModelMismatch
 from llmcache.planning.purging import purge_documents
 from tests import threads
@@ -106,12 +107,12 @@ def test_the_same_job_again_computes_nothing(model: Any, tmp_path: Path) -> None
         warm = cache.generate(PROMPTS, **how)
         assert (lists(warm), warm.texts, warm.reused) == (expected, cold.texts, [1.0] * 5)
         assert cache.stats().counters.answers_stored == 5
+        assert cache.stats().counters.prefix.calls == before
     with opened(tmp_path / "store", model, read_only=True) as cache:
         assert lists(cache.generate(PROMPTS[::-1], **how)) == expected[::-1]
         assert cache.stats().counters.answers_stored == 5
         assert cache.stats().counters.exact_audits > 0
         assert cache.stats().counters.saved_seconds > 0
-    assert before >= 0
 
 
 @pytest.mark.parametrize("limits", [(3, 9, 6), (9, 3, 12), (1, 2, 4, 8, 16), (16, 1)])
@@ -297,6 +298,11 @@ def test_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> Non
             assert cache.generate(PROMPTS, max_new_tokens=3).reused == [0.0] * 5
             cache.score(PROMPTS, CHOICES)
         assert cache.stats().counters.answers_stored == 0
+
+
+@pytest.mark.parametrize("numbers", [[], [1], [0, 5, 7], [0, -2, 0, -2], [np.nan, 1, 3], [0, np.inf], [0, 1, -4]])
+def test_numbers_of_a_forged_store_are_no_answers(numbers: list[float]) -> None:
+    assert unpacked(np.array(numbers, np.float32)) is None
 
 
 # -- truth --------------------------------------------------------------------------------------------------

@@ -492,3 +492,18 @@ def test_a_drop_in_of_a_closed_cache_says_so(folder: str, tmp_path: Path) -> Non
         made = cache.as_sentence_transformer()
     with pytest.raises(LLMCacheError, match="closed"):
         made.encode(TEXTS)
+
+
+def test_a_kind_that_the_store_does_not_have_is_refused(folder: str, tmp_path: Path) -> None:
+    with LLMCache.open(tmp_path / "store", folder, kind="sentence-transformer"):
+        pass
+    for kind in ("cross-encoder", "nope"):
+        with pytest.raises(ConfigError, match="has a sentence-transformer, not a"):
+            LLMCache.open(tmp_path / "store", kind=kind)
+    LLMCache.open(tmp_path / "store", kind="sentence-transformer").close()
+
+
+def test_a_model_of_token_vectors_gives_no_sentence_embedding(folder: str, tmp_path: Path) -> None:
+    refused = pytest.raises(ConfigError, match="gives token embeddings only")
+    with LLMCache.open(tmp_path / "store", kinds.multi_vector_encoder(folder)) as cache, refused:
+        cache.run(TEXTS, output_value="sentence_embedding")
