@@ -183,7 +183,9 @@ def loaded(
         folder = packaged_model(name)
         if folder is None:
             reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(f"the model {name!r} cannot be loaded: {reason}") from error
+            raise ConfigError(
+                f"the model {name!r} cannot be loaded: {reason.rstrip('.')}; give the path of its folder"
+            ) from error
         module, identity = load(folder, kind)  # without network, from an installed package that contains the model
     check_inputs(module)
     return module, replace(identity, name=name)
