@@ -23,11 +23,22 @@ FACTS = BankFacts("float32", 1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredAnswers:
-    """Answers of one prompt. finished: True where an answer ended with an end token. row: of the bank."""
+class Answered:
+    """An answer. ids: int64 [tokens]. likelihoods: log-likelihood of each token in nats, float32 [tokens].
 
-    answers: list[NDArray[np.int64]]
-    finished: list[bool]
+    finished: True if the answer ended with an end token.
+    """
+
+    ids: NDArray[np.int64]
+    likelihoods: Floats32
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswers:
+    """Answers of one prompt, read from a row of the bank."""
+
+    answers: list[Answered]
     row: int
 
 
@@ -69,12 +80,12 @@ class AnswerBank:
             self._counters.saved_seconds += self.bank.cost(found[found >= 0])
         return numbers, found
 
-    def find(self, name: str, rows: Sequence[Sequence[int]]) -> list[StoredAnswers | None]:
+    def find(self, name: str, rows: Sequence[Sequence[int]], vocabulary: int) -> list[StoredAnswers | None]:
         """Return the answers stored for prompts; None where there are none, or where the numbers are no answers."""
         numbers, found = self.numbers(name, rows)
-        answers = (None if each is None else unpacked(each) for each in numbers)
+        answers = (None if each is None else unpacked(each, vocabulary) for each in numbers)
         return [
-            None if each is None else StoredAnswers(*each, row)
+            None if each is None else StoredAnswers(each, row)
             for each, row in zip(answers, found.tolist(), strict=True)
         ]
 
@@ -115,25 +126,29 @@ class AnswerBank:
         return token_keys(self._seed(name), [row.tobytes() for row in tokens]).view(np.uint64)
 
 
-def packed(answers: Sequence[NDArray[np.int64]], finished: Sequence[bool]) -> Floats32:
-    """Return the answers of one prompt as numbers: for each whether it has finished, its length, and its ids."""
-    parts = [np.concatenate([[done, len(ids)], ids]) for ids, done in zip(answers, finished, strict=True)]
+def packed(answers: Sequence[Answered]) -> Floats32:
+    """Return the answers of one prompt as numbers: for each whether it has finished, its length, its ids and its
+    log-likelihoods."""
+    parts = [np.concatenate([[each.finished, len(each.ids)], each.ids, each.likelihoods]) for each in answers]
     return np.concatenate(parts).astype(np.float32)
 
 
-def unpacked(numbers: Floats32) -> tuple[list[NDArray[np.int64]], list[bool]] | None:
-    """Return the answers of one prompt, and whether each has finished; None for numbers that are no answers.
+def unpacked(numbers: Floats32, vocabulary: int) -> list[Answered] | None:
+    """Return the answers of one prompt; None for numbers that are no answers, which only a forged store has.
 
-    Only a forged store has such numbers, since rows have checksums.
+    vocabulary: number of token ids of the model.
     """
-    if not len(numbers) or not (numbers >= 0).all() or not np.isfinite(numbers).all():
+    if not len(numbers) or not np.isfinite(numbers).all():
         return None
-    whole, answers, finished, at = numbers.astype(np.int64), list[NDArray[np.int64]](), list[bool](), 0
-    while at < len(whole):
-        if at + 2 > len(whole) or at + 2 + whole[at + 1] > len(whole):
+    answers, at = list[Answered](), 0
+    while at < len(numbers):
+        done, length = numbers[at : at + 2].tolist() if at + 2 <= len(numbers) else (0.0, -1.0)
+        if length < 0 or at + 2 + 2 * length > len(numbers):
             return None
-        done, length = whole[at : at + 2].tolist()
-        answers.append(whole[at + 2 : at + 2 + length])
-        finished.append(bool(done))
-        at += 2 + length
-    return answers, finished
+        middle, end = at + 2 + int(length), at + 2 + 2 * int(length)
+        ids, likelihoods = numbers[at + 2 : middle].astype(np.int64), numbers[middle:end]
+        if not ((ids >= 0) & (ids < vocabulary)).all() or not (likelihoods <= 0).all():
+            return None
+        answers.append(Answered(ids, likelihoods, bool(done)))
+        at = end
+    return answers

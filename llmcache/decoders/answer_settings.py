@@ -34,12 +34,14 @@ class AnswerSettings:
     """Settings of a call of `model.generate` whose answers can be stored.
 
     name: text that differs wherever the answers may differ, but for the limit if `grows`. most: largest number of new
-    tokens. grows: True if answers are greedy, so that the answer within a lower limit is the beginning of the answer
-    within a higher one. ends: ids of the tokens that end an answer.
+    tokens. greedy: True if each token of an answer is the one with the largest logit. grows: True if the answer within
+    a lower limit is the beginning of the answer within a higher one, and the prompt can be extended by it.
+    ends: ids of the tokens that end an answer.
     """
 
     name: str
     most: int
+    greedy: bool
     grows: bool
     ends: frozenset[int]
 
@@ -73,11 +75,12 @@ def answer_settings(model: Any, arguments: Mapping[str, Any]) -> AnswerSettings 
         return f"the setting {reading[0]!r} may depend on the padding of a batch, or on time"
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     beams, sequences = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
-    grows = beams == sequences == 1 and not whole and changed <= _GREEDY
+    greedy = beams == sequences == 1 and changed <= _GREEDY
+    grows = greedy and not whole
     parts = [transformers.__version__, json.dumps(settings, sort_keys=True, default=str)]
     if not grows:
         parts.append(f"max_new_tokens={most}")
-    return AnswerSettings("\n".join(parts), int(most), grows, end_tokens(config))
+    return AnswerSettings("\n".join(parts), int(most), greedy, grows, end_tokens(config))
 
 
 def end_tokens(config: Any) -> frozenset[int]:

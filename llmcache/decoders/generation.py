@@ -6,7 +6,7 @@ its stored answers. Without them the results are the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import Ids, audit_answers
+from llmcache.decoders.answer_bank import Answered
 from llmcache.decoders.answer_settings import AnswerSettings, answer_settings, end_tokens
-from llmcache.decoders.likelihoods import scoring_batches
+from llmcache.decoders.likelihoods import computed_likelihoods, scoring_batches
+from llmcache.decoders.prefix_cache import restored_shares
+from llmcache.decoders.prefix_order import prefix_order
 from llmcache.decoders.prompts import (
     Attached,
     check_batch_size,
@@ -29,18 +33,24 @@ from llmcache.decoders.prompts import (
     padding_id,
     prompt_ids,
 )
-from llmcache.decoders.stored_answers import StoredResults, answered, up_to_end
+from llmcache.decoders.stored_answers import Answer, StoredResults, answered, up_to_end
 from llmcache.model.row_batches import batching_of
+from llmcache.model.trial import vocabulary_of
 from llmcache.records import check_texts
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Generated texts.
+    """Generated texts. Lists have an element for each prompt, or for each returned sequence of each prompt.
 
-    ids: int64 [new tokens] for each prompt (and each returned sequence), as `model.generate` returns them, but without
-        the padding after an end token.
+    ids: int64 [new tokens] for each sequence, as `model.generate` returns them, but without the padding after an end
+        token.
+    likelihoods: log-likelihood of each new token of each sequence in nats, float32 [new tokens]; empty if neither asked
+        for nor stored. The start token of an encoder-decoder counts 0.
+    finish: for each sequence "end" if it ended with an end token, "length" if it reached the limit of new tokens, or
+        "stop" if something else ended it.
     reused: for each prompt, the share of its new tokens that came from stored answers, in [0, 1].
+    restored: for each prompt, the share of the prompt's tokens that were not computed for it, in [0, 1].
     not_stored: reason why answers of these settings are not stored; "" if they are, or without a store.
     """
 
@@ -48,6 +58,9 @@ class Generated:
     ids: list[Ids]
     reused: list[float] = field(default_factory=list)
     not_stored: str = ""
+    likelihoods: list[Floats32] = field(default_factory=list)
+    finish: list[str] = field(default_factory=list)
+    restored: list[float] = field(default_factory=list)
 
 
 def generate(
@@ -58,73 +71,185 @@ def generate(
     attached: Attached = nullcontext,
     stored: StoredResults | None = None,
     batch_size: int = 32,
+    likelihoods: bool = False,
     **generate_kwargs: Any,
 ) -> Generated:
-    """Run `model.generate` on prompts, in batches in the given order, padded on the left.
+    """Run `model.generate` on prompts, in batches of prompts with common beginnings, padded on the left.
 
     Prompts of an encoder-decoder are padded on the right, since its encoder counts positions from the left. Where
     padding changes the generated tokens (recurrent models), only prompts of equal length share a batch.
     stored: stored answers, which are used, continued and extended where the settings always give the same answer.
+    likelihoods: True to compute the log-likelihoods of the new tokens.
     generate_kwargs: for `model.generate`. With num_return_sequences there are that many answers per prompt.
     Returns texts without special tokens, and ids. A prompt that is too long for the model raises the model's own error.
     """
     check_batch_size(batch_size)
     check_texts(prompts, "prompts")
-    whole = bool(getattr(model.config, "is_encoder_decoder", False))
-    rows = [list(tokenizer(prompt)["input_ids"]) if whole else prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [input_ids(model, tokenizer, prompt) for prompt in prompts]
     if not rows:
         return Generated([], [])
-    padding = padding_id(model, tokenizer)
-    batching = batching_of(model, "generate", lambda batch: _first_steps(model, batch, padding, left=not whole))
-    more = generate_kwargs.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
-    arguments = {"pad_token_id": padding, **generate_kwargs}
-    ends = _ends(model, arguments)
-
-    def compute(inputs: list[list[int]], most: int | None) -> list[list[Ids]]:
-        answers: dict[int, list[Ids]] = {}
-        limits = arguments if most is None else {**arguments, "max_new_tokens": most}
-        with torch.inference_mode(), attached():
-            for chosen in batching.batches(range(len(inputs)), list(map(len, inputs)), batch_size, most or int(more)):
-                ids, mask = padded([inputs[i] for i in chosen], padding, model.device, left=not whole)
-                output = model.generate(input_ids=ids, attention_mask=mask, **limits)
-                output = output if isinstance(output, Tensor) else output.sequences
-                written = list(output[:, 0 if whole else ids.shape[1] :].cpu().numpy())
-                written = [up_to_end(each, ends, int(whole)) for each in written]
-                of_each = len(written) // len(chosen)
-                answers |= {row: written[of_each * i : of_each * (i + 1)] for i, row in enumerate(chosen)}
-        return [answers[row] for row in range(len(inputs))]
-
-    settings = _settings(model, tokenizer, arguments, max(map(len, rows))) if stored is not None else ""
-    if stored is None or isinstance(settings, str):
-        sequences = [ids for of_prompt in compute(rows, None) for ids in of_prompt]
-        reason = settings if stored is not None and isinstance(settings, str) else ""
-        return Generated(_texts(tokenizer, sequences), sequences, [0.0] * len(rows), reason)
-
-    def logits(pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
-        with torch.inference_mode(), attached():
-            return _answer_logits(model, pairs, padding)
-
-    audit = partial(audit_answers, stored.answers.evidence, settings, model=model, logits=logits, compute=compute)
-    found = answered(rows, settings, stored.answers, compute, audit)
-    stored.counters.answers_stored += sum(answer.stored for answer in found)
-    sequences = [ids for answer in found for ids in answer.sequences]
-    reused = [answer.reused / max(1, sum(map(len, answer.sequences))) for answer in found]
-    return Generated(_texts(tokenizer, sequences), sequences, reused)
+    run = Generation(model, tokenizer, generate_kwargs, attached, stored, batch_size, likelihoods=likelihoods)
+    found = {i: answer for batch in run.answers(rows) for i, answer in batch}
+    answers = [found[i] for i in range(len(rows))]
+    sequences = [each for answer in answers for each in answer.sequences]
+    return Generated(
+        run.texts(sequences),
+        [each.ids for each in sequences],
+        [answer.reused / max(1, answer.tokens) for answer in answers],
+        run.not_stored(rows),
+        [each.likelihoods for each in sequences],
+        [run.finish(each) for each in sequences],
+        [answer.restored for answer in answers],
+    )
 
 
-def _texts(tokenizer: Any, sequences: Sequence[Ids]) -> list[str]:
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
+def input_ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids that a model reads of a prompt."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return list(tokenizer(prompt)["input_ids"])
+    return prompt_ids(tokenizer, prompt)
 
 
-def _settings(model: Any, tokenizer: Any, arguments: dict[str, Any], longest: int) -> AnswerSettings | str:
-    """Return the settings that name answers, or the reason why answers to prompts of these lengths cannot be stored."""
-    settings = answer_settings(model, arguments)
-    if isinstance(settings, str) or getattr(model.config, "is_encoder_decoder", False):
-        return settings
-    batching = scoring_batches(model, tokenizer)
-    if not (batching.causal and batching.padded):
-        return "the model reads later tokens, or padding, so an answer depends on the other prompts of a batch"
-    return batching.reach.refusal(longest + settings.most) or settings
+class Generation:
+    """Generation with one model and the same settings for all prompts."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: Mapping[str, Any],
+        attached: Attached = nullcontext,
+        stored: StoredResults | None = None,
+        batch_size: int = 32,
+        *,
+        likelihoods: bool = False,
+    ) -> None:
+        """settings: for `model.generate`. Other arguments as of `generate`."""
+        self._model, self._tokenizer, self._attached, self._stored = model, tokenizer, attached, stored
+        self._batch_size, self._likelihoods = batch_size, likelihoods
+        self._whole = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._padding = padding_id(model, tokenizer)
+        self._arguments: dict[str, Any] = {"pad_token_id": self._padding, **settings}
+        self._ends = _ends(model, self._arguments)
+        self._settings = answer_settings(model, self._arguments)
+        most = settings.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
+        self._most = int(most)
+
+    def texts(self, sequences: Sequence[Answered]) -> list[str]:
+        """Return the texts of answers, without special tokens."""
+        return [self._tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in sequences]
+
+    def finish(self, answer: Answered) -> str:
+        """Return why an answer ended: "end", "length" or "stop"; see `Generated`."""
+        if answer.finished:
+            return "end"
+        return "length" if len(answer.ids) - self._whole >= self._most else "stop"
+
+    def not_stored(self, rows: Sequence[Sequence[int]]) -> str:
+        """Return the reason why answers of rows of token ids cannot be stored; "" if they can, or without a store."""
+        settings = self._named(rows) if self._stored is not None else ""
+        return settings if isinstance(settings, str) else ""
+
+    def answers(self, rows: Sequence[list[int]]) -> Iterator[list[tuple[int, Answer]]]:
+        """Yield the answers of rows of token ids with the numbers of the rows: the stored ones first, then each batch.
+
+        Equal rows whose answers are stored are computed once.
+        """
+        if not rows:
+            return
+        stored, settings = self._stored, self._named(rows) if self._stored is not None else ""
+        if stored is None or isinstance(settings, str):
+            yield from self._computed(rows, None)
+            return
+        audit = partial(
+            audit_answers, stored.answers.evidence, settings, model=self._model, logits=self._logits,
+            compute=self._computed,
+        )  # fmt: skip
+        words = vocabulary_of(self._model)
+        for batch in answered(rows, settings, stored.answers, self._computed, audit, words):
+            stored.counters.answers_stored += sum(answer.stored for _, answer in batch)
+            yield batch
+
+    def _computed(self, rows: Sequence[list[int]], most: int | None) -> Iterator[list[tuple[int, Answer]]]:
+        """Yield the model's answers of rows of token ids, batch by batch. most: limit of new tokens, or None."""
+        model, whole, settings = self._model, self._whole, self._settings
+        probe = partial(_first_steps, model, padding=self._padding, left=not whole)
+        batching = batching_of(model, "generate", probe)
+        limits = self._arguments if most is None else {**self._arguments, "max_new_tokens": most}
+        wanted = self._likelihoods or (self._stored is not None and not isinstance(self._named(rows), str))
+        greedy = wanted and isinstance(settings, AnswerSettings) and settings.greedy
+        order, lengths = prefix_order(rows), list(map(len, rows))
+        for chosen in batching.batches(order, lengths, self._batch_size, most or self._most):
+            recorded = GreedyLikelihoods()
+            more = {"logits_processor": [recorded]} if greedy else {}
+            with torch.inference_mode(), self._attached(), restored_shares() as shares:
+                ids, mask = padded([rows[i] for i in chosen], self._padding, model.device, left=not whole)
+                output = model.generate(input_ids=ids, attention_mask=mask, **limits, **more)
+            output = output if isinstance(output, Tensor) else output.sequences
+            written = list(output[:, 0 if whole else ids.shape[1] :].cpu().numpy())
+            written = [up_to_end(each, self._ends, int(whole)) for each in written]
+            of_each = len(written) // len(chosen)
+            inputs = [rows[i] for i in chosen for _ in range(of_each)]
+            if greedy:
+                likely = recorded.of([len(each) - whole for each in written])
+                likely = [np.append(np.zeros(int(whole), np.float32), each) for each in likely]
+            elif wanted:
+                likely = self._likelihoods_of(inputs, written)
+            else:
+                likely = [np.zeros(0, np.float32)] * len(written)
+            done = [len(each) > whole and int(each[-1]) in self._ends for each in written]
+            answers = list(map(Answered, written, likely, done))
+            known = shares[0] if shares and len(shares[0]) == len(chosen) else [0.0] * len(chosen)
+            yield [
+                (row, Answer([[each] for each in answers[of_each * i : of_each * (i + 1)]], 0, known[i]))
+                for i, row in enumerate(chosen)
+            ]
+
+    def _likelihoods_of(self, prompts: Sequence[list[int]], answers: Sequence[Ids]) -> list[Floats32]:
+        """Return the log-likelihoods of the tokens of answers, float32 [tokens] each, with a further forward."""
+        if self._whole:
+            likely = []
+            for pair in zip(prompts, answers, strict=True):  # one by one, since there are logits of every token
+                (table,) = self._logits([(pair[0], pair[1])])
+                ids = torch.from_numpy(pair[1][1:, None])
+                chosen = torch.log_softmax(torch.from_numpy(table), -1).gather(1, ids)[:, 0].numpy()
+                likely.append(np.append(np.zeros(1, np.float32), chosen)[: len(pair[1])])
+            return likely
+        rows = [([*prompt, *ids.tolist()], len(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
+        found = {i: values for i, values, _ in computed_likelihoods(
+            self._model, self._tokenizer, rows, self._batch_size, self._attached
+        )}  # fmt: skip
+        return [found[i].astype(np.float32) for i in range(len(rows))]
+
+    def _named(self, rows: Sequence[Sequence[int]]) -> AnswerSettings | str:
+        """Return the settings that name answers, or the reason why answers to these rows cannot be stored."""
+        settings = self._settings
+        if isinstance(settings, str) or self._whole:
+            return settings
+        batching = scoring_batches(self._model, self._tokenizer)
+        if not (batching.causal and batching.padded):
+            return "the model reads later tokens, or padding, so an answer depends on the other prompts of a batch"
+        return batching.reach.refusal(max(map(len, rows)) + settings.most) or settings
+
+    def _logits(self, pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
+        with torch.inference_mode(), self._attached():
+            return _answer_logits(self._model, pairs, self._padding)
+
+
+class GreedyLikelihoods(LogitsProcessor):
+    """Logits processor that changes nothing and records the log-likelihood of each step's largest logit."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._steps.append(scores.amax(-1) - torch.logsumexp(scores, -1))
+        return scores
+
+    def of(self, lengths: Sequence[int]) -> list[Floats32]:
+        """Return the log-likelihoods of the first tokens of each row, float32 [length] each."""
+        table = torch.stack(self._steps, 1).float().cpu().numpy()
+        return [row[:length] for row, length in zip(table, lengths, strict=True)]
 
 
 def _ends(model: Any, arguments: dict[str, Any]) -> frozenset[int]:
@@ -137,27 +262,22 @@ def _ends(model: Any, arguments: dict[str, Any]) -> frozenset[int]:
 
 
 def _answer_logits(model: Any, pairs: list[tuple[list[int], Ids]], padding: int) -> list[Floats32]:
-    """Return the logits that decide each token of some answers, float32 [tokens, vocabulary] each, in one batch."""
+    """Return the logits that decide the tokens of some answers, float32 [tokens, vocabulary] each, in one batch.
+
+    Of an encoder-decoder, the first id is the decoder's start token, which no logits decide.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         call = forward_call(model, [prompt for prompt, _ in pairs], padding)
         starts = [ids[:-1].tolist() or ids.tolist() for _, ids in pairs]
         call["decoder_input_ids"], call["decoder_attention_mask"] = padded(starts, padding, model.device, left=False)
         table = logits_of(model, call).float().cpu().numpy()
-        # the first id is the decoder's start token, which no logits decide
-        return [_with_start(rows[: len(ids) - 1], ids) for rows, (_, ids) in zip(table, pairs, strict=True)]
+        return [rows[: len(ids) - 1] for rows, (_, ids) in zip(table, pairs, strict=True)]
     rows = [[*prompt, *ids.tolist()][:-1] for prompt, ids in pairs]
     table = logits_of(model, forward_call(model, rows, padding)).float().cpu().numpy()
     return [each[len(prompt) - 1 :][: len(ids)] for each, (prompt, ids) in zip(table, pairs, strict=True)]
 
 
-def _with_start(logits: Floats32, ids: Ids) -> Floats32:
-    """Return logits with a row before them that is highest at the start token."""
-    first = np.zeros((1, logits.shape[1]), np.float32)
-    first[0, ids[0]] = 1
-    return np.concatenate([first, logits])
-
-
-def _first_steps(model: Any, rows: list[list[int]], padding: int, *, left: bool) -> list[Tensor]:
+def _first_steps(model: Any, rows: list[list[int]], *, padding: int, left: bool) -> list[Tensor]:
     """Return logits of the first two generated tokens of each row, run in one batch; [2, vocabulary] each."""
     ids, mask = padded(rows, padding, model.device, left=left)
     output = model.generate(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,12 +17,17 @@ from torch import Tensor
 from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import audit_likelihoods
 from llmcache.decoders.answer_bank import LIKELIHOODS
+from llmcache.decoders.prefix_cache import restored_shares
+from llmcache.decoders.prefix_order import prefix_order
 from llmcache.decoders.prompts import Attached, check_batch_size, forward_call, logits_of, padding_id, prompt_ids
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.errors import ConfigError
 from llmcache.model.forward_patch import OwnHook
 from llmcache.model.row_batches import Batching, batching_of
 from llmcache.records import check_many, check_texts
+
+CountedRow: TypeAlias = tuple[list[int], int]
+"""Token ids of a row, and the number of its last tokens whose log-likelihoods count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,14 @@ class Scores:
 
     total: float64 [prompts, choices]. tokens: int64 [prompts, choices], tokens of each choice. Where a prompt has fewer
     choices than others, total is -inf and tokens 0.
+    reused: for each prompt, the share of its choices whose scores came from the store, float64 [prompts]. restored: for
+    each prompt, the share of the tokens of its rows that were not computed, float64 [prompts].
     """
 
     total: NDArray[np.float64]
     tokens: NDArray[np.int64]
+    reused: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    restored: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     @property
     def per_token(self) -> NDArray[np.float64]:
@@ -69,24 +78,33 @@ def score(
         raise ConfigError(
             f"there are {len(prompts)} prompts and {len(by_prompt)} lists of choices; give one list for each"
         )
-    rows, places = [], []
-    for i, (prompt, of_prompt) in enumerate(zip(prompts, by_prompt, strict=True)):
-        stem = prompt_ids(tokenizer, prompt.rstrip())
-        for j, choice in enumerate(of_prompt):
-            whole = prompt_ids(tokenizer, prompt + choice)
-            shared = _common_prefix(stem, whole)
-            if len(whole) == shared:
-                raise ConfigError(f"choice {j} of prompt {i} has no tokens of its own: {choice!r}")
-            if not shared:
-                whole, shared = [_first(tokenizer), *whole], 1
-            rows.append((whole, len(whole) - shared))
-            places.append((i, j))
+    rows = [
+        choice_rows(tokenizer, prompt, of_prompt, f"prompt {i}")
+        for i, (prompt, of_prompt) in enumerate(zip(prompts, by_prompt, strict=True))
+    ]
     total = np.full((len(prompts), max(map(len, by_prompt), default=0)), -np.inf)
     tokens = np.zeros(total.shape, np.int64)
-    for start, values in _likelihoods(model, tokenizer, rows, batch_size, attached, stored):
-        i, j = places[start]
-        total[i, j], tokens[i, j] = values.sum(), len(values)
-    return Scores(total, tokens)
+    reused, restored = np.ones(len(prompts)), np.ones(len(prompts))
+    for batch in likelihoods(model, tokenizer, rows, attached=attached, stored=stored, batch_size=batch_size):
+        for i, found in batch:
+            total[i, : len(found.values)] = [values.sum() for values in found.values]
+            tokens[i, : len(found.values)] = list(map(len, found.values))
+            reused[i], restored[i] = found.reused, found.restored
+    return Scores(total, tokens, reused, restored)
+
+
+def choice_rows(tokenizer: Any, prompt: str, choices: Sequence[str], name: str) -> list[CountedRow]:
+    """Return a row for each choice of a prompt. name: of the prompt, in messages. ConfigError as of `score`."""
+    stem, rows = prompt_ids(tokenizer, prompt.rstrip()), []
+    for j, choice in enumerate(choices):
+        whole = prompt_ids(tokenizer, prompt + choice)
+        shared = _common_prefix(stem, whole)
+        if len(whole) == shared:
+            raise ConfigError(f"choice {j} of {name} has no tokens of its own: {choice!r}")
+        if not shared:
+            whole, shared = [_first(tokenizer), *whole], 1
+        rows.append((whole, len(whole) - shared))
+    return rows
 
 
 def perplexity(
@@ -124,79 +142,148 @@ def perplexity(
             done = stop
             if stop == len(ids):
                 break
-    sums = np.zeros(len(rows))
-    for place, values in _likelihoods(model, tokenizer, rows, batch_size, attached, stored):
-        sums[place] = values.sum()
+    sums, windows = np.zeros(len(rows)), [[row] for row in rows]
+    for batch in likelihoods(model, tokenizer, windows, attached=attached, stored=stored, batch_size=batch_size):
+        for place, found in batch:
+            sums[place] = found.values[0].sum()
     count = sum(counted for _, counted in rows)
     if not count:
         raise ConfigError("the texts have no token that follows another; perplexity needs at least two tokens")
     return math.exp(-float(sums.sum()) / count)
 
 
-def _likelihoods(
+@dataclass(slots=True)
+class Likelihoods:
+    """Log-likelihoods of the rows of one prompt. values: in nats, float64 [tokens that count] of each row.
+
+    reused: share of the rows that came from the store. restored: share of the rows' tokens that were not computed.
+    """
+
+    values: list[NDArray[np.float64]]
+    reused: float
+    restored: float
+
+
+def likelihoods(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[tuple[list[int], int]],
-    batch_size: int,
-    attached: Attached,
-    stored: StoredResults | None,
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield for each row its number and the log-likelihoods of its last tokens. Stored rows are not computed.
+    prompts: Sequence[Sequence[CountedRow]],
+    *,
+    attached: Attached = nullcontext,
+    stored: StoredResults | None = None,
+    batch_size: int = 32,
+) -> Iterator[list[tuple[int, Likelihoods]]]:
+    """Yield the log-likelihoods of the rows of each prompt with the number of the prompt.
 
-    rows: ids, and the number of last tokens that count.
+    The prompts whose rows are all stored come first, then batches of at most `batch_size` rows, or of one prompt.
+    Prompts with common beginnings share batches. A batch is stored before it is yielded.
+    prompts: for each prompt its rows, at least one.
     """
-    if stored is not None and rows:
+    if not prompts:
+        return
+    if stored is not None:
         batching = scoring_batches(model, tokenizer)
-        longest = max(len(ids) for ids, _ in rows)
+        longest = max(len(ids) for rows in prompts for ids, _ in rows)
         if not (batching.causal and batching.padded) or batching.reach.refusal(longest):
             stored = None  # the values depend on the other rows of a batch
-    if stored is None or not rows:
-        yield from _computed_likelihoods(model, tokenizer, rows, batch_size, attached)
-        return
-    bank = stored.likelihoods
-    keyed = [[*ids, counted] for ids, counted in rows]  # the number of tokens that count is compared, too
+    known: dict[tuple[int, ...], Floats32] = {}
+    if stored is not None:
+        known = _stored_likelihoods(model, tokenizer, [row for rows in prompts for row in rows], stored, attached)
+    whole, open_ = list[int](), list[int]()
+    for i, rows in enumerate(prompts):
+        (whole if all(_keyed(row) in known for row in rows) else open_).append(i)
+    if whole:
+        yield [(i, _collected(prompts[i], known, {}, {})) for i in whole]
+    stems = [prompts[i][0][0][: max(1, len(prompts[i][0][0]) - prompts[i][0][1])] for i in open_]
+    for batch in _batches([open_[i] for i in prefix_order(stems)], prompts, known, batch_size):
+        began = time.perf_counter()
+        wanted = list(dict.fromkeys(_keyed(row) for i in batch for row in prompts[i] if _keyed(row) not in known))
+        rows = [(list(ids), counted) for *ids, counted in wanted]
+        fresh, shares = {}, {}
+        for j, values, share in computed_likelihoods(model, tokenizer, rows, batch_size, attached):
+            fresh[wanted[j]], shares[wanted[j]] = values.astype(np.float32), share
+        if stored is not None:
+            numbers = [fresh[key] for key in wanted]
+            stored.likelihoods.put(LIKELIHOODS, wanted, numbers, time.perf_counter() - began)
+        yield [(i, _collected(prompts[i], known, fresh, shares)) for i in batch]
+
+
+def _keyed(row: CountedRow) -> tuple[int, ...]:
+    """Return the ids of a row and the number of tokens that count, which is compared as if it were an id."""
+    return (*row[0], row[1])
+
+
+def _collected(
+    rows: Sequence[CountedRow],
+    known: Mapping[tuple[int, ...], Floats32],
+    fresh: Mapping[tuple[int, ...], Floats32],
+    shares: Mapping[tuple[int, ...], float],
+) -> Likelihoods:
+    """Return the values of the rows of a prompt. known: stored values. fresh: computed ones, with shares restored."""
+    keys = [_keyed(row) for row in rows]
+    values = [(known[key] if key in known else fresh[key]).astype(np.float64) for key in keys]
+    tokens = np.array([len(ids) for ids, _ in rows], np.float64)
+    restored = float(np.dot(tokens, [shares.get(key, 1.0) for key in keys]) / tokens.sum())
+    return Likelihoods(values, sum(key in known for key in keys) / len(keys), restored)
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[Sequence[CountedRow]], known: Container[tuple[int, ...]], size: int
+) -> Iterator[list[int]]:
+    """Split prompts into batches of at most `size` rows that are not known, or of one prompt with more rows.
+
+    Prompts with equal rows share a batch, so that they are computed once.
+    """
+    equal: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for i in order:
+        equal.setdefault(tuple(map(_keyed, prompts[i])), []).append(i)
+    batch, filled = list[int](), 0
+    for keys, places in equal.items():
+        count = sum(key not in known for key in keys)
+        if batch and filled + count > size:
+            yield batch
+            batch, filled = [], 0
+        batch, filled = batch + places, filled + count
+    if batch:
+        yield batch
+
+
+def _stored_likelihoods(
+    model: Any, tokenizer: Any, rows: Sequence[CountedRow], stored: StoredResults, attached: Attached
+) -> dict[tuple[int, ...], Floats32]:
+    """Return the stored log-likelihoods of rows, by `_keyed`. ModelMismatch when an audit finds others."""
+    bank, keyed = stored.likelihoods, list(dict.fromkeys(map(_keyed, rows)))
     numbers, places = bank.numbers(LIKELIHOODS, keyed)
     # a forged store may have another number of values
-    known = {i: each for i, each in enumerate(numbers) if each is not None and len(each) == rows[i][1]}
-    at = list(known)
+    found = {i: each for i, each in enumerate(numbers) if each is not None and len(each) == keyed[i][-1]}
 
-    def audit(entries: list[tuple[list[int], int]], values: list[Floats32], of_bank: NDArray[np.int64]) -> None:
+    def audit(entries: list[CountedRow], values: list[Floats32], of_bank: NDArray[np.int64]) -> None:
         def recompute(some: Sequence[int]) -> list[Floats32]:
-            computed = dict(_computed_likelihoods(model, tokenizer, [entries[i] for i in some], len(some), attached))
+            chosen = [entries[i] for i in some]
+            computed = {i: each for i, each, _ in computed_likelihoods(model, tokenizer, chosen, len(some), attached)}
             return [computed[i].astype(np.float32) for i in range(len(some))]
 
         audit_likelihoods(bank.evidence, of_bank, values, model, recompute)
 
-    audit([rows[i] for i in at], list(known.values()), places[at])
-    if len(known) < len(rows):  # a changed model must not add results to those of the unchanged one
+    at = list(found)
+    audit([(list(keyed[i][:-1]), keyed[i][-1]) for i in at], list(found.values()), places[at])
+    if len(found) < len(keyed):  # a changed model must not add results to those of the unchanged one
         sampled = bank.sample(LIKELIHOODS)
         entries = [(ids[:-1].tolist(), int(ids[-1])) for ids, *_ in sampled]
         audit(entries, [value for _, value, _ in sampled], np.array([row for *_, row in sampled], np.int64))
-    stored.counters.answers_stored += len(known)
-    for i, value in known.items():
-        yield i, value.astype(np.float64)
-    equal: dict[tuple[int, ...], list[int]] = {}
-    for i in range(len(rows)):
-        if i not in known:
-            equal.setdefault(tuple(keyed[i]), []).append(i)
-    groups, began, computed = list(equal.values()), time.perf_counter(), []
-    distinct = [rows[each[0]] for each in groups]
-    for i, fresh in _computed_likelihoods(model, tokenizer, distinct, batch_size, attached):
-        computed.append((i, fresh))
-        for place in groups[i]:
-            yield place, fresh
-    if computed:
-        inputs = [keyed[groups[i][0]] for i, _ in computed]
-        bank.put(LIKELIHOODS, inputs, [fresh for _, fresh in computed], time.perf_counter() - began)
+    known = {keyed[i]: each for i, each in found.items()}
+    stored.counters.answers_stored += sum(_keyed(row) in known for row in rows)
+    return known
 
 
-def _computed_likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], batch_size: int, attached: Attached
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield for each row its number and the log-likelihoods of its last tokens, computed by the model.
+def computed_likelihoods(
+    model: Any, tokenizer: Any, rows: Sequence[CountedRow], batch_size: int, attached: Attached
+) -> Iterator[tuple[int, NDArray[np.float64], float]]:
+    """Yield for each row its number, the log-likelihoods of its last tokens, computed by the model, and the share of
+    its tokens that were restored.
 
-    rows: ids, and the number of last tokens that count. Rows with common prefixes share batches. They are padded on
-    the right: a causal model does not attend to this padding, and counts positions as for the row alone.
+    Rows with common prefixes share batches. They are padded on the right: a causal model does not attend to this
+    padding, and counts positions as for the row alone.
     """
     if not rows:
         return
@@ -206,8 +293,9 @@ def _computed_likelihoods(
     lengths = list(map(len, inputs))
     # rows with common prefixes next to each other: the prefix cache computes a prefix once per batch
     batches = list(batching.batches(_by_length_and_prefix(rows), lengths, batch_size))
-    with torch.inference_mode(), attached():
+    with torch.inference_mode(), attached(), restored_shares() as shares:
         for chosen in batches:
+            shares.clear()
             call = forward_call(model, [inputs[i] for i in chosen], padding)
             counted = [rows[i][1] for i in chosen]
             ends = [len(rows[i][0]) - 1 for i in chosen]
@@ -218,7 +306,8 @@ def _computed_likelihoods(
             asked = torch.from_numpy(wanted)[:, None].to(logits.device)
             likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
             values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
-            yield from zip(chosen, values, strict=True)
+            known = shares[0] if shares and len(shares[0]) == len(chosen) else [0.0] * len(chosen)
+            yield from zip(chosen, values, known, strict=True)
 
 
 def scoring_batches(model: Any, tokenizer: Any) -> Batching:

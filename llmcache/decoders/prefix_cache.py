@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +42,22 @@ from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.model.keys import key_seed
 from llmcache.model.trial import Reach, explained
+
+_shares: ContextVar[list[list[float]] | None] = ContextVar("llmcache_restored_shares", default=None)
+
+
+@contextmanager
+def restored_shares() -> Iterator[list[list[float]]]:
+    """Collect, for each call inside the block that prefix caches answer, the share of each row that is not computed.
+
+    Yields the list, to which each call adds a list of shares in [0, 1], one for each row of the call.
+    """
+    shares: list[list[float]] = []
+    token = _shares.set(shares)
+    try:
+        yield shares
+    finally:
+        _shares.reset(token)
 
 
 @dataclass(eq=False, slots=True)
@@ -185,6 +203,8 @@ class PrefixCache:
         counters.prompts += len(layout.lengths)
         counters.tokens += sum(layout.lengths)
         counters.shared += sum(layout.lengths) - sum(map(len, rows))
+        if (shares := _shares.get()) is not None:
+            shares.append([rows[i].known / max(1, len(rows[i])) for i in which])
         buffer = _in_layout(layout, [work.places[rows[i]] for i in which], cached=cached)
         stored, model_seconds = time.perf_counter(), counters.model_seconds - model_seconds
         counters.lookup_seconds += stored - began - model_seconds

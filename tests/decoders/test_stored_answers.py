@@ -300,9 +300,9 @@ def test_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> Non
         assert cache.stats().counters.answers_stored == 0
 
 
-@pytest.mark.parametrize("numbers", [[], [1], [0, 5, 7], [0, -2, 0, -2], [np.nan, 1, 3], [0, np.inf], [0, 1, -4]])
+@pytest.mark.parametrize("numbers", [[], [1], [0, 5, 7], [0, -2, 0, -2], [np.nan, 1, 3], [0, np.inf], [0, 1, -4, -1], [0, 1, 304, -1], [0, 1, 4, 1], [0, 1, 4]])
 def test_numbers_of_a_forged_store_are_no_answers(numbers: list[float]) -> None:
-    assert unpacked(np.array(numbers, np.float32)) is None
+    assert unpacked(np.array(numbers, np.float32), 304) is None
 
 
 # -- truth --------------------------------------------------------------------------------------------------
