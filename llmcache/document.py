@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +10,26 @@ from typing import Any, TypeAlias
 
 from llmcache.errors import CorpusError
 
-Text: TypeAlias = str | tuple[str, str]
-"""Text of a document; for a CrossEncoder an ordered pair of texts."""
-TextFields: TypeAlias = str | tuple[str, str]
-"""Name of the field of a text, or names of the two fields of a pair."""
+Text: TypeAlias = str | tuple[str, ...]
+"""Text of a document; for a CrossEncoder an ordered pair of texts, for a prompt template the texts of its fields."""
+TextFields: TypeAlias = str | tuple[str, ...]
+"""Name of the field of a text, or names of the fields of several texts."""
 PAIR_FIELDS = ("query", "document")
 """Fields of a pair, where the caller names no others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Input of a pipeline: an id and a text, which may be empty. For a CrossEncoder text is a pair of texts."""
+    """Input of a pipeline: an id and a text, which may be empty. For a CrossEncoder text is a pair of texts, for a
+    prompt template with several fields a tuple of their texts."""
 
     id: str
     text: Text
 
 
 def characters(text: Text) -> int:
-    """Return the number of characters of a text, or of both texts of a pair."""
-    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+    """Return the number of characters of a text, or of all texts of a tuple."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def as_text(text: Text) -> str:
@@ -48,7 +50,7 @@ def whole(texts: Sequence[Any]) -> Any:
 
 
 def names_of(fields: TextFields) -> tuple[str, ...]:
-    """Return the names of the fields of a text, one or two."""
+    """Return the names of the fields of a text."""
     return (fields,) if isinstance(fields, str) else fields
 
 
@@ -66,12 +68,13 @@ class File:
 class Fields:
     """Names of the text field and the id field. unit: unit of a document in plain text, "line" or "paragraph".
 
-    text: two names where documents are pairs of texts.
+    text: several names where documents are tuples of texts. as_json: True to take other values than texts, as JSON.
     """
 
     text: TextFields
     id: str
     unit: str
+    as_json: bool = False
 
 
 Found: TypeAlias = Document | CorpusError
@@ -88,9 +91,14 @@ def document(file: File, fields: Fields, number: int, id: object, text: object) 
     texts = (text,) if len(names) == 1 else text
     if not isinstance(texts, list | tuple):
         what = "one text" if isinstance(texts, str) else kind(texts)
+        if len(names) != 2 or fields.as_json:
+            return bad(file, number, f"is {what}, and the fields {', '.join(map(repr, names))} are needed")
         return bad(file, number, f"is {what}, not a pair of texts with {names[0]!r} and {names[1]!r} (--pair-fields)")
     if len(texts) != len(names):
-        return bad(file, number, f"has {len(texts)} text{'s' * (len(texts) != 1)}, not the two of a pair")
+        wanted = "the two of a pair" if len(names) == 2 else str(len(names))
+        return bad(file, number, f"has {len(texts)} text{'s' * (len(texts) != 1)}, not {wanted}")
+    if fields.as_json:
+        texts = [json_text(one) for one in texts]
     for name, one in zip(names, texts, strict=True):
         if not isinstance(one, str):
             return bad(file, number, f"has {kind(one)} under {name!r}, not a text")
@@ -105,13 +113,25 @@ def document(file: File, fields: Fields, number: int, id: object, text: object) 
     return result
 
 
+def json_text(value: object) -> object:
+    """Return a value of a record as text: a text as it is, any other value as JSON. None, and what is no JSON, stay."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return value
+
+
 def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> CorpusError:
     """Return the error of a record without a text field. names: fields that the record has."""
     given, wanted = list(names), names_of(fields.text)
     quoted = [repr(name[:40]) for name in given]
     absent = next((name for name in wanted if name not in given), wanted[0])
     advice = "name the right one (--text-field)"
-    if len(wanted) == 2:
+    if fields.as_json:
+        advice = "the prompt template names it: correct the template, or the records"
+    elif len(wanted) == 2:
         advice = f"a pair of texts needs both {wanted[0]!r} and {wanted[1]!r}: name the right two (--pair-fields)"
     seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")
     return bad(

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from llmcache.document import Document, Text, TextFields, characters, kind, names_of, whole
+from llmcache.document import Document, Text, TextFields, characters, json_text, kind, names_of, whole
 from llmcache.errors import ConfigError, CorpusError
 
 MOST_CHARACTERS = 10_000_000
@@ -34,16 +34,18 @@ Taken: TypeAlias = Document | RejectedRecord
 class FieldSpec:
     """Names of the text field and the id field of a record. most: maximum number of characters of a document.
 
-    text: two names where documents are pairs of texts, in the order of the pair.
+    text: two names where documents are pairs of texts, in the order of the pair; or the names of the fields of a prompt
+        template. as_json: True to take other values than texts, as JSON.
     """
 
     text: TextFields = "text"
     id: str = "id"
     most: int = MOST_CHARACTERS
+    as_json: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the text fields, one or two."""
+        """Names of the text fields."""
         return names_of(self.text)
 
 
@@ -145,7 +147,7 @@ def _record(place: int, record: Any, wanted: FieldSpec) -> Taken:
     if len(texts) == 2 and (isinstance(record, list | tuple) or hasattr(record, "tolist")):
         return _document(place, None, record, wanted)
     names = " and ".join(map(repr, wanted.names))
-    what = "text" if len(texts) == 1 else "pair of texts"
+    what = "text" if len(texts) == 1 else "pair of texts" if len(texts) == 2 else "tuple of texts"
     return RejectedRecord(place, str(place), f"is {kind(record)}, neither a {what} nor a record with {names}")
 
 
@@ -173,14 +175,18 @@ def _document(place: int, id: Any, text: Any, wanted: FieldSpec) -> Taken:
 def _texts(value: Any, wanted: FieldSpec) -> list[str] | str:
     """Return the texts of a record, one for each text field, or the reason why it is no document."""
     names = wanted.names
-    if len(names) == 2 and not isinstance(value, tuple):
+    what = "a pair of texts" if len(names) == 2 else f"a record with {', '.join(map(repr, names))}"
+    if len(names) > 1 and not isinstance(value, tuple):
         value = value.tolist() if getattr(value, "ndim", 0) == 1 else value
         if not isinstance(value, list):
-            return f"is {'one text' if isinstance(value, str) else kind(value)}, not a pair of texts"
+            return f"is {'one text' if isinstance(value, str) else kind(value)}, not {what}"
     parts = (value,) if len(names) == 1 else value
     if len(parts) != len(names):
-        return f"has {len(parts)} text{'s' * (len(parts) != 1)}, not the two of a pair"
+        known = "the two of a pair" if len(names) == 2 else f"the {len(names)} of {what}"
+        return f"has {len(parts)} text{'s' * (len(parts) != 1)}, not {known}"
     texts = [_python_value(part) for part in parts]
+    if wanted.as_json:
+        texts = [json_text(text) for text in texts]
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             return f"has {kind(text)} under {name!r}, not a text"

@@ -26,9 +26,9 @@ from llmcache.bench.competitors.transformers_prefix import Kept
 from llmcache.bench.harness.datasets import openbook_questions, squad_paragraphs
 from llmcache.bench.harness.turns import Action, Measurement, Row, Turn, in_turn, speed_up
 from llmcache.decoders.kv_buffer import shape_of
-from llmcache.decoders.likelihoods import score
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.decoders.prompts import padded
+from llmcache.decoders.scoring import score
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
 from llmcache.indexes.search.bank_index import NearChoice

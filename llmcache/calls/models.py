@@ -13,10 +13,11 @@ from llmcache.banks.reader import BankReader
 from llmcache.calls.base import CacheParts
 from llmcache.concurrency.calls import call
 from llmcache.decoders import generation as decoding
-from llmcache.decoders import likelihoods
+from llmcache.decoders import likelihoods, scoring
 from llmcache.decoders.answer_bank import ANSWERS, FACTS, LIKELIHOODS, AnswerBank
-from llmcache.decoders.generation import Generated
-from llmcache.decoders.likelihoods import Scores
+from llmcache.decoders.generation import Answers, Generated
+from llmcache.decoders.likelihoods import CountedRow, Likelihoods
+from llmcache.decoders.scoring import Scores
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.encoding.call import Progress, nothing
 from llmcache.encoding.results import Result, Source
@@ -108,7 +109,7 @@ class ModelMethods(CacheParts):
         """
         model, tokenizer = self._decoder(causal=True)
         return self._with_stored_results(
-            lambda stored: likelihoods.score(
+            lambda stored: scoring.score(
                 model, tokenizer, prompts, choices, attached=self.attached, stored=stored, batch_size=batch_size
             )
         )
@@ -120,11 +121,60 @@ class ModelMethods(CacheParts):
         """Return the perplexity: exp of the mean negative log-likelihood per token, over windows of tokens."""
         model, tokenizer = self._decoder(causal=True)
         return self._with_stored_results(
-            lambda stored: likelihoods.perplexity(
+            lambda stored: scoring.perplexity(
                 model, tokenizer, texts, window=window, stride=stride, attached=self.attached, stored=stored,
                 batch_size=batch_size,
             )
         )  # fmt: skip
+
+    @call
+    def answers(
+        self,
+        rows: Sequence[list[int]],
+        settings: Mapping[str, Any],
+        *,
+        batch_size: int = 32,
+        stored_only: bool = False,
+    ) -> Answers:
+        """Generate answers of prompts that are given as token ids, for code that tokenises and batches prompts itself.
+
+        settings: for `model.generate`. stored_only: look up stored answers, and compute none.
+        Returns the answers with the log-likelihoods of their tokens. Errors as `generate`.
+        """
+        model, tokenizer = self._decoder()
+
+        def run(stored: StoredResults | None) -> Answers:
+            generation = decoding.Generation(
+                model, tokenizer, settings, self.attached, stored, batch_size, likelihoods=True
+            )
+            found = {i: answer for batch in generation.answers(rows, stored_only=stored_only) for i, answer in batch}
+            return Answers.of(generation, [found.get(i) for i in range(len(rows))], generation.not_stored(rows))
+
+        return self._with_stored_results(run)
+
+    @call
+    def likelihoods(
+        self, prompts: Sequence[Sequence[CountedRow]], *, batch_size: int = 32, stored_only: bool = False
+    ) -> list[Likelihoods | None]:
+        """Compute log-likelihoods of rows that are given as token ids, for code that tokenises and batches itself.
+
+        prompts: for each prompt its rows: token ids, and the number of last tokens that count. stored_only: look up
+            stored values, and compute none.
+        Returns the values of each prompt; None where they are not stored and `stored_only` is set. Errors as `score`.
+        """
+        model, tokenizer = self._decoder(causal=True)
+
+        def run(stored: StoredResults | None) -> list[Likelihoods | None]:
+            if stored is None and stored_only:
+                return [None] * len(prompts)
+            batches = likelihoods.likelihoods(
+                model, tokenizer, prompts, attached=self.attached, stored=stored, batch_size=batch_size,
+                stored_only=stored_only,
+            )  # fmt: skip
+            found = {i: each for batch in batches for i, each in batch}
+            return [found.get(i) for i in range(len(prompts))]
+
+        return self._with_stored_results(run)
 
     def _stored_results(self) -> StoredResults | None:
         """Return the banks of finished answers and log-likelihoods; None if they are not used.

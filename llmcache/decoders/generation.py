@@ -150,23 +150,25 @@ class Generation:
         settings = self._named(rows) if self._stored is not None else ""
         return settings if isinstance(settings, str) else ""
 
-    def answers(self, rows: Sequence[list[int]]) -> Iterator[list[tuple[int, Answer]]]:
+    def answers(self, rows: Sequence[list[int]], *, stored_only: bool = False) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the answers of rows of token ids with the numbers of the rows: the stored ones first, then each batch.
 
-        Equal rows whose answers are stored are computed once.
+        Equal rows whose answers are stored are computed once. stored_only: yield the stored answers only.
         """
         if not rows:
             return
         stored, settings = self._stored, self._named(rows) if self._stored is not None else ""
         if stored is None or isinstance(settings, str):
-            yield from self._computed(rows, None)
+            if not stored_only:
+                yield from self._computed(rows, None)
             return
         audit = partial(
             audit_answers, stored.answers.evidence, settings, model=self._model, logits=self._logits,
             compute=self._computed,
         )  # fmt: skip
         words = vocabulary_of(self._model)
-        for batch in answered(rows, settings, stored.answers, self._computed, audit, words):
+        compute = None if stored_only else self._computed
+        for batch in answered(rows, settings, stored.answers, compute, audit, words):
             stored.counters.answers_stored += sum(answer.stored for _, answer in batch)
             yield batch
 
@@ -234,6 +236,32 @@ class Generation:
     def _logits(self, pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
         with torch.inference_mode(), self._attached():
             return _answer_logits(self._model, pairs, self._padding)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers of prompts that were given as token ids, without a text.
+
+    answers: of each prompt; None where no answer is stored and none was to be computed. finish: for each prompt, why
+    the first answer ended; "" without an answer. texts: of the first answers. not_stored: see `Generated`.
+    """
+
+    answers: list[Answer | None]
+    texts: list[str]
+    finish: list[str]
+    not_stored: str
+
+    @classmethod
+    def of(cls, generation: Generation, answers: list[Answer | None], not_stored: str) -> Answers:
+        """Make the answers. generation: that made them."""
+        firsts = [None if each is None else each.sequences[0] for each in answers]
+        texts = iter(generation.texts([first for first in firsts if first is not None]))
+        return cls(
+            answers,
+            ["" if first is None else next(texts) for first in firsts],
+            ["" if first is None else generation.finish(first) for first in firsts],
+            not_stored,
+        )
 
 
 class GreedyLikelihoods(LogitsProcessor):

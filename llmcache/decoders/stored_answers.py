@@ -74,11 +74,17 @@ class Answer:
 
 
 def answered(
-    rows: Sequence[list[int]], settings: AnswerSettings, bank: AnswerBank, compute: Compute, audit: Audit, words: int
+    rows: Sequence[list[int]],
+    settings: AnswerSettings,
+    bank: AnswerBank,
+    compute: Compute | None,
+    audit: Audit,
+    words: int,
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Yield the answers of rows of token ids with the numbers of the rows: the stored ones first, then each batch.
 
     Equal rows are computed once, and are yielded together. A batch is stored before it is yielded.
+    compute: computes the other answers; None to yield the stored ones only.
     audit: compares stored answers with the model's before they are used; ModelMismatch when they differ.
     words: number of token ids of the model.
     """
@@ -89,6 +95,8 @@ def answered(
     open_ = {row: list(row) for row in equal}  # ids of prompt and answer so far, of prompts without a whole answer
     _read(open_, answers, settings, bank, audit, words)
     yield [(i, answers[row]) for row, places in equal.items() if row not in open_ for i in places]
+    if compute is None:
+        return
     if open_:  # a changed model must not add answers to those of the unchanged one
         sampled = [(ids.tolist(), unpacked(numbers, words), row) for ids, numbers, row in bank.sample(settings.name)]
         audit([(ids, answers, row) for ids, answers, row in sampled if answers is not None])

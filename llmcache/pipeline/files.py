@@ -77,6 +77,7 @@ def documents(
     stdin_format: str = "jsonl",
     skip_bad: bool = False,
     reading: CorpusReading | None = None,
+    as_json: bool = False,
 ) -> Iterator[Document]:
     """Read documents from all sources. Yields them in the order of the sources.
 
@@ -84,11 +85,13 @@ def documents(
         hidden files and linked folders; files with other endings are counted in `reading`. Gzip is recognised by its
         content.
     text_field, id_field: fields of a JSON object or columns of a table; a JSON line may also be a bare string. Two
-        names of text fields give pairs of texts, for which a JSON line may be an array of two strings. A
-        document without an id gets "<file name>:<line>" (Parquet: row), counted from 1, relative to the folder.
+        names of text fields give pairs of texts, for which a JSON line may be an array of two strings; more names give
+        tuples of texts. A document without an id gets "<file name>:<line>" (Parquet: row), counted from 1, relative to
+        the folder.
     unit: unit of a document in a .txt file: a "line" that is not blank, or a "paragraph" between blank lines.
     stdin_format: format of standard input, which may be gzipped.
     skip_bad: skip records that cannot be read instead of raising. reading: counters to update.
+    as_json: take values of fields that are no texts, such as numbers, as JSON.
 
     No file is opened before the first document is requested; one record (Parquet: 32 rows) is in memory at a time.
     ConfigError at once for an unknown unit or stdin_format. CorpusError, naming file and line: before the first
@@ -98,7 +101,7 @@ def documents(
         if value not in choices:
             raise ConfigError(f"{name} is one of {', '.join(choices)}, got {value!r}")
     paths = [sources] if isinstance(sources, str | Path) else sources
-    fields = Fields(text_field, id_field, unit)
+    fields = Fields(text_field, id_field, unit, as_json)
     return _documents(paths, fields, stdin_format, skip_bad, CorpusReading() if reading is None else reading)
 
 

@@ -44,7 +44,7 @@ def _json_lines(file: File, fields: Fields, stream: IO[bytes]) -> Iterator[Found
 
 def _from_json(file: File, fields: Fields, number: int, record: object) -> Found:
     names = names_of(fields.text)
-    if isinstance(record, str) or (isinstance(record, list) and len(names) == 2):
+    if isinstance(record, str) or (isinstance(record, list) and len(names) > 1):
         return document(file, fields, number, None, record)
     if not isinstance(record, dict):
         return bad(file, number, f"is {kind(record)}, neither an object nor a text")

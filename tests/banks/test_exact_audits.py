@@ -30,7 +30,7 @@ from llmcache.banks.agreement import compared
 from llmcache.banks.audits import ExactAudits
 from llmcache.banks.counters import Counters
 from llmcache.decoders import generation as decoding
-from llmcache.decoders import likelihoods as scoring
+from llmcache.decoders import scoring
 from llmcache.errors import ConfigError, ModelMismatch
 from llmcache.model.description import describe as description
 from llmcache.model.description.watch import ModelWatch

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.decoders import likelihoods
+from llmcache.decoders import scoring
 from llmcache.errors import LLMCacheError, ModelMismatch
 from llmcache.model.locks import CallLock, LockCycle
 from tests import architectures, threads
@@ -148,7 +148,7 @@ def test_what_scores_pick_of_the_states_is_not_picked_for_other_threads() -> Non
             thread.join()
 
     hook = model.transformer.h[0].register_forward_pre_hook(at_work)
-    likelihoods.score(model, threads.tiny_tokenizer(), ["w1 w2"], [" w3", " w4 w5"])
+    scoring.score(model, threads.tiny_tokenizer(), ["w1 w2"], [" w3", " w4 w5"])
     hook.remove()
     assert found
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ import transformers
 
 from llmcache import CacheConfig, LLMCache
 from llmcache.decoders import generation as decoding
-from llmcache.decoders import likelihoods
+from llmcache.decoders import scoring
 from llmcache.errors import ConfigError
 from tests.conftest import MODELS
 
@@ -136,8 +136,8 @@ def test_a_cache_generates_scores_and_measures_like_the_model(stories: Any, stor
     choices = [" who loved to play.", " who was sad."]
     text = "Once upon a time there was a little girl named Lily. She loved to play with her dog. " * 6
     written = decoding.generate(model, tokenizer, asked, max_new_tokens=12, do_sample=False)
-    scores = likelihoods.score(model, tokenizer, asked, choices)
-    perplexity = likelihoods.perplexity(model, tokenizer, text, window=64)
+    scores = scoring.score(model, tokenizer, asked, choices)
+    perplexity = scoring.perplexity(model, tokenizer, text, window=64)
     for _ in range(2):
         with LLMCache.open(store, model, tokenizer=tokenizer) as cache:
             assert cache.generate(asked, max_new_tokens=12, do_sample=False).texts == written.texts

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcache import LLMCache
 from llmcache.bench.decoding import choices, prefill
 from llmcache.decoders.generation import generate
-from llmcache.decoders.likelihoods import Scores, perplexity, score
 from llmcache.decoders.prompts import padded
+from llmcache.decoders.scoring import Scores, perplexity, score
 from llmcache.errors import ConfigError
 from tests.conftest import DATA
 from tests.decoders.test_prefix_cache import MODELS, Opener, assert_same, one_thread, seeded, tier

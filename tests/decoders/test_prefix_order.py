@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from llmcache.decoders.prefix_order import prefix_order
 def transitions(rows: list[list[int]], order: list[int]) -> int:
     """Return the tokens that neighbours share, over all neighbours: what a schedule with a memory of one row saves."""
     total = 0
-    for i, j in zip(order, order[1:], strict=False):
+    for i, j in pairwise(order):
         differ = [a != b for a, b in zip(rows[i], rows[j], strict=False)]
         total += differ.index(True) if True in differ else len(differ)
     return total

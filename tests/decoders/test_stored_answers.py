@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from llmcache import CacheConfig, LLMCache
-from llmcache.decoders import generation, likelihoods
+from llmcache.decoders import generation, scoring
 from llmcache.decoders.answer_bank import unpacked
 from llmcache.errors import ModelMismatch
 from llmcache.planning.purging import purge_documents
@@ -289,7 +289,7 @@ def test_a_mismatch_can_be_bypassed(causal: Any, tmp_path: Path, what: str) -> N
     if what == "answers":
         assert found == plain(causal, **how)
     else:
-        np.testing.assert_allclose(found, likelihoods.score(causal, tokenizer, PROMPTS, CHOICES).total, atol=1e-4)
+        np.testing.assert_allclose(found, scoring.score(causal, tokenizer, PROMPTS, CHOICES).total, atol=1e-4)
 
 
 def test_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> None:
@@ -300,7 +300,21 @@ def test_settings_without_answers_store_none(causal: Any, tmp_path: Path) -> Non
         assert cache.stats().counters.answers_stored == 0
 
 
-@pytest.mark.parametrize("numbers", [[], [1], [0, 5, 7], [0, -2, 0, -2], [np.nan, 1, 3], [0, np.inf], [0, 1, -4, -1], [0, 1, 304, -1], [0, 1, 4, 1], [0, 1, 4]])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [],
+        [1],
+        [0, 5, 7],
+        [0, -2, 0, -2],
+        [np.nan, 1, 3],
+        [0, np.inf],
+        [0, 1, -4, -1],
+        [0, 1, 304, -1],
+        [0, 1, 4, 1],
+        [0, 1, 4],
+    ],
+)
 def test_numbers_of_a_forged_store_are_no_answers(numbers: list[float]) -> None:
     assert unpacked(np.array(numbers, np.float32), 304) is None
 
@@ -357,7 +371,7 @@ def test_a_purge_by_text_removes_answers_and_scores(causal: Any, tokenizer: Any,
 
 
 def test_scores_again_compute_nothing(cache: LLMCache, causal: Any, tokenizer: Any) -> None:
-    expected = likelihoods.score(causal, tokenizer, PROMPTS, CHOICES)
+    expected = scoring.score(causal, tokenizer, PROMPTS, CHOICES)
     cold = cache.score(PROMPTS, CHOICES)
     asked = cache.stats().counters.answers_stored
     assert asked == 0
@@ -373,7 +387,7 @@ def test_scores_again_compute_nothing(cache: LLMCache, causal: Any, tokenizer: A
 
 def test_the_same_tokens_with_another_border_are_another_result(cache: LLMCache, causal: Any, tokenizer: Any) -> None:
     for prompt, choice in (("w1 w2", " w3 w4"), ("w1 w2 w3", " w4"), ("w1", " w2 w3 w4")):
-        expected = likelihoods.score(causal, tokenizer, [prompt], [choice])
+        expected = scoring.score(causal, tokenizer, [prompt], [choice])
         found = cache.score([prompt], [choice])
         np.testing.assert_allclose(found.total, expected.total, atol=1e-4)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
@@ -381,7 +395,7 @@ def test_the_same_tokens_with_another_border_are_another_result(cache: LLMCache,
 
 def test_perplexity_again_computes_nothing(cache: LLMCache, causal: Any, tokenizer: Any) -> None:
     text = " ".join(f"w{i % 50}" for i in range(90))
-    expected = likelihoods.perplexity(causal, tokenizer, text, window=16, stride=8)
+    expected = scoring.perplexity(causal, tokenizer, text, window=16, stride=8)
     found = [cache.perplexity(text, window=16, stride=8) for _ in range(2)]
     assert found == pytest.approx([expected] * 2, rel=1e-5)
     assert found[0] == found[1]

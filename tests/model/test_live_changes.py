@@ -490,15 +490,15 @@ def generate_itself(model: Any) -> Any:
 
 
 def score_itself(model: Any) -> Any:
-    from llmcache.decoders import likelihoods
+    from llmcache.decoders import scoring
 
-    return likelihoods.score(model, tokenizer(), TEXTS, CHOICES).total
+    return scoring.score(model, tokenizer(), TEXTS, CHOICES).total
 
 
 def perplexity_itself(model: Any) -> Any:
-    from llmcache.decoders import likelihoods
+    from llmcache.decoders import scoring
 
-    return np.array([likelihoods.perplexity(model, tokenizer(), TEXTS, window=6)])
+    return np.array([scoring.perplexity(model, tokenizer(), TEXTS, window=6)])
 
 
 def run_heads(cache: LLMCache, model: Any) -> Any:

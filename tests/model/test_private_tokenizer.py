@@ -134,11 +134,11 @@ def test_generation_and_scores_use_a_copy_of_the_tokenizer(kind: str, store: Pat
     model: Any = t.GPT2LMHeadModel(config)
     model.eval()
     from llmcache.decoders import generation as decoding
-    from llmcache.decoders import likelihoods
+    from llmcache.decoders import scoring
 
     prompts = ["w1 w2 w3", "w5", "w3 w1"]
     expected = decoding.generate(model, tokenizer, prompts, max_new_tokens=3)
-    scores = likelihoods.score(model, tokenizer, prompts, [" w3", " w4 w5"])
+    scores = scoring.score(model, tokenizer, prompts, [" w3", " w4 w5"])
     calls: list[str] = []
 
     class Noted(type(tokenizer)):  # type: ignore[misc]

@@ -13,7 +13,7 @@ import torch
 
 from llmcache import LLMCache
 from llmcache.decoders import generation as decoding
-from llmcache.decoders import likelihoods as scoring
+from llmcache.decoders import scoring
 from llmcache.errors import ConfigError
 from tests.tiny import VOCABULARY, architectures, tiny_model
 

@@ -205,7 +205,7 @@ def test_what_pairs_cannot_do_is_said(cache: LLMCache, folder: str, tmp_path: Pa
         cache.run(PAIRS[0])
     for wrong in ("text", ("query",), ("query", "query"), ("query", "document", "id")):
         with pytest.raises(ConfigError, match="name two fields"):
-            Pipeline(cache, text_field=wrong)  # type: ignore[arg-type]
+            Pipeline(cache, text_field=wrong)
     with (
         LLMCache.open(tmp_path / "texts", with_prompts(folder)) as other,
         pytest.raises(ConfigError, match="name one field"),
