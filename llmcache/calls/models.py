@@ -17,6 +17,7 @@ from llmcache.decoders import likelihoods, scoring
 from llmcache.decoders.answer_bank import ANSWERS, FACTS, LIKELIHOODS, AnswerBank
 from llmcache.decoders.generation import Answers, Generated
 from llmcache.decoders.likelihoods import CountedRow, Likelihoods
+from llmcache.decoders.prompts import Prompt
 from llmcache.decoders.scoring import Scores
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.encoding.call import Progress, nothing
@@ -78,7 +79,7 @@ class ModelMethods(CacheParts):
         return runner.results(documents, resolved, role, batch_size, progress, answering)
 
     @call
-    def generate(self, prompts: Sequence[str], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
+    def generate(self, prompts: Sequence[Prompt], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
         """Generate a continuation of each prompt with `model.generate`, restoring stored KV blocks of prompt prefixes.
 
         An encoder-decoder generates from each text; the states of its encoder are reused.
@@ -87,10 +88,11 @@ class ModelMethods(CacheParts):
         sampling). They are read when the prompt comes again, and an answer that ended at max_new_tokens is continued by
         a call with a higher limit.
 
+        prompts: texts, or chats: lists of messages with "role" and "content", written by the tokenizer's chat template.
         generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
         Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.
         """
-        model, tokenizer = self._decoder()
+        model, tokenizer = self.decoder()
         return self._with_stored_results(
             lambda stored: decoding.generate(
                 model, tokenizer, prompts, attached=self.attached, stored=stored, batch_size=batch_size,
@@ -100,14 +102,14 @@ class ModelMethods(CacheParts):
 
     @call
     def score(
-        self, prompts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32
+        self, prompts: Sequence[Prompt], choices: Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32
     ) -> Scores:
         """Compute the log-likelihood of each choice as the continuation of its prompt; each prompt is computed once.
 
-        choices: the same for all prompts, or one list per prompt.
+        prompts: texts or chats, as of `generate`. choices: the same for all prompts, or one list per prompt.
         Returns the scores; `Scores.total.argmax(1)` are the most likely choices.
         """
-        model, tokenizer = self._decoder(causal=True)
+        model, tokenizer = self.decoder(causal=True)
         return self._with_stored_results(
             lambda stored: scoring.score(
                 model, tokenizer, prompts, choices, attached=self.attached, stored=stored, batch_size=batch_size
@@ -119,7 +121,7 @@ class ModelMethods(CacheParts):
         self, texts: str | Sequence[str], *, window: int, stride: int | None = None, batch_size: int = 8
     ) -> float:
         """Return the perplexity: exp of the mean negative log-likelihood per token, over windows of tokens."""
-        model, tokenizer = self._decoder(causal=True)
+        model, tokenizer = self.decoder(causal=True)
         return self._with_stored_results(
             lambda stored: scoring.perplexity(
                 model, tokenizer, texts, window=window, stride=stride, attached=self.attached, stored=stored,
@@ -141,7 +143,7 @@ class ModelMethods(CacheParts):
         settings: for `model.generate`. stored_only: look up stored answers, and compute none.
         Returns the answers with the log-likelihoods of their tokens. Errors as `generate`.
         """
-        model, tokenizer = self._decoder()
+        model, tokenizer = self.decoder()
 
         def run(stored: StoredResults | None) -> Answers:
             generation = decoding.Generation(
@@ -162,7 +164,7 @@ class ModelMethods(CacheParts):
             stored values, and compute none.
         Returns the values of each prompt; None where they are not stored and `stored_only` is set. Errors as `score`.
         """
-        model, tokenizer = self._decoder(causal=True)
+        model, tokenizer = self.decoder(causal=True)
 
         def run(stored: StoredResults | None) -> list[Likelihoods | None]:
             if stored is None and stored_only:
@@ -202,8 +204,11 @@ class ModelMethods(CacheParts):
         """Return `run(stored results)`; `run(None)` if an audit finds a mismatch and the settings ask for a bypass."""
         return self._exact_audits.answered(lambda: run(self._stored_results()), lambda: run(None))
 
-    def _decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
-        """Return the model and a private copy of its tokenizer. ConfigError when the model cannot do this."""
+    def decoder(self, *, causal: bool = False) -> tuple[Any, Any]:
+        """Return the model and a private copy of its tokenizer. ConfigError when the model cannot generate.
+
+        causal: True if it must be a causal model, not an encoder-decoder.
+        """
         self._check_open()
         not_causal = causal and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         if not_causal or not hasattr(self.model, "generate") or isinstance(self.model, BaseModel):

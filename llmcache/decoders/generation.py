@@ -26,17 +26,20 @@ from llmcache.decoders.prefix_cache import restored_shares
 from llmcache.decoders.prefix_order import prefix_order
 from llmcache.decoders.prompts import (
     Attached,
+    Prompt,
     check_batch_size,
+    check_prompts,
     forward_call,
     logits_of,
     padded,
     padding_id,
-    prompt_ids,
+    prompts_ids,
+    rendered,
+    whole_ids,
 )
 from llmcache.decoders.stored_answers import Answer, StoredResults, answered, up_to_end
 from llmcache.model.row_batches import batching_of
 from llmcache.model.trial import vocabulary_of
-from llmcache.records import check_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Generated:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     attached: Attached = nullcontext,
     stored: StoredResults | None = None,
@@ -84,8 +87,11 @@ def generate(
     Returns texts without special tokens, and ids. A prompt that is too long for the model raises the model's own error.
     """
     check_batch_size(batch_size)
-    check_texts(prompts, "prompts")
-    rows = [input_ids(model, tokenizer, prompt) for prompt in prompts]
+    check_prompts(prompts)
+    texts = [rendered(tokenizer, prompt) for prompt in prompts]
+    rows = prompts_ids(tokenizer, texts)
+    if getattr(model.config, "is_encoder_decoder", False):
+        rows = [whole_ids(tokenizer, text) for text in texts]
     if not rows:
         return Generated([], [])
     run = Generation(model, tokenizer, generate_kwargs, attached, stored, batch_size, likelihoods=likelihoods)
@@ -101,13 +107,6 @@ def generate(
         [run.finish(each) for each in sequences],
         [answer.restored for answer in answers],
     )
-
-
-def input_ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids that a model reads of a prompt."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return list(tokenizer(prompt)["input_ids"])
-    return prompt_ids(tokenizer, prompt)
 
 
 class Generation:

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.decoders.likelihoods import CountedRow, likelihoods
-from llmcache.decoders.prompts import Attached, check_batch_size, prompt_ids
+from llmcache.decoders.prompts import (
+    Attached,
+    Prompt,
+    Rendered,
+    check_batch_size,
+    check_prompts,
+    prompt_ids,
+    prompts_ids,
+    rendered,
+)
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.errors import ConfigError
 from llmcache.records import check_many, check_texts
@@ -42,7 +51,7 @@ class Scores:
 def score(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     choices: Sequence[str] | Sequence[Sequence[str]],
     *,
     attached: Attached = nullcontext,
@@ -59,21 +68,22 @@ def score(
     ConfigError when there is not one list for each prompt, or a choice has no tokens.
     """
     check_batch_size(batch_size)
-    check_texts(prompts, "prompts")
+    check_prompts(prompts)
     check_many(choices, "choices")
     by_prompt = _of_each(choices, len(prompts))
     if len(by_prompt) != len(prompts):
         raise ConfigError(
             f"there are {len(prompts)} prompts and {len(by_prompt)} lists of choices; give one list for each"
         )
-    rows = [
-        choice_rows(tokenizer, prompt, of_prompt, f"prompt {i}")
-        for i, (prompt, of_prompt) in enumerate(zip(prompts, by_prompt, strict=True))
-    ]
+    rows = choice_rows(tokenizer, [rendered(tokenizer, prompt) for prompt in prompts], by_prompt)
+    for i, of_prompt in enumerate(rows):
+        if isinstance(of_prompt, str):
+            raise ConfigError(f"prompt {i}: {of_prompt}")
+    counted = [of_prompt for of_prompt in rows if not isinstance(of_prompt, str)]
     total = np.full((len(prompts), max(map(len, by_prompt), default=0)), -np.inf)
     tokens = np.zeros(total.shape, np.int64)
     reused, restored = np.ones(len(prompts)), np.ones(len(prompts))
-    for batch in likelihoods(model, tokenizer, rows, attached=attached, stored=stored, batch_size=batch_size):
+    for batch in likelihoods(model, tokenizer, counted, attached=attached, stored=stored, batch_size=batch_size):
         for i, found in batch:
             total[i, : len(found.values)] = [values.sum() for values in found.values]
             tokens[i, : len(found.values)] = list(map(len, found.values))
@@ -81,18 +91,36 @@ def score(
     return Scores(total, tokens, reused, restored)
 
 
-def choice_rows(tokenizer: Any, prompt: str, choices: Sequence[str], name: str) -> list[CountedRow]:
-    """Return a row for each choice of a prompt. name: of the prompt, in messages. ConfigError as of `score`."""
-    stem, rows = prompt_ids(tokenizer, prompt.rstrip()), []
-    for j, choice in enumerate(choices):
-        whole = prompt_ids(tokenizer, prompt + choice)
-        shared = _common_prefix(stem, whole)
-        if len(whole) == shared:
-            raise ConfigError(f"choice {j} of {name} has no tokens of its own: {choice!r}")
-        if not shared:
-            whole, shared = [_first(tokenizer), *whole], 1
-        rows.append((whole, len(whole) - shared))
-    return rows
+def choice_rows(
+    tokenizer: Any, prompts: Sequence[Rendered | str], choices: Sequence[Sequence[str]]
+) -> list[list[CountedRow] | str]:
+    """Return a row of tokens for each choice of each prompt, or the reason why a prompt cannot be scored.
+
+    choices: of each prompt, with their own leading white space. ConfigError when a prompt has no tokens, and the
+    tokenizer no special token to begin with.
+    """
+    whole = [each if isinstance(each, Rendered) else Rendered(each, special=True) for each in prompts]
+    stems = prompts_ids(tokenizer, [Rendered(each.text.rstrip(), each.special) for each in whole])
+    joined = [
+        Rendered(each.text + choice, each.special)
+        for each, of_prompt in zip(whole, choices, strict=True)
+        for choice in of_prompt
+    ]
+    ids = iter(prompts_ids(tokenizer, joined))
+    found: list[list[CountedRow] | str] = []
+    for stem, of_prompt in zip(stems, choices, strict=True):
+        rows, reason = list[CountedRow](), ""
+        for j, choice in enumerate(of_prompt):
+            row = next(ids)
+            shared = _common_prefix(stem, row)
+            if len(row) == shared:
+                reason = reason or f"choice {j} has no tokens of its own: {choice!r}"
+                continue
+            if not shared:
+                row, shared = [_first(tokenizer), *row], 1
+            rows.append((row, len(row) - shared))
+        found.append(reason or rows)
+    return found
 
 
 def perplexity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from math import isnan
 from typing import Any, Self, TypeAlias
@@ -63,18 +63,23 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class TierCounts:
-    """Numbers of documents by tier. documents = exact + near + misses."""
+    """Numbers of documents by tier. documents = exact + near + misses.
+
+    prefix: number of the misses of which a part was reused, in a language-model job.
+    """
 
     documents: int
     exact: int
     near: int
     misses: int
+    prefix: int = field(default=0, kw_only=True)
 
     @classmethod
     def of(cls, tiers: Mapping[str, int], **fields: Any) -> Self:
         """Make the counts. tiers: number of results by `Result.tier`. fields: further fields of a subclass, by name."""
-        exact, near, misses = (tiers.get(tier, 0) for tier in ("exact", "near", "miss"))
-        return cls(exact + near + misses, exact, near, misses, **fields)
+        exact, near, misses, prefix = (tiers.get(tier, 0) for tier in ("exact", "near", "miss", "prefix"))
+        misses += prefix
+        return cls(exact + near + misses, exact, near, misses, prefix=prefix, **fields)
 
     @property
     def hit_rate(self) -> float:

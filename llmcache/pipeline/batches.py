@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmcache.document import Document, characters, only_text
 from llmcache.model.keys import framed
@@ -24,13 +24,17 @@ Cut = Callable[[list[Document]], list[list[Chunk] | str]]
 FindWindows = Callable[[Sequence[str], Sequence[Sequence[Chunk]]], list[list[Window] | str]]
 """Function from texts and their chunks to the windows of each text, or to the reason why chunks cannot be pooled."""
 
+Prepare = Callable[[list[Document]], list[Any]]
+"""Function from documents to the prompt of each, or to the reason (a str) why there is none."""
+
 
 @dataclass(slots=True)
 class DocumentBatch:
     """Consecutive documents of the stream, which are answered together.
 
     chunks: chunks of each document, None if texts are not cut. windows: for late chunks, parts of each document that
-    the model reads; else None. refused: records of the part that are no documents.
+    the model reads; else None. prompts: of a language-model job, what is asked for each document; else None.
+    refused: records of the part that are no documents.
     end: position in the stream after the part. digest: digest of all records up to there. error: exception that ended
     the stream after this part.
     """
@@ -38,6 +42,7 @@ class DocumentBatch:
     documents: list[Document] = field(default_factory=list)
     chunks: list[list[Chunk]] | None = None
     windows: list[list[Window]] | None = None
+    prompts: list[Any] | None = None
     refused: list[RejectedRecord] = field(default_factory=list)
     end: int = 0
     digest: bytes = b""
@@ -50,11 +55,14 @@ def parts(
     cut: Cut | None,
     windows: FindWindows | None = None,
     *,
+    prepare: Prepare | None = None,
+    most_characters: int = CHARACTERS,
     digests: bool = False,
 ) -> Iterator[DocumentBatch]:
-    """Split the stream into parts of `most` documents, fewer where their texts reach 262,144 characters.
+    """Split the stream into parts of `most` documents, fewer where their texts reach `most_characters`.
 
-    cut: cuts documents into chunks; None leaves texts whole. windows: finds the windows for late chunks.
+    cut: cuts documents into chunks; None leaves texts whole. windows: finds the windows for late chunks. prepare: makes
+    the prompts of a language-model job.
     digests: fill in `DocumentBatch.digest`.
     The boundaries depend on the records alone, never on timing. The last part carries the error that ended the stream.
     """
@@ -70,6 +78,8 @@ def parts(
             _cut(part, places, cut)
             if windows is not None:
                 _add_windows(part, places, windows)
+        if prepare is not None:
+            part.prompts = _accepted(part, places, prepare(part.documents))
         return part
 
     try:
@@ -81,7 +91,7 @@ def parts(
                 places.append(end)
                 size += characters(taken.text)
             end += 1
-            if len(part.documents) >= most or size >= CHARACTERS or len(part.refused) >= most:
+            if len(part.documents) >= most or size >= most_characters or len(part.refused) >= most:
                 yield finished()
                 part, size, places = DocumentBatch(), 0, []
     except Exception as error:  # raised later, where results are taken: the records before it are answered first
@@ -113,7 +123,7 @@ def _add_windows(part: DocumentBatch, places: list[int], windows: FindWindows) -
     part.windows = _accepted(part, places, found)
 
 
-def _accepted(part: DocumentBatch, places: list[int], results: list[list[T] | str]) -> list[list[T]]:
+def _accepted(part: DocumentBatch, places: list[int], results: list[T | str]) -> list[T]:
     """Return the results that are no reasons; the documents with a reason move to the refused records.
 
     places: positions of the part's documents in the stream; they lose those of the refused documents.

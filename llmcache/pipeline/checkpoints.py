@@ -20,6 +20,8 @@ from llmcache.encoding.results import Result, TierCounts
 from llmcache.errors import CorpusError, LLMCacheError
 from llmcache.indexes.stats import unfinished
 from llmcache.pipeline.batches import DocumentBatch
+from llmcache.pipeline.job_files import check_job_ending, job_writer
+from llmcache.pipeline.job_rows import Columns
 from llmcache.pipeline.journal import Journal
 from llmcache.pipeline.writers import Form, check_ending, result_writer
 
@@ -62,6 +64,7 @@ class Resumption:
             self.start = journal.checkpoints[0]
         journal.back_to(self.start)
         self._place, self._digest = 0, ""  # of the last part that was read
+        self._before = 0, ""  # of the part before it
         # complete rows, and their uncommitted entries; a single value, so that they agree after Ctrl-C
         self._complete = (self.start, self._store.pending())
         self._consistent = True  # False once a commit has failed: the store cannot reach the last rows any more
@@ -79,7 +82,9 @@ class Resumption:
 
     def skip(self, part: DocumentBatch) -> bool:
         """Return True if the part lies before the checkpoint `start`. CorpusError when its records differ."""
-        before, self._place, self._digest = self._place, part.end, part.digest.hex()
+        self._before = self._place, self._digest
+        self._place, self._digest = part.end, part.digest.hex()
+        before = self._before[0]
         if before >= self.start.place:
             return False
         if part.end > self.start.place or (part.end == self.start.place and self._digest != self.start.digest):
@@ -91,6 +96,35 @@ class Resumption:
             f"the first {self.start.place:,} records of the corpus are not those that the unfinished run in "
             f"{self._journal.folder} answered; give it the same corpus, or remove that folder to begin anew"
         )
+
+    def answered(self) -> set[int]:
+        """Return the places of the last part's documents that an earlier call has answered, batch by batch.
+
+        CorpusError when the records of the part differ.
+        """
+        if self.start.open_rows is None or self._before[0] != self.start.place:
+            return set()
+        if self._digest != self.start.open_digest:
+            raise self._wrong_corpus()
+        return set(self._journal.job_places(self.start.open_rows))
+
+    def take_rows(self, rows: Sequence[tuple[int, str, Sequence[Any]]], done: int) -> None:
+        """Write rows of a batch of the last part to the journal, see `Journal.add_rows`, with a checkpoint if due.
+
+        done: number of rows of the part that are complete now.
+        """
+        place, digest = self._before
+        self._journal.add_rows(place, rows)
+        with self._storing.lock:
+            here = self._journal.here(place, digest, open_rows=done, open_digest=self._digest)
+            self._complete = here, self._store.pending()
+            if self._storing.due:
+                self.checkpoint()
+
+    def end_part(self) -> None:
+        """Record that all rows of the last part are complete."""
+        with self._storing.lock:
+            self._complete = self._journal.here(self._place, self._digest), self._store.pending()
 
     def take(self, part: DocumentBatch, results: Sequence[Result]) -> None:
         """Write the results of a complete part to the journal, with a checkpoint when one is due."""
@@ -124,16 +158,21 @@ class Resumption:
         if not any(sum(counts) for counts in pending.values()):  # else another process is committing to the store
             self._journal.commit_done()
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Path, columns: Columns | None = None) -> None:
         """Write the result file after the last part, and remove the journal.
 
+        columns: of a language-model job; None for vectors.
         CorpusError when the corpus ended before the checkpoint `start`.
         """
         if self._place < self.start.place:
             raise self._wrong_corpus()
         self.checkpoint()
-        with result_writer(out, width=self._journal.width, form=self._journal.form) as writer:
-            writer.write(self._journal.results())
+        if columns is not None:
+            with job_writer(out, columns) as rows:
+                rows.write(self._journal.job_rows())
+        else:
+            with result_writer(out, width=self._journal.width, form=self._journal.form) as writer:
+                writer.write(self._journal.results())
         self._journal.remove()
         unfinished.forget(self._store.folder, self._run)
 
@@ -176,6 +215,9 @@ def clipped(result: Result) -> Result:
 
 def check_target(out: Path, form: Form) -> None:
     """Check the path of a result file before anything is computed. ConfigError or CorpusError when it cannot be one."""
-    check_ending(out, form)
+    if form == "rows":
+        check_job_ending(out)
+    else:
+        check_ending(out, form)
     if not out.parent.is_dir():
         raise CorpusError(f"there is no folder {out.parent} to write {out.name} into; make it first")

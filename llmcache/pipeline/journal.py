@@ -6,9 +6,11 @@
                       lock           locked by the process that writes
 
 An output is one vector or, for sparse vectors and vectors of tokens, a matrix; its number of vectors is then the last
-element of its line. Rows are only appended. A checkpoint has the number of valid rows and their checksums (xxh3-128);
-later rows are truncated when the run is resumed. journal.json has a checksum of its own. The folder has mode 0700, its
-files 0600, and no link in it is followed. The folder is removed once the result file is written.
+element of its line. A row of a language-model job has no vector; its line has the number of records before its part,
+its place in the part, its tier, and the values of the columns. Rows are only appended. A checkpoint has the number of
+valid rows and their checksums (xxh3-128); later rows are truncated when the run is resumed. journal.json has a checksum
+of its own. The folder has mode 0700, its files 0600, and no link in it is followed. The folder is removed once the
+result file is written.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats.unfinished import FILES, beside
+from llmcache.pipeline.journal_format import FORMAT, Checkpoint, JournalRow
 from llmcache.pipeline.writers import Form
 from llmcache.private_files import PrivateFolder
 
@@ -36,60 +40,9 @@ __all__ = ["Checkpoint", "Journal", "JournalRow", "beside", "discard"]
 
 log = logging.getLogger("llmcache")
 
-FORMAT = 2
 _BUFFER = 1 << 20
 _LIMIT = 1 << 20  # bytes of a journal
 _VECTORS, _TEXT = "vectors.f32", "rows.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Progress of a run at a point where results and store agree.
-
-    place: number of records of the corpus that were read. digest: digest of these records. rows: number of valid rows.
-    text_bytes: valid bytes of rows.jsonl. exact, near, misses: number of rows by tier.
-    vectors: number of valid vectors; None where every row has one.
-    writer, committed: writer of the store that commits the entries of this checkpoint, and the number of segments it
-    had committed before. sure: True if the commit is known to have succeeded.
-    vectors_check, text_check: checksums of the valid part of vectors.f32 and rows.jsonl, xxh3-128 in hexadecimal.
-    """
-
-    place: int = 0
-    digest: str = ""
-    rows: int = 0
-    text_bytes: int = 0
-    exact: int = 0
-    near: int = 0
-    misses: int = 0
-    writer: str = ""
-    committed: int = 0
-    sure: bool = True
-    vectors_check: str = xxhash.xxh3_128(b"").hexdigest()
-    text_check: str = xxhash.xxh3_128(b"").hexdigest()
-    vectors: int | None = None
-
-    @property
-    def tiers(self) -> dict[str, int]:
-        """Number of rows by tier."""
-        return {"exact": self.exact, "near": self.near, "miss": self.misses}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name, without `vectors` where every row has one."""
-        return {name: value for name, value in asdict(self).items() if name != "vectors" or value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class JournalRow:
-    """Result read from a journal, with the fields of a Result. output: float32 [width], or [vectors, width]."""
-
-    id: str
-    output: NDArray[np.float32]
-    tier: str
-    layer: str | None
-    source: str | None
-    similarity: float | None
-    consensus: float | None
-    audited: bool
 
 
 class Journal:
@@ -171,13 +124,29 @@ class Journal:
             self._rows += 1
             self._count += count
 
-    def here(self, place: int, digest: str) -> Checkpoint:
-        """Return a checkpoint of the rows so far, without writing it. place, digest: of the records read so far."""
+    def add_rows(self, part: int, rows: Iterable[tuple[int, str, Sequence[Any]]]) -> None:
+        """Append rows of a language-model job: place in the part, tier, and values of the columns.
+
+        part: number of records before the part.
+        """
+        for place, tier, values in rows:
+            line = json.dumps([part, place, tier, *values]).encode() + b"\n"
+            self._text_bytes += self._text.write(line)
+            self._checks[1].update(line)
+            self._tiers[tier] += 1
+            self._rows += 1
+
+    def here(self, place: int, digest: str, *, open_rows: int | None = None, open_digest: str = "") -> Checkpoint:
+        """Return a checkpoint of the rows so far, without writing it. place, digest: of the records read so far.
+
+        open_rows, open_digest: of a part in progress, see `Checkpoint`.
+        """
         tiers = self._tiers
         vectors, text = (check.hexdigest() for check in self._checks)
         return Checkpoint(
             place, digest, self._rows, self._text_bytes, tiers["exact"], tiers["near"], tiers["miss"], sure=False,
             vectors_check=vectors, text_check=text, vectors=None if self.form == "vector" else self._count,
+            prefix=tiers["prefix"] if self.form == "rows" else None, open_rows=open_rows, open_digest=open_digest,
         )  # fmt: skip
 
     def checkpoint(self, new: Checkpoint) -> None:
@@ -219,18 +188,12 @@ class Journal:
 
     def results(self) -> Iterator[JournalRow]:
         """Read all rows, one at a time. CorpusError, at the latest after the last, when a checksum does not match."""
-        for file in (self._vectors, self._text):
-            file.flush()
-        checks = xxhash.xxh3_128(), xxhash.xxh3_128()
-        with (
-            os.fdopen(self._private.open(_VECTORS, os.O_RDONLY), "rb", _BUFFER) as vectors,
-            os.fdopen(self._private.open(_TEXT, os.O_RDONLY), "rb", _BUFFER) as text,
-        ):
-            for _ in range(self._rows):
-                line = text.readline()
-                checks[1].update(line)
+        self._vectors.flush()
+        check = xxhash.xxh3_128()
+        with os.fdopen(self._private.open(_VECTORS, os.O_RDONLY), "rb", _BUFFER) as vectors:
+            for columns in self._lines():
                 try:
-                    id, *provenance = json.loads(line)
+                    id, *provenance = columns
                     count = 1 if self.form == "vector" else provenance.pop()
                     if type(count) is not int or not 0 <= count <= self._count:
                         raise ValueError
@@ -238,13 +201,40 @@ class Journal:
                     row = JournalRow(id, np.frombuffer(vector, "<f4"), *provenance)
                 except (ValueError, TypeError, IndexError):
                     raise self._damage(_TEXT) from None
-                checks[0].update(vector)
+                check.update(vector)
                 if len(row.output) != self.width * count:
                     raise self._damage(_VECTORS)
                 yield row if self.form == "vector" else replace(row, output=row.output.reshape(count, self.width))
-        for name, check, wanted in zip((_VECTORS, _TEXT), checks, self._checks, strict=True):
-            if check.digest() != wanted.digest():
-                raise self._damage(name)
+        if check.digest() != self._checks[0].digest():
+            raise self._damage(_VECTORS)
+
+    def job_rows(self) -> Iterator[list[Any]]:
+        """Read the values of all rows of a language-model job, in the order of the corpus. Errors as `results`."""
+        for _, rows in groupby(self._lines(), key=itemgetter(0)):
+            for _, _, _, *values in sorted(rows, key=itemgetter(1)):
+                yield values
+
+    def job_places(self, rows: int) -> list[int]:
+        """Read the places of the last rows of a language-model job in their part. Errors as `results`."""
+        return [line[1] for line in islice(self._lines(), self._rows - rows, None)]
+
+    def _lines(self) -> Iterator[list[Any]]:
+        """Read the lines of rows.jsonl. CorpusError, at the latest after the last, when its checksum does not match."""
+        self._text.flush()
+        check = xxhash.xxh3_128()
+        with os.fdopen(self._private.open(_TEXT, os.O_RDONLY), "rb", _BUFFER) as text:
+            for _ in range(self._rows):
+                line = text.readline()
+                check.update(line)
+                try:
+                    columns = json.loads(line)
+                    if not isinstance(columns, list) or (self.form == "rows" and len(columns) < 4):
+                        raise ValueError
+                except ValueError:
+                    raise self._damage(_TEXT) from None
+                yield columns
+        if check.digest() != self._checks[1].digest():
+            raise self._damage(_TEXT)
 
     def close(self) -> None:
         for file in (self._vectors, self._text):

@@ -5,51 +5,28 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
-
 from llmcache.cache import LLMCache
-from llmcache.document import Document, TextFields
+from llmcache.document import TextFields
 from llmcache.encoding.call import Progress, nothing
-from llmcache.encoding.results import Result
 from llmcache.errors import ConfigError, CorpusError
 from llmcache.indexes.stats import unfinished
-from llmcache.model.encoders import text_fields
-from llmcache.model.prompts import resolve
-from llmcache.pipeline.batches import DocumentBatch, ahead, parts
-from llmcache.pipeline.checkpoints import (
-    Written,
-    check_target,
-    clipped,
-    resumable,
-)
-from llmcache.pipeline.chunked import (
-    Cutting,
-    cut_by,
-    cut_name,
-    gives_unit_vectors,
-    part_documents,
-    pooled_results,
-    together,
-)
-from llmcache.pipeline.chunking import Chunk
+from llmcache.pipeline.batches import DocumentBatch, ahead
+from llmcache.pipeline.checkpoints import Written, check_target, resumable
+from llmcache.pipeline.chunked import Cutting
+from llmcache.pipeline.jobs import LanguageJob
 from llmcache.pipeline.journal import beside, discard
-from llmcache.pipeline.late_chunks import LateChunks, Window
-from llmcache.pipeline.writers import Form, result_writer
-from llmcache.records import (
-    MOST_CHARACTERS,
-    FieldSpec,
-    RejectedRecord,
-    intake,
-)
+from llmcache.pipeline.task import Task
+from llmcache.pipeline.vector_task import VectorTask
+from llmcache.records import MOST_CHARACTERS, RejectedRecord, intake
 
 ERRORS_KEPT = 100
-_BATCHES = 32  # batches in a part: enough to sort documents by length, and a stop loses at most one part
 
 
 class Pipeline:
@@ -70,6 +47,7 @@ class Pipeline:
         self,
         cache: LLMCache,
         *,
+        task: str = "embed",
         chunk: str | Cutting | None = None,
         per: str = "document",
         late: bool = False,
@@ -84,8 +62,9 @@ class Pipeline:
         strict: bool = False,
         max_characters: int = MOST_CHARACTERS,
         progress: Progress = nothing,
+        **job: Any,
     ) -> None:
-        """cache: open cache of a model of sentence-transformers.
+        """cache: open cache of a model of sentence-transformers, or of a language model with its tokenizer.
 
         chunk: None passes texts to the model as they are; it truncates those beyond its maximum length. "structure"
             cuts them at headings, paragraphs and sentences into chunks that the model reads in full. A function from a
@@ -107,6 +86,10 @@ class Pipeline:
         strict: raise CorpusError at the first record that is no document, instead of collecting it in `errors`.
         max_characters: longest text of a document; records with longer ones are refused.
         progress: called with the number of documents (or chunks) answered, and the number of these that were computed.
+        task: "embed" computes vectors. "generate", "score" and "classify" are language-model jobs: a prompt is made of
+            each record by a template, and answered. job: settings of such a job, see `LanguageJob`, for example
+            template="Topic of this text: {text}", max_new_tokens=8. Of the settings above, jobs have batch_size,
+            prefetch, id_field, strict, max_characters and progress.
         ConfigError for invalid settings.
         """
         for name, value, least in (
@@ -116,45 +99,33 @@ class Pipeline:
         ):
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} is a whole number from {least} on, got {value!r}")
-        if per not in ("document", "chunk") or (per == "chunk" and chunk is None):
-            raise ConfigError(f"per is 'document', or with chunk=... 'chunk', got {per!r}")
-        self._width = cache.width  # ConfigError if the model does not output vectors
-        model: Any = cache.model
-        text_field = text_field_of(model, text_field)
-        if chunk is not None and isinstance(model, CrossEncoder):
-            raise ConfigError("chunk cuts documents of one text, and a CrossEncoder reads pairs; leave chunk out")
-        self._form: Form = "sparse" if isinstance(model, SparseEncoder) else "vector"
-        if isinstance(model, MultiVectorEncoder) or output_value == "token_embeddings":
-            self._form = "tokens"
-        if chunk is not None and per == "document" and self._form != "vector":
-            what = "sparse vectors" if self._form == "sparse" else "vectors of tokens"
-            raise ConfigError(f"{what} have no mean over the chunks of a document; use per='chunk'")
-        if late and (chunk is None or output_value not in (None, "sentence_embedding")):
-            raise ConfigError("late=True pools the vectors of chunks; give chunk=..., and leave out output_value")
-        resolved = resolve(model.prompts, model.default_prompt_name, role=role, name=prompt_name, prompt=prompt)
-        self._cache, self._per, self._prefetch, self._strict = cache, per, prefetch, strict
-        cache.run((), output_value=output_value)  # ConfigError now for an output that the model does not give
-        self._cut, self._unit_vectors = cut_by(chunk, model, resolved), gives_unit_vectors(model)
-        self._late = LateChunks(model, resolved) if late else None
-        self._fields = FieldSpec(text_field, id_field, max_characters)
-        self._run_options: dict[str, Any] = {
-            "role": role, "prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size, "progress": progress,
-            "output_value": "token_embeddings" if late else output_value,
+        shared: dict[str, Any] = {
+            "batch_size": batch_size, "id_field": id_field, "max_characters": max_characters, "progress": progress,
         }  # fmt: skip
-        self._part_documents = _BATCHES * batch_size
-        self._facts: dict[str, Any] = {
-            "model": cache.identity.digest.hex(), "namespace": cache.namespace, "role": role, "prompt": resolved,
-            "tau": cache.config.tau, "chunk": cut_name(chunk), "per": per, "batch_size": batch_size,
-            "text_field": text_field if isinstance(text_field, str) else list(text_field),  # as JSON gives it back
-            "id_field": id_field, "max_characters": max_characters,
+        vectors: dict[str, Any] = {
+            "chunk": chunk, "per": per, "late": late, "output_value": output_value, "text_field": text_field,
+            "role": role, "prompt_name": prompt_name, "prompt": prompt,
         }  # fmt: skip
-        if late or output_value is not None:  # else the facts are those of earlier versions
-            self._facts |= {"late": late, "output_value": output_value}
+        self._task: Task
+        if task == "embed":
+            if job:
+                raise ConfigError(f"{next(iter(job))} is no setting of vectors; for language models give task=...")
+            self._task = VectorTask(cache, **vectors, **shared)
+        else:
+            given = [name for name, value in vectors.items() if value not in (None, False, "document")]
+            if given:
+                raise ConfigError(f"{given[0]} is a setting of vectors, and task={task!r} is a language-model job")
+            if "template" not in job:
+                raise ConfigError(f'task={task!r} needs a prompt template, such as template="Topic of {{text}}:"')
+            self._task = LanguageJob(cache, task, **job, **shared)
+        self._cache, self._prefetch, self._strict = cache, prefetch, strict
         self.errors: list[RejectedRecord] = []
         self.refused = 0
 
-    def run(self, documents: Any) -> Generator[Result]:
+    def run(self, documents: Any) -> Generator[Any]:
         """Run documents. Yields one result per document (per chunk with per="chunk"), in order, part by part.
+
+        Results are `Result`s; those of language-model jobs are `GeneratedRow`, `ScoredRow` or `ClassifiedRow`.
 
         documents: any iterable of texts, `Document`s, mappings, dataclasses or other objects with the fields; a frame
             of pandas or polars, an Arrow table or its batches, a `datasets.Dataset`. For a CrossEncoder tuples or lists
@@ -165,7 +136,7 @@ class Pipeline:
         """
         with closing(self._parts(documents)) as stream:
             for part in stream:
-                yield from self._answer(part)
+                yield from self._results(part)
                 if part.error is not None:
                     raise part.error
 
@@ -196,7 +167,7 @@ class Pipeline:
         for name, value in (("max_documents", max_documents), ("max_seconds", max_seconds)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is above 0, or None, got {value!r}")
-        check_target(path, self._form)
+        check_target(path, self._task.form)
         if resume or max_documents is not None or max_seconds is not None:
             return self._write_journaled(documents, path, resume, max_documents, max_seconds)
         discard(path)
@@ -207,13 +178,13 @@ class Pipeline:
         before, counts = self.refused, Counter[str]()
         try:
             with (
-                result_writer(path, width=self._width, form=self._form) as writer,
+                self._task.write(path) as write,
                 closing(self._parts(documents)) as stream,
             ):
                 for part in stream:
-                    results = self._answer(part)
+                    results = self._results(part)
                     counts.update(result.tier for result in results)
-                    writer.write(map(clipped, results))
+                    write(results)
                     if part.error is not None:
                         raise part.error
         finally:
@@ -224,8 +195,8 @@ class Pipeline:
         self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
     ) -> Written:
         began, before = time.monotonic(), self.refused
-        storing, form = self._cache.storing, self._form
-        with resumable(path, self._facts, self._width, storing, resume=resume, form=form) as resumption:
+        storing, task = self._cache.storing, self._task
+        with resumable(path, task.facts, task.width, storing, resume=resume, form=task.form) as resumption:
             start = resumption.start
 
             def summary(*, finished: bool) -> Written:
@@ -236,53 +207,31 @@ class Pipeline:
                 for part in stream:
                     if part.error is not None:  # the part is incomplete, and would have other documents when resumed
                         raise part.error
+                    self._collect(part.refused)
                     if resumption.skip(part):
-                        self._collect(part.refused)
                         continue
-                    resumption.take(part, self._answer(part))
-                    over = max_seconds is not None and time.monotonic() - began >= max_seconds
-                    if over or (max_documents is not None and resumption.rows - start.rows >= max_documents):
-                        resumption.checkpoint()
-                        return summary(finished=False)
-            resumption.finish(path)
+                    answered = resumption.answered()
+                    done = len(answered)
+                    for batch in task.answer(part, answered):
+                        done += len(batch)
+                        task.record(resumption, part, batch, done)
+                        over = max_seconds is not None and time.monotonic() - began >= max_seconds
+                        if over or (max_documents is not None and resumption.rows - start.rows >= max_documents):
+                            resumption.checkpoint()
+                            return summary(finished=False)
+                    resumption.end_part()
+            resumption.finish(path, task.columns)
             return summary(finished=True)
 
     def _parts(self, documents: Any, *, digests: bool = False) -> Generator[DocumentBatch]:
-        records = intake(documents, self._fields)
-        windows = None if self._late is None else self._late.windows
-        return ahead(parts(records, self._part_documents, self._cut, windows, digests=digests), self._prefetch)
+        records = intake(documents, self._task.fields)
+        return ahead(self._task.parts(records, digests=digests), self._prefetch)
 
-    def _answer(self, part: DocumentBatch) -> list[Result]:
-        """Compute the results of a part, after its refused records were collected."""
+    def _results(self, part: DocumentBatch) -> list[Any]:
+        """Return the results of a part in order, after its refused records were collected."""
         self._collect(part.refused)
-        if part.windows is not None:
-            results = self._late_results(part)
-        else:
-            results = self._run(part.documents if part.chunks is None else _parts(part.documents, part.chunks))
-        if part.chunks is None or self._per == "chunk":
-            return results
-        upcoming = iter(results)
-        return [
-            together(document, chunks, [next(upcoming) for _ in chunks], unit=self._unit_vectors)
-            for document, chunks in zip(part.documents, part.chunks, strict=True)
-        ]
-
-    def _run(self, inputs: list[Document]) -> list[Result]:
-        return list(self._cache.run(inputs, chunk=max(1, len(inputs)), **self._run_options))
-
-    def _late_results(self, part: DocumentBatch) -> list[Result]:
-        """Compute the results of late chunks, from the token embeddings of the windows of each document."""
-        assert self._late is not None
-        assert part.windows is not None
-        assert part.chunks is not None
-        windows = iter(self._run(_parts(part.documents, part.windows)))
-        found = [[next(windows) for _ in parts] for parts in part.windows]
-        vectors = self._late.vectors(part.windows, [[window.output for window in of] for of in found], part.chunks)
-        return [
-            result
-            for document, chunks, read, outputs in zip(part.documents, part.chunks, found, vectors, strict=True)
-            for result in pooled_results(document, chunks, read, outputs)
-        ]
+        answered = chain.from_iterable(self._task.answer(part))
+        return [result for _, result in sorted(answered, key=itemgetter(0))]
 
     def _collect(self, refused: Iterable[RejectedRecord]) -> None:
         """Add refused records to `errors`; with strict=True raise CorpusError at the first."""
@@ -293,27 +242,3 @@ class Pipeline:
             self.refused += 1
             if len(self.errors) < ERRORS_KEPT:
                 self.errors.append(record)
-
-
-def _parts(documents: Iterable[Document], parts: Iterable[Sequence[Chunk | Window]]) -> list[Document]:
-    """Return the parts of all documents, as documents."""
-    pairs = zip(documents, parts, strict=True)
-    return [*chain.from_iterable(part_documents(document, cut) for document, cut in pairs)]
-
-
-def text_field_of(model: Any, given: TextFields | None) -> TextFields:
-    """Return the names of the text fields for a model; None for the usual ones.
-
-    ConfigError for one name where the model scores pairs of texts, or for two names where it reads one text.
-    """
-    usual = text_fields(model)
-    if given is None:
-        return usual
-    if isinstance(usual, str):
-        if not isinstance(given, str):
-            raise ConfigError(f"a {type(model).__name__} reads one text; name one field, got {given!r}")
-        return given
-    names = () if isinstance(given, str) else tuple(given)
-    if len(names) != 2 or not all(isinstance(name, str) for name in names) or names[0] == names[1]:
-        raise ConfigError(f"a CrossEncoder scores pairs of texts; name two fields, such as {usual!r}, got {given!r}")
-    return names[0], names[1]

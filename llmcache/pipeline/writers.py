@@ -60,8 +60,9 @@ class _Provenance(NamedTuple):
 
 _provenance = attrgetter(*_Provenance._fields)
 
-Form: TypeAlias = Literal["vector", "sparse", "tokens"]
-"""Form of every output of a file: float32 [width]; float32 [entries, 2], dimensions and values; or [tokens, width]."""
+Form: TypeAlias = Literal["vector", "sparse", "tokens", "rows"]
+"""Form of every output of a file: float32 [width]; float32 [entries, 2], dimensions and values; or [tokens, width].
+"rows" is the form of language-model jobs, whose rows have no vectors (`job_files`)."""
 _Put: TypeAlias = Callable[[Floats32, list[int], list[_Provenance]], None]
 """Function that writes a chunk of rows: their vectors, float32 [n, width] (a buffer that is reused), the number of
 vectors of each row (1 where the form is "vector"), and other columns."""
@@ -112,7 +113,7 @@ class ResultWriter:
     def flush(self) -> None:
         """Write the buffered rows to the file; `result_writer` does so at the end."""
         if self._provenance:
-            with _as_corpus_error(self._path):
+            with as_corpus_error(self._path):
                 self._put(self._vectors[: self._filled], self._counts, self._provenance)
             self._provenance, self._counts, self._filled = [], [], 0
 
@@ -140,15 +141,15 @@ def result_writer(path: str | Path, *, width: int, form: Form = "vector") -> Ite
         raise ConfigError(f"width is the number of values per output, at least 1, got {width}")
     paths = [path, path.with_name(path.name + ".jsonl")] if path.suffix.lower() == ".npy" else [path]
     with ExitStack() as stack:
-        with _as_corpus_error(path):
-            files = [stack.enter_context(_partial(target)) for target in paths]
+        with as_corpus_error(path):
+            files = [stack.enter_context(partial_file(target)) for target in paths]
             put, finish = FORMATS[path.suffix.lower()](stack, files, width, form)
         writer = ResultWriter(path, width, form, put)
         yield writer
         writer.flush()
-        with _as_corpus_error(path):
+        with as_corpus_error(path):
             finish()
-            _keep(paths, files)
+            keep_partial(paths, files)
 
 
 def check_ending(path: Path, form: Form) -> None:
@@ -167,7 +168,7 @@ def check_ending(path: Path, form: Form) -> None:
 
 
 @contextmanager
-def _as_corpus_error(path: Path) -> Iterator[None]:
+def as_corpus_error(path: Path) -> Iterator[None]:
     """Turn OSErrors inside the block into a CorpusError."""
     try:
         yield
@@ -179,7 +180,7 @@ def _as_corpus_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _partial(target: Path) -> Iterator[IO[bytes]]:
+def partial_file(target: Path) -> Iterator[IO[bytes]]:
     """Open an empty "<target>.partial" for writing; after the block it is closed and, unless renamed, removed."""
     if target.is_dir():
         raise CorpusError(f"{target} is a folder; give the results a name of their own")
@@ -220,7 +221,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def _keep(paths: list[Path], files: list[IO[bytes]]) -> None:
+def keep_partial(paths: list[Path], files: list[IO[bytes]]) -> None:
     """Make the partial files durable, and rename them to their final paths."""
     for file in files:
         file.flush()
@@ -306,7 +307,7 @@ def _npy(stack: ExitStack, files: list[IO[bytes]], width: int, form: Form) -> tu
     def put(vectors: Floats32, counts: list[int], rows: list[_Provenance]) -> None:
         nonlocal written
         vectors_file.write(vectors.astype("<f4", copy=False).data)
-        provenance_file.writelines(_json_line(row._asdict()) for row in rows)
+        provenance_file.writelines(json_line(row._asdict()) for row in rows)
         written += len(rows)
 
     def finish() -> None:
@@ -327,7 +328,7 @@ def _jsonl(stack: ExitStack, files: list[IO[bytes]], width: int, form: Form) -> 
             output: Any = matrix[0].tolist() if form == "vector" else matrix.tolist()
             if form == "sparse":
                 output = {"dimensions": matrix[:, 0].astype(int).tolist(), "values": matrix[:, 1].tolist()}
-            files[0].write(_json_line(row._asdict() | {"output": output}))
+            files[0].write(json_line(row._asdict() | {"output": output}))
 
     return put, lambda: None
 
@@ -335,7 +336,7 @@ def _jsonl(stack: ExitStack, files: list[IO[bytes]], width: int, form: Form) -> 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps would make an encoder per row
 
 
-def _json_line(row: dict[str, Any]) -> bytes:
+def json_line(row: dict[str, Any]) -> bytes:
     try:
         line = _encode(row)
     except ValueError:  # JSON cannot represent NaN and infinities

@@ -1,0 +1,388 @@
+"""Language-model jobs: generate an answer for each record, score choices, or classify."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmcache.cache import LLMCache
+from llmcache.decoders.likelihoods import CountedRow, Likelihoods
+from llmcache.decoders.prefix_order import prefix_order
+from llmcache.decoders.prompts import Rendered
+from llmcache.decoders.scoring import choice_rows
+from llmcache.decoders.templates import PromptTemplate, TooLong, fit_all
+from llmcache.document import Document
+from llmcache.encoding.call import Progress, nothing
+from llmcache.errors import ConfigError
+from llmcache.pipeline.batches import DocumentBatch, parts
+from llmcache.pipeline.checkpoints import Resumption
+from llmcache.pipeline.job_files import job_writer
+from llmcache.pipeline.job_rows import ClassifiedRow, Columns, GeneratedRow, ScoredRow, tier_of
+from llmcache.pipeline.task import Answered, Write
+from llmcache.pipeline.writers import Form
+from llmcache.records import MOST_CHARACTERS, FieldSpec, Taken
+
+TASKS = ("generate", "score", "classify")
+"""Names of the tasks."""
+By: TypeAlias = Literal["total", "token", "character"]
+_WINDOW = 4096  # records that are ordered by their beginnings together
+_WINDOW_CHARACTERS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePrompt:
+    """Prompt of a record with choices. texts: of the choices. rows: a row of tokens for each choice."""
+
+    texts: tuple[str, ...]
+    rows: list[CountedRow]
+
+
+class LanguageJob:
+    """Task of a language model: a prompt is made of each record by a template, and answered.
+
+    Up to 4,096 records (4 million characters) are ordered by the beginnings of their prompts, so that each shared
+    beginning is computed once, and answered in batches. Results come in the order of the records.
+    """
+
+    form: Form = "rows"
+    width = 1
+
+    def __init__(
+        self,
+        cache: LLMCache,
+        task: str,
+        *,
+        template: str | PromptTemplate,
+        system: str | None = None,
+        chat: bool | None = None,
+        examples: Sequence[Mapping[str, Any]] = (),
+        answer: str = "answer",
+        syntax: Literal["format", "jinja"] = "format",
+        choices: Sequence[str] | None = None,
+        choices_field: str | None = None,
+        by: By = "total",
+        too_long: TooLong = "refuse",
+        provenance: bool = True,
+        batch_size: int = 32,
+        id_field: str = "id",
+        max_characters: int = MOST_CHARACTERS,
+        progress: Progress = nothing,
+        **generation: Any,
+    ) -> None:
+        """cache: of a causal model or, for "generate", an encoder-decoder, with its tokenizer.
+
+        task: "generate" writes the answer of `model.generate`; "score" the log-likelihood of each choice as the
+            continuation of the prompt; "classify" the most likely choice, so that the result is always one of them.
+        template, system, chat, examples, answer, syntax: see `PromptTemplate`. A template is a text with the names of
+            the records' fields in braces, such as "Topic of this text: {text}". Values of fields that are no texts are
+            written as JSON.
+        choices: texts that every record is scored with. choices_field: name of the field with the choices of each
+            record, a list of texts, instead. A choice joins a plain prompt as it is if the prompt ends with white
+            space, else after one blank.
+        by: score that decides which choice is best: "total" log-likelihood, mean per "token", or per "character".
+        too_long: reaction to a prompt beyond the model's context: "refuse" the record, or cut its longest field on the
+            "left" or the "right".
+        provenance: False leaves out the columns that say where a row came from (tier, restored, reused), so that a
+            repeated job writes the same bytes.
+        batch_size: prompts, or for choices rows of tokens, in a batch of the model.
+        id_field, max_characters, progress: as of `Pipeline`.
+        generation: for `model.generate`, such as max_new_tokens=64 or num_beams=4.
+        ConfigError for settings that do not fit together or the model.
+        """
+        if task not in TASKS:
+            raise ConfigError(f"task is one of embed, {', '.join(TASKS)}, got {task!r}")
+        template = _template(template, system, chat, examples, answer, syntax)
+        model, tokenizer = cache.decoder(causal=task != "generate")
+        if task == "generate":
+            _check_generation(generation, choices, choices_field)
+        else:
+            _check_choices(task, choices, choices_field, generation)
+        if by not in get_args(By):
+            raise ConfigError(f"by is one of {', '.join(get_args(By))}, got {by!r}")
+        if too_long not in get_args(TooLong):
+            raise ConfigError(f"too_long is one of {', '.join(get_args(TooLong))}, got {too_long!r}")
+        self._cache, self._task, self._template, self._by, self._too_long = cache, task, template, by, too_long
+        self._tokenizer = copy.deepcopy(tokenizer)  # prompts are made in another thread than answers
+        self._choices = None if choices is None else tuple(choices)
+        self._generation, self._batch_size, self._progress = generation, batch_size, progress
+        self._whole = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._context = context_of(model)
+        new = int(generation.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20)
+        self._most = self._context - (new if task == "generate" and not self._whole else 1)
+        if self._most < 1:
+            raise ConfigError(
+                f"the model reads {self._context:,} tokens, and max_new_tokens={new:,} leaves none for a prompt; "
+                "generate fewer tokens"
+            )
+        row = {"generate": GeneratedRow, "score": ScoredRow, "classify": ClassifiedRow}[task]
+        self.columns = Columns.of(row, provenance=provenance)
+        names = (*template.fields, *([] if choices_field is None else [choices_field]))
+        if choices_field in template.fields:
+            names = template.fields
+        self._names, self._choices_field = names, choices_field
+        self.fields = FieldSpec(names[0] if len(names) == 1 else names, id_field, max_characters, as_json=True)
+        self.facts: dict[str, Any] = json.loads(json.dumps({
+            "model": cache.identity.digest.hex(), "namespace": cache.namespace, "task": task,
+            "template": template.description, "choices": self._choices, "choices_field": choices_field, "by": by,
+            "too_long": too_long, "columns": self.columns.names, "batch_size": batch_size, "id_field": id_field,
+            "max_characters": max_characters, "generation": generation,
+        }, default=repr))  # fmt: skip
+
+    # -- prompts --------------------------------------------------------------------------------------------
+
+    def parts(self, records: Iterable[Taken], *, digests: bool) -> Iterator[DocumentBatch]:
+        """Split records into windows, and make their prompts."""
+        return parts(records, _WINDOW, None, prepare=self._prompts, most_characters=_WINDOW_CHARACTERS, digests=digests)
+
+    def _prompts(self, documents: Sequence[Document]) -> list[Any]:
+        """Return the prompt of each document: token ids, or a `ChoicePrompt`; or the reason why there is none."""
+        values = [self._values(document) for document in documents]
+        fitted = fit_all(self._template, self._tokenizer, values, self._most, self._too_long)
+        if self._task != "generate":
+            return self._with_choices(values, fitted)
+        if not self._whole:
+            return [each if isinstance(each, str) else each[1] for each in fitted]
+        return [  # an encoder reads the special tokens at the end, too
+            each
+            if isinstance(each, str)
+            else self._tokenizer(each[0].text, add_special_tokens=each[0].special).input_ids
+            for each in fitted
+        ]
+
+    def _values(self, document: Document) -> dict[str, str]:
+        texts = (document.text,) if isinstance(document.text, str) else document.text
+        return dict(zip(self._names, texts, strict=True))
+
+    def _with_choices(
+        self, values: Sequence[Mapping[str, str]], fitted: Sequence[tuple[Rendered, list[int]] | str]
+    ) -> list[ChoicePrompt | str]:
+        """Return the rows of tokens of each record's choices, or the reason why there are none."""
+        found: list[ChoicePrompt | str] = []
+        asked: list[tuple[int, Rendered, tuple[str, ...]]] = []
+        for i, (of_record, prompt) in enumerate(zip(values, fitted, strict=True)):
+            choices = self._choices or _choices_in(of_record, str(self._choices_field))
+            if isinstance(prompt, str) or isinstance(choices, str):
+                found.append(prompt if isinstance(prompt, str) else str(choices))
+                continue
+            found.append("")
+            asked.append((i, prompt[0], choices))
+        joined = [
+            [choice if text.text[-1:].isspace() else f" {choice}" for choice in choices] for _, text, choices in asked
+        ]
+        rows = choice_rows(self._tokenizer, [text for _, text, _ in asked], joined)
+        for (i, _, choices), each in zip(asked, rows, strict=True):
+            longest = 0 if isinstance(each, str) else max(len(ids) for ids, _ in each)
+            if isinstance(each, str):
+                found[i] = f"has choices that cannot be scored: {each}"
+            elif longest > self._context:
+                found[i] = (
+                    f"has a prompt that takes {longest:,} tokens with its longest choice, and the model reads "
+                    f"{self._context:,}; shorten it"
+                )
+            else:
+                found[i] = ChoicePrompt(choices, each)
+        return found
+
+    # -- answers --------------------------------------------------------------------------------------------
+
+    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[Answered]:
+        """Yield the rows of a window: those whose answers are stored first, then batch by batch.
+
+        Equal prompts are answered once. done: places of documents that are answered already.
+        """
+        prompts = part.prompts or []
+        places = [i for i in range(len(prompts)) if i not in done]
+        known = self._answers([prompts[i] for i in places], stored_only=True)
+        answered = {i: each for i, each in zip(places, known, strict=True) if each is not None}
+        if answered:
+            yield self._rows(part, answered, computed=0)
+        for batch in self._batches({i: prompts[i] for i in places if i not in answered}):
+            firsts = [same[0] for same in batch]
+            found = self._answers([prompts[i] for i in firsts], stored_only=False)
+            pairs = zip(batch, found, strict=True)
+            yield self._rows(part, {i: each for same, each in pairs for i in same}, computed=len(firsts))
+
+    def _batches(self, prompts: Mapping[int, Any]) -> Iterator[list[list[int]]]:
+        """Yield batches of places with equal prompts, ordered by the beginnings of the prompts."""
+        equal: dict[tuple[Any, ...], list[int]] = {}
+        for i, prompt in prompts.items():
+            several = isinstance(prompt, ChoicePrompt)
+            key = tuple((*ids, counted) for ids, counted in prompt.rows) if several else tuple(prompt)
+            equal.setdefault(key, []).append(i)
+        groups = list(equal.values())
+        batch, filled = list[list[int]](), 0
+        for i in prefix_order([_beginning(prompts[same[0]]) for same in groups]):
+            prompt = prompts[groups[i][0]]
+            rows = len(prompt.rows) if isinstance(prompt, ChoicePrompt) else 1
+            if batch and filled + rows > self._batch_size:
+                yield batch
+                batch, filled = [], 0
+            batch, filled = [*batch, groups[i]], filled + rows
+        if batch:
+            yield batch
+
+    def _answers(self, prompts: Sequence[Any], *, stored_only: bool) -> list[Any]:
+        """Return the answer of each prompt: values of the columns after the id; None where none is stored."""
+        if self._task == "generate":
+            found = self._cache.answers(prompts, self._generation, batch_size=self._batch_size, stored_only=stored_only)
+            return [
+                None if each is None else _generated(each, text, finish)
+                for each, text, finish in zip(found.answers, found.texts, found.finish, strict=True)
+            ]
+        rows = [prompt.rows for prompt in prompts]
+        scores = self._cache.likelihoods(rows, batch_size=self._batch_size, stored_only=stored_only)
+        return [
+            None if each is None else self._scored(prompt, each) for prompt, each in zip(prompts, scores, strict=True)
+        ]
+
+    def _scored(self, prompt: ChoicePrompt, found: Likelihoods) -> Mapping[str, Any]:
+        """Return the columns of a prompt's choices."""
+        totals = np.array([values.sum() for values in found.values])
+        tokens = np.array(list(map(len, found.values)))
+        lengths = {"total": 1, "token": tokens, "character": np.array(list(map(len, prompt.texts)))}[self._by]
+        scores = totals / lengths
+        best = int(scores.argmax())
+        columns: dict[str, Any] = {
+            "log_likelihoods": tuple(totals.tolist()), "tokens": tuple(tokens.tolist()), "restored": found.restored,
+            "reused": found.reused, "tier": tier_of(found.reused, found.restored),
+        }  # fmt: skip
+        if self._task == "score":
+            return columns | {"best": best}
+        probabilities = _softmax(scores)
+        return columns | {
+            "label": prompt.texts[best], "probability": float(probabilities[best]),
+            "probabilities": tuple(probabilities.tolist()),
+        }  # fmt: skip
+
+    def _rows(self, part: DocumentBatch, found: Mapping[int, Mapping[str, Any]], computed: int) -> Answered:
+        """Return the rows of answered documents, by place. computed: number of prompts that the model answered."""
+        kind = self.columns.kind
+        self._progress(len(found), computed)
+        return [(i, kind(id=part.documents[i].id, **columns)) for i, columns in sorted(found.items())]
+
+    # -- results --------------------------------------------------------------------------------------------
+
+    def write(self, path: Path) -> AbstractContextManager[Write]:
+        """Open the result file, as a context that gives a function which writes rows; see `job_writer`."""
+
+        @contextmanager
+        def opened() -> Iterator[Write]:
+            with job_writer(path, self.columns) as writer:
+                yield lambda rows: writer.write(map(self.columns.values, rows))
+
+        return opened()
+
+    def record(self, resumption: Resumption, part: DocumentBatch, answered: Answered, done: int) -> None:
+        """Write a batch of rows to the journal of a run."""
+        rows = [(place, row.tier, self.columns.values(row)) for place, row in answered]
+        resumption.take_rows(rows, done)
+
+
+def _generated(answer: Any, text: str, finish: str) -> Mapping[str, Any]:
+    """Return the columns of a generated answer."""
+    sequence = answer.sequences[0]
+    reused = answer.reused / max(1, answer.tokens)
+    return {
+        "text": text, "finish": finish, "tokens": tuple(sequence.ids.tolist()),
+        "log_likelihoods": tuple(map(float, sequence.likelihoods)), "tier": tier_of(reused, answer.restored),
+        "restored": answer.restored, "reused": reused,
+    }  # fmt: skip
+
+
+def _beginning(prompt: Any) -> Sequence[int]:
+    """Return the token ids of a prompt, without those of its choices."""
+    if not isinstance(prompt, ChoicePrompt):
+        ids: Sequence[int] = prompt
+        return ids
+    first, counted = prompt.rows[0]
+    return first[: max(1, len(first) - counted)]
+
+
+def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(scores - scores.max())
+    probabilities: NDArray[np.float64] = weights / weights.sum()
+    return probabilities
+
+
+# -- settings -------------------------------------------------------------------------------------------------
+
+
+def context_of(model: Any) -> int:
+    """Return the number of tokens that a model reads at most; 2**31 where its positions have no limit."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return 1 << 31
+
+
+def _template(template: str | PromptTemplate, *settings: Any) -> PromptTemplate:
+    """Return the template of a job. settings: the arguments of `PromptTemplate` in order."""
+    names = ("system", "chat", "examples", "answer", "syntax")
+    if not isinstance(template, PromptTemplate):
+        return PromptTemplate(template, **dict(zip(names, settings, strict=True)))
+    given = [
+        name for name, value, usual in zip(names, settings, (None, None, (), "answer", "format"), strict=True)
+        if value != usual
+    ]  # fmt: skip
+    if given:
+        raise ConfigError(f"{given[0]} belongs to the template; give it to PromptTemplate")
+    return template
+
+
+def _check_generation(settings: Mapping[str, Any], choices: object, choices_field: object) -> None:
+    if choices is not None or choices_field is not None:
+        raise ConfigError('choices are for task="score" and "classify"; "generate" writes free text')
+    if (settings.get("num_return_sequences") or 1) != 1:
+        raise ConfigError("a job writes one answer per record; leave num_return_sequences out")
+    for name in ("generation_config", "input_ids", "attention_mask", "inputs", "return_dict_in_generate"):
+        if name in settings:
+            raise ConfigError(f"{name} cannot be set for a job; give settings such as max_new_tokens one by one")
+
+
+def _check_choices(
+    task: str, choices: Sequence[str] | None, choices_field: str | None, others: Mapping[str, Any]
+) -> None:
+    if others:
+        raise ConfigError(f"task={task!r} generates nothing, so it has no setting {next(iter(others))!r}")
+    if (choices is None) == (choices_field is None):
+        raise ConfigError(f"task={task!r} scores choices; give either choices=[...] or choices_field=...")
+    if choices is not None:
+        wrong = _wrong_choices(choices)
+        if wrong:
+            raise ConfigError(f"choices {wrong}")
+
+
+def _wrong_choices(choices: Any) -> str:
+    """Return what is wrong with choices; "" if they are right."""
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
+        return f"are a list of texts, got {choices!r:.60}"
+    if not choices:
+        return "are empty; give at least one"
+    for i, choice in enumerate(choices):
+        if not isinstance(choice, str):
+            return f"are texts, and number {i} is {choice!r:.60}"
+        if not choice.strip():
+            return f"are texts, and number {i} is empty or white space"
+        if choice in choices[:i]:
+            return f"differ from each other, and {choice!r:.60} is there twice"
+    return ""
+
+
+def _choices_in(values: Mapping[str, str], name: str) -> tuple[str, ...] | str:
+    """Return the choices of a record, or the reason why they cannot be used. values: texts, or JSON, by field."""
+    try:
+        choices = json.loads(values[name])
+    except ValueError:
+        choices = values[name]
+    wrong = _wrong_choices(choices)
+    return f"has choices under {name!r} that {wrong}" if wrong else tuple(choices)
