@@ -163,28 +163,25 @@ def prompts_ids(tokenizer: Any, prompts: Sequence[Rendered | str]) -> list[list[
     every = [each if isinstance(each, Rendered) else Rendered(each, special=True) for each in prompts]
     rows: list[list[int]] = [[] for _ in every]
     for special in (True, False):
-        for places in _parts(every, special):
-            texts = [every[i].text for i in places]
+        places = [i for i, each in enumerate(every) if each.special == special]
+        for part in parts([len(every[i].text) for i in places]):
+            texts = [every[places[i]].text for i in part]
             found = (
                 tokenizer(texts)["input_ids"] if special else tokenizer(texts, add_special_tokens=False)["input_ids"]
             )
-            for i, ids in zip(places, found, strict=True):
-                rows[i] = _without_end(tokenizer, every[i].text, ids) if special else list(ids)
+            for i, text, ids in zip(part, texts, found, strict=True):
+                rows[places[i]] = _without_end(tokenizer, text, ids) if special else list(ids)
     return rows
 
 
-def _parts(prompts: Sequence[Rendered], special: bool) -> Iterator[list[int]]:
-    """Yield the places of prompts with or without special tokens, in parts of about `_MOST_AT_ONCE` characters."""
-    part, size = list[int](), 0
-    for i, prompt in enumerate(prompts):
-        if prompt.special == special:
-            part.append(i)
-            size += len(prompt.text)
-            if size >= _MOST_AT_ONCE:
-                yield part
-                part, size = [], 0
-    if part:
-        yield part
+def parts(characters: Sequence[int]) -> Iterator[range]:
+    """Yield the numbers of consecutive texts that one call of a tokenizer may read. characters: length of each text."""
+    start, size = 0, 0
+    for i, each in enumerate(characters, 1):
+        size += each
+        if size >= _MOST_AT_ONCE or i == len(characters):
+            yield range(start, i)
+            start, size = i, 0
 
 
 def _without_end(tokenizer: Any, text: str, row: Sequence[int]) -> list[int]:

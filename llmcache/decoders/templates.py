@@ -7,13 +7,13 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from string import Formatter
 from typing import Any, Literal, TypeAlias
 
-from llmcache.decoders.prompts import Prompt, RefusedMessages, Rendered, prompt_ids, prompts_ids, rendered
+from llmcache.decoders.prompts import Prompt, RefusedMessages, Rendered, parts, prompts_ids, rendered
+from llmcache.decoders.template_syntax import format_template, jinja_template
 from llmcache.document import kind
 from llmcache.errors import ConfigError, CorpusError
 
@@ -21,8 +21,7 @@ TooLong: TypeAlias = Literal["refuse", "left", "right"]
 """What to do with a prompt of too many tokens: refuse the record, or cut its longest field on this side."""
 Fitted: TypeAlias = tuple[Rendered, list[int]]
 """Prompt and its token ids."""
-_Fill: TypeAlias = Callable[[Mapping[str, str]], str]
-_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_FIRST_COMBINING = "\u0300"
 _JOINER = "\u200d"  # joins the characters on both sides of it into one
 
 
@@ -63,9 +62,7 @@ class PromptTemplate:
             raise ConfigError("only a chat has a system message; give chat=True, or write it into the template")
         if syntax not in ("format", "jinja"):
             raise ConfigError(f"syntax must be 'format' or 'jinja', got {syntax!r}")
-        self._fill: _Fill
-        self.fields: tuple[str, ...]
-        self.fields, self._fill = (_format if syntax == "format" else _jinja)(template)
+        self.fields, self._fill = (format_template if syntax == "format" else jinja_template)(template)
         if not self.fields:
             form = "{text}" if syntax == "format" else "{{ text }}"
             raise ConfigError(f"the template has no field, so all prompts would be equal; name one, such as {form}")
@@ -136,81 +133,6 @@ def _example_text(value: Any) -> Any:
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     return value
-
-
-# -- the two syntaxes -------------------------------------------------------------------------------------
-
-
-def _format(template: str) -> tuple[tuple[str, ...], _Fill]:
-    """Return the fields of a template with names in braces, and the function that fills it."""
-    parts: list[tuple[str, str]] = []  # text, and the name of the field that follows it, or ""
-    at = 0
-    try:
-        for text, name, specification, conversion in Formatter().parse(template):
-            at += len(text)
-            if name is None:
-                at += text[-1:] in ("{", "}")  # a doubled brace, of which the text has one
-                parts.append((text, ""))
-                continue
-            if conversion or specification or not name.isidentifier():
-                whole = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
-                raise ConfigError(
-                    f"the template has {{{whole}}} at {_place(template, at)}, and only plain names of fields may stand "
-                    "in braces, such as {text}; double a brace that belongs to the text"
-                )
-            parts.append((text, name))
-            at = template.index("}", at) + 1
-    except ConfigError:
-        raise
-    except ValueError as error:
-        at += next((i for i, character in enumerate(template[at:]) if character in "{}"), 0)
-        raise ConfigError(
-            f"the template has a brace without its other half at {_place(template, at)}; double a brace that belongs "
-            "to the text"
-        ) from error
-
-    def fill(values: Mapping[str, str]) -> str:
-        return "".join(text + values[name] if name else text for text, name in parts)
-
-    return tuple(dict.fromkeys(name for _, name in parts if name)), fill
-
-
-def _place(text: str, at: int) -> str:
-    """Describe a place of a text by line and column, both from 1."""
-    return f"line {text.count(chr(10), 0, at) + 1}, column {at - text.rfind(chr(10), 0, at)}"
-
-
-def _jinja(template: str) -> tuple[tuple[str, ...], _Fill]:
-    """Return the fields of a template of jinja2, and the function that fills it."""
-    try:
-        from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ConfigError("syntax='jinja' needs jinja2; install it: pip install 'jinja2>=3.1'") from error
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    for random in (environment.filters, environment.globals):  # prompts must be the same in every run
-        random.pop("random", None)
-        random.pop("lipsum", None)
-    try:
-        tree = environment.parse(template)
-        free = meta.find_undeclared_variables(tree) - environment.globals.keys()
-        other = list(meta.find_referenced_templates(tree))
-        compiled = environment.from_string(template)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"the template is no jinja2 template: {error.message} (line {error.lineno})") from error
-    except (TemplateError, *_FAULTS) as error:
-        raise ConfigError(f"the template is no jinja2 template: {error}") from error
-    if other:
-        raise ConfigError(f"the template reads another one ({other[0] or 'chosen by a value'}); write it in one text")
-    fields = tuple(dict.fromkeys(node.name for node in tree.find_all(nodes.Name) if node.name in free))
-
-    def fill(values: Mapping[str, str]) -> str:
-        try:
-            return compiled.render({name: values[name] for name in fields})
-        except (TemplateError, *_FAULTS) as error:
-            raise CorpusError(f"has values that the template cannot use ({' '.join(str(error).split())})") from error
-
-    return fields, fill
 
 
 # -- examples of a file -----------------------------------------------------------------------------------
@@ -303,11 +225,51 @@ def fit_all(
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ConfigError(f"the tokens of a prompt must be a positive integer, got {most!r}; ask for fewer new tokens")
     made = [_rendered(template, tokenizer, values) for values in records]
-    rows = iter(prompts_ids(tokenizer, [each for each in made if not isinstance(each, str)]))
-    return [
-        each if isinstance(each, str) else _within(template, tokenizer, values, (each, next(rows)), most, too_long)
-        for values, each in zip(records, made, strict=True)
-    ]
+    fitted: list[Fitted | str] = []
+    for part in parts([len(each if isinstance(each, str) else each.text) for each in made]):
+        some = [records[i] for i in part]
+        fitted += _part(template, tokenizer, some, [made[i] for i in part], most, too_long)
+    return fitted
+
+
+def _part(
+    template: PromptTemplate,
+    tokenizer: Any,
+    records: Sequence[Mapping[str, str]],
+    made: Sequence[Rendered | str],
+    most: int,
+    too_long: TooLong,
+) -> list[Fitted | str]:
+    """Return prompts with their ids, or reasons, in the order of the records; the cuts are found side by side."""
+    found: dict[int, Fitted | str] = {i: each for i, each in enumerate(made) if isinstance(each, str)}
+    whole = {i: each for i, each in enumerate(made) if isinstance(each, Rendered)}
+    long: dict[int, tuple[str, int]] = {}  # the longest field, and the tokens of the prompt
+    for (i, text), ids in zip(whole.items(), prompts_ids(tokenizer, list(whole.values())), strict=True):
+        field = max(template.fields, key=lambda name, i=i: len(records[i][name]))  # type: ignore[misc]
+        if not ids:
+            found[i] = "has a prompt without tokens"
+        elif len(ids) <= most:
+            found[i] = text, ids
+        elif too_long == "refuse":
+            cut = f"cut its longest field, {field!r}, with too_long='right' or 'left'"
+            found[i] = f"has a prompt of {len(ids):,} tokens, and {most:,} fit; shorten it, or {cut}"
+        else:
+            long[i] = field, len(ids)
+    places = _places(tokenizer, [records[i][field] for i, (field, _) in long.items()], too_long)
+    searches = {
+        i: _cut(template, tokenizer, records[i], field, at, tokens, most, too_long)
+        for at, (i, (field, tokens)) in zip(places, long.items(), strict=True)
+    }
+    answers: dict[int, Any] = dict.fromkeys(searches)  # None starts a search
+    while answers:
+        trials: dict[int, Rendered] = {}
+        for i, ids in answers.items():
+            try:
+                trials[i] = searches[i].send(ids)
+            except StopIteration as end:
+                found[i] = end.value
+        answers = dict(zip(trials, prompts_ids(tokenizer, list(trials.values())), strict=True))
+    return [found[i] for i in range(len(records))]
 
 
 def _rendered(template: PromptTemplate, tokenizer: Any, values: Mapping[str, str]) -> Rendered | str:
@@ -329,67 +291,75 @@ def _reason(error: CorpusError | RefusedMessages) -> str:
     return f"has a prompt that fails: {error}" if isinstance(error, RefusedMessages) else str(error)
 
 
-def _within(
-    template: PromptTemplate, tokenizer: Any, values: Mapping[str, str], whole: Fitted, most: int, too_long: TooLong
-) -> Fitted | str:
-    """Return a prompt that has enough room, or the prompt of the record with its longest field cut, or a reason."""
-    tokens = len(whole[1])
-    if not tokens:
-        return "has a prompt without tokens"
-    if tokens <= most:
-        return whole
-    field = max(template.fields, key=lambda name: len(values[name]))
+def _cut(
+    template: PromptTemplate,
+    tokenizer: Any,
+    values: Mapping[str, str],
+    field: str,
+    places: Sequence[int],
+    tokens: int,
+    most: int,
+    side: TooLong,
+) -> Generator[Rendered, list[int], Fitted | str]:
+    """Search the longest part of a field with which a prompt fits; yields prompts, and is sent their token ids.
+
+    places: where the field may be cut, ascending, its ends among them. tokens: of the prompt with the whole field.
+    Returns the prompt and its ids, or the reason why the record has none.
+    """
     start = f"has a prompt of {tokens:,} tokens, and {most:,} fit"
-    if too_long == "refuse":
-        return f"{start}; shorten it, or cut its longest field, {field!r}, with too_long='right' or 'left'"
-    places = _places(tokenizer, values[field], too_long)
     best: Fitted | None = None
-    low, high, fewest, excess = 0, len(places) - 1, 0, tokens  # field tokens kept, and tokens of the prompt with them
+    low, high, fewest, excess = 0, len(places) - 1, 0, tokens  # pieces kept, and tokens of the prompt with them
+    kept = ""
     for step in count():
-        if step and high - low < 2:
+        if step and (high - low < 2 or (fewest == most and getattr(tokenizer, "is_fast", False))):
             break
         share = 0.5 if step % 3 == 0 else (most - fewest) / (excess - fewest)
-        middle = min(max(low + int((high - low) * share), low + 1), high - 1) if step else 0
-        text = values[field][: places[middle]] if too_long == "right" else values[field][places[-1 - middle] :]
-        made = _tokenised(template, tokenizer, {**values, field: text})
-        if isinstance(made, str):
+        middle = min(max(low + int((high - low) * share), low + 1), high - 1) if step else 0  # at first nothing
+        text = values[field][: places[middle]] if side == "right" else values[field][places[-1 - middle] :]
+        try:
+            made = rendered(tokenizer, template.prompt({**values, field: text}))
+        except (CorpusError, RefusedMessages) as error:
             if middle:
-                return made
-        elif len(made[1]) > most:
-            if not middle:
-                others = f"{len(made[1]):,} of them without field {field!r}"
-                return f"{start}, but it has {others}; shorten the template, its examples or the other fields"
-            high, excess = middle, len(made[1])
+                return _reason(error)
+            continue  # an empty field may be refused where a short one is not
+        ids = yield made
+        if len(ids) <= most:
+            low, fewest, best, kept = middle, len(ids), (made, ids), text
+        elif middle:
+            high, excess = middle, len(ids)
         else:
-            low, fewest, best = middle, len(made[1]), made
-            kept = text
-    if best is None or not best[1] or not any(({**values, field: kept})[name].strip() for name in template.fields):
+            others = f"{len(ids):,} of them without field {field!r}"
+            return f"{start}, but it has {others}; shorten the template, its examples or the other fields"
+    if (
+        best is None
+        or not best[1]
+        or not any((kept if name == field else values[name]).strip() for name in template.fields)
+    ):
         return f"{start}, which leaves no room for its longest field, {field!r}; shorten the template or its examples"
     return best
 
 
-def _tokenised(template: PromptTemplate, tokenizer: Any, values: Mapping[str, str]) -> Fitted | str:
-    """Return a prompt and its token ids, of a record whose fields may be empty, or the reason why it has none."""
-    try:
-        text = rendered(tokenizer, template.prompt(values))
-    except (CorpusError, RefusedMessages) as error:
-        return _reason(error)
-    return text, prompt_ids(tokenizer, text)
-
-
-def _places(tokenizer: Any, text: str, side: TooLong) -> list[int]:
-    """Return the places where a text may be cut, ascending, its ends among them: between tokens where it is known.
+def _places(tokenizer: Any, texts: Sequence[str], side: TooLong) -> list[Sequence[int]]:
+    """Return the places where each text may be cut, ascending, its ends among them: between tokens where known.
 
     A slow tokenizer does not tell; then between characters. There is no place before a combining character.
     """
-    inner: Iterator[int] | range = range(1, len(text))
-    if getattr(tokenizer, "is_fast", False):
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        inner = iter({span[side == "right"] for span in spans})
-    whole = (i for i in inner if 0 < i < len(text) and not _joined(text[i - 1], text[i]))
-    return [0, *sorted(whole), len(text)]
+    inner: list[Iterable[int]] = [range(len(text)) for text in texts]
+    if texts and getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inner = [sorted({span[side == "right"] for span in of_text}) for of_text in spans]
+    return [
+        [
+            0,
+            *(i for i in each if 0 < i < len(text) and (text.isascii() or not _joined(text[i - 1], text[i]))),
+            len(text),
+        ]
+        for text, each in zip(texts, inner, strict=True)
+    ]
 
 
 def _joined(before: str, after: str) -> bool:
     """Return whether two characters stand for one."""
-    return unicodedata.category(after)[0] == "M" or _JOINER in (before, after)
+    if after < _FIRST_COMBINING:
+        return before == _JOINER
+    return _JOINER in (before, after) or unicodedata.category(after)[0] == "M"
