@@ -60,7 +60,7 @@ def jinja_template(template: str) -> tuple[tuple[str, ...], Fill]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ConfigError("syntax='jinja' needs jinja2; install it: pip install 'jinja2>=3.1'") from error
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     for random in (environment.filters, environment.globals):  # prompts must be the same in every run
         random.pop("random", None)
         random.pop("lipsum", None)
