@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcache.cli.shared import amounts, options
+from llmcache.cli.shared import amounts, jobs, options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources, bytes_of, fields_of, progress
 from llmcache.cli.shared.engine import (
@@ -53,8 +53,24 @@ def run(
     skip_bad: options.SkipBad = False,
     batch_size: options.BatchSize = 32,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model, for a store that is not trusted to name it.")
+        str | None,
+        typer.Option("--model", "-m", help="Model, for a store that does not exist yet, or is not trusted to name it."),
     ] = None,
+    task: jobs.Task = jobs.EMBED,
+    template: jobs.Template = None,
+    template_file: jobs.TemplateFile = None,
+    syntax: jobs.Syntax = "format",
+    system: jobs.System = None,
+    chat: jobs.Chat = False,
+    examples: jobs.Examples = None,
+    answer: jobs.Answer = "answer",
+    choice: jobs.Choice = None,
+    choices_field: jobs.ChoicesField = None,
+    by: jobs.By = "total",
+    too_long: jobs.TooLong = "refuse",
+    no_provenance: jobs.NoProvenance = False,
+    max_new_tokens: jobs.MaxNewTokens = None,
+    setting: jobs.Setting = None,
     kind: options.Kind = None,
     head: Annotated[
         list[str] | None,
@@ -106,12 +122,15 @@ def run(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Write one vector per document, in order, each with its tier, layer, source and similarity.
+    """Write one result per document, in order, with where it came from.
+
+    By default these are vectors, each with its tier, layer, source and similarity. With --task generate, score or
+    classify a language model answers a prompt for each document; results are .jsonl or .parquet.
 
     For a cross-encoder these are the logits of each pair, before the activation. Sparse vectors and vectors of tokens
     are written as .parquet or .jsonl.
 
-    Stored outputs are read, missing ones are computed and stored. With --read-only, or where the folder of the store
+    Stored results are read, missing ones are computed and stored. With --read-only, or where the folder of the store
     cannot be written, missing ones are computed and not stored.
     """
     expected = None if plan is None else Plan.read(plan)
@@ -120,6 +139,23 @@ def run(
     limits = Limits.of(max_seconds, max_bytes)
     if chunk not in ("none", "structure"):
         raise ConfigError(f"--chunk is none or structure, got {chunk!r}")
+    job = jobs.JobOptions(
+        task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field, by,
+        too_long, no_provenance, max_new_tokens, setting or [],
+    )  # fmt: skip
+    language = task != jobs.EMBED
+    if language:
+        vectors = {
+            "--head": head, "--tau": tau, "--chunk": chunk != "none", "--late": late, "--per": per != "document",
+            "--output-value": output_value, "--role": role, "--kind": kind, "--pair-fields": pair_fields,
+            "--engine": engine != "local", "--text-field": text_field != "text", "--dry-run": dry_run,
+        }  # fmt: skip
+        if given := [name for name, value in vectors.items() if value]:
+            raise ConfigError(
+                f"{given[0]} is for vectors, and --task {task} is a job of a language model; leave it out"
+            )
+    else:
+        job.check_unused()
     if dry_run:
         preview(store, namespace, role, sources, json, access)
         return
@@ -154,14 +190,24 @@ def run(
             committed(cache)
         return
     reading = CorpusReading()
-    documents = read(sources, reading, store, namespace, access, model, kind)
-    with opened(engine, workers, store, model, **settings) as cache, progress(reading, bytes_of(corpus)) as advance:
-        sources.check(cache.identity.encoder)
+    arguments: dict[str, Any] = {"batch_size": batch_size, "strict": not skip_bad}
+    if language:
+        arguments |= {"id_field": id_field, **job.arguments()}
+        sources = replace(sources, text_field=job.read_fields(arguments["template"]), as_json=True)
+        documents = sources.documents(reading)
+        opening = jobs.opened(store, model, namespace, access, max_bytes=limits.nbytes, read_only=read_only)
+    else:
+        arguments |= {
+            "chunk": None if chunk == "none" else chunk, "per": per, "late": late, "output_value": output_value,
+            "role": role,
+        }  # fmt: skip
+        documents = read(sources, reading, store, namespace, access, model, kind)
+        opening = opened(engine, workers, store, model, **settings)
+    with opening as cache, progress(reading, bytes_of(corpus)) as advance:
+        if not language:
+            sources.check(cache.identity.encoder)
         cache.corpus = sources.name
-        pipeline = Pipeline(
-            cache, chunk=None if chunk == "none" else chunk, per=per, late=late, output_value=output_value,
-            batch_size=batch_size, role=role, strict=not skip_bad, progress=advance,
-        )  # fmt: skip
+        pipeline = Pipeline(cache, progress=advance, **arguments)
         written = pipeline.write(documents, out, resume=resume, max_seconds=limits.seconds)
         forecast = None if expected is None else cache.compared(expected)
     stats = cache.stats()
@@ -225,7 +271,8 @@ def report(
                 ("exact", written.exact),
                 ("near", written.near),
                 ("computed", written.misses),
-                ("model seconds", counters.model_seconds),
+                *([("of these with a reused part", written.prefix)] if written.prefix else []),
+                ("model seconds", counters.model_seconds + counters.prefix.model_seconds),
                 ("seconds saved", counters.saved_seconds),
                 ("cache seconds", counters.overhead_seconds),
                 (

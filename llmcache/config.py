@@ -74,7 +74,7 @@ class CacheConfig:
         on to notice a change. False: stored entries are always reused.
     prefix_block: tokens per KV block, for decoders; 0 stores none.
     answers: True stores the finished answers of `generate` where the settings always give the same answer, and the
-        log-likelihoods of `score` and `perplexity`; the same prompts then compute nothing.
+        log-likelihoods of `score` and `perplexity`; the same prompts then compute nothing. False stores none.
 
     Calibrated near reuse.
 
@@ -126,7 +126,7 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
-    answers: bool = False
+    answers: bool = True
     near_repeats: int | None = 1
     audit_share: float = 0.02
     audit_time: float = 0.25

@@ -23,7 +23,10 @@ DEFAULT = "text"
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Corpora and the options for reading them. text_field: `DEFAULT` where no option names fields."""
+    """Corpora and the options for reading them.
+
+    text_field: `DEFAULT` where no option names fields. as_json: take values that are no texts as JSON, for templates.
+    """
 
     corpora: list[str]
     text_field: TextFields = DEFAULT
@@ -31,6 +34,7 @@ class Sources:
     unit: str = "line"
     skip_bad: bool = False
     stdin_format: str = "jsonl"
+    as_json: bool = False
 
     def read_by(self, encoder: str) -> Sources:
         """Return the corpora with the fields that a model reads: those of a pair of texts for a CrossEncoder.
@@ -77,6 +81,7 @@ class Sources:
             skip_bad=self.skip_bad,
             stdin_format=self.stdin_format,
             reading=reading,
+            as_json=self.as_json,
         )
         first = next(stream, None)
         if first is None:

@@ -155,6 +155,11 @@ class ModelMethods(CacheParts):
         return self._with_stored_results(run)
 
     @call
+    def check_generation(self, settings: Mapping[str, Any]) -> None:
+        """ConfigError when `model.generate` refuses these settings."""
+        decoding.check_settings(*self.decoder(), settings)
+
+    @call
     def likelihoods(
         self, prompts: Sequence[Sequence[CountedRow]], *, batch_size: int = 32, stored_only: bool = False
     ) -> list[Likelihoods | None]:

@@ -6,8 +6,9 @@ its stored answers. Without them the results are the model's own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from llmcache.decoders.prompts import (
     whole_ids,
 )
 from llmcache.decoders.stored_answers import Answer, StoredResults, answered, up_to_end
+from llmcache.errors import ConfigError
 from llmcache.model.row_batches import batching_of
 from llmcache.model.trial import vocabulary_of
 
@@ -183,7 +185,7 @@ class Generation:
         for chosen in batching.batches(order, lengths, self._batch_size, most or self._most):
             recorded = GreedyLikelihoods()
             more = {"logits_processor": [recorded]} if greedy else {}
-            with torch.inference_mode(), self._attached(), restored_shares() as shares:
+            with torch.inference_mode(), self._attached(), restored_shares() as shares, self._counted():
                 ids, mask = padded([rows[i] for i in chosen], self._padding, model.device, left=not whole)
                 output = model.generate(input_ids=ids, attention_mask=mask, **limits, **more)
             output = output if isinstance(output, Tensor) else output.sequences
@@ -205,6 +207,19 @@ class Generation:
                 (row, Answer([[each] for each in answers[of_each * i : of_each * (i + 1)]], 0, known[i]))
                 for i, row in enumerate(chosen)
             ]
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the seconds of a batch as the model's, but for those that the prefix cache counts."""
+        if self._stored is None:
+            yield
+            return
+        counters, began = self._stored.counters, time.perf_counter()
+        prefix = counters.prefix
+        before = prefix.model_seconds + prefix.lookup_seconds + prefix.store_seconds
+        yield
+        inside = prefix.model_seconds + prefix.lookup_seconds + prefix.store_seconds - before
+        counters.model_seconds += max(0.0, time.perf_counter() - began - inside)
 
     def _likelihoods_of(self, prompts: Sequence[list[int]], answers: Sequence[Ids]) -> list[Floats32]:
         """Return the log-likelihoods of the tokens of answers, float32 [tokens] each, with a further forward."""
@@ -235,6 +250,20 @@ class Generation:
     def _logits(self, pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
         with torch.inference_mode(), self._attached():
             return _answer_logits(self._model, pairs, self._padding)
+
+
+def check_settings(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> None:
+    """ConfigError when `model.generate` refuses these settings; it is tried with one token."""
+    padding = padding_id(model, tokenizer)
+    ids, mask = padded([[padding]], padding, model.device)
+    arguments = {"pad_token_id": padding, **settings, "max_new_tokens": 1, "min_new_tokens": None}
+    device = model.device
+    try:
+        with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.generate(input_ids=ids, attention_mask=mask, **arguments)
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"the model refuses these settings of generation: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)

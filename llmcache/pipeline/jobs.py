@@ -122,6 +122,8 @@ class LanguageJob:
                 f"the model reads {self._context:,} tokens, and max_new_tokens={new:,} leaves none for a prompt; "
                 "generate fewer tokens"
             )
+        if task == "generate":
+            cache.check_generation(generation)
         row = {"generate": GeneratedRow, "score": ScoredRow, "classify": ClassifiedRow}[task]
         self.columns = Columns.of(row, provenance=provenance)
         names = (*template.fields, *([] if choices_field is None else [choices_field]))
