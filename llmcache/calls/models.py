@@ -155,6 +155,19 @@ class ModelMethods(CacheParts):
         return self._with_stored_results(run)
 
     @call
+    def known_prefixes(self, rows: Sequence[list[int]]) -> tuple[list[int], int]:
+        """Return how many leading tokens of each row of token ids are stored, and the bytes that a token takes.
+
+        Zeros without a prefix cache. Nothing is read but keys, and no use is counted.
+        """
+        self.decoder()
+        with self.attached() as attachment:
+            prefixes = attachment.prefix_cache() if attachment.decodes else ""
+            if isinstance(prefixes, str):
+                return [0] * len(rows), 0
+            return prefixes.known(rows), prefixes.bytes_per_token
+
+    @call
     def check_generation(self, settings: Mapping[str, Any]) -> None:
         """ConfigError when `model.generate` refuses these settings."""
         decoding.check_settings(*self.decoder(), settings)

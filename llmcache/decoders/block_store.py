@@ -62,6 +62,13 @@ class BlockStore:
                 row.missing = []
         return self._read([*tried, *in_memory])
 
+    def known(self, rows: Sequence[TokenSequence]) -> list[int]:
+        """Return how many leading tokens of each row have full KV blocks in the bank."""
+        for row in rows:
+            row.keys = self._keys(row)
+        self._chain(rows)
+        return [row.known for row in rows]
+
     def _chain(self, rows: Sequence[TokenSequence], *, in_memory: bool = False) -> None:
         """Set missing, chain and known of each row, by its full KV blocks. in_memory: use blocks in memory only."""
         block = self.block

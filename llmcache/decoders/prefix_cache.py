@@ -129,6 +129,10 @@ class PrefixCache:
         layout = self._read(call)
         return layout if isinstance(layout, str) else None
 
+    def known(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Return how many leading tokens of each row of token ids have stored KV blocks; nothing is read but keys."""
+        return self._blocks.known([TokenSequence(np.asarray(row, np.int32), 0, i) for i, row in enumerate(rows)])
+
     def _read(self, call: Mapping[str, Any]) -> PaddedBatch | str:
         """Return the layout of a call, or the reason why the prefix cache cannot answer it."""
         layout = unfit(call, self._trunk, self.shape.dtype) or layout_of(call, skips=self.shape.positions_skip_padding)

@@ -195,7 +195,7 @@ class Attachment:
             return
         self._specs.clear()
         reason = self._spec()
-        if isinstance(reason, str) and not (self._uses_prefixes_only and not isinstance(self._prefix_cache(), str)):
+        if isinstance(reason, str) and not (self._uses_prefixes_only and not isinstance(self.prefix_cache(), str)):
             raise ConfigError(reason)
 
     # -- forward calls --------------------------------------------------------------------------------------
@@ -294,15 +294,16 @@ class Attachment:
 
     def _prefix_refusal(self, call: Call) -> str | None:
         """Return the reason why this call cannot use the prefix cache; None if it can."""
-        prefixes = self._prefix_cache()
+        prefixes = self.prefix_cache()
         return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._parameters.configured_outputs() | call)
 
-    def _prefix_cache(self) -> PrefixCache | str:
+    def prefix_cache(self) -> PrefixCache | str:
+        """Return the prefix cache of an active attachment, or the reason why there is none."""
         assert self._stand_in is not None
         return self._prefixes.get(self._mode(), self._stand_in)
 
     def _answer_from_prefixes(self, call: Call) -> Any:
-        prefixes = self._prefix_cache()
+        prefixes = self.prefix_cache()
         assert not isinstance(prefixes, str)
         rows = len(call[self._parameters.main])
         self.entered, self.entries = np.zeros(rows, np.int64), [""] * rows

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.cache import LLMCache
+from llmcache.decoders.generation import run_plainly
 from llmcache.decoders.likelihoods import CountedRow, Likelihoods
 from llmcache.decoders.prefix_order import prefix_order
 from llmcache.decoders.prompts import Rendered
@@ -25,6 +26,7 @@ from llmcache.errors import ConfigError
 from llmcache.pipeline.batches import DocumentBatch, parts
 from llmcache.pipeline.checkpoints import Resumption
 from llmcache.pipeline.job_files import job_writer
+from llmcache.pipeline.job_plan import JobPlan, planned
 from llmcache.pipeline.job_rows import ClassifiedRow, Columns, GeneratedRow, ScoredRow, tier_of
 from llmcache.pipeline.task import Answered, Write
 from llmcache.pipeline.writers import Form
@@ -117,6 +119,7 @@ class LanguageJob:
         self._context = context_of(model)
         new = int(generation.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20)
         self._most = self._context - (new if task == "generate" and not self._whole else 1)
+        self._new = new
         if self._most < 1:
             raise ConfigError(
                 f"the model reads {self._context:,} tokens, and max_new_tokens={new:,} leaves none for a prompt; "
@@ -269,6 +272,26 @@ class LanguageJob:
         kind = self.columns.kind
         self._progress(len(found), computed)
         return [(i, kind(id=part.documents[i].id, **columns)) for i, columns in sorted(found.items())]
+
+    def plan(self, records: Iterable[Taken]) -> JobPlan:
+        """Forecast the job: stored answers, shared tokens, seconds and bytes. A sample of prompts is computed."""
+        model, tokenizer = self._cache.decoder()
+
+        def measure(rows: Sequence[list[int]], new: int) -> None:
+            run_plainly(model, tokenizer, rows, new)
+
+        def rows_of(prompt: Any) -> list[list[int]]:
+            return [ids for ids, _ in prompt.rows] if isinstance(prompt, ChoicePrompt) else [prompt]
+
+        return planned(
+            self.parts(records, digests=False),
+            rows_of,
+            lambda prompts: [each is not None for each in self._answers(prompts, stored_only=True)],
+            self._cache.known_prefixes,
+            measure,
+            new=self._new if self._task == "generate" else 0,
+            batch_size=self._batch_size,
+        )
 
     # -- results --------------------------------------------------------------------------------------------
 

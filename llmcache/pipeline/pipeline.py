@@ -20,6 +20,7 @@ from llmcache.indexes.stats import unfinished
 from llmcache.pipeline.batches import DocumentBatch, ahead
 from llmcache.pipeline.checkpoints import Written, check_target, resumable
 from llmcache.pipeline.chunked import Cutting
+from llmcache.pipeline.job_plan import JobPlan
 from llmcache.pipeline.jobs import LanguageJob
 from llmcache.pipeline.journal import beside, discard
 from llmcache.pipeline.task import Task
@@ -190,6 +191,15 @@ class Pipeline:
         finally:
             unfinished.forget(folder, run)
         return Written.of(counts, path=path, refused=self.refused - before)
+
+    def plan(self, documents: Any) -> JobPlan:
+        """Forecast a language-model job with these documents: stored answers, shared tokens, seconds and bytes.
+
+        All prompts are made and looked up; a sample is computed, and nothing stored. For vectors see `LLMCache.plan`.
+        """
+        if not isinstance(self._task, LanguageJob):
+            raise ConfigError("this pipeline computes vectors; their forecast is cache.plan(documents)")
+        return self._task.plan(intake(documents, self._task.fields))
 
     def _write_journaled(
         self, documents: Any, path: Path, resume: bool, max_documents: int | None, max_seconds: float | None
