@@ -26,8 +26,17 @@ class Recomputed(Protocol):
     """Function that computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
 
     def __call__(
-        self, rows: Sequence[TokenSequence], tokens: Sequence[int], *, split: bool, rounded: bool = False
-    ) -> list[Floats32]: ...
+        self,
+        rows: Sequence[TokenSequence],
+        tokens: Sequence[int],
+        *,
+        split: bool = False,
+        before: Floats32 | None = None,
+    ) -> list[Floats32]:
+        """split: compute each half of the columns in a forward of its own.
+
+        before: records of the first tokens of the only row, after which the others are computed.
+        """
 
 
 def audit_prefixes(
@@ -89,16 +98,16 @@ def _audit(
 
     def runs() -> Recomputations:
         """Yield records of the rows computed in one batch, each alone, in two steps, padded, and by other kernels."""
-        yield recomputed(audited, known, split=False)
+        yield recomputed(audited, known)
         if len(audited) > 1:
-            yield [recomputed([row], [row.known], split=False)[0] for row in audited]
+            yield [recomputed([row], [row.known])[0] for row in audited]
         yield recomputed(audited, known, split=True)
-        yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)], split=False)[: len(audited)]
+        yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)])[: len(audited)]
         with other_kernels():
-            yield recomputed(audited, known, split=False)
+            yield recomputed(audited, known)
 
-    def after_rounding() -> list[Floats32]:
-        return [recomputed([row], [row.known], split=True, rounded=True)[0] for row in audited]
+    def after(i: int, before: Floats32) -> Floats32:
+        return recomputed([audited[i]], [audited[i].known], before=before)[0]
 
     with evidence.recompute():
         stored = [_stored(row, records) for row in audited]
@@ -108,7 +117,8 @@ def _audit(
             agreement = compared(stored, runs(), epsilon, encoding.dtype, groups)
         else:
             restored, errors = [list(map(of, stored)) for of in (encoding.decode, encoding.errors)]
-            agreement = compared_rounded(restored, errors, runs(), after_rounding, epsilon, groups)
+            block = len(records[audited[0].chain[0]])
+            agreement = compared_rounded(restored, errors, runs(), after, encoding.rounded, epsilon, groups, block)
         chains = [np.array(row.chain, np.int64) for row in audited]
         evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
 

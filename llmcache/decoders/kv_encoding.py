@@ -10,9 +10,11 @@ A token's row in the bank is, for S scales (those of the heads, kind after kind 
 
     keys and values, a number each | state: high digits | state: low digits | scales: high | scales: low | 127
 
-A final state has two digits to the base 255 per number, 16 bits in all, since it is the model's output for its token. A
-scale is a bfloat16, rounded up, so that it covers the range of float32 and no number exceeds 127 steps. Its bits are a
-number below 32,640, again two digits. A token with NaN or infinity is given as NaN, which no bank stores.
+A final state has two digits to the base 255 per number, 16 bits in all, since it is the model's output for its token.
+A scale is rounded up to a floating-point number with 8 bits after the leading one, which covers the range of float32;
+as an integer it is below 65,025, again two digits. The scale of a state is a power of two. So the largest number of a
+head is always 127 steps, and records that were restored are stored again without another rounding, as happens where a
+shorter entry grows to a full block. A token with NaN or infinity is given as NaN, which no bank stores.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 1 / 127}
 """Distance of two neighbouring numbers of a stored type, relative to them; of int8, to the largest of its scale."""
 _STEPS = 127  # of a key or value
 _BASE = 255  # of two digits, each from -127 to 127
-_STATE_STEPS = _STEPS * _BASE + _STEPS
+_MOST = _STEPS * _BASE + _STEPS  # largest number of two digits
+_SHIFT = 15  # low bits of a float32 that a scale does not have
+_TINY = np.float32(2.0**-120)  # smallest scale
 _SOURCE = 32  # bytes of the source of a row: the key of the block before it
 
 
@@ -116,15 +120,17 @@ class KVEncoding:
         with np.errstate(invalid="ignore", over="ignore"):  # tokens with NaN or infinity become NaN below
             for numbers, scales, dim in self._runs:
                 heads = records[:, numbers].reshape(len(records), -1, dim)
-                codes[:, scales], steps = _rounded_up(np.abs(heads).max(axis=2) / np.float32(_STEPS))
+                steps = _rounded_up(np.abs(heads).max(axis=2) / np.float32(_STEPS))
+                codes[:, scales] = steps.view(np.uint32) >> _SHIFT
                 stored[:, numbers] = np.rint(heads / steps[:, :, None]).reshape(len(records), -1)
             states = records[:, self._numbers :]
-            codes[:, -1:], steps = _rounded_up(
-                np.abs(states).max(axis=1, keepdims=True, initial=0.0) / np.float32(_STATE_STEPS)
-            )
+            peaks = np.abs(states).max(axis=1, keepdims=True, initial=0.0)
+            mantissas, exponents = np.frexp(np.maximum(peaks / np.float32(_MOST), _TINY))
+            steps = np.ldexp(np.float32(1), exponents - (mantissas == 0.5)).astype(np.float32)
+            codes[:, -1:] = steps.view(np.uint32) >> _SHIFT
             places = self._places
             stored[:, places[0]], stored[:, places[1]] = _digits(np.rint(states / steps))
-            stored[:, places[2]], stored[:, places[3]] = _digits(codes - _STEPS)
+            stored[:, places[2]], stored[:, places[3]] = _digits(codes - _MOST)
         stored[:, -1] = _STEPS
         stored[~np.isfinite(records).all(axis=1)] = np.nan
         return stored
@@ -151,10 +157,10 @@ class KVEncoding:
     def _scales(self, stored: Any) -> Any:
         """Return the scales of stored tokens, float32 [tokens, heads + 1]: of the heads, then of the state."""
         high, low = stored[:, self._places[2]], stored[:, self._places[3]]
-        codes = high * _BASE + (low + _STEPS)
+        codes = high * _BASE + (low + _MOST)
         if isinstance(codes, Tensor):
-            return (codes.to(torch.int32) << 16).view(torch.float32)
-        return (codes.astype(np.uint32) << 16).view(np.float32)
+            return (codes.to(torch.int32) << _SHIFT).view(torch.float32)
+        return (codes.astype(np.uint32) << _SHIFT).view(np.float32)
 
     def decode(self, stored: Floats32) -> Floats32:
         """Return the records of stored tokens. stored: float32 [tokens, width]. Returns float32 [tokens, record]."""
@@ -214,11 +220,10 @@ def bytes_per_token(layout: KVLayout, dtype: str = "auto", block: int = 16) -> i
     return -(-(payload + ROW.itemsize + _SOURCE) // block) + 4
 
 
-def _rounded_up(steps: Floats32) -> tuple[Floats32, Floats32]:
-    """Round positive numbers up to bfloat16. Returns their upper 16 bits as numbers, and the rounded; 1 for zeros."""
-    codes = (steps.view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16
-    rounded = (codes.astype(np.uint32) << 16).view(np.float32)
-    return codes.astype(np.float32), np.where(rounded > 0, rounded, np.float32(1))
+def _rounded_up(steps: Floats32) -> Floats32:
+    """Round numbers from 0 on up to scales. Numbers near the smallest of float32 become `_TINY`, others are finite."""
+    bits = np.maximum(steps, _TINY).view(np.uint32)
+    return (((bits + ((1 << _SHIFT) - 1)) >> _SHIFT) << _SHIFT).view(np.float32)
 
 
 def _digits(numbers: Floats32) -> tuple[Floats32, Floats32]:

@@ -235,14 +235,14 @@ class PrefixCache:
         like: Tensor,
         rows: Sequence[TokenSequence],
         tokens: Sequence[int],
-        split: bool,
-        rounded: bool = False,
+        split: bool = False,
+        before: Floats32 | None = None,
     ) -> list[Floats32]:
         """Compute records of the first tokens of some rows from the start, in one batch; [tokens, record] each.
 
         like: ids of the call, for dtype and device. tokens: their number for each row.
         split: compute each half of the columns in a forward of its own.
-        rounded: compute the second half with the first half as the store would restore it. The records are not rounded.
+        before: records of the first tokens of the only row, which are not computed.
         """
         columns = max(tokens)
         firsts = [columns - count for count in tokens]
@@ -254,19 +254,14 @@ class PrefixCache:
             positions[i, first:] = row.start + np.arange(tokens[i])
             mask[i, :first] = 0
         middle = columns // 2 if split and max(firsts) < columns // 2 else 0
-        before: list[Floats32] = []
+        if before is not None:
+            restore(buffer, 0, [before], len(before))
+            middle = len(before)
         for low, high in ((0, middle), (middle, columns)):
-            if low < high:
+            if low < high and (low or before is None):
                 part = None if mask[:, :high].all() else mask[:, :high]
                 self._fill(original, like, buffer, low, ids[:, low:high], positions[:, low:high], part)
-            if rounded and high == middle:
-                before = [buffer.records(i, 0, middle - first) for i, first in enumerate(firsts)]
-                for i, half in enumerate(before):
-                    restore(buffer, i, [self._blocks.encoding.rounded(half)], len(half))
-        records = [buffer.records(i, 0, count) for i, count in enumerate(tokens)]
-        for whole, half in zip(records, before, strict=False):
-            whole[: len(half)] = half
-        return records
+        return [buffer.records(i, 0, count) for i, count in enumerate(tokens)]
 
     def _fill(
         self, original: Forward, like: Tensor, buffer: KVBuffer, filled: int, ids: Any, positions: Any, mask: Any

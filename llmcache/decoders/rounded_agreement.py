@@ -1,8 +1,11 @@
 """Comparison of rounded keys, values and states with recomputed ones, plane by plane.
 
-A stored number differs from the model's by its own rounding, whose bound is known. Numbers of tokens that were computed
-after a restored prefix also differ since that prefix was rounded. This second part is measured, as other noise is (see
-`llmcache.banks.agreement`): some tokens are recomputed after a prefix that is rounded in the same way.
+A stored number differs from the model's by its own rounding, whose bound is known. A token that was computed after a
+restored prefix also differs since that prefix was rounded. Where the first token beyond its bound is found, the rest is
+therefore recomputed after the stored tokens before it. What is allowed beyond the bounds is measured on each plane:
+noise between batch shapes and kernels (see `llmcache.banks.agreement`), and the effect of prefixes that the model has
+computed and that are then rounded. Both are differences between recomputations of one model, so that a changed model
+does not widen its own tolerance.
 """
 
 from __future__ import annotations
@@ -21,49 +24,84 @@ _SLACK = 8.0
 _ROUNDING_SLACK = 3.0
 """Multiple of the measured effect of a rounded prefix that counts as rounding."""
 
+Table = NDArray[np.float64]
+
 
 def compared_rounded(
     stored: Arrays,
     errors: Arrays,
     recomputations: Recomputations,
-    after_rounding: Callable[[], Arrays],
+    after: Callable[[int, Floats32], Floats32],
+    rounded: Callable[[Floats32], Floats32],
     epsilon: float,
     groups: Sequence[int],
+    block: int,
 ) -> Agreement:
     """Compare stored records with recomputed ones.
 
     stored: decoded, float32 [tokens, record] each. errors: largest rounding error of each of their numbers.
     recomputations: only the first is computed if it agrees within a few units of the arithmetic's rounding.
-    after_rounding: recomputes the records with their first tokens rounded as the store rounds them.
-    epsilon: of the model's arithmetic. groups: widths of the planes, of which each has its own noise.
+    after: `after(i, records)` recomputes the records of entry i after these records of its first tokens.
+    rounded: rounds records as the store does. epsilon: of the model's arithmetic. block: tokens per KV block.
+    groups: widths of the planes, of which each has its own noise.
     Returns the Agreement of the entry that differs most.
     """
     first = next(recomputations)
     units = compared(first, iter([first]), epsilon, "float32").allowed
     starts = np.concatenate([[0], np.cumsum(groups)[:-1]]).astype(np.int64)
-    scales = [np.maximum(_largest(np.abs(records), starts), np.finfo(np.float32).tiny) for records in first]
+    scales = [np.maximum(_largest(np.abs(records), starts).max(axis=0), np.finfo(np.float32).tiny) for records in first]
 
-    def beyond(run: Arrays) -> NDArray[np.float64]:
-        """Return the largest difference to a run beyond the rounding, relative to the plane, [entries, planes]."""
-        parts = zip(stored, run, errors, scales, strict=True)
-        return np.stack([_largest(_distance(a, b) - error, starts) / scale for a, b, error, scale in parts])
+    def beyond(i: int, records: Floats32, start: int = 0) -> Table:
+        """Return how far entry i differs beyond its rounding, relative to the plane, [tokens from `start`, planes]."""
+        distance = _distance(stored[i][start:], records[start:]) - errors[i][start:]
+        table: Table = np.maximum(_largest(distance, starts), 0) / scales[i]
+        return table
 
-    def apart(one: Arrays, other: Arrays) -> NDArray[np.float64]:
-        """Return the largest difference of two runs, relative to the plane, [entries, planes]."""
-        return np.stack([_largest(_distance(a, b), starts) / s for a, b, s in zip(one, other, scales, strict=True)])
+    def apart(i: int, one: Floats32, other: Floats32) -> Table:
+        """Return the largest difference of two recomputations of entry i, relative to the plane, [planes]."""
+        table: Table = _largest(_distance(one, other), starts).max(axis=0) / scales[i]
+        return table
 
-    difference = np.maximum(beyond(first), 0)
-    allowed = np.full(difference.shape, units)
-    if not (difference <= allowed).all():
+    entries = range(len(stored))
+    differences = [beyond(i, first[i]) for i in entries]
+    allowed = np.full(len(groups), units)
+    if any((table > units).any() for table in differences):
         runs = [first, *recomputations]
-        noise = np.max([apart(a, b) for a, b in combinations(runs, 2)], axis=(0, 1))
-        rounded = after_rounding()
-        effect = apart(first, rounded).max(axis=0)
-        difference = np.maximum(np.min([beyond(run) for run in [*runs, rounded]], axis=0), 0)
-        allowed = np.maximum(units, _SLACK * noise + _ROUNDING_SLACK * effect)[None].repeat(len(stored), axis=0)
-    entry, plane = divmod(int(np.argmax(difference / allowed)), difference.shape[1])
+        noise = np.max([apart(i, a[i], b[i]) for a, b in combinations(runs, 2) for i in entries], axis=0, initial=0.0)
+        effect = np.zeros(len(groups))
+        for i in entries:
+            for run in runs:
+                differences[i] = np.minimum(differences[i], beyond(i, run[i]))
+            for split in _splits(block, len(first[i])):
+                effect = np.maximum(effect, apart(i, first[i], after(i, rounded(first[i][:split]))))
+        allowed = np.maximum(units, _SLACK * noise + _ROUNDING_SLACK * effect)
+        for i in entries:
+            _explain(differences[i], allowed, lambda start, i=i: beyond(i, after(i, stored[i][:start]), start), block)  # type: ignore[misc]
+    ratios = [float((table / allowed).max(initial=0.0)) for table in differences]
+    entry = int(np.argmax(ratios))
+    plane = int(np.argmax((differences[entry] / allowed).max(axis=0)))
     absolute = float(_distance(stored[entry], first[entry]).max(initial=0.0))
-    return Agreement(entry, float(difference[entry, plane]), float(allowed[entry, plane]), absolute)
+    return Agreement(entry, float(differences[entry][:, plane].max()), float(allowed[plane]), absolute)
+
+
+def _explain(table: Table, allowed: Table, recomputed: Callable[[int], Table], block: int) -> None:
+    """Lower the differences of tokens that were computed after a restored prefix. Ends at the first that stay too high.
+
+    table: differences of an entry, [tokens, planes]; changed. recomputed: `recomputed(start)` returns the differences
+    from token `start` on after the stored tokens before it.
+    """
+    while len(late := np.flatnonzero((table > allowed).any(axis=1))):
+        token = int(late[0])
+        for start in (token // block * block, token):
+            if start and (table[token] > allowed).any():
+                table[start:] = np.minimum(table[start:], recomputed(start))
+        if (table[token] > allowed).any():
+            return
+
+
+def _splits(block: int, tokens: int) -> list[int]:
+    """Return numbers of first tokens to round: 1, 2, 4, ... blocks."""
+    return [block << i for i in range(tokens.bit_length()) if block << i < tokens]
 
 
 def _distance(one: Floats32, other: Floats32) -> Floats32:
@@ -75,6 +113,6 @@ def _distance(one: Floats32, other: Floats32) -> Floats32:
     return distance
 
 
-def _largest(numbers: Floats32, starts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the largest number of each plane over all tokens, [planes]."""
-    return np.maximum.reduceat(np.nan_to_num(numbers, nan=0.0).max(axis=0), starts).astype(np.float64)
+def _largest(numbers: Floats32, starts: NDArray[np.int64]) -> Table:
+    """Return the largest number of each plane, [tokens, planes]; NaN counts as 0."""
+    return np.maximum.reduceat(np.nan_to_num(numbers, nan=0.0, posinf=np.inf), starts, axis=1).astype(np.float64)
