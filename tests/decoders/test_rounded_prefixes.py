@@ -347,7 +347,8 @@ def test_audits_accept_prefixes_that_were_continued_after_restored_ones(tmp_path
     rows = [list(row) for row in {tuple(row[:200]) for row in ids if len(row) >= 200}]
     config = CacheConfig(prefix_dtype=dtype, stand_aside=False, exact_audits=1000)
     store = tmp_path / "store"
-    for lengths in ([32], [80, 112], [144, 160, 176, 192], [200]):
+    ends = ([29], [40, 71, 100], [133, 150, 155], [200]) if name == "babyllama105-llama" else ([32], [80, 112], [192])
+    for lengths in ends:
         with LLMCache.open(store, model, tokenizer=tokenizer, config=config) as cache:
             grown(cache, model, rows, lengths)
             counters = cache.stats().counters
