@@ -426,3 +426,31 @@ def test_a_purge_by_text_removes_rounded_prefixes(tmp_path: Path, dtype: Any) ->
     purge_documents(store, texts=[SECRET], reader=tokenizer)
     assert holding(store, SECRET) == []
     assert holding(store, OTHER)
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [0, 1 << 22])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_of_memory_and_models_of_16_bits(tmp_path: Path, dtype: Any, memory: int, own: torch.dtype) -> None:
+    """Blocks come from files or from a device cache, and go to tensors of the model's dtype; audits accept them."""
+    if own != torch.float32 and dtype != "int8" and dtype != str(own).removeprefix("torch."):
+        pytest.skip("this combination is refused")
+    model, tokenizer, rows = small_llama().to(own), tiny_tokenizer(), texts(5, [(0, 70, 9), (1, 50, 20), (2, 33, 3)])
+    call = batch(rows)
+    with torch.no_grad():
+        expected = model(**call)
+    config = CacheConfig(prefix_dtype=dtype, device_bytes=memory, stand_aside=False)
+    for opening in range(3):
+        with (
+            LLMCache.open(tmp_path / "store", model, tokenizer=tokenizer, config=config) as cache,
+            cache.attached(),
+            torch.no_grad(),
+        ):
+            for _ in range(2):
+                found = model(**call)
+                assert found.logits.dtype == own
+                assert_same(found, expected, call["attention_mask"], 0.02 if own == torch.float32 else 0.06)
+            counters = cache.stats().counters
+            assert counters.prefix.restored >= 150
+            assert counters.exact_mismatches == 0
+            assert bool(counters.exact_audits) is bool(opening)
