@@ -16,7 +16,7 @@ from llmcache.decoders import generation as decoding
 from llmcache.decoders import likelihoods
 from llmcache.decoders.answer_bank import ANSWERS, FACTS, LIKELIHOODS, AnswerBank
 from llmcache.decoders.generation import Generated
-from llmcache.decoders.kv_encoding import EPSILONS
+from llmcache.decoders.kv_encoding import RESULT_EPSILONS
 from llmcache.decoders.likelihoods import Scores
 from llmcache.decoders.stored_answers import StoredResults
 from llmcache.encoding.call import Progress, nothing
@@ -147,7 +147,7 @@ class ModelMethods(CacheParts):
                 return key_seed(digest, name, None, settings, self._layers.secret)
 
             evidence = self._exact_audits.evidence(bank, name, self.model, digest)
-            evidence.epsilon = EPSILONS.get(prefix_dtype, 0.0)
+            evidence.epsilon = RESULT_EPSILONS.get(prefix_dtype, 0.0)
             return AnswerBank(reader, seed, self._storing.put, self._counters, evidence)
 
         return StoredResults(results(ANSWERS), results(LIKELIHOODS), self._counters)

@@ -39,6 +39,12 @@ PREFIX = "prefix"
 """Name of the bank with a decoder's keys and values in the model's own dtype. Another dtype follows it after "-"."""
 EPSILONS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 1 / 127}
 """Distance of two neighbouring numbers of a stored type, relative to them; of int8, to the largest of its scale."""
+RESULT_EPSILONS = {"float16": 2.0**-7, "bfloat16": 2.0**-4, "int8": 0.2}
+"""Machine epsilons for audits of answers and log-likelihoods that were computed after rounded prefixes.
+
+Measured with three Llamas of 260 thousand to 135 million parameters, log-likelihoods of single tokens differ from the
+model's by up to 0.012, 0.10 and 0.29 nats; an audit allows four epsilons.
+"""
 _STEPS = 127  # of a key or value
 _BASE = 255  # of two digits, each from -127 to 127
 _MOST = _STEPS * _BASE + _STEPS  # largest number of two digits

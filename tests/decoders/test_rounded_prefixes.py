@@ -454,3 +454,19 @@ def test_levels_of_memory_and_models_of_16_bits(tmp_path: Path, dtype: Any, memo
             assert counters.prefix.restored >= 150
             assert counters.exact_mismatches == 0
             assert bool(counters.exact_audits) is bool(opening)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["stories260k-llama", "babyllama105-llama"])
+def test_audits_accept_results_that_were_computed_after_rounded_prefixes(tmp_path: Path, name: str, dtype: Any) -> None:
+    model, tokenizer = real(name)
+    prompts = list(dict.fromkeys(prompts_of(name, tokenizer, 20, 150)))
+    config = CacheConfig(prefix_dtype=dtype, answers=True, prefix_block=8, stand_aside=False, exact_audits=100)
+    for first in ([" a"], [" the cat", " she said"], [" the cat", " she said"]):
+        with LLMCache.open(tmp_path / "store", model, tokenizer=tokenizer, config=config) as cache:
+            cache.score(prompts, first)
+            if len(first) > 1:
+                cache.generate(prompts, max_new_tokens=8, do_sample=False)
+            counters = cache.stats().counters
+    assert counters.exact_audits > 20
+    assert counters.exact_mismatches == 0
