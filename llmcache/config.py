@@ -31,6 +31,7 @@ Index = Literal[
 Fingerprint = Literal["mean", "mean+attention"]
 Projection = Literal["pca", "simhash", "none"]
 Stored = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+StoredPrefixes = Literal["auto", "float16", "bfloat16", "int8"]
 
 Reuse = Literal["deepest", "layer", "exact"]
 
@@ -55,7 +56,7 @@ class CacheConfig:
     layers: layers with banks: "output", the model's final output only; "all"; or numbers of layers, from 0. A bank
         stores the states of its layer, float [tokens, width] per document, which is large.
     dtype: storage type of activations; "auto" is the model's own, which is lossless. float16 and int8 take less space
-        and round the outputs of hits. KV blocks of decoders always have the model's dtype.
+        and round the outputs of hits. For KV blocks of decoders there is `prefix_dtype`.
     device: device of the index search, "cpu" or "cuda".
     max_bytes: largest size of the store's folder on disk; None: no limit. Whole segments are evicted from a full store;
         entries that cannot fit are computed and not stored.
@@ -73,6 +74,10 @@ class CacheConfig:
     stand_aside: True stops reusing a bank while loading its entries takes longer than computing them; a few lookups go
         on to notice a change. False: stored entries are always reused.
     prefix_block: tokens per KV block, for decoders; 0 stores none.
+    prefix_dtype: storage type of KV blocks; "auto" is the model's own, which is lossless. "float16", "bfloat16" and
+        "int8", with a scale for each head and token, take less space and round what is computed after a restored
+        prefix. Each type has a bank of its own in the namespace, and finds only what was stored with it. For a model of
+        16 bits there is only "int8" beside its own type.
     answers: True stores the finished answers of `generate` where the settings always give the same answer, and the
         log-likelihoods of `score` and `perplexity`; the same prompts then compute nothing. False stores none.
 
@@ -126,6 +131,7 @@ class CacheConfig:
     reuse: Reuse = "deepest"
     layer_tau: Mapping[int, float] = field(default_factory=dict)
     prefix_block: int = 16
+    prefix_dtype: StoredPrefixes = "auto"
     answers: bool = True
     near_repeats: int | None = 1
     audit_share: float = 0.02
@@ -178,6 +184,7 @@ class CacheConfig:
             ("projection", get_args(Projection)),
             ("index", get_args(Index)),
             ("dtype", ("auto", *DTYPES)),
+            ("prefix_dtype", get_args(StoredPrefixes)),
             ("device", ("cpu", "cuda")),
             ("reading", get_args(Reading)),
             ("policy", get_args(Policy)),

@@ -15,6 +15,7 @@ import numpy as np
 from llmcache.indexes.commits.generations import generation_name, generations, newest
 from llmcache.indexes.commits.publish import Publish
 from llmcache.indexes.errors import Busy, SnapshotDamaged
+from llmcache.indexes.eviction.dependents import holds_chains, previous_rows
 from llmcache.indexes.eviction.garbage import disk_bytes, garbage, remove
 from llmcache.indexes.eviction.policies import Terms, Usage, choose
 from llmcache.indexes.files.folder import Folder
@@ -74,24 +75,34 @@ def candidates(folder: Folder, manifest: Manifest) -> Candidates:
     uses = UseTable.of(read_uses(folder, use_files(folder)))
     places: list[tuple[str, str, SegmentFacts]] = []
     records, rows, extra_bytes, numbers = [np.zeros(0, ROW)], [np.zeros(0, np.int64)], [], []
+    previous: list[Rows] = []
     for namespace, space in sorted(manifest.namespaces.items()):
         for name, bank in sorted(space.banks.items()):
+            sources: list[str] = []
+            first, before = len(records), sum(map(len, rows))
             for facts in bank.segments if name not in KEPT else ():
                 try:
                     segment = Segment.open(folder, facts)
+                    live = segment.live()
+                    named = segment.sources(live) if holds_chains(name) else [""] * len(live)
                 except (SnapshotDamaged, OSError) as error:
                     log.warning("segment %s cannot be read, so it is not evicted: %s", facts.id, error)
                     continue
-                live = segment.live()
+                sources += named
                 records.append(segment.rows[live])
                 rows.append(live)
                 extra_bytes.append(2 * bank.feature_width + (0 if segment.marks is None else segment.marks.itemsize))
                 numbers.append(len(places))
                 places.append((namespace, name, facts))
+            if sources:
+                places_before = previous_rows(np.concatenate(records[first:])["key"], sources)
+                previous.append(np.where(places_before >= 0, places_before + before, -1))
     counts = [len(live_rows) for live_rows in rows[1:]]
     extra = np.repeat(np.array(extra_bytes, np.int64), counts)
     all_records = np.concatenate(records)
     usage = _usage(all_records, uses, extra, np.repeat(np.array(numbers, np.int64), counts))
+    if any(holds_chains(name) for _, name, _ in places):
+        usage = replace(usage, previous=np.concatenate(previous))
     return Candidates(usage, np.concatenate(rows), places, all_records["key"])
 
 

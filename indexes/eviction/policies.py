@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.eviction.dependents import dependents_first, needed_elsewhere
 from llmcache.indexes.format.rows import Rows
 
 HALF_LIFE = 7 * 86400.0
@@ -26,7 +27,8 @@ class Usage:
 
     last_use, created: seconds since the epoch; last_use is 0 if the row was never read. uses: number of reads.
     nbytes: bytes on the disk, above 0. cost: seconds of the model. drift: NaN if never audited.
-    segment: number of the row's segment.
+    segment: number of the row's segment. previous: place of the row that a row continues, -1 for none; None: no row
+    continues another.
     """
 
     last_use: NDArray[np.int64]
@@ -36,6 +38,7 @@ class Usage:
     cost: NDArray[np.float64]
     drift: NDArray[np.float64]
     segment: NDArray[np.int64]
+    previous: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.nbytes)
@@ -116,10 +119,16 @@ def choose(
     picked is evicted whole, because dropping a file costs nothing and rewriting half of it does; such segments come
     first, the one with the largest picked share at the front. The bytes that are then still missing are evicted row by
     row, in the order above, or, with `only_whole`, as further segments.
+
+    A row that others continue (`Usage.previous`) comes after these in the order. The bytes of rows that are not picked
+    and continue rows of another segment count as bytes of that segment too, since they are useless without it; of the
+    further segments, those that are continued come last.
     """
     terms = terms or Terms()
     order = POLICIES[policy](usage, terms)
     order = order[np.argsort(-_excess_drift(usage, terms)[order], kind="stable")]
+    if usage.previous is not None:
+        order = dependents_first(order, usage.previous)
     enough = np.searchsorted(np.cumsum(usage.nbytes[order]), bytes_to_free) + 1 if bytes_to_free > 0 else 0
     picked = np.zeros(len(usage), np.bool_)
     picked[order[:enough]] = True
@@ -139,10 +148,19 @@ def choose(
 
 
 def _segments(usage: Usage, picked: NDArray[np.bool_], every: bool) -> NDArray[np.int64]:
-    """Return segments with over half their bytes picked, the largest share first; with `every`, then all others."""
+    """Return segments with over half their bytes picked, the largest share first; with `every`, then all others.
+
+    Bytes of rows that are not picked and depend on a segment are added to its own.
+    """
     if not len(usage):
         return np.zeros(0, np.int64)
     total = np.bincount(usage.segment, usage.nbytes)
-    share = np.bincount(usage.segment, usage.nbytes * picked) / np.maximum(total, 1)
-    ranked = np.lexsort((np.arange(len(total)), -share))
-    return ranked[(share[ranked] > 0.5) | (every & (total[ranked] > 0))]
+    of_dependents: NDArray[Any] = np.zeros(len(total))
+    if usage.previous is not None:
+        below, above = needed_elsewhere(usage.previous, usage.segment, ~picked)
+        of_dependents = np.bincount(usage.segment[above], usage.nbytes[below], len(total))
+    share = np.bincount(usage.segment, usage.nbytes * picked) / np.maximum(total + of_dependents, 1)
+    further = (of_dependents > 0) & (share <= 0.5)
+    ranked = np.lexsort((np.arange(len(total)), -share, further))
+    chosen: Rows = ranked[(share[ranked] > 0.5) | (every & (total[ranked] > 0))]
+    return chosen

@@ -6,18 +6,15 @@ block, by its key in hexadecimal, or is `FIRST`. Rows of versions that did not r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmcache.indexes.eviction.dependents import FIRST, KEY
 from llmcache.indexes.format.segment import Segment
 
-FIRST = "first"
-"""Source of the first block of a token sequence."""
-_KEY = re.compile(r"[0-9a-f]{32}")
 _TOKEN = 4  # bytes of a token id
 
 
@@ -46,7 +43,7 @@ class Chains:
             rows = np.arange(len(segment))
             keys = np.ascontiguousarray(segment.rows["key"])
             for key, tokens, source in zip(keys, segment.tokens_of(rows), segment.sources(rows), strict=True):
-                parent = bytes.fromhex(source) if _KEY.fullmatch(source) else b"" if source == FIRST else None
+                parent = bytes.fromhex(source) if KEY.fullmatch(source) else b"" if source == FIRST else None
                 self._blocks.setdefault(key.tobytes(), _Block(tokens.tobytes(), parent))
         self._longest = max((len(block.tokens) for block in self._blocks.values()), default=0)
         self._firsts: dict[bytes, list[bytes]] = {}  # first blocks, by their first token

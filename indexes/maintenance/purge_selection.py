@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import ConfigError, SnapshotDamaged
+from llmcache.indexes.eviction.dependents import holds_chains
 from llmcache.indexes.files.folder import Folder
 from llmcache.indexes.format.manifest import BankFacts, Manifest, NamespaceFacts, SegmentFacts
 from llmcache.indexes.format.rows import Keys
@@ -40,7 +41,6 @@ _NONE: Mask = np.zeros(0, np.bool_)
 Place: TypeAlias = tuple[str, str]  # namespace and bank
 
 _CONTINUED = ("answers", "likelihoods")  # banks whose rows may continue a document: a prompt, and what follows it
-_BEGINNINGS = "prefix"
 _SOURCE_BYTES = 1024  # bytes of a source id that a sealed segment stores
 _SPAN = re.compile(r"#\d*(-\d*)?")  # suffix that chunking appends to a document id
 
@@ -256,15 +256,15 @@ def _select_in_namespace(
         documents.note_keys(part.segment.aliases["text"][found_texts])  # type: ignore[union-attr]
         documents.rows.add(part.segment.aliases["row"][found_texts])  # type: ignore[union-attr]
     for bank, bank_parts in parts.items():
-        if bank != _BEGINNINGS:
+        if not holds_chains(bank):
             for part in _readable(bank_parts):
                 _record_rows(part, documents)
     for bank, bank_parts in parts.items():
-        if bank != _BEGINNINGS:
+        if not holds_chains(bank):
             for part in _readable(bank_parts):
                 _add_equal_tokens(part, documents, continued=bank in _CONTINUED)
     for bank, bank_parts in parts.items():
-        blocks = _blocks(bank_parts, documents) if bank == _BEGINNINGS else None
+        blocks = _blocks(bank_parts, documents) if holds_chains(bank) else None
         for part in _readable(bank_parts):
             segment = part.segment
             assert segment is not None

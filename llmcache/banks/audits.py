@@ -178,6 +178,8 @@ class Evidence:
         """first: number of hits to audit before other hits are served without an audit."""
         self.bank, self.name = bank, name
         self._audits, self._first = audits, first
+        self.epsilon = 0.0
+        """Machine epsilon of what the entries were computed from, if it is coarser than the model's arithmetic."""
         self._reset()
 
     def _reset(self) -> None:

@@ -16,6 +16,7 @@ from llmcache.decoders import generation as decoding
 from llmcache.decoders import likelihoods, scoring
 from llmcache.decoders.answer_bank import ANSWERS, FACTS, LIKELIHOODS, AnswerBank
 from llmcache.decoders.generation import Answers, Generated
+from llmcache.decoders.kv_encoding import RESULT_EPSILONS
 from llmcache.decoders.likelihoods import CountedRow, Likelihoods
 from llmcache.decoders.prompts import Prompt
 from llmcache.decoders.scoring import Scores
@@ -205,6 +206,8 @@ class ModelMethods(CacheParts):
             return None
         mode = running_mode(next(self.model.parameters()).device.type)
         digest = sha(self._identity_now().digest, mode.encode()) if mode else self._identity_now().digest
+        if (prefix_dtype := self.config.prefix_dtype) != "auto":  # results after rounded prefixes are not the model's
+            digest = sha(digest, b"prefixes", prefix_dtype.encode())
 
         def results(name: str) -> AnswerBank:
             bank = self._layers.bank(name, FACTS)
@@ -214,6 +217,7 @@ class ModelMethods(CacheParts):
                 return key_seed(digest, name, None, settings, self._layers.secret)
 
             evidence = self._exact_audits.evidence(bank, name, self.model, digest)
+            evidence.epsilon = RESULT_EPSILONS.get(prefix_dtype, 0.0)
             return AnswerBank(reader, seed, self._storing.put, self._counters, evidence)
 
         return StoredResults(results(ANSWERS), results(LIKELIHOODS), self._counters)

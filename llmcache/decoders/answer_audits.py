@@ -59,8 +59,10 @@ def audit_answers(
         return
     places = np.array([row for *_, row in audited], np.int64)
     with evidence.recompute():
+        epsilon = max(epsilon_of(model), evidence.epsilon)
+        allowed = max(_OF_TOTAL, 4 * evidence.epsilon)
         agreement = (
-            _greedy(audited, logits, epsilon_of(model)) if settings.greedy else _generated(audited, logits, compute)
+            _greedy(audited, logits, epsilon) if settings.greedy else _generated(audited, logits, compute, allowed)
         )
     evidence.conclude(places, agreement)
 
@@ -99,10 +101,10 @@ def _greedy(audited: Sequence[StoredAnswer], logits: Logits, epsilon: float) -> 
     return compared(expected, runs(), epsilon, "float32")
 
 
-def _generated(audited: Sequence[StoredAnswer], logits: Logits, compute: Compute) -> Agreement:
-    """Compare answers with answers that are generated again."""
+def _generated(audited: Sequence[StoredAnswer], logits: Logits, compute: Compute, allowed: float) -> Agreement:
+    """Compare answers with answers that are generated again. allowed: relative difference of their log-likelihoods."""
     again = {i: answer for batch in compute([prompt for prompt, *_ in audited], None) for i, answer in batch}
-    worst = Agreement(0, 0.0, _OF_TOTAL, 0.0)
+    worst = Agreement(0, 0.0, allowed, 0.0)
     for place, (prompt, answers, _) in enumerate(audited):
         for stored, fresh in zip(answers, again[place].sequences, strict=True):
             one, other = (float(answer.likelihoods.sum(dtype=np.float64)) for answer in (stored, fresh))
@@ -110,7 +112,7 @@ def _generated(audited: Sequence[StoredAnswer], logits: Logits, compute: Compute
                 one, other = (_total(prompt, answer.ids, logits) for answer in (stored, fresh))
             difference = abs(one - other) / max(1.0, abs(other))
             if difference > worst.difference:
-                worst = Agreement(place, difference, _OF_TOTAL, abs(one - other))
+                worst = Agreement(place, difference, allowed, abs(one - other))
     return worst
 
 
@@ -158,5 +160,6 @@ def audit_likelihoods(
 
     with evidence.recompute():
         expected = [np.append(stored[i], np.float32(1)) for i in places]
-        agreement = compared(expected, shapes(len(places), 0, run), epsilon_of(model), "float32")
+        epsilon = max(epsilon_of(model), evidence.epsilon)
+        agreement = compared(expected, shapes(len(places), 0, run), epsilon, "float32")
     evidence.conclude(rows[chosen], agreement)

@@ -17,14 +17,26 @@ from llmcache.banks.agreement import (
 )
 from llmcache.banks.audits import Evidence
 from llmcache.decoders.block_store import BlockRecords, BlockStore
-from llmcache.decoders.kv_buffer import KVLayout
+from llmcache.decoders.kv_encoding import KVEncoding
+from llmcache.decoders.rounded_agreement import compared_rounded
 from llmcache.decoders.schedule import TokenSequence
 
 
 class Recomputed(Protocol):
     """Function that computes records of the first tokens of some rows in one batch, float32 [tokens, record] each."""
 
-    def __call__(self, rows: Sequence[TokenSequence], tokens: Sequence[int], *, split: bool) -> list[Floats32]: ...
+    def __call__(
+        self,
+        rows: Sequence[TokenSequence],
+        tokens: Sequence[int],
+        *,
+        split: bool = False,
+        before: Floats32 | None = None,
+    ) -> list[Floats32]:
+        """split: compute each half of the columns in a forward of its own.
+
+        before: records of the first tokens of the only row, after which the others are computed.
+        """
 
 
 def audit_prefixes(
@@ -32,13 +44,13 @@ def audit_prefixes(
     records: BlockRecords,
     evidence: Evidence,
     trunk: nn.Module,
-    shape: KVLayout,
+    encoding: KVEncoding,
     recomputed: Recomputed,
 ) -> None:
     """Audit a few of the prefixes that were found for a call, before they are used.
 
     rows: of the call, after the look-up. records: KV blocks that were read, by row number of the bank.
-    shape: of the trunk's keys and values. recomputed: computes records.
+    encoding: stored form of the records. recomputed: computes records.
     ModelMismatch when stored keys, values or final states differ from those that the trunk computes.
     """
     hits = [row for row in rows if row.known]
@@ -48,12 +60,10 @@ def audit_prefixes(
     places = evidence.chosen_among([np.array(row.chain, np.int64) for row in hits], [row.known for row in hits])
     if not places:
         return
-    _audit([hits[place] for place in places], records, evidence, trunk, shape, recomputed)
+    _audit([hits[place] for place in places], records, evidence, trunk, encoding, recomputed)
 
 
-def audit_sample(
-    store: BlockStore, evidence: Evidence, trunk: nn.Module, shape: KVLayout, recomputed: Recomputed
-) -> None:
+def audit_sample(store: BlockStore, evidence: Evidence, trunk: nn.Module, recomputed: Recomputed) -> None:
     """Audit a few first KV blocks of the bank, before new ones are stored.
 
     So a changed model does not add its KV blocks to those of the unchanged model.
@@ -71,7 +81,8 @@ def audit_sample(
         row.chain[0]: values for row, values, intact in zip(rows, reading.values, reading.intact, strict=True) if intact
     }
     if records:
-        _audit([row for row in rows if row.chain[0] in records], records, evidence, trunk, shape, recomputed)
+        audited = [row for row in rows if row.chain[0] in records]
+        _audit(audited, records, evidence, trunk, store.encoding, recomputed)
 
 
 def _audit(
@@ -79,7 +90,7 @@ def _audit(
     records: BlockRecords,
     evidence: Evidence,
     trunk: nn.Module,
-    shape: KVLayout,
+    encoding: KVEncoding,
     recomputed: Recomputed,
 ) -> None:
     """Compute the known tokens of these rows in several ways and compare them with the stored records."""
@@ -87,25 +98,33 @@ def _audit(
 
     def runs() -> Recomputations:
         """Yield records of the rows computed in one batch, each alone, in two steps, padded, and by other kernels."""
-        yield recomputed(audited, known, split=False)
+        yield recomputed(audited, known)
         if len(audited) > 1:
-            yield [recomputed([row], [row.known], split=False)[0] for row in audited]
+            yield [recomputed([row], [row.known])[0] for row in audited]
         yield recomputed(audited, known, split=True)
-        yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)], split=False)[: len(audited)]
+        yield recomputed([*audited, audited[0]], [*known, max(1, known[0] // 2)])[: len(audited)]
         with other_kernels():
-            yield recomputed(audited, known, split=False)
+            yield recomputed(audited, known)
+
+    def after(i: int, before: Floats32) -> Floats32:
+        return recomputed([audited[i]], [audited[i].known], before=before)[0]
 
     with evidence.recompute():
         stored = [_stored(row, records) for row in audited]
-        epsilon = machine_epsilon(trunk, next(trunk.parameters()).device)
+        epsilon, shape = machine_epsilon(trunk, next(trunk.parameters()).device), encoding.shape
         groups = [heads * dim for (heads, dim), planes in shape.kinds.items() for _ in planes] + [shape.width]
-        agreement = compared(stored, runs(), epsilon, evidence.bank.facts.dtype, groups)
+        if encoding.exact:
+            agreement = compared(stored, runs(), epsilon, encoding.dtype, groups)
+        else:
+            restored, errors = [list(map(of, stored)) for of in (encoding.decode, encoding.errors)]
+            block = len(records[audited[0].chain[0]])
+            agreement = compared_rounded(restored, errors, runs(), after, encoding.rounded, epsilon, groups, block)
         chains = [np.array(row.chain, np.int64) for row in audited]
         evidence.conclude(np.array([chain[0] for chain in chains]), agreement, np.concatenate(chains))
 
 
 def _stored(row: TokenSequence, records: BlockRecords) -> Floats32:
-    """Return the stored records of the known tokens of a row, float32 [known, record]."""
+    """Return the known tokens of a row as stored, float32 [known, width]."""
     blocks = [records[number] for number in row.chain]
     arrays = [block if isinstance(block, np.ndarray) else block.float().cpu().numpy() for block in blocks]
     return np.concatenate(arrays)[: row.known]

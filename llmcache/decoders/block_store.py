@@ -12,6 +12,7 @@ from torch import Tensor
 from llmcache.arrays import Floats32
 from llmcache.banks.reader import BankReader
 from llmcache.decoders.kv_buffer import KVBuffer
+from llmcache.decoders.kv_encoding import KVEncoding
 from llmcache.decoders.schedule import TokenSequence, next_key
 from llmcache.indexes.format.rows import Keys
 from llmcache.indexes.maintenance.chains import block_source
@@ -21,27 +22,32 @@ _SHORTEST = 4
 """Tokens after the last full KV block from which a shorter entry is stored where two rows diverge."""
 
 BlockRecords = dict[int, Floats32 | Tensor]
-"""Contents of KV blocks by row number of the bank: float32 [tokens, record], on the host or the device."""
+"""Contents of KV blocks by row number of the bank: [tokens, width] as stored, on the host (float32) or the device."""
 
 
 class BlockStore:
     """KV blocks of rows of tokens in a bank: full blocks, and one shorter entry where a row ended or two rows diverged.
 
-    block: tokens in a full KV block.
+    block: tokens in a full KV block. encoding: stored form of the records.
     """
 
-    def __init__(self, reader: BankReader, seed: Seed, put: Callable[..., Any], block: int) -> None:
+    def __init__(
+        self, reader: BankReader, seed: Seed, put: Callable[..., Any], block: int, encoding: KVEncoding
+    ) -> None:
         """Make a store on a bank.
 
         reader: of the bank; its device cache, if it has one, is for full KV blocks. seed: of all keys.
-        put: stores entries, see `PrefixCache`. block: tokens in a full KV block.
+        put: stores entries, see `PrefixCache`. block: tokens in a full KV block. encoding: that of the bank.
         """
-        self.bank, self.block = reader.bank, block
+        self.bank, self.block, self.encoding = reader.bank, block, encoding
         self._reader, self._seed, self._put = reader, seed, put
 
     def with_bank(self, bank: Any, block: int = 4) -> BlockStore:
-        """Return a copy for another bank, without payoff rules and memory levels. bank: must also have `put`."""
-        return BlockStore(BankReader(bank), self._seed, bank.put, block)
+        """Return a copy for another bank, without payoff rules, memory levels and rounding.
+
+        bank: must also have `put`.
+        """
+        return BlockStore(BankReader(bank), self._seed, bank.put, block, KVEncoding.of(self.encoding.shape))
 
     # -- look-up --------------------------------------------------------------------------------------------
 
@@ -162,7 +168,7 @@ class BlockStore:
         self._put(
             self.bank,
             stored,
-            _records(list(wanted.values()), places),
+            _records(list(wanted.values()), places, self.encoding),
             tokens=[row.ids[start:stop].copy() for row, start, stop in wanted.values()],
             sources=[self._source(row, start) for row, start, _ in wanted.values()],
             features=np.zeros((len(wanted), 0), np.float32),
@@ -182,9 +188,11 @@ def _joined(keys: Iterable[bytes]) -> Keys:
 
 
 def _records(
-    wanted: Sequence[tuple[TokenSequence, int, int]], places: Mapping[TokenSequence, tuple[KVBuffer, int]]
+    wanted: Sequence[tuple[TokenSequence, int, int]],
+    places: Mapping[TokenSequence, tuple[KVBuffer, int]],
+    encoding: KVEncoding,
 ) -> list[Floats32]:
-    """Return the records of these stretches of rows. Adjacent stretches of a row are copied at once."""
+    """Return the encoded records of these stretches of rows. Adjacent stretches of a row are copied at once."""
     records: list[Floats32] = []
     at = 0
     while at < len(wanted):
@@ -193,7 +201,7 @@ def _records(
         while until < len(wanted) and wanted[until][0] is row and wanted[until][1] == stop:
             stop, until = wanted[until][2], until + 1
         buffer, i = places[row]
-        whole = buffer.records(i, start, stop)
+        whole = encoding.encode(buffer.records(i, start, stop))
         records += [whole[low - start : high - start] for _, low, high in wanted[at:until]]
         at = until
     return records

@@ -8,6 +8,7 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -125,31 +126,46 @@ class KVBuffer:
             tensor[:, i, :, to : to + tokens] = other[:, j, :, of : of + tokens]
         self.states[i, to : to + tokens] = source.states[j, of : of + tokens]
 
-    def restore(self, i: int, record: Tensor) -> None:
-        """Write the first tokens of row i from records, float32 [tokens, record], on any device."""
-        to, tokens, at = self.firsts[i], len(record), 0
-        record = record.to(self.states.device)
+    def restore(self, i: int, first: int, numbers: Tensor, states: Tensor, scales: Tensor | None = None) -> None:
+        """Write tokens of row i from token `first` on, on the buffer's device. For the arguments see `restore_from`."""
+        to, tokens, at, head = self.firsts[i] + first, len(numbers), 0, 0
         for tensor in self.planes:
             places, _, heads, _, dim = tensor.shape
-            part = record[:, at : at + places * heads * dim].view(tokens, places, heads, dim)
-            tensor[:, i, :, to : to + tokens] = part.permute(1, 2, 0, 3)
-            at += places * heads * dim
-        self.states[i, to : to + tokens] = record[:, -self.shape.width :]
+            part = numbers[:, at : at + places * heads * dim].reshape(tokens, places, heads, dim).permute(1, 2, 0, 3)
+            slots = tensor[:, i, :, to : to + tokens]
+            if scales is None:
+                slots.copy_(part)
+            else:
+                scale = scales[:, head : head + places * heads].reshape(tokens, places, heads, 1).permute(1, 2, 0, 3)
+                torch.mul(part, scale, out=slots)  # rounds to the buffer's dtype, without a copy between
+            at, head = at + places * heads * dim, head + places * heads
+        self.states[i, to : to + tokens] = states
 
     @property
     def in_arrays(self) -> bool:
         """True if NumPy can view the buffer (float32 on the host), as `restore_from` requires."""
         return self.states.device.type == "cpu" and self.states.dtype == torch.float32
 
-    def restore_from(self, i: int, record: Floats32, first: int) -> None:
-        """Write tokens of row i from token `first` on. record: read-only [tokens, record]. Requires `in_arrays`."""
-        to, tokens, at = self.firsts[i] + first, len(record), 0
+    def restore_from(
+        self, i: int, first: int, numbers: Floats32, states: Floats32, scales: Floats32 | None = None
+    ) -> None:
+        """Write tokens of row i from token `first` on. Requires `in_arrays`. The arrays may be read-only.
+
+        numbers: keys and values in the order of a record, [tokens, keys and values or more]. states: [tokens, width].
+        scales: one per plane and head, [tokens, heads of all planes], by which the numbers are multiplied; None: by 1.
+        """
+        to, tokens, at, head = self.firsts[i] + first, len(numbers), 0, 0
         for tensor in self.planes:
             places, _, heads, _, dim = tensor.shape
-            part = record[:, at : at + places * heads * dim].reshape(tokens, places, heads, dim)
-            tensor.numpy()[:, i, :, to : to + tokens] = part.transpose(1, 2, 0, 3)
-            at += places * heads * dim
-        self.states.numpy()[i, to : to + tokens] = record[:, -self.shape.width :]
+            part = numbers[:, at : at + places * heads * dim].reshape(tokens, places, heads, dim).transpose(1, 2, 0, 3)
+            slots = tensor.numpy()[:, i, :, to : to + tokens]
+            if scales is None:
+                slots[...] = part
+            else:
+                scale = scales[:, head : head + places * heads].reshape(tokens, places, heads, 1)
+                np.multiply(part, scale.transpose(1, 2, 0, 3), out=slots)
+            at, head = at + places * heads * dim, head + places * heads
+        self.states.numpy()[i, to : to + tokens] = states
 
     def records(self, i: int, start: int, stop: int) -> Floats32:
         """Return records of tokens start to stop of row i: a copy on the host, float32 [tokens, record]."""

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from llmcache.arrays import Floats32
 from llmcache.banks.audits import Evidence
 from llmcache.banks.counters import PrefixCounters
-from llmcache.banks.device_cache import DeviceCache
+from llmcache.banks.device_cache import DeviceCache, tensor_of
 from llmcache.banks.payoff import Payoff
 from llmcache.banks.reader import BankReader
 from llmcache.decoders.audits import audit_prefixes, audit_sample
@@ -30,6 +30,7 @@ from llmcache.decoders.kv_buffer import (
     hand_over,
     shape_of,
 )
+from llmcache.decoders.kv_encoding import KVEncoding, bytes_per_token
 from llmcache.decoders.padded_batch import (
     PaddedBatch,
     layout_of,
@@ -95,19 +96,23 @@ class PrefixCache:
         forward_cost: int | None = None,
         levels: DeviceCache | None = None,
         evidence: Evidence | None = None,
+        dtype: str = "auto",
     ) -> None:
         """Make a prefix cache, with trial forwards. The trunk's forward must be its own, without a stand-in.
 
-        bank: with the facts `shape_of(trunk).facts`. digest: of the trunk's identity.
+        bank: with the facts `KVEncoding.of(shape_of(trunk), dtype).facts`. digest: of the trunk's identity.
         put: `put(bank, keys, values, tokens=, sources=, features=, cost=)` stores entries.
         worth: decides which rows are looked up; None looks up all. secret: of the namespace.
         block: tokens per KV block. forward_cost: cost of a forward apart from its tokens, in tokens; None estimates it.
         levels: memory for full KV blocks, with `tokens=block`; None reads them from files.
         evidence: audit results of the bank with this trunk; None audits nothing.
+        dtype: setting `CacheConfig.prefix_dtype`. The trial judges the model without its rounding.
         ConfigError when prefixes of the trunk cannot be restored, or the bank does not fit the trunk.
         """
         self.shape = shape_of(trunk)
-        fresh = self.shape.facts
+        self.bytes_per_token = bytes_per_token(self.shape, dtype, max(1, block))
+        encoding = KVEncoding.of(self.shape, dtype)
+        fresh = encoding.facts
         if (bank.facts.dtype, bank.facts.width, bank.facts.rank) != (fresh.dtype, fresh.width, fresh.rank):
             raise ConfigError(
                 f"the bank holds {bank.facts.dtype} [tokens, {bank.facts.width}], and the model gives {fresh.dtype} "
@@ -116,8 +121,8 @@ class PrefixCache:
         if block < 1:
             raise ConfigError(f"block is a number of tokens, at least 1, got {block}")
         self._trunk: Any = trunk
-        seed = key_seed(digest, "prefix", None, None, secret)
-        self._blocks = BlockStore(BankReader(bank, worth, levels), seed, put, block)
+        seed = key_seed(digest, encoding.bank, None, None, secret)
+        self._blocks = BlockStore(BankReader(bank, worth, levels), seed, put, block, encoding)
         self._evidence = evidence
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
@@ -191,9 +196,9 @@ class PrefixCache:
         records = self._blocks.look_up(rows)
         if self._evidence is not None:
             recomputed = partial(self._recomputed, original, ids)
-            audit_prefixes(rows, records, self._evidence, self._trunk, self.shape, recomputed)
+            audit_prefixes(rows, records, self._evidence, self._trunk, self._blocks.encoding, recomputed)
             if self._evidence.open and any(row.missing for row in rows):
-                audit_sample(self._blocks, self._evidence, self._trunk, self.shape, recomputed)
+                audit_sample(self._blocks, self._evidence, self._trunk, recomputed)
         waves = PrefixSchedule(rows, self._forward_cost)
         work = _Work(original, waves, records, ids, {})
         whole = [row for row in rows if row.known == len(row)]
@@ -250,12 +255,19 @@ class PrefixCache:
         self.counters.model_seconds += time.perf_counter() - began
 
     def _recomputed(
-        self, original: Forward, like: Tensor, rows: Sequence[TokenSequence], tokens: Sequence[int], split: bool
+        self,
+        original: Forward,
+        like: Tensor,
+        rows: Sequence[TokenSequence],
+        tokens: Sequence[int],
+        split: bool = False,
+        before: Floats32 | None = None,
     ) -> list[Floats32]:
         """Compute records of the first tokens of some rows from the start, in one batch; [tokens, record] each.
 
         like: ids of the call, for dtype and device. tokens: their number for each row.
         split: compute each half of the columns in a forward of its own.
+        before: records of the first tokens of the only row, which are not computed.
         """
         columns = max(tokens)
         firsts = [columns - count for count in tokens]
@@ -267,8 +279,11 @@ class PrefixCache:
             positions[i, first:] = row.start + np.arange(tokens[i])
             mask[i, :first] = 0
         middle = columns // 2 if split and max(firsts) < columns // 2 else 0
+        if before is not None:
+            restore(buffer, 0, [before], len(before))
+            middle = len(before)
         for low, high in ((0, middle), (middle, columns)):
-            if low < high:
+            if low < high and (low or before is None):
                 part = None if mask[:, :high].all() else mask[:, :high]
                 self._fill(original, like, buffer, low, ids[:, low:high], positions[:, low:high], part)
         return [buffer.records(i, 0, count) for i, count in enumerate(tokens)]
@@ -307,29 +322,40 @@ class PrefixCache:
             if first != i:  # rows with the same stored prefix: write it once, and copy it from row to row
                 buffer.take(i, buffer, first, tokens)
             else:
-                restore(buffer, i, [work.records[number] for number in group[i].chain], tokens)
+                blocks = [work.records[number] for number in group[i].chain]
+                restore(buffer, i, blocks, tokens, self._blocks.encoding)
             self.counters.restored += tokens
 
 
-def restore(buffer: KVBuffer, i: int, records: Sequence[Floats32 | Tensor], tokens: int) -> None:
-    """Write the first tokens of row i of a buffer from consecutive records, each [its tokens, record]."""
-    arrays = [record for record in records if isinstance(record, np.ndarray)]
-    if len(arrays) < len(records) or not buffer.in_arrays:
-        buffer.restore(i, _joined(records, buffer)[:tokens])
+def restore(
+    buffer: KVBuffer, i: int, blocks: Sequence[Floats32 | Tensor], tokens: int, encoding: KVEncoding | None = None
+) -> None:
+    """Write the first tokens of row i of a buffer from consecutive KV blocks, each [its tokens, width].
+
+    encoding: stored form of the blocks; None: that without rounding.
+    """
+    encoding = encoding or KVEncoding.of(buffer.shape)
+    arrays = [block for block in blocks if isinstance(block, np.ndarray)]
+    if len(arrays) < len(blocks) or buffer.states.device.type != "cpu":
+        buffer.restore(i, 0, *encoding.parts(_joined(blocks, buffer, encoding)[:tokens]))
         return
     at = 0
-    for record in arrays:  # one by one: joining them would be another copy
-        buffer.restore_from(i, record[: tokens - at], at)
-        at += len(record)
+    for block in arrays:  # one by one: joining them would be another copy
+        part = block[: tokens - at]
+        if buffer.in_arrays:
+            buffer.restore_from(i, at, *encoding.parts(part))
+        else:  # of another dtype: rounded while it is copied
+            buffer.restore(i, at, *encoding.parts(tensor_of(part)))
+        at += len(block)
 
 
-def _joined(records: Sequence[Floats32 | Tensor], buffer: KVBuffer) -> Tensor:
-    """Return the records as one tensor [tokens, record], on the host if all are arrays, else on the buffer's device."""
-    arrays = [record for record in records if isinstance(record, np.ndarray)]
-    if len(arrays) == len(records):
-        return torch.from_numpy(np.concatenate(arrays))
-    device, dtype = buffer.states.device, buffer.states.dtype
-    return torch.cat([torch.as_tensor(record).to(device, dtype) for record in records])
+def _joined(blocks: Sequence[Floats32 | Tensor], buffer: KVBuffer, encoding: KVEncoding) -> Tensor:
+    """Return the blocks as one tensor [tokens, width] on the buffer's device."""
+    device, dtype = buffer.states.device, buffer.states.dtype if encoding.exact else torch.float32
+    arrays = [block for block in blocks if isinstance(block, np.ndarray)]
+    if len(arrays) == len(blocks):
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+    return torch.cat([torch.as_tensor(block).to(device, dtype) for block in blocks])
 
 
 def _in_layout(layout: PaddedBatch, places: Sequence[tuple[KVBuffer, int]], *, cached: bool) -> KVBuffer:

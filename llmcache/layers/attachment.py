@@ -80,8 +80,7 @@ class Attachment:
         """Make an attachment that is not entered yet.
 
         banks: opens the layer banks for a trunk of this structure.
-        layers: those that have banks: "output" for the last one, "all", or numbers.
-        identity: of the trunk; renewed before the next forward when the model has changed since the last one.
+        layers: with banks: "output" for the last one, "all", or numbers. identity: of the trunk; renewed before the next forward when the model has changed since the last one.
         watch: detects changes of the trunk's module.
         prefixes: makes a decoder's prefix cache for a running mode; returns None when prefix caching is off.
         lock: of the cache. is_open: returns True while the cache is open; otherwise the model computes by itself.
@@ -294,8 +293,8 @@ class Attachment:
 
     def _prefix_refusal(self, call: Call) -> str | None:
         """Return the reason why this call cannot use the prefix cache; None if it can."""
-        prefixes = self.prefix_cache()
-        return prefixes if isinstance(prefixes, str) else prefixes.refuses(self._parameters.configured_outputs() | call)
+        known = self.prefix_cache()
+        return known if isinstance(known, str) else known.refuses(self._parameters.configured_outputs() | call)
 
     def prefix_cache(self) -> PrefixCache | str:
         """Return the prefix cache of an active attachment, or the reason why there is none."""

@@ -13,9 +13,11 @@ from llmcache.banks.device_cache import levels_of
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
 from llmcache.decoders.kv_buffer import shape_of
+from llmcache.decoders.kv_encoding import KVEncoding, stored_dtype
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
 from llmcache.indexes.bank import Bank
+from llmcache.indexes.format.codec import DTYPES
 from llmcache.indexes.format.manifest import BankFacts
 from llmcache.layers.attachment import Attachment
 from llmcache.layers.layer_banks import LayerBanks, bank_name
@@ -28,9 +30,6 @@ from llmcache.model.description.watch import ModelWatch
 from llmcache.model.digests import Digests
 from llmcache.model.features import feature_width
 from llmcache.model.locks import CallLock
-
-PREFIX = "prefix"
-"""Name of the bank with a decoder's keys and values."""
 
 
 class Layers:
@@ -67,6 +66,13 @@ class Layers:
                 'use another namespace (namespace="..." in Python, --namespace on the command line)'
             )
 
+    def _check_prefix_dtype(self, trunk: Module) -> None:
+        """Raise ConfigError where `prefix_dtype` rounds without saving space."""
+        floats = (weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
+        own = str(next(floats, torch.float32)).removeprefix("torch.")
+        if self._config.prefix_block and own in DTYPES:
+            stored_dtype(own, self._config.prefix_dtype)
+
     def attachment(self, model: Module, stack: str | None = None) -> Attachment:
         """Return the attachment of a model, made on the first call.
 
@@ -74,6 +80,7 @@ class Layers:
         """
         refuse_compiled(model)
         trunk = find_trunk(model, stack)
+        self._check_prefix_dtype(trunk.module)
         known = self._attachments.get(trunk.module)
         if known is None or known.trunk.blocks != trunk.blocks:  # another stack was named, or its layers were replaced
             if known is not None and known.active:
@@ -116,19 +123,20 @@ class Layers:
         if not self._config.prefix_block:
             return None
         self._check_dtype(trunk)
-        shape = shape_of(trunk)
-        bank = self.bank(PREFIX, shape.facts)  # in the model's dtype: rounded keys and values would change later tokens
+        encoding = KVEncoding.of(shape_of(trunk), self._config.prefix_dtype)
+        bank = self.bank(encoding.bank, encoding.facts)
         device = next(trunk.parameters()).device
         prefixes = PrefixCache(
             trunk,
             bank,
             identity.digest(mode),
             self.storing.put,
-            self.storing.worth(bank, PREFIX),
+            self.storing.worth(bank, encoding.bank),
             secret=self.secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
-            evidence=self.storing.exact_audits.evidence(bank, PREFIX, trunk, identity.digest(mode)),
+            evidence=self.storing.exact_audits.evidence(bank, encoding.bank, trunk, identity.digest(mode)),
+            dtype=self._config.prefix_dtype,
         )
         prefixes.counters = self.storing.counters.prefix
         return prefixes

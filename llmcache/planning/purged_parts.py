@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcache.indexes.errors import SnapshotDamaged
+from llmcache.indexes.eviction.dependents import holds_chains
 from llmcache.indexes.format.segment import Segment
 from llmcache.indexes.maintenance.chains import Chains
 from llmcache.indexes.store import Store
 
 _LEAST = 4  # tokens of a common part from which a row is purged with a text
 _TOKEN = 4  # bytes of a token id
-_PREFIX = "prefix"
 
 
 def tokens_of_parts(store: Store, namespace: str, texts: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
@@ -58,7 +58,7 @@ def _stored(store: Store, namespace: str) -> Iterator[bytes]:
                 rows = segment.tokens_of(np.arange(len(segment)))
             except (SnapshotDamaged, FileNotFoundError):
                 continue
-            if name == _PREFIX:
+            if holds_chains(name):
                 segments.append(segment)
             else:
                 yield from (np.ascontiguousarray(row, "<i4").tobytes() for row in rows)

@@ -1,8 +1,7 @@
-"""Language-model jobs: answers are the model's own, in the order of the records, whatever is stored, stopped or equal."""
+"""Language-model jobs: answers are the model's own, in order, whatever is stored, stopped or equal."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -166,8 +165,8 @@ def test_chats_are_written_by_the_chat_template(cache: LLMCache, model: Any, tok
         rows = list(
             Pipeline(other, task="generate", template="{text}", system="Be kind.", max_new_tokens=4).run(records(3))
         )
-        given = other.generate([[{"role": "system", "content": "Be kind."}, {"role": "user", "content": records(3)[0]["text"]}]],
-                               max_new_tokens=4)  # fmt: skip
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": records(3)[0]["text"]}]
+        given = other.generate([messages], max_new_tokens=4)
     for row, record in zip(rows, records(3), strict=True):
         prompt = f"{tokenizer.bos_token}<system> Be kind.\n<user> {record['text']}\n<assistant>"
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
@@ -255,16 +254,18 @@ def test_a_longer_limit_continues_answers(cache: LLMCache, model: Any, tokenizer
 def test_a_job_that_is_stopped_everywhere_gives_the_same_bytes(
     tmp_path: Path, model: Any, tokenizer: Any, task: str
 ) -> None:
-    documents = records(40)
-    job: dict[str, Any] = {"task": task, "template": TEMPLATE, "batch_size": 4, **JOBS[task]}
+    documents = records(30)
+    job: dict[str, Any] = {"task": task, "template": TEMPLATE, "batch_size": 8, **JOBS[task]}
     with opened(tmp_path / "whole", model, tokenizer) as cache:
         whole = Pipeline(cache, **job).write(documents, tmp_path / "whole.jsonl", resume=True)
-    for stops in itertools.count(1):
+    stops = 0
+    while True:
+        stops += 1
         with opened(tmp_path / "store", model, tokenizer) as cache:
             part = Pipeline(cache, **job).write(documents, tmp_path / "out.jsonl", resume=True, max_seconds=1e-9)
         if part.finished:
             break
-    assert stops > 5
+    assert stops > 3
     assert part.resumed > 0
     assert part.path.read_bytes() == whole.path.read_bytes()
     assert {name: getattr(part, name) for name in ("documents", "exact", "misses", "prefix")} == {
@@ -365,7 +366,7 @@ def test_records_without_a_prompt_are_collected_with_the_reason(cache: LLMCache)
     assert "empty document" in reasons["empty"]
     assert "null" in reasons["none"]
     assert "fit" in reasons["long"]
-    with pytest.raises(CorpusError, match="long.*too_long"):
+    with pytest.raises(CorpusError, match=r"long.*too_long"):
         list(Pipeline(cache, task="generate", template=TEMPLATE, max_new_tokens=2, strict=True).run(documents[4:5]))
     for side in ("left", "right"):
         job = Pipeline(cache, task="generate", template=TEMPLATE, max_new_tokens=2, too_long=side)
