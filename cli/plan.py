@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json as jsons
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcache.cli.shared import options
+from llmcache.cli.shared import jobs, options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources, fields_of
 from llmcache.cli.shared.fill import counts, read, warnings
@@ -52,12 +53,42 @@ def plan(
     key_file: options.KeyFile = None,
     key_variable: options.KeyVariable = None,
     allow_untrusted: options.AllowUntrusted = False,
+    task: jobs.Task = jobs.EMBED,
+    template: jobs.Template = None,
+    template_file: jobs.TemplateFile = None,
+    syntax: jobs.Syntax = "format",
+    system: jobs.System = None,
+    chat: jobs.Chat = False,
+    examples: jobs.Examples = None,
+    answer: jobs.Answer = "answer",
+    choice: jobs.Choice = None,
+    choices_field: jobs.ChoicesField = None,
+    too_long: jobs.TooLong = "refuse",
+    max_new_tokens: jobs.MaxNewTokens = None,
+    setting: jobs.Setting = None,
     json: options.Json = False,
 ) -> None:
     """Forecast hits, seconds and bytes of a run, and advise on its settings. Nothing is stored.
 
-    The corpus is read and hashed, samples of it are tokenised and looked up, and a few batches are computed.
+    The corpus is read and hashed, samples of it are tokenised and looked up, and a few batches are computed. For
+    --task generate, score or classify all prompts are made and looked up, and a few are computed.
     """
+    job = jobs.JobOptions(
+        task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field,
+        too_long=too_long, max_new_tokens=max_new_tokens, settings=setting or [],
+    )  # fmt: skip
+    if task != jobs.EMBED:
+        vectors = {
+            "--tau": tau, "--kind": kind, "--role": role, "--pair-fields": pair_fields, "--out": out,
+            "--text-field": text_field != "text",
+        }  # fmt: skip
+        if given := [name for name, value in vectors.items() if value]:
+            raise ConfigError(f"{given[0]} is for vectors, and --task {task} is for language models; leave it out")
+        access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
+        sources = Sources(corpus, "text", id_field, unit, skip_bad, stdin_format, as_json=True)
+        _plan_job(job, sources, store, model, namespace, access, batch_size, json)
+        return
+    job.check_unused()
     sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -76,6 +107,55 @@ def plan(
     warnings(reading)
 
 
+def _plan_job(
+    job: jobs.JobOptions,
+    sources: Sources,
+    store: str,
+    model: str | None,
+    namespace: str,
+    access: options.Access,
+    batch_size: int,
+    json: bool,
+) -> None:
+    """Print the forecast of a language-model job."""
+    from llmcache.pipeline.pipeline import Pipeline
+
+    printing.quiet()
+    arguments, reading = job.arguments(), CorpusReading()
+    documents = replace(sources, text_field=job.read_fields(arguments["template"])).documents(reading)
+    exists = Path(store, "FORMAT").exists()
+    with ExitStack() as stack:
+        where = (
+            store if exists else str(Path(stack.enter_context(TemporaryDirectory(prefix="llmcache-plan-")), "store"))
+        )
+        cache = stack.enter_context(jobs.opened(where, model, namespace, access))
+        strict = not sources.skip_bad
+        pipeline = Pipeline(cache, batch_size=batch_size, id_field=sources.id_field, strict=strict, **arguments)
+        forecast = pipeline.plan(documents)
+    if json:
+        printing.as_json({**forecast.as_dict(), **counts(reading), "bad": reading.bad, "task": job.task})
+        return
+    printing.facts(
+        [
+            ("documents", forecast.documents),
+            ("without a prompt", forecast.refused),
+            ("answers stored", forecast.stored),
+            ("repeats inside the corpus", forecast.repeats),
+            ("to compute", forecast.computed),
+            ("their prompt tokens", forecast.prompt_tokens),
+            ("of these restored from the store", forecast.restored),
+            ("of these shared with other prompts", forecast.shared),
+            ("of these to compute", forecast.new_tokens),
+            ("tokens to generate, at most", forecast.generated),
+            ("bytes stored per token", forecast.bytes_per_token),
+            ("bytes to write, about", printing.size(forecast.new_bytes)),
+            ("time, about", seconds_said(forecast.seconds)),
+            ("without the cache, about", seconds_said(forecast.uncached_seconds)),
+        ]
+    )
+    warnings(reading)
+
+
 @contextmanager
 def _opened(
     store: str, model: str | None, kind: str | None, namespace: str, tau: float | None, access: options.Access
@@ -90,7 +170,7 @@ def _opened(
     if model is None:
         raise ConfigError(f"there is no store in {store} yet; name the model it will be for: --model M")
     with (
-        tempfile.TemporaryDirectory(prefix="llmcache-plan-") as folder,
+        TemporaryDirectory(prefix="llmcache-plan-") as folder,
         LLMCache.open(Path(folder, "store"), model, kind=kind, namespace=namespace, tau=tau) as cache,
     ):
         yield cache

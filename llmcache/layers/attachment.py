@@ -80,8 +80,7 @@ class Attachment:
         """Make an attachment that is not entered yet.
 
         banks: opens the layer banks for a trunk of this structure.
-        layers: "output" for the last one, "all", or numbers. identity: of the trunk; renewed before the next forward
-            when the model has changed since the last one.
+        layers: "output" for the last one, "all", or numbers. identity: of the trunk; renewed after a change of it.
         watch: detects changes of the trunk's module.
         prefixes: makes a decoder's prefix cache for a running mode; returns None when prefix caching is off.
         lock: of the cache. is_open: returns True while the cache is open; otherwise the model computes by itself.
