@@ -1,4 +1,4 @@
-"""The recipes of docs/pipelines.md: every block of Python and of shell on that page runs."""
+"""The recipes of docs/pipelines.md and docs/jobs.md: every block of Python and of shell on these pages runs."""
 
 from __future__ import annotations
 
@@ -87,6 +87,40 @@ def test_the_commands_on_the_page_run(
         assert (words[0], done.code) == ("llmcache", 0), f"{line}: {done.err}"
         ran += 1
     assert ran >= 8
+
+
+def test_the_blocks_on_the_page_of_jobs_run(
+    llmcache: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = MODELS / "stories260k-llama"
+    if not folder.exists():
+        pytest.skip(f"stories260k-llama is not at {folder}; set LLMCACHE_MODELS to the folder that holds it")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "jobs.md").read_text()
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {
+        "language_model": transformers.AutoModelForCausalLM.from_pretrained(folder),
+        "language_tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+    }
+    for kind, code in blocks:
+        if kind == "python":
+            exec(compile(code, "docs/jobs.md", "exec"), names)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["a", "b", "a", "b"]
+    assert {line.split()[1] for line in out[2:]} <= {"happy", "angry"}
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(each) + "\n" for each in names["reviews"]))
+    commands = "".join(code for kind, code in blocks if kind == "sh").replace("\\\n", " ").splitlines()
+    for line in commands:
+        words = [word.replace("$MODEL", str(folder)) for word in shlex.split(line)]
+        done = llmcache(*words[1:])
+        assert (words[0], done.code) == ("llmcache", 0), f"{line}: {done.err}"
+    labels = [json.loads(line)["label"] for line in (tmp_path / "moods.jsonl").read_text().splitlines()]
+    assert len(labels) == len(names["reviews"])
 
 
 def test_the_example_of_the_readme_runs_offline(
