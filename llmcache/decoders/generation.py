@@ -245,7 +245,7 @@ class Generation:
         batching = scoring_batches(self._model, self._tokenizer)
         if not (batching.causal and batching.padded):
             return "the model reads later tokens, or padding, so an answer depends on the other prompts of a batch"
-        return batching.reach.refusal(max(map(len, rows)) + settings.most) or settings
+        return batching.reach.refusal(max(map(len, rows), default=0) + settings.most) or settings
 
     def _logits(self, pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
         with torch.inference_mode(), self._attached():

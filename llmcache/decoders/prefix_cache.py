@@ -161,6 +161,7 @@ class PrefixCache:
             trial._blocks = self._blocks.with_bank(bank)
             return lambda call: trial.forward(trunk.forward, call)
 
+        token = _shares.set(None)  # calls of the trial are none of the caller's
         try:
             return reach_of_prefixes(trunk, trunk.forward, answers, takes_positions=self.shape.takes_positions)
         except ConfigError as error:
@@ -169,6 +170,8 @@ class PrefixCache:
             raise ConfigError(
                 f"{name} has no reusable prompt prefixes: a trial failed with {explained(error)}"
             ) from error
+        finally:
+            _shares.reset(token)
 
     def forward(self, original: Forward, call: Mapping[str, Any]) -> Any:
         """Return the trunk's output for a call. original: the trunk's own forward. call: keyword arguments."""

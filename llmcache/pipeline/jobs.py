@@ -206,32 +206,40 @@ class LanguageJob:
         """
         prompts = part.prompts or []
         places = [i for i in range(len(prompts)) if i not in done]
+        if not places:
+            return
         known = self._answers([prompts[i] for i in places], stored_only=True)
         answered = {i: each for i, each in zip(places, known, strict=True) if each is not None}
         if answered:
             yield self._rows(part, answered, computed=0)
-        for batch in self._batches({i: prompts[i] for i in places if i not in answered}):
+        for batch in self._batches(prompts, {i for i in places if i not in answered}):
             firsts = [same[0] for same in batch]
             found = self._answers([prompts[i] for i in firsts], stored_only=False)
             pairs = zip(batch, found, strict=True)
             yield self._rows(part, {i: each for same, each in pairs for i in same}, computed=len(firsts))
 
-    def _batches(self, prompts: Mapping[int, Any]) -> Iterator[list[list[int]]]:
-        """Yield batches of places with equal prompts, ordered by the beginnings of the prompts."""
+    def _batches(self, prompts: Sequence[Any], wanted: Collection[int]) -> Iterator[list[list[int]]]:
+        """Yield batches of wanted places with equal prompts, ordered by the beginnings of the prompts.
+
+        The order is that of all prompts of the window, so the batches that are left after a stop are the same.
+        """
         equal: dict[tuple[Any, ...], list[int]] = {}
-        for i, prompt in prompts.items():
+        for i, prompt in enumerate(prompts):
             several = isinstance(prompt, ChoicePrompt)
             key = tuple((*ids, counted) for ids, counted in prompt.rows) if several else tuple(prompt)
             equal.setdefault(key, []).append(i)
         groups = list(equal.values())
         batch, filled = list[list[int]](), 0
         for i in prefix_order([_beginning(prompts[same[0]]) for same in groups]):
-            prompt = prompts[groups[i][0]]
+            same = [place for place in groups[i] if place in wanted]
+            if not same:
+                continue
+            prompt = prompts[same[0]]
             rows = len(prompt.rows) if isinstance(prompt, ChoicePrompt) else 1
             if batch and filled + rows > self._batch_size:
                 yield batch
                 batch, filled = [], 0
-            batch, filled = [*batch, groups[i]], filled + rows
+            batch, filled = [*batch, same], filled + rows
         if batch:
             yield batch
 

@@ -255,7 +255,7 @@ def test_a_longer_limit_continues_answers(cache: LLMCache, model: Any, tokenizer
 
 @pytest.mark.parametrize("task", sorted(JOBS))
 def test_a_job_that_is_stopped_everywhere_gives_the_same_bytes(
-    tmp_path: Path, model: Any, tokenizer: Any, task: str
+    tmp_path: Path, model: Any, tokenizer: Any, task: str, one_thread: None
 ) -> None:
     documents = records(30)
     job: dict[str, Any] = {"task": task, "template": TEMPLATE, "batch_size": 8, **JOBS[task]}
@@ -296,7 +296,9 @@ print("finished", flush=True)
 """
 
 
-def test_a_job_that_is_killed_at_random_gives_the_same_bytes(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+def test_a_job_that_is_killed_at_random_gives_the_same_bytes(
+    tmp_path: Path, model: Any, tokenizer: Any, one_thread: None
+) -> None:
     """Ten processes are killed with SIGKILL after a random number of batches; the last one finishes."""
     corpus = tmp_path / "corpus.json"
     corpus.write_text(json.dumps(records(64)))
