@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from llmcache.cli.shared import options
+from llmcache.cli.shared import jobs, options
 from llmcache.cli.shared import output as printing
 from llmcache.cli.shared.corpora import Sources, fields_of
 from llmcache.pipeline.files import CorpusReading
@@ -30,26 +31,54 @@ def verify_model(
     id_field: options.IdField = "id",
     unit: options.Unit = "line",
     batch_size: options.BatchSize = 32,
+    task: jobs.Task = jobs.EMBED,
+    template: jobs.Template = None,
+    template_file: jobs.TemplateFile = None,
+    syntax: jobs.Syntax = "format",
+    system: jobs.System = None,
+    chat: jobs.Chat = False,
+    examples: jobs.Examples = None,
+    answer: jobs.Answer = "answer",
+    choice: jobs.Choice = None,
+    choices_field: jobs.ChoicesField = None,
+    too_long: jobs.TooLong = "refuse",
+    max_new_tokens: jobs.MaxNewTokens = None,
+    setting: jobs.Setting = None,
     json: options.Json = False,
 ) -> None:
     """Run the same documents uncached, cold, warm, and warm after a reload. Exit code 1 when a result differs.
 
     Differences are printed beside those that other batch sizes alone cause. A cross-encoder is run on pairs of texts.
+    With --task generate, score or classify the answers of a language model are compared, and differences are of
+    log-likelihoods in nats.
     """
     from itertools import islice
 
     from llmcache.cli.build import layer_numbers
     from llmcache.model.loading import load_any
+    from llmcache.verification import verify_job
     from llmcache.verification import verify_model as checks
 
     printing.quiet()
+    job = jobs.JobOptions(
+        task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field,
+        too_long=too_long, max_new_tokens=max_new_tokens, settings=setting or [],
+    )  # fmt: skip
     sources = Sources(data, fields_of(text_field, pair_fields), id_field, unit, False, "jsonl")
+    if task == jobs.EMBED:
+        job.check_unused()
     loaded, tokenizer = load_any(model, kind)
-    documents = sources.read_by(type(loaded).__name__).documents(CorpusReading())
-    texts = [document.text for document in islice(documents, limit)]
     with TemporaryDirectory() as folder:
         store = Path(folder, "store")
-        results = list(checks(loaded, tokenizer, texts, store, layers=layer_numbers(layers), batch_size=batch_size))
+        if task != jobs.EMBED:
+            arguments = job.arguments()
+            sources = replace(sources, text_field=job.read_fields(arguments["template"]), as_json=True)
+            records = list(islice(sources.documents(CorpusReading()), limit))
+            results = list(verify_job(loaded, tokenizer, records, store, arguments, batch_size=batch_size))
+        else:
+            documents = sources.read_by(type(loaded).__name__).documents(CorpusReading())
+            texts = [document.text for document in islice(documents, limit)]
+            results = list(checks(loaded, tokenizer, texts, store, layers=layer_numbers(layers), batch_size=batch_size))
     failed = [check for check in results if not check.passed]
     if json:
         printing.as_json({"checks": [check.as_dict() for check in results], "passed": not failed})
@@ -62,7 +91,7 @@ def verify_model(
                 for check in results
             ],
         )  # fmt: skip
-        if any(check.tier not in ("output", "model") for check in results):
+        if any(check.tier not in ("output", "model", "answers") for check in results):
             printing.facts([("not compared", "positions hidden by the attention mask, which are not stored")])
     if failed:
         raise typer.Exit(1)

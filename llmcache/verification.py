@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from llmcache.model.tokens import (
     batch,
     tokenise_plainly,
 )
+from llmcache.pipeline.pipeline import Pipeline
 
 Outputs: TypeAlias = list[Floats32]
 """Outputs by document: [width], [labels] of a CrossEncoder, or [tokens, width]. Sparse vectors are dense here."""
@@ -36,8 +37,8 @@ _SLACK = 4.0
 class Check:
     """Result of one comparison.
 
-    tier: "output", "layer-3", "prefix", or "model" for the model against itself. reused: number of documents answered
-    from the store; for "prefix" of tokens, for "layer-3" of distinct rows. difference: largest absolute difference to
+    tier: "output", "layer-3", "prefix", "answers", or "model" for the model against itself. reused: number of documents
+    answered from the store; for "prefix" of tokens, for "layer-3" of distinct rows. difference: largest difference to
     the uncached outputs. limit: largest difference allowed. same: True if bitwise equal to the cold run; None where
     equality is not guaranteed.
     """
@@ -91,6 +92,53 @@ def verify_model(
     with LLMCache.open(store, model, tokenizer=tokenizer, config=config) as cache:
         yield subject.warm(cache, "reloaded", cold, expected, limit)
         yield from subject.by_layer(cache, expected, limit)
+
+
+def verify_job(
+    model: Module, tokenizer: Any, records: Iterable[Any], store: Path, job: Mapping[str, Any], *, batch_size: int = 32
+) -> Iterator[Check]:
+    """Compare the answers of a language-model job with those of the model alone, one prompt at a time.
+
+    records: of the job. store: a folder that does not exist yet. job: settings of `Pipeline`, with task and template.
+    Yields the checks, whose differences are those of log-likelihoods in nats, infinite where tokens differ. The bits of
+    warm runs are compared with those of the cold one.
+    ConfigError when no record has a prompt.
+    """
+
+    def rows(folder: Path, size: int, config: CacheConfig) -> tuple[list[Any], int]:
+        with LLMCache.open(folder, model, tokenizer=tokenizer, config=config) as cache:
+            found = list(Pipeline(cache, batch_size=size, **job).run(given))
+            return found, cache.stats().counters.answers_stored
+
+    given, plain = list(records), CacheConfig(answers=False, prefix_block=0)
+    alone, _ = rows(store.with_name("alone"), 1, plain)
+    if not alone:
+        raise ConfigError("no record has a prompt; give records with the fields of the template")
+    together, _ = rows(store.with_name("together"), batch_size, plain)
+    rounding = _row_difference(together, alone)
+    yield Check("model", "re-batched", len(alone), 0, rounding, rounding)
+    scale = max(float(np.abs(row.log_likelihoods).max(initial=0.0)) for row in alone)
+    limit = max(_SLACK * rounding, 64 * scale * float(np.finfo(np.float32).eps))
+    cold, _ = rows(store, batch_size, CacheConfig())
+    yield Check("answers", "cold", len(alone), 0, _row_difference(cold, alone), limit)
+    warm, reused = rows(store, batch_size, CacheConfig())
+    same = all(_numbers(one) == _numbers(other) for one, other in zip(warm, cold, strict=True))
+    yield Check("answers", "reloaded", len(alone), reused, _row_difference(warm, alone), limit, same)
+
+
+def _numbers(row: Any) -> tuple[Any, ...]:
+    """Return the tokens and log-likelihoods of a row of a job."""
+    return row.tokens, row.log_likelihoods
+
+
+def _row_difference(first: Sequence[Any], second: Sequence[Any]) -> float:
+    """Return the largest difference of log-likelihoods; infinity where tokens differ."""
+    return max(
+        float(np.abs(np.subtract(a.log_likelihoods, b.log_likelihoods)).max(initial=0.0))
+        if a.tokens == b.tokens
+        else np.inf
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 class _Subject:

@@ -51,7 +51,10 @@ NoProvenance = Annotated[
     bool,
     typer.Option("--no-provenance", help="With --task, leave out where rows came from: the same job, the same bytes."),
 ]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of a generated answer.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens of a generated answer; by default the model's own setting, or 64."),
+]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="NAME=VALUE for generation, such as num_beams=4; repeatable."),

@@ -36,6 +36,7 @@ from llmcache.records import MOST_CHARACTERS, FieldSpec, Taken
 TASKS = ("generate", "score", "classify")
 """Names of the tasks."""
 By: TypeAlias = Literal["total", "token", "character"]
+_NEW_TOKENS = 64  # most tokens of an answer, where neither the job nor the model says otherwise
 _WINDOW = 4096  # records that are ordered by their beginnings together
 _WINDOW_CHARACTERS = 1 << 22
 
@@ -97,7 +98,8 @@ class LanguageJob:
             repeated job writes the same bytes.
         batch_size: prompts, or for choices rows of tokens, in a batch of the model.
         id_field, max_characters, progress: as of `Pipeline`.
-        generation: for `model.generate`, such as max_new_tokens=64 or num_beams=4.
+        generation: for `model.generate`, such as max_new_tokens (64 where neither the job nor the model's generation
+            configuration says otherwise) or num_beams.
         ConfigError for settings that do not fit together or the model.
         """
         if task not in TASKS:
@@ -118,7 +120,13 @@ class LanguageJob:
         self._generation, self._batch_size, self._progress = generation, batch_size, progress
         self._whole = bool(getattr(model.config, "is_encoder_decoder", False))
         self._context = context_of(model)
-        new = int(generation.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20)
+        new = (
+            generation.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or _NEW_TOKENS
+        )
+        if type(new) is not int or new < 1:
+            raise ConfigError(f"max_new_tokens is a whole number from 1 on, got {new!r}")
+        if task == "generate":
+            generation = {"max_new_tokens": new, **generation}
         self._most = self._context - (new if task == "generate" and not self._whole else 1)
         self._new = new
         if self._most < 1:
