@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EMBED = "embed"
 
-Task = Annotated[
+TaskOption = Annotated[
     str,
     typer.Option(
         help="embed: vectors. generate, score or classify: a job of a language model, which answers a prompt for each "
@@ -38,13 +38,13 @@ Chat = Annotated[bool, typer.Option("--chat", help="With --task, write prompts b
 Examples = Annotated[
     Path | None, typer.Option(help="With --task, few-shot examples: .jsonl or .csv, with the fields and an answer.")
 ]
-Answer = Annotated[str, typer.Option(help="Field of the examples with the answer.")]
+AnswerField = Annotated[str, typer.Option(help="Field of the examples with the answer.")]
 Choice = Annotated[
     list[str] | None, typer.Option(help="Choice to score, or label; repeatable. For --task score and classify.")
 ]
 ChoicesField = Annotated[str | None, typer.Option(help="Field of each document with a list of its own choices.")]
 By = Annotated[str, typer.Option(help="Score that decides: total, or its mean per token or per character.")]
-TooLong = Annotated[
+TooLongOption = Annotated[
     str, typer.Option(help="Prompt beyond the model's context: refuse it, or cut its longest field left or right.")
 ]
 NoProvenance = Annotated[

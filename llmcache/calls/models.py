@@ -151,7 +151,7 @@ class ModelMethods(CacheParts):
                 model, tokenizer, settings, self.attached, stored, batch_size, likelihoods=True
             )
             found = {i: answer for batch in generation.answers(rows, stored_only=stored_only) for i, answer in batch}
-            return Answers.of(generation, [found.get(i) for i in range(len(rows))], generation.not_stored(rows))
+            return Answers.of(generation, [found.get(i) for i in range(len(rows))], generation.not_stored)
 
         return self._with_stored_results(run)
 

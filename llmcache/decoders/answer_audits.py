@@ -33,6 +33,8 @@ yields them batch by batch, with the numbers of the rows."""
 
 StoredAnswer: TypeAlias = tuple[list[int], list[Answered], int]
 """Ids of a prompt, its answers, and the row of the bank."""
+_SHORT = 512
+"""Tokens of prompt and answer up to which the first audits of an opening prefer answers to longer ones."""
 _OF_TOTAL = 1e-3
 """Relative difference of the log-likelihoods of two answers of a beam search that counts as rounding."""
 
@@ -53,6 +55,11 @@ def audit_answers(
     rows = np.array([row for *_, row in stored], np.int64)
     if not len(rows):
         return
+    lengths = np.array([len(ids) + len(answers[0].ids) for ids, answers, _ in stored], np.int64)
+    if evidence.open:  # before anything is served; random audits read long ones, too
+        short = np.sort(lengths)[min(len(lengths), evidence.open) - 1]
+        stored = [stored[i] for i in np.flatnonzero(lengths <= max(_SHORT, short)).tolist()]
+        rows = np.array([row for *_, row in stored], np.int64)
     chosen = evidence.chosen(rows, lambda: np.array([len(ids) for ids, *_ in stored], np.int64)).tolist()
     audited = [stored[i] for i in chosen if any(len(answer.ids) for answer in stored[i][1])]
     if not audited:

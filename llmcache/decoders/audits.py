@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ from llmcache.decoders.block_store import BlockRecords, BlockStore
 from llmcache.decoders.kv_encoding import KVEncoding
 from llmcache.decoders.rounded_agreement import compared_rounded
 from llmcache.decoders.schedule import TokenSequence
+
+_FIRST = 128
+"""Tokens of a prefix that an audit computes before the first prefixes of an opening are used."""
 
 
 class Recomputed(Protocol):
@@ -57,10 +61,24 @@ def audit_prefixes(
     if not hits:
         return
     evidence.saved(np.unique(np.concatenate([np.array(row.chain, np.int64) for row in hits])))
+    first = bool(evidence.open)
     places = evidence.chosen_among([np.array(row.chain, np.int64) for row in hits], [row.known for row in hits])
     if not places:
         return
-    _audit([hits[place] for place in places], records, evidence, trunk, encoding, recomputed)
+    audited = [hits[place] for place in places]
+    if first:  # before anything is served: a changed model shows in the first blocks, and random audits read all
+        audited = [_beginning(row, records) for row in audited]
+    _audit(audited, records, evidence, trunk, encoding, recomputed)
+
+
+def _beginning(row: TokenSequence, records: BlockRecords) -> TokenSequence:
+    """Return a row with at most `_FIRST` of its known tokens, in whole KV blocks."""
+    tokens = blocks = 0
+    while blocks < len(row.chain) and tokens < _FIRST:
+        tokens += len(records[row.chain[blocks]])
+        blocks += 1
+    tokens = min(tokens, row.known)
+    return replace(row, ids=row.ids[:tokens], chain=row.chain[:blocks], known=tokens, missing=[])
 
 
 def audit_sample(store: BlockStore, evidence: Evidence, trunk: nn.Module, recomputed: Recomputed) -> None:

@@ -22,7 +22,7 @@ from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import Ids, audit_answers
 from llmcache.decoders.answer_bank import Answered
 from llmcache.decoders.answer_settings import AnswerSettings, answer_settings, end_tokens
-from llmcache.decoders.likelihoods import computed_likelihoods, scoring_batches
+from llmcache.decoders.likelihoods import computed_likelihoods, logits_at, scoring_batches
 from llmcache.decoders.prefix_cache import restored_shares
 from llmcache.decoders.prefix_order import prefix_order
 from llmcache.decoders.prompts import (
@@ -104,7 +104,7 @@ def generate(
         run.texts(sequences),
         [each.ids for each in sequences],
         [answer.reused / max(1, answer.tokens) for answer in answers],
-        run.not_stored(rows),
+        run.not_stored,
         [each.likelihoods for each in sequences],
         [run.finish(each) for each in sequences],
         [answer.restored for answer in answers],
@@ -135,6 +135,8 @@ class Generation:
         self._settings = answer_settings(model, self._arguments)
         most = settings.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
         self._most = int(most)
+        self.not_stored = self._settings if stored is not None and isinstance(self._settings, str) else ""
+        """Reason why the answers computed so far are not stored; "" if they are, or without a store."""
 
     def texts(self, sequences: Sequence[Answered]) -> list[str]:
         """Return the texts of answers, without special tokens."""
@@ -146,11 +148,6 @@ class Generation:
             return "end"
         return "length" if len(answer.ids) - self._whole >= self._most else "stop"
 
-    def not_stored(self, rows: Sequence[Sequence[int]]) -> str:
-        """Return the reason why answers of rows of token ids cannot be stored; "" if they can, or without a store."""
-        settings = self._named(rows) if self._stored is not None else ""
-        return settings if isinstance(settings, str) else ""
-
     def answers(self, rows: Sequence[list[int]], *, stored_only: bool = False) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the answers of rows of token ids with the numbers of the rows: the stored ones first, then each batch.
 
@@ -158,7 +155,7 @@ class Generation:
         """
         if not rows:
             return
-        stored, settings = self._stored, self._named(rows) if self._stored is not None else ""
+        stored, settings = self._stored, self._settings
         if stored is None or isinstance(settings, str):
             if not stored_only:
                 yield from self._computed(rows, None)
@@ -169,9 +166,21 @@ class Generation:
         )  # fmt: skip
         words = vocabulary_of(self._model)
         compute = None if stored_only else self._computed
-        for batch in answered(rows, settings, stored.answers, compute, audit, words):
+        found = set[int]()
+        for batch in answered(rows, settings, stored.answers, compute, audit, words, self._may_store):
             stored.counters.answers_stored += sum(answer.stored for _, answer in batch)
+            found.update(i for i, _ in batch)
             yield batch
+        rest = [i for i in range(len(rows)) if i not in found]
+        if rest and not stored_only:  # they may not be stored
+            for batch in self._computed([rows[i] for i in rest], None):
+                yield [(rest[i], answer) for i, answer in batch]
+
+    def _may_store(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Return whether answers to these rows may be stored. Trials of the model show it, at the first call."""
+        named = self._named(rows)
+        self.not_stored = named if isinstance(named, str) else self.not_stored
+        return not isinstance(named, str)
 
     def _computed(self, rows: Sequence[list[int]], most: int | None) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the model's answers of rows of token ids, batch by batch. most: limit of new tokens, or None."""
@@ -248,7 +257,7 @@ class Generation:
         return batching.reach.refusal(max(map(len, rows), default=0) + settings.most) or settings
 
     def _logits(self, pairs: list[tuple[list[int], Ids]]) -> list[Floats32]:
-        with torch.inference_mode(), self._attached():
+        with torch.inference_mode():  # not through the cache, whose prefixes may be of another model, too
             return _answer_logits(self._model, pairs, self._padding)
 
 
@@ -346,8 +355,11 @@ def _answer_logits(model: Any, pairs: list[tuple[list[int], Ids]], padding: int)
         table = logits_of(model, call).float().cpu().numpy()
         return [rows[: len(ids) - 1] for rows, (_, ids) in zip(table, pairs, strict=True)]
     rows = [[*prompt, *ids.tolist()][:-1] for prompt, ids in pairs]
-    table = logits_of(model, forward_call(model, rows, padding)).float().cpu().numpy()
-    return [each[len(prompt) - 1 :][: len(ids)] for each, (prompt, ids) in zip(table, pairs, strict=True)]
+    counts = [len(ids) for _, ids in pairs]
+    of = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts))
+    columns = torch.cat([len(prompt) - 1 + torch.arange(len(ids)) for prompt, ids in pairs])
+    table = logits_at(model, forward_call(model, rows, padding), of, columns).float().cpu().numpy()
+    return np.split(table, np.cumsum(counts)[:-1])
 
 
 def _first_steps(model: Any, rows: list[list[int]], *, padding: int, left: bool) -> list[Tensor]:

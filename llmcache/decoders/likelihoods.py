@@ -23,6 +23,8 @@ from llmcache.decoders.stored_answers import StoredResults
 from llmcache.model.forward_patch import OwnHook
 from llmcache.model.row_batches import Batching, batching_of
 
+_STORED = Batching(padded=True, equal=True, causal=True)
+"""Batching rule of every model whose log-likelihoods are stored."""
 CountedRow: TypeAlias = tuple[list[int], int]
 """Token ids of a row, and the number of its last tokens whose log-likelihoods count."""
 
@@ -57,21 +59,23 @@ def likelihoods(
     """
     if not prompts:
         return
-    if stored is not None:
-        batching = scoring_batches(model, tokenizer)
-        longest = max(len(ids) for rows in prompts for ids, _ in rows)
-        if not (batching.causal and batching.padded) or batching.reach.refusal(longest):
-            stored = None  # the values depend on the other rows of a batch
     known: dict[tuple[int, ...], Floats32] = {}
     if stored is not None:
-        known = _stored_likelihoods(model, tokenizer, [row for rows in prompts for row in rows], stored, attached)
+        known = _stored_likelihoods(model, tokenizer, [row for rows in prompts for row in rows], stored)
     whole, open_ = list[int](), list[int]()
     for i, rows in enumerate(prompts):
         (whole if all(_keyed(row) in known for row in rows) else open_).append(i)
     if whole:
         yield [(i, _collected(prompts[i], known, {}, {})) for i in whole]
-    if stored_only:
+    if stored_only or not open_:
         return
+    if stored is not None:
+        batching = scoring_batches(model, tokenizer)
+        longest = max(len(ids) for i in open_ for ids, _ in prompts[i])
+        if not (batching.causal and batching.padded) or batching.reach.refusal(longest):
+            stored = None  # the values depend on the other rows of a batch
+        else:
+            _audit_sample(model, tokenizer, stored)
     stems = [prompts[i][0][0][: max(1, len(prompts[i][0][0]) - prompts[i][0][1])] for i in open_]
     for batch in _batches([open_[i] for i in prefix_order(stems)], prompts, known, batch_size):
         began = time.perf_counter()
@@ -127,45 +131,67 @@ def _batches(
 
 
 def _stored_likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[CountedRow], stored: StoredResults, attached: Attached
+    model: Any, tokenizer: Any, rows: Sequence[CountedRow], stored: StoredResults
 ) -> dict[tuple[int, ...], Floats32]:
     """Return the stored log-likelihoods of rows, by `_keyed`. ModelMismatch when an audit finds others."""
     bank, keyed = stored.likelihoods, list(dict.fromkeys(map(_keyed, rows)))
     numbers, places = bank.numbers(LIKELIHOODS, keyed)
     # a forged store may have another number of values
     found = {i: each for i, each in enumerate(numbers) if each is not None and len(each) == keyed[i][-1]}
-
-    def audit(entries: list[CountedRow], values: list[Floats32], of_bank: NDArray[np.int64]) -> None:
-        def recompute(some: Sequence[int]) -> list[Floats32]:
-            chosen = [entries[i] for i in some]
-            computed = {i: each for i, each, _ in computed_likelihoods(model, tokenizer, chosen, len(some), attached)}
-            return [computed[i].astype(np.float32) for i in range(len(some))]
-
-        audit_likelihoods(bank.evidence, of_bank, values, model, recompute)
-
     at = list(found)
-    audit([(list(keyed[i][:-1]), keyed[i][-1]) for i in at], list(found.values()), places[at])
-    if len(found) < len(keyed):  # a changed model must not add results to those of the unchanged one
-        sampled = bank.sample(LIKELIHOODS)
-        entries = [(ids[:-1].tolist(), int(ids[-1])) for ids, *_ in sampled]
-        audit(entries, [value for _, value, _ in sampled], np.array([row for *_, row in sampled], np.int64))
+    entries = [(list(keyed[i][:-1]), keyed[i][-1]) for i in at]
+    _audit(model, tokenizer, stored, entries, list(found.values()), places[at])
     known = {keyed[i]: each for i, each in found.items()}
     stored.counters.answers_stored += sum(_keyed(row) in known for row in rows)
     return known
 
 
+def _audit_sample(model: Any, tokenizer: Any, stored: StoredResults) -> None:
+    """Audit a few stored entries, since a changed model must not add results to those of the unchanged one."""
+    sampled = stored.likelihoods.sample(LIKELIHOODS)
+    entries = [(ids[:-1].tolist(), int(ids[-1])) for ids, *_ in sampled]
+    places = np.array([row for *_, row in sampled], np.int64)
+    _audit(model, tokenizer, stored, entries, [value for _, value, _ in sampled], places)
+
+
+def _audit(
+    model: Any,
+    tokenizer: Any,
+    stored: StoredResults,
+    entries: Sequence[CountedRow],
+    values: Sequence[Floats32],
+    places: NDArray[np.int64],
+) -> None:
+    """Compare some of these entries with the model alone. places: their rows in the bank. ModelMismatch when they
+    differ."""
+
+    def recompute(some: Sequence[int]) -> list[Floats32]:
+        chosen = [entries[i] for i in some]
+        # without the cache, whose prefixes may be of another model, too; what is stored needs no trial of batches
+        rows = computed_likelihoods(model, tokenizer, chosen, len(some), nullcontext, _STORED)
+        computed = {i: each for i, each, _ in rows}
+        return [computed[i].astype(np.float32) for i in range(len(some))]
+
+    audit_likelihoods(stored.likelihoods.evidence, places, values, model, recompute)
+
+
 def computed_likelihoods(
-    model: Any, tokenizer: Any, rows: Sequence[CountedRow], batch_size: int, attached: Attached
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[CountedRow],
+    batch_size: int,
+    attached: Attached,
+    batching: Batching | None = None,
 ) -> Iterator[tuple[int, NDArray[np.float64], float]]:
     """Yield for each row its number, the log-likelihoods of its last tokens, computed by the model, and the share of
     its tokens that were restored.
 
     Rows with common prefixes share batches. They are padded on the right: a causal model does not attend to this
-    padding, and counts positions as for the row alone.
+    padding, and counts positions as for the row alone. batching: of the model; None to find it by trials.
     """
     if not rows:
         return
-    padding, batching = padding_id(model, tokenizer), scoring_batches(model, tokenizer)
+    padding, batching = padding_id(model, tokenizer), batching or scoring_batches(model, tokenizer)
     # the prediction after the last id is not needed, so a causal model is not given this id
     inputs = [ids[:-1] if batching.causal and not batching.reach.refusal(len(ids)) else ids for ids, _ in rows]
     lengths = list(map(len, inputs))
@@ -180,7 +206,7 @@ def computed_likelihoods(
             of = np.repeat(np.arange(len(chosen)), counted)
             columns = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counted, strict=True)])
             wanted = np.concatenate([rows[i][0][-n:] for i, n in zip(chosen, counted, strict=True)])
-            logits = _logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
+            logits = logits_at(model, call, torch.from_numpy(of), torch.from_numpy(columns))
             asked = torch.from_numpy(wanted)[:, None].to(logits.device)
             likely = torch.log_softmax(logits.float(), -1).gather(1, asked)
             values = np.split(likely[:, 0].double().cpu().numpy(), np.cumsum(counted)[:-1])
@@ -193,18 +219,18 @@ def scoring_batches(model: Any, tokenizer: Any) -> Batching:
     padding = padding_id(model, tokenizer)
 
     def probed(batch: list[list[int]]) -> list[Tensor]:
-        """Return the logits of each row, run in one batch; of several rows with `_logits_at`, as below."""
+        """Return the logits of each row, run in one batch; of several rows with `logits_at`, as below."""
         if len(batch) == 1:
             return [logits_of(model, forward_call(model, batch, padding))[0]]
         of = torch.cat([torch.full((len(row),), i) for i, row in enumerate(batch)])
         columns = torch.cat([torch.arange(len(row)) for row in batch])
-        logits = _logits_at(model, forward_call(model, batch, padding), of, columns)
+        logits = logits_at(model, forward_call(model, batch, padding), of, columns)
         return list(torch.split(logits, [len(row) for row in batch]))
 
     return batching_of(model, "logits", probed)
 
 
-def _logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+def logits_at(model: Any, call: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
     """Return the logits at these rows and columns of a call, [n, vocabulary].
 
     The head, a third of a small model, is computed for these places only. `logits_to_keep` would need the same columns

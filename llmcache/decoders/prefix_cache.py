@@ -26,6 +26,7 @@ from llmcache.decoders.block_store import BlockRecords, BlockStore
 from llmcache.decoders.kv_buffer import (
     Forward,
     KVBuffer,
+    KVLayout,
     cache_of,
     hand_over,
     shape_of,
@@ -97,6 +98,7 @@ class PrefixCache:
         levels: DeviceCache | None = None,
         evidence: Evidence | None = None,
         dtype: str = "auto",
+        trial: tuple[KVLayout, Reach] | None = None,
     ) -> None:
         """Make a prefix cache, with trial forwards. The trunk's forward must be its own, without a stand-in.
 
@@ -107,9 +109,10 @@ class PrefixCache:
         levels: memory for full KV blocks, with `tokens=block`; None reads them from files.
         evidence: audit results of the bank with this trunk; None audits nothing.
         dtype: setting `CacheConfig.prefix_dtype`. The trial judges the model without its rounding.
+        trial: `trial` of an earlier prefix cache of this trunk with this digest; None for new trial forwards.
         ConfigError when prefixes of the trunk cannot be restored, or the bank does not fit the trunk.
         """
-        self.shape = shape_of(trunk)
+        self.shape = shape_of(trunk) if trial is None else trial[0]
         self.bytes_per_token = bytes_per_token(self.shape, dtype, max(1, block))
         encoding = KVEncoding.of(self.shape, dtype)
         fresh = encoding.facts
@@ -127,7 +130,12 @@ class PrefixCache:
         self._forward_cost = _forward_cost(trunk) if forward_cost is None else forward_cost
         self.counters = PrefixCounters()
         self._reach = Reach()
-        self._reach = self._find_reach()
+        self._reach = self._find_reach() if trial is None else trial[1]
+
+    @property
+    def trial(self) -> tuple[KVLayout, Reach]:
+        """Outcome of the trial forwards: layout of what is stored, and length of rows up to which it is right."""
+        return self.shape, self._reach
 
     def refuses(self, call: Mapping[str, Any]) -> str | None:
         """Return the reason why the model has to compute this call itself; None if the prefix cache can answer it."""

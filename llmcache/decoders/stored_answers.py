@@ -80,13 +80,15 @@ def answered(
     compute: Compute | None,
     audit: Audit,
     words: int,
+    may_store: Callable[[Sequence[Sequence[int]]], bool],
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Yield the answers of rows of token ids with the numbers of the rows: the stored ones first, then each batch.
 
     Equal rows are computed once, and are yielded together. A batch is stored before it is yielded.
     compute: computes the other answers; None to yield the stored ones only.
     audit: compares stored answers with the model's before they are used; ModelMismatch when they differ.
-    words: number of token ids of the model.
+    words: number of token ids of the model. may_store: tells whether the answers of rows of token ids may be stored;
+    otherwise only the stored ones are yielded.
     """
     equal: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
@@ -95,11 +97,11 @@ def answered(
     open_ = {row: list(row) for row in equal}  # ids of prompt and answer so far, of prompts without a whole answer
     _read(open_, answers, settings, bank, audit, words)
     yield [(i, answers[row]) for row, places in equal.items() if row not in open_ for i in places]
-    if compute is None:
+    if compute is None or not open_ or not may_store(list(open_)):
         return
-    if open_:  # a changed model must not add answers to those of the unchanged one
-        sampled = [(ids.tolist(), unpacked(numbers, words), row) for ids, numbers, row in bank.sample(settings.name)]
-        audit([(ids, answers, row) for ids, answers, row in sampled if answers is not None])
+    # a changed model must not add answers to those of the unchanged one
+    sampled = [(ids.tolist(), unpacked(numbers, words), row) for ids, numbers, row in bank.sample(settings.name)]
+    audit([(ids, found, row) for ids, found, row in sampled if found is not None])
     rest: dict[int, list[tuple[int, ...]]] = {}
     for prompt, ids in open_.items():
         rest.setdefault(settings.most - len(ids) + len(prompt), []).append(prompt)

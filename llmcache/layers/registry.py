@@ -12,7 +12,7 @@ from torch.nn import Module
 from llmcache.banks.device_cache import levels_of
 from llmcache.banks.writer import BankWriter
 from llmcache.config import CacheConfig
-from llmcache.decoders.kv_buffer import shape_of
+from llmcache.decoders.kv_buffer import KVLayout, shape_of
 from llmcache.decoders.kv_encoding import KVEncoding, stored_dtype
 from llmcache.decoders.prefix_cache import PrefixCache
 from llmcache.errors import ConfigError
@@ -30,6 +30,10 @@ from llmcache.model.description.watch import ModelWatch
 from llmcache.model.digests import Digests
 from llmcache.model.features import feature_width
 from llmcache.model.locks import CallLock
+from llmcache.model.trial import Reach
+
+_trials: WeakKeyDictionary[Module, dict[bytes, tuple[KVLayout, Reach]]] = WeakKeyDictionary()
+"""Outcome of the trials of prefix caches by trunk and digest of the identity, so that they run once in a process."""
 
 
 class Layers:
@@ -123,21 +127,25 @@ class Layers:
         if not self._config.prefix_block:
             return None
         self._check_dtype(trunk)
-        encoding = KVEncoding.of(shape_of(trunk), self._config.prefix_dtype)
+        digest = identity.digest(mode)
+        trial = _trials.setdefault(trunk, {}).get(digest)
+        encoding = KVEncoding.of(shape_of(trunk) if trial is None else trial[0], self._config.prefix_dtype)
         bank = self.bank(encoding.bank, encoding.facts)
         device = next(trunk.parameters()).device
         prefixes = PrefixCache(
             trunk,
             bank,
-            identity.digest(mode),
+            digest,
             self.storing.put,
             self.storing.worth(bank, encoding.bank),
             secret=self.secret,
             block=self._config.prefix_block,
             levels=levels_of(bank, device, self._config, tokens=self._config.prefix_block),
-            evidence=self.storing.exact_audits.evidence(bank, encoding.bank, trunk, identity.digest(mode)),
+            evidence=self.storing.exact_audits.evidence(bank, encoding.bank, trunk, digest),
             dtype=self._config.prefix_dtype,
+            trial=trial,
         )
+        _trials[trunk][digest] = prefixes.trial
         prefixes.counters = self.storing.counters.prefix
         return prefixes
 

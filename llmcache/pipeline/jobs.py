@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -115,14 +114,13 @@ class LanguageJob:
         if too_long not in get_args(TooLong):
             raise ConfigError(f"too_long is one of {', '.join(get_args(TooLong))}, got {too_long!r}")
         self._cache, self._task, self._template, self._by, self._too_long = cache, task, template, by, too_long
-        self._tokenizer = copy.deepcopy(tokenizer)  # prompts are made in another thread than answers
+        self._tokenizer = tokenizer  # a private copy, which tokenises in several threads without padding
         self._choices = None if choices is None else tuple(choices)
-        self._generation, self._batch_size, self._progress = generation, batch_size, progress
+        self._batch_size, self._progress = batch_size, progress
         self._whole = bool(getattr(model.config, "is_encoder_decoder", False))
         self._context = context_of(model)
-        new = (
-            generation.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or _NEW_TOKENS
-        )
+        usual = getattr(model.generation_config, "max_new_tokens", None) or _NEW_TOKENS
+        new = generation.get("max_new_tokens") or usual
         if type(new) is not int or new < 1:
             raise ConfigError(f"max_new_tokens is a whole number from 1 on, got {new!r}")
         if task == "generate":
@@ -134,6 +132,7 @@ class LanguageJob:
                 f"the model reads {self._context:,} tokens, and max_new_tokens={new:,} leaves none for a prompt; "
                 "generate fewer tokens"
             )
+        self._generation = generation
         if task == "generate":
             cache.check_generation(generation)
         row = {"generate": GeneratedRow, "score": ScoredRow, "classify": ClassifiedRow}[task]

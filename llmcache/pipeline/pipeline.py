@@ -23,7 +23,7 @@ from llmcache.pipeline.chunked import Cutting
 from llmcache.pipeline.job_plan import JobPlan
 from llmcache.pipeline.jobs import LanguageJob
 from llmcache.pipeline.journal import beside, discard
-from llmcache.pipeline.task import Task
+from llmcache.pipeline.task import PipelineTask
 from llmcache.pipeline.vector_task import VectorTask
 from llmcache.records import MOST_CHARACTERS, RejectedRecord, intake
 
@@ -107,7 +107,7 @@ class Pipeline:
             "chunk": chunk, "per": per, "late": late, "output_value": output_value, "text_field": text_field,
             "role": role, "prompt_name": prompt_name, "prompt": prompt,
         }  # fmt: skip
-        self._task: Task
+        self._task: PipelineTask
         if task == "embed":
             if job:
                 raise ConfigError(f"{next(iter(job))} is no setting of vectors; for language models give task=...")

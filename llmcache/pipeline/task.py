@@ -19,7 +19,7 @@ Write: TypeAlias = Callable[[Iterable[Any]], None]
 """Function that writes results to a file."""
 
 
-class Task(Protocol):
+class PipelineTask(Protocol):
     """A task of a pipeline.
 
     fields: of the records. facts: settings that decide the results, by name, as JSON values. form, width, columns: of

@@ -398,7 +398,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"task": "translate", "template": "{text}"}, "task is one of"),
     ({"task": "generate"}, "template"),
     ({"task": "generate", "template": "no field"}, "no field"),
-    ({"task": "generate", "template": "{text.upper}"}, ""),
+    ({"task": "generate", "template": "{text.upper}"}, "text.upper"),
     ({"task": "generate", "template": "{text}", "choices": ["a"]}, "choices are for"),
     ({"task": "score", "template": "{text}"}, "choices"),
     ({"task": "score", "template": "{text}", "choices": ["a"], "choices_field": "b"}, "either"),
