@@ -66,9 +66,9 @@ class Measured:
     needed: tokens of prompts (and choices) whose beginning is not stored. exactness: one for each comparison.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, folder: Path, batch_size: int, say: Say) -> None:
         self._model, self._tokenizer, self.folder, self._batch_size = model, tokenizer, folder, batch_size
-        self.plain = Batched(model, tokenizer, batch_size)
+        self.say, self.plain = say, Batched(model, tokenizer, batch_size)
         self.rows: list[Row] = []
         self.exactness: list[Row] = []
 
@@ -142,6 +142,8 @@ class Measured:
             "per_document": 1 / run.rate, "base_per_document": 1 / base.rate if base else None, "ratio": ratio,
             "asked": asked, "met": None if asked is None or ratio is None else ratio >= asked, **run.facts, **facts,
         })  # fmt: skip
+        times = "" if ratio is None else f", {ratio:.2f} times as fast"
+        self.say(f"  {part}: {1 / run.rate:.3f} s a document{times}")
 
     def compare_texts(self, name: str, texts: Sequence[str], result: bytes) -> None:
         """Compare generated texts with those of a result file."""
@@ -190,19 +192,19 @@ def measured(model: Any, tokenizer: Any, data: Path, sizes: JobSizes, repeats: i
     ConfigError when a data set is missing, or has too few texts for these sizes.
     """
     with tempfile.TemporaryDirectory(prefix="llmcache-bench-") as name:
-        made = Measured(model, tokenizer, Path(name), sizes.batch_size)
+        made = Measured(model, tokenizer, Path(name), sizes.batch_size, say)
         short = documents(data, tokenizer, sizes.short, sizes.paragraphs + -(-sizes.paragraphs // 10))
         long = documents(data, tokenizer, sizes.long, sizes.long_paragraphs)
         say("trial forwards of the model, before the clock")
         _warm_up(made, short[:2])
-        _repeated(made, short, sizes.paragraphs, repeats, say)
-        _known(made, "short", sizes.short, short[: sizes.paragraphs], (3.5, 5), repeats, say)
+        _repeated(made, short, sizes.paragraphs, repeats)
+        _known(made, "short", sizes.short, short[: sizes.paragraphs], (3.5, 5), repeats)
         with made.cached(asked_job(long, 0), {}, keep="long")(0) as action:
             action()
-        _known(made, "long", sizes.long, long, (6, 10), repeats, say)
-        _five(made, short[: sizes.groups], repeats, say)
-        _classified(made, data, sizes, repeats, say)
-        _openbookqa(made, data, sizes.questions, say)
+        _known(made, "long", sizes.long, long, (6, 10), repeats)
+        _five(made, short[: sizes.groups], repeats)
+        _classified(made, data, sizes, repeats)
+        _openbookqa(made, data, sizes.questions)
     return {
         "batch_size": sizes.batch_size, "new_tokens": NEW, "repeats": repeats, "possible_is": _COMPUTE,
         "before_the_clock": "trial forwards of the model, once per process, for all contenders",
@@ -218,10 +220,10 @@ def _warm_up(made: Measured, texts: Records) -> None:
                 action()
 
 
-def _repeated(made: Measured, texts: Records, count: int, repeats: int, say: Say) -> None:
+def _repeated(made: Measured, texts: Records, count: int, repeats: int) -> None:
     """Measure a job, the same again, and the same with every tenth document replaced."""
     part = "same job again"
-    say(part)
+    made.say(part)
     job, facts = asked_job(texts[:count], 0), [Row(), Row(), Row()]
     rows = made.tokens(job)
     begun = in_turn(
@@ -235,7 +237,7 @@ def _repeated(made: Measured, texts: Records, count: int, repeats: int, say: Say
     opened = (begun.median + facts[0]["open_seconds"]) / (again.median + facts[1]["open_seconds"])
     made.add(part, again, 100, ratio_with_opening=opened, equal_files=all(each == first for each in again.outputs))
     part = "10 % changed"
-    say(part)
+    made.say(part)
     places = list(range(0, count, 10))
     changed = texts[:count]
     for place, text in zip(places, texts[count:], strict=True):
@@ -261,16 +263,14 @@ def _pair(made: Measured, name: str, job: Job, facts: Row, store: str, repeats: 
     return found[PLAIN], found[name]
 
 
-def _known(
-    made: Measured, store: str, tokens: int, texts: Records, asked: tuple[float, float], repeats: int, say: Say
-) -> None:
+def _known(made: Measured, store: str, tokens: int, texts: Records, asked: tuple[float, float], repeats: int) -> None:
     """Measure another question about documents whose first question a store has: generate, and score choices."""
     known = made.tokens(asked_job(texts, 0))
     for number, (what, job, least) in enumerate(
         (("generate", asked_job(texts, 1), asked[0]), ("score", asked_job(texts, 2, CHOICES), asked[1]))
     ):
         part = f"{what}, known {tokens} tokens"
-        say(part)
+        made.say(part)
         facts: Row = {}
         plain, ours = _pair(made, "known documents", job, facts, store, repeats)
         rows = made.tokens(job)
@@ -284,10 +284,10 @@ def _known(
     shutil.rmtree(made.folder / store)
 
 
-def _five(made: Measured, texts: Records, repeats: int, say: Say) -> None:
+def _five(made: Measured, texts: Records, repeats: int) -> None:
     """Measure five questions about each paragraph with an empty store: in the order of the paragraphs, and shuffled."""
     part = "five questions a paragraph"
-    say(part)
+    made.say(part)
     jobs = [asked_job(texts, number) for number in range(5)]
     ordered = [job.records[i] for i in range(len(texts)) for job in jobs]
     order = np.random.default_rng(0).permutation(len(ordered)).tolist()
@@ -311,13 +311,13 @@ def _five(made: Measured, texts: Records, repeats: int, say: Say) -> None:
     made.compare_texts(part, found[PLAIN].outputs[0], result)
 
 
-def _classified(made: Measured, data: Path, sizes: JobSizes, repeats: int, say: Say) -> None:
+def _classified(made: Measured, data: Path, sizes: JobSizes, repeats: int) -> None:
     """Measure labels of short documents after a prompt with examples, with an empty store.
 
     transformers scores every choice of a part of the documents by itself; its time is taken per document.
     """
     part = "few-shot classification"
-    say(part)
+    made.say(part)
     job = few_shot(data, made.plain, sizes.shots, sizes.classified)
     few = min(sizes.classified_plain, len(job.records))
     places = range(0, len(job.records), len(job.records) // few)[:few]
@@ -337,9 +337,9 @@ def _classified(made: Measured, data: Path, sizes: JobSizes, repeats: int, say: 
     made.compare_scores(part, plain.outputs[0], b"\n".join(written[i] for i in places))
 
 
-def _openbookqa(made: Measured, data: Path, count: int, say: Say) -> None:
+def _openbookqa(made: Measured, data: Path, count: int) -> None:
     """Compare log-likelihoods of choices with those of prompt and choice tokenised together, for three prompt ends."""
-    say("OpenBookQA")
+    made.say("OpenBookQA")
     asked = openbook_questions(data / OPENBOOKQA)[:count]
     for number, end in enumerate(_ENDS):
         records = [{"stem": stem, "choices": choices} for stem, choices, _ in asked[number :: len(_ENDS)]]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmcache.bench.job_texts import new_tokens
+from llmcache.cli.bench.app import COMMANDS
 from tests.conftest import DATA, MODELS, Command
 
 MODEL = MODELS / "stories260k-llama"
@@ -27,7 +28,9 @@ def arguments() -> list[Any]:
     return ["bench", "jobs", "--data", DATA, "--model", MODEL, *sizes]
 
 
-def test_every_job_has_a_row_and_the_results_of_transformers(llmcache: Command, arguments: list[Any]) -> None:
+def test_every_job_has_a_row_and_the_results_of_transformers(
+    llmcache: Command, arguments: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = llmcache(*arguments, "--json")
     assert done.code == 0, done.err
     record = json.loads(done.out)
@@ -49,6 +52,13 @@ def test_every_job_has_a_row_and_the_results_of_transformers(llmcache: Command, 
         if row["asked"] is not None:
             assert row["met"] == (row["ratio"] >= row["asked"])
 
+    (command,) = (one for one in COMMANDS if one.name == "jobs")
+    for table in command.tables:
+        table.show(record)
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("few-shot", "shuffled", "OpenBookQA", "by tokens", "audits"))
+    assert str(dict(command.facts(record))["same job again"]).startswith("the same bytes; ")
+
     again = rows["same job again"]
     assert again["equal_files"]
     assert again["answers_stored"] == SIZES["paragraphs"]
@@ -63,7 +73,7 @@ def test_every_job_has_a_row_and_the_results_of_transformers(llmcache: Command, 
         assert one["difference"] is None or one["difference"] < 1e-4, one
 
 
-def test_tables_name_the_jobs_and_a_model_that_writes_nothing_is_refused(
+def test_a_model_that_writes_nothing_and_too_large_sizes_are_refused(
     llmcache: Command, arguments: list[Any], model_path: str
 ) -> None:
     done = llmcache(*arguments, "--model", model_path)
