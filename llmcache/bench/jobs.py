@@ -63,7 +63,9 @@ class Measured:
     """Rows and exactness of the jobs of one model. Stores are in `folder`.
 
     rows: one for each job, with the seconds of its base. generated: tokens that the model was given one by one.
-    needed: tokens of prompts (and choices) whose beginning is not stored. exactness: one for each comparison.
+    ratio_without_audits: ratio if the first hits of the opening were not recomputed, which takes as long for any number
+    of documents; from the last round. needed: tokens of prompts (and choices) whose beginning is not stored.
+    exactness: one for each comparison.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, batch_size: int, say: Say) -> None:
@@ -136,10 +138,13 @@ class Measured:
     def add(self, part: str, run: Measurement, asked: float | None = None, **facts: Any) -> None:
         """Add the row of a job. asked: least ratio that it should have."""
         base, ratio = run.against, run.ratio
+        last, audits = run.seconds[-1], run.facts["audit_seconds"]  # both of the last round
+        without = None if base is None else run.ratios[-1] * last / max(last - audits, 1e-3)
         self.rows.append({
             "name": part, "documents": run.documents, "seconds": run.seconds, "base": run.base,
             "base_documents": base.documents if base else None, "base_seconds": run.base_seconds,
             "per_document": 1 / run.rate, "base_per_document": 1 / base.rate if base else None, "ratio": ratio,
+            "ratio_without_audits": without,
             "asked": asked, "met": None if asked is None or ratio is None else ratio >= asked, **run.facts, **facts,
         })  # fmt: skip
         times = "" if ratio is None else f", {ratio:.2f} times as fast"
