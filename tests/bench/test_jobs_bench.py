@@ -77,10 +77,10 @@ def test_a_model_that_writes_nothing_and_too_large_sizes_are_refused(
     llmcache: Command, arguments: list[Any], model_path: str
 ) -> None:
     done = llmcache(*arguments, "--model", model_path)
-    assert done.code == 1
+    assert done.code == 2
     assert "is no language model with a tokenizer" in done.err
     done = llmcache(*arguments, "--paragraphs", 100_000)
-    assert done.code == 1
+    assert done.code == 2
     assert "documents of 40 tokens, and 110000 are needed" in done.err
 
 
