@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from llmcache.bench.competitors.transformers_jobs import Batched
 from llmcache.bench.harness.datasets import OPENBOOKQA, openbook_questions
+from llmcache.bench.harness.recording import Say
 from llmcache.bench.harness.turns import Action, Measurement, Row, Turn, in_turn, steady
 from llmcache.bench.job_texts import CHOICES, NEW, Job, Records, asked_job, documents, few_shot, new_tokens
 from llmcache.cache import LLMCache
@@ -28,8 +29,6 @@ from llmcache.config import CacheConfig
 from llmcache.decoders.templates import PromptTemplate
 from llmcache.errors import ConfigError
 from llmcache.pipeline.pipeline import Pipeline
-
-Say: TypeAlias = Callable[[str], None]
 
 PLAIN = "transformers, batched"
 _ENDS = ("", " ", "\n")
@@ -212,7 +211,7 @@ def measured(model: Any, tokenizer: Any, data: Path, sizes: JobSizes, repeats: i
         _openbookqa(made, data, sizes.questions)
     return {
         "batch_size": sizes.batch_size, "new_tokens": NEW, "repeats": repeats, "possible_is": _COMPUTE,
-        "before_the_clock": "a first opening with its trial forwards, for all contenders; those of later ones are timed",
+        "before_the_clock": "a first opening and its trial forwards, all contenders; those of later ones are timed",
         "rows": made.rows, "exactness": made.exactness,
     }  # fmt: skip
 
