@@ -152,7 +152,9 @@ class Measured:
     def compare_texts(self, name: str, texts: Sequence[str], result: bytes) -> None:
         """Compare generated texts with those of a result file."""
         equal = sum(one == row["text"] for one, row in zip(texts, _rows(result), strict=True))
-        self.exactness.append({"name": f"{name}: texts", "items": len(texts), "equal": equal, "difference": None})
+        self.exactness.append({
+            "name": f"{name}: texts", "items": len(texts), "prompts": len(texts), "equal": equal, "difference": None,
+        })  # fmt: skip
 
     def compare_scores(self, name: str, scores: Sequence[Any], result: bytes) -> None:
         """Compare log-likelihoods with those of a result file, and the choices that they decide."""

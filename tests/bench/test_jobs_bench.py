@@ -69,7 +69,7 @@ def test_every_job_has_a_row_and_the_results_of_transformers(
     ends = [one for one in record["exactness"] if one["name"].startswith("OpenBookQA")]
     assert [one["items"] for one in ends] == [8, 8, 8]
     for one in record["exactness"]:
-        assert one["equal"] == one.get("prompts", one["items"]), one
+        assert one["equal"] == one["prompts"], one
         assert one["difference"] is None or one["difference"] < 1e-4, one
 
 
