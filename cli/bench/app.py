@@ -29,6 +29,21 @@ COMMANDS = (
          for name in ("squad", "openbookqa")],
     ),
     Command(
+        "jobs", models.jobs,
+        [
+            Columns({"job": "name", "docs": "documents", "base s/doc": "base_per_document:.3f",
+                     "s/doc": "per_document:.3f", "x": "ratio:.2f", "no audits": "ratio_without_audits:.2f",
+                     "by tokens": "possible:.1f", "asked": "asked:.1f"}),
+            Columns({"job": "name", "tokens": "tokens", "computed": "computed", "needed": "needed",
+                     "open s": "open_seconds:.1f", "model": "model_seconds:.1f", "look-up": "lookup_seconds:.1f",
+                     "store": "store_seconds:.1f", "audits": "audit_seconds:.1f"}, "rows", "tokens and seconds"),
+            Columns({"results of both": "name", "prompts": "prompts", "same result": "equal", "compared": "items",
+                     "max diff": "difference:.1e"},
+                    "exactness"),
+        ],
+        facts=models.job_facts,
+    ),
+    Command(
         "near", near.near,
         [Columns({"method": "method", "drift of": "drift_is", "budget": "budget", "hits": "hits:.1%",
                   "drift": "drift:.3%", "worst": "worst_drift:.3%", "accuracy drop": "accuracy_drop:.2%"}, "summary")],

@@ -216,3 +216,52 @@ def plan(
     from llmcache.bench.planning import measured
 
     return {"data": data.name, "rows": measured(loaded(), data, repeats=repeats, wanted=only, limit=limit, say=say)}
+
+
+def jobs(
+    data: Annotated[Path, typer.Option("--data", help="Folder with qa-squad2-dev, qa-openbookqa and cls-banking77.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="Folder of a causal model with its tokenizer.")],
+    repeats: Repeats = 1,
+    paragraphs: Annotated[int, typer.Option(min=10, help="Short documents.")] = 48,
+    long_paragraphs: Annotated[int, typer.Option(min=2, help="Long documents.")] = 12,
+    groups: Annotated[int, typer.Option(min=2, help="Paragraphs with five questions each.")] = 16,
+    classified: Annotated[int, typer.Option(min=2, help="Short documents to classify.")] = 100,
+    classified_plain: Annotated[int, typer.Option(min=1, help="Of these, documents that the model alone scores.")] = 10,
+    questions: Annotated[int, typer.Option(min=3, help="Questions of OpenBookQA.")] = 51,
+    short: Annotated[int, typer.Option(min=16, help="Tokens of a short document.")] = 180,
+    long: Annotated[int, typer.Option(min=16, help="Tokens of a long document.")] = 800,
+    shots: Annotated[int, typer.Option(min=16, help="Tokens of the examples before a document to classify.")] = 320,
+    batch_size: options.BatchSize = 32,
+) -> BenchRecord:
+    """Measure language-model jobs: repeated, changed, with other questions, shuffled, few-shot; beside transformers.
+
+    transformers alone runs batches of prompts sorted by length. Results of both are compared. With the defaults and a
+    model of 135 million parameters this takes some ten minutes on two processors.
+    """
+    from llmcache.bench.jobs import JobSizes, measured
+    from llmcache.errors import ConfigError
+    from llmcache.model.loading import load_any
+
+    printing.quiet()
+    module, tokenizer = load_any(model)
+    if tokenizer is None or not hasattr(module, "generate"):
+        raise ConfigError(f"{model} is no language model with a tokenizer; give --model with the folder of one")
+    sizes = JobSizes(
+        paragraphs, long_paragraphs, groups, classified, classified_plain, questions, short, long, shots, batch_size
+    )
+    return {"data": data.name, "model": model.name, **measured(module.float(), tokenizer, data, sizes, repeats, say)}
+
+
+def job_facts(record: BenchRecord) -> list[tuple[str, object]]:
+    """Return what the tables of jobs do not have: equal files, sharing of shuffled prompts, and how it was measured."""
+    by_name = {row["name"]: row for row in record["rows"]}
+    again, (shuffled,) = by_name["same job again"], (row for row in record["rows"] if row["name"].endswith("shuffled"))
+    return [
+        ("base", "the first run for the same job again; else transformers, batches of prompts sorted by length"),
+        ("same job again", f"{'the same' if again['equal_files'] else 'OTHER'} bytes; "
+         f"{again['ratio_with_opening']:.1f}x with the opening of the store"),
+        ("sharing of shuffled prompts", f"{shuffled['of_sorted']:.1%} of sorted ones"),
+        ("by tokens", record["possible_is"]),
+        ("before the clock", record["before_the_clock"]),
+        *((name, record[name]) for name in ("model", "batch_size", "new_tokens", "repeats")),
+    ]  # fmt: skip
