@@ -80,16 +80,19 @@ class ModelMethods(CacheParts):
         return runner.results(documents, resolved, role, batch_size, progress, answering)
 
     @call
-    def generate(self, prompts: Sequence[Prompt], *, batch_size: int = 32, **generate_kwargs: Any) -> Generated:
+    def generate(
+        self, prompts: Sequence[Prompt], *, batch_size: int = 32, likelihoods: bool = False, **generate_kwargs: Any
+    ) -> Generated:
         """Generate a continuation of each prompt with `model.generate`, restoring stored KV blocks of prompt prefixes.
 
         An encoder-decoder generates from each text; the states of its encoder are reused.
 
-        With `CacheConfig(answers=True)` finished answers are stored where the settings always give the same answer (no
-        sampling). They are read when the prompt comes again, and an answer that ended at max_new_tokens is continued by
-        a call with a higher limit.
+        Finished answers are stored where the settings always give the same answer (no sampling), unless the cache has
+        `CacheConfig(answers=False)`. They are read when the prompt comes again, and an answer that ended at
+        max_new_tokens is continued by a call with a higher limit.
 
         prompts: texts, or chats: lists of messages with "role" and "content", written by the tokenizer's chat template.
+        likelihoods: True for the log-likelihoods of the new tokens; those of stored answers are there in any case.
         generate_kwargs: for `model.generate`, such as max_new_tokens, num_beams or do_sample.
         Returns texts and token ids. ConfigError when the model cannot generate, or there is no tokenizer.
         """
@@ -97,7 +100,7 @@ class ModelMethods(CacheParts):
         return self._with_stored_results(
             lambda stored: decoding.generate(
                 model, tokenizer, prompts, attached=self.attached, stored=stored, batch_size=batch_size,
-                **generate_kwargs,
+                likelihoods=likelihoods, **generate_kwargs,
             )
         )  # fmt: skip
 

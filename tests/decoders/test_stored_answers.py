@@ -115,6 +115,33 @@ def test_the_same_job_again_computes_nothing(model: Any, tmp_path: Path) -> None
         assert cache.stats().counters.saved_seconds > 0
 
 
+def test_answers_have_the_log_likelihoods_of_their_tokens(model: Any, tmp_path: Path) -> None:
+    whole = bool(model.config.is_encoder_decoder)
+    tokenizer = threads.tiny_tokenizer()
+    for how in (
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 5, "num_beams": 3},
+        {"max_new_tokens": 4, "top_k": 5, "do_sample": True},
+    ):
+        torch.manual_seed(7)
+        with opened(tmp_path / "store", model) as cache:
+            found = cache.generate(PROMPTS, likelihoods=True, **how)
+        for prompt, ids, likely in zip(PROMPTS, found.ids, found.likelihoods, strict=True):
+            given = torch.tensor([tokenizer(prompt)["input_ids"]])
+            new = torch.from_numpy(ids)[None]
+            with torch.inference_mode():
+                if whole:
+                    logits, expected = model(input_ids=given, decoder_input_ids=new).logits[0], [0.0]
+                    wanted, at = new[0, 1:], logits[:-1]
+                else:
+                    given = given[:, :-1] if given[0, -1] == tokenizer.eos_token_id else given
+                    logits, expected = model(torch.cat([given, new], 1)).logits[0], []
+                    wanted, at = new[0], logits[given.shape[1] - 1 : -1]
+            expected += torch.log_softmax(at.float(), -1)[torch.arange(len(wanted)), wanted].tolist()
+            assert likely.tolist() == pytest.approx(expected, abs=1e-4)
+        assert set(found.finish) <= {"end", "length"}
+
+
 @pytest.mark.parametrize("limits", [(3, 9, 6), (9, 3, 12), (1, 2, 4, 8, 16), (16, 1)])
 def test_answers_are_cut_and_continued(cache: LLMCache, causal: Any, limits: tuple[int, ...]) -> None:
     most = 0
