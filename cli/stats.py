@@ -84,6 +84,7 @@ def stats(
             ("computed", int(life["misses"])),
             ("hit rate", f"{100 * hits:.1f} %"),
             ("not looked up, loading takes longer", int(life.get("left_alone", 0))),
+            *_of_decoders(life),
             ("not stored", int(life["not_stored"])),
             ("at the model's maximum length", int(life.get("at_limit", 0))),
             ("damaged rows", int(life["damaged"])),
@@ -91,9 +92,22 @@ def stats(
             ("model seconds", life["model_seconds"]),
             ("cache seconds", life["overhead_seconds"]),
             ("seconds saved", life["saved_seconds"]),
-            ("net", _net(life["saved_seconds"] - life["overhead_seconds"], asked)),
+            ("net", _net(life["saved_seconds"] - life["overhead_seconds"], asked or life.get("answers_stored", 0))),
         ]
     )
+
+
+def _of_decoders(life: Mapping[str, float]) -> list[tuple[str, int]]:
+    """Return the counts of language models; none for a store that no language model has used."""
+    prompts, answers = (int(life.get(name, 0)) for name in ("prefix.prompts", "answers_stored"))
+    if not prompts and not answers:
+        return []
+    return [
+        ("answers and scores from the store", answers),
+        ("prompts computed", prompts),
+        ("their tokens", int(life.get("prefix.tokens", 0))),
+        ("of these computed", int(life.get("prefix.computed", 0))),
+    ]
 
 
 def _profiles(store: Store, banks: Sequence[BankStatistics]) -> dict[str, Profile]:

@@ -280,6 +280,25 @@ def kinds(records: Records) -> str:
     ])  # fmt: skip
 
 
+def jobs(records: Records) -> str:
+    record = records["jobs-smollm2-135m"]
+    rows = []
+    for row in record["rows"]:
+        if row["base"]:
+            ratios = [row.get(name) for name in ("ratio", "ratio_without_audits", "possible")]
+            shown = ["-" if ratio is None else f"{ratio:.3g}" for ratio in ratios]
+            rows.append([row["name"], str(row["documents"]), row["base"], *shown])
+    return "\n\n".join([
+        prose(
+            f"""Language-model jobs: SmolLM2-135M with real weights in float32, SQuAD paragraphs, BANKING77 and OpenBookQA,
+            {record["new_tokens"]} new tokens, beside transformers in batches sorted by length (`llmcache bench jobs`;
+            `jobs-smollm2-135m.json`). Times as fast per document; the same without the audits of an opening's first hits,
+            which take the same time for any number of documents; and what the numbers of computed tokens allow:"""
+        ),
+        table(["job", "documents", "beside", "times as fast", "without audits", "by tokens"], rows),
+    ])  # fmt: skip
+
+
 def rivals(records: Records) -> str:
     def counts(name: str) -> list[str]:
         rows = records[name]["rows"]
@@ -374,6 +393,7 @@ PASSAGES: Passages = (
     (("kinds",), kinds),
     (("layers-minilm",), layers),
     (("decoding-gpt2-small",), decoding),
+    (("jobs-smollm2-135m",), jobs),
     (("near-banking77",), near),
     (("reuse-banking77", "reuse-banking77-no-guard"), reuse),
     (("rivals-banking77", "rivals-qqp"), rivals),
