@@ -290,10 +290,10 @@ def jobs(records: Records) -> str:
             rows.append([row["name"], str(row["documents"]), row["base"], *shown])
     return "\n\n".join([
         prose(
-            f"""Language-model jobs: SmolLM2-135M with real weights in float32, SQuAD paragraphs, BANKING77 and OpenBookQA,
+            f"""Language-model jobs: SmolLM2-135M with real weights in float32 on SQuAD, BANKING77 and OpenBookQA,
             {record["new_tokens"]} new tokens, beside transformers in batches sorted by length (`llmcache bench jobs`;
-            `jobs-smollm2-135m.json`). Times as fast per document; the same without the audits of an opening's first hits,
-            which take the same time for any number of documents; and what the numbers of computed tokens allow:"""
+            `jobs-smollm2-135m.json`). Times as fast per document; the same without the audits of an opening's first
+            hits, whose time does not depend on the number of documents; and what the computed tokens allow:"""
         ),
         table(["job", "documents", "beside", "times as fast", "without audits", "by tokens"], rows),
     ])  # fmt: skip
