@@ -184,6 +184,7 @@ class Evidence:
 
     def _reset(self) -> None:
         self._open = self._first
+        self._enough = False  # True if the next audits that agree are enough, however few
         self._epoch, self._renumberings = self._audits.epoch, self.bank.renumberings
         self._verified = np.zeros(0, np.bool_)  # by row number; not updated any more once `_open` is 0
         self._sampled: set[bytes] = set()
@@ -204,7 +205,7 @@ class Evidence:
     def agreed(self, rows: Rows) -> None:
         """Mark these rows as verified by an audit."""
         if self.open:
-            self._open = max(0, self._open - len(rows))
+            self._open = 0 if self._enough else max(0, self._open - len(rows))
             self._mark(rows)
 
     def verified(self, rows: Rows) -> NDArray[np.bool_]:
@@ -213,15 +214,29 @@ class Evidence:
         mask[mask] = self._verified[rows[mask]]
         return mask
 
-    def chosen(self, rows: Rows, sizes: Callable[[], NDArray[np.int64]], elapsed: float = 0.0) -> Rows:
+    def chosen(
+        self,
+        rows: Rows,
+        sizes: Callable[[], NDArray[np.int64]],
+        elapsed: float = 0.0,
+        most: int | None = None,
+    ) -> Rows:
         """Choose the hits to audit. Returns indices into `rows`, int64.
 
-        sizes: returns the length of each hit, int64 [n]. elapsed: seconds of the current call so far.
+        sizes: returns the length of each hit, int64 [n]. elapsed: seconds of the current call so far. most: total
+            length of the first hits to audit, apart from one; fewer of them are then enough. None: no limit.
         """
         if not len(rows):
             return rows
         if self.open:
-            return self.spread(~self.verified(rows), sizes)
+            places = self.spread(~self.verified(rows), sizes)
+            if most is None or not len(places):
+                return places
+            lengths = sizes()[places]
+            order = np.argsort(lengths, kind="stable")
+            fitting = max(1, int((np.cumsum(lengths[order]) <= most).sum()))
+            self._enough = fitting < len(places)
+            return np.sort(places[order[:fitting]])
         return self._audits.drawn(len(rows), lambda places: self.bank.cost(rows[places]), elapsed)
 
     def chosen_among(self, groups: Sequence[Rows], sizes: Sequence[int]) -> list[int]:

@@ -33,8 +33,8 @@ yields them batch by batch, with the numbers of the rows."""
 
 StoredAnswer: TypeAlias = tuple[list[int], list[Answered], int]
 """Ids of a prompt, its answers, and the row of the bank."""
-_SHORT = 512
-"""Tokens of prompt and answer up to which the first audits of an opening prefer answers to longer ones."""
+_TOKENS = 1024
+"""Tokens that the first audits of an opening compute, apart from one answer."""
 _OF_TOTAL = 1e-3
 """Relative difference of the log-likelihoods of two answers of a beam search that counts as rounding."""
 
@@ -56,11 +56,7 @@ def audit_answers(
     if not len(rows):
         return
     lengths = np.array([len(ids) + len(answers[0].ids) for ids, answers, _ in stored], np.int64)
-    if evidence.open:  # before anything is served; random audits read long ones, too
-        short = np.sort(lengths)[min(len(lengths), evidence.open) - 1]
-        stored = [stored[i] for i in np.flatnonzero(lengths <= max(_SHORT, short)).tolist()]
-        rows = np.array([row for *_, row in stored], np.int64)
-    chosen = evidence.chosen(rows, lambda: np.array([len(ids) for ids, *_ in stored], np.int64)).tolist()
+    chosen = evidence.chosen(rows, lambda: lengths, most=_TOKENS).tolist()
     audited = [stored[i] for i in chosen if any(len(answer.ids) for answer in stored[i][1])]
     if not audited:
         return
@@ -144,16 +140,18 @@ def audit_likelihoods(
     evidence: Evidence,
     rows: NDArray[np.int64],
     stored: Sequence[Floats32],
+    lengths: Sequence[int],
     model: Module,
     recompute: Callable[[Sequence[int]], list[Floats32]],
 ) -> None:
     """Audit a few stored log-likelihoods. rows: of the bank, int64 [n]. stored: of each, float32 [tokens].
 
-    recompute: computes those at these places in one batch. ModelMismatch when they differ.
+    lengths: tokens to compute for each. recompute: computes those at these places in one batch.
+    ModelMismatch when they differ.
     """
     if not len(rows):
         return
-    chosen = evidence.chosen(rows, lambda: np.array([len(each) for each in stored], np.int64))
+    chosen = evidence.chosen(rows, lambda: np.array(lengths, np.int64), most=_TOKENS)
     if not len(chosen):
         return
     places = chosen.tolist()

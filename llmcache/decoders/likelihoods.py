@@ -172,7 +172,8 @@ def _audit(
         computed = {i: each for i, each, _ in rows}
         return [computed[i].astype(np.float32) for i in range(len(some))]
 
-    audit_likelihoods(stored.likelihoods.evidence, places, values, model, recompute)
+    lengths = [len(ids) for ids, _ in entries]
+    audit_likelihoods(stored.likelihoods.evidence, places, values, lengths, model, recompute)
 
 
 def computed_likelihoods(
