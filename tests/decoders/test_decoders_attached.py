@@ -138,8 +138,8 @@ def test_a_cache_generates_scores_and_measures_like_the_model(stories: Any, stor
     written = decoding.generate(model, tokenizer, asked, max_new_tokens=12, do_sample=False)
     scores = scoring.score(model, tokenizer, asked, choices)
     perplexity = scoring.perplexity(model, tokenizer, text, window=64)
-    for _ in range(2):
-        with LLMCache.open(store, model, tokenizer=tokenizer) as cache:
+    for answers in (True, True, False):
+        with LLMCache.open(store, model, tokenizer=tokenizer, config=CacheConfig(answers=answers)) as cache:
             assert cache.generate(asked, max_new_tokens=12, do_sample=False).texts == written.texts
             found = cache.score(asked, choices)
             np.testing.assert_allclose(found.total, scores.total, rtol=1e-4)

@@ -198,7 +198,7 @@ def test_one_list_of_choices_serves_all_prompts_and_empty_prompts_begin_with_a_s
 
 def test_a_choice_without_tokens_and_lists_that_do_not_fit_say_so() -> None:
     model, tokenizer = real("stories260k-llama")
-    with pytest.raises(ConfigError, match="choice 1 of prompt 0 has no tokens"):
+    with pytest.raises(ConfigError, match="prompt 0: choice 1 has no tokens"):
         score(model, tokenizer, ["Once"], [" upon", ""])
     with pytest.raises(ConfigError, match="2 prompts and 1 lists"):
         score(model, tokenizer, ["Once", "There"], [["a", "b"]])
