@@ -63,6 +63,7 @@ def plan(
     answer: jobs.AnswerField = "answer",
     choice: jobs.Choice = None,
     choices_field: jobs.ChoicesField = None,
+    separator: jobs.Separator = None,
     too_long: jobs.TooLongOption = "refuse",
     max_new_tokens: jobs.MaxNewTokens = None,
     setting: jobs.Setting = None,
@@ -76,6 +77,7 @@ def plan(
     job = jobs.JobOptions(
         task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field,
         too_long=too_long, max_new_tokens=max_new_tokens, settings=setting or [],
+        separator=separator,
     )  # fmt: skip
     if task != jobs.EMBED:
         vectors = {

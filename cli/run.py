@@ -66,6 +66,7 @@ def run(
     answer: jobs.AnswerField = "answer",
     choice: jobs.Choice = None,
     choices_field: jobs.ChoicesField = None,
+    separator: jobs.Separator = None,
     by: jobs.By = "total",
     too_long: jobs.TooLongOption = "refuse",
     no_provenance: jobs.NoProvenance = False,
@@ -141,7 +142,7 @@ def run(
         raise ConfigError(f"--chunk is none or structure, got {chunk!r}")
     job = jobs.JobOptions(
         task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field, by,
-        too_long, no_provenance, max_new_tokens, setting or [],
+        too_long, no_provenance, max_new_tokens, setting or [], separator,
     )  # fmt: skip
     language = task != jobs.EMBED
     if language:

@@ -41,6 +41,7 @@ def verify_model(
     answer: jobs.AnswerField = "answer",
     choice: jobs.Choice = None,
     choices_field: jobs.ChoicesField = None,
+    separator: jobs.Separator = None,
     too_long: jobs.TooLongOption = "refuse",
     max_new_tokens: jobs.MaxNewTokens = None,
     setting: jobs.Setting = None,
@@ -63,6 +64,7 @@ def verify_model(
     job = jobs.JobOptions(
         task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field,
         too_long=too_long, max_new_tokens=max_new_tokens, settings=setting or [],
+        separator=separator,
     )  # fmt: skip
     sources = Sources(data, fields_of(text_field, pair_fields), id_field, unit, False, "jsonl")
     if task == jobs.EMBED:

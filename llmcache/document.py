@@ -130,7 +130,7 @@ def missing(file: File, fields: Fields, number: int, names: Iterable[str]) -> Co
     absent = next((name for name in wanted if name not in given), wanted[0])
     advice = "name the right one (--text-field)"
     if fields.as_json:
-        advice = "the template of the prompts names it"
+        advice = "the template, or --choices-field, names it"
     elif len(wanted) == 2:
         advice = f"a pair of texts needs both {wanted[0]!r} and {wanted[1]!r}: name the right two (--pair-fields)"
     seen = ", ".join(quoted[:10]) + (f" and {len(quoted) - 10} more" if len(quoted) > 10 else "")

@@ -43,6 +43,12 @@ Choice = Annotated[
     list[str] | None, typer.Option(help="Choice to score, or label; repeatable. For --task score and classify.")
 ]
 ChoicesField = Annotated[str | None, typer.Option(help="Field of each document with a list of its own choices.")]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        help="Text between a prompt and a choice; by default one blank, or nothing beside white space and in a chat."
+    ),
+]
 By = Annotated[str, typer.Option(help="Score that decides: total, or its mean per token or per character.")]
 TooLongOption = Annotated[
     str, typer.Option(help="Prompt beyond the model's context: refuse it, or cut its longest field left or right.")
@@ -80,6 +86,7 @@ class JobOptions:
     no_provenance: bool = False
     max_new_tokens: int | None = None
     settings: list[str] = field(default_factory=list)
+    separator: str | None = None
 
     def check_unused(self) -> None:
         """ConfigError for options of jobs where --task is embed."""
@@ -107,7 +114,7 @@ class JobOptions:
         arguments: dict[str, Any] = {
             "task": self.task, "template": template, "by": self.by, "too_long": self.too_long,
             "provenance": not self.no_provenance, "choices": self.choices or None,
-            "choices_field": self.choices_field,
+            "choices_field": self.choices_field, "separator": self.separator,
         }  # fmt: skip
         if self.max_new_tokens is not None:
             arguments["max_new_tokens"] = self.max_new_tokens

@@ -172,9 +172,9 @@ class ModelMethods(CacheParts):
             return prefixes.known(rows), prefixes.bytes_per_token
 
     @call
-    def check_generation(self, settings: Mapping[str, Any]) -> None:
-        """ConfigError when `model.generate` refuses these settings."""
-        decoding.check_settings(*self.decoder(), settings)
+    def check_generation(self, settings: Mapping[str, Any], *, rows: int = 1) -> None:
+        """ConfigError when `model.generate` refuses these settings for a batch of `rows` prompts."""
+        decoding.check_settings(*self.decoder(), settings, rows)
 
     @call
     def likelihoods(

@@ -28,6 +28,14 @@ _OF_EACH_ROW = {
 } | _GREEDY  # fmt: skip
 """Settings that do not read the prompt, whose padding depends on the other prompts of a batch."""
 
+_NEUTRAL = {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "guidance_scale": 1,
+    "encoder_no_repeat_ngram_size": 0, "diversity_penalty": 0, "num_beam_groups": 1, "min_length": 0,
+}  # fmt: skip
+"""Values that change nothing, which many models write into their generation configuration."""
+PADDING = "the padding of a batch"
+"""Part of the reasons that name the padding."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerSettings:
@@ -65,14 +73,15 @@ def answer_settings(model: Any, arguments: Mapping[str, Any]) -> AnswerSettings 
         return f"the argument {unknown[0]!r} cannot be named in a key"
     most = getattr(config, "max_new_tokens", None)
     if most is None:
-        return "max_length counts the padding of a batch; give max_new_tokens"
+        return f"max_length counts {PADDING}; give max_new_tokens"
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER | _WHILE_SAMPLING}
     plain: Any = transformers.GenerationConfig
     usual = plain().to_dict()
-    changed = {name for name, value in settings.items() if value is not None and value != usual.get(name)}
+    given = {name: value for name, value in settings.items() if value is not None and value != usual.get(name)}
+    changed = {name for name, value in given.items() if value != _NEUTRAL.get(name, _NEUTRAL)}
     reading = sorted(changed - _OF_EACH_ROW)
     if reading:
-        return f"the setting {reading[0]!r} may depend on the padding of a batch, or on time"
+        return f"the setting {reading[0]!r} may depend on {PADDING}, or on time"
     whole = bool(getattr(model.config, "is_encoder_decoder", False))
     beams, sequences = getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1
     greedy = beams == sequences == 1 and changed <= _GREEDY

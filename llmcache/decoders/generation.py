@@ -9,19 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteriaList, StopStringCriteria
 
 from llmcache.arrays import Floats32
 from llmcache.decoders.answer_audits import Ids, audit_answers
 from llmcache.decoders.answer_bank import Answered
-from llmcache.decoders.answer_settings import AnswerSettings, answer_settings, end_tokens
+from llmcache.decoders.answer_settings import PADDING, AnswerSettings, answer_settings, end_tokens
 from llmcache.decoders.likelihoods import computed_likelihoods, logits_at, scoring_batches
 from llmcache.decoders.prefix_cache import restored_shares
 from llmcache.decoders.prefix_order import prefix_order
@@ -133,6 +133,7 @@ class Generation:
         self._arguments: dict[str, Any] = {"pad_token_id": self._padding, **settings}
         self._ends = _ends(model, self._arguments)
         self._settings = answer_settings(model, self._arguments)
+        self._arguments = _with_criteria(tokenizer, self._arguments)
         most = settings.get("max_new_tokens") or getattr(model.generation_config, "max_new_tokens", None) or 20
         self._most = int(most)
         self.not_stored = self._settings if stored is not None and isinstance(self._settings, str) else ""
@@ -187,6 +188,8 @@ class Generation:
         model, whole, settings = self._model, self._whole, self._settings
         probe = partial(_first_steps, model, padding=self._padding, left=not whole)
         batching = batching_of(model, "generate", probe)
+        if isinstance(settings, str) and PADDING in settings:  # without padding, no answer depends on other prompts
+            batching = replace(batching, padded=False)
         limits = self._arguments if most is None else {**self._arguments, "max_new_tokens": most}
         wanted = self._likelihoods or (self._stored is not None and not isinstance(self._named(rows), str))
         greedy = wanted and isinstance(settings, AnswerSettings) and settings.greedy
@@ -261,6 +264,16 @@ class Generation:
             return _answer_logits(self._model, pairs, self._padding)
 
 
+def _with_criteria(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `model.generate` with stop strings as a stopping criterion, which needs the tokenizer."""
+    texts = arguments.get("stop_strings")
+    if not texts:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name not in ("stop_strings", "tokenizer")}
+    given = arguments.get("stopping_criteria") or []
+    return {**others, "stopping_criteria": StoppingCriteriaList([*given, StopStringCriteria(tokenizer, texts)])}
+
+
 def run_plainly(model: Any, tokenizer: Any, rows: Sequence[list[int]], new: int) -> None:
     """Run a model without a cache on rows of token ids in one batch, to measure it; generate `new` tokens, or none."""
     padding, whole = padding_id(model, tokenizer), bool(getattr(model.config, "is_encoder_decoder", False))
@@ -275,11 +288,11 @@ def run_plainly(model: Any, tokenizer: Any, rows: Sequence[list[int]], new: int)
         )  # fmt: skip
 
 
-def check_settings(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> None:
-    """ConfigError when `model.generate` refuses these settings; it is tried with one token."""
+def check_settings(model: Any, tokenizer: Any, settings: Mapping[str, Any], rows: int = 1) -> None:
+    """ConfigError when `model.generate` refuses these settings; it is tried with one token for a batch of `rows`."""
     padding = padding_id(model, tokenizer)
-    ids, mask = padded([[padding]], padding, model.device)
-    arguments = {"pad_token_id": padding, **settings}
+    ids, mask = padded([[padding]] * rows, padding, model.device)
+    arguments = _with_criteria(tokenizer, {"pad_token_id": padding, **settings})
     most = arguments.get("max_new_tokens", 1)
     if type(most) is int and most > 1:
         arguments |= {"max_new_tokens": 1, "min_new_tokens": None}

@@ -36,7 +36,7 @@ class PromptTemplate:
     chat: whether prompts are chats instead of plain texts; None: if there is a system message.
     examples: records with their answers, which come before the record in every prompt. In a chat each is a message of
         the user and one of the assistant. In a plain text a blank line follows each example, and its answer follows
-        the filled template: as it is if the template ends with white space, else after one blank.
+        the filled template: after one blank, or at once if the template ends or the answer begins with white space.
     answer: name of the field of the examples that holds their answer.
     fields: names of the fields that a record must have, in the order of their first use in the template.
     description: JSON values that differ between any two templates that could make different prompts.
@@ -76,7 +76,9 @@ class PromptTemplate:
             "examples": [list(pair) for pair in filled],
         }
         between = "" if template[-1:].isspace() else " "
-        self._before = "".join(f"{asked}{between}{answered}\n\n" for asked, answered in filled)
+        self._before = "".join(
+            f"{asked}{'' if answered[:1].isspace() else between}{answered}\n\n" for asked, answered in filled
+        )
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         for asked, answered in filled:
             self._messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]

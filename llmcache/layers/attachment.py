@@ -32,7 +32,7 @@ from llmcache.layers.partial_forward import (
     examine,
     gives_keys,
 )
-from llmcache.layers.prefix_caches import PrefixCaches
+from llmcache.layers.prefix_caches import OFF, PrefixCaches
 from llmcache.layers.trial import LayerTrial, MemoryBanks
 from llmcache.layers.trunk_identity import TrunkIdentity
 from llmcache.model.architecture import Trunk
@@ -320,7 +320,7 @@ class Attachment:
 
     def _warn_once(self, reason: str) -> None:
         """Log a warning, once for each reason, that a call goes to the model itself."""
-        if reason not in self._warned:
+        if reason not in self._warned and reason != OFF:
             self._warned.add(reason)
             log.warning("%s goes past the cache: %s", type(self.trunk.module).__name__, reason)
 

@@ -9,6 +9,9 @@ from llmcache.errors import ConfigError
 from llmcache.model.forward_patch import StandIn, install, remove
 from llmcache.model.trial import explained
 
+OFF = "the prefix cache is off (prefix_block=0)"
+"""Reason without a prefix cache that the caller has asked for."""
+
 
 class PrefixCaches:
     """Prefix caches of one trunk by running mode (autocast and other process-wide settings), made when first used.
@@ -27,7 +30,7 @@ class PrefixCaches:
             remove(stand_in)  # the trials of a new prefix cache call the model's own forward
             try:
                 prefixes = self._open(mode)
-                self._by_mode[mode] = "the prefix cache is off (prefix_block=0)" if prefixes is None else prefixes
+                self._by_mode[mode] = OFF if prefixes is None else prefixes
             except ConfigError as error:
                 self._by_mode[mode] = str(error)
             except Exception as error:

@@ -92,9 +92,10 @@ class Resumption:
         return True
 
     def _wrong_corpus(self) -> CorpusError:
+        which = f"the first {self.start.place:,} records" if self.start.place else "the records"
         return CorpusError(
-            f"the first {self.start.place:,} records of the corpus are not those that the unfinished run in "
-            f"{self._journal.folder} answered; give it the same corpus, or remove that folder to begin anew"
+            f"{which} of the corpus are not those that the unfinished run in {self._journal.folder} read; give it the "
+            "same corpus, or remove that folder to begin anew"
         )
 
     def answered(self) -> set[int]:

@@ -39,7 +39,9 @@ def check_generation(settings: Mapping[str, Any], choices: object, choices_field
         raise ConfigError('choices are for task="score" and "classify"; "generate" writes free text')
     if (settings.get("num_return_sequences") or 1) != 1:
         raise ConfigError("a job writes one answer per record; leave num_return_sequences out")
-    for name in ("generation_config", "input_ids", "attention_mask", "inputs", "return_dict_in_generate"):
+    if "max_length" in settings:
+        raise ConfigError("max_length counts the tokens of the prompt, which differ; give max_new_tokens")
+    for name in ("generation_config", "tokenizer", "input_ids", "attention_mask", "inputs", "return_dict_in_generate"):
         if name in settings:
             raise ConfigError(f"{name} cannot be set for a job; give settings such as max_new_tokens one by one")
 

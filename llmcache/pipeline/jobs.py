@@ -71,6 +71,7 @@ class LanguageJob:
         syntax: Literal["format", "jinja"] = "format",
         choices: Sequence[str] | None = None,
         choices_field: str | None = None,
+        separator: str | None = None,
         by: By = "total",
         too_long: TooLong = "refuse",
         provenance: bool = True,
@@ -88,8 +89,9 @@ class LanguageJob:
             the records' fields in braces, such as "Topic of this text: {text}". Values of fields that are no texts are
             written as JSON.
         choices: texts that every record is scored with. choices_field: name of the field with the choices of each
-            record, a list of texts, instead. A choice joins a plain prompt as it is if the prompt ends with white
-            space, else after one blank.
+            record, a list of texts, instead.
+        separator: text between a prompt and a choice. None: one blank, or nothing where the prompt ends or the choice
+            begins with white space, and in chats.
         by: score that decides which choice is best: "total" log-likelihood, mean per "token", or per "character".
         too_long: reaction to a prompt beyond the model's context: "refuse" the record, or cut its longest field on the
             "left" or the "right".
@@ -109,12 +111,15 @@ class LanguageJob:
             check_generation(generation, choices, choices_field)
         else:
             check_choices(task, choices, choices_field, generation)
+        if separator is not None and (task == "generate" or not isinstance(separator, str)):
+            raise ConfigError(f"separator is the text between a prompt and a choice, got {separator!r}")
         if by not in get_args(By):
             raise ConfigError(f"by is one of {', '.join(get_args(By))}, got {by!r}")
         if too_long not in get_args(TooLong):
             raise ConfigError(f"too_long is one of {', '.join(get_args(TooLong))}, got {too_long!r}")
         self._cache, self._task, self._template, self._by, self._too_long = cache, task, template, by, too_long
         self._tokenizer = tokenizer  # a private copy, which tokenises in several threads without padding
+        self._separator = separator
         self._choices = None if choices is None else tuple(choices)
         self._batch_size, self._progress = batch_size, progress
         self._whole = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -134,7 +139,7 @@ class LanguageJob:
             )
         self._generation = generation
         if task == "generate":
-            cache.check_generation(generation)
+            cache.check_generation(generation, rows=min(2, batch_size))
         row = {"generate": GeneratedRow, "score": ScoredRow, "classify": ClassifiedRow}[task]
         self.columns = Columns.of(row, provenance=provenance)
         names = (*template.fields, *([] if choices_field is None else [choices_field]))
@@ -144,7 +149,8 @@ class LanguageJob:
         self.fields = FieldSpec(names[0] if len(names) == 1 else names, id_field, max_characters, as_json=True)
         self.facts: dict[str, Any] = json.loads(json.dumps({
             "model": cache.identity.digest.hex(), "namespace": cache.namespace, "task": task,
-            "template": template.description, "choices": self._choices, "choices_field": choices_field, "by": by,
+            "template": template.description, "choices": self._choices, "choices_field": choices_field,
+            "separator": separator, "by": by,
             "too_long": too_long, "columns": self.columns.names, "batch_size": batch_size, "id_field": id_field,
             "max_characters": max_characters, "generation": generation,
         }, default=repr))  # fmt: skip
@@ -187,9 +193,7 @@ class LanguageJob:
                 continue
             found.append("")
             asked.append((i, prompt[0], choices))
-        joined = [
-            [choice if text.text[-1:].isspace() else f" {choice}" for choice in choices] for _, text, choices in asked
-        ]
+        joined = [[self._separated(text, choice) for choice in choices] for _, text, choices in asked]
         rows = choice_rows(self._tokenizer, [text for _, text, _ in asked], joined)
         for (i, _, choices), each in zip(asked, rows, strict=True):
             longest = 0 if isinstance(each, str) else max(len(ids) for ids, _ in each)
@@ -203,6 +207,13 @@ class LanguageJob:
             else:
                 found[i] = ChoicePrompt(choices, each)
         return found
+
+    def _separated(self, prompt: Rendered, choice: str) -> str:
+        """Return a choice with what stands between it and the prompt."""
+        if self._separator is not None:
+            return self._separator + choice
+        blank = prompt.special and not prompt.text[-1:].isspace() and not choice[:1].isspace()
+        return f" {choice}" if blank else choice
 
     # -- answers --------------------------------------------------------------------------------------------
 

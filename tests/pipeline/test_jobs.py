@@ -125,6 +125,59 @@ def test_scores_are_those_of_whole_texts(cache: LLMCache, model: Any, tokenizer:
     assert {label.tier for label in labels} == {"exact"}  # the scores are those of the other job
 
 
+@pytest.mark.parametrize(
+    ("template", "choices", "separator", "joined"),
+    [
+        ("{text} It is", ["good", "bad"], None, ["{text} It is good", "{text} It is bad"]),
+        ("{text} It is", [" good", "\tbad"], None, ["{text} It is good", "{text} It is\tbad"]),
+        ("{text} It is ", ["good", "bad"], None, ["{text} It is good", "{text} It is bad"]),
+        ("{text} (", ["A", "B"], "", ["{text} (A", "{text} (B"]),
+        ("{text}", ["yes", "no"], "\n- ", ["{text}\n- yes", "{text}\n- no"]),
+    ],
+)
+def test_choices_are_scored_as_the_text_that_they_make(
+    cache: LLMCache, model: Any, tokenizer: Any, template: str, choices: list[str], separator: Any, joined: list[str]
+) -> None:
+    documents = records(4)
+    rows = Pipeline(cache, task="score", template=template, choices=choices, separator=separator).run(documents)
+    for record, row in zip(documents, rows, strict=True):
+        stem = tokenizer(template.format(**record).rstrip()).input_ids
+        for found, text in zip(row.log_likelihoods, joined, strict=True):
+            ids = tokenizer(text.format(**record)).input_ids
+            first = next(i for i, (a, b) in enumerate(zip([*stem, -1], ids, strict=False)) if a != b)
+            with torch.inference_mode():
+                likely = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+            expected = sum(float(likely[at - 1, ids[at]]) for at in range(first, len(ids)))
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_text_that_stops_an_answer(cache: LLMCache, model: Any, tokenizer: Any) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 20, "stop_strings": [".", "!"]}
+    rows = list(Pipeline(cache, task="generate", template=TEMPLATE, **how).run(records(6)))
+    for record, row in zip(records(6), rows, strict=True):
+        ids = tokenizer(TEMPLATE.format(**record), return_tensors="pt").input_ids
+        with torch.inference_mode():
+            written = model.generate(
+                ids, attention_mask=torch.ones_like(ids), pad_token_id=0, do_sample=False, tokenizer=tokenizer, **how
+            )
+        assert row.text == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        ended = row.tokens[-1] == tokenizer.eos_token_id
+        assert row.finish == ("end" if ended else "length" if len(row.tokens) == 20 else "stop")
+
+
+@pytest.mark.parametrize("how", [{"repetition_penalty": 1.6}, {"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.0}])
+def test_settings_that_read_the_padding_give_the_models_own_answers(
+    cache: LLMCache, model: Any, tokenizer: Any, how: dict[str, Any]
+) -> None:
+    documents = [{"text": "word " * n} for n in (1, 9, 4, 4, 17)]
+    how = {"max_new_tokens": 8, **how}
+    rows = list(Pipeline(cache, task="generate", template=TEMPLATE, **how).run(documents))
+    expected = [alone(model, tokenizer, TEMPLATE.format(**each), do_sample=False, **how)[0] for each in documents]
+    assert [row.text for row in rows] == expected
+    again = list(Pipeline(cache, task="generate", template=TEMPLATE, **how).run(documents))
+    assert ({row.tier for row in again} == {"exact"}) == (how.get("repetition_penalty") == 1.0)
+
+
 def test_equal_prompts_are_answered_once_and_a_shuffled_corpus_shares_as_a_sorted_one(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -410,6 +463,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "template": "{text}", "max_new_tokens": 0}, "refuses"),
     ({"task": "generate", "template": "{text}", "num_beams": 0}, "refuses"),
     ({"task": "generate", "template": "{text}", "unknown": 1}, "unknown"),
+    ({"task": "generate", "template": "{text}", "max_length": 30}, "max_new_tokens"),
+    ({"task": "generate", "template": "{text}", "prompt_lookup_num_tokens": 3}, "refuses"),
+    ({"task": "score", "template": "{text}", "choices": ["a"], "separator": 3}, "separator"),
     ({"task": "generate", "template": "{text}", "num_return_sequences": 2, "num_beams": 2}, "one answer"),
     ({"task": "generate", "template": "{text}", "system": "Be kind."}, "chat template"),
     ({"template": "{text}"}, "task="),
