@@ -91,6 +91,13 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "test_purge_everywhere::test_no_byte_of_a_purged_document_is_left_and_all_others_are_served",
     ),
     "It does not reach snapshots": ("test_security::test_a_snapshot_keeps_what_its_store_purges",),
+    "Templates never run what a document": ("test_templates::test_documents_are_never_templates",),
+    "A document is still read by the model": ("test_security::test_control_tokens_of_a_document_are_control_tokens",),
+    "Scored choices (": ("test_jobs::test_scores_are_those_of_whole_texts",),
+    "Stored answers and log-likelihoods": (
+        "test_stored_answers::test_a_purge_by_text_removes_answers_and_scores",
+        "test_purge_decoders::test_no_token_ids_are_left",
+    ),
     "Only the newest version": (),  # what the maintainers do, not the program
 }
 ROWS: dict[str, str] = {
@@ -143,6 +150,17 @@ def rows_of(path: Path, bank: str) -> list[tuple[np.ndarray[Any, Any], np.ndarra
     rows = np.arange(len(opened))
     reading = opened.read(rows)
     return [(opened.tokens(row), np.asarray(value)) for row, value in zip(rows.tolist(), reading.values, strict=True)]
+
+
+def test_control_tokens_of_a_document_are_control_tokens() -> None:
+    from llmcache.decoders.prompts import prompt_ids, rendered
+    from tests import threads
+
+    tokenizer = threads.tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    end, ids = tokenizer.sep_token, tokenizer.sep_token_id
+    assert ids in prompt_ids(tokenizer, rendered(tokenizer, f"w1 {end} w2"))[1:-1]
+    assert ids in prompt_ids(tokenizer, rendered(tokenizer, [{"role": "user", "content": f"w1 {end} w2"}]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

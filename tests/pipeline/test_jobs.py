@@ -352,7 +352,11 @@ print("finished", flush=True)
 def test_a_job_that_is_killed_at_random_gives_the_same_bytes(
     tmp_path: Path, model: Any, tokenizer: Any, one_thread: None
 ) -> None:
-    """Ten processes are killed with SIGKILL after a random number of batches; the last one finishes."""
+    """Processes are killed with SIGKILL after a random number of batches; the last one finishes.
+
+    LLMCACHE_KILLS: number of kills, 4 by default, since every process loads a model.
+    """
+    most = int(os.environ.get("LLMCACHE_KILLS", "4"))
     corpus = tmp_path / "corpus.json"
     corpus.write_text(json.dumps(records(64)))
     chance, finished, kills = random.Random(5), False, 0
@@ -365,7 +369,7 @@ def test_a_job_that_is_killed_at_random_gives_the_same_bytes(
         ) as child:  # fmt: skip
             assert child.stdin is not None
             assert child.stdout is not None
-            batches = chance.randint(1, 3) if kills < 10 else 10**6
+            batches = chance.randint(1, 3) if kills < most else 10**6
             for line in child.stdout:
                 if line.startswith("finished"):
                     finished = True
@@ -379,7 +383,7 @@ def test_a_job_that_is_killed_at_random_gives_the_same_bytes(
                 child.stdin.flush()
             else:
                 pytest.fail("the process ended by itself")
-    assert kills >= 5
+    assert kills >= min(4, most)
     with opened(tmp_path / "whole", model, tokenizer) as cache:
         job = Pipeline(cache, task="generate", template=TEMPLATE, batch_size=4, max_new_tokens=3)
         whole = job.write(records(64), tmp_path / "whole.jsonl", resume=True)

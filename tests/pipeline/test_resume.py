@@ -234,7 +234,7 @@ def test_resuming_with_other_documents_is_one_clear_error(stopped: Path, model: 
     changed = corpus(300)
     changed[3] = {"id": "d3", "text": "changed"}
     for records in (changed, corpus(300)[1:], corpus(50), []):
-        with pytest.raises(CorpusError, match=r"not those that the unfinished run in .* answered; .*remove"):
+        with pytest.raises(CorpusError, match=r"not those that the unfinished run in .* read; .*remove"):
             resumed(stopped, model, records)
     assert resumed(stopped, model, corpus(300)).finished, "the journal survived all of that"
 
