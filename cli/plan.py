@@ -79,18 +79,14 @@ def plan(
         too_long=too_long, max_new_tokens=max_new_tokens, settings=setting or [],
         separator=separator,
     )  # fmt: skip
-    if task != jobs.EMBED:
-        vectors = {
-            "--tau": tau, "--kind": kind, "--role": role, "--pair-fields": pair_fields, "--out": out,
-            "--text-field": text_field != "text",
-        }  # fmt: skip
-        if given := [name for name, value in vectors.items() if value]:
-            raise ConfigError(f"{given[0]} is for vectors, and --task {task} is for language models; leave it out")
+    if job.check({
+        "--tau": tau, "--kind": kind, "--role": role, "--pair-fields": pair_fields, "--out": out,
+        "--text-field": text_field != "text",
+    }):  # fmt: skip
         access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
         sources = Sources(corpus, "text", id_field, unit, skip_bad, stdin_format, as_json=True)
         _plan_job(job, sources, store, model, namespace, access, batch_size, json)
         return
-    job.check_unused()
     sources = Sources(corpus, fields_of(text_field, pair_fields), id_field, unit, skip_bad, stdin_format)
     access = options.Access(secret_file, key_file, key_variable, allow_untrusted)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):

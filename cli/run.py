@@ -144,19 +144,11 @@ def run(
         task, template, template_file, syntax, system, chat, examples, answer, choice or [], choices_field, by,
         too_long, no_provenance, max_new_tokens, setting or [], separator,
     )  # fmt: skip
-    language = task != jobs.EMBED
-    if language:
-        vectors = {
-            "--head": head, "--tau": tau, "--chunk": chunk != "none", "--late": late, "--per": per != "document",
-            "--output-value": output_value, "--role": role, "--kind": kind, "--pair-fields": pair_fields,
-            "--engine": engine != "local", "--text-field": text_field != "text", "--dry-run": dry_run,
-        }  # fmt: skip
-        if given := [name for name, value in vectors.items() if value]:
-            raise ConfigError(
-                f"{given[0]} is for vectors, and --task {task} is a job of a language model; leave it out"
-            )
-    else:
-        job.check_unused()
+    language = job.check({
+        "--head": head, "--tau": tau, "--chunk": chunk != "none", "--late": late, "--per": per != "document",
+        "--output-value": output_value, "--role": role, "--kind": kind, "--pair-fields": pair_fields,
+        "--engine": engine != "local", "--text-field": text_field != "text", "--dry-run": dry_run,
+    })  # fmt: skip
     if dry_run:
         preview(store, namespace, role, sources, json, access)
         return

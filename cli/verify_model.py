@@ -67,12 +67,13 @@ def verify_model(
         separator=separator,
     )  # fmt: skip
     sources = Sources(data, fields_of(text_field, pair_fields), id_field, unit, False, "jsonl")
-    if task == jobs.EMBED:
-        job.check_unused()
+    language = job.check({
+        "--layers": layers != "all", "--kind": kind, "--pair-fields": pair_fields, "--text-field": text_field != "text",
+    })  # fmt: skip
     loaded, tokenizer = load_any(model, kind)
     with TemporaryDirectory() as folder:
         store = Path(folder, "store")
-        if task != jobs.EMBED:
+        if language:
             arguments = job.arguments()
             sources = replace(sources, text_field=job.read_fields(arguments["template"]), as_json=True)
             records = list(islice(sources.documents(CorpusReading()), limit))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -95,6 +95,17 @@ class JobOptions:
             if each.name != "task" and getattr(self, each.name) != getattr(usual, each.name):
                 option = {"choices": "choice", "settings": "set"}.get(each.name, each.name.replace("_", "-"))
                 raise ConfigError(f"--{option} is for language models; give --task generate, score or classify")
+
+    def check(self, vectors: Mapping[str, object]) -> bool:
+        """Return whether this is a job of a language model. ConfigError for options that do not go with --task.
+
+        vectors: options that are for vectors only, with a true value if given.
+        """
+        if self.task == EMBED:
+            self.check_unused()
+        elif given := [name for name, value in vectors.items() if value]:
+            raise ConfigError(f"{given[0]} is for vectors, and --task {self.task} is for language models; leave it out")
+        return self.task != EMBED
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings of `Pipeline`, with the template. ConfigError for options that do not fit."""

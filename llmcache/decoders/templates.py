@@ -18,7 +18,7 @@ from llmcache.document import kind
 from llmcache.errors import ConfigError, CorpusError
 
 TooLong: TypeAlias = Literal["refuse", "left", "right"]
-"""What to do with a prompt of too many tokens: refuse the record, or cut its longest field on this side."""
+"""Treatment of a prompt with too many tokens: the record is refused, or its longest field is cut on this side."""
 Fitted: TypeAlias = tuple[Rendered, list[int]]
 """Prompt and its token ids."""
 _FIRST_COMBINING = "\u0300"

@@ -82,7 +82,8 @@ def planned(
     """
     counts = dict.fromkeys(("documents", "refused", "stored", "repeats", "computed"), 0)
     tokens = dict.fromkeys(("every", "computed", "restored", "fresh"), 0)
-    seen, bytes_per_token, sample, rows_computed = set[int](), 0, list[list[int]](), 0
+    seen, bytes_per_token, rows_computed, rows_of_all = set[int](), 0, 0, 0
+    sample, others = list[list[int]](), list[list[int]]()  # rows to measure: of those to compute, and of all
     for window in windows:
         prompts = window.prompts or []
         counts["documents"] += len(prompts)
@@ -105,10 +106,11 @@ def planned(
         tokens["restored"] += sum(lengths)
         tokens["fresh"] += _fresh(asked, lengths)
         rows_computed += len(asked)
+        rows_of_all += sum(map(len, rows))
         sample += asked[:: max(1, len(asked) // 16)]
-    each_token, each_step = _measured(sample, measure, new)
-    batches = -(-rows_computed // batch_size)
-    every = counts["documents"] / max(1, counts["computed"])
+        others += [of_prompt[0] for of_prompt in rows[:: max(1, len(rows) // 16)]]
+    each_token, each_step = _measured(sample or others, measure, new)
+    batches, batches_of_all = (-(-count // batch_size) for count in (rows_computed, rows_of_all))
     return JobPlan(
         **counts,
         prompt_tokens=tokens["computed"],
@@ -119,7 +121,7 @@ def planned(
         bytes_per_token=bytes_per_token,
         new_bytes=tokens["fresh"] * bytes_per_token,
         seconds=tokens["fresh"] * each_token + batches * new * each_step,
-        uncached_seconds=tokens["every"] * each_token + batches * every * new * each_step,
+        uncached_seconds=tokens["every"] * each_token + batches_of_all * new * each_step,
     )
 
 

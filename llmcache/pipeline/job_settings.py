@@ -35,6 +35,7 @@ def job_template(template: str | PromptTemplate, *settings: Any) -> PromptTempla
 
 
 def check_generation(settings: Mapping[str, Any], choices: object, choices_field: object) -> None:
+    """ConfigError for settings that task="generate" does not take. settings: for `model.generate`."""
     if choices is not None or choices_field is not None:
         raise ConfigError('choices are for task="score" and "classify"; "generate" writes free text')
     if (settings.get("num_return_sequences") or 1) != 1:
@@ -49,6 +50,7 @@ def check_generation(settings: Mapping[str, Any], choices: object, choices_field
 def check_choices(
     task: str, choices: Sequence[str] | None, choices_field: str | None, others: Mapping[str, Any]
 ) -> None:
+    """ConfigError for wrong choices, and for `others`, settings of generation, which scoring does not take."""
     if others:
         raise ConfigError(f"task={task!r} generates nothing, so it has no setting {next(iter(others))!r}")
     if (choices is None) == (choices_field is None):

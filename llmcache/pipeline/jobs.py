@@ -16,7 +16,7 @@ from llmcache.cache import LLMCache
 from llmcache.decoders.generation import run_plainly
 from llmcache.decoders.likelihoods import CountedRow, Likelihoods
 from llmcache.decoders.prefix_order import prefix_order
-from llmcache.decoders.prompts import Rendered
+from llmcache.decoders.prompts import Rendered, whole_ids
 from llmcache.decoders.scoring import choice_rows
 from llmcache.decoders.templates import PromptTemplate, TooLong, fit_all
 from llmcache.document import Document
@@ -28,7 +28,7 @@ from llmcache.pipeline.job_files import job_writer
 from llmcache.pipeline.job_plan import JobPlan, planned
 from llmcache.pipeline.job_rows import ClassifiedRow, Columns, GeneratedRow, ScoredRow, tier_of
 from llmcache.pipeline.job_settings import check_choices, check_generation, choices_in, context_of, job_template
-from llmcache.pipeline.task import Answered, Write
+from llmcache.pipeline.task import PlacedResults, Write
 from llmcache.pipeline.writers import Form
 from llmcache.records import MOST_CHARACTERS, FieldSpec, Taken
 
@@ -169,12 +169,7 @@ class LanguageJob:
             return self._with_choices(values, fitted)
         if not self._whole:
             return [each if isinstance(each, str) else each[1] for each in fitted]
-        return [  # an encoder reads the special tokens at the end, too
-            each
-            if isinstance(each, str)
-            else self._tokenizer(each[0].text, add_special_tokens=each[0].special).input_ids
-            for each in fitted
-        ]
+        return [each if isinstance(each, str) else whole_ids(self._tokenizer, each[0]) for each in fitted]
 
     def _values(self, document: Document) -> dict[str, str]:
         texts = (document.text,) if isinstance(document.text, str) else document.text
@@ -217,7 +212,7 @@ class LanguageJob:
 
     # -- answers --------------------------------------------------------------------------------------------
 
-    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[Answered]:
+    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[PlacedResults]:
         """Yield the rows of a window: those whose answers are stored first, then batch by batch.
 
         Equal prompts are answered once. done: places of documents that are answered already.
@@ -294,7 +289,7 @@ class LanguageJob:
             "probabilities": tuple(probabilities.tolist()),
         }  # fmt: skip
 
-    def _rows(self, part: DocumentBatch, found: Mapping[int, Mapping[str, Any]], computed: int) -> Answered:
+    def _rows(self, part: DocumentBatch, found: Mapping[int, Mapping[str, Any]], computed: int) -> PlacedResults:
         """Return the rows of answered documents, by place. computed: number of prompts that the model answered."""
         kind = self.columns.kind
         self._progress(len(found), computed)
@@ -332,7 +327,7 @@ class LanguageJob:
 
         return opened()
 
-    def record(self, resumption: Resumption, part: DocumentBatch, answered: Answered, done: int) -> None:
+    def record(self, resumption: Resumption, part: DocumentBatch, answered: PlacedResults, done: int) -> None:
         """Write a batch of rows to the journal of a run."""
         rows = [(place, row.tier, self.columns.values(row)) for place, row in answered]
         resumption.take_rows(rows, done)

@@ -13,7 +13,7 @@ from llmcache.pipeline.job_rows import Columns
 from llmcache.pipeline.writers import Form
 from llmcache.records import FieldSpec, Taken
 
-Answered: TypeAlias = list[tuple[int, Any]]
+PlacedResults: TypeAlias = list[tuple[int, Any]]
 """Results, each with its place in the part of documents."""
 Write: TypeAlias = Callable[[Iterable[Any]], None]
 """Function that writes results to a file."""
@@ -40,11 +40,11 @@ class PipelineTask(Protocol):
     def parts(self, records: Iterable[Taken], *, digests: bool) -> Iterator[DocumentBatch]:
         """Split records into parts, which are answered one after the other. digests: fill in `DocumentBatch.digest`."""
 
-    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[Answered]:
+    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[PlacedResults]:
         """Yield the results of a part, batch by batch, in any order. done: places that are answered already."""
 
     def write(self, path: Path) -> AbstractContextManager[Write]:
         """Open the result file, as a context that gives a function which writes results."""
 
-    def record(self, resumption: Resumption, part: DocumentBatch, answered: Answered, done: int) -> None:
+    def record(self, resumption: Resumption, part: DocumentBatch, answered: PlacedResults, done: int) -> None:
         """Write a batch of results to the journal of a run. done: number of complete results of the part."""

@@ -30,7 +30,7 @@ from llmcache.pipeline.chunked import (
 )
 from llmcache.pipeline.chunking import Chunk
 from llmcache.pipeline.late_chunks import LateChunks, Window
-from llmcache.pipeline.task import Answered, Write
+from llmcache.pipeline.task import PlacedResults, Write
 from llmcache.pipeline.writers import Form, result_writer
 from llmcache.records import FieldSpec, Taken
 
@@ -100,7 +100,7 @@ class VectorTask:
         windows = None if self._late is None else self._late.windows
         return parts(records, self._part_documents, self._cut, windows, digests=digests)
 
-    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[Answered]:
+    def answer(self, part: DocumentBatch, done: Collection[int] = ()) -> Iterator[PlacedResults]:
         """Yield the results of a part, all at once."""
         yield list(enumerate(self._results(part)))
 
@@ -114,7 +114,7 @@ class VectorTask:
 
         return opened()
 
-    def record(self, resumption: Resumption, part: DocumentBatch, answered: Answered, done: int) -> None:
+    def record(self, resumption: Resumption, part: DocumentBatch, answered: PlacedResults, done: int) -> None:
         """Write the results of a part to the journal of a run."""
         resumption.take(part, [result for _, result in answered])
 

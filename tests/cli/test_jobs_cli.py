@@ -49,6 +49,10 @@ def test_run_plan_and_run_again(llmcache: Command, corpus: str) -> None:
     assert [row["text"] for row in rows("a.jsonl")] == [row["text"] for row in rows("b.jsonl")]
     forecast = json.loads(llmcache("plan", *job, "--json").out)
     assert (forecast["stored"], forecast["computed"], forecast["new_tokens"]) == (5, 0, 0)
+    assert forecast["uncached_seconds"] > forecast["seconds"] == 0
+    refused = llmcache("verify-model", "-m", str(FOLDER), "-d", corpus, "--task", "generate", "--layers", "4",
+                       "--template", "{text}")  # fmt: skip
+    assert (refused.code, "--layers is for vectors" in refused.err) == (2, True)
     assert "answers stored" in llmcache("plan", *job).out
 
 
